@@ -1,0 +1,133 @@
+"""Every error that PortLLM raises on purpose; a caller that catches `PortLLMError` catches them all.
+
+    PortLLMError
+      CheckpointError        a model cannot be read or written as asked
+        HeaderError            a safetensors header breaks a rule of the format
+        IndexFileError         a shard index does not describe the shards beside it
+        MissingShardError      a shard that the index names is not there
+        MissingTensorError     a tensor that the caller needs is not there
+        UnsupportedDtypeError  a dtype that this program does not compute with
+        NotFoundError          no model at the place that was named
+      PatchError             an adapter or patch cannot be used
+        AdapterFormatError     the folder is not an adapter this program understands whole
+        PatchRecordError       patch.json is missing, or breaks its schema
+      PortError
+        UnknownMethodError     no row of METHODS has this id
+      PlanRefusedError       a plan found reasons not to run; it carries them all
+      OutputError            the output cannot be written
+        OutputExistsError      something is there already
+      DataError              rows of a data file do not fit the task
+      MissingExtraError      an optional dependency is not installed
+
+A message says where, what was found, what was expected, and what to do. The command line prints it and exits
+with 1; anything that is not a `PortLLMError` is a bug and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class PortLLMError(Exception):
+    """The root of the tree."""
+
+
+class CheckpointError(PortLLMError):
+    """A model cannot be read or written as asked."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header breaks a rule of the format."""
+
+
+class IndexFileError(CheckpointError):
+    """A shard index does not describe the shards beside it."""
+
+
+class MissingShardError(CheckpointError):
+    """A shard that the index names is not there."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor that the caller needs is not in the checkpoint."""
+
+
+class UnsupportedDtypeError(CheckpointError):
+    """A tensor has a dtype that this program does not compute with."""
+
+
+class NotFoundError(CheckpointError):
+    """There is no model at the place that was named."""
+
+
+class PatchError(PortLLMError):
+    """An adapter or patch cannot be used."""
+
+
+class AdapterFormatError(PatchError):
+    """The folder is not an adapter that this program understands whole."""
+
+
+class PatchRecordError(PatchError):
+    """`patch.json` is missing where it is needed, or breaks its schema."""
+
+
+class PortError(PortLLMError):
+    """A patch cannot be ported as asked."""
+
+
+class UnknownMethodError(PortError):
+    """No row of `METHODS` has this id."""
+
+
+class OutputError(PortLLMError):
+    """The output cannot be written."""
+
+
+class OutputExistsError(OutputError):
+    """Something is at the output's place already."""
+
+
+class DataError(PortLLMError):
+    """Rows of a data file do not fit the task."""
+
+
+class MissingExtraError(PortLLMError):
+    """An optional dependency is not installed; the message names the extra."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Refusal:
+    """One reason not to run a plan.
+
+    Attributes:
+        where: The tensor, module, file or option that the reason is about.
+        reason: What was found, what was expected, and what to do.
+    """
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class PlanRefusedError(PortLLMError):
+    """A plan found reasons not to run.
+
+    Attributes:
+        refusals: All of them, sorted by place.
+
+    Example:
+        >>> print(PlanRefusedError([Refusal("lm_head", "no such module in the evolved model.")]))
+        lm_head: no such module in the evolved model.
+    """
+
+    SHOWN = 10
+
+    def __init__(self, refusals: Iterable[Refusal]) -> None:
+        self.refusals = tuple(sorted(refusals))
+        lines = [str(refusal) for refusal in self.refusals[: self.SHOWN]]
+        rest = len(self.refusals) - self.SHOWN
+        if rest > 0:
+            lines.append(f"and {rest} more of the same run; --json lists them all.")
+        super().__init__("\n".join(lines))
