@@ -1,0 +1,136 @@
+"""Two identities of a checkpoint, both independent of shard layout, tensor order and file names.
+
+The fingerprint is a digest over names, dtypes, shapes and a sample of each tensor's bytes. It costs milliseconds at
+any size, and any two trained versions differ in it; it does not prove that every byte is equal. The digest does: it
+covers all bytes. It is taken when the bytes are read anyway or when asked for, and kept in the user's cache by path,
+size and time of change.
+
+A head stored beside the embedding it is tied to counts for neither, so that both ways to store it are one model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm.checkpoint.cache import cache_root
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint, read_bytes
+from portllm.checkpoint.ties import HEAD, tied_embedding
+from portllm.progress import Progress, silent
+
+SAMPLE_BYTES = 4096
+"""Bytes of each tensor that the fingerprint reads; a smaller tensor is read whole."""
+
+FINGERPRINT_PREFIX = "s4k1:"
+"""Names the sampling rule (4 KiB, version 1), so that another rule can never be mistaken for it."""
+
+DIGEST_PREFIX = "blake3:"
+READ_BYTES = 1 << 24
+
+
+def own_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    """The tensors that make the model what it is: all but a stored copy of a tied embedding."""
+    if HEAD in checkpoint.infos and tied_embedding(checkpoint) is not None:
+        return {name: info for name, info in checkpoint.infos.items() if name != HEAD}
+    return checkpoint.infos
+
+
+def sample_window(name: str, n_bytes: int) -> tuple[int, int]:
+    """Which bytes of a tensor the fingerprint reads: a window at a place drawn from the tensor's name.
+
+    Example:
+        >>> sample_window("model.norm.weight", 1152)
+        (0, 1152)
+        >>> start, stop = sample_window("lm_head.weight", 1_000_000)
+        >>> stop - start, start % 8
+        (4096, 0)
+    """
+    if n_bytes <= SAMPLE_BYTES:
+        return 0, n_bytes
+    draw = int.from_bytes(blake3(f"portllm sample 1\0{name}".encode()).digest(8), "little")
+    start = draw % (n_bytes - SAMPLE_BYTES + 1) // 8 * 8
+    return start, start + SAMPLE_BYTES
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """The checkpoint's fingerprint, such as `s4k1:` and 40 hexadecimal digits.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    state = blake3()
+    for name, info in own_tensors(checkpoint).items():
+        state.update(json.dumps([name, info.dtype, info.shape]).encode())
+        state.update(read_bytes(info, *sample_window(name, info.n_bytes)))
+    return FINGERPRINT_PREFIX + state.hexdigest(20)
+
+
+def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:
+    """The checkpoint's digest: blake3 of each tensor's bytes, then over the sorted list of names and digests.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    return digest_of(tensor_digests(checkpoint, progress=progress), own_tensors(checkpoint))
+
+
+def digest_of(digests: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
+    """The digest of a model whose tensors `infos` have these `digests`."""
+    rows = [[name, infos[name].dtype, list(infos[name].shape), digests[name]] for name in sorted(infos)]
+    return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
+
+
+def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> dict[str, str]:
+    """The blake3 digest of every tensor's bytes, from the cache where the files have not changed since."""
+    digests: dict[str, str] = {}
+    done = 0
+    for file in checkpoint.files:
+        infos = [info for info in checkpoint.infos.values() if info.file == file]
+        known = _recall(file)
+        if known is None:
+            known = {}
+            for info in infos:
+                known[info.name] = _digest_tensor(info)
+                done += info.n_bytes
+                progress("digest", done, checkpoint.n_bytes, "bytes")
+            remember(file, known)
+        digests.update(known)
+    progress("digest", checkpoint.n_bytes, checkpoint.n_bytes, "bytes")
+    return digests
+
+
+def _digest_tensor(info: TensorInfo) -> str:
+    state = blake3()
+    for start in range(0, info.n_bytes, READ_BYTES):
+        state.update(read_bytes(info, start, min(start + READ_BYTES, info.n_bytes)))
+    return state.hexdigest()
+
+
+def _cache_entry(file: Path) -> tuple[Path, dict[str, object]]:
+    path = file.resolve()
+    facts = path.stat()
+    key: dict[str, object] = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    return cache_root() / "digests" / f"{blake3(str(path).encode()).hexdigest(16)}.json", key
+
+
+def _recall(file: Path) -> dict[str, str] | None:
+    entry, key = _cache_entry(file)
+    try:
+        stored = json.loads(entry.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stored["digests"] if isinstance(stored, dict) and stored.get("key") == key else None
+
+
+def remember(file: Path, digests: Mapping[str, str]) -> None:
+    """Keep the digests of a file's tensors until the file changes; a cache that cannot be written is no error."""
+    entry, key = _cache_entry(file)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        part = entry.with_suffix(".part")
+        part.write_text(json.dumps({"key": key, "digests": dict(digests)}), encoding="utf-8")
+        part.replace(entry)
+    except OSError:
+        return

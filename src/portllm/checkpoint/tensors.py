@@ -1,0 +1,53 @@
+"""Bytes of a checkpoint to tensors and back: the only place that knows how a dtype's name maps to torch."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from portllm.checkpoint.header import TensorInfo, n_bytes_of
+from portllm.checkpoint.reader import read_bytes
+from portllm.errors import UnsupportedDtypeError
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""The dtypes that weights are computed in and stored as."""
+
+
+def decode(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that these bytes stand for.
+
+    Raises:
+        UnsupportedDtypeError: torch has no such dtype.
+
+    Example:
+        >>> decode(bytes.fromhex("803f0040"), "BF16", (2,))
+        tensor([1., 2.], dtype=torch.bfloat16)
+    """
+    if dtype not in TORCH_DTYPES:
+        raise UnsupportedDtypeError(f"dtype {dtype}: is not one that is computed with ({', '.join(TORCH_DTYPES)}).")
+    if not data:
+        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(shape)
+
+
+def encode(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it is contiguous already."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def load(info: TensorInfo) -> Tensor:
+    """One whole tensor."""
+    return decode(read_bytes(info), info.dtype, info.shape)
+
+
+def load_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of a tensor, counted along its first axis."""
+    shape = (stop - start, *info.shape[1:])
+    row_bytes = n_bytes_of(info.dtype, info.shape[1:])
+    return decode(read_bytes(info, start * row_bytes, stop * row_bytes), info.dtype, shape)

@@ -1,0 +1,37 @@
+"""Tied heads: one matrix that serves as input embedding and as output head.
+
+A file may hold a tied head once (no `lm_head.weight`) or twice (an exact copy under that name); both mean the same
+model, so both have the same identity, and a patch sees the same modules.
+"""
+
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint, read_bytes
+
+HEAD_MODULE = "lm_head"
+HEAD = f"{HEAD_MODULE}.weight"
+EMBEDDING_SUFFIX = "embed_tokens.weight"
+COMPARED_BYTES = 1 << 16
+
+
+def embedding(checkpoint: Checkpoint) -> TensorInfo | None:
+    """The input embedding, where the checkpoint names it in the usual way."""
+    return next((info for name, info in checkpoint.infos.items() if name.endswith(EMBEDDING_SUFFIX)), None)
+
+
+def tied_embedding(checkpoint: Checkpoint) -> TensorInfo | None:
+    """The embedding that the head shares its values with, or None for a model with a head of its own.
+
+    A head that is not in the file is tied. One that is in the file is tied when the configuration says so and its
+    first bytes equal the embedding's: a tied model that was trained on with a head of its own is not tied.
+    """
+    shared = embedding(checkpoint)
+    if shared is None or HEAD not in checkpoint.infos:
+        return shared
+    head = checkpoint.infos[HEAD]
+    if checkpoint.config.get("tie_word_embeddings") is not True or (head.dtype, head.shape) != (
+        shared.dtype,
+        shared.shape,
+    ):
+        return None
+    window = min(COMPARED_BYTES, head.n_bytes)
+    return shared if read_bytes(head, 0, window) == read_bytes(shared, 0, window) else None

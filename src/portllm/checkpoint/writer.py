@@ -1,0 +1,181 @@
+"""Write a checkpoint: the layout first, from names and shapes alone, then the bytes, one tensor after another.
+
+Nothing appears under its final name before it is whole: files go into a sibling folder that is renamed at the end,
+and that is removed when anything goes wrong.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm.checkpoint.header import DTYPE_BITS, n_bytes_of, render_header
+from portllm.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from portllm.errors import OutputError, OutputExistsError
+
+METADATA = {"format": "pt"}
+"""What transformers looks for in a file's header."""
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor to write: what the header says of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        return n_bytes_of(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file to write: its name and its tensors, in the order in which their bytes follow."""
+
+    file: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes."""
+        return render_header([(entry.name, entry.dtype, entry.shape) for entry in self.entries], METADATA)
+
+
+def lay_out(entries: Mapping[str, Entry], *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[Shard, ...]:
+    """Which tensor goes into which file, in which order; the same whatever order `entries` comes in.
+
+    Tensors go by name into files of at most `shard_bytes` (a larger tensor has a file of its own); inside a file wide
+    dtypes come first, so that every tensor is aligned.
+
+    Example:
+        >>> entries = {name: Entry(name, "F32", (4,)) for name in ("b", "a", "c")}
+        >>> [(shard.file, [entry.name for entry in shard.entries]) for shard in lay_out(entries, shard_bytes=32)]
+        [('model-00001-of-00002.safetensors', ['a', 'b']), ('model-00002-of-00002.safetensors', ['c'])]
+    """
+    groups: list[list[Entry]] = []
+    size = 0
+    for name in sorted(entries):
+        entry = entries[name]
+        if not groups or size + entry.n_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.n_bytes
+    if len(groups) <= 1:
+        names = [SINGLE_FILE]
+    else:
+        names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return tuple(
+        Shard(file, tuple(sorted(group, key=lambda entry: (-DTYPE_BITS[entry.dtype], entry.name))))
+        for file, group in zip(names, groups or [[]], strict=True)
+    )
+
+
+def render_index(shards: tuple[Shard, ...]) -> str | None:
+    """The text of the index file, or None where one file holds all."""
+    if len(shards) == 1:
+        return None
+    entries = [(entry, shard.file) for shard in shards for entry in shard.entries]
+    weight_map = {entry.name: file for entry, file in sorted(entries, key=lambda pair: pair[0].name)}
+    total = sum(entry.n_bytes for entry, _ in entries)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def write_index(folder: Path, shards: tuple[Shard, ...]) -> None:
+    """Write the index file, where there is more than one shard."""
+    text = render_index(shards)
+    if text is not None:
+        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+class ShardWriter:
+    """One file being written: its tensors' bytes are appended in the order of the layout."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._path = folder / shard.file
+        self._expected = len(shard.header) + sum(entry.n_bytes for entry in shard.entries)
+        self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._written = 0
+        self.append(shard.header)
+
+    def append(self, data: bytes | memoryview) -> None:
+        """The next bytes of the file."""
+        view = memoryview(data).cast("B")
+        while view:
+            count = self._file.write(view) or 0
+            self._written += count
+            view = view[count:]
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
+        if kind is None and self._written != self._expected:
+            raise OutputError(f"'{self._path}': {self._written} bytes were written, its header promises {self._expected}.")
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A fresh folder beside `final` that takes its name when the block ends, and vanishes if the block fails.
+
+    Args:
+        final: The folder to be.
+        overwrite: Replace what is there; it stays whole until the new folder is.
+
+    Raises:
+        OutputExistsError: `final` exists and `overwrite` is False.
+        OutputError: The parent folder is missing or cannot be written.
+    """
+    check_free(final, overwrite=overwrite)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
+    except OSError as error:
+        raise OutputError(f"'{final}': cannot write into '{final.parent}': {error.strerror}.") from error
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        _take_place(staging, final, overwrite=overwrite)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"'{final}': could not be written: {error.strerror or error}. Nothing was left there.") from error
+        raise
+
+
+def check_free(final: Path, *, overwrite: bool) -> None:
+    """Raise OutputExistsError if something is at `final` that may not be replaced."""
+    if final.exists() and not overwrite:
+        raise OutputExistsError(f"'{final}': is there already. Choose another place, or pass --overwrite to replace it.")
+    if final.exists() and not final.is_dir():
+        raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another place.")
+
+
+def _take_place(staging: Path, final: Path, *, overwrite: bool) -> None:
+    check_free(final, overwrite=overwrite)
+    if not final.exists():
+        staging.rename(final)
+        return
+    old = staging.with_suffix(".old")
+    final.rename(old)
+    staging.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it; mkdtemp makes private folders, a model is as readable as others.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
