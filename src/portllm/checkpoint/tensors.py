@@ -15,9 +15,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-"""The dtypes that weights are computed in and stored as."""
-
 
 def decode(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor that these bytes stand for.

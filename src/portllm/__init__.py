@@ -1,0 +1,42 @@
+"""PortLLM: carry a fine-tuned model's patch over to the next version of its base, without training.
+
+The verbs are functions on typed values, and print nothing:
+
+    base, evolved = portllm.open_checkpoint("base"), portllm.open_checkpoint("evolved")
+    patch = portllm.capture_adapter(portllm.load_patch("adapter"), base=base, out=Path("patch"))
+    ported = portllm.port(patch, evolved=evolved, out=Path("ported"))
+    report = portllm.merge(ported, into=evolved, out=Path("merged"))
+
+Names are imported when they are first used, so that `import portllm` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "portllm.checkpoint.reader",
+    "open_checkpoint": "portllm.checkpoint.reader",
+    "fingerprint": "portllm.checkpoint.identity",
+    "digest": "portllm.checkpoint.identity",
+    "LowRankDelta": "portllm.patch.delta",
+    "Patch": "portllm.patch.patch",
+    "load_patch": "portllm.patch.adapter_folder",
+    "capture_adapter": "portllm.pipeline.capture",
+    "measure_drift": "portllm.pipeline.drift",
+    "merge": "portllm.pipeline.merge",
+    "port": "portllm.pipeline.port",
+    "PortLLMError": "portllm.errors",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'portllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

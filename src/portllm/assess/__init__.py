@@ -1,0 +1,1 @@
+"""Measures, pure: how far an evolved model moved from its base."""

@@ -1,0 +1,228 @@
+"""PEFT's `adapter_config.json`, understood whole or refused: ranks, scales and the modules it names. Pure.
+
+PEFT ignores what it does not know; here a field that changes the result and is not understood is an error, because a
+patch that loses a part of itself in silence is worse than none.
+
+Source: `LoraConfig` and `check_target_module_exists` of PEFT 0.21 (https://github.com/huggingface/peft); the rules
+below restate their behavior.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from portllm.errors import AdapterFormatError
+
+LORA = "LORA"
+ALL_LINEAR = "all-linear"
+HEAD_NAMES = ("lm_head", "score", "classifier")
+
+IGNORED_FIELDS = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout", "megatron_core",
+        "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    }
+)  # fmt: skip
+"""Fields that change how an adapter was or will be trained, or name things; never what its tensors mean."""
+
+UNDERSTOOD_FIELDS = frozenset(
+    {
+        "alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+        "r", "rank_pattern", "target_modules", "use_rslora",
+    }
+)  # fmt: skip
+
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False, None),
+    "fan_in_fan_out": (False, None),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "loftq_config": (None, {}),
+    "lora_bias": (False, None),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "modules_to_save": (None, []),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+}
+"""Fields that would change the result in a way not supported, and the values with which they do not."""
+
+BASE_PRESERVING_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it was; the others fit the adapter to a changed base."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A LoRA configuration in which every field is understood.
+
+    Attributes:
+        fields: The file's content, as it was read.
+    """
+
+    fields: Mapping[str, object]
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the configuration gives a module."""
+        return cast(int, _by_pattern(self._mapping("rank_pattern"), module, self.fields["r"]))
+
+    def scale_of(self, module: str) -> float:
+        """alpha / rank, or alpha / √rank where `use_rslora` is set.
+
+        Example:
+            >>> config = parse_adapter_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"],
+            ...                                "alpha_pattern": {"h.1.q": 2}}, where="adapter")
+            >>> config.scale_of("h.0.q"), config.scale_of("h.1.q")
+            (2.0, 0.5)
+        """
+        rank = self.rank_of(module)
+        alpha = cast(float, _by_pattern(self._mapping("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
+        return alpha / math.sqrt(rank) if self.fields.get("use_rslora") else alpha / rank
+
+    def targets(self, modules: Iterable[str]) -> list[str]:
+        """Those of a model's linear modules that the configuration names."""
+        return [module for module in modules if self._is_target(module)]
+
+    def _mapping(self, name: str) -> Mapping[str, object]:
+        return cast(Mapping[str, object], self.fields.get(name) or {})
+
+    def _is_target(self, module: str) -> bool:
+        excluded = self.fields.get("exclude_modules")
+        if excluded and _names(excluded, module):
+            return False
+        targets = self.fields["target_modules"]
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            return module.rsplit(".", 1)[-1] not in HEAD_NAMES
+        if not _names(targets, module):
+            return False
+        # PEFT looks at layer numbers only where the targets are a list.
+        return isinstance(targets, str) or self._layer_is_chosen(module, by_suffix=module not in cast(list[str], targets))
+
+    def _layer_is_chosen(self, module: str, *, by_suffix: bool) -> bool:
+        chosen = self.fields.get("layers_to_transform")
+        if not by_suffix or chosen is None or chosen == []:
+            return True
+        patterns = self.fields.get("layers_pattern") or []
+        patterns = [patterns] if isinstance(patterns, str) else cast(list[str], patterns)
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+        found = (re.match(expression, module) for expression in expressions or [r".*?\.[^.]*\.(?P<index>\d+)\."])
+        match = next((match for match in found if match), None)
+        if match is None:
+            return False
+        index = int(match["index"])
+        return index == chosen if isinstance(chosen, int) else index in cast(list[int], chosen)
+
+
+def parse_adapter_config(fields: Mapping[str, object], *, where: str) -> AdapterConfig:
+    """Check every field of an adapter's configuration.
+
+    Args:
+        fields: The content of `adapter_config.json`.
+        where: What to call the adapter in messages.
+
+    Raises:
+        AdapterFormatError: Not a LoRA, or a field is not understood; all problems are named at once.
+    """
+    kind = fields.get("peft_type")
+    if kind != LORA:
+        raise AdapterFormatError(
+            f"'{where}': its peft_type is {kind!r}; only {LORA!r} adapters are low-rank deltas that can be ported."
+        )
+    problems = [problem for name in sorted(fields) if (problem := _field_problem(name, fields[name]))]
+    problems += [f"'{name}' is missing" for name in ("r", "target_modules") if name not in fields]
+    if problems:
+        raise AdapterFormatError(f"'{where}': adapter_config.json is not understood whole: {'; '.join(problems)}.")
+    return AdapterConfig(dict(fields))
+
+
+def _field_problem(name: str, value: object) -> str | None:
+    """Why one field cannot be accepted, or None."""
+    if name in NEUTRAL_VALUES:
+        neutral = NEUTRAL_VALUES[name]
+        return None if value in neutral else f"'{name}' is {_short(value)}, and this kind of adapter is not supported"
+    if name in IGNORED_FIELDS:
+        return None
+    if name not in UNDERSTOOD_FIELDS:
+        return None if value in (None, False) else f"'{name}' ({_short(value)}) is not a field that is known"
+    if name == "init_lora_weights" and value not in BASE_PRESERVING_INITS:
+        return (
+            f"'init_lora_weights' is {_short(value)}: such an adapter belongs to a base that was changed when training "
+            "began. Save it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    if not _has_expected_type(name, value):
+        return f"'{name}' is {_short(value)}, which is not of its type"
+    patterns = _patterns_in(name, value)
+    broken = next((pattern for pattern in patterns if not _compiles(pattern)), None)
+    return None if broken is None else f"'{name}' holds {_short(broken)}, which is not a regular expression"
+
+
+def _has_expected_type(name: str, value: object) -> bool:
+    is_strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    match name:
+        case "r":
+            return _is_integer(value) and cast(int, value) > 0
+        case "lora_alpha":
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        case "rank_pattern":
+            return value is None or (isinstance(value, dict) and all(_is_integer(v) and v > 0 for v in value.values()))
+        case "alpha_pattern":
+            return value is None or (
+                isinstance(value, dict)
+                and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value.values())
+            )
+        case "use_rslora":
+            return isinstance(value, bool) or value is None
+        case "target_modules":
+            return is_strings or isinstance(value, str)
+        case "layers_to_transform":
+            return value is None or _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
+        case _:
+            return value is None or is_strings or isinstance(value, str) or isinstance(value, bool)
+
+
+def _patterns_in(name: str, value: object) -> Sequence[str]:
+    if name in ("rank_pattern", "alpha_pattern"):
+        return list(cast(Mapping[str, object], value or {}))
+    if name in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
+        return [value]
+    return cast(list[str], value) if name == "layers_pattern" and value else []
+
+
+def _by_pattern(patterns: Mapping[str, object], module: str, default: object) -> object:
+    """The value of the first pattern that the end of a module's name matches, in the order of the file."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _names(chosen: object, module: str) -> bool:
+    """Whether a regular expression (a string) or a list of names and endings means this module."""
+    if isinstance(chosen, str):
+        return re.fullmatch(chosen, module) is not None
+    names = cast(list[str], chosen)
+    return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,110 @@
+"""What `patch.json` says: which base a patch belongs to, how it was captured, and every port it went through."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FORMAT = 1
+"""Version of the record's layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """A model by content, and by the name that the user gave it.
+
+    Attributes:
+        name: As typed by the user; for people, never compared.
+        fingerprint: See `portllm.checkpoint.identity`; what is compared.
+        digest: Over all bytes, where they were read anyway; None otherwise.
+    """
+
+    name: str
+    fingerprint: str
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """How the deltas came to be.
+
+    Attributes:
+        method: `adapter` (an existing PEFT folder) or `train`.
+        settings: Every parameter that shaped the result, and for `train` what it was trained on.
+    """
+
+    method: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PortStep:
+    """One port: from which model, to which, by which method, and what was measured on the way."""
+
+    source: ModelIdentity
+    target: ModelIdentity
+    method: str
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchRecord:
+    """The content of `patch.json`.
+
+    Attributes:
+        base: The model that the patch may be used with now.
+        capture: Where the deltas come from.
+        ports: Oldest first; the last one's target is `base`.
+        tensors: blake3 digest of each stored tensor's bytes.
+        program: Version of PortLLM that wrote the record.
+    """
+
+    base: ModelIdentity
+    capture: Capture
+    ports: tuple[PortStep, ...]
+    tensors: Mapping[str, str]
+    program: str
+
+
+def record_to_json(record: PatchRecord) -> dict[str, object]:
+    """The record as JSON values; `record_from_json` is its inverse."""
+    return {
+        "format": FORMAT,
+        "program": record.program,
+        "base": _identity_to_json(record.base),
+        "capture": {"method": record.capture.method, "settings": dict(record.capture.settings)},
+        "ports": [
+            {
+                "from": _identity_to_json(step.source),
+                "to": _identity_to_json(step.target),
+                "method": step.method,
+                "evidence": dict(step.evidence),
+            }
+            for step in record.ports
+        ],
+        "tensors": dict(sorted(record.tensors.items())),
+    }
+
+
+def record_from_json(value: Mapping[str, object]) -> PatchRecord:
+    """The record that these values, which must fit the schema, stand for."""
+    match value:
+        case {"base": base, "capture": {"method": str(method), "settings": dict(settings)}, "ports": list(ports),
+              "tensors": dict(tensors), "program": str(program)}:  # fmt: skip
+            steps = tuple(
+                PortStep(_identity_from_json(p["from"]), _identity_from_json(p["to"]), p["method"], p["evidence"])
+                for p in ports
+            )
+            return PatchRecord(_identity_from_json(base), Capture(method, settings), steps, tensors, program)
+        case _:
+            raise ValueError("the values do not fit the schema of patch.json")
+
+
+def _identity_to_json(identity: ModelIdentity) -> dict[str, object]:
+    return {"name": identity.name, "fingerprint": identity.fingerprint, "digest": identity.digest}
+
+
+def _identity_from_json(value: object) -> ModelIdentity:
+    match value:
+        case {"name": str(name), "fingerprint": str(fingerprint), "digest": str() | None as digest}:
+            return ModelIdentity(name, fingerprint, digest)
+        case _:
+            raise ValueError("the values do not fit the schema of a model's identity")

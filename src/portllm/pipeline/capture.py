@@ -1,0 +1,65 @@
+"""Capture a patch: write down, beside an adapter, which base it belongs to."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from portllm import __version__
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.writer import staged_folder
+from portllm.errors import PlanRefusedError, Refusal
+from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
+from portllm.patch.patch import Patch
+from portllm.patch.record import Capture, PatchRecord
+from portllm.pipeline.fit import base_mismatch, misfits
+from portllm.pipeline.plan import identify
+
+
+def plan_capture(
+    adapter: Patch[TensorInfo], *, base: Checkpoint, allow_other_base: bool = False
+) -> tuple[Refusal, ...]:
+    """Every reason why an adapter cannot be a patch of this base."""
+    refusals = [*misfits(adapter, base)]
+    refusals += base_mismatch(adapter, identify(base), option="--base", allow_other_base=allow_other_base)
+    return tuple(sorted(refusals))
+
+
+def capture_adapter(
+    adapter: Patch[TensorInfo],
+    *,
+    base: Checkpoint,
+    out: Path,
+    method: str = "adapter",
+    settings: Mapping[str, object] | None = None,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+) -> Patch[TensorInfo]:
+    """Write an adapter to `out` as a patch that knows its base.
+
+    Args:
+        adapter: A PEFT folder, opened with `load_patch`.
+        base: The model it was made on; every module and shape is checked against it.
+        out: The patch's folder.
+        method: How the adapter came to be, for the record.
+        settings: What shaped it, for the record.
+        allow_other_base: Go on though the adapter has a record that names another base.
+        overwrite: Replace `out` where it exists.
+
+    Raises:
+        PlanRefusedError: The adapter does not fit the base, with every reason.
+        OutputExistsError: `out` exists.
+    """
+    refusals = plan_capture(adapter, base=base, allow_other_base=allow_other_base)
+    if refusals:
+        raise PlanRefusedError(refusals)
+    record = PatchRecord(
+        base=identify(base),
+        capture=Capture(method, dict(settings or {})),
+        ports=(),
+        tensors=digest_tensors(adapter),
+        program=__version__,
+    )
+    with staged_folder(out, overwrite=overwrite) as folder:
+        write_patch(folder, adapter, base_name=base.name)
+        write_record(folder, record)
+    return load_patch(out)

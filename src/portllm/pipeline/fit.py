@@ -1,0 +1,79 @@
+"""Does a patch fit a model? Answered from headers and fingerprints; every reason why not is gathered, none is raised."""
+
+from collections.abc import Iterator
+
+from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.ties import EMBEDDING_SUFFIX, HEAD_MODULE, tied_embedding
+from portllm.errors import Refusal
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+
+WEIGHT = ".weight"
+
+
+def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The weight of every module that a low-rank delta can belong to, by module name.
+
+    A head that is tied to the embedding is such a module too: its weight is the embedding's.
+    """
+    weights = {
+        name.removesuffix(WEIGHT): info
+        for name, info in checkpoint.infos.items()
+        if name.endswith(WEIGHT) and len(info.shape) == 2 and not name.endswith(EMBEDDING_SUFFIX)
+    }
+    shared = tied_embedding(checkpoint)
+    return weights if shared is None else {**weights, HEAD_MODULE: shared}
+
+
+def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+    """Why a patch's deltas cannot be added to a model's weights: both ways, nothing is left unaccounted for."""
+    weights = linear_weights(checkpoint)
+    for module, delta in patch.deltas.items():
+        weight = weights.get(module)
+        if weight is None:
+            yield Refusal(module, f"the patch changes it, {checkpoint.name} has no such module.{_near(module, weights)}")
+        elif weight.shape != delta.shape:
+            yield Refusal(
+                module,
+                f"the delta is (out={delta.shape[0]}, in={delta.shape[1]}), its weight in {checkpoint.name} is "
+                f"(out={weight.shape[0]}, in={weight.shape[1]}). Adding needs equal shapes.",
+            )
+        elif weight.dtype not in FLOAT_DTYPES:
+            yield Refusal(
+                module,
+                f"its weight in {checkpoint.name} is stored as {weight.dtype}; a delta is added to "
+                f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model.",
+            )
+    for module in patch.config.targets(weights):
+        if module not in patch.deltas:
+            yield Refusal(
+                module,
+                f"adapter_config.json names it and {checkpoint.name} has it, the patch has no tensors for it. "
+                "Part of the adapter is missing, or it was made for another model.",
+            )
+
+
+def base_mismatch(
+    patch: Patch[TensorInfo], given: ModelIdentity, *, option: str, allow_other_base: bool
+) -> Iterator[Refusal]:
+    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant."""
+    if patch.record is None or allow_other_base or patch.record.base.fingerprint == given.fingerprint:
+        return
+    belongs = patch.record.base
+    yield Refusal(
+        option,
+        f"{given.name} has the fingerprint {given.fingerprint}, the patch {patch.name} belongs to {belongs.name} "
+        f"({belongs.fingerprint}). Give that model, carry the patch over with 'portllm port', or pass "
+        "--allow-other-base if it is meant.",
+    )
+
+
+def _near(module: str, weights: dict[str, TensorInfo]) -> str:
+    """A hint at modules that differ only in what stands before or between the names."""
+    tail = module.rsplit(".", 2)[-2:]
+    near = [other for other in weights if other.endswith(".".join(tail))]
+    if not near:
+        return ""
+    more = f" and {len(near) - 1} more" if len(near) > 1 else ""
+    return f" Modules of that kind are {near[0]}{more}."

@@ -1,0 +1,211 @@
+"""Decide before reading: what a port or a merge would do, and every reason not to, from headers alone.
+
+A plan is a value. It can be printed, compared and tested without weights; running it is another module's job, and a
+plan with refusals does not run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from portllm.assess.drift import DriftSums, measure_drift
+from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from portllm.checkpoint.identity import fingerprint
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.sample import sample_values
+from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
+from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
+from portllm.errors import PlanRefusedError, Refusal
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+from portllm.pipeline.fit import base_mismatch, linear_weights, misfits
+from portllm.port.methods import PortMethod, method_named
+
+
+@dataclass(frozen=True, slots=True)
+class PortPlan:
+    """A patch about to be carried to an evolved model.
+
+    Attributes:
+        patch: The patch as it is.
+        method: How it is carried.
+        source: The base it belongs to.
+        target: The evolved model.
+        evidence: What was measured from the fingerprints' samples.
+        refusals: Every reason not to run.
+    """
+
+    patch: Patch[TensorInfo]
+    method: PortMethod
+    source: ModelIdentity
+    target: ModelIdentity
+    evidence: Mapping[str, float]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeStep:
+    """One tensor of the output: `source`'s values, plus a delta where the patch has one.
+
+    Attributes:
+        entry: The tensor to write.
+        source: The tensor to read.
+        delta: What to add, or None for a tensor that the patch does not touch.
+    """
+
+    entry: Entry
+    source: TensorInfo
+    delta: LowRankDelta[TensorInfo] | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """A patch about to be added to a model's weights.
+
+    Attributes:
+        patch: The patch.
+        into: The model.
+        identity: Its identity.
+        steps: One for each tensor of the output, by name.
+        shards: Which tensor goes into which file.
+        config_changes: Fields of `config.json` that the output needs otherwise.
+        notes: What a user should know, though it is no reason to stop.
+        refusals: Every reason not to run.
+    """
+
+    patch: Patch[TensorInfo]
+    into: Checkpoint
+    identity: ModelIdentity
+    steps: Mapping[str, MergeStep]
+    shards: tuple[Shard, ...]
+    config_changes: Mapping[str, object]
+    notes: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of tensors that the run writes."""
+        return sum(step.entry.n_bytes for step in self.steps.values())
+
+    @property
+    def n_changed(self) -> int:
+        """Tensors that the patch changes."""
+        return sum(step.delta is not None for step in self.steps.values())
+
+
+def require(plan: PortPlan | MergePlan) -> None:
+    """Raise PlanRefusedError if the plan has refusals."""
+    if plan.refusals:
+        raise PlanRefusedError(plan.refusals)
+
+
+def identify(checkpoint: Checkpoint) -> ModelIdentity:
+    """A checkpoint's identity, from its fingerprint."""
+    return ModelIdentity(checkpoint.name, fingerprint(checkpoint))
+
+
+def plan_port(
+    patch: Patch[TensorInfo],
+    *,
+    evolved: Checkpoint,
+    base: Checkpoint | None = None,
+    method: str = "add",
+    allow_other_base: bool = False,
+) -> PortPlan:
+    """Plan to carry a patch to an evolved model.
+
+    Args:
+        patch: What to carry.
+        evolved: Where to.
+        base: The model it belongs to. Needed where the patch does not say; checked where it does.
+        method: A row of `METHODS`.
+        allow_other_base: Take `base` for the patch's base though its fingerprint says otherwise.
+
+    Raises:
+        UnknownMethodError: There is no such method.
+    """
+    chosen = method_named(method)
+    target = identify(evolved)
+    refusals = list(misfits(patch, evolved))
+    given = None if base is None else identify(base)
+    source = patch.record.base if patch.record else given
+    if given is not None:
+        refusals += base_mismatch(patch, given, option="--base", allow_other_base=allow_other_base)
+        source = given
+    if source is None:
+        source = target
+        refusals.append(
+            Refusal(
+                "--base",
+                f"{patch.name} has no patch.json, so the model it belongs to is not known. Name it with --base, or write "
+                f"it down once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
+            )
+        )
+    evidence = _sampled_drift(patch, base, evolved) if base is not None and not refusals else {}
+    return PortPlan(patch, chosen, source, target, evidence, tuple(sorted(refusals)))
+
+
+def plan_merge(
+    patch: Patch[TensorInfo],
+    *,
+    into: Checkpoint,
+    dtype: str | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    allow_other_base: bool = False,
+) -> MergePlan:
+    """Plan to add a patch to a model's weights.
+
+    Args:
+        patch: What to add.
+        into: The model that it belongs to.
+        dtype: Storage dtype of every floating-point tensor of the output, or None to keep each one's.
+        shard_bytes: Size above which the output is split.
+        allow_other_base: Go on though the patch belongs to another model.
+    """
+    identity = identify(into)
+    refusals = list(misfits(patch, into))
+    refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
+    notes = []
+    if patch.record is None:
+        notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")
+    deltas = _deltas_by_tensor(patch, into)
+    config_changes: dict[str, object] = {}
+    sources = dict(into.infos)
+    if HEAD in deltas and (shared := tied_embedding(into)) is not None:
+        sources[HEAD] = shared
+        config_changes["tie_word_embeddings"] = False
+        notes.append("the patch changes a head that is tied to the embedding: the output has a head of its own.")
+    if dtype is not None:
+        config_changes["dtype"] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    steps = {
+        name: MergeStep(Entry(name, _stored_as(info, dtype), info.shape), info, deltas.get(name))
+        for name, info in sorted(sources.items())
+    }
+    shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=shard_bytes)
+    return MergePlan(
+        patch, into, identity, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals))
+    )
+
+
+def _stored_as(info: TensorInfo, dtype: str | None) -> str:
+    return dtype if dtype is not None and info.dtype in FLOAT_DTYPES else info.dtype
+
+
+def _deltas_by_tensor(patch: Patch[TensorInfo], into: Checkpoint) -> dict[str, LowRankDelta[TensorInfo]]:
+    """The deltas by the name of the tensor they are added to; a head has its own name, tied or not."""
+    weights = linear_weights(into)
+    return {
+        HEAD if module == HEAD_MODULE else weights[module].name: delta
+        for module, delta in patch.deltas.items()
+        if module in weights
+    }
+
+
+def _sampled_drift(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> dict[str, float]:
+    """Drift of the patched weights, estimated from the windows that the fingerprints read."""
+    before, after = linear_weights(base), linear_weights(evolved)
+    sums = DriftSums()
+    for module in patch.deltas:
+        if module in before and before[module].shape == after[module].shape:
+            sums += measure_drift(sample_values(before[module]), sample_values(after[module]))
+    return {"sampled_drift": float(f"{sums.relative:.3g}"), "sampled_cosine": float(f"{sums.cosine:.6g}")}

@@ -1,0 +1,68 @@
+"""Carry a patch to an evolved model: plan, run the method module by module, write the adapter with its new record."""
+
+from pathlib import Path
+
+from portllm import __version__
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.writer import staged_folder
+from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
+from portllm.patch.patch import Patch
+from portllm.patch.record import Capture, PatchRecord, PortStep
+from portllm.pipeline.plan import PortPlan, plan_port, require
+
+
+def port(
+    patch: Patch[TensorInfo],
+    *,
+    evolved: Checkpoint,
+    out: Path,
+    base: Checkpoint | None = None,
+    method: str = "add",
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+) -> Patch[TensorInfo]:
+    """Carry a patch to an evolved model and write it to `out`, a folder that PEFT loads.
+
+    Reads the headers and fingerprint samples of the models and the patch itself; never the models' weights.
+
+    Args:
+        patch: What to carry.
+        evolved: Where to.
+        out: The new patch's folder.
+        base: The model the patch belongs to; needed where the patch does not say.
+        method: A row of `METHODS`.
+        allow_other_base: Go on though `base` is not the one that the patch names.
+        overwrite: Replace `out` where it exists.
+
+    Returns:
+        The ported patch, opened from `out`.
+
+    Raises:
+        PlanRefusedError: The patch does not fit, with every reason.
+        OutputExistsError: `out` exists.
+    """
+    plan = plan_port(patch, evolved=evolved, base=base, method=method, allow_other_base=allow_other_base)
+    return run_port(plan, out, overwrite=overwrite)
+
+
+def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
+    """Carry out a plan; see `port`."""
+    require(plan)
+    patch = plan.patch
+    deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
+    ported = Patch(str(out), deltas, patch.config, None)
+    record = PatchRecord(
+        base=plan.target,
+        capture=patch.record.capture if patch.record else Capture("adapter"),
+        ports=(
+            *(patch.record.ports if patch.record else ()),
+            PortStep(plan.source, plan.target, plan.method.id, plan.evidence),
+        ),
+        tensors=digest_tensors(ported),
+        program=__version__,
+    )
+    with staged_folder(out, overwrite=overwrite) as folder:
+        write_patch(folder, ported, base_name=plan.target.name)
+        write_record(folder, record)
+    return load_patch(out)
