@@ -11,6 +11,7 @@
       PatchError             an adapter or patch cannot be used
         AdapterFormatError     the folder is not an adapter this program understands whole
         PatchRecordError       patch.json is missing, or breaks its schema
+        NonFiniteError         an infinity or NaN where a number is needed
       PortError
         UnknownMethodError     no row of METHODS has this id
       PlanRefusedError       a plan found reasons not to run; it carries them all
@@ -69,6 +70,10 @@ class AdapterFormatError(PatchError):
 
 class PatchRecordError(PatchError):
     """`patch.json` is missing where it is needed, or breaks its schema."""
+
+
+class NonFiniteError(PatchError):
+    """A weight, a delta or their sum holds an infinity or NaN."""
 
 
 class PortError(PortLLMError):

@@ -11,16 +11,21 @@ from portllm.errors import PlanRefusedError, Refusal
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
-from portllm.pipeline.fit import base_mismatch, misfits
+from portllm.pipeline.fit import misfits
 from portllm.pipeline.plan import identify
 
 
-def plan_capture(
-    adapter: Patch[TensorInfo], *, base: Checkpoint, allow_other_base: bool = False
-) -> tuple[Refusal, ...]:
-    """Every reason why an adapter cannot be a patch of this base."""
+def plan_capture(adapter: Patch[TensorInfo], *, base: Checkpoint) -> tuple[Refusal, ...]:
+    """Every reason why an adapter cannot be captured as a patch of this base."""
     refusals = [*misfits(adapter, base)]
-    refusals += base_mismatch(adapter, identify(base), option="--base", allow_other_base=allow_other_base)
+    if adapter.record is not None:
+        refusals.append(
+            Refusal(
+                "--adapter",
+                f"{adapter.name} is a patch already: its patch.json says that it belongs to {adapter.record.base.name}. "
+                "Use it as it is; 'portllm port' carries it to another base.",
+            )
+        )
     return tuple(sorted(refusals))
 
 
@@ -31,25 +36,23 @@ def capture_adapter(
     out: Path,
     method: str = "adapter",
     settings: Mapping[str, object] | None = None,
-    allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> Patch[TensorInfo]:
     """Write an adapter to `out` as a patch that knows its base.
 
     Args:
-        adapter: A PEFT folder, opened with `load_patch`.
+        adapter: A PEFT folder without a record, opened with `load_patch`.
         base: The model it was made on; every module and shape is checked against it.
         out: The patch's folder.
         method: How the adapter came to be, for the record.
         settings: What shaped it, for the record.
-        allow_other_base: Go on though the adapter has a record that names another base.
         overwrite: Replace `out` where it exists.
 
     Raises:
         PlanRefusedError: The adapter does not fit the base, with every reason.
         OutputExistsError: `out` exists.
     """
-    refusals = plan_capture(adapter, base=base, allow_other_base=allow_other_base)
+    refusals = plan_capture(adapter, base=base)
     if refusals:
         raise PlanRefusedError(refusals)
     record = PatchRecord(

@@ -1,0 +1,91 @@
+"""The manifest of a merge: `portllm.json` beside the weights says what they are and what rounding took.
+
+The same merge gives the same bytes: no time, no host, no thread count stands in it; measures have six digits.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm.patch.merge import MergeSums
+from portllm.patch.record import ModelIdentity, PatchRecord, record_to_json
+
+MANIFEST_FILE = "portllm.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        output: The new model.
+        into: The model that the patch was added to.
+        patch: The record of the patch, or None for an adapter without one.
+        dtype: Storage dtypes of the changed tensors.
+        rounding: `nearest`, or `stochastic` and its seed.
+        tensors: The measures of each changed tensor, by name.
+        n_copied: Tensors that the patch does not touch.
+        n_bytes: Bytes of tensors written.
+    """
+
+    output: ModelIdentity
+    into: ModelIdentity
+    patch: PatchRecord | None
+    dtype: tuple[str, ...]
+    rounding: str
+    tensors: Mapping[str, MergeSums]
+    n_copied: int
+    n_bytes: int
+
+    @property
+    def total(self) -> MergeSums:
+        """The sums over all changed tensors."""
+        return sum(self.tensors.values(), MergeSums())
+
+    @property
+    def worst(self) -> str | None:
+        """The changed tensor that keeps the least of its gain, or None where nothing changed."""
+        return min(self.tensors, key=lambda name: self.tensors[name].kept_gain, default=None)
+
+
+def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
+    """The manifest's content."""
+    return {
+        "program": program,
+        "output": _identity(report.output),
+        "into": _identity(report.into),
+        "patch": None if report.patch is None else record_to_json(report.patch),
+        "dtype": list(report.dtype),
+        "rounding": report.rounding,
+        "tensors_changed": len(report.tensors),
+        "tensors_copied": report.n_copied,
+        "bytes": report.n_bytes,
+        "total": _measures(report.total),
+        "worst": report.worst,
+        "tensors": {name: _measures(sums) for name, sums in sorted(report.tensors.items())},
+    }
+
+
+def write_manifest(folder: Path, report: MergeReport, *, program: str) -> None:
+    """Write `portllm.json`."""
+    text = json.dumps(report_to_json(report, program=program), indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def _identity(identity: ModelIdentity) -> dict[str, object]:
+    return {"name": identity.name, "fingerprint": identity.fingerprint, "digest": identity.digest}
+
+
+def _measures(sums: MergeSums) -> dict[str, float | None]:
+    return {
+        "kept_gain": _six_digits(sums.kept_gain),
+        "rounding_loss": _six_digits(sums.rounding_loss),
+        "relative_size": _six_digits(sums.relative_size),
+    }
+
+
+def _six_digits(value: float) -> float | None:
+    # JSON has no infinity; a delta on a weight of zero has no relative size.
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,224 @@
+"""Add a patch to a model's weights, streamed: plan, then one tensor after another, in blocks of rows.
+
+Memory holds one block at a time, whatever the size of the model. What the patch does not touch is copied as bytes.
+The digests of what is read and written are taken on the way.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+from torch import Tensor
+
+from portllm import __version__
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.identity import digest_of, fingerprint, own_tensors, remember
+from portllm.checkpoint.reader import Checkpoint, open_checkpoint, read_bytes
+from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load, load_rows
+from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, staged_folder, write_index
+from portllm.errors import NonFiniteError, OutputError
+from portllm.export.manifest import MergeReport, write_manifest
+from portllm.export.side_files import copy_side_files
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.merge import MergeSums, add_rounded, add_stochastic, delta_rows, measure_merge
+from portllm.patch.noise import rounding_noise
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
+from portllm.progress import Progress, silent
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements of a weight in memory at once: 16 MiB in float32, and a few times that while it is measured."""
+
+COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Round to the nearest value, ties to even."""
+
+    def __str__(self) -> str:
+        return "nearest"
+
+
+@dataclass(frozen=True, slots=True)
+class Stochastic:
+    """Round up or down at random, so that the expected value is exact; bfloat16 only."""
+
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"stochastic-seed{self.seed}"
+
+
+Rounding = Nearest | Stochastic
+
+
+def merge(
+    patch: Patch[TensorInfo],
+    *,
+    into: Checkpoint,
+    out: Path,
+    dtype: str | None = None,
+    rounding: Rounding = Nearest(),  # noqa: B008 (a frozen value)
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> MergeReport:
+    """Write the model `into` with a patch in its weights to the folder `out`.
+
+    Each changed weight is `Q(W + s·B·A)`: the sum in float32, rounded once. For plain LoRA with nearest rounding the
+    bytes equal those of PEFT's `merge_and_unload`.
+
+    Args:
+        patch: What to add.
+        into: The model the patch belongs to.
+        out: The new model's folder.
+        dtype: Storage dtype of the output (`F32`, `BF16`, `F16`, `F64`), or None to keep each tensor's.
+        rounding: How the sum is brought to the storage dtype.
+        shard_bytes: Size above which the output is split into shards.
+        allow_other_base: Go on though the patch belongs to another model.
+        overwrite: Replace `out` where it exists.
+        progress: Told of the bytes written.
+
+    Returns:
+        What was done, with kept gain and rounding loss of each tensor.
+
+    Raises:
+        PlanRefusedError: The patch does not fit, with every reason.
+        OutputExistsError: `out` exists.
+        NonFiniteError: A weight, a delta or a sum is infinite or not a number.
+    """
+    plan = plan_merge(
+        patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base
+    )
+    return run_merge(plan, out, rounding=rounding, overwrite=overwrite, progress=progress)
+
+
+def run_merge(
+    plan: MergePlan,
+    out: Path,
+    *,
+    rounding: Rounding = Nearest(),  # noqa: B008 (a frozen value)
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> MergeReport:
+    """Carry out a plan; see `merge`."""
+    require(plan)
+    if plan.into.folder is not None and plan.into.folder.resolve() == out.resolve():
+        raise OutputError(f"'{out}': is the model that is merged into. Write to another folder.")
+    measured: dict[str, MergeSums] = {}
+    read_digests: dict[str, str] = {}
+    written_digests: dict[str, str] = {}
+    done = 0
+    with staged_folder(out, overwrite=overwrite) as folder:
+        for shard in plan.shards:
+            with ShardWriter(folder, shard) as writer:
+                for entry in shard.entries:
+                    read, written = blake3(), blake3()
+                    for block in _blocks(plan.steps[entry.name], rounding):
+                        writer.append(block.data)
+                        read.update(block.source)
+                        written.update(block.data)
+                        if block.sums is not None:
+                            measured[entry.name] = measured.get(entry.name, MergeSums()) + block.sums
+                        done += len(block.data)
+                        progress("merge", done, plan.n_bytes, "bytes")
+                    read_digests[plan.steps[entry.name].source.name] = read.hexdigest()
+                    written_digests[entry.name] = written.hexdigest()
+        write_index(folder, plan.shards)
+        if plan.into.folder is not None:
+            copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes)
+        report = _report(plan, out, folder, rounding, measured, read_digests, written_digests)
+        write_manifest(folder, report, program=__version__)
+    _remember_digests(plan.into, read_digests)
+    _remember_digests(open_checkpoint(out), written_digests)
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A part of one tensor on its way: as read, as it will be written, and what rounding took of the delta."""
+
+    source: bytes | memoryview
+    data: bytes | memoryview
+    sums: MergeSums | None
+
+
+def _blocks(step: MergeStep, rounding: Rounding) -> Iterator[_Block]:
+    """The bytes of one output tensor, in order."""
+    if step.delta is None and step.entry.dtype == step.source.dtype:
+        for start in range(0, step.source.n_bytes, COPY_BYTES):
+            data = read_bytes(step.source, start, min(start + COPY_BYTES, step.source.n_bytes))
+            yield _Block(data, data, None)
+    elif step.delta is None:
+        yield from _cast_blocks(step)
+    else:
+        yield from _merged_blocks(step, step.delta, rounding)
+
+
+def _cast_blocks(step: MergeStep) -> Iterator[_Block]:
+    for start, stop in _row_blocks(step.source):
+        weight = load_rows(step.source, start, stop) if step.source.shape else load(step.source)
+        yield _Block(encode(weight), encode(weight.to(TORCH_DTYPES[step.entry.dtype])), None)
+
+
+def _merged_blocks(step: MergeStep, delta: LowRankDelta[TensorInfo], rounding: Rounding) -> Iterator[_Block]:
+    a, b = load(delta.a), load(delta.b)
+    for start, stop in _row_blocks(step.source):
+        weight = load_rows(step.source, start, stop)
+        change = delta_rows(b[start:stop], a, scale=delta.scale)
+        merged = _round(weight, change, step, rounding, first=start * step.source.shape[1])
+        sums = measure_merge(weight, change, merged)
+        if not sums.is_finite:
+            raise NonFiniteError(
+                f"'{step.entry.name}': rows {start} to {stop} hold an infinity or NaN in the weight, in the delta or in "
+                f"their sum as {step.entry.dtype}. Look for a diverged training run, or store a wider dtype (--dtype)."
+            )
+        yield _Block(encode(weight), encode(merged), sums)
+
+
+def _round(weight: Tensor, change: Tensor, step: MergeStep, rounding: Rounding, *, first: int) -> Tensor:
+    if isinstance(rounding, Stochastic) and step.entry.dtype == "BF16":
+        noise = rounding_noise(seed=rounding.seed, tensor=step.entry.name, start=first, count=weight.numel())
+        return add_stochastic(weight, change, noise=noise.reshape(weight.shape))
+    return add_rounded(weight, change, dtype=TORCH_DTYPES[step.entry.dtype])
+
+
+def _row_blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `BLOCK_ELEMENTS` elements; a scalar is one row."""
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, BLOCK_ELEMENTS // max(1, info.n_params // max(1, rows)))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _report(
+    plan: MergePlan,
+    out: Path,
+    folder: Path,
+    rounding: Rounding,
+    measured: Mapping[str, MergeSums],
+    read_digests: Mapping[str, str],
+    written_digests: Mapping[str, str],
+) -> MergeReport:
+    written = open_checkpoint(folder)
+    return MergeReport(
+        output=ModelIdentity(out.name, fingerprint(written), digest_of(written_digests, own_tensors(written))),
+        into=ModelIdentity(
+            plan.identity.name, plan.identity.fingerprint, digest_of(read_digests, own_tensors(plan.into))
+        ),
+        patch=plan.patch.record,
+        dtype=tuple(sorted({plan.steps[name].entry.dtype for name in measured})),
+        rounding=str(rounding),
+        tensors=measured,
+        n_copied=len(plan.steps) - plan.n_changed,
+        n_bytes=plan.n_bytes,
+    )
+
+
+def _remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    for file in checkpoint.files:
+        remember(file, {info.name: digests[info.name] for info in checkpoint.infos.values() if info.file == file})
