@@ -203,10 +203,10 @@ def _read_sizes(file: GGUFFile, name: str, *, n_tokens: int) -> dict[str, int]:
     hidden, heads = size("embedding_length"), size("attention.head_count")
     key_heads = size("attention.head_count_kv", heads)
     head = size("attention.key_length", hidden // heads)
-    if heads % key_heads or head % 2:
+    if heads % key_heads or head % 2 or hidden % heads:
         raise file.refuse(
-            f"it has {heads} query heads, {key_heads} key heads of {head} rows; "
-            "the first must be a multiple of the second, and the rows even."
+            f"it has {heads} query heads, {key_heads} key heads of {head} rows and a width of {hidden}; query heads "
+            "must be a multiple of the key heads, divide the width, and have an even number of rows."
         )
     for key in ("attention.value_length", "rope.dimension_count"):
         if size(key, head) != head:
