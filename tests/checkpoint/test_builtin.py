@@ -122,17 +122,18 @@ def test_a_folder_that_lost_a_file_is_made_anew(package):
 
 
 def test_the_second_of_two_at_once_takes_the_folder_of_the_first(package):
-    inner = []
+    first = []
 
     def overtake(label, done, total, unit):
-        if not inner:
-            inner.append(None)
-            inner[0] = builtin_folder("tiny")
-            inner.append(files_of(inner[0]))
+        if not first:
+            first.append(None)  # before the call below, which comes here again
+            first[0] = builtin_folder("tiny")
+            first.append((first[0].stat().st_ino, files_of(first[0])))
 
-    assert builtin_folder("tiny", progress=overtake) == inner[0]
-    assert files_of(inner[0]) == inner[1]
-    assert cached() == [inner[0].name, "tiny.json"]
+    second = builtin_folder("tiny", progress=overtake)
+    assert second == first[0]
+    assert (second.stat().st_ino, files_of(second)) == first[1]
+    assert cached() == [second.name, "tiny.json"]
 
 
 def test_opening_again_imports_nothing_heavy(package, tmp_path):
