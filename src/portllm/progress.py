@@ -1,14 +1,12 @@
 """How long work tells its caller how far it is: a callback, so that the library itself never prints."""
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal
 
 Unit = Literal["bytes", "steps", "rows", "tensors"]
 
-
-class Progress(Protocol):
-    """Called with the amount done so far; `done == total` ends the work named by `label`."""
-
-    def __call__(self, label: str, done: int, total: int, unit: Unit) -> None: ...
+Progress = Callable[[str, int, int, Unit], None]
+"""Called as `progress(label, done, total, unit)`; `done == total` ends the work named by `label`."""
 
 
 def silent(label: str, done: int, total: int, unit: Unit) -> None:

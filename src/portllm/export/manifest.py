@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.patch.merge import MergeSums
+from portllm.patch.rounding import MergeSums
 from portllm.patch.record import ModelIdentity, PatchRecord, record_to_json
 
 MANIFEST_FILE = "portllm.json"

@@ -4,67 +4,11 @@ Source: the delta `s·B·A` is LoRA's (Hu et al., 2021, arXiv 2106.09685, eq. 3)
 weight is PortLLM's (arXiv 2410.10870, eq. 6). The measures are this project's.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import BFloat16, Float, Int32
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class MergeSums:
-    """Sums over elements from which the measures of a merge follow; sums of parts add up to the sum of the whole.
-
-    With weight W, delta Δ and merged weight Q(W+Δ), rounded to the storage dtype:
-
-    Attributes:
-        delta_sq: |Δ|².
-        gain: <Q(W+Δ) - W, Δ>.
-        lost_sq: |Q(W+Δ) - W - Δ|².
-        weight_sq: |W|².
-
-    Example:
-        >>> weight, delta = torch.ones(1, 2), torch.full((1, 2), 0.25)
-        >>> sums = measure_merge(weight, delta, weight + delta)
-        >>> sums.kept_gain, sums.rounding_loss, sums.relative_size
-        (1.0, 0.0, 0.25)
-    """
-
-    delta_sq: float = 0.0
-    gain: float = 0.0
-    lost_sq: float = 0.0
-    weight_sq: float = 0.0
-
-    def __add__(self, other: "MergeSums") -> "MergeSums":
-        return MergeSums(
-            self.delta_sq + other.delta_sq,
-            self.gain + other.gain,
-            self.lost_sq + other.lost_sq,
-            self.weight_sq + other.weight_sq,
-        )
-
-    @property
-    def kept_gain(self) -> float:
-        """`<Q(W+Δ) - W, Δ> / |Δ|²`: 1.0 when nothing is lost; 1.0 for a delta of zero."""
-        return self.gain / self.delta_sq if self.delta_sq else 1.0
-
-    @property
-    def rounding_loss(self) -> float:
-        """`|Q(W+Δ) - W - Δ| / |Δ|`; 0.0 for a delta of zero."""
-        return math.sqrt(self.lost_sq / self.delta_sq) if self.delta_sq else 0.0
-
-    @property
-    def relative_size(self) -> float:
-        """`|Δ| / |W|`; infinite for a weight of zero that a delta changes."""
-        if not self.weight_sq:
-            return math.inf if self.delta_sq else 0.0
-        return math.sqrt(self.delta_sq / self.weight_sq)
-
-    @property
-    def is_finite(self) -> bool:
-        """False when the weight, the delta or the merged weight holds an infinity or NaN."""
-        return math.isfinite(self.delta_sq + self.lost_sq + self.weight_sq)
+from portllm.patch.rounding import MergeSums
 
 
 def delta_rows(

@@ -21,10 +21,11 @@ from portllm.errors import NonFiniteError, OutputError
 from portllm.export.manifest import MergeReport, write_manifest
 from portllm.export.side_files import copy_side_files
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.merge import MergeSums, add_rounded, add_stochastic, delta_rows, measure_merge
+from portllm.patch.merge import add_rounded, add_stochastic, delta_rows, measure_merge
 from portllm.patch.noise import rounding_noise
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+from portllm.patch.rounding import MergeSums
 from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
 from portllm.progress import Progress, silent
 

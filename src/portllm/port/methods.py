@@ -4,18 +4,16 @@ A method is a pure function from a delta to the delta for the evolved base: no f
 evolved base equal to the base it returns an equal delta; its id records every parameter that changes its result.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from portllm.errors import UnknownMethodError
-from portllm.patch.delta import F, LowRankDelta
+from portllm.patch.delta import LowRankDelta
 from portllm.port.add import add
 
 
-class PortFunction(Protocol):
-    """What a method computes for one module."""
-
-    def __call__(self, delta: LowRankDelta[F], /) -> LowRankDelta[F]: ...
+PortFunction = Callable[[LowRankDelta[Any]], LowRankDelta[Any]]
+"""What a method computes for one module; the delta it returns has factors of the kind of those it was given."""
 
 
 class PortMethod(NamedTuple):

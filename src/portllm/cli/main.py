@@ -1,0 +1,63 @@
+"""The program `portllm`: its commands, and how an error ends it.
+
+Modules that cost time to import are imported inside the commands that need them, so that `portllm --help` answers at
+once. Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 done, and the verdict is no.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm import __version__
+from portllm.errors import PortLLMError
+
+app = typer.Typer(
+    name="portllm",
+    help="Carry a fine-tuned model's patch over to the next version of its base, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+MODEL = "A folder, a .safetensors file, or builtin:smollm2-135m."
+OutOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and every reason not to.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+OtherBaseOption = Annotated[
+    bool, typer.Option("--allow-other-base", help="Go on though the patch belongs to another model.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def program(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
+    """Carry a fine-tuned model's patch over to the next version of its base, without training."""
+    if version:
+        typer.echo(f"portllm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program; an error of ours is a message and exit status 1, a bug keeps its traceback."""
+    import portllm.cli.model_commands
+    import portllm.cli.patch_commands  # noqa: F401 (registers its commands)
+
+    try:
+        app()
+    except PortLLMError as error:
+        print(f"portllm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("portllm: interrupted; nothing was left half written.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Commands that work on files alone: inspect, capture, port, merge."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.main import (
+    MODEL,
+    DryRunOption,
+    JsonOption,
+    OtherBaseOption,
+    OutOption,
+    OverwriteOption,
+    QuietOption,
+    app,
+)
+
+
+class DType(StrEnum):
+    """Storage dtypes that weights can be merged to."""
+
+    F64 = "F64"
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+
+
+class RoundingName(StrEnum):
+    """How a sum is brought to the storage dtype."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
+def print_json(value: object) -> None:
+    """Print a JSON value."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help=f"A checkpoint, adapter or patch. {MODEL}")],
+    digest: Annotated[bool, typer.Option("--digest", help="Read all bytes of a checkpoint for its digest.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """What a checkpoint, adapter or patch is: identity, family, modules, ranks, scales, size."""
+    from portllm.cli.progress import shown_progress
+    from portllm.cli.render import render_summary
+    from portllm.pipeline.inspect import inspect as inspect_path
+    from portllm.pipeline.inspect import summary_to_json
+
+    with shown_progress(quiet=quiet) as progress:
+        summary = inspect_path(path, with_digest=digest, progress=progress)
+    if as_json:
+        print_json(summary_to_json(summary))
+    else:
+        typer.echo(render_summary(summary))
+
+
+@app.command()
+def capture(
+    adapter: Annotated[Path, typer.Option("--adapter", help="A PEFT LoRA folder.")],
+    base: Annotated[str, typer.Option("--base", help=f"The model it was made on. {MODEL}")],
+    output: OutOption,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a patch from an adapter: the same tensors, and a record of the base they belong to."""
+    from portllm.checkpoint.reader import open_checkpoint
+    from portllm.checkpoint.writer import check_free
+    from portllm.cli.render import render_summary
+    from portllm.errors import PlanRefusedError
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.pipeline.capture import capture_adapter, plan_capture
+    from portllm.pipeline.inspect import summarize_patch, summary_to_json
+
+    loaded, model = load_patch(adapter), open_checkpoint(base)
+    if dry_run:
+        if refusals := plan_capture(loaded, base=model):
+            raise PlanRefusedError(refusals)
+        check_free(output, overwrite=overwrite)
+        typer.echo(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
+        return
+    capture_adapter(loaded, base=model, out=output, overwrite=overwrite)
+    summary = summarize_patch(output)
+    if as_json:
+        print_json(summary_to_json(summary))
+    else:
+        typer.echo(render_summary(summary))
+
+
+@app.command()
+def port(
+    patch: Annotated[Path, typer.Argument(help="The patch, or a PEFT LoRA folder together with --base.")],
+    evolved: Annotated[str, typer.Option("--evolved", help=f"The model to carry it to. {MODEL}")],
+    output: OutOption,
+    base: Annotated[str | None, typer.Option("--base", help="The model the patch belongs to.")] = None,
+    method: Annotated[str, typer.Option("--method", help="How to carry it; 'add' takes the delta as it is.")] = "add",
+    allow_other_base: OtherBaseOption = False,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry a patch over to an evolved model; it stays an adapter. Reads headers and samples, no weights."""
+    from portllm.checkpoint.reader import open_checkpoint
+    from portllm.checkpoint.writer import check_free
+    from portllm.cli.render import render_port_plan
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.patch.record import record_to_json
+    from portllm.pipeline.plan import plan_port, require
+    from portllm.pipeline.port import run_port
+
+    plan = plan_port(
+        load_patch(patch),
+        evolved=open_checkpoint(evolved),
+        base=None if base is None else open_checkpoint(base),
+        method=method,
+        allow_other_base=allow_other_base,
+    )
+    if not as_json:
+        typer.echo(render_port_plan(plan, output))
+    if dry_run:
+        require(plan)
+        check_free(output, overwrite=overwrite)
+        return
+    ported = run_port(plan, output, overwrite=overwrite)
+    if as_json and ported.record is not None:
+        print_json({"output": str(output), "record": record_to_json(ported.record)})
+
+
+@app.command()
+def merge(
+    patch: Annotated[Path, typer.Argument(help="The patch.")],
+    into: Annotated[str, typer.Option("--into", help=f"The model it belongs to. {MODEL}")],
+    output: OutOption,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="Store all weights so; else as they are.")] = None,
+    rounding: Annotated[RoundingName, typer.Option("--rounding", help="stochastic is for BF16.")] = RoundingName.NEAREST,
+    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    max_shard_size: Annotated[float, typer.Option("--max-shard-size", help="In GB.", min=0.001)] = 5.0,
+    allow_other_base: OtherBaseOption = False,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Add a patch to a model's weights, streamed; says what rounding takes of it."""
+    from portllm.checkpoint.reader import open_checkpoint
+    from portllm.checkpoint.writer import check_free
+    from portllm.cli.progress import shown_progress
+    from portllm.cli.render import render_merge_plan, render_merge_report
+    from portllm.export.manifest import report_to_json
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.pipeline.plan import plan_merge, require
+
+    plan = plan_merge(
+        load_patch(patch),
+        into=open_checkpoint(into),
+        dtype=None if dtype is None else dtype.value,
+        shard_bytes=int(max_shard_size * 10**9),
+        allow_other_base=allow_other_base,
+    )
+    if dry_run:
+        typer.echo(render_merge_plan(plan, output))
+    require(plan)
+    check_free(output, overwrite=overwrite)
+    if dry_run:
+        return
+    from portllm.pipeline.merge import Nearest, Stochastic, run_merge
+
+    chosen = Stochastic(seed) if rounding is RoundingName.STOCHASTIC else Nearest()
+    with shown_progress(quiet=quiet) as progress:
+        report = run_merge(plan, output, rounding=chosen, overwrite=overwrite, progress=progress)
+    if as_json:
+        from portllm import __version__
+
+        print_json(report_to_json(report, program=__version__))
+    else:
+        typer.echo(render_merge_report(report, output, plan.notes))

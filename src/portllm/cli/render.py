@@ -1,0 +1,180 @@
+"""Values to text for people. Percent and rounding live here; the library's numbers are shares and stay whole."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from portllm.export.manifest import MergeReport
+from portllm.patch.record import PatchRecord
+from portllm.pipeline.inspect import CheckpointSummary, PatchSummary
+from portllm.pipeline.plan import MergePlan, PortPlan
+from portllm.progress import Unit
+
+KEPT_GAIN_WORTH_A_WARNING = 0.99
+
+
+def amount(value: int, unit: Unit) -> str:
+    """A count with its unit.
+
+    Example:
+        >>> amount(269_000_000, "bytes"), amount(40, "steps")
+        ('269.0 MB', '40 steps')
+    """
+    return n_bytes(value) if unit == "bytes" else f"{value:,} {unit}"
+
+
+def n_bytes(value: int) -> str:
+    """A size in decimal units, as disks and networks are sold.
+
+    Example:
+        >>> n_bytes(999), n_bytes(19_600_000)
+        ('999 B', '19.6 MB')
+    """
+    for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if value >= factor:
+            return f"{value / factor:.1f} {unit}"
+    return f"{value} B"
+
+
+def n_params(value: int) -> str:
+    """A number of parameters.
+
+    Example:
+        >>> n_params(134_515_008), n_params(8_030_000_000)
+        ('134.5 M', '8.03 B')
+    """
+    if value >= 10**9:
+        return f"{value / 10**9:.2f} B"
+    return f"{value / 10**6:.1f} M" if value >= 10**6 else f"{value:,}"
+
+
+def percent(share: float, *, digits: int = 1) -> str:
+    """A share in percent.
+
+    Example:
+        >>> percent(0.8512)
+        '85.1 %'
+    """
+    return f"{100 * share:.{digits}f} %"
+
+
+def render_summary(summary: CheckpointSummary | PatchSummary) -> str:
+    """What `inspect` prints."""
+    return _checkpoint(summary) if isinstance(summary, CheckpointSummary) else _patch(summary)
+
+
+def render_port_plan(plan: PortPlan, out: Path) -> str:
+    """What `port --dry-run` prints, and the first lines of `port`."""
+    lines = [f"port {plan.patch.name} by '{plan.method.id}': {plan.method.summary}"]
+    rows = {
+        "from": f"{plan.source.name} ({plan.source.fingerprint})",
+        "to": f"{plan.target.name} ({plan.target.fingerprint})",
+        "fit": f"{len(plan.patch.deltas)} modules, every tensor accounted for" if not plan.refusals else "does not fit",
+        "output": str(out),
+    }
+    if plan.evidence:
+        rows["drift"] = (
+            f"{percent(plan.evidence['sampled_drift'], digits=2)} of the patched weights' norm, cosine "
+            f"{plan.evidence['sampled_cosine']:.5f} (estimated from samples)"
+        )
+    elif plan.source.fingerprint == plan.target.fingerprint:
+        rows["drift"] = "none: the evolved model is the base"
+    return "\n".join([*lines, *_table(rows), *_refusals(plan)])
+
+
+def render_merge_plan(plan: MergePlan, out: Path) -> str:
+    """What `merge --dry-run` prints."""
+    rows = {
+        "patch": f"{plan.patch.name}, {len(plan.patch.deltas)} modules",
+        "into": f"{plan.identity.name} ({plan.identity.fingerprint})",
+        "changes": f"{plan.n_changed} of {len(plan.steps)} tensors; the others are copied",
+        "output": f"{out}: {n_bytes(plan.n_bytes)} in {_count(len(plan.shards), 'file')}",
+    }
+    return "\n".join(["merge", *_table(rows), *(f"  note: {note}" for note in plan.notes), *_refusals(plan)])
+
+
+def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) -> str:
+    """What `merge` prints: what was written, and what rounding took of the patch."""
+    total, worst = report.total, report.worst
+    rows = {
+        "output": f"{out}: {n_bytes(report.n_bytes)}, {len(report.tensors)} tensors changed, {report.n_copied} copied",
+        "identity": f"{report.output.fingerprint}, {report.output.digest}",
+        "patch size": f"{percent(total.relative_size, digits=2)} of the changed weights' norm",
+        "kept gain": f"{percent(total.kept_gain)} of the patch survives rounding to {'/'.join(report.dtype)}",
+        "rounding loss": f"{percent(total.rounding_loss)} of the patch's norm",
+    }
+    if worst is not None:
+        rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
+    lines = ["merged", *_table(rows), *(f"  note: {note}" for note in notes)]
+    least = report.tensors[worst].kept_gain if worst is not None else 1.0
+    if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
+        lines += [
+            "  warning: changes smaller than half a step of the storage dtype are lost. To keep them: serve the adapter",
+            "  unmerged, store a wider dtype (--dtype F32, or --dtype F16), or use --rounding stochastic.",
+        ]
+    return "\n".join(lines)
+
+
+def _checkpoint(summary: CheckpointSummary) -> str:
+    rows = {
+        "architecture": summary.architecture or "not said (no config.json)",
+        "fingerprint": summary.fingerprint,
+        "digest": summary.digest or "not taken (--digest reads all bytes)",
+        "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)} in {_count(summary.files, 'file')}",
+        "tensors": f"{summary.n_tensors}: {_counts(summary.dtypes)}",
+        "head": "tied to the embedding" if summary.tied_head else "its own matrix, or none",
+        "modules": _counts(summary.modules),
+    }
+    return "\n".join([f"checkpoint {summary.name}", *_table(rows)])
+
+
+def _patch(summary: PatchSummary) -> str:
+    kind = "patch" if summary.record else "adapter"
+    rows = {
+        "modules": f"{summary.n_modules}: {_counts(summary.modules)}",
+        "rank": _by_module(summary.ranks),
+        "scale": _by_module(summary.scales),
+        "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}",
+    }
+    rows |= _origin(summary.record) if summary.record else {"base": _unrecorded(summary)}
+    return "\n".join([f"{kind} {summary.name}", *_table(rows)])
+
+
+def _unrecorded(summary: PatchSummary) -> str:
+    return (
+        f"{summary.base_name or 'not said'} by name only; 'portllm capture --adapter {summary.name} --base BASE' writes "
+        "its identity down"
+    )
+
+
+def _origin(record: PatchRecord) -> dict[str, str]:
+    rows = {
+        "base": f"{record.base.name} ({record.base.fingerprint})",
+        "captured": f"by {record.capture.method}"
+        + "".join(f", {key} {value}" for key, value in record.capture.settings.items()),
+    }
+    for number, step in enumerate(record.ports, start=1):
+        rows[f"port {number}"] = f"by '{step.method}' from {step.source.name} to {step.target.name}"
+    return rows
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+
+
+def _refusals(plan: PortPlan | MergePlan) -> list[str]:
+    return [f"  refused: {refusal}" for refusal in plan.refusals]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _by_module(counts: Mapping[int, int] | Mapping[float, int]) -> str:
+    if len(counts) == 1:
+        return f"{next(iter(counts)):g}"
+    return ", ".join(f"{value:g} ({count} modules)" for value, count in counts.items())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,139 @@
+"""What a checkpoint, an adapter or a patch is: from headers and the fingerprint's sample alone."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm.checkpoint.identity import digest, fingerprint
+from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.ties import tied_embedding
+from portllm.patch.adapter_folder import CONFIG_FILE, load_patch
+from portllm.patch.record import PatchRecord, record_to_json
+from portllm.pipeline.fit import linear_weights
+from portllm.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """What a checkpoint is.
+
+    Attributes:
+        name: As given.
+        architecture: From `config.json`; None without one.
+        fingerprint: Its identity.
+        digest: Over all bytes, where it was asked for.
+        n_params: Elements of all tensors.
+        n_bytes: Bytes of all tensors.
+        n_tensors: How many there are.
+        files: How many files hold them.
+        dtypes: Number of tensors of each dtype.
+        modules: Number of linear modules of each name and shape.
+        tied_head: Whether embedding and head are one matrix.
+    """
+
+    name: str
+    architecture: str | None
+    fingerprint: str
+    digest: str | None
+    n_params: int
+    n_bytes: int
+    n_tensors: int
+    files: int
+    dtypes: Mapping[str, int]
+    modules: Mapping[str, int]
+    tied_head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PatchSummary:
+    """What an adapter or patch is.
+
+    Attributes:
+        name: As given.
+        n_modules: Modules it changes.
+        modules: Number of changed modules of each name.
+        ranks: Number of modules of each rank.
+        scales: Number of modules of each scale.
+        n_params: Numbers in all factors.
+        n_bytes: Bytes of all factors.
+        base_name: What PEFT's configuration calls the base.
+        record: The content of `patch.json`, or None.
+    """
+
+    name: str
+    n_modules: int
+    modules: Mapping[str, int]
+    ranks: Mapping[int, int]
+    scales: Mapping[float, int]
+    n_params: int
+    n_bytes: int
+    base_name: str | None
+    record: PatchRecord | None
+
+
+def inspect(where: str | Path, *, with_digest: bool = False, progress: Progress = silent) -> CheckpointSummary | PatchSummary:
+    """Describe a checkpoint, an adapter or a patch.
+
+    Args:
+        where: As for `open_checkpoint`, or an adapter folder.
+        with_digest: Read all of a checkpoint's bytes for its digest.
+        progress: Told of the bytes read for the digest.
+
+    Raises:
+        PortLLMError: There is nothing of the kind at that place, or it is damaged.
+    """
+    if (Path(where) / CONFIG_FILE).is_file():
+        return summarize_patch(where)
+    return summarize_checkpoint(where, with_digest=with_digest, progress=progress)
+
+
+def summarize_checkpoint(where: str | Path, *, with_digest: bool = False, progress: Progress = silent) -> CheckpointSummary:
+    """Describe a checkpoint; see `inspect`."""
+    checkpoint = open_checkpoint(where, progress=progress)
+    architectures = checkpoint.config.get("architectures")
+    kinds = Counter(
+        f"{module.rsplit('.', 1)[-1]} {info.shape[0]}x{info.shape[1]}"
+        for module, info in linear_weights(checkpoint).items()
+    )
+    return CheckpointSummary(
+        name=checkpoint.name,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        fingerprint=fingerprint(checkpoint),
+        digest=digest(checkpoint, progress=progress) if with_digest else None,
+        n_params=checkpoint.n_params,
+        n_bytes=checkpoint.n_bytes,
+        n_tensors=len(checkpoint.infos),
+        files=len(checkpoint.files),
+        dtypes=dict(Counter(info.dtype for info in checkpoint.infos.values())),
+        modules=dict(kinds),
+        tied_head=tied_embedding(checkpoint) is not None,
+    )
+
+
+def summarize_patch(where: str | Path) -> PatchSummary:
+    """Describe an adapter or patch; see `inspect`."""
+    patch = load_patch(where)
+    base_name = patch.config.fields.get("base_model_name_or_path")
+    return PatchSummary(
+        name=patch.name,
+        n_modules=len(patch.deltas),
+        modules=dict(Counter(module.rsplit(".", 1)[-1] for module in patch.deltas)),
+        ranks=dict(sorted(Counter(delta.rank for delta in patch.deltas.values()).items())),
+        scales=dict(sorted(Counter(delta.scale for delta in patch.deltas.values()).items())),
+        n_params=patch.n_params,
+        n_bytes=sum(factor.n_bytes for delta in patch.deltas.values() for factor in (delta.a, delta.b)),
+        base_name=str(base_name) if base_name else None,
+        record=patch.record,
+    )
+
+
+def summary_to_json(summary: CheckpointSummary | PatchSummary) -> dict[str, object]:
+    """A summary as JSON values."""
+    values: dict[str, object] = {name: getattr(summary, name) for name in summary.__slots__}
+    if isinstance(summary, PatchSummary):
+        values["kind"] = "patch" if summary.record else "adapter"
+        values["record"] = None if summary.record is None else record_to_json(summary.record)
+    else:
+        values["kind"] = "checkpoint"
+    return values
