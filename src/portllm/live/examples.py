@@ -1,0 +1,268 @@
+"""Rows of a JSONL file as prompts and completions; nothing here needs torch.
+
+A row is a JSON object. A template with plain `{field}` placeholders makes the prompt of it, one field is the
+completion.
+Every row that does not fit is gathered and told of at once.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from portllm.errors import DataError
+
+SHOWN_PROBLEMS = 10
+
+_PIECE = re.compile(r"(?P<literal>[^{}]+)|(?P<escape>\{\{|\}\})|\{(?P<field>[^{}]*)\}|(?P<stray>[{}])")
+_FIELD = re.compile(r"[^\W\d][\w-]*")
+
+Made = TypeVar("Made")
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the model is given, and what it should say.
+
+    Attributes:
+        prompt: The text before the completion, as it is; whitespace at its end counts.
+        completion: The text to learn or to score, without whitespace around it.
+    """
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A text with plain `{field}` placeholders; `{{` and `}}` stand for braces.
+
+    No attributes, indices, conversions or format specifications: a template comes from a command line and its fields
+    from a file, and neither should reach into Python objects.
+
+    Args:
+        text: The template.
+
+    Raises:
+        DataError: A brace has no partner, or what stands between braces is not a field's name.
+
+    Example:
+        >>> template = Template("Q: {question} {{sic}}")
+        >>> template.fields, template.fill({"question": "why?"})
+        (('question',), 'Q: why? {sic}')
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        for piece in _PIECE.finditer(self.text):
+            field = piece["field"]
+            if piece["stray"] or (field is not None and not _FIELD.fullmatch(field)):
+                raise DataError(
+                    f"template '{self.text}': '{piece[0]}' at character {piece.start() + 1} is not a placeholder; "
+                    "expected '{field}' with the name of a field. Write '{{' and '}}' for braces."
+                )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names between braces, each once, in order of appearance."""
+        return tuple(dict.fromkeys(piece["field"] for piece in _PIECE.finditer(self.text) if piece["field"]))
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """The text with every placeholder replaced by its value."""
+        return "".join(
+            piece["literal"] or (piece["escape"] or "")[:1] or values[piece["field"]]
+            for piece in _PIECE.finditer(self.text)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleFormat:
+    r"""How a row becomes an `Example`.
+
+    Args:
+        prompt: Template of the prompt, such as `"Question: {question}\nType:"`.
+        completion: Name of the field that holds the completion.
+
+    Raises:
+        DataError: The template is broken or names no field, or the completion's name stands in it.
+    """
+
+    prompt: str
+    completion: str
+
+    def __post_init__(self) -> None:
+        fields = Template(self.prompt).fields
+        if not fields:
+            raise DataError(
+                f"template '{self.prompt}': names no field, so every prompt would be the same. "
+                "Put a field of the rows between braces, such as '{question}'."
+            )
+        if self.completion in fields:
+            raise DataError(
+                f"template '{self.prompt}': '{{{self.completion}}}' is the completion; a prompt that shows it "
+                "leaves nothing to learn. Take it out of the template, or name another completion field."
+            )
+
+
+def completion_text(prompt: str, completion: str) -> str:
+    """The completion as it follows the prompt: after one space, or directly where the prompt ends in whitespace.
+
+    Example:
+        >>> completion_text("Type:", "treatment"), completion_text("Type: ", "treatment")
+        (' treatment', 'treatment')
+    """
+    return completion if not prompt or prompt[-1].isspace() else f" {completion}"
+
+
+def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
+    """The examples in a JSONL file, in order; blank lines are passed over.
+
+    Text is UTF-8, with or without a byte order mark; lines may end in CRLF. Numbers and booleans become the JSON text
+    that stands in the file.
+
+    Args:
+        path: The file.
+        fmt: What of a row is prompt and what completion.
+
+    Raises:
+        DataError: The file cannot be read, has no rows, or some rows do not fit; all of them are counted, the first
+            ten shown with their line numbers.
+    """
+    template = Template(fmt.prompt)
+
+    def make(row: Row) -> Example:
+        texts = _texts(row, (*template.fields, fmt.completion))
+        completion = texts[fmt.completion].strip()
+        if not completion:
+            raise _RowError(f"field '{fmt.completion}' is empty; expected the completion")
+        prompt = template.fill(texts)
+        if not prompt.strip():
+            raise _RowError("the prompt is blank; a model needs at least a word to go on")
+        return Example(prompt=prompt, completion=completion)
+
+    return _read(path, make, what=f"the prompt '{fmt.prompt}' and the completion '{fmt.completion}'")
+
+
+def read_texts(path: str | Path, template: str) -> list[str]:
+    r"""The texts that a template makes of the rows of a JSONL file; as `read_examples`, without a completion.
+
+    Args:
+        path: The file.
+        template: For instance `"{question}\n{answer}"`.
+
+    Raises:
+        DataError: As for `read_examples`.
+    """
+    parsed = Template(template)
+
+    def make(row: Row) -> str:
+        text = parsed.fill(_texts(row, parsed.fields))
+        if not text.strip():
+            raise _RowError("the text is blank")
+        return text
+
+    return _read(path, make, what=f"the text '{template}'")
+
+
+class _RowError(Exception):
+    """Why one row does not fit; gathered by `_read`."""
+
+
+def _read(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[Made]:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"'{path}': cannot be read: {error.strerror}. Name a JSONL file.") from error
+    made: list[Made] = []
+    problems: list[str] = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            made.append(make(_parse_row(line)))
+        except _RowError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise DataError(_render_problems(str(path), problems, n_rows=len(made) + len(problems), what=what))
+    if not made:
+        raise DataError(f"'{path}': has no rows; expected one JSON object a line for {what}.")
+    return made
+
+
+def _render_problems(path: str, problems: Sequence[str], *, n_rows: int, what: str) -> str:
+    lines = [f"'{path}': {len(problems)} of {n_rows} rows do not fit {what}. Correct the rows, or the names of fields."]
+    lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more.")
+    return "\n".join(lines)
+
+
+def _parse_row(line: bytes) -> Row:
+    try:
+        # Numbers stay the text they are: 1e5 is not turned into 100000.0, and no digit is lost.
+        row = json.loads(
+            line.decode("utf-8"),
+            parse_int=str,
+            parse_float=str,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique,
+        )
+    except UnicodeDecodeError as error:
+        raise _RowError(f"byte {error.start + 1} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise _RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
+    except RecursionError as error:
+        raise _RowError("is nested too deeply") from error
+    if not isinstance(row, dict):
+        raise _RowError(f"is {_kind(row)}; expected an object with named fields")
+    return row
+
+
+def _texts(row: Row, fields: Sequence[str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    problems: list[str] = []
+    for field in dict.fromkeys(fields):
+        value = row.get(field)
+        if field not in row:
+            problems.append(f"no field '{field}'")
+        elif isinstance(value, bool):
+            texts[field] = json.dumps(value)
+        elif isinstance(value, str):
+            texts[field] = value
+        else:
+            problems.append(f"field '{field}' is {_kind(value)}; expected text, a number or a boolean")
+    if problems:
+        there = ", ".join(f"'{name}'" for name in row) or "no fields"
+        raise _RowError(f"{'; '.join(problems)} (the row has {there})")
+    return texts
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RowError(f"field '{twice}' stands twice in one object")
+    return row
+
+
+def _refuse_constant(text: str) -> object:
+    raise _RowError(f"is not JSON: '{text}' is not a number")
+
+
+def _kind(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case bool():
+            return "a boolean"
+        case _:
+            return "a text or a number"
