@@ -93,6 +93,8 @@ def test_merged_bytes_equal_those_of_peft(case, tiny, tmp_path_factory):
     expected = models.merge_with_peft(base, adapter, folder / "peft", max_shard_size=size)
 
     into = portllm.open_checkpoint(base)
-    portllm.merge(portllm.load_patch(adapter), into=into, out=folder / "ours", shard_bytes=4000 if case.sharded else 10**9)
+    portllm.merge(
+        portllm.load_patch(adapter), into=into, out=folder / "ours", shard_bytes=4000 if case.sharded else 10**9
+    )
 
     assert_equal_bytes(tensors_of(folder / "ours"), tensors_of(expected))

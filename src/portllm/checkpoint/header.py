@@ -122,7 +122,9 @@ def parse_header(text: bytes, *, file: Path, file_bytes: int) -> Header:
     """
 
     def fail(problem: str) -> HeaderError:
-        return HeaderError(f"'{file}': {problem} The file is damaged or hostile; fetch it again from a source you trust.")
+        return HeaderError(
+            f"'{file}': {problem} The file is damaged or hostile; fetch it again from a source you trust."
+        )
 
     if not text.startswith(b"{"):
         raise fail("the header does not begin with '{'.")

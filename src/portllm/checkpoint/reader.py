@@ -188,7 +188,7 @@ def _why_no_model(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         return (
             "holds pickled weights, which are never read. Convert them once: "
-            "python -c \"from transformers import AutoModelForCausalLM as M; "
+            'python -c "from transformers import AutoModelForCausalLM as M; '
             "M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\"."
         )
     return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}."

@@ -35,7 +35,7 @@ def decode(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tenso
 
 def encode(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, without a copy where it is contiguous already."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def load(info: TensorInfo) -> Tensor:

@@ -123,7 +123,9 @@ class ShardWriter:
             if kind is None:
                 os.fsync(self._file.fileno())
         if kind is None and self._written != self._expected:
-            raise OutputError(f"'{self._path}': {self._written} bytes were written, its header promises {self._expected}.")
+            raise OutputError(
+                f"'{self._path}': {self._written} bytes were written, its header promises {self._expected}."
+            )
 
 
 @contextlib.contextmanager
@@ -151,14 +153,18 @@ def staged_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
-            raise OutputError(f"'{final}': could not be written: {error.strerror or error}. Nothing was left there.") from error
+            raise OutputError(
+                f"'{final}': could not be written: {error.strerror or error}. Nothing was left there."
+            ) from error
         raise
 
 
 def check_free(final: Path, *, overwrite: bool) -> None:
     """Raise OutputExistsError if something is at `final` that may not be replaced."""
     if final.exists() and not overwrite:
-        raise OutputExistsError(f"'{final}': is there already. Choose another place, or pass --overwrite to replace it.")
+        raise OutputExistsError(
+            f"'{final}': is there already. Choose another place, or pass --overwrite to replace it."
+        )
     if final.exists() and not final.is_dir():
         raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another place.")
 

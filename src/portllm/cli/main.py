@@ -52,10 +52,10 @@ def main() -> None:
     try:
         app()
     except PortLLMError as error:
-        print(f"portllm: {error}", file=sys.stderr)
+        typer.echo(f"portllm: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("portllm: interrupted; nothing was left half written.", file=sys.stderr)
+        typer.echo("portllm: interrupted; nothing was left half written.", err=True)
         sys.exit(130)
 
 

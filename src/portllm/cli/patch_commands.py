@@ -139,7 +139,9 @@ def merge(
     into: Annotated[str, typer.Option("--into", help=f"The model it belongs to. {MODEL}")],
     output: OutOption,
     dtype: Annotated[DType | None, typer.Option("--dtype", help="Store all weights so; else as they are.")] = None,
-    rounding: Annotated[RoundingName, typer.Option("--rounding", help="stochastic is for BF16.")] = RoundingName.NEAREST,
+    rounding: Annotated[
+        RoundingName, typer.Option("--rounding", help="stochastic is for BF16.")
+    ] = RoundingName.NEAREST,
     seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", help="In GB.", min=0.001)] = 5.0,
     allow_other_base: OtherBaseOption = False,

@@ -29,7 +29,12 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
     with Bars(*columns, console=Console(stderr=True)) as bars:
         tasks = {}
 
@@ -54,7 +59,8 @@ def _lines() -> Progress:
         if now - spoken.get(label, started[label]) >= LINE_EVERY_SECONDS or is_end:
             spoken[label] = now
             seconds = now - started[label]
-            print(f"{label}: {amount(done, unit)} of {amount(total, unit)}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{label}: {amount(done, unit)} of {amount(total, unit)}, {seconds:.0f} s\n")
+            sys.stderr.flush()
             if is_end:
                 del spoken[label]
 

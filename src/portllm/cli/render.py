@@ -108,8 +108,8 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
     least = report.tensors[worst].kept_gain if worst is not None else 1.0
     if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
         lines += [
-            "  warning: changes smaller than half a step of the storage dtype are lost. To keep them: serve the adapter",
-            "  unmerged, store a wider dtype (--dtype F32, or --dtype F16), or use --rounding stochastic.",
+            "  warning: changes smaller than half a step of the storage dtype are lost. To keep them, serve the",
+            "  adapter unmerged, store a wider dtype (--dtype F32 or F16), or use --rounding stochastic.",
         ]
     return "\n".join(lines)
 
@@ -119,7 +119,7 @@ def _checkpoint(summary: CheckpointSummary) -> str:
         "architecture": summary.architecture or "not said (no config.json)",
         "fingerprint": summary.fingerprint,
         "digest": summary.digest or "not taken (--digest reads all bytes)",
-        "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)} in {_count(summary.files, 'file')}",
+        "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}, {_count(summary.files, 'file')}",
         "tensors": f"{summary.n_tensors}: {_counts(summary.dtypes)}",
         "head": "tied to the embedding" if summary.tied_head else "its own matrix, or none",
         "modules": _counts(summary.modules),
@@ -140,10 +140,8 @@ def _patch(summary: PatchSummary) -> str:
 
 
 def _unrecorded(summary: PatchSummary) -> str:
-    return (
-        f"{summary.base_name or 'not said'} by name only; 'portllm capture --adapter {summary.name} --base BASE' writes "
-        "its identity down"
-    )
+    name = summary.base_name or "not said"
+    return f"{name}, by name only; 'portllm capture --adapter {summary.name} --base BASE' writes its identity down"
 
 
 def _origin(record: PatchRecord) -> dict[str, str]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.patch.rounding import MergeSums
 from portllm.patch.record import ModelIdentity, PatchRecord, record_to_json
+from portllm.patch.rounding import MergeSums
 
 MANIFEST_FILE = "portllm.json"
 

@@ -1,4 +1,4 @@
-"""The files that make a folder of weights a model: configuration, tokenizer, licence. Copied from the model merged into."""
+"""The files that make a folder of weights a model: configuration, tokenizer, license; copied from another model."""
 
 import json
 import shutil

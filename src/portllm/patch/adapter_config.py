@@ -77,7 +77,7 @@ class AdapterConfig:
         return cast(int, _by_pattern(self._mapping("rank_pattern"), module, self.fields["r"]))
 
     def scale_of(self, module: str) -> float:
-        """alpha / rank, or alpha / √rank where `use_rslora` is set.
+        """The scale of a module's delta: alpha / rank, or alpha / √rank where `use_rslora` is set.
 
         Example:
             >>> config = parse_adapter_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"],
@@ -106,7 +106,9 @@ class AdapterConfig:
         if not _names(targets, module):
             return False
         # PEFT looks at layer numbers only where the targets are a list.
-        return isinstance(targets, str) or self._layer_is_chosen(module, by_suffix=module not in cast(list[str], targets))
+        return isinstance(targets, str) or self._layer_is_chosen(
+            module, by_suffix=module not in cast(list[str], targets)
+        )
 
     def _layer_is_chosen(self, module: str, *, by_suffix: bool) -> bool:
         chosen = self.fields.get("layers_to_transform")
@@ -187,7 +189,7 @@ def _has_expected_type(name: str, value: object) -> bool:
         case "layers_to_transform":
             return value is None or _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
         case _:
-            return value is None or is_strings or isinstance(value, str) or isinstance(value, bool)
+            return value is None or is_strings or isinstance(value, str | bool)
 
 
 def _patterns_in(name: str, value: object) -> Sequence[str]:

@@ -29,6 +29,7 @@ PICKLE_FILE = "adapter_model.bin"
 RECORD_FILE = "patch.json"
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
 
 UNSUPPORTED_KEYS: Mapping[str, str] = {
     "lora_magnitude_vector": "a DoRA magnitude",
@@ -52,14 +53,17 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
     name = str(folder)
     _require_files(path, name)
     config = parse_adapter_config(read_json(path / CONFIG_FILE, error=AdapterFormatError), where=name)
-    factors = _pair_factors(read_header(path / TENSOR_FILE).tensors, where=name)
+    tensors = read_header(path / TENSOR_FILE).tensors
+    factors = _pair_factors(tensors, where=name)
     problems = [problem for module, pair in factors.items() if (problem := _pair_problem(module, pair, config))]
     if problems:
         raise AdapterFormatError(f"'{name}': {_first(problems)}")
     deltas = {
-        module: LowRankDelta(a=pair["A"], b=pair["B"], scale=config.scale_of(module)) for module, pair in factors.items()
+        module: LowRankDelta(a=pair["A"], b=pair["B"], scale=config.scale_of(module))
+        for module, pair in factors.items()
     }
-    return Patch(name, deltas, config, read_record(path))
+    copies = {match["module"]: info for key, info in tensors.items() if (match := _BASE_COPY.fullmatch(key))}
+    return Patch(name, deltas, config, read_record(path), copies)
 
 
 def read_record(folder: Path) -> PatchRecord | None:
@@ -133,20 +137,22 @@ def _require_files(path: Path, name: str) -> None:
         return
     if (path / PICKLE_FILE).is_file():
         raise AdapterFormatError(
-            f"'{name}': holds {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, convert it "
-            f'once: python -c "import torch, safetensors.torch as s; s.save_file(torch.load(\'{path / PICKLE_FILE}\', '
+            f"'{name}': holds {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, convert "
+            f"it once: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path / PICKLE_FILE}', "
             f"weights_only=True), '{path / TENSOR_FILE}')\"."
         )
     raise AdapterFormatError(f"'{name}': has {CONFIG_FILE} but no {TENSOR_FILE}. Copy the whole folder.")
 
 
 def _pair_factors(tensors: Mapping[str, TensorInfo], *, where: str) -> dict[str, dict[str, TensorInfo]]:
-    """The two factors of each module, or a refusal that names every tensor that is no such factor."""
+    """The two factors of each module, or a refusal that names every tensor that is neither such a factor nor a copy."""
     factors: dict[str, dict[str, TensorInfo]] = {}
     problems: list[str] = []
     for key in sorted(tensors):
         match = _KEY.fullmatch(key)
         kind = next((kind for part, kind in UNSUPPORTED_KEYS.items() if part in key), None)
+        if _BASE_COPY.fullmatch(key):
+            continue
         if match and not kind:
             factors.setdefault(match["module"], {})[match["factor"]] = tensors[key]
         else:
@@ -175,8 +181,8 @@ def _pair_problem(module: str, pair: Mapping[str, TensorInfo], config: AdapterCo
         return f"module '{module}': lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}"
     if a.shape[0] != config.rank_of(module):
         return (
-            f"module '{module}': its tensors have rank {a.shape[0]}, {CONFIG_FILE} says {config.rank_of(module)}, so its "
-            "scale cannot be known"
+            f"module '{module}': its tensors have rank {a.shape[0]}, {CONFIG_FILE} says {config.rank_of(module)}, so "
+            "its scale cannot be known"
         )
     return None
 

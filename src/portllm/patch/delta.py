@@ -10,7 +10,8 @@ class Factor(Protocol):
     """One factor of a delta: a tensor, or the description of one in a file."""
 
     @property
-    def shape(self) -> Sequence[int]: ...
+    def shape(self) -> Sequence[int]:
+        """Its axes, outermost first."""
 
 
 F = TypeVar("F", bound=Factor)

@@ -1,7 +1,7 @@
 """A patch as a value: deltas by the module they change, PEFT's configuration, and the record of its origin."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic
 
 from portllm.patch.adapter_config import AdapterConfig
@@ -18,12 +18,15 @@ class Patch(Generic[F]):
         deltas: By module, such as `model.layers.0.self_attn.q_proj`; sorted.
         config: PEFT's configuration, as read.
         record: Where it comes from, or None for an adapter that no one recorded.
+        base_copies: By module, copies of the base's own weights that PEFT stores with an adapter of the head. They
+            are no part of what was learned: they are compared with the base and left out of what is written.
     """
 
     name: str
     deltas: Mapping[str, LowRankDelta[F]]
     config: AdapterConfig
     record: PatchRecord | None
+    base_copies: Mapping[str, F] = field(default_factory=dict)
 
     @property
     def n_params(self) -> int:

@@ -11,19 +11,19 @@ from portllm.errors import PlanRefusedError, Refusal
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
-from portllm.pipeline.fit import misfits
+from portllm.pipeline.fit import altered_copies, misfits
 from portllm.pipeline.plan import identify
 
 
 def plan_capture(adapter: Patch[TensorInfo], *, base: Checkpoint) -> tuple[Refusal, ...]:
     """Every reason why an adapter cannot be captured as a patch of this base."""
-    refusals = [*misfits(adapter, base)]
+    refusals = [*misfits(adapter, base), *altered_copies(adapter, base)]
     if adapter.record is not None:
         refusals.append(
             Refusal(
                 "--adapter",
-                f"{adapter.name} is a patch already: its patch.json says that it belongs to {adapter.record.base.name}. "
-                "Use it as it is; 'portllm port' carries it to another base.",
+                f"{adapter.name} is a patch already: its patch.json names {adapter.record.base.name} as its base. Use "
+                "it as it is; 'portllm port' carries it to another base.",
             )
         )
     return tuple(sorted(refusals))

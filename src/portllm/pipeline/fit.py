@@ -1,15 +1,16 @@
-"""Does a patch fit a model? Answered from headers and fingerprints; every reason why not is gathered, none is raised."""
+"""Does a patch fit a model? From headers and fingerprints; every reason why not is gathered, none is raised."""
 
 from collections.abc import Iterator
 
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.reader import Checkpoint, read_bytes
 from portllm.checkpoint.ties import EMBEDDING_SUFFIX, HEAD_MODULE, tied_embedding
 from portllm.errors import Refusal
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 
 WEIGHT = ".weight"
+COMPARED_BYTES = 1 << 24
 
 
 def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -32,7 +33,9 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
     for module, delta in patch.deltas.items():
         weight = weights.get(module)
         if weight is None:
-            yield Refusal(module, f"the patch changes it, {checkpoint.name} has no such module.{_near(module, weights)}")
+            yield Refusal(
+                module, f"the patch changes it, {checkpoint.name} has no such module.{_near(module, weights)}"
+            )
         elif weight.shape != delta.shape:
             yield Refusal(
                 module,
@@ -54,6 +57,19 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
             )
 
 
+def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
+    """Where a copy of the base's weight that an adapter carries is not this base's."""
+    weights = linear_weights(base)
+    for module, copy in patch.base_copies.items():
+        weight = weights.get(module)
+        if weight is None or not _same_bytes(copy, weight):
+            yield Refusal(
+                module,
+                f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it "
+                "belongs to another base, or trained this module whole, which is not supported.",
+            )
+
+
 def base_mismatch(
     patch: Patch[TensorInfo], given: ModelIdentity, *, option: str, allow_other_base: bool
 ) -> Iterator[Refusal]:
@@ -67,6 +83,14 @@ def base_mismatch(
         f"({belongs.fingerprint}). Give that model, carry the patch over with 'portllm port', or pass "
         "--allow-other-base if it is meant.",
     )
+
+
+def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    starts = range(0, left.n_bytes, COMPARED_BYTES)
+    spans = ((start, min(start + COMPARED_BYTES, left.n_bytes)) for start in starts)
+    return all(read_bytes(left, *span) == read_bytes(right, *span) for span in spans)
 
 
 def _near(module: str, weights: dict[str, TensorInfo]) -> str:

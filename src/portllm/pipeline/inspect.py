@@ -72,7 +72,9 @@ class PatchSummary:
     record: PatchRecord | None
 
 
-def inspect(where: str | Path, *, with_digest: bool = False, progress: Progress = silent) -> CheckpointSummary | PatchSummary:
+def inspect(
+    where: str | Path, *, with_digest: bool = False, progress: Progress = silent
+) -> CheckpointSummary | PatchSummary:
     """Describe a checkpoint, an adapter or a patch.
 
     Args:
@@ -88,7 +90,9 @@ def inspect(where: str | Path, *, with_digest: bool = False, progress: Progress 
     return summarize_checkpoint(where, with_digest=with_digest, progress=progress)
 
 
-def summarize_checkpoint(where: str | Path, *, with_digest: bool = False, progress: Progress = silent) -> CheckpointSummary:
+def summarize_checkpoint(
+    where: str | Path, *, with_digest: bool = False, progress: Progress = silent
+) -> CheckpointSummary:
     """Describe a checkpoint; see `inspect`."""
     checkpoint = open_checkpoint(where, progress=progress)
     architectures = checkpoint.config.get("architectures")

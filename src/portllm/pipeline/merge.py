@@ -62,7 +62,7 @@ def merge(
     into: Checkpoint,
     out: Path,
     dtype: str | None = None,
-    rounding: Rounding = Nearest(),  # noqa: B008 (a frozen value)
+    rounding: Rounding = Nearest(),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     allow_other_base: bool = False,
     overwrite: bool = False,
@@ -92,9 +92,7 @@ def merge(
         OutputExistsError: `out` exists.
         NonFiniteError: A weight, a delta or a sum is infinite or not a number.
     """
-    plan = plan_merge(
-        patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base
-    )
+    plan = plan_merge(patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base)
     return run_merge(plan, out, rounding=rounding, overwrite=overwrite, progress=progress)
 
 
@@ -102,7 +100,7 @@ def run_merge(
     plan: MergePlan,
     out: Path,
     *,
-    rounding: Rounding = Nearest(),  # noqa: B008 (a frozen value)
+    rounding: Rounding = Nearest(),
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
@@ -168,22 +166,27 @@ def _cast_blocks(step: MergeStep) -> Iterator[_Block]:
 
 def _merged_blocks(step: MergeStep, delta: LowRankDelta[TensorInfo], rounding: Rounding) -> Iterator[_Block]:
     a, b = load(delta.a), load(delta.b)
-    for start, stop in _row_blocks(step.source):
+    blocks = list(_row_blocks(step.source))
+    height = blocks[0][1]
+    for start, stop in blocks:
         weight = load_rows(step.source, start, stop)
-        change = delta_rows(b[start:stop], a, scale=delta.scale)
-        merged = _round(weight, change, step, rounding, first=start * step.source.shape[1])
+        # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
+        # block is multiplied at full height, from rows that the block before it has had already.
+        first = max(0, stop - height)
+        change = delta_rows(b[first:stop], a, scale=delta.scale)[start - first :]
+        merged = _round(weight, change, step, rounding, offset=start * step.source.shape[1])
         sums = measure_merge(weight, change, merged)
         if not sums.is_finite:
             raise NonFiniteError(
-                f"'{step.entry.name}': rows {start} to {stop} hold an infinity or NaN in the weight, in the delta or in "
-                f"their sum as {step.entry.dtype}. Look for a diverged training run, or store a wider dtype (--dtype)."
+                f"'{step.entry.name}': rows {start} to {stop} hold an infinity or NaN in the weight, in the delta or "
+                f"in their sum as {step.entry.dtype}. Look for a diverged training run, or store a wider dtype."
             )
         yield _Block(encode(weight), encode(merged), sums)
 
 
-def _round(weight: Tensor, change: Tensor, step: MergeStep, rounding: Rounding, *, first: int) -> Tensor:
+def _round(weight: Tensor, change: Tensor, step: MergeStep, rounding: Rounding, *, offset: int) -> Tensor:
     if isinstance(rounding, Stochastic) and step.entry.dtype == "BF16":
-        noise = rounding_noise(seed=rounding.seed, tensor=step.entry.name, start=first, count=weight.numel())
+        noise = rounding_noise(seed=rounding.seed, tensor=step.entry.name, start=offset, count=weight.numel())
         return add_stochastic(weight, change, noise=noise.reshape(weight.shape))
     return add_rounded(weight, change, dtype=TORCH_DTYPES[step.entry.dtype])
 

@@ -18,7 +18,7 @@ from portllm.errors import PlanRefusedError, Refusal
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
-from portllm.pipeline.fit import base_mismatch, linear_weights, misfits
+from portllm.pipeline.fit import altered_copies, base_mismatch, linear_weights, misfits
 from portllm.port.methods import PortMethod, method_named
 
 
@@ -129,16 +129,17 @@ def plan_port(
     refusals = list(misfits(patch, evolved))
     given = None if base is None else identify(base)
     source = patch.record.base if patch.record else given
-    if given is not None:
+    if base is not None and given is not None:
         refusals += base_mismatch(patch, given, option="--base", allow_other_base=allow_other_base)
+        refusals += altered_copies(patch, base)
         source = given
     if source is None:
         source = target
         refusals.append(
             Refusal(
                 "--base",
-                f"{patch.name} has no patch.json, so the model it belongs to is not known. Name it with --base, or write "
-                f"it down once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
+                f"{patch.name} has no patch.json, so the model it belongs to is not known. Name it with --base, or "
+                f"write it down once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
             )
         )
     evidence = _sampled_drift(patch, base, evolved) if base is not None and not refusals else {}
@@ -165,6 +166,7 @@ def plan_merge(
     identity = identify(into)
     refusals = list(misfits(patch, into))
     refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
+    refusals += altered_copies(patch, into)
     notes = []
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")
@@ -182,9 +184,7 @@ def plan_merge(
         for name, info in sorted(sources.items())
     }
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=shard_bytes)
-    return MergePlan(
-        patch, into, identity, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals))
-    )
+    return MergePlan(patch, into, identity, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)))
 
 
 def _stored_as(info: TensorInfo, dtype: str | None) -> str:

@@ -11,7 +11,6 @@ from portllm.errors import UnknownMethodError
 from portllm.patch.delta import LowRankDelta
 from portllm.port.add import add
 
-
 PortFunction = Callable[[LowRankDelta[Any]], LowRankDelta[Any]]
 """What a method computes for one module; the delta it returns has factors of the kind of those it was given."""
 
