@@ -135,6 +135,9 @@ def load_model(
         ) from error
     model.to(device)
     model.eval()
+    # The head is given a slice of the hidden states. Where it is frozen, torch multiplies a slice row by row, each time
+    # with a copy of the whole head: two thirds of a small model's time (own measurement).
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     accepted = inspect.signature(model.forward).parameters
     lacking = [name for name in ("attention_mask", "position_ids", "logits_to_keep") if name not in accepted]
     if lacking:

@@ -138,7 +138,8 @@ def _require_files(path: Path, name: str) -> None:
     if (path / PICKLE_FILE).is_file():
         raise AdapterFormatError(
             f"'{name}': holds {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, convert "
-            f"it once: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path / PICKLE_FILE}', "
+            "it once: python -c \"import torch, safetensors.torch as s; "
+            f"s.save_file(torch.load('{path / PICKLE_FILE}', "
             f"weights_only=True), '{path / TENSOR_FILE}')\"."
         )
     raise AdapterFormatError(f"'{name}': has {CONFIG_FILE} but no {TENSOR_FILE}. Copy the whole folder.")
