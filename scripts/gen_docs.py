@@ -1,0 +1,131 @@
+"""Writes the pages of docs/ that say what the code says: the command reference, and the example of the patch format.
+
+    python scripts/gen_docs.py            write them
+    python scripts/gen_docs.py --check    exit with 1 where a page differs from what would be written
+
+The text depends on the code alone: fixed width, no color, nothing of the machine.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from safetensors.numpy import save_file
+
+DOCS = Path(__file__).parents[1] / "docs"
+WIDTH = 100
+EXAMPLE_START = "<!-- example: written by scripts/gen_docs.py -->"
+EXAMPLE_END = "<!-- end of example -->"
+
+
+def find_program() -> Any:
+    """The command line as typer sees it, with every command registered."""
+    import portllm.cli.main
+    import portllm.cli.model_commands
+    import portllm.cli.patch_commands
+
+    return typer.main.get_command(portllm.cli.main.app)
+
+
+def open_context(command: Any, name: str, parent: Any = None) -> Any:
+    """A context in which a command's help has a fixed width."""
+    widths = {"terminal_width": WIDTH, "max_content_width": WIDTH}
+    return command.make_context(name, [], parent=parent, resilient_parsing=True, **widths)
+
+
+def render_help(context: Any) -> str:
+    """What `--help` prints."""
+    return "\n".join(line.rstrip() for line in context.get_help().strip().splitlines())
+
+
+def render_commands() -> str:
+    """The page `commands.md`."""
+    program = find_program()
+    context = open_context(program, "portllm")
+    parts = [
+        "# Commands",
+        "Written by `scripts/gen_docs.py` from the program; change the program, not this page.",
+        "Results go to stdout, progress and messages to stderr. Exit status: 0 done; 1 refused or failed, with a "
+        "message that\nnames the tensor or file and the way out; 2 wrong usage; 3 done, and the verdict is no.",
+        fence(render_help(context)),
+    ]
+    for name, command in program.commands.items():
+        parts += [f"## portllm {name}", fence(render_help(open_context(command, name, context)))]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_example_models(folder: Path) -> None:
+    """Two versions of a model of one module, and an adapter of the first, with numbers that are the same every time."""
+    module = "model.layers.0.mlp.down_proj"
+    for name, shift in (("base", 0.0), ("evolved", 0.125)):
+        (folder / name).mkdir()
+        weight = (np.arange(12 * 20, dtype=np.float32).reshape(12, 20) - 120) / 128 + np.float32(shift)
+        save_file({f"{module}.weight": weight}, folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}\n')
+    (folder / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["down_proj"]}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    factors = {
+        f"base_model.model.{module}.lora_A.weight": np.arange(2 * 20, dtype=np.float32).reshape(2, 20) / 64,
+        f"base_model.model.{module}.lora_B.weight": np.arange(12 * 2, dtype=np.float32).reshape(12, 2) / 32,
+    }
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors")
+
+
+def render_example() -> str:
+    """The files of a patch that was captured and ported, as the program writes them."""
+    import portllm
+    from portllm.pipeline.port import port
+
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        write_example_models(Path())
+        base, evolved = portllm.open_checkpoint("base"), portllm.open_checkpoint("evolved")
+        patch = portllm.capture_adapter(portllm.load_patch("adapter"), base=base, out=Path("patch"))
+        port(patch, base=base, evolved=evolved, out=Path("ported"))
+        files = {
+            file: Path("ported", file).read_text(encoding="utf-8") for file in ("adapter_config.json", "patch.json")
+        }
+    return "\n\n".join(f"`{file}`\n\n{fence(text.strip(), kind='json')}" for file, text in files.items())
+
+
+def render_patch_format() -> str:
+    """The page `patch-format.md`: what stands there, with a fresh example."""
+    page = (DOCS / "patch-format.md").read_text(encoding="utf-8")
+    start, end = page.index(EXAMPLE_START) + len(EXAMPLE_START), page.index(EXAMPLE_END)
+    return f"{page[:start]}\n\n{render_example()}\n\n{page[end:]}"
+
+
+def fence(text: str, *, kind: str = "text") -> str:
+    """A block of verbatim text."""
+    return f"```{kind}\n{text}\n```"
+
+
+PAGES = {"commands.md": render_commands, "patch-format.md": render_patch_format}
+
+
+def main() -> int:
+    """Write the pages, or compare them."""
+    parser = argparse.ArgumentParser(description="Write the generated pages of docs/, or check them.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is stale")
+    check = parser.parse_args().check
+    stale = []
+    for name, render in PAGES.items():
+        page, text = DOCS / name, render()
+        if page.exists() and page.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not check:
+            page.write_text(text, encoding="utf-8")
+    if check and stale:
+        print(f"stale: {', '.join(stale)}; run: python scripts/gen_docs.py", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
