@@ -61,17 +61,23 @@ def add_stochastic(
 def measure_merge(
     weight: Float[Tensor, "rows d_in"], delta: Float[Tensor, "rows d_in"], merged: Float[Tensor, "rows d_in"]
 ) -> MergeSums:
-    """The sums of one block of rows, accumulated in float64."""
-    exact = weight.double()
-    delta = delta.double()
-    change = merged.double() - exact
+    """The sums of one block of rows: each row's in float32 (float64 where a tensor is), over rows in float64.
+
+    Example:
+        >>> weight, delta = torch.ones(1, 2), torch.full((1, 2), 0.25)
+        >>> measure_merge(weight, delta, weight + delta).kept_gain
+        1.0
+    """
+    working = torch.promote_types(delta.dtype, torch.promote_types(weight.dtype, torch.float32))
+    before = weight.to(working)
+    change = merged.to(working) - before
     return MergeSums(
-        delta_sq=_dot(delta, delta),
-        gain=_dot(change, delta),
-        lost_sq=_dot(change - delta, change - delta),
-        weight_sq=_dot(exact, exact),
+        delta_sq=_square_sum(delta),
+        gain=(change * delta).sum(dim=1).sum(dtype=torch.float64).item(),
+        lost_sq=_square_sum(change - delta),
+        weight_sq=_square_sum(before),
     )
 
 
-def _dot(left: Tensor, right: Tensor) -> float:
-    return torch.dot(left.reshape(-1), right.reshape(-1)).item()
+def _square_sum(values: Float[Tensor, "rows d_in"]) -> float:
+    return torch.linalg.vector_norm(values, dim=1).square().sum(dtype=torch.float64).item()
