@@ -80,4 +80,4 @@ def measure_merge(
 
 
 def _square_sum(values: Float[Tensor, "rows d_in"]) -> float:
-    return torch.linalg.vector_norm(values, dim=1).square().sum(dtype=torch.float64).item()
+    return float(torch.linalg.vector_norm(values, dim=1).square().sum(dtype=torch.float64).item())

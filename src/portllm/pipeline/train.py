@@ -1,0 +1,86 @@
+"""A first patch: LoRA fine-tuning on a JSONL file, captured with the record of what it was trained on."""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.writer import check_free
+from portllm.errors import NotFoundError
+from portllm.live.examples import ExampleFormat, read_examples
+from portllm.live.model import Device
+from portllm.live.train import TrainReport, TrainSettings, train_lora
+from portllm.patch.adapter_folder import load_patch
+from portllm.patch.patch import Patch
+from portllm.pipeline.capture import capture_adapter
+from portllm.progress import Progress, silent
+
+
+def train(
+    base: Checkpoint,
+    *,
+    data: Path,
+    fmt: ExampleFormat,
+    out: Path,
+    settings: TrainSettings | None = None,
+    device: Device = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> tuple[Patch[TensorInfo], TrainReport]:
+    """Fine-tune a patch for a base and write it to `out`.
+
+    Args:
+        base: The model; a folder with configuration and tokenizer.
+        data: JSONL rows.
+        fmt: What of a row is prompt and what completion; recorded, so that `evaluate` asks the same way.
+        out: The patch's folder.
+        settings: Rank, learning rate and the like.
+        device: Where to train.
+        overwrite: Replace `out` where it exists.
+        progress: Told of every step.
+
+    Returns:
+        The patch, opened from `out`, and what training did.
+
+    Raises:
+        DataError: Rows do not fit.
+        NotFoundError: The base is a single file, without configuration and tokenizer.
+        OutputExistsError: `out` exists; said before any work is done.
+    """
+    check_free(out, overwrite=overwrite)
+    folder = model_folder(base)
+    settings = settings or TrainSettings()
+    examples = read_examples(data, fmt)
+    with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
+        adapter = Path(scratch) / "adapter"
+        report = train_lora(folder, examples, settings, adapter, device=device, progress=progress)
+        recorded = {
+            **asdict(settings),
+            "prompt": fmt.prompt,
+            "completion": fmt.completion,
+            "data": f"blake3:{blake3(data.read_bytes()).hexdigest()}",
+            "rows": report.n_rows,
+            "rows_cut": report.n_cut_rows,
+            "steps": report.steps,
+        }
+        patch = capture_adapter(
+            load_patch(adapter), base=base, out=out, method="train", settings=recorded, overwrite=overwrite
+        )
+    return patch, report
+
+
+def model_folder(checkpoint: Checkpoint) -> Path:
+    """The folder of a checkpoint that is to run.
+
+    Raises:
+        NotFoundError: It is a single file, without configuration and tokenizer.
+    """
+    if checkpoint.folder is None:
+        raise NotFoundError(
+            f"'{checkpoint.name}': is a single file; running a model needs its configuration and tokenizer too. Give "
+            "the folder that holds them."
+        )
+    return checkpoint.folder
