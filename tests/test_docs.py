@@ -1,0 +1,99 @@
+"""The pages say what the code says."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import portllm
+from portllm import errors
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def error_classes():
+    return {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.PortLLMError) and value is not errors.PortLLMError
+    }
+
+
+def shell_commands(text):
+    """The lines of a page's verbatim blocks that call the program, without their comments."""
+    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = (line.split(" #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line.startswith("portllm ")]
+
+
+def options_of_commands():
+    """The options of every command, from the generated reference."""
+    sections = re.split(r"^## portllm ", read("docs/commands.md"), flags=re.MULTILINE)[1:]
+    return {section.split()[0]: set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", section)) for section in sections}
+
+
+def test_the_errors_page_explains_every_error_and_no_other():
+    explained = set(re.findall(r"^#{2,3} (\w+)$", read("docs/errors.md"), flags=re.MULTILINE))
+    assert explained == error_classes()
+
+
+def test_the_tree_in_the_docstring_of_errors_names_every_error():
+    assert error_classes() <= set(re.findall(r"^ +(\w+Error)\b", errors.__doc__, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_a_page_exists_with_its_options(page):
+    known = options_of_commands()
+    for line in shell_commands(page.read_text(encoding="utf-8")):
+        name, *words = line.split()[1:]
+        assert name in known, line
+        assert {word for word in words if word.startswith("-")} <= known[name], line
+
+
+def test_the_readme_shows_commands():
+    assert len(shell_commands(read("README.md"))) > 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_generated_pages_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "gen_docs.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_port_method_has_a_page():
+    from portllm.port.methods import METHODS
+
+    assert sorted(METHODS) == sorted(page.stem for page in (ROOT / "docs" / "methods").glob("*.md"))
+
+
+def test_the_newest_entry_of_the_changelog_is_the_version_of_the_package():
+    newest = re.search(r"^## \[([^\]]+)\]", read("CHANGELOG.md"), flags=re.MULTILINE)
+    declared = tomllib.loads(read("pyproject.toml"))["project"]["version"]
+    assert newest
+    assert newest[1] == declared == portllm.__version__
+
+
+def test_constraints_pin_every_package_to_one_version():
+    lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[0-9][\w.]*", line)] == []
+    assert lines == sorted(lines)
+    assert "torch==2.13.0" in lines

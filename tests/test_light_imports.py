@@ -1,0 +1,78 @@
+"""What needs headers and bytes only answers at once: it loads no tensor library. Checked in a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "scipy", "gguf", "accelerate")
+
+REPORT = f"""
+import sys
+print("loaded:", *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+
+
+def heavy_modules_after(program, *, cwd=None):
+    """Which of the heavy libraries are loaded when `program` has run in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", program + REPORT], capture_output=True, text=True, check=False, timeout=120, cwd=cwd
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.rpartition("loaded:")[2].split()
+
+
+def command(*words):
+    """A program that runs the command line with these words and goes on when it ends."""
+    return f"""
+import sys
+from portllm.cli.main import main
+sys.argv = ["portllm", *{words!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "portllm",
+        "portllm.errors",
+        "portllm.checkpoint.identity",
+        "portllm.checkpoint.reader",
+        "portllm.checkpoint.writer",
+        "portllm.cli.main",
+        "portllm.patch.adapter_folder",
+        "portllm.pipeline.capture",
+        "portllm.pipeline.plan",
+        "portllm.pipeline.port",
+    ],
+)
+def test_the_module_loads_no_heavy_library(module):
+    assert heavy_modules_after(f"import {module}") == []
+
+
+def test_help_loads_no_heavy_library():
+    assert heavy_modules_after(command("--help")) == []
+
+
+def test_inspecting_a_checkpoint_loads_no_heavy_library(tiny):
+    assert heavy_modules_after(command("inspect", str(tiny("base")))) == []
+
+
+def test_inspecting_an_adapter_loads_no_heavy_library(tiny):
+    assert heavy_modules_after(command("inspect", str(tiny("adapter")))) == []
+
+
+def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
+    base, evolved, adapter = str(tiny("base")), str(tiny("evolved")), str(tiny("adapter"))
+    captured = command("capture", "--adapter", adapter, "--base", base, "-o", "patch")
+    ported = command("port", "patch", "--evolved", evolved, "-o", "ported")
+    assert heavy_modules_after(captured + ported, cwd=tmp_path) == []
+    assert (tmp_path / "ported" / "patch.json").exists()
+
+
+def test_this_check_notices_a_heavy_import():
+    assert heavy_modules_after("import portllm.patch.merge") == ["torch"]
