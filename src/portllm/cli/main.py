@@ -4,6 +4,7 @@ Modules that cost time to import are imported inside the commands that need them
 once. Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 done, and the verdict is no.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,11 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progre
 OtherBaseOption = Annotated[
     bool, typer.Option("--allow-other-base", help="Go on though the patch belongs to another model.")
 ]
+
+
+def print_json(value: object) -> None:
+    """Print a JSON value."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.callback(invoke_without_command=True)

@@ -1,6 +1,5 @@
 """Commands that work on files alone: inspect, capture, port, merge."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ from portllm.cli.main import (
     OverwriteOption,
     QuietOption,
     app,
+    print_json,
 )
 
 
@@ -33,11 +33,6 @@ class RoundingName(StrEnum):
 
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
-
-
-def print_json(value: object) -> None:
-    """Print a JSON value."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.command()

@@ -78,7 +78,7 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         )
     elif plan.source.fingerprint == plan.target.fingerprint:
         rows["drift"] = "none: the evolved model is the base"
-    return "\n".join([*lines, *_table(rows), *_refusals(plan)])
+    return "\n".join([*lines, *table(rows), *_refusals(plan)])
 
 
 def render_merge_plan(plan: MergePlan, out: Path) -> str:
@@ -89,7 +89,7 @@ def render_merge_plan(plan: MergePlan, out: Path) -> str:
         "changes": f"{plan.n_changed} of {len(plan.steps)} tensors; the others are copied",
         "output": f"{out}: {n_bytes(plan.n_bytes)} in {_count(len(plan.shards), 'file')}",
     }
-    return "\n".join(["merge", *_table(rows), *(f"  note: {note}" for note in plan.notes), *_refusals(plan)])
+    return "\n".join(["merge", *table(rows), *(f"  note: {note}" for note in plan.notes), *_refusals(plan)])
 
 
 def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) -> str:
@@ -104,7 +104,7 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
     }
     if worst is not None:
         rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
-    lines = ["merged", *_table(rows), *(f"  note: {note}" for note in notes)]
+    lines = ["merged", *table(rows), *(f"  note: {note}" for note in notes)]
     least = report.tensors[worst].kept_gain if worst is not None else 1.0
     if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
         lines += [
@@ -124,7 +124,7 @@ def _checkpoint(summary: CheckpointSummary) -> str:
         "head": "tied to the embedding" if summary.tied_head else "its own matrix, or none",
         "modules": _counts(summary.modules),
     }
-    return "\n".join([f"checkpoint {summary.name}", *_table(rows)])
+    return "\n".join([f"checkpoint {summary.name}", *table(rows)])
 
 
 def _patch(summary: PatchSummary) -> str:
@@ -136,7 +136,7 @@ def _patch(summary: PatchSummary) -> str:
         "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}",
     }
     rows |= _origin(summary.record) if summary.record else {"base": _unrecorded(summary)}
-    return "\n".join([f"{kind} {summary.name}", *_table(rows)])
+    return "\n".join([f"{kind} {summary.name}", *table(rows)])
 
 
 def _unrecorded(summary: PatchSummary) -> str:
@@ -155,7 +155,8 @@ def _origin(record: PatchRecord) -> dict[str, str]:
     return rows
 
 
-def _table(rows: Mapping[str, str]) -> list[str]:
+def table(rows: Mapping[str, str]) -> list[str]:
+    """Names and texts in two columns."""
     width = max(map(len, rows))
     return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
 
