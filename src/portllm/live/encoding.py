@@ -71,6 +71,11 @@ class Encoder:
             ids = ids[:-1]
         return tuple(ids)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without marks."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
     def encode(self, prompt: str, completion: str, *, max_tokens: int | None = None, reserve: int = 0) -> Encoded:
         """Ids of a prompt and of its completion, apart.
 
@@ -100,15 +105,25 @@ class Encoder:
                 f"prompt '{_shorten(prompt)}' with completion '{_shorten(completion)}': "
                 f"the {'prompt' if not before else 'completion'} has no tokens; both need at least one."
             )
-        n_cut = 0 if max_tokens is None else max(0, len(before) + len(after) + reserve - max_tokens)
-        head = before[:1] if n_cut and before[0] == self._bos else ()
-        kept = head + before[len(head) + n_cut :]
-        if len(kept) <= len(head) and n_cut:
-            raise DataError(
-                f"completion '{_shorten(completion)}': {len(after) + reserve} tokens leave none of {max_tokens} "
-                "for the prompt. Allow more tokens, or shorten the completion."
-            )
+        if max_tokens is None:
+            return Encoded(prompt=before, completion=after)
+        kept, n_cut = self.cut_prompt(before, room=max_tokens - len(after) - reserve)
         return Encoded(prompt=kept, completion=after, n_cut=n_cut)
+
+    def cut_prompt(self, prompt: tuple[int, ...], *, room: int) -> tuple[tuple[int, ...], int]:
+        """The last `room` ids of a prompt and how many were cut; a begin-of-text token at its start is kept.
+
+        Raises:
+            DataError: Nothing of the prompt's own text is left.
+        """
+        n_cut = max(0, len(prompt) - room)
+        head = prompt[:1] if n_cut and prompt[0] == self._bos else ()
+        if n_cut and room <= len(head):
+            raise DataError(
+                f"a prompt of {len(prompt)} tokens: its completion leaves room for {max(room, 0)}, and at least "
+                f"{len(head) + 1} are needed. Allow more tokens, or shorten the completion."
+            )
+        return head + prompt[len(head) + n_cut :], n_cut
 
 
 def pad_left(rows: Sequence[Sequence[int]], *, device: torch.device) -> PaddedBatch:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from portllm.checkpoint.writer import staged_folder
 from portllm.errors import DataError, PortLLMError
-from portllm.live.encoding import Encoded, Encoder, pad_left
+from portllm.live.encoding import Encoded, Encoder
 from portllm.live.examples import Example
+from portllm.live.loss import completion_nats
 from portllm.live.model import (
     Device,
     PeftModel,
@@ -30,9 +30,6 @@ from portllm.live.model import (
 )
 from portllm.live.schedule import Decay, bucketed_batches, learning_rate_share
 from portllm.progress import Progress, silent
-
-IGNORED = -100
-"""The target that PyTorch's cross entropy leaves out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +224,8 @@ def _fit(
             group["lr"] = settings.learning_rate * learning_rate_share(
                 step, steps=steps, warmup=settings.warmup, decay=settings.decay
             )
-        loss = _completion_loss(model, [rows[index] for index in batch], eos=encoder.eos, device=device)
+        ended = [replace(rows[index], completion=(*rows[index].completion, encoder.eos)) for index in batch]
+        loss = completion_nats(model, ended, device=device).sum() / sum(len(row.completion) for row in ended)
         if not math.isfinite(loss.item()):
             raise PortLLMError(
                 f"training: the loss is {loss.item()} at step {step + 1} of {steps}; nothing was written. "
@@ -238,7 +236,7 @@ def _fit(
         torch.nn.utils.clip_grad_norm_(factors, settings.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
-        n_tokens += sum(len(rows[index].prompt) + len(rows[index].completion) + 1 for index in batch)
+        n_tokens += sum(len(row.prompt) + len(row.completion) for row in ended)
         progress("train", step + 1, steps, "steps")
     model.eval()
     return TrainReport(
@@ -258,22 +256,3 @@ def _batches(rows: Sequence[Encoded], settings: TrainSettings) -> Iterator[list[
     lengths = [len(row.prompt) + len(row.completion) for row in rows]
     for epoch in itertools.count():
         yield from bucketed_batches(lengths, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
-
-
-def _completion_loss(model: PeftModel, rows: Sequence[Encoded], *, eos: int, device: torch.device) -> torch.Tensor:
-    # Rows end in the last column, so the logits of all completions are in the last few columns: the head, a quarter
-    # of a small model's work, runs on these only. The end mark is a target, never an input.
-    ended = [replace(row, completion=(*row.completion, eos)) for row in rows]
-    batch = pad_left([row.prompt + row.completion[:-1] for row in ended], device=device)
-    width = max(len(row.completion) for row in ended)
-    targets = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
-    for index, row in enumerate(ended):
-        targets[index, width - len(row.completion) :] = torch.tensor(row.completion, dtype=torch.int64)
-    logits: torch.Tensor = model(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        logits_to_keep=width,
-        use_cache=False,
-    ).logits
-    return cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=IGNORED)
