@@ -211,6 +211,8 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"'{twice}' stands twice")
+    # Python's reader lets half a surrogate pair through, which no one can encode or print later.
+    "".join(found).encode("utf-8")
     return found
 
 
