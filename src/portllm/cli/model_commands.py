@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.main import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption, app, print_json
+from portllm.cli.main import (
+    MODEL,
+    DryRunOption,
+    JsonOption,
+    OtherBaseOption,
+    OutOption,
+    OverwriteOption,
+    QuietOption,
+    app,
+    print_json,
+)
 
 
 class DeviceName(StrEnum):
@@ -97,3 +107,77 @@ def train(
         print_json({"patch": summary_to_json(summary), "training": {n: getattr(report, n) for n in report.__slots__}})
     else:
         typer.echo(render_training(summary, report))
+
+
+class Judging(StrEnum):
+    """How answers are judged."""
+
+    LABELS = "labels"
+    TEXT = "text"
+
+
+@app.command()
+def evaluate(
+    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
+    patch: Annotated[Path, typer.Option("--patch", help="The patch.")],
+    evolved: Annotated[str, typer.Option("--evolved", help="The later version of the base.")],
+    ported: Annotated[Path, typer.Option("--ported", help="The patch carried over to it.")],
+    data: DataOption,
+    retrained: Annotated[
+        Path | None, typer.Option("--retrained", help="A patch trained on the evolved model; retention needs it.")
+    ] = None,
+    merged: Annotated[
+        str | None, typer.Option("--merged", help="The evolved model with the ported patch in its weights.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Template; as in training where the patch says.")] = None,
+    completion: Annotated[str | None, typer.Option(help="Field of the right answer; likewise.")] = None,
+    judge: Annotated[Judging, typer.Option(help="labels: the likeliest; text: written and compared.")] = Judging.LABELS,
+    labels: Annotated[str | None, typer.Option(help="Between commas; else the answers that occur.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Written at most, for text.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the intervals' resampling.")] = 0,
+    device: DeviceOption = DeviceName.AUTO,
+    allow_other_base: OtherBaseOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Base, base + patch, evolved, evolved + ported (and retrained) on the same rows: score, loss, retention."""
+    from portllm.checkpoint.reader import open_checkpoint
+    from portllm.cli.progress import shown_progress
+    from portllm.cli.render_models import render_comparison
+    from portllm.evaluate.scoring import Task
+    from portllm.live.examples import read_examples
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.pipeline.evaluate import evaluate as evaluate_patch
+    from portllm.pipeline.train import recorded_format
+
+    old = load_patch(patch)
+    examples = read_examples(data, recorded_format(old, prompt=prompt, completion=completion))
+    task = Task(
+        examples=tuple(examples[:limit]),
+        kind=judge.value,
+        labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
+        max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    with shown_progress(quiet=quiet) as progress:
+        comparison = evaluate_patch(
+            task,
+            base=open_checkpoint(base),
+            patch=old,
+            evolved=open_checkpoint(evolved),
+            ported=load_patch(ported),
+            retrained=None if retrained is None else load_patch(retrained),
+            merged=None if merged is None else open_checkpoint(merged),
+            allow_other_base=allow_other_base,
+            device=device.value,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        typer.echo(render_comparison(comparison))

@@ -23,6 +23,16 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Progress]:
         yield _lines()
 
 
+def work_of(label: str) -> str:
+    """The work that a label names, without the part of it that is being done.
+
+    Example:
+        >>> work_of("evaluate: evolved + ported")
+        'evaluate'
+    """
+    return label.split(":", 1)[0]
+
+
 @contextmanager
 def _bars() -> Iterator[Progress]:
     from rich.console import Console
@@ -30,7 +40,7 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<36}"),
         BarColumn(),
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
@@ -39,10 +49,11 @@ def _bars() -> Iterator[Progress]:
         tasks = {}
 
         def show(label: str, done: int, total: int, unit: Unit) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total, text="")
+            work = work_of(label)
+            if work not in tasks:
+                tasks[work] = bars.add_task(label, total=total, text="")
             text = f"{amount(done, unit)} of {amount(total, unit)}"
-            bars.update(tasks[label], completed=done, total=total, text=text)
+            bars.update(tasks[work], description=label, completed=done, total=total, text=text)
 
         yield show
 
@@ -53,15 +64,15 @@ def _lines() -> Progress:
     spoken: dict[str, float] = {}
 
     def show(label: str, done: int, total: int, unit: Unit) -> None:
-        now = time.monotonic()
-        started.setdefault(label, now)
-        is_end = done >= total and label in spoken
-        if now - spoken.get(label, started[label]) >= LINE_EVERY_SECONDS or is_end:
-            spoken[label] = now
-            seconds = now - started[label]
+        now, work = time.monotonic(), work_of(label)
+        started.setdefault(work, now)
+        is_end = done >= total and work in spoken
+        if now - spoken.get(work, started[work]) >= LINE_EVERY_SECONDS or is_end:
+            spoken[work] = now
+            seconds = now - started[work]
             sys.stderr.write(f"{label}: {amount(done, unit)} of {amount(total, unit)}, {seconds:.0f} s\n")
             sys.stderr.flush()
             if is_end:
-                del spoken[label]
+                del spoken[work]
 
     return show

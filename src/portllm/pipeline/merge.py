@@ -16,8 +16,8 @@ from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, fingerprint, own_tensors, remember
 from portllm.checkpoint.reader import Checkpoint, open_checkpoint, read_bytes
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load, load_rows
-from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, staged_folder, write_index
-from portllm.errors import NonFiniteError, OutputError
+from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, check_apart, staged_folder, write_index
+from portllm.errors import NonFiniteError
 from portllm.export.manifest import MergeReport, write_manifest
 from portllm.export.side_files import copy_side_files
 from portllm.patch.delta import LowRankDelta
@@ -106,8 +106,7 @@ def run_merge(
 ) -> MergeReport:
     """Carry out a plan; see `merge`."""
     require(plan)
-    if plan.into.folder is not None and plan.into.folder.resolve() == out.resolve():
-        raise OutputError(f"'{out}': is the model that is merged into. Write to another folder.")
+    check_apart(out, (*plan.into.files, *plan.patch.files))
     measured: dict[str, MergeSums] = {}
     read_digests: dict[str, str] = {}
     written_digests: dict[str, str] = {}

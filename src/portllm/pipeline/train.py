@@ -9,7 +9,7 @@ from blake3 import blake3
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.writer import check_free
-from portllm.errors import NotFoundError
+from portllm.errors import DataError, NotFoundError
 from portllm.live.examples import ExampleFormat, read_examples
 from portllm.live.model import Device
 from portllm.live.train import TrainReport, TrainSettings, train_lora
@@ -70,6 +70,27 @@ def train(
             load_patch(adapter), base=base, out=out, method="train", settings=recorded, overwrite=overwrite
         )
     return patch, report
+
+
+def recorded_format(patch: Patch[TensorInfo], *, prompt: str | None, completion: str | None) -> ExampleFormat:
+    """How to ask a patch: as it was trained, but for what is given.
+
+    Raises:
+        DataError: Neither is known.
+    """
+    settings = patch.record.capture.settings if patch.record else {}
+    prompt = prompt if prompt is not None else _text(settings.get("prompt"))
+    completion = completion if completion is not None else _text(settings.get("completion"))
+    if prompt is None or completion is None:
+        raise DataError(
+            f"'{patch.name}': does not say how its prompts were made, as it was not trained with 'portllm train'. "
+            "Pass --prompt and --completion."
+        )
+    return ExampleFormat(prompt=prompt, completion=completion)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def model_folder(checkpoint: Checkpoint) -> Path:

@@ -1,0 +1,84 @@
+"""The comparison of base, patched, evolved, ported and retrained models, after every fit has been checked.
+
+PEFT loads an adapter onto any model whose names and shapes agree. Here a patch is compared on the model that it
+belongs to, or not at all.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.errors import PlanRefusedError, Refusal
+from portllm.evaluate.compare import Comparison, Contestants, compare
+from portllm.evaluate.scoring import Task
+from portllm.live.model import Device
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+from portllm.pipeline.fit import base_mismatch, misfits
+from portllm.pipeline.plan import identify
+from portllm.pipeline.train import model_folder
+from portllm.progress import Progress, silent
+
+
+def evaluate(
+    task: Task,
+    *,
+    base: Checkpoint,
+    patch: Patch[TensorInfo],
+    evolved: Checkpoint,
+    ported: Patch[TensorInfo],
+    retrained: Patch[TensorInfo] | None = None,
+    merged: Checkpoint | None = None,
+    allow_other_base: bool = False,
+    device: Device = "auto",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare the models on the rows of a task; each base is loaded once.
+
+    Args:
+        task: Rows, and how answers are judged.
+        base: The model that the patch was made on.
+        patch: The patch.
+        evolved: The later version.
+        ported: The patch carried over to it.
+        retrained: A patch trained on the evolved model; retention needs it.
+        merged: The evolved model with the ported patch in its weights, as a row of its own.
+        allow_other_base: Go on though a patch belongs to another model.
+        device: Where to run.
+        seed: Of the intervals' resampling.
+        progress: Told of the rows done.
+
+    Raises:
+        PlanRefusedError: A patch does not fit the model that it is to be put on, with every reason.
+        NotFoundError: A model is a single file, without configuration and tokenizer.
+        DataError: Rows do not fit.
+    """
+    old, new = identify(base), identify(evolved)
+    pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
+    pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
+    refusals = [refusal for pair in pairs for refusal in _unfit(*pair, allow_other_base=allow_other_base)]
+    if refusals:
+        raise PlanRefusedError(refusals)
+    contestants = Contestants(
+        base=model_folder(base),
+        patch=Path(patch.name),
+        evolved=model_folder(evolved),
+        ported=Path(ported.name),
+        retrained=None if retrained is None else Path(retrained.name),
+        merged=None if merged is None else model_folder(merged),
+    )
+    return compare(contestants, task, device=device, seed=seed, progress=progress)
+
+
+def _unfit(
+    option: str,
+    patch: Patch[TensorInfo],
+    model: Checkpoint,
+    identity: ModelIdentity,
+    *,
+    allow_other_base: bool,
+) -> Iterator[Refusal]:
+    yield from misfits(patch, model)
+    yield from base_mismatch(patch, identity, option=option, allow_other_base=allow_other_base)
