@@ -1,6 +1,7 @@
 """The pages say what the code says."""
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -60,6 +61,28 @@ def test_every_command_on_a_page_exists_with_its_options(page):
 
 def test_the_readme_shows_commands():
     assert len(shell_commands(read("README.md"))) > 3
+
+
+def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(tmp_path):
+    from tests import models
+
+    base = models.make_base(tmp_path / "base-v1")
+    models.make_evolved(base, tmp_path / "base-v2")
+    models.make_adapter(base, tmp_path / "my-adapter")
+    for line in shell_commands(read("README.md")):
+        words = shlex.split(line)[1:]
+        if words[0] in ("train", "evaluate"):  # these need a model that can read and write
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", "portllm.cli.main", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "my-model-v2" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
