@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,16 @@ def check_free(final: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another place.")
 
 
+def check_apart(final: Path, inputs: Iterable[Path]) -> None:
+    """Raise OutputError if a file that is read lies in the folder `final`, which `--overwrite` would replace whole."""
+    place = final.resolve()
+    for file in inputs:
+        # A file may be a link out of its folder, as in the cache of the Hugging Face Hub; neither end may be lost.
+        ends = (file.parent.resolve() / file.name, file.resolve())
+        if any(place in end.parents for end in ends):
+            raise OutputError(f"'{final}': holds '{file}', which is read for the output. Write to another folder.")
+
+
 def _take_place(staging: Path, final: Path, *, overwrite: bool) -> None:
     check_free(final, overwrite=overwrite)
     if not final.exists():
@@ -176,7 +186,11 @@ def _take_place(staging: Path, final: Path, *, overwrite: bool) -> None:
         return
     old = staging.with_suffix(".old")
     final.rename(old)
-    staging.rename(final)
+    try:
+        staging.rename(final)
+    except BaseException:
+        old.rename(final)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -121,6 +121,11 @@ def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
     return dict(sorted(keyed.items(), key=lambda pair: (-DTYPE_BITS[pair[1].dtype], pair[0])))
 
 
+def files_of(patch: Patch[TensorInfo]) -> tuple[Path, ...]:
+    """The files that hold a patch's tensors, sorted."""
+    return tuple(sorted({info.file for info in stored_tensors(patch).values()}))
+
+
 def digest_tensors(patch: Patch[TensorInfo]) -> dict[str, str]:
     """The blake3 digest of every stored tensor's bytes, by PEFT's key."""
     return {key: blake3(read_bytes(info)).hexdigest() for key, info in stored_tensors(patch).items()}
@@ -138,7 +143,7 @@ def _require_files(path: Path, name: str) -> None:
     if (path / PICKLE_FILE).is_file():
         raise AdapterFormatError(
             f"'{name}': holds {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, convert "
-            "it once: python -c \"import torch, safetensors.torch as s; "
+            'it once: python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path / PICKLE_FILE}', "
             f"weights_only=True), '{path / TENSOR_FILE}')\"."
         )

@@ -6,9 +6,9 @@ from pathlib import Path
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
-from portllm.checkpoint.writer import staged_folder
+from portllm.checkpoint.writer import check_apart, staged_folder
 from portllm.errors import PlanRefusedError, Refusal
-from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
+from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.pipeline.fit import altered_copies, misfits
@@ -51,10 +51,12 @@ def capture_adapter(
     Raises:
         PlanRefusedError: The adapter does not fit the base, with every reason.
         OutputExistsError: `out` exists.
+        OutputError: `out` cannot be written, or holds what is read.
     """
     refusals = plan_capture(adapter, base=base)
     if refusals:
         raise PlanRefusedError(refusals)
+    check_apart(out, (*base.files, *files_of(adapter)))
     record = PatchRecord(
         base=identify(base),
         capture=Capture(method, dict(settings or {})),

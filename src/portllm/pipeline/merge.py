@@ -20,6 +20,7 @@ from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, check_ap
 from portllm.errors import NonFiniteError
 from portllm.export.manifest import MergeReport, write_manifest
 from portllm.export.side_files import copy_side_files
+from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.merge import add_rounded, add_stochastic, delta_rows, measure_merge
 from portllm.patch.noise import rounding_noise
@@ -90,6 +91,7 @@ def merge(
     Raises:
         PlanRefusedError: The patch does not fit, with every reason.
         OutputExistsError: `out` exists.
+        OutputError: `out` cannot be written, or holds what is read.
         NonFiniteError: A weight, a delta or a sum is infinite or not a number.
     """
     plan = plan_merge(patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base)
@@ -106,7 +108,7 @@ def run_merge(
 ) -> MergeReport:
     """Carry out a plan; see `merge`."""
     require(plan)
-    check_apart(out, (*plan.into.files, *plan.patch.files))
+    check_apart(out, (*plan.into.files, *files_of(plan.patch)))
     measured: dict[str, MergeSums] = {}
     read_digests: dict[str, str] = {}
     written_digests: dict[str, str] = {}

@@ -6,6 +6,7 @@ plan with refusals does not run.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from portllm.assess.drift import DriftSums, measure_drift
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
@@ -15,6 +16,7 @@ from portllm.checkpoint.sample import sample_values
 from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
 from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
 from portllm.errors import PlanRefusedError, Refusal
+from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
@@ -31,6 +33,7 @@ class PortPlan:
         method: How it is carried.
         source: The base it belongs to.
         target: The evolved model.
+        files: What is read; the output lies elsewhere.
         evidence: What was measured from the fingerprints' samples.
         refusals: Every reason not to run.
     """
@@ -39,6 +42,7 @@ class PortPlan:
     method: PortMethod
     source: ModelIdentity
     target: ModelIdentity
+    files: tuple[Path, ...]
     evidence: Mapping[str, float]
     refusals: tuple[Refusal, ...]
 
@@ -143,7 +147,8 @@ def plan_port(
             )
         )
     evidence = _sampled_drift(patch, base, evolved) if base is not None and not refusals else {}
-    return PortPlan(patch, chosen, source, target, evidence, tuple(sorted(refusals)))
+    files = (*files_of(patch), *evolved.files, *(base.files if base is not None else ()))
+    return PortPlan(patch, chosen, source, target, files, evidence, tuple(sorted(refusals)))
 
 
 def plan_merge(

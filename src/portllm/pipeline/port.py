@@ -5,7 +5,7 @@ from pathlib import Path
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
-from portllm.checkpoint.writer import staged_folder
+from portllm.checkpoint.writer import check_apart, staged_folder
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
@@ -41,6 +41,7 @@ def port(
     Raises:
         PlanRefusedError: The patch does not fit, with every reason.
         OutputExistsError: `out` exists.
+        OutputError: `out` cannot be written, or holds what is read.
     """
     plan = plan_port(patch, evolved=evolved, base=base, method=method, allow_other_base=allow_other_base)
     return run_port(plan, out, overwrite=overwrite)
@@ -49,6 +50,7 @@ def port(
 def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
     """Carry out a plan; see `port`."""
     require(plan)
+    check_apart(out, plan.files)
     patch = plan.patch
     deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
     ported = Patch(str(out), deltas, patch.config, None)
