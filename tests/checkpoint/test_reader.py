@@ -213,7 +213,7 @@ def test_a_json_file_that_is_too_large_is_not_read(sharded, monkeypatch):
 
 
 def test_one_shard_alone_is_refused(sharded):
-    with pytest.raises(CheckpointError, match="is one shard of a model. Give the folder"):
+    with pytest.raises(CheckpointError, match=r"is one shard of a model. Give the folder"):
         open_checkpoint(sharded / SHARDS[0])
 
 
@@ -236,7 +236,7 @@ def test_an_adapter_given_as_a_model_is_said_to_be_one(tiny):
 
 
 def test_an_empty_folder_is_no_model(tmp_path):
-    with pytest.raises(NotFoundError, match="holds neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(NotFoundError, match=r"holds neither model.safetensors nor model.safetensors.index.json"):
         open_checkpoint(tmp_path)
 
 
