@@ -3,7 +3,7 @@
 Each base is loaded once; adapters are put on it one beside the other and switched.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ EVOLVED = "evolved"
 PORTED = "evolved + ported"
 RETRAINED = "evolved + retrained"
 MERGED = "evolved + ported, merged"
+ORDER = (BASE, PATCHED, EVOLVED, PORTED, MERGED, RETRAINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,6 @@ class Comparison:
         labels: The possible answers, for `labels`.
         n_rows: Rows of the task.
         n_cut_rows: Rows whose prompt was too long and lost its beginning.
-        device: Where it ran.
         seed: Of the resampling behind the intervals of changes and retention.
     """
 
@@ -128,7 +128,6 @@ class Comparison:
     labels: tuple[str, ...]
     n_rows: int
     n_cut_rows: int
-    device: str
     seed: int
 
     def row(self, name: str) -> ComparisonRow | None:
@@ -143,7 +142,6 @@ class Comparison:
             "labels": list(self.labels),
             "n_rows": self.n_rows,
             "n_cut_rows": self.n_cut_rows,
-            "device": self.device,
             "seed": self.seed,
         }
 
@@ -158,8 +156,6 @@ def compare(
 ) -> Comparison:
     """Runs every model that is given over the task and sets the results side by side.
 
-    The merged checkpoint is a third load; base and evolved are loaded once each, whatever their adapters.
-
     Args:
         contestants: Folders of the models and adapters.
         task: Rows, and how to judge.
@@ -171,6 +167,16 @@ def compare(
         CheckpointError: A model cannot be loaded.
         AdapterFormatError: An adapter does not fit its model.
         DataError: A completion does not fit into `task.max_tokens`.
+    """
+    return set_side_by_side(score_all(contestants, task, device=device, progress=progress), task, seed=seed)
+
+
+def score_all(
+    contestants: Contestants, task: Task, *, device: Device = "auto", progress: Progress = silent
+) -> dict[str, Scores]:
+    """What each model makes of the task, by the name of its row; arguments and errors as for `compare`.
+
+    The merged checkpoint is a third load; base and evolved are loaded once each, whatever their adapters.
     """
     where = choose_device(device)
     parts = (contestants.base, contestants.patch, contestants.evolved, contestants.ported)
@@ -199,14 +205,23 @@ def compare(
         run_family(contestants.evolved, EVOLVED, {PORTED: contestants.ported, RETRAINED: contestants.retrained})
     if contestants.merged is not None:
         run_family(contestants.merged, MERGED, {})
-    order = [name for name in (BASE, PATCHED, EVOLVED, PORTED, MERGED, RETRAINED) if name in scores]
+    return scores
+
+
+def set_side_by_side(scores: Mapping[str, Scores], task: Task, *, seed: int = 0) -> Comparison:
+    """The comparison that follows from the scores of each model, by the name of its row. Pure.
+
+    Args:
+        scores: As from `score_all`, the base's at least.
+        task: What was scored.
+        seed: Of the resampling.
+    """
     return Comparison(
-        rows=tuple(_row(name, scores, seed=seed) for name in order),
+        rows=tuple(_row(name, scores, seed=seed) for name in ORDER if name in scores),
         kind=task.kind,
         labels=task.labels if task.kind == "labels" else (),
         n_rows=len(task.examples),
         n_cut_rows=scores[BASE].n_cut_rows,
-        device=str(where),
         seed=seed,
     )
 
@@ -227,7 +242,7 @@ def _switched(model: PreTrainedModel, adapters: dict[str, Path | None]) -> Itera
         yield name, patched
 
 
-def _row(name: str, scores: dict[str, Scores], *, seed: int) -> ComparisonRow:
+def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow:
     own = scores[name]
     reference = scores.get(PATCHED) if name not in (BASE, PATCHED) else None
     evolved, retrained = scores.get(EVOLVED), scores.get(RETRAINED)

@@ -55,13 +55,36 @@ def evaluate(
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows do not fit.
     """
+    contestants = plan_evaluation(
+        base=base,
+        patch=patch,
+        evolved=evolved,
+        ported=ported,
+        retrained=retrained,
+        merged=merged,
+        allow_other_base=allow_other_base,
+    )
+    return compare(contestants, task, device=device, seed=seed, progress=progress)
+
+
+def plan_evaluation(
+    *,
+    base: Checkpoint,
+    patch: Patch[TensorInfo],
+    evolved: Checkpoint,
+    ported: Patch[TensorInfo],
+    retrained: Patch[TensorInfo] | None = None,
+    merged: Checkpoint | None = None,
+    allow_other_base: bool = False,
+) -> Contestants:
+    """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
     old, new = identify(base), identify(evolved)
     pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
     pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
     refusals = [refusal for pair in pairs for refusal in _unfit(*pair, allow_other_base=allow_other_base)]
     if refusals:
         raise PlanRefusedError(refusals)
-    contestants = Contestants(
+    return Contestants(
         base=model_folder(base),
         patch=Path(patch.name),
         evolved=model_folder(evolved),
@@ -69,7 +92,6 @@ def evaluate(
         retrained=None if retrained is None else Path(retrained.name),
         merged=None if merged is None else model_folder(merged),
     )
-    return compare(contestants, task, device=device, seed=seed, progress=progress)
 
 
 def _unfit(
