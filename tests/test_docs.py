@@ -74,7 +74,7 @@ def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(tmp_path):
         if words[0] in ("train", "evaluate"):  # these need a model that can read and write
             continue
         done = subprocess.run(
-            [sys.executable, "-m", "portllm.cli.main", *words],
+            [sys.executable, "-c", "from portllm.cli.main import main; main()", *words],
             capture_output=True,
             text=True,
             check=False,
