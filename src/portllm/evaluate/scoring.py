@@ -153,7 +153,7 @@ def label_log_probs(
     )
     first = output.logits[:, -1].float().log_softmax(dim=-1)
     firsts = torch.tensor([[label[0] for label in ids] for ids in labels], device=device)
-    sums = first.gather(1, firsts)
+    sums: torch.Tensor = first.gather(1, firsts)
     for start in range(0, len(pairs), CONTINUATIONS):
         chunk = pairs[start : start + CONTINUATIONS]
         rows = torch.tensor([row for row, _ in chunk], device=device)
