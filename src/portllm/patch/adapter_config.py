@@ -9,7 +9,8 @@ below restate their behavior.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -114,9 +115,7 @@ class AdapterConfig:
         chosen = self.fields.get("layers_to_transform")
         if not by_suffix or chosen is None or chosen == []:
             return True
-        patterns = self.fields.get("layers_pattern") or []
-        patterns = [patterns] if isinstance(patterns, str) else cast(list[str], patterns)
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+        expressions = [_before_a_number(pattern) for pattern in _as_list(self.fields.get("layers_pattern"))]
         found = (re.match(expression, module) for expression in expressions or [r".*?\.[^.]*\.(?P<index>\d+)\."])
         match = next((match for match in found if match), None)
         if match is None:
@@ -163,8 +162,7 @@ def _field_problem(name: str, value: object) -> str | None:
         )
     if not _has_expected_type(name, value):
         return f"'{name}' is {_short(value)}, which is not of its type"
-    patterns = _patterns_in(name, value)
-    broken = next((pattern for pattern in patterns if not _compiles(pattern)), None)
+    broken = next((pattern for pattern, used in _patterns_in(name, value).items() if not _compiles(used)), None)
     return None if broken is None else f"'{name}' holds {_short(broken)}, which is not a regular expression"
 
 
@@ -174,35 +172,51 @@ def _has_expected_type(name: str, value: object) -> bool:
         case "r":
             return _is_integer(value) and cast(int, value) > 0
         case "lora_alpha":
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            return _is_number(value)
         case "rank_pattern":
             return value is None or (isinstance(value, dict) and all(_is_integer(v) and v > 0 for v in value.values()))
         case "alpha_pattern":
-            return value is None or (
-                isinstance(value, dict)
-                and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value.values())
-            )
+            return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
         case "use_rslora":
             return isinstance(value, bool) or value is None
         case "target_modules":
             return is_strings or isinstance(value, str)
         case "layers_to_transform":
             return value is None or _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
+        case "exclude_modules" | "layers_pattern":
+            return value is None or is_strings or isinstance(value, str)
         case _:
-            return value is None or is_strings or isinstance(value, str | bool)
+            return True
 
 
-def _patterns_in(name: str, value: object) -> Sequence[str]:
+def _patterns_in(name: str, value: object) -> Mapping[str, str]:
+    """The regular expressions in a field, each with the form in which it is used."""
     if name in ("rank_pattern", "alpha_pattern"):
-        return list(cast(Mapping[str, object], value or {}))
-    if name in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
-        return [value]
-    return cast(list[str], value) if name == "layers_pattern" and value else []
+        return {key: _at_the_end(key) for key in cast(Mapping[str, object], value or {})}
+    if name == "layers_pattern":
+        return {pattern: _before_a_number(pattern) for pattern in _as_list(value)}
+    if name in ("target_modules", "exclude_modules") and isinstance(value, str):
+        return {value: value}
+    return {}
+
+
+def _at_the_end(pattern: str) -> str:
+    """The expression for modules whose name, or the end of it from a dot on, matches a pattern."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _before_a_number(pattern: str) -> str:
+    """The expression that finds a layer's number behind the name of the list of layers."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+
+
+def _as_list(value: object) -> list[str]:
+    return [value] if isinstance(value, str) and value else cast(list[str], value or [])
 
 
 def _by_pattern(patterns: Mapping[str, object], module: str, default: object) -> object:
     """The value of the first pattern that the end of a module's name matches, in the order of the file."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if re.match(_at_the_end(key), module)), default)
 
 
 def _names(chosen: object, module: str) -> bool:
@@ -219,6 +233,11 @@ def _compiles(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def _is_number(value: object) -> bool:
+    # JSON knows 1e999 and whole numbers of any length; what a float cannot hold is no scale.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_integer(value: object) -> bool:

@@ -1,0 +1,287 @@
+"""PEFT's configuration: matching and scales against PEFT itself, and every field that is not understood."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from portllm.errors import AdapterFormatError
+from portllm.patch.adapter_config import (
+    IGNORED_FIELDS,
+    NEUTRAL_VALUES,
+    UNDERSTOOD_FIELDS,
+    parse_adapter_config,
+)
+
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+
+MODULES = (
+    *(
+        f"model.layers.{layer}.{part}"
+        for layer in (0, 1, 10)
+        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.experts.2.w1")
+    ),
+    *(f"transformer.h.{layer}.attn.c_attn" for layer in (0, 1)),
+    "vision.blocks.1.attn.qkv_proj",
+    "layers.0.q_proj",
+    "h.1.w1",
+    "q_proj",
+    "xq_proj",
+    "lm_head",
+    "score",
+)
+ENDINGS = ("q_proj", "self_attn.q_proj", "layers.0.self_attn.k_proj", "_proj", "w1", "c_attn", "lm_head", MODULES[2])
+EXPRESSIONS = (
+    ".*",
+    r".*\.q_proj",
+    "q_proj",
+    r"model\.layers\.(0|10)\..*_proj",
+    "model.layers.1.mlp.up_proj",
+    r".*(k|o)_proj$",
+    "",
+)
+PATTERNS = (
+    "q_proj",
+    "k_proj|o_proj",
+    "up.proj",
+    "^q_proj",
+    r"layers\.0\..*",
+    "layers.1.self_attn.q_proj",
+    ".*_proj",
+    "proj",
+    "w1",
+    *MODULES[:2],
+)
+NUMBERS = (None, [], [0], [1, 10], 0, 1, 2, [2])
+LAYERS = (None, "", [], "layers", "h", ["h", "layers"], ["blocks"], "layer.", r"mod\w+\.layers")
+
+lists = st.lists(st.sampled_from(ENDINGS), max_size=3)
+chosen = st.one_of(lists, st.sampled_from(EXPRESSIONS))
+values = st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 9), max_size=4)
+
+
+@given(chosen, st.one_of(st.none(), chosen), st.sampled_from(NUMBERS), st.sampled_from(LAYERS))
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layers):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if isinstance(targets, str):  # PEFT takes layer numbers with a list only
+        numbers = layers = None
+    if not numbers and numbers != 0:
+        layers = None
+    fields = {
+        "target_modules": targets,
+        "exclude_modules": excluded,
+        "layers_to_transform": numbers,
+        "layers_pattern": layers,
+    }
+    theirs = LoraConfig(**fields)
+    ours = parse_adapter_config({**PLAIN, **fields}, where="adapter")
+    assert ours.targets(MODULES) == [module for module in MODULES if check_target_module_exists(theirs, module)]
+
+
+@given(values, values, st.booleans(), st.integers(1, 64), st.one_of(st.integers(1, 64), st.floats(0.5, 64)))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_rank_and_scale_are_those_of_peft(ranks, alphas, stabilized, rank, alpha):
+    from peft.utils.other import get_pattern_key
+
+    fields = {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": stabilized}
+    ours = parse_adapter_config({**PLAIN, **fields}, where="adapter")
+    for module in MODULES:
+        their_rank = ranks.get(get_pattern_key(ranks.keys(), module), rank)
+        their_alpha = alphas.get(get_pattern_key(alphas.keys(), module), alpha)
+        assert ours.rank_of(module) == their_rank
+        assert ours.scale_of(module) == their_alpha / (math.sqrt(their_rank) if stabilized else their_rank)
+
+
+def test_scales_of_a_model_in_peft_are_ours(tiny):
+    from tests.models import load_tuned
+
+    adapter = tiny(
+        "adapter",
+        use_rslora=True,
+        r=3,
+        lora_alpha=7,
+        rank_pattern={r"layers\.0\..*": 2, "up_proj": 5},
+        alpha_pattern={"up_proj": 11, "layers.1.self_attn.q_proj": 2},
+    )
+    ours = parse_adapter_config(json.loads((adapter / "adapter_config.json").read_text()), where="adapter")
+    theirs = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in load_tuned(tiny("base"), adapter).named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert len(theirs) == 14
+    assert {name: (ours.rank_of(name), ours.scale_of(name)) for name in theirs} == theirs
+    assert len(set(theirs.values())) == 5
+
+
+def test_every_field_of_peft_is_accounted_for_once():
+    from peft import LoraConfig
+
+    known = [*IGNORED_FIELDS, *NEUTRAL_VALUES, *UNDERSTOOD_FIELDS]
+    assert len(known) == len(set(known))
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - {"runtime_config"} <= set(known)
+
+
+def test_a_plain_configuration_as_peft_saves_it_is_accepted(tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    parsed = parse_adapter_config(fields, where="adapter")
+    assert (parsed.rank_of("q_proj"), parsed.scale_of("q_proj")) == (4, 1.5)
+    assert parsed.fields == fields
+
+
+@pytest.mark.parametrize("word", ["all-linear", "ALL-Linear"])
+def test_all_linear_leaves_the_head_out(word):
+    config = parse_adapter_config({**PLAIN, "target_modules": word}, where="adapter")
+    assert config.targets(MODULES) == [module for module in MODULES if module not in ("lm_head", "score")]
+
+
+def test_alpha_has_pefts_default():
+    fields = {name: value for name, value in PLAIN.items() if name != "lora_alpha"}
+    assert parse_adapter_config(fields, where="adapter").scale_of("q_proj") == 8 / 4
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "IA3", "lora", None, 1])
+def test_another_kind_of_adapter_is_refused_by_its_name(kind):
+    with pytest.raises(AdapterFormatError, match=f"'mine': its peft_type is {kind!r}; only 'LORA'"):
+        parse_adapter_config({**PLAIN, "peft_type": kind}, where="mine")
+
+
+FOREIGN = {
+    "alora_invocation_tokens": [1, 2],
+    "arrow_config": {"top_k": 3},
+    "bias": "all",
+    "corda_config": {"sample_count": 1},
+    "ensure_weight_tying": True,
+    "fan_in_fan_out": True,
+    "kasa_config": {"beta": 1},
+    "layer_replication": [[0, 2], [1, 2]],
+    "loftq_config": {"loftq_bits": 4},
+    "lora_bias": True,
+    "lora_ga_config": {"scale": 1},
+    "megatron_config": {"a": 1},
+    "modules_to_save": ["lm_head"],
+    "monteclora_config": {"a": 1},
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "trainable_token_indices": [3, 5],
+    "use_bdlora": {"nblocks": 2},
+    "use_dora": True,
+    "use_qalora": True,
+    "velora_config": {"a": 1},
+}
+
+
+def test_there_is_an_example_of_each_foreign_field():
+    assert set(FOREIGN) == set(NEUTRAL_VALUES)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_kind_of_adapter_that_is_not_supported_is_refused_by_its_field(name):
+    with pytest.raises(AdapterFormatError, match=f"'mine': .*'{name}' is .*this kind of adapter is not supported"):
+        parse_adapter_config({**PLAIN, name: FOREIGN[name]}, where="mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in NEUTRAL_VALUES for value in NEUTRAL_VALUES[name]]
+)
+def test_a_foreign_field_that_says_no_is_accepted(name, value):
+    assert parse_adapter_config({**PLAIN, name: value}, where="mine").fields[name] == value
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new", 2, ["pissa"]])
+def test_an_adapter_of_a_changed_base_is_refused(how):
+    with pytest.raises(AdapterFormatError, match="'init_lora_weights' is .* a base that was changed when training"):
+        parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine")
+
+
+@pytest.mark.parametrize("how", [True, False, None, "gaussian", "orthogonal", "eva"])
+def test_a_start_that_leaves_the_base_as_it_was_is_accepted(how):
+    parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine")
+
+
+@pytest.mark.parametrize("value", [True, 0.5, "yes", {"a": 1}, [1]])
+def test_a_field_that_nobody_knows_is_refused(value):
+    with pytest.raises(AdapterFormatError, match="'use_newest' .* is not a field that is known"):
+        parse_adapter_config({**PLAIN, "use_newest": value}, where="mine")
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_a_field_that_nobody_knows_and_that_says_no_is_accepted(value):
+    parse_adapter_config({**PLAIN, "use_newest": value}, where="mine")
+
+
+WRONG = [
+    ("r", 0), ("r", -1), ("r", 2.0), ("r", True), ("r", "4"), ("r", None),
+    ("lora_alpha", "6"), ("lora_alpha", True), ("lora_alpha", None), ("lora_alpha", math.nan), ("lora_alpha", math.inf),
+    ("lora_alpha", 10**400),
+    ("rank_pattern", ["q_proj"]), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", {"q_proj": 1.5}),
+    ("rank_pattern", {"q_proj": True}),
+    ("alpha_pattern", ["q_proj"]), ("alpha_pattern", {"q_proj": "1"}), ("alpha_pattern", {"q_proj": True}),
+    ("alpha_pattern", {"q_proj": math.inf}), ("alpha_pattern", {"q_proj": math.nan}),
+    ("use_rslora", 1), ("use_rslora", "true"),
+    ("target_modules", None), ("target_modules", [1]), ("target_modules", {"q_proj": 1}), ("target_modules", True),
+    ("exclude_modules", True), ("exclude_modules", [1]), ("exclude_modules", {"q_proj": 1}),
+    ("layers_to_transform", "1"), ("layers_to_transform", [1.0]), ("layers_to_transform", True),
+    ("layers_to_transform", [True]),
+    ("layers_pattern", True), ("layers_pattern", 1), ("layers_pattern", [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_value_of_another_type_is_refused(name, value):
+    with pytest.raises(AdapterFormatError, match=f"'{name}' is .*which is not of its type"):
+        parse_adapter_config({**PLAIN, name: value}, where="mine")
+
+
+BROKEN = [
+    ("target_modules", "(q_proj"),
+    ("exclude_modules", "*"),
+    ("layers_pattern", "["),
+    ("layers_pattern", ["layers", "(?i)h"]),
+    ("rank_pattern", {"q_proj": 2, "(": 3}),
+    ("rank_pattern", {"(?i)q_proj": 2}),
+    ("alpha_pattern", {"q)": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BROKEN)
+def test_a_broken_expression_is_refused(name, value):
+    with pytest.raises(AdapterFormatError, match=f"'{name}' holds .*which is not a regular expression"):
+        parse_adapter_config({**PLAIN, name: value}, where="mine")
+
+
+def test_names_in_lists_are_no_expressions():
+    config = parse_adapter_config(
+        {**PLAIN, "target_modules": ["(q", "q.proj"], "exclude_modules": ["*"]}, where="adapter"
+    )
+    assert config.targets(["q_proj", "x.q_proj"]) == []
+
+
+@pytest.mark.parametrize("name", ["r", "target_modules"])
+def test_a_missing_field_is_named(name):
+    with pytest.raises(AdapterFormatError, match=f"'{name}' is missing"):
+        parse_adapter_config({key: value for key, value in PLAIN.items() if key != name}, where="mine")
+
+
+def test_all_problems_are_named_at_once():
+    fields = {"peft_type": "LORA", "r": 0, "use_dora": True, "new": 1, "bias": "all", "init_lora_weights": "pissa"}
+    with pytest.raises(AdapterFormatError) as refused:
+        parse_adapter_config(fields, where="mine")
+    message = str(refused.value)
+    assert message.startswith("'mine': adapter_config.json is not understood whole: ")
+    named = ["'bias'", "'init_lora_weights'", "'new'", "'r'", "'use_dora'", "'target_modules' is missing"]
+    assert [name for name in named if name in message] == named
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(AdapterFormatError) as refused:
+        parse_adapter_config({**PLAIN, "modules_to_save": ["x" * 1000]}, where="mine")
+    assert len(str(refused.value)) < 250
