@@ -65,7 +65,7 @@ def measure_merge(
 
     Example:
         >>> weight, delta = torch.ones(1, 2), torch.full((1, 2), 0.25)
-        >>> measure_merge(weight, delta, weight + delta).kept_gain
+        >>> round(measure_merge(weight, delta, weight + delta).kept_gain, 6)
         1.0
     """
     working = torch.promote_types(delta.dtype, torch.promote_types(weight.dtype, torch.float32))
