@@ -102,7 +102,8 @@ def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str) -> No
         base_name: Becomes `base_model_name_or_path`, which PEFT shows and some servers check.
     """
     fields = {**patch.config.fields, "base_model_name_or_path": base_name}
-    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # Fields are sorted, what they hold is not: the first pattern that matches a module wins.
+    text = json.dumps(dict(sorted(fields.items())), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     tensors = stored_tensors(patch)
     with open(folder / TENSOR_FILE, "wb") as file:
@@ -168,8 +169,8 @@ def _pair_factors(tensors: Mapping[str, TensorInfo], *, where: str) -> dict[str,
         for module, pair in factors.items()
         if len(pair) != 2
     ]
-    if not tensors:
-        problems.append("there is no tensor in it")
+    if not factors and not problems:
+        problems.append("there is no factor of a LoRA in it")
     if problems:
         raise AdapterFormatError(f"'{where}': {_first(problems)}")
     return factors
