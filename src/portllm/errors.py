@@ -8,6 +8,7 @@
         MissingTensorError     a tensor that the caller needs is not there
         UnsupportedDtypeError  a dtype that this program does not compute with
         NotFoundError          no model at the place that was named
+        RemoteError            a server does not give the bytes it was asked for
       PatchError             an adapter or patch cannot be used
         AdapterFormatError     the folder is not an adapter this program understands whole
         PatchRecordError       patch.json is missing, or breaks its schema
@@ -58,6 +59,10 @@ class UnsupportedDtypeError(CheckpointError):
 
 class NotFoundError(CheckpointError):
     """There is no model at the place that was named."""
+
+
+class RemoteError(CheckpointError):
+    """A server cannot be reached, denies access, or does not give the bytes it was asked for."""
 
 
 class PatchError(PortLLMError):
