@@ -114,9 +114,9 @@ def test_transformers_loads_what_was_written(rewritten, tiny):
 @pytest.mark.parametrize("size", [3, 5])
 def test_a_file_with_other_bytes_than_promised_is_an_error(size, tmp_path):
     (shard,) = lay_out({"w": Entry("w", "U8", (4,))})
-    with pytest.raises(OutputError, match=r"model\.safetensors': \d+ bytes were written, its header promises"):
-        with ShardWriter(tmp_path, shard) as writer:
-            writer.append(bytes(size))
+    message = r"model\.safetensors': \d+ bytes were written, its header promises"
+    with pytest.raises(OutputError, match=message), ShardWriter(tmp_path, shard) as writer:
+        writer.append(bytes(size))
 
 
 def test_views_of_any_kind_are_appended_as_bytes(tmp_path):
@@ -204,8 +204,7 @@ def test_an_output_that_exists_is_refused_and_untouched(tmp_path):
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(OutputExistsError), staged_folder(tmp_path / "out", overwrite=False) as staging:
-        (staging / "file").write_text("new")
+    with pytest.raises(OutputExistsError), staged_folder(tmp_path / "out", overwrite=False):
         old(tmp_path / "out")
     assert contents(tmp_path) == {"out/file": b"old"}
 

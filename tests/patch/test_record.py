@@ -1,0 +1,44 @@
+"""The record as JSON values, and what is no record."""
+
+import pytest
+
+from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep, record_from_json, record_to_json
+
+BASE, EVOLVED = ModelIdentity("base", "s4k1:1", "blake3:1"), ModelIdentity("evolved", "s4k1:2")
+RECORD = PatchRecord(
+    base=EVOLVED,
+    capture=Capture("train", {"steps": 3}),
+    ports=(PortStep(BASE, EVOLVED, "add", {"sampled_drift": 0.5}),),
+    tensors={"b": "2", "a": "1"},
+    program="0.1.0",
+)
+
+
+def test_by_hand_a_record_in_json():
+    base = {"name": "base", "fingerprint": "s4k1:1", "digest": "blake3:1"}
+    evolved = {"name": "evolved", "fingerprint": "s4k1:2", "digest": None}
+    value = record_to_json(RECORD)
+    assert value == {
+        "format": 1,
+        "program": "0.1.0",
+        "base": evolved,
+        "capture": {"method": "train", "settings": {"steps": 3}},
+        "ports": [{"from": base, "to": evolved, "method": "add", "evidence": {"sampled_drift": 0.5}}],
+        "tensors": {"a": "1", "b": "2"},
+    }
+    assert list(value["tensors"]) == ["a", "b"]
+    assert record_from_json(value) == RECORD
+
+
+@pytest.mark.parametrize("field", ["base", "capture", "ports", "tensors", "program"])
+def test_values_without_a_field_are_no_record(field):
+    value = record_to_json(RECORD)
+    del value[field]
+    with pytest.raises(ValueError, match=r"do not fit the schema of patch\.json"):
+        record_from_json(value)
+
+
+@pytest.mark.parametrize("identity", [None, {}, {"name": "x", "fingerprint": 1, "digest": None}])
+def test_values_without_an_identity_are_no_record(identity):
+    with pytest.raises(ValueError, match="do not fit the schema of a model's identity"):
+        record_from_json({**record_to_json(RECORD), "base": identity})
