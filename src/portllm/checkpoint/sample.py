@@ -1,21 +1,35 @@
-"""The values that lie in a tensor's fingerprint window, as numbers: enough for an estimate, without torch."""
+"""Some of a tensor's values as numbers, such as those in its fingerprint's window: for estimates, without torch."""
 
 import numpy as np
 from jaxtyping import Float32
 
-from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, n_bytes_of
 from portllm.checkpoint.identity import sample_window
 from portllm.checkpoint.reader import read_bytes
 from portllm.errors import UnsupportedDtypeError
 
 
-def sample_values(info: TensorInfo) -> Float32[np.ndarray, " n"]:
-    """The window's values in float32.
+def sample_span(info: TensorInfo) -> tuple[int, int]:
+    """Which elements of a tensor lie in its fingerprint's window.
+
+    Example:
+        >>> from pathlib import Path
+        >>> sample_span(TensorInfo("w", "BF16", (3, 5), Path("m.safetensors"), 8, 38))
+        (0, 15)
+    """
+    start, stop = sample_window(info.name, info.n_bytes)
+    width = DTYPE_BITS[info.dtype] // 8
+    return start // width, stop // width
+
+
+def load_values(info: TensorInfo, start: int, stop: int) -> Float32[np.ndarray, " n"]:
+    """Elements `start` to `stop` of a tensor in row-major order, in float32.
 
     Raises:
         UnsupportedDtypeError: The tensor does not hold floating-point numbers of 16, 32 or 64 bits.
     """
-    return decode_floats(read_bytes(info, *sample_window(info.name, info.n_bytes)), info.dtype)
+    first, last = (n_bytes_of(info.dtype, (position,)) for position in (start, stop))
+    return decode_floats(read_bytes(info, first, last), info.dtype)
 
 
 def decode_floats(data: bytes, dtype: str) -> Float32[np.ndarray, " n"]:

@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from jaxtyping import Float32
-
 from portllm.assess.drift import DriftSums
 from portllm.assess.drift import measure_drift as measure_block
-from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo, n_bytes_of
+from portllm.checkpoint.header import FLOAT_DTYPES
 from portllm.checkpoint.identity import own_tensors
-from portllm.checkpoint.reader import Checkpoint, read_bytes
-from portllm.checkpoint.sample import decode_floats
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.sample import load_values
 from portllm.progress import Progress, silent
 
 BLOCK_ELEMENTS = 1 << 22
@@ -54,13 +51,8 @@ def measure_drift(base: Checkpoint, evolved: Checkpoint, *, progress: Progress =
         sums[name] = DriftSums()
         for start in range(0, before[name].n_params, BLOCK_ELEMENTS):
             stop = min(start + BLOCK_ELEMENTS, before[name].n_params)
-            blocks = [_values(info, start, stop) for info in (before[name], after[name])]
+            blocks = [load_values(info, start, stop) for info in (before[name], after[name])]
             sums[name] += measure_block(*blocks)
             done += stop - start
             progress("drift", 4 * done, 4 * total, "bytes")
     return DriftReport(sums, tuple(sorted((set(before) | set(after)) - set(compared))))
-
-
-def _values(info: TensorInfo, start: int, stop: int) -> Float32[np.ndarray, " n"]:
-    first, last = (n_bytes_of(info.dtype, (position,)) for position in (start, stop))
-    return decode_floats(read_bytes(info, first, last), info.dtype)

@@ -30,6 +30,7 @@ def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why a patch's deltas cannot be added to a model's weights: both ways, nothing is left unaccounted for."""
     weights = linear_weights(checkpoint)
+    named = set(patch.config.targets([*weights, *patch.deltas]))
     for module, delta in patch.deltas.items():
         weight = weights.get(module)
         if weight is None:
@@ -48,8 +49,15 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
                 f"its weight in {checkpoint.name} is stored as {weight.dtype}; a delta is added to "
                 f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model.",
             )
-    for module in patch.config.targets(weights):
-        if module not in patch.deltas:
+    for module in patch.deltas:
+        if module not in named:
+            yield Refusal(
+                module,
+                "the patch has tensors for it, adapter_config.json does not name it, so PEFT would drop them without a "
+                "word. Add it to target_modules, or take the tensors out.",
+            )
+    for module in weights:
+        if module in named and module not in patch.deltas:
             yield Refusal(
                 module,
                 f"adapter_config.json names it and {checkpoint.name} has it, the patch has no tensors for it. "

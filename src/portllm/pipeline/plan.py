@@ -4,6 +4,7 @@ A plan is a value. It can be printed, compared and tested without weights; runni
 plan with refusals does not run.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from portllm.assess.drift import DriftSums, measure_drift
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
-from portllm.checkpoint.sample import sample_values
+from portllm.checkpoint.sample import load_values, sample_span
 from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
 from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
-from portllm.errors import PlanRefusedError, Refusal
+from portllm.errors import PlanRefusedError, Refusal, UnsupportedDtypeError
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
@@ -167,7 +168,12 @@ def plan_merge(
         dtype: Storage dtype of every floating-point tensor of the output, or None to keep each one's.
         shard_bytes: Size above which the output is split.
         allow_other_base: Go on though the patch belongs to another model.
+
+    Raises:
+        UnsupportedDtypeError: `dtype` is not one that weights are stored in.
     """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise UnsupportedDtypeError(f"dtype {dtype!r}: weights are stored as {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
     refusals = list(misfits(patch, into))
     refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
@@ -211,6 +217,11 @@ def _sampled_drift(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoi
     before, after = linear_weights(base), linear_weights(evolved)
     sums = DriftSums()
     for module in patch.deltas:
-        if module in before and before[module].shape == after[module].shape:
-            sums += measure_drift(sample_values(before[module]), sample_values(after[module]))
+        weight = before.get(module)
+        if weight is not None and weight.shape == after[module].shape and weight.dtype in FLOAT_DTYPES:
+            # The same elements of both: where the dtypes differ, so do the windows of the fingerprints.
+            span = sample_span(weight)
+            sums += measure_drift(load_values(weight, *span), load_values(after[module], *span))
+    if not sums.base_sq or not math.isfinite(sums.drift_sq):
+        return {}
     return {"sampled_drift": float(f"{sums.relative:.3g}"), "sampled_cosine": float(f"{sums.cosine:.6g}")}
