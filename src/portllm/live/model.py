@@ -40,6 +40,7 @@ __all__ = [
     "load_tokenizer",
     "quiet",
     "save_adapter",
+    "save_memory",
     "save_model",
 ]
 
@@ -178,6 +179,12 @@ def add_fresh_lora(
             f"target modules {target_modules!r}: peft cannot put LoRA there: {_first_line(error)} "
             "Name linear modules of the model, or use 'all-linear'."
         ) from error
+
+
+def save_memory(model: PeftModel) -> None:
+    """Activations are computed again for the backward pass instead of being kept (gradient checkpointing)."""
+    with quiet():  # the older of two names for it, which all supported versions have
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

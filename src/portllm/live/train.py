@@ -27,6 +27,7 @@ from portllm.live.model import (
     load_model,
     load_tokenizer,
     save_adapter,
+    save_memory,
 )
 from portllm.live.schedule import Decay, bucketed_batches, learning_rate_share
 from portllm.progress import Progress, silent
@@ -207,8 +208,7 @@ def _fit(
     progress: Progress,
 ) -> TrainReport:
     if settings.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        save_memory(model)
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(rows) / settings.batch_size))
