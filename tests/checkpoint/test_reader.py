@@ -241,10 +241,17 @@ def test_an_empty_folder_is_no_model(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["org/some-model", "org/some-model@v1.0"])
-def test_a_name_that_looks_like_one_of_the_hub_gets_a_hint(name, tmp_path, monkeypatch):
+def test_offline_a_model_of_the_hub_that_is_not_in_its_cache_is_not_found(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotFoundError, match=r"hf download org/some-model\.$"):
+    with pytest.raises(NotFoundError, match=r"HF_HUB_OFFLINE is set.*hf download org/some-model\.$"):
         open_checkpoint(name)
+
+
+def test_a_path_in_a_folder_that_is_there_is_no_name_of_the_hub_and_gets_a_hint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    with pytest.raises(NotFoundError, match=r"no such file or folder.* write org/some-model@main\.$"):
+        open_checkpoint("org/some-model")
 
 
 def test_a_path_that_is_not_there_gets_no_hint_of_the_hub(tmp_path):

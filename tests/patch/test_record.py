@@ -4,7 +4,9 @@ import pytest
 
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep, record_from_json, record_to_json
 
-BASE, EVOLVED = ModelIdentity("base", "s4k1:1", "blake3:1"), ModelIdentity("evolved", "s4k1:2")
+COMMIT = "0123456789" * 4
+BASE = ModelIdentity("base", "s4k1:1", "blake3:1")
+EVOLVED = ModelIdentity("evolved", "s4k1:2", revision=COMMIT)
 RECORD = PatchRecord(
     base=EVOLVED,
     capture=Capture("train", {"steps": 3}),
@@ -15,8 +17,8 @@ RECORD = PatchRecord(
 
 
 def test_by_hand_a_record_in_json():
-    base = {"name": "base", "fingerprint": "s4k1:1", "digest": "blake3:1"}
-    evolved = {"name": "evolved", "fingerprint": "s4k1:2", "digest": None}
+    base = {"name": "base", "fingerprint": "s4k1:1", "digest": "blake3:1", "revision": None}
+    evolved = {"name": "evolved", "fingerprint": "s4k1:2", "digest": None, "revision": COMMIT}
     value = record_to_json(RECORD)
     assert value == {
         "format": 1,
@@ -28,6 +30,12 @@ def test_by_hand_a_record_in_json():
     }
     assert list(value["tensors"]) == ["a", "b"]
     assert record_from_json(value) == RECORD
+
+
+def test_a_record_from_before_revisions_were_kept_is_one_without():
+    value = record_to_json(RECORD)
+    del value["base"]["revision"]
+    assert record_from_json(value).base == ModelIdentity("evolved", "s4k1:2")
 
 
 @pytest.mark.parametrize("field", ["base", "capture", "ports", "tensors", "program"])

@@ -10,8 +10,8 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from portllm.checkpoint.source import Source
 from portllm.errors import HeaderError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -49,7 +49,7 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: Path
+    file: Source
     start: int
     stop: int
 
@@ -82,7 +82,7 @@ def n_bytes_of(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def parse_header_length(prefix: bytes, *, file: Path, file_bytes: int) -> int:
+def parse_header_length(prefix: bytes, *, file: Source, file_bytes: int) -> int:
     """The length of the JSON part, from the first eight bytes of a file.
 
     Raises:
@@ -104,7 +104,7 @@ def parse_header_length(prefix: bytes, *, file: Path, file_bytes: int) -> int:
     return length
 
 
-def parse_header(text: bytes, *, file: Path, file_bytes: int) -> Header:
+def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
     """The tensors that the JSON part of a header describes.
 
     Args:
@@ -116,6 +116,7 @@ def parse_header(text: bytes, *, file: Path, file_bytes: int) -> Header:
         HeaderError: A rule of the format is broken; the message names the file, the tensor and the rule.
 
     Example:
+        >>> from pathlib import Path
         >>> text = b'{"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}'
         >>> parse_header(text, file=Path("m.safetensors"), file_bytes=8 + len(text) + 24).tensors["w"].shape
         (2, 3)
@@ -166,6 +167,7 @@ def render_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
     The JSON part is padded with spaces so that the first tensor is aligned to eight bytes.
 
     Example:
+        >>> from pathlib import Path
         >>> header = render_header([("w", "F32", (2, 3))], {})
         >>> parse_header(header[8:], file=Path("m"), file_bytes=len(header) + 24).tensors["w"].start == len(header)
         True

@@ -16,7 +16,8 @@ from blake3 import blake3
 
 from portllm.checkpoint.cache import cache_root
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import Checkpoint, read_bytes
+from portllm.checkpoint.reader import Checkpoint, read_bytes, read_spans
+from portllm.checkpoint.source import Source
 from portllm.checkpoint.ties import HEAD, tied_embedding
 from portllm.progress import Progress, silent
 
@@ -61,9 +62,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         CheckpointError: A file cannot be read.
     """
     state = blake3()
-    for name, info in own_tensors(checkpoint).items():
+    infos = own_tensors(checkpoint)
+    windows = [(info, *sample_window(name, info.n_bytes)) for name, info in infos.items()]
+    for (name, info), sample in zip(infos.items(), read_spans(windows), strict=True):
         state.update(json.dumps([name, info.dtype, info.shape]).encode())
-        state.update(read_bytes(info, *sample_window(name, info.n_bytes)))
+        state.update(sample)
     return FINGERPRINT_PREFIX + state.hexdigest(20)
 
 
@@ -108,14 +111,18 @@ def _digest_tensor(info: TensorInfo) -> str:
     return state.hexdigest()
 
 
-def _cache_entry(file: Path) -> tuple[Path, dict[str, object]]:
-    path = file.resolve()
-    facts = path.stat()
-    key: dict[str, object] = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-    return cache_root() / "digests" / f"{blake3(str(path).encode()).hexdigest(16)}.json", key
+def _cache_entry(file: Source) -> tuple[Path, dict[str, object]]:
+    key: dict[str, object]
+    if isinstance(file, Path):
+        path = file.resolve()
+        facts = path.stat()
+        key = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    else:
+        key = {"path": file.url, "size": file.size, "etag": file.etag}
+    return cache_root() / "digests" / f"{blake3(str(key['path']).encode()).hexdigest(16)}.json", key
 
 
-def _recall(file: Path) -> dict[str, str] | None:
+def _recall(file: Source) -> dict[str, str] | None:
     entry, key = _cache_entry(file)
     try:
         stored = json.loads(entry.read_text(encoding="utf-8"))
@@ -124,7 +131,7 @@ def _recall(file: Path) -> dict[str, str] | None:
     return stored["digests"] if isinstance(stored, dict) and stored.get("key") == key else None
 
 
-def remember(file: Path, digests: Mapping[str, str]) -> None:
+def remember(file: Source, digests: Mapping[str, str]) -> None:
     """Keep the digests of a file's tensors until the file changes; a cache that cannot be written is no error."""
     entry, key = _cache_entry(file)
     try:

@@ -1,18 +1,21 @@
-"""Open a model on disk: a folder (one file, or shards with an index), a single `.safetensors` file, or `builtin:NAME`.
+"""Open a model: a folder, a single `.safetensors` file, `builtin:NAME`, or a model of the Hugging Face Hub.
 
+A folder holds one file, or shards with an index; a model of the hub is `org/name` or `org/name@revision`.
 Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for. What lives
-here knows nothing of arithmetic: `portllm.checkpoint.tensors` turns bytes into arrays.
+here knows nothing of arithmetic: `portllm.checkpoint.tensors` turns bytes into arrays. The network is touched for a
+model of the hub only.
 """
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from portllm.checkpoint.builtin import builtin_folder
 from portllm.checkpoint.header import Header, TensorInfo, parse_header, parse_header_length
+from portllm.checkpoint.source import RemoteFile, Source
 from portllm.errors import CheckpointError, IndexFileError, MissingShardError, MissingTensorError, NotFoundError
 from portllm.progress import Progress, silent
 
@@ -23,19 +26,21 @@ BUILTIN_PREFIX = "builtin:"
 MAX_JSON_BYTES = 64_000_000
 
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@[\w./-]+)?")
+_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on disk, opened lazily.
+    """A model on disk or on the hub, opened lazily.
 
     Attributes:
         name: What the user called it; stands in messages and in `patch.json`.
-        folder: Its folder, or None for a single file given by itself.
+        folder: Its folder, or None for a single file given by itself and for a model that stays on the hub.
         infos: Every tensor by name, sorted by name.
         config: `config.json`, or an empty mapping where there is none.
         metadata: String metadata of the first file's header.
+        revision: The commit hash of a model of the hub, else None.
     """
 
     name: str
@@ -43,11 +48,17 @@ class Checkpoint:
     infos: Mapping[str, TensorInfo]
     config: Mapping[str, object] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
+    revision: str | None = None
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[Source, ...]:
         """The files that hold the tensors, sorted."""
-        return tuple(sorted({info.file for info in self.infos.values()}))
+        return tuple(sorted({info.file for info in self.infos.values()}, key=str))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its tensors are read over the network; `portllm.checkpoint.hub.download` brings them here."""
+        return any(isinstance(file, RemoteFile) for file in self.files)
 
     @property
     def n_bytes(self) -> int:
@@ -78,8 +89,13 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> byt
 
     Raises:
         CheckpointError: The file is gone or became shorter since it was opened.
+        RemoteError: A file on a server cannot be read.
     """
     stop = info.n_bytes if stop is None else stop
+    if isinstance(info.file, RemoteFile):
+        from portllm.checkpoint.remote import read_range  # loads an HTTP client, which few runs need
+
+        return read_range(info.file, info.start + start, info.start + stop)
     try:
         with open(info.file, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), stop - start, info.start + start)
@@ -94,6 +110,22 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> byt
     except OSError as error:
         raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
     return data
+
+
+def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
+    """What `read_bytes` gives for each tensor, start and stop, in order; slices of remote files are read side by side.
+
+    Raises:
+        CheckpointError, RemoteError: As `read_bytes`.
+    """
+    for first in range(0, len(spans), _BATCH):
+        batch = spans[first : first + _BATCH]
+        if any(isinstance(info.file, RemoteFile) for info, _, _ in batch):
+            from portllm.checkpoint.remote import concurrently
+
+            yield from concurrently(lambda span: read_bytes(*span), batch)
+        else:
+            yield from (read_bytes(*span) for span in batch)
 
 
 def read_header(file: Path) -> Header:
@@ -137,27 +169,74 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
     """Open a model lazily.
 
     Args:
-        where: A folder, a single `.safetensors` file, or `builtin:NAME`.
+        where: A folder, a single `.safetensors` file, `builtin:NAME`, or a model of the hub (`org/name` or
+            `org/name@revision`), of which headers and small files are read.
         progress: Told of the one-time conversion of a built-in model.
 
     Raises:
         NotFoundError: There is no model at that place.
         HeaderError, IndexFileError, MissingShardError: Its files are damaged or incomplete.
+        RemoteError: The hub cannot be reached, or denies access.
     """
     name = str(where)
     if name.startswith(BUILTIN_PREFIX):
-        return _open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
+        return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
     path = Path(where)
     if path.is_dir():
-        return _open_folder(path, name=name)
+        return open_folder(path, name=name)
     if path.is_file():
         return _open_file(path, name=name)
-    hint = ""
-    if _HUB_ID.match(name):
-        hint = f" If this is a model of the Hugging Face Hub, fetch it first: hf download {name.split('@')[0]}."
+    if names_hub(name):
+        from portllm.checkpoint.hub import open_remote
+
+        return open_remote(name)
+    hint = f" For the model of the Hugging Face Hub, write {name}@main." if _HUB_ID.fullmatch(name) else ""
     raise NotFoundError(
-        f"'{name}': no such file or folder. Give a folder, a single .safetensors file or builtin:smollm2-135m.{hint}"
+        f"'{name}': no such file or folder. Give a folder, a single .safetensors file, a model of the Hugging Face Hub "
+        f"(org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
     )
+
+
+def on_disk(checkpoint: Checkpoint, *, progress: Progress = silent) -> Checkpoint:
+    """The same model with its tensors on disk: one that stays on the hub is downloaded, any other is returned as it is.
+
+    Raises:
+        RemoteError: It cannot be downloaded.
+    """
+    if not checkpoint.is_remote:
+        return checkpoint
+    from portllm.checkpoint.hub import download
+
+    return download(checkpoint, progress=progress)
+
+
+def side_file(checkpoint: Checkpoint, name: str) -> Path | None:
+    """A small file beside a model's weights, such as `tokenizer.json`, on disk; None where the model has none.
+
+    Raises:
+        RemoteError: It is on the hub and cannot be fetched.
+    """
+    if checkpoint.is_remote:
+        from portllm.checkpoint.hub import fetch_side_file
+
+        return fetch_side_file(checkpoint, name)
+    path = None if checkpoint.folder is None else checkpoint.folder / name
+    return path if path is not None and path.is_file() else None
+
+
+def names_hub(where: str | Path) -> bool:
+    """Whether a name means a repository of the hub: `org/name@revision`, or `org/name` that can be no path.
+
+    Where there is a folder `org`, `org/name` is a path, perhaps a mistyped one, and is not sent over the network.
+
+    Example:
+        >>> [names_hub(name) for name in ("org/name", "org/name@main", "models/m.safetensors", "./org/name")]
+        [True, True, False, False]
+    """
+    match = _HUB_ID.fullmatch(str(where))
+    if match is None or Path(where).exists() or str(where).endswith(".safetensors"):
+        return False
+    return match["revision"] is not None or not Path(where).parent.exists()
 
 
 def _open_file(path: Path, *, name: str) -> Checkpoint:
@@ -171,21 +250,31 @@ def _open_file(path: Path, *, name: str) -> Checkpoint:
     return Checkpoint(name, None, _sorted(header.tensors), {}, header.metadata)
 
 
-def _open_folder(folder: Path, *, name: str) -> Checkpoint:
+def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Checkpoint:
+    """Open the model in a folder under a name; arguments and errors otherwise as `open_checkpoint`."""
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     if (folder / SINGLE_FILE).is_file():
         header = read_header(folder / SINGLE_FILE)
-        return Checkpoint(name, folder, _sorted(header.tensors), config, header.metadata)
+        return Checkpoint(name, folder, _sorted(header.tensors), config, header.metadata, revision)
     if (folder / INDEX_FILE).is_file():
-        infos, metadata = _read_shards(folder)
-        return Checkpoint(name, folder, infos, config, metadata)
-    raise NotFoundError(f"'{name}': {_why_no_model(folder)}")
+        weight_map = read_weight_map(folder / INDEX_FILE)
+        shards = require_shards(weight_map, where=str(folder), there=_files_in(folder))
+        headers = {shard: read_header(folder / shard) for shard in shards}
+        infos, metadata = join_shards(weight_map, headers, index=str(folder / INDEX_FILE))
+        return Checkpoint(name, folder, infos, config, metadata, revision)
+    raise NotFoundError(f"'{name}': {why_no_model(_files_in(folder))}")
 
 
-def _why_no_model(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
+def _files_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.is_file()]
+
+
+def why_no_model(files: Iterable[str]) -> str:
+    """What a folder or repository with these files is, when it is no model that can be read."""
+    files = list(files)
+    if "adapter_config.json" in files:
         return "is an adapter, not a model. Give it as the patch, and the model it belongs to as the base."
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+    if any(file.endswith(".bin") or Path(file).suffix.startswith(".pt") for file in files):
         return (
             "holds pickled weights, which are never read. Convert them once: "
             'python -c "from transformers import AutoModelForCausalLM as M; '
@@ -194,9 +283,12 @@ def _why_no_model(folder: Path) -> str:
     return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}."
 
 
-def _read_shards(folder: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
-    """Every tensor of a sharded folder; index and shards must name the same tensors."""
-    index = folder / INDEX_FILE
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor, as an index file says.
+
+    Raises:
+        IndexFileError: It says nothing of the kind, or names something else than a file beside it.
+    """
     weight_map = read_json(index, error=IndexFileError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IndexFileError(f"'{index}': has no 'weight_map' from tensor names to files. Save the model again.")
@@ -206,13 +298,32 @@ def _read_shards(folder: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, s
                 f"'{index}': tensor '{tensor}' is said to be in {shard!r}, which is not the plain name of a "
                 ".safetensors file beside the index."
             )
+    return weight_map
+
+
+def require_shards(weight_map: Mapping[str, str], *, where: str, there: Iterable[str]) -> list[str]:
+    """The shards of an index, sorted.
+
+    Raises:
+        MissingShardError: Not all of them are among the files that are `there`.
+    """
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = sorted(set(shards) - set(there))
     if missing:
         raise MissingShardError(
-            f"'{folder}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}'. Fetch them again."
+            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}'. Fetch them again."
         )
-    headers = {shard: read_header(folder / shard) for shard in shards}
+    return shards
+
+
+def join_shards(
+    weight_map: Mapping[str, str], headers: Mapping[str, Header], *, index: str
+) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
+    """Every tensor of a sharded model, and the first shard's metadata.
+
+    Raises:
+        IndexFileError: Index and shards do not name the same tensors.
+    """
     infos: dict[str, TensorInfo] = {}
     for shard, header in headers.items():
         for tensor, info in header.tensors.items():
@@ -227,7 +338,7 @@ def _read_shards(folder: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, s
             f"'{index}': {len(unheld)} tensors are in no shard, first '{unheld[0]}' (said to be in "
             f"'{weight_map[unheld[0]]}')."
         )
-    return _sorted(infos), headers[shards[0]].metadata
+    return _sorted(infos), next(iter(headers.values())).metadata
 
 
 def _sorted(infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:

@@ -1,4 +1,4 @@
-"""Where a tensor's bytes lie: in a file on disk, or in a file on a server that is read by ranges. Values, no reading."""
+"""Where a tensor's bytes lie: in a file on disk, or in one on a server that is read by ranges. Values, no reading."""
 
 from dataclasses import dataclass
 from pathlib import Path

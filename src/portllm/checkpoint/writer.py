@@ -15,6 +15,7 @@ from pathlib import Path
 
 from portllm.checkpoint.header import DTYPE_BITS, n_bytes_of, render_header
 from portllm.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from portllm.checkpoint.source import Source
 from portllm.errors import OutputError, OutputExistsError
 
 METADATA = {"format": "pt"}
@@ -169,10 +170,12 @@ def check_free(final: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another place.")
 
 
-def check_apart(final: Path, inputs: Iterable[Path]) -> None:
+def check_apart(final: Path, inputs: Iterable[Source]) -> None:
     """Raise OutputError if a file that is read lies in the folder `final`, which `--overwrite` would replace whole."""
     place = final.resolve()
     for file in inputs:
+        if not isinstance(file, Path):
+            continue
         # A file may be a link out of its folder, as in the cache of the Hugging Face Hub; neither end may be lost.
         ends = (file.parent.resolve() / file.name, file.resolve())
         if any(place in end.parents for end in ends):

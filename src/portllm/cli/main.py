@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-MODEL = "A folder, a .safetensors file, or builtin:smollm2-135m."
+MODEL = "A folder, a .safetensors file, org/name[@revision] of the Hugging Face Hub, or builtin:smollm2-135m."
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and every reason not to.")]

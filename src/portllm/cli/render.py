@@ -116,6 +116,7 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
 
 def _checkpoint(summary: CheckpointSummary) -> str:
     rows = {
+        **({"revision": summary.revision} if summary.revision else {}),
         "architecture": summary.architecture or "not said (no config.json)",
         "fingerprint": summary.fingerprint,
         "digest": summary.digest or "not taken (--digest reads all bytes)",
@@ -130,6 +131,7 @@ def _checkpoint(summary: CheckpointSummary) -> str:
 def _patch(summary: PatchSummary) -> str:
     kind = "patch" if summary.record else "adapter"
     rows = {
+        **({"revision": summary.revision} if summary.revision else {}),
         "modules": f"{summary.n_modules}: {_counts(summary.modules)}",
         "rank": _by_module(summary.ranks),
         "scale": _by_module(summary.scales),
@@ -141,6 +143,8 @@ def _patch(summary: PatchSummary) -> str:
 
 def _unrecorded(summary: PatchSummary) -> str:
     name = summary.base_name or "not said"
+    if summary.base_name and summary.base_revision:
+        name += f" at revision {summary.base_revision}"
     return f"{name}, by name only; 'portllm capture --adapter {summary.name} --base BASE' writes its identity down"
 
 

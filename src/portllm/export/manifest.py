@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.patch.record import ModelIdentity, PatchRecord, record_to_json
+from portllm.patch.record import ModelIdentity, PatchRecord, identity_to_json, record_to_json
 from portllm.patch.rounding import MergeSums
 
 MANIFEST_FILE = "portllm.json"
@@ -54,8 +54,8 @@ def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
     """The manifest's content."""
     return {
         "program": program,
-        "output": _identity(report.output),
-        "into": _identity(report.into),
+        "output": identity_to_json(report.output),
+        "into": identity_to_json(report.into),
         "patch": None if report.patch is None else record_to_json(report.patch),
         "dtype": list(report.dtype),
         "rounding": report.rounding,
@@ -72,10 +72,6 @@ def write_manifest(folder: Path, report: MergeReport, *, program: str) -> None:
     """Write `portllm.json`."""
     text = json.dumps(report_to_json(report, program=program), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
-
-
-def _identity(identity: ModelIdentity) -> dict[str, object]:
-    return {"name": identity.name, "fingerprint": identity.fingerprint, "digest": identity.digest}
 
 
 def _measures(sums: MergeSums) -> dict[str, float | None]:

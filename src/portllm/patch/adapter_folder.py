@@ -15,7 +15,8 @@ import fastjsonschema
 from blake3 import blake3
 
 from portllm.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, render_header
-from portllm.checkpoint.reader import read_bytes, read_header, read_json
+from portllm.checkpoint.reader import names_hub, read_bytes, read_header, read_json
+from portllm.checkpoint.source import Source
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import AdapterFormatError, PatchRecordError
 from portllm.patch.adapter_config import AdapterConfig, parse_adapter_config
@@ -44,13 +45,21 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
 def load_patch(folder: str | Path) -> Patch[TensorInfo]:
     """Open an adapter folder, with its `patch.json` where it has one; no tensor byte is read.
 
+    Args:
+        folder: A folder, or an adapter of the Hugging Face Hub (`org/name` or `org/name@revision`), whose three files
+            are brought into huggingface_hub's cache.
+
     Raises:
+        NotFoundError, RemoteError: An adapter of the hub is not there, or cannot be fetched.
         AdapterFormatError: It is not an adapter that is understood whole.
         PatchRecordError: Its `patch.json` breaks the schema.
         HeaderError: Its tensor file is damaged.
     """
     path = Path(folder)
     name = str(folder)
+    revision = None
+    if names_hub(name):
+        path, revision = _fetch(name)
     _require_files(path, name)
     config = parse_adapter_config(read_json(path / CONFIG_FILE, error=AdapterFormatError), where=name)
     tensors = read_header(path / TENSOR_FILE).tensors
@@ -63,7 +72,7 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
         for module, pair in factors.items()
     }
     copies = {match["module"]: info for key, info in tensors.items() if (match := _BASE_COPY.fullmatch(key))}
-    return Patch(name, deltas, config, read_record(path), copies)
+    return Patch(name, deltas, config, read_record(path), copies, revision=revision)
 
 
 def read_record(folder: Path) -> PatchRecord | None:
@@ -122,14 +131,38 @@ def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
     return dict(sorted(keyed.items(), key=lambda pair: (-DTYPE_BITS[pair[1].dtype], pair[0])))
 
 
-def files_of(patch: Patch[TensorInfo]) -> tuple[Path, ...]:
+def files_of(patch: Patch[TensorInfo]) -> tuple[Source, ...]:
     """The files that hold a patch's tensors, sorted."""
-    return tuple(sorted({info.file for info in stored_tensors(patch).values()}))
+    return tuple(sorted({info.file for info in stored_tensors(patch).values()}, key=str))
+
+
+def folder_of(patch: Patch[TensorInfo]) -> Path:
+    """The folder that a patch was opened from, for programs that load it themselves."""
+    return Path(str(files_of(patch)[0])).parent
 
 
 def digest_tensors(patch: Patch[TensorInfo]) -> dict[str, str]:
     """The blake3 digest of every stored tensor's bytes, by PEFT's key."""
     return {key: blake3(read_bytes(info)).hexdigest() for key, info in stored_tensors(patch).items()}
+
+
+def _fetch(name: str) -> tuple[Path, str]:
+    """Bring an adapter of the hub into the cache; the folder there, and the commit hash."""
+    from portllm.checkpoint.hub import fetch, look_up  # loads an HTTP client, which few runs need
+
+    repository = look_up(name)
+    files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE) if file in repository.files]
+    if CONFIG_FILE not in files:
+        raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the hub, so it is not an adapter.")
+    if TENSOR_FILE not in files:
+        pickled = (
+            f"; its {PICKLE_FILE}, a pickle, can run code and is never read" if PICKLE_FILE in repository.files else ""
+        )
+        raise AdapterFormatError(
+            f"'{name}': has no {TENSOR_FILE} on the hub{pickled}. Ask its author for one, or convert it and give the "
+            "folder."
+        )
+    return fetch(repository, files), repository.revision
 
 
 def _require_files(path: Path, name: str) -> None:

@@ -20,6 +20,7 @@ class Patch(Generic[F]):
         record: Where it comes from, or None for an adapter that no one recorded.
         base_copies: By module, copies of the base's own weights that PEFT stores with an adapter of the head. They
             are no part of what was learned: they are compared with the base and left out of what is written.
+        revision: The commit hash of an adapter of the Hugging Face Hub, else None.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Patch(Generic[F]):
     config: AdapterConfig
     record: PatchRecord | None
     base_copies: Mapping[str, F] = field(default_factory=dict)
+    revision: str | None = None
 
     @property
     def n_params(self) -> int:

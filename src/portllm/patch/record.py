@@ -15,11 +15,13 @@ class ModelIdentity:
         name: As typed by the user; for people, never compared.
         fingerprint: See `portllm.checkpoint.identity`; what is compared.
         digest: Over all bytes, where they were read anyway; None otherwise.
+        revision: The commit hash of a model of the Hugging Face Hub, else None; for people, never compared.
     """
 
     name: str
     fingerprint: str
     digest: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,12 @@ def record_to_json(record: PatchRecord) -> dict[str, object]:
     return {
         "format": FORMAT,
         "program": record.program,
-        "base": _identity_to_json(record.base),
+        "base": identity_to_json(record.base),
         "capture": {"method": record.capture.method, "settings": dict(record.capture.settings)},
         "ports": [
             {
-                "from": _identity_to_json(step.source),
-                "to": _identity_to_json(step.target),
+                "from": identity_to_json(step.source),
+                "to": identity_to_json(step.target),
                 "method": step.method,
                 "evidence": dict(step.evidence),
             }
@@ -98,13 +100,20 @@ def record_from_json(value: Mapping[str, object]) -> PatchRecord:
             raise ValueError("the values do not fit the schema of patch.json")
 
 
-def _identity_to_json(identity: ModelIdentity) -> dict[str, object]:
-    return {"name": identity.name, "fingerprint": identity.fingerprint, "digest": identity.digest}
+def identity_to_json(identity: ModelIdentity) -> dict[str, object]:
+    """An identity as JSON values."""
+    return {
+        "name": identity.name,
+        "fingerprint": identity.fingerprint,
+        "digest": identity.digest,
+        "revision": identity.revision,
+    }
 
 
 def _identity_from_json(value: object) -> ModelIdentity:
     match value:
-        case {"name": str(name), "fingerprint": str(fingerprint), "digest": str() | None as digest}:
-            return ModelIdentity(name, fingerprint, digest)
+        case {"name": str(name), "fingerprint": str(fingerprint), "digest": str() | None as digest, **rest}:
+            revision = rest.get("revision")
+            return ModelIdentity(name, fingerprint, digest, revision if isinstance(revision, str) else None)
         case _:
             raise ValueError("the values do not fit the schema of a model's identity")

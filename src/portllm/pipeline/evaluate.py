@@ -5,7 +5,6 @@ belongs to, or not at all.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
@@ -13,6 +12,7 @@ from portllm.errors import PlanRefusedError, Refusal
 from portllm.evaluate.compare import Comparison, Contestants, compare
 from portllm.evaluate.scoring import Task
 from portllm.live.model import Device
+from portllm.patch.adapter_folder import folder_of
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.fit import base_mismatch, misfits
@@ -63,6 +63,7 @@ def evaluate(
         retrained=retrained,
         merged=merged,
         allow_other_base=allow_other_base,
+        progress=progress,
     )
     return compare(contestants, task, device=device, seed=seed, progress=progress)
 
@@ -76,6 +77,7 @@ def plan_evaluation(
     retrained: Patch[TensorInfo] | None = None,
     merged: Checkpoint | None = None,
     allow_other_base: bool = False,
+    progress: Progress = silent,
 ) -> Contestants:
     """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
     old, new = identify(base), identify(evolved)
@@ -85,12 +87,12 @@ def plan_evaluation(
     if refusals:
         raise PlanRefusedError(refusals)
     return Contestants(
-        base=model_folder(base),
-        patch=Path(patch.name),
-        evolved=model_folder(evolved),
-        ported=Path(ported.name),
-        retrained=None if retrained is None else Path(retrained.name),
-        merged=None if merged is None else model_folder(merged),
+        base=model_folder(base, progress=progress),
+        patch=folder_of(patch),
+        evolved=model_folder(evolved, progress=progress),
+        ported=folder_of(ported),
+        retrained=None if retrained is None else folder_of(retrained),
+        merged=None if merged is None else model_folder(merged, progress=progress),
     )
 
 

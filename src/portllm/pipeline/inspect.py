@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portllm.checkpoint.identity import digest, fingerprint
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.reader import names_hub, on_disk, open_checkpoint
 from portllm.checkpoint.ties import tied_embedding
 from portllm.patch.adapter_folder import CONFIG_FILE, load_patch
 from portllm.patch.record import PatchRecord, record_to_json
@@ -20,6 +20,7 @@ class CheckpointSummary:
 
     Attributes:
         name: As given.
+        revision: The commit hash of a model of the Hugging Face Hub, else None.
         architecture: From `config.json`; None without one.
         fingerprint: Its identity.
         digest: Over all bytes, where it was asked for.
@@ -33,6 +34,7 @@ class CheckpointSummary:
     """
 
     name: str
+    revision: str | None
     architecture: str | None
     fingerprint: str
     digest: str | None
@@ -51,6 +53,7 @@ class PatchSummary:
 
     Attributes:
         name: As given.
+        revision: The commit hash of an adapter of the Hugging Face Hub, else None.
         n_modules: Modules it changes.
         modules: Number of changed modules of each name.
         ranks: Number of modules of each rank.
@@ -58,10 +61,12 @@ class PatchSummary:
         n_params: Numbers in all factors.
         n_bytes: Bytes of all factors.
         base_name: What PEFT's configuration calls the base.
+        base_revision: Which revision of it PEFT's configuration names, or None.
         record: The content of `patch.json`, or None.
     """
 
     name: str
+    revision: str | None
     n_modules: int
     modules: Mapping[str, int]
     ranks: Mapping[int, int]
@@ -69,6 +74,7 @@ class PatchSummary:
     n_params: int
     n_bytes: int
     base_name: str | None
+    base_revision: str | None
     record: PatchRecord | None
 
 
@@ -85,9 +91,17 @@ def inspect(
     Raises:
         PortLLMError: There is nothing of the kind at that place, or it is damaged.
     """
-    if (Path(where) / CONFIG_FILE).is_file():
+    if _is_patch(where):
         return summarize_patch(where)
     return summarize_checkpoint(where, with_digest=with_digest, progress=progress)
+
+
+def _is_patch(where: str | Path) -> bool:
+    if not names_hub(where):
+        return (Path(where) / CONFIG_FILE).is_file()
+    from portllm.checkpoint.hub import look_up
+
+    return CONFIG_FILE in look_up(str(where)).files
 
 
 def summarize_checkpoint(
@@ -95,6 +109,8 @@ def summarize_checkpoint(
 ) -> CheckpointSummary:
     """Describe a checkpoint; see `inspect`."""
     checkpoint = open_checkpoint(where, progress=progress)
+    if with_digest:
+        checkpoint = on_disk(checkpoint, progress=progress)
     architectures = checkpoint.config.get("architectures")
     kinds = Counter(
         f"{module.rsplit('.', 1)[-1]} {info.shape[0]}x{info.shape[1]}"
@@ -102,6 +118,7 @@ def summarize_checkpoint(
     )
     return CheckpointSummary(
         name=checkpoint.name,
+        revision=checkpoint.revision,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         fingerprint=fingerprint(checkpoint),
         digest=digest(checkpoint, progress=progress) if with_digest else None,
@@ -118,9 +135,10 @@ def summarize_checkpoint(
 def summarize_patch(where: str | Path) -> PatchSummary:
     """Describe an adapter or patch; see `inspect`."""
     patch = load_patch(where)
-    base_name = patch.config.fields.get("base_model_name_or_path")
+    base_name, base_revision = (patch.config.fields.get(key) for key in ("base_model_name_or_path", "revision"))
     return PatchSummary(
         name=patch.name,
+        revision=patch.revision,
         n_modules=len(patch.deltas),
         modules=dict(Counter(module.rsplit(".", 1)[-1] for module in patch.deltas)),
         ranks=dict(sorted(Counter(delta.rank for delta in patch.deltas.values()).items())),
@@ -128,6 +146,7 @@ def summarize_patch(where: str | Path) -> PatchSummary:
         n_params=patch.n_params,
         n_bytes=sum(factor.n_bytes for delta in patch.deltas.values() for factor in (delta.a, delta.b)),
         base_name=str(base_name) if base_name else None,
+        base_revision=str(base_revision) if base_revision else None,
         record=patch.record,
     )
 

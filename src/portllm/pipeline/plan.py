@@ -7,13 +7,13 @@ plan with refusals does not run.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from portllm.assess.drift import DriftSums, measure_drift
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.sample import load_values, sample_span
+from portllm.checkpoint.source import Source
 from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
 from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
 from portllm.errors import PlanRefusedError, Refusal, UnsupportedDtypeError
@@ -43,7 +43,7 @@ class PortPlan:
     method: PortMethod
     source: ModelIdentity
     target: ModelIdentity
-    files: tuple[Path, ...]
+    files: tuple[Source, ...]
     evidence: Mapping[str, float]
     refusals: tuple[Refusal, ...]
 
@@ -106,7 +106,7 @@ def require(plan: PortPlan | MergePlan) -> None:
 
 def identify(checkpoint: Checkpoint) -> ModelIdentity:
     """A checkpoint's identity, from its fingerprint."""
-    return ModelIdentity(checkpoint.name, fingerprint(checkpoint))
+    return ModelIdentity(checkpoint.name, fingerprint(checkpoint), revision=checkpoint.revision)
 
 
 def plan_port(

@@ -7,7 +7,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.reader import Checkpoint, on_disk
 from portllm.checkpoint.writer import check_free
 from portllm.errors import DataError, NotFoundError
 from portllm.live.examples import ExampleFormat, read_examples
@@ -51,7 +51,7 @@ def train(
         OutputExistsError: `out` exists; said before any work is done.
     """
     check_free(out, overwrite=overwrite)
-    folder = model_folder(base)
+    folder = model_folder(base, progress=progress)
     settings = settings or TrainSettings()
     examples = read_examples(data, fmt)
     with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
@@ -93,15 +93,24 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def model_folder(checkpoint: Checkpoint) -> Path:
-    """The folder of a checkpoint that is to run.
+def model_folder(checkpoint: Checkpoint, *, progress: Progress = silent) -> Path:
+    """The folder of a checkpoint that is to run; a model that stays on the hub is downloaded.
 
     Raises:
         NotFoundError: It is a single file, without configuration and tokenizer.
+        RemoteError: It cannot be downloaded.
     """
-    if checkpoint.folder is None:
+    check_runnable(checkpoint)
+    folder = on_disk(checkpoint, progress=progress).folder
+    if folder is None:
+        raise AssertionError("what can run has a folder once it is on disk")
+    return folder
+
+
+def check_runnable(checkpoint: Checkpoint) -> None:
+    """Raise NotFoundError if a checkpoint is a single file, without configuration and tokenizer."""
+    if checkpoint.folder is None and not checkpoint.is_remote:
         raise NotFoundError(
             f"'{checkpoint.name}': is a single file; running a model needs its configuration and tokenizer too. Give "
             "the folder that holds them."
         )
-    return checkpoint.folder

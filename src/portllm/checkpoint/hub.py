@@ -1,0 +1,346 @@
+"""Models and adapters of the Hugging Face Hub, by `org/name` or `org/name@revision`.
+
+A revision is resolved once to a commit hash, and everything is read at that commit. Small files come through
+huggingface_hub's cache. Weights are not downloaded: their headers and slices are read by ranges
+(`portllm.checkpoint.remote`), unless the cache has them whole or `download` is called. With `HF_HUB_OFFLINE` only the
+cache is used; `HF_ENDPOINT` and the user's token are huggingface_hub's own affair. Pickled weights and code are never
+fetched.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx2
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    constants,
+    hf_hub_download,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from portllm import __version__
+from portllm.checkpoint.reader import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_JSON_BYTES,
+    SINGLE_FILE,
+    Checkpoint,
+    join_shards,
+    open_folder,
+    read_json,
+    read_weight_map,
+    require_shards,
+    why_no_model,
+)
+from portllm.checkpoint.remote import (
+    HEADER_GUESS_BYTES,
+    PASSING_STATUSES,
+    TryAgainError,
+    concurrently,
+    read_remote_header,
+    requested_wait,
+    with_retries,
+)
+from portllm.checkpoint.source import RemoteFile
+from portllm.errors import CheckpointError, NotFoundError, RemoteError
+from portllm.progress import Progress, silent
+
+SIDE_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
+"""What belongs to a model besides its weights: configuration, tokenizer, terms; never pickled weights or code."""
+
+HEADER_BYTES_PER_TENSOR = 256
+"""A generous guess, to read the header of a small shard without reading far into its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository of the hub at one commit.
+
+    Attributes:
+        name: As the user typed it.
+        id: `org/name`.
+        revision: The commit hash.
+        files: The files at its top, by name.
+    """
+
+    name: str
+    id: str
+    revision: str
+    files: Mapping[str, RemoteFile]
+
+
+def look_up(name: str) -> Repository:
+    """Resolve `org/name` or `org/name@revision` to a commit and its files.
+
+    Raises:
+        NotFoundError: There is no such repository or revision; offline: it is not in the cache.
+        RemoteError: The hub cannot be reached, or denies access.
+    """
+    repo, _, revision = name.partition("@")
+    if is_offline_mode():
+        return _look_up_in_cache(name, repo, revision or constants.DEFAULT_REVISION)
+    with _hub_errors(name):
+        info = with_retries(lambda: _model_info(repo, revision or constants.DEFAULT_REVISION), where=f"'{name}'")
+    if info.sha is None:
+        raise RemoteError(
+            f"'{name}': {constants.ENDPOINT} does not say which commit this is, so nothing can be pinned."
+        )
+    files = {}
+    for entry in info.siblings or ():
+        if "/" not in entry.rfilename and entry.size is not None:
+            digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+            files[entry.rfilename] = _remote_file(repo, info.sha, entry.rfilename, entry.size, digest or "")
+    return Repository(name, repo, info.sha, files)
+
+
+def open_remote(name: str) -> Checkpoint:
+    """Open a model of the hub; from the cache where it is whole there, else by ranges.
+
+    Raises:
+        NotFoundError: There is no such model; offline: it is not whole in the cache.
+        HeaderError, IndexFileError, MissingShardError: Its files are damaged or incomplete.
+        RemoteError: The hub cannot be reached, or denies access.
+    """
+    repository = look_up(name)
+    files = repository.files
+    if SINGLE_FILE not in files and INDEX_FILE not in files:
+        lacks = f"at {repository.revision[:12]}, the version in the cache, " if is_offline_mode() else ""
+        raise NotFoundError(f"'{name}': {lacks}{why_no_model(files)}")
+    config = read_json(fetch(repository, [CONFIG_FILE]) / CONFIG_FILE) if CONFIG_FILE in files else {}
+    weight_map: Mapping[str, str] = {}
+    shards = [SINGLE_FILE]
+    if SINGLE_FILE not in files:
+        index = fetch(repository, [INDEX_FILE]) / INDEX_FILE
+        weight_map = read_weight_map(index)
+        shards = require_shards(weight_map, where=name, there=files)
+    cached = _cached(repository, shards)
+    if cached is not None:
+        return open_folder(cached, name=name, revision=repository.revision)
+    held = list(weight_map.values())
+    guesses = {shard: 4096 + HEADER_BYTES_PER_TENSOR * held.count(shard) for shard in shards} if held else {}
+
+    headers = dict(
+        zip(
+            shards,
+            concurrently(
+                lambda shard: read_remote_header(
+                    files[shard], guess=min(HEADER_GUESS_BYTES, guesses.get(shard, HEADER_GUESS_BYTES))
+                ),
+                shards,
+            ),
+            strict=True,
+        )
+    )
+    if held:
+        infos, metadata = join_shards(weight_map, headers, index=f"{name}/{INDEX_FILE}")
+    else:
+        header = headers[SINGLE_FILE]
+        infos, metadata = dict(sorted(header.tensors.items())), header.metadata
+    return Checkpoint(name, None, infos, config, metadata, repository.revision)
+
+
+def download(checkpoint: Checkpoint, *, progress: Progress = silent) -> Checkpoint:
+    """Weights, configuration and tokenizer of a model that stays on the hub, in the cache of huggingface_hub.
+
+    Files that the cache has are not fetched again.
+
+    Raises:
+        RemoteError: A file cannot be fetched, or is not the one that was opened.
+    """
+    repository = look_up(f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}")
+    weights = [file.name for file in checkpoint.files if isinstance(file, RemoteFile)]
+    side = [name for name in repository.files if name.endswith(SIDE_SUFFIXES) or name.startswith(SIDE_NAMES)]
+    other_index = [name for name in side if name.endswith(".index.json") and name != INDEX_FILE]
+    folder = fetch(repository, sorted({*weights, *side} - {*other_index}), progress=progress)
+    local = open_folder(folder, name=checkpoint.name, revision=checkpoint.revision)
+    layout = [(info.name, info.dtype, info.shape) for info in checkpoint.infos.values()]
+    if layout != [(info.name, info.dtype, info.shape) for info in local.infos.values()]:
+        raise RemoteError(
+            f"'{folder}': holds other tensors than {checkpoint.name} on the hub. Delete it and run again."
+        )
+    return local
+
+
+def fetch_side_file(checkpoint: Checkpoint, name: str) -> Path | None:
+    """A small file of a model that stays on the hub; see `portllm.checkpoint.reader.side_file`."""
+    repository = look_up(f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}")
+    return fetch(repository, [name]) / name if name in repository.files else None
+
+
+def fetch(repository: Repository, names: Iterable[str], *, progress: Progress = silent) -> Path:
+    """Bring files of a repository into the cache of huggingface_hub; returns the folder that shows them.
+
+    Raises:
+        NotFoundError: Offline, and a file is not in the cache.
+        RemoteError: A file cannot be fetched.
+        CheckpointError: A JSON file is larger than any that is read.
+    """
+    names = list(names)
+    for name in names:
+        size = repository.files[name].size
+        if name in (CONFIG_FILE, INDEX_FILE) and size > MAX_JSON_BYTES:
+            raise CheckpointError(f"'{repository.files[name]}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+    tally = _Tally({name: repository.files[name].size for name in names}, repository.name, progress)
+
+    def bring(name: str) -> Path:
+        with _hub_errors(repository.name):
+            path = hf_hub_download(
+                repository.id,
+                name,
+                revision=repository.revision,
+                endpoint=constants.ENDPOINT,
+                library_name="portllm",
+                library_version=__version__,
+                tqdm_class=_bar_class(lambda done: tally.count(name, done)),
+            )
+        tally.finish(name)
+        return Path(path)
+
+    folders = {path.parent for path in concurrently(bring, names)}
+    return folders.pop()
+
+
+class _Tally:
+    """Bytes fetched of several files, told to one `Progress`."""
+
+    def __init__(self, sizes: Mapping[str, int], label: str, progress: Progress) -> None:
+        self._sizes = sizes
+        self._done = dict.fromkeys(sizes, 0)
+        self._label = f"download {label}"
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def count(self, name: str, done: int) -> None:
+        with self._lock:
+            self._done[name] = max(self._done[name], min(done, self._sizes[name]))
+            self._progress(self._label, sum(self._done.values()), sum(self._sizes.values()), "bytes")
+
+    def finish(self, name: str) -> None:
+        self.count(name, self._sizes[name])
+
+
+def _bar_class(report: Callable[[int], None]) -> type:
+    """What huggingface_hub takes for a progress bar: it shows nothing and reports how far its file is."""
+
+    class Bar:
+        def __init__(self, *_: object, initial: int = 0, total: int | None = None, **__: object) -> None:
+            self.n, self.total = initial, total
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            report(self.n)
+
+        def close(self) -> None:
+            return
+
+        def refresh(self, *_: object, **__: object) -> None:
+            return
+
+        set_description = set_description_str = set_postfix_str = refresh
+
+    return Bar
+
+
+def _model_info(repo: str, revision: str) -> ModelInfo:
+    try:
+        return HfApi(endpoint=constants.ENDPOINT, library_name="portllm", library_version=__version__).model_info(
+            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in PASSING_STATUSES:
+            raise
+        raise TryAgainError(f"the hub answered with status {status}", wait=requested_wait(error.response)) from error
+    except httpx2.TransportError as error:
+        raise TryAgainError(f"cannot reach {constants.ENDPOINT} ({type(error).__name__})") from error
+
+
+def _remote_file(repo: str, revision: str, name: str, size: int, etag: str) -> RemoteFile:
+    url = f"{constants.ENDPOINT}/{repo}/resolve/{revision}/{quote(name)}"
+    return RemoteFile(url, name, size, etag, f"{repo}/{name}")
+
+
+def _look_up_in_cache(name: str, repo: str, revision: str) -> Repository:
+    """What the cache of huggingface_hub has of a repository."""
+    for known in (SINGLE_FILE, INDEX_FILE, "adapter_config.json", CONFIG_FILE):
+        path = try_to_load_from_cache(repo, known, revision=revision)
+        if isinstance(path, str):
+            folder = Path(path).parent
+            files = {
+                file.name: _remote_file(repo, folder.name, file.name, file.stat().st_size, "")
+                for file in sorted(folder.iterdir())
+                if file.is_file()
+            }
+            return Repository(name, repo, folder.name, files)
+    raise NotFoundError(
+        f"'{name}': HF_HUB_OFFLINE is set, and revision '{revision}' is not in the cache '{constants.HF_HUB_CACHE}'. "
+        f"Unset it, or fetch the model while online: hf download {repo}."
+    )
+
+
+def _cached(repository: Repository, names: Iterable[str]) -> Path | None:
+    """The folder of the cache that shows these files at this commit, if it has all of them."""
+    folder = None
+    for name in names:
+        path = try_to_load_from_cache(repository.id, name, revision=repository.revision)
+        if not isinstance(path, str) or os.path.getsize(path) != repository.files[name].size:
+            return None
+        folder = Path(path).parent
+    return folder
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Errors of huggingface_hub as ours."""
+    repo = name.partition("@")[0]
+    try:
+        yield
+    except GatedRepoError as error:
+        raise RemoteError(
+            f"'{name}': is gated. Ask for access at {constants.ENDPOINT}/{repo} and log in: hf auth login."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"'{name}': no such file or folder, and no model of that name at {constants.ENDPOINT} that you may read. "
+            "Look for a spelling mistake; for a private model, log in: hf auth login."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NotFoundError(
+            f"'{name}': {constants.ENDPOINT}/{repo} has no such revision. Name a branch, a tag or a commit hash."
+        ) from error
+    except EntryNotFoundError as error:
+        raise NotFoundError(f"'{name}': a file is neither in the cache nor to be had: {_first_line(error)}") from error
+    except HFValidationError as error:
+        raise NotFoundError(f"'{name}': no such file or folder, and no name of a model of the hub: {error}") from error
+    except HfHubHTTPError as error:
+        raise RemoteError(
+            f"'{name}': {constants.ENDPOINT} answered with status {error.response.status_code}: {_first_line(error)}"
+        ) from error
+    except (httpx2.HTTPError, OSError) as error:
+        raise RemoteError(f"'{name}': could not be fetched: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
