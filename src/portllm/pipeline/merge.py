@@ -5,7 +5,7 @@ The digests of what is read and written are taken on the way.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -14,10 +14,17 @@ from torch import Tensor
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, fingerprint, own_tensors, remember
-from portllm.checkpoint.reader import Checkpoint, open_checkpoint, read_bytes
+from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint, read_bytes
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load, load_rows
-from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, check_apart, staged_folder, write_index
-from portllm.errors import NonFiniteError
+from portllm.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    ShardWriter,
+    check_apart,
+    check_free,
+    staged_folder,
+    write_index,
+)
+from portllm.errors import NonFiniteError, RemoteError
 from portllm.export.manifest import MergeReport, write_manifest
 from portllm.export.side_files import copy_side_files
 from portllm.patch.adapter_folder import files_of
@@ -76,7 +83,7 @@ def merge(
 
     Args:
         patch: What to add.
-        into: The model the patch belongs to.
+        into: The model the patch belongs to; one of the hub is downloaded once the patch is known to fit it.
         out: The new model's folder.
         dtype: Storage dtype of the output (`F32`, `BF16`, `F16`, `F64`), or None to keep each tensor's.
         rounding: How the sum is brought to the storage dtype.
@@ -108,6 +115,8 @@ def run_merge(
 ) -> MergeReport:
     """Carry out a plan; see `merge`."""
     require(plan)
+    check_free(out, overwrite=overwrite)
+    plan = _on_disk(plan, progress)
     check_apart(out, (*plan.into.files, *files_of(plan.patch)))
     measured: dict[str, MergeSums] = {}
     read_digests: dict[str, str] = {}
@@ -136,6 +145,20 @@ def run_merge(
     _remember_digests(plan.into, read_digests)
     _remember_digests(open_checkpoint(out), written_digests)
     return report
+
+
+def _on_disk(plan: MergePlan, progress: Progress) -> MergePlan:
+    """The same plan with the weights to read on disk."""
+    into = on_disk(plan.into, progress=progress)
+    if into is plan.into:
+        return plan
+    if fingerprint(into) != plan.identity.fingerprint:
+        raise RemoteError(
+            f"'{into.folder}': is not what {into.name} is on the hub: its fingerprint differs from "
+            f"{plan.identity.fingerprint}. Delete it and run again."
+        )
+    steps = {name: replace(step, source=into.infos[step.source.name]) for name, step in plan.steps.items()}
+    return replace(plan, into=into, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +235,7 @@ def _report(
     written = open_checkpoint(folder)
     return MergeReport(
         output=ModelIdentity(out.name, fingerprint(written), digest_of(written_digests, own_tensors(written))),
-        into=ModelIdentity(
-            plan.identity.name, plan.identity.fingerprint, digest_of(read_digests, own_tensors(plan.into))
-        ),
+        into=replace(plan.identity, digest=digest_of(read_digests, own_tensors(plan.into))),
         patch=plan.patch.record,
         dtype=tuple(sorted({plan.steps[name].entry.dtype for name in measured})),
         rounding=str(rounding),
