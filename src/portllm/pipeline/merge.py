@@ -24,7 +24,7 @@ from portllm.checkpoint.writer import (
     staged_folder,
     write_index,
 )
-from portllm.errors import NonFiniteError, RemoteError
+from portllm.errors import NonFiniteError, RemoteError, UnsupportedDtypeError
 from portllm.export.manifest import MergeReport, write_manifest
 from portllm.export.side_files import copy_side_files
 from portllm.patch.adapter_folder import files_of
@@ -100,6 +100,7 @@ def merge(
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written, or holds what is read.
         NonFiniteError: A weight, a delta or a sum is infinite or not a number.
+        UnsupportedDtypeError: `dtype` is not one that weights are stored in, or not one for this rounding.
     """
     plan = plan_merge(patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base)
     return run_merge(plan, out, rounding=rounding, overwrite=overwrite, progress=progress)
@@ -115,6 +116,8 @@ def run_merge(
 ) -> MergeReport:
     """Carry out a plan; see `merge`."""
     require(plan)
+    if isinstance(rounding, Stochastic):
+        _require_bfloat16(plan)
     check_free(out, overwrite=overwrite)
     plan = _on_disk(plan, progress)
     check_apart(out, (*plan.into.files, *files_of(plan.patch)))
@@ -185,7 +188,13 @@ def _blocks(step: MergeStep, rounding: Rounding) -> Iterator[_Block]:
 def _cast_blocks(step: MergeStep) -> Iterator[_Block]:
     for start, stop in _row_blocks(step.source):
         weight = load_rows(step.source, start, stop) if step.source.shape else load(step.source)
-        yield _Block(encode(weight), encode(weight.to(TORCH_DTYPES[step.entry.dtype])), None)
+        stored = weight.to(TORCH_DTYPES[step.entry.dtype])
+        if (weight.isfinite() & ~stored.isfinite()).any():
+            raise NonFiniteError(
+                f"'{step.entry.name}': rows {start} to {stop} hold a value that does not fit into {step.entry.dtype}. "
+                "Store a wider dtype."
+            )
+        yield _Block(encode(weight), encode(stored), None)
 
 
 def _merged_blocks(step: MergeStep, delta: LowRankDelta[TensorInfo], rounding: Rounding) -> Iterator[_Block]:
@@ -247,4 +256,16 @@ def _report(
 
 def _remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
     for file in checkpoint.files:
-        remember(file, {info.name: digests[info.name] for info in checkpoint.infos.values() if info.file == file})
+        names = [info.name for info in checkpoint.infos.values() if info.file == file]
+        # A stored copy of a tied embedding is not read when the patch gives the output a head of its own.
+        if all(name in digests for name in names):
+            remember(file, {name: digests[name] for name in names})
+
+
+def _require_bfloat16(plan: MergePlan) -> None:
+    other = next((step.entry for step in plan.steps.values() if step.delta and step.entry.dtype != "BF16"), None)
+    if other is not None:
+        raise UnsupportedDtypeError(
+            f"'{other.name}': is to be stored as {other.dtype}; stochastic rounding is for BF16. Store BF16, or round "
+            "to nearest."
+        )
