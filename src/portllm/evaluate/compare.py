@@ -195,7 +195,7 @@ def score_all(
 
     def run_family(folder: Path, name: str, adapters: dict[str, Path | None]) -> None:
         encoder = Encoder(load_tokenizer(folder))
-        model = load_model(folder, device=where, longest=task.max_tokens + task.max_new_tokens)
+        model = load_model(folder, device=where, longest=task.longest)
         run(name, model, encoder)
         for adapter_name, model_with in _switched(model, adapters):
             run(adapter_name, model_with, encoder)

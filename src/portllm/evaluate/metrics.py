@@ -15,7 +15,8 @@ from jaxtyping import Float64
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 
-Column = Float64[np.ndarray, "rows"]
+Column = Float64[np.ndarray, " rows"]
+Means = Float64[np.ndarray, " resamples"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ def _columns(*columns: Sequence[float]) -> list[Column]:
     return arrays
 
 
-def _resampled_means(columns: Sequence[Column], *, seed: int, resamples: int) -> list[Column]:
+def _resampled_means(columns: Sequence[Column], *, seed: int, resamples: int) -> list[Means]:
     """Means of each column over rows drawn with replacement, the same rows for all columns."""
     n = len(columns[0])
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -241,8 +242,8 @@ def _resampled_means(columns: Sequence[Column], *, seed: int, resamples: int) ->
 
 
 def _ends(
-    lows: Column,
-    highs: Column,
+    lows: Means,
+    highs: Means,
     *,
     confidence: float,
 ) -> tuple[float, float]:

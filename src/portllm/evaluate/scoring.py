@@ -73,6 +73,11 @@ class Task:
                 "Name the labels, or judge by the written text."
             )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest input that a model can be given."""
+        return self.max_tokens + (self.max_new_tokens if self.kind == "text" else 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
