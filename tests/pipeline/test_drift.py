@@ -1,0 +1,49 @@
+"""Drift of two models on disk, against float64 and whatever the size of a block."""
+
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from portllm.checkpoint.reader import open_checkpoint
+from portllm.pipeline import drift
+from portllm.pipeline.drift import measure_drift
+from tests.files import write_tensors
+
+
+def test_drift_is_that_of_float64_whatever_the_block(tiny, monkeypatch):
+    base, evolved = (open_checkpoint(tiny(kind)) for kind in ("base", "evolved"))
+    report = measure_drift(base, evolved)
+    w0, w1 = (load_file(tiny(kind) / "model.safetensors") for kind in ("base", "evolved"))
+    assert set(report.tensors) == set(w0)
+    assert report.left_out == ()
+    for name, sums in report.tensors.items():
+        move = w1[name].double() - w0[name].double()
+        assert sums.relative == pytest.approx((move.norm() / w0[name].double().norm()).item(), rel=1e-12)
+    total = math.sqrt(sum((w1[n].double() - w0[n].double()).square().sum().item() for n in w0))
+    norm = math.sqrt(sum(w0[n].double().square().sum().item() for n in w0))
+    assert report.total.relative == pytest.approx(total / norm, rel=1e-12)
+    monkeypatch.setattr(drift, "BLOCK_ELEMENTS", 7)
+    blocks = measure_drift(base, evolved)
+    assert blocks.total.relative == pytest.approx(report.total.relative, rel=1e-12)
+    assert 0.05 < report.total.relative < 0.2
+
+
+def test_a_model_has_no_drift_from_itself(tiny):
+    base = open_checkpoint(tiny("base"))
+    assert measure_drift(base, base).total.relative == 0.0
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    one = {"same": ("F32", (2,), bytes(8)), "shape": ("F32", (2,), bytes(8)), "old": ("F32", (1,), bytes(4))}
+    other = {"same": ("BF16", (2,), bytes(4)), "shape": ("F32", (1, 2), bytes(8)), "new": ("F32", (1,), bytes(4))}
+    one["whole"] = other["whole"] = ("I64", (1,), bytes(8))
+    base, evolved = (
+        open_checkpoint(write_tensors(tmp_path / f"{name}.safetensors", tensors))
+        for name, tensors in (("base", one), ("evolved", other))
+    )
+    told = []
+    report = measure_drift(base, evolved, progress=lambda *now: told.append(now))
+    assert set(report.tensors) == {"same"}
+    assert report.left_out == ("new", "old", "shape", "whole")
+    assert told == [("drift", 8, 8, "bytes")]
