@@ -63,7 +63,3 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("portllm: interrupted; nothing was left half written.", err=True)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

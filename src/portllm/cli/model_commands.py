@@ -181,3 +181,28 @@ def evaluate(
         print_json(comparison.to_json())
     else:
         typer.echo(render_comparison(comparison))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for its files.")] = Path("portllm-demo"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole story on a real small model, in minutes, on a CPU, offline; a second run reuses what is there."""
+    from portllm.cli.progress import shown_progress
+    from portllm.cli.render_demo import render_opening, render_step, render_story, story_to_json
+    from portllm.demo.story import Step, tell
+
+    def on_step(step: Step) -> None:
+        if not as_json:
+            typer.echo(render_step(step))
+
+    if not as_json:
+        typer.echo(render_opening(output))
+    with shown_progress(quiet=quiet) as progress:
+        story = tell(output, on_step=on_step, progress=progress)
+    if as_json:
+        print_json(story_to_json(story))
+    else:
+        typer.echo(render_story(story))

@@ -1,0 +1,234 @@
+"""The demo's steps: a clinic trains a patch, its provider updates the base, the patch is ported, merged and measured.
+
+Every number comes from the run, or from an earlier run's record whose key proves that it is the same work.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from portllm.checkpoint.identity import fingerprint
+from portllm.checkpoint.reader import Checkpoint, open_checkpoint
+from portllm.demo.kept import Kept, keep
+from portllm.demo.settings import COMPLETION, EVOLUTION_TEMPLATE, EVOLVE, MAX_TOKENS, PROMPT, TRAIN
+from portllm.evaluate.compare import Comparison, score_all, set_side_by_side
+from portllm.evaluate.scoring import Scores, Task
+from portllm.live.evolve import evolve
+from portllm.live.examples import ExampleFormat, read_examples, read_texts
+from portllm.patch.adapter_folder import digest_tensors, load_patch
+from portllm.pipeline.drift import measure_drift
+from portllm.pipeline.evaluate import plan_evaluation
+from portllm.pipeline.merge import merge
+from portllm.pipeline.port import port
+from portllm.pipeline.train import model_folder, train
+from portllm.progress import Progress, silent
+
+BASE = "builtin:smollm2-135m"
+DATA = resources.files("portllm.demo") / "data"
+TRAINING_ROWS = "clinic-train.jsonl"
+HELD_OUT_ROWS = "clinic-heldout.jsonl"
+EVOLUTION_TEXT = "mathematics.jsonl"
+FORMAT = ExampleFormat(prompt=PROMPT, completion=COMPLETION)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that is done.
+
+    Attributes:
+        name: What was done.
+        kept: What came of it, how long it took, and whether it is an earlier run's.
+    """
+
+    name: str
+    kept: Kept
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """The demo, told.
+
+    Attributes:
+        folder: Where its files are.
+        steps: In order, by name.
+        comparison: The models side by side.
+    """
+
+    folder: Path
+    steps: Mapping[str, Kept]
+    comparison: Comparison
+
+
+def tell(folder: Path, *, on_step: Callable[[Step], None], progress: Progress = silent) -> Story:
+    """Do the steps that have not been done, and return what came of all.
+
+    Args:
+        folder: Where files go; created where it is missing.
+        on_step: Told of each step when it is done.
+        progress: Told of what goes on within a step.
+    """
+    teller = _Teller(folder, on_step, progress)
+    base = open_checkpoint(BASE, progress=progress)
+    teller.train("train", base, teller.patch)
+    teller.evolve(base)
+    evolved = open_checkpoint(teller.evolved)
+    teller.port(base, evolved)
+    teller.merge(evolved)
+    teller.train("retrain", evolved, teller.retrained)
+    return Story(folder, teller.steps, teller.compare(base, evolved))
+
+
+class _Teller:
+    """The steps, each with all that its result depends on: that is the key under which it is kept."""
+
+    def __init__(self, folder: Path, on_step: Callable[[Step], None], progress: Progress) -> None:
+        self.steps: dict[str, Kept] = {}
+        self._records = folder / "steps"
+        self.patch, self.evolved, self.ported = folder / "patch", folder / "evolved", folder / "ported"
+        self.merged, self.retrained = folder / "merged", folder / "retrained"
+        self._on_step = on_step
+        self._progress = progress
+
+    def train(self, name: str, model: Checkpoint, out: Path) -> None:
+        def work() -> dict[str, object]:
+            with resources.as_file(DATA / TRAINING_ROWS) as rows:
+                _, report = train(
+                    model,
+                    data=rows,
+                    fmt=FORMAT,
+                    out=out,
+                    settings=TRAIN,
+                    device="cpu",
+                    overwrite=True,
+                    progress=self._progress,
+                )
+            return {
+                "steps": report.steps,
+                "rows": report.n_rows,
+                "n_trained": report.n_trained,
+                "losses": report.losses,
+            }
+
+        inputs = {
+            "base": fingerprint(model),
+            "settings": asdict(TRAIN),
+            "format": asdict(FORMAT),
+            "rows": _digest(TRAINING_ROWS),
+        }
+        self._do(name, inputs, lambda: patch_identity(out), work)
+
+    def evolve(self, base: Checkpoint) -> None:
+        def work() -> dict[str, object]:
+            with resources.as_file(DATA / EVOLUTION_TEXT) as rows:
+                texts = read_texts(rows, EVOLUTION_TEMPLATE)
+            report = evolve(
+                model_folder(base), texts, EVOLVE, self.evolved, device="cpu", overwrite=True, progress=self._progress
+            )
+            drift = measure_drift(base, open_checkpoint(self.evolved), progress=self._progress).total
+            return {
+                "n_tokens": report.n_tokens,
+                "losses": report.losses,
+                "drift": drift.relative,
+                "cosine": drift.cosine,
+            }
+
+        inputs = {
+            "base": fingerprint(base),
+            "settings": asdict(EVOLVE),
+            "text": _digest(EVOLUTION_TEXT),
+            "template": EVOLUTION_TEMPLATE,
+        }
+        self._do("evolve", inputs, lambda: checkpoint_identity(self.evolved), work)
+
+    def port(self, base: Checkpoint, evolved: Checkpoint) -> None:
+        def work() -> dict[str, object]:
+            ported = port(load_patch(self.patch), evolved=evolved, base=base, out=self.ported, overwrite=True)
+            return dict(ported.record.ports[-1].evidence) if ported.record else {}
+
+        inputs = {
+            "patch": patch_identity(self.patch),
+            "base": fingerprint(base),
+            "evolved": fingerprint(evolved),
+        }
+        self._do("port", inputs, lambda: patch_identity(self.ported), work)
+
+    def merge(self, evolved: Checkpoint) -> None:
+        def work() -> dict[str, object]:
+            report = merge(
+                load_patch(self.ported), into=evolved, out=self.merged, overwrite=True, progress=self._progress
+            )
+            worst = report.worst
+            return {
+                "kept_gain": report.total.kept_gain,
+                "rounding_loss": report.total.rounding_loss,
+                "relative_size": report.total.relative_size,
+                "worst": worst,
+                "worst_kept_gain": report.tensors[worst].kept_gain if worst else 1.0,
+            }
+
+        inputs = {"patch": patch_identity(self.ported), "into": fingerprint(evolved)}
+        self._do("merge", inputs, lambda: checkpoint_identity(self.merged), work)
+
+    def compare(self, base: Checkpoint, evolved: Checkpoint) -> Comparison:
+        with resources.as_file(DATA / HELD_OUT_ROWS) as rows:
+            task = Task(examples=tuple(read_examples(rows, FORMAT)), max_tokens=MAX_TOKENS)
+        contestants = plan_evaluation(
+            base=base,
+            patch=load_patch(self.patch),
+            evolved=evolved,
+            ported=load_patch(self.ported),
+            retrained=load_patch(self.retrained),
+            merged=open_checkpoint(self.merged),
+        )
+
+        def work() -> dict[str, object]:
+            scores = score_all(contestants, task, device="cpu", progress=self._progress)
+            return {name: asdict(score) for name, score in scores.items()}
+
+        inputs = {
+            "base": fingerprint(base),
+            "evolved": fingerprint(evolved),
+            "patches": [patch_identity(folder) for folder in (self.patch, self.ported, self.retrained)],
+            "merged": checkpoint_identity(self.merged),
+            "rows": _digest(HELD_OUT_ROWS),
+            "task": asdict(task),
+        }
+        self._do("evaluate", inputs, lambda: "", work)
+        scores = {name: Scores(**values) for name, values in _with_tuples(self.steps["evaluate"].result).items()}
+        return set_side_by_side(scores, task)
+
+    def _do(
+        self,
+        name: str,
+        inputs: Mapping[str, object],
+        identify: Callable[[], str],
+        work: Callable[[], Mapping[str, object]],
+    ) -> None:
+        self.steps[name] = keep(self._records / f"{name}.json", inputs=inputs, identify=identify, work=work)
+        self._on_step(Step(name, self.steps[name]))
+
+
+def patch_identity(folder: Path) -> str:
+    """A digest over a patch's tensors."""
+    return blake3(repr(sorted(digest_tensors(load_patch(folder)).items())).encode()).hexdigest()
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """A checkpoint's fingerprint, taken from its files."""
+    return fingerprint(open_checkpoint(folder))
+
+
+def _digest(name: str) -> str:
+    return blake3((DATA / name).read_bytes()).hexdigest()
+
+
+def _with_tuples(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scores as they come from JSON, where a tuple has become a list."""
+    return {
+        name: {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        for name, values in result.items()
+    }
