@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.demo.settings import COMPLETION, PROMPT, TRAIN
-
 from measure import Run, machine, measure, summarize
 from portllm import load_patch
 from portllm.demo.kept import versions
+from portllm.demo.settings import COMPLETION, PROMPT, TRAIN
 from portllm.demo.story import BASE, DATA, TRAINING_ROWS, tell
 
 HERE = Path(__file__).parent

@@ -75,9 +75,10 @@ def _training(result: Mapping[str, object]) -> str:
 
 
 def _evolution(result: Mapping[str, object]) -> str:
+    drift = percent(_number(result["drift"]), digits=2)
     return (
-        f"{result['n_tokens']:,} tokens in {EVOLVE.steps} steps; drift {percent(_number(result['drift']), digits=2)} of "
-        f"the weights' norm, cosine {_number(result['cosine']):.5f}"
+        f"{result['n_tokens']:,} tokens in {EVOLVE.steps} steps; drift {drift} of the weights' norm, cosine "
+        f"{_number(result['cosine']):.5f}"
     )
 
 
