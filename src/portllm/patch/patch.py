@@ -28,6 +28,7 @@ class Patch(Generic[F]):
     config: AdapterConfig
     record: PatchRecord | None
     base_copies: Mapping[str, F] = field(default_factory=dict)
+    values: Mapping[str, F] = field(default_factory=dict)
     revision: str | None = None
 
     @property

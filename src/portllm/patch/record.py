@@ -29,7 +29,7 @@ class Capture:
     """How the deltas came to be.
 
     Attributes:
-        method: `adapter` (an existing PEFT folder) or `train`.
+        method: `adapter` (an existing PEFT folder), `train`, `tuned` (two checkpoints) or `combine` (several patches).
         settings: Every parameter that shaped the result, and for `train` what it was trained on.
     """
 
