@@ -14,6 +14,8 @@ LOSSES = st.lists(st.floats(0, 20), min_size=2, max_size=60)
 
 ROUNDING = 1e-9
 
+FEW = 100  # resamples, where a law holds for each of them
+
 
 @given(ROWS, st.sampled_from([0.8, 0.95, 0.99]))
 def test_the_interval_of_a_share_is_scipys_wilson_interval(correct, confidence):
@@ -80,7 +82,7 @@ def test_pairing_takes_what_rows_have_in_common_out_of_the_interval():
 
 @given(LOSSES)
 def test_a_model_against_itself_has_not_changed(losses):
-    estimate = paired_change(losses, losses)
+    estimate = paired_change(losses, losses, resamples=FEW)
     assert (estimate.value, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
 
 
@@ -103,8 +105,8 @@ def test_retention_of_losses_counts_what_falls():
 @given(st.lists(st.tuples(st.floats(3, 6), st.floats(0, 2)), min_size=3, max_size=40))
 def test_what_retraining_gives_is_all_and_what_the_evolved_model_gives_is_nothing(rows):
     evolved, retrained = [row[0] for row in rows], [row[1] for row in rows]
-    everything = retention(evolved=evolved, ported=retrained, retrained=retrained, lower_is_better=True)
-    nothing = retention(evolved=evolved, ported=evolved, retrained=retrained, lower_is_better=True)
+    everything = retention(evolved=evolved, ported=retrained, retrained=retrained, lower_is_better=True, resamples=FEW)
+    nothing = retention(evolved=evolved, ported=evolved, retrained=retrained, lower_is_better=True, resamples=FEW)
     assert (everything.value, everything.low, everything.high) == pytest.approx((1.0, 1.0, 1.0))
     assert (nothing.value, nothing.low, nothing.high) == (0.0, 0.0, 0.0)
 
@@ -118,8 +120,8 @@ def test_retention_does_not_depend_on_the_unit_of_the_loss_or_where_it_starts(ro
     columns = [list(column) for column in zip(*rows, strict=True)]
     moved = [[unit * value + start for value in column] for column in columns]
     names = ("evolved", "ported", "retrained")
-    plain = retention(**dict(zip(names, columns, strict=True)), lower_is_better=True)
-    other = retention(**dict(zip(names, moved, strict=True)), lower_is_better=True)
+    plain = retention(**dict(zip(names, columns, strict=True)), lower_is_better=True, resamples=FEW)
+    other = retention(**dict(zip(names, moved, strict=True)), lower_is_better=True, resamples=FEW)
     assert (other.value, other.low, other.high) == pytest.approx((plain.value, plain.low, plain.high), abs=1e-6)
 
 
@@ -155,8 +157,8 @@ def test_the_reason_says_the_gain_and_its_interval():
 @given(st.integers(0, 5), st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_the_interval_of_retention_is_finite_and_the_same_for_the_same_seed(seed, rows):
     evolved, ported, retrained = (list(column) for column in zip(*rows, strict=True))
-    kept = retention(evolved=evolved, ported=ported, retrained=retrained, seed=seed)
-    assert kept == retention(evolved=evolved, ported=ported, retrained=retrained, seed=seed)
+    kept = retention(evolved=evolved, ported=ported, retrained=retrained, seed=seed, resamples=FEW)
+    assert kept == retention(evolved=evolved, ported=ported, retrained=retrained, seed=seed, resamples=FEW)
     assert kept.value is None or (math.isfinite(kept.low) and math.isfinite(kept.high) and kept.low <= kept.high)
 
 
