@@ -5,6 +5,7 @@ once. Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 done, and the v
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,9 @@ def program(
 
 def main() -> None:
     """Run the program; an error of ours is a message and exit status 1, a bug keeps its traceback."""
+    # Waiting threads of torch spin by default, and take a busy machine's cores from those that work. Read when torch is
+    # loaded; what the user has set stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import portllm.cli.model_commands
     import portllm.cli.patch_commands  # noqa: F401 (registers its commands)
 
