@@ -56,6 +56,7 @@ def main() -> None:
     # Waiting threads of torch spin by default, and take a busy machine's cores from those that work. Read when torch is
     # loaded; what the user has set stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import portllm.cli.make_commands
     import portllm.cli.model_commands
     import portllm.cli.patch_commands  # noqa: F401 (registers its commands)
 

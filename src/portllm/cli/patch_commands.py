@@ -1,4 +1,4 @@
-"""Commands that work on files alone: inspect, capture, port, merge."""
+"""Commands that work on files alone: inspect, port, merge."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -50,39 +50,6 @@ def inspect(
 
     with shown_progress(quiet=quiet) as progress:
         summary = inspect_path(path, with_digest=digest, progress=progress)
-    if as_json:
-        print_json(summary_to_json(summary))
-    else:
-        typer.echo(render_summary(summary))
-
-
-@app.command()
-def capture(
-    adapter: Annotated[Path, typer.Option("--adapter", help="A PEFT LoRA folder.")],
-    base: Annotated[str, typer.Option("--base", help=f"The model it was made on. {MODEL}")],
-    output: OutOption,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Make a patch from an adapter: the same tensors, and a record of the base they belong to."""
-    from portllm.checkpoint.reader import open_checkpoint
-    from portllm.checkpoint.writer import check_free
-    from portllm.cli.render import render_summary
-    from portllm.errors import PlanRefusedError
-    from portllm.patch.adapter_folder import load_patch
-    from portllm.pipeline.capture import capture_adapter, plan_capture
-    from portllm.pipeline.inspect import summarize_patch, summary_to_json
-
-    loaded, model = load_patch(adapter), open_checkpoint(base)
-    if dry_run:
-        if refusals := plan_capture(loaded, base=model):
-            raise PlanRefusedError(refusals)
-        check_free(output, overwrite=overwrite)
-        typer.echo(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
-        return
-    capture_adapter(loaded, base=model, out=output, overwrite=overwrite)
-    summary = summarize_patch(output)
     if as_json:
         print_json(summary_to_json(summary))
     else:

@@ -152,11 +152,18 @@ def _origin(record: PatchRecord) -> dict[str, str]:
     rows = {
         "base": f"{record.base.name} ({record.base.fingerprint})",
         "captured": f"by {record.capture.method}"
-        + "".join(f", {key} {value}" for key, value in record.capture.settings.items()),
+        + "".join(f", {key} {_setting(value)}" for key, value in record.capture.settings.items()),
     }
     for number, step in enumerate(record.ports, start=1):
         rows[f"port {number}"] = f"by '{step.method}' from {step.source.name} to {step.target.name}"
     return rows
+
+
+def _setting(value: object) -> str:
+    """One setting of a capture; what holds many values is counted, a model is called by its name."""
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return str(value["name"])
+    return f"({len(value)})" if isinstance(value, Mapping | list) else str(value)
 
 
 def table(rows: Mapping[str, str]) -> list[str]:

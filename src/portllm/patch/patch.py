@@ -20,6 +20,7 @@ class Patch(Generic[F]):
         record: Where it comes from, or None for an adapter that no one recorded.
         base_copies: By module, copies of the base's own weights that PEFT stores with an adapter of the head. They
             are no part of what was learned: they are compared with the base and left out of what is written.
+        values: By tensor, such as `model.norm.weight`, the tuned model's whole value: what is no low-rank delta.
         revision: The commit hash of an adapter of the Hugging Face Hub, else None.
     """
 
