@@ -9,9 +9,11 @@ fetched.
 
 import contextlib
 import os
+import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,6 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from portllm import __version__
 from portllm.checkpoint.reader import (
@@ -64,6 +67,8 @@ SIDE_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
 """What belongs to a model besides its weights: configuration, tokenizer, terms; never pickled weights or code."""
 
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+
 HEADER_BYTES_PER_TENSOR = 256
 """A generous guess, to read the header of a small shard without reading far into its tensors."""
 
@@ -75,12 +80,14 @@ class Repository:
     Attributes:
         name: As the user typed it.
         id: `org/name`.
+        asked: The revision that was asked for.
         revision: The commit hash.
         files: The files at its top, by name.
     """
 
     name: str
     id: str
+    asked: str
     revision: str
     files: Mapping[str, RemoteFile]
 
@@ -93,11 +100,12 @@ def look_up(name: str) -> Repository:
         RemoteError: The hub cannot be reached, or denies access.
     """
     repo, _, revision = name.partition("@")
+    revision = revision or constants.DEFAULT_REVISION
     if is_offline_mode():
-        return _look_up_in_cache(name, repo, revision or constants.DEFAULT_REVISION)
+        return _look_up_in_cache(name, repo, revision)
     with _hub_errors(name):
-        info = with_retries(lambda: _model_info(repo, revision or constants.DEFAULT_REVISION), where=f"'{name}'")
-    if info.sha is None:
+        info = with_retries(lambda: _model_info(repo, revision), where=f"'{name}'")
+    if info.sha is None or not _COMMIT.fullmatch(info.sha):
         raise RemoteError(
             f"'{name}': {constants.ENDPOINT} does not say which commit this is, so nothing can be pinned."
         )
@@ -106,7 +114,7 @@ def look_up(name: str) -> Repository:
         if "/" not in entry.rfilename and entry.size is not None:
             digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
             files[entry.rfilename] = _remote_file(repo, info.sha, entry.rfilename, entry.size, digest or "")
-    return Repository(name, repo, info.sha, files)
+    return Repository(name, repo, revision, info.sha, files)
 
 
 def open_remote(name: str) -> Checkpoint:
@@ -120,8 +128,11 @@ def open_remote(name: str) -> Checkpoint:
     repository = look_up(name)
     files = repository.files
     if SINGLE_FILE not in files and INDEX_FILE not in files:
-        lacks = f"at {repository.revision[:12]}, the version in the cache, " if is_offline_mode() else ""
-        raise NotFoundError(f"'{name}': {lacks}{why_no_model(files)}")
+        raise (
+            _not_cached(name, repository.asked)
+            if is_offline_mode()
+            else NotFoundError(f"'{name}': {why_no_model(files)}")
+        )
     config = read_json(fetch(repository, [CONFIG_FILE]) / CONFIG_FILE) if CONFIG_FILE in files else {}
     weight_map: Mapping[str, str] = {}
     shards = [SINGLE_FILE]
@@ -132,6 +143,8 @@ def open_remote(name: str) -> Checkpoint:
     cached = _cached(repository, shards)
     if cached is not None:
         return open_folder(cached, name=name, revision=repository.revision)
+    if is_offline_mode():
+        raise _not_cached(name, repository.asked)
     held = list(weight_map.values())
     guesses = {shard: 4096 + HEADER_BYTES_PER_TENSOR * held.count(shard) for shard in shards} if held else {}
 
@@ -163,7 +176,7 @@ def download(checkpoint: Checkpoint, *, progress: Progress = silent) -> Checkpoi
     Raises:
         RemoteError: A file cannot be fetched, or is not the one that was opened.
     """
-    repository = look_up(f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}")
+    repository = replace(look_up(f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}"), name=checkpoint.name)
     weights = [file.name for file in checkpoint.files if isinstance(file, RemoteFile)]
     side = [name for name in repository.files if name.endswith(SIDE_SUFFIXES) or name.startswith(SIDE_NAMES)]
     other_index = [name for name in side if name.endswith(".index.json") and name != INDEX_FILE]
@@ -213,6 +226,7 @@ def fetch(repository: Repository, names: Iterable[str], *, progress: Progress = 
         return Path(path)
 
     folders = {path.parent for path in concurrently(bring, names)}
+    _remember_commit(repository)
     return folders.pop()
 
 
@@ -293,11 +307,29 @@ def _look_up_in_cache(name: str, repo: str, revision: str) -> Repository:
                 for file in sorted(folder.iterdir())
                 if file.is_file()
             }
-            return Repository(name, repo, folder.name, files)
-    raise NotFoundError(
-        f"'{name}': HF_HUB_OFFLINE is set, and revision '{revision}' is not in the cache '{constants.HF_HUB_CACHE}'. "
-        f"Unset it, or fetch the model while online: hf download {repo}."
+            return Repository(name, repo, revision, folder.name, files)
+    raise _not_cached(name, revision)
+
+
+def _not_cached(name: str, revision: str) -> NotFoundError:
+    return NotFoundError(
+        f"'{name}': HF_HUB_OFFLINE is set, and revision '{revision}' is not whole in the cache "
+        f"'{constants.HF_HUB_CACHE}'. Unset it, or fetch the model while online: hf download {name.partition('@')[0]}."
     )
+
+
+def _remember_commit(repository: Repository) -> None:
+    """Note in the cache which commit a branch or tag was, as huggingface_hub does, so that it is known offline."""
+    if repository.asked == repository.revision or is_offline_mode():
+        return
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.id, repo_type="model")
+    note = folder / "refs" / repository.asked
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a later offline run its answer, no more
+        note.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f"{note.name}.", suffix=".tmp", dir=note.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(repository.revision)
+        os.replace(part, note)
 
 
 def _cached(repository: Repository, names: Iterable[str]) -> Path | None:

@@ -26,7 +26,7 @@ BUILTIN_PREFIX = "builtin:"
 MAX_JSON_BYTES = 64_000_000
 
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@[\w./-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.\.)\w[\w./-]*)?")
 _BATCH = 512
 
 

@@ -66,7 +66,7 @@ def train(
     from portllm.live.examples import ExampleFormat, read_examples
     from portllm.live.train import TrainSettings
     from portllm.pipeline.inspect import summarize_patch, summary_to_json
-    from portllm.pipeline.train import model_folder
+    from portllm.pipeline.train import check_runnable
     from portllm.pipeline.train import train as train_patch
 
     settings = TrainSettings(
@@ -87,7 +87,7 @@ def train(
     model = open_checkpoint(base)
     if dry_run:
         rows = read_examples(data, fmt)
-        model_folder(model)
+        check_runnable(model)
         check_free(output, overwrite=overwrite)
         typer.echo(f"would train a patch of {model.name} on {len(rows)} rows; the first:\n{rows[0]}\nto {output}")
         return
