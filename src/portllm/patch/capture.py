@@ -62,8 +62,8 @@ class RoundingNoise:
     def add_rows(self, start: int, base: Float[Tensor, "rows d_in"], tuned: Float[Tensor, "rows d_in"]) -> None:
         """Count rows from `start` on, in the dtypes in which they are stored."""
         variance = rounding_variance(base) + rounding_variance(tuned)
-        self.rows[start : start + len(variance)] = variance.sum(dim=1, dtype=torch.float64)
-        self.columns += variance.sum(dim=0, dtype=torch.float64)
+        self.rows[start : start + len(variance)] = variance.sum(dim=1)
+        self.columns += variance.sum(dim=0)
 
     @property
     def edge(self) -> float:

@@ -24,6 +24,9 @@ from portllm.linalg import working_dtype
 FRACTION_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 LEAST_EXPONENT = {torch.float64: -1022, torch.float32: -126, torch.float16: -14, torch.bfloat16: -126}
 
+EXPONENT = {torch.float64: (torch.int64, 0x7FF << 52), torch.float32: (torch.int32, 0xFF << 23)}
+"""The integers of a working dtype's width, and where in them the exponent stands."""
+
 TRACY_WIDOM_999 = 3.27
 """One largest singular value in a thousand lies farther out than this many units of its fluctuation."""
 
@@ -42,9 +45,12 @@ def rounding_variance(stored: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows
         tensor([[True, True]])
     """
     dtype = torch.bfloat16 if _is_bfloat16(stored) else stored.dtype
-    exponent = torch.frexp(stored.to(working_dtype(stored))).exponent - 1
-    step = exponent.clamp(min=LEAST_EXPONENT[dtype]) - FRACTION_BITS[dtype]
-    return torch.exp2(2 * step.to(working_dtype(stored))).div_(12)
+    working = stored.to(working_dtype(stored)).contiguous()
+    # The exponent's bits alone are the power of two below a number.
+    integers, exponent = EXPONENT[working.dtype]
+    power = (working.view(integers) & exponent).view(working.dtype)
+    power.clamp_(min=2.0 ** LEAST_EXPONENT[dtype])
+    return power.square_().mul_(4.0 ** -FRACTION_BITS[dtype] / 12)
 
 
 def noise_edge(rows: Float64[Tensor, " d_out"], columns: Float64[Tensor, " d_in"]) -> float:
