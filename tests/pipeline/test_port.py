@@ -405,10 +405,12 @@ def test_a_patch_of_a_large_model_is_ported_without_torch(with_base, seven_billi
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        import portllm
-        base = portllm.open_checkpoint("base") if {with_base} else None
-        patch = portllm.load_patch("adapter" if {with_base} else "patch")
-        ported = portllm.port(patch, evolved=portllm.open_checkpoint("evolved"), base=base, out=Path("ported"))
+        from portllm.checkpoint.reader import open_checkpoint
+        from portllm.patch.adapter_folder import load_patch
+        from portllm.pipeline.port import port
+        base = open_checkpoint("base") if {with_base} else None
+        patch = load_patch("adapter" if {with_base} else "patch")
+        ported = port(patch, evolved=open_checkpoint("evolved"), base=base, out=Path("ported"))
         assert len(ported.deltas) == 224
         heavy = {{"torch", "transformers", "peft"}} & set(sys.modules)
         assert not heavy, heavy
