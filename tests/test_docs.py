@@ -103,7 +103,7 @@ def test_the_generated_pages_are_up_to_date():
 
 
 def test_every_port_method_has_a_page():
-    from portllm.port.methods import METHODS
+    from portllm.methods.table import METHODS
 
     assert sorted(METHODS) == sorted(page.stem for page in (ROOT / "docs" / "methods").glob("*.md"))
 

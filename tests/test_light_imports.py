@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "scipy", "gguf", "accelerate")
+HEAVY = ("torch", "transformers", "peft", "scipy", "gguf", "accelerate", "huggingface_hub", "httpx2")
 
 REPORT = f"""
 import sys

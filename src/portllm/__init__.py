@@ -25,7 +25,10 @@ _HOMES = {
     "capture_adapter": "portllm.pipeline.capture",
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
+    "evaluate": "portllm.pipeline.evaluate",
+    "inspect": "portllm.pipeline.inspect",
     "port": "portllm.pipeline.port",
+    "train": "portllm.pipeline.train",
     "PortLLMError": "portllm.errors",
 }
 

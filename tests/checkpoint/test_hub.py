@@ -27,6 +27,7 @@ from portllm.errors import (
 )
 from portllm.patch.adapter_folder import folder_of, load_patch
 from portllm.pipeline.capture import capture_adapter
+from portllm.pipeline.capture_tuned import capture_tuned
 from portllm.pipeline.inspect import inspect, summary_to_json
 from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
@@ -148,6 +149,9 @@ def test_porting_between_7b_models_takes_a_few_megabytes(hub, seven, tmp_path):
     assert local.record.ports[0].evidence == ported.record.ports[0].evidence
     assert local.record.base.fingerprint == ported.record.base.fingerprint
     assert local.record.base.revision is None
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ported", "local")]
+    assert (configs[0]["base_model_name_or_path"], configs[0]["revision"]) == (EVOLVED_OF_7B, COMMIT)
+    assert "revision" not in configs[1]
 
 
 def test_the_windows_of_a_fingerprint_are_read_side_by_side(hub, tiny, monkeypatch):
@@ -201,6 +205,16 @@ def test_a_merge_into_a_model_of_the_hub_is_the_merge_into_the_model_on_disk(hub
     loads = [step for step in seen if step[0] == "download org/model"]
     assert loads[-1][1] == loads[-1][2] >= open_checkpoint(folder).n_bytes
     assert [done for _, done, _, _ in loads] == sorted(done for _, done, _, _ in loads)
+
+
+def test_a_patch_from_two_models_of_the_hub_is_that_from_two_models_on_disk(hub, tiny, tmp_path):
+    hub.add("org/base", tiny("base"))
+    hub.add("org/tuned", tiny("evolved"))
+    capture_tuned(open_checkpoint("org/base"), open_checkpoint("org/tuned"), out=tmp_path / "a", rank=2)
+    capture_tuned(open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved")), out=tmp_path / "b", rank=2)
+    mine, other = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert mine["adapter_model.safetensors"] == other["adapter_model.safetensors"]
+    assert load_patch(tmp_path / "a").record.base.revision == COMMIT
 
 
 def test_nothing_is_downloaded_for_a_merge_that_is_refused(hub, tiny, tmp_path):

@@ -1,11 +1,13 @@
 """Some of a tensor's values as numbers, such as those in its fingerprint's window: for estimates, without torch."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from jaxtyping import Float32
 
 from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, n_bytes_of
 from portllm.checkpoint.identity import sample_window
-from portllm.checkpoint.reader import read_bytes
+from portllm.checkpoint.reader import read_spans
 from portllm.errors import UnsupportedDtypeError
 
 
@@ -28,8 +30,14 @@ def load_values(info: TensorInfo, start: int, stop: int) -> Float32[np.ndarray, 
     Raises:
         UnsupportedDtypeError: The tensor does not hold floating-point numbers of 16, 32 or 64 bits.
     """
-    first, last = (n_bytes_of(info.dtype, (position,)) for position in (start, stop))
-    return decode_floats(read_bytes(info, first, last), info.dtype)
+    return next(load_spans([(info, start, stop)]))
+
+
+def load_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[Float32[np.ndarray, " n"]]:
+    """What `load_values` gives for each tensor, start and stop, in order; remote files are read side by side."""
+    places = [(info, n_bytes_of(info.dtype, (start,)), n_bytes_of(info.dtype, (stop,))) for info, start, stop in spans]
+    for (info, _, _), data in zip(spans, read_spans(places), strict=True):
+        yield decode_floats(data, info.dtype)
 
 
 def decode_floats(data: bytes, dtype: str) -> Float32[np.ndarray, " n"]:

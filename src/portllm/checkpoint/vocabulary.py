@@ -1,10 +1,9 @@
 """Which token each row of an embedding stands for: `tokenizer.json`, as far as that."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
-from portllm.checkpoint.reader import Checkpoint, read_json
+from portllm.checkpoint.reader import Checkpoint, read_json, side_file
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -15,12 +14,8 @@ def read_vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
     Raises:
         CheckpointError: The file is damaged.
     """
-    if checkpoint.folder is None:
-        return None
-    file = Path(checkpoint.folder) / TOKENIZER_FILE
-    if not file.is_file():
-        return None
-    return parse_vocabulary(read_json(file))
+    file = side_file(checkpoint, TOKENIZER_FILE)
+    return None if file is None else parse_vocabulary(read_json(file))
 
 
 def parse_vocabulary(tokenizer: Mapping[str, object]) -> Mapping[str, int] | None:

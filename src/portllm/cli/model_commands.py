@@ -147,7 +147,7 @@ def evaluate(
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_models import render_comparison
-    from portllm.evaluate.scoring import Task
+    from portllm.comparison.scoring import Task
     from portllm.live.examples import read_examples
     from portllm.patch.adapter_folder import load_patch
     from portllm.pipeline.evaluate import evaluate as evaluate_patch

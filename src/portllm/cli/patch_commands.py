@@ -117,7 +117,7 @@ def merge(
     from portllm.checkpoint.writer import check_free
     from portllm.cli.progress import shown_progress
     from portllm.cli.render import render_merge_plan, render_merge_report
-    from portllm.export.manifest import report_to_json
+    from portllm.output.manifest import report_to_json
     from portllm.patch.adapter_folder import load_patch
     from portllm.pipeline.plan import plan_merge, require
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from portllm.export.manifest import MergeReport
+from portllm.output.manifest import MergeReport
 from portllm.patch.record import PatchRecord
 from portllm.pipeline.inspect import CheckpointSummary, PatchSummary
 from portllm.pipeline.plan import MergePlan, PortPlan

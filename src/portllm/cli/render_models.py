@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from portllm.cli.render import percent, render_summary, table
-from portllm.evaluate.compare import Comparison, ComparisonRow
-from portllm.evaluate.metrics import Estimate, Retention
+from portllm.comparison.compare import Comparison, ComparisonRow
+from portllm.comparison.metrics import Estimate, Retention
 from portllm.live.train import TrainReport
 from portllm.pipeline.inspect import PatchSummary
 

@@ -13,10 +13,10 @@ from blake3 import blake3
 
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint, open_checkpoint
+from portllm.comparison.compare import Comparison, score_all, set_side_by_side
+from portllm.comparison.scoring import Scores, Task
 from portllm.demo.kept import Kept, keep
 from portllm.demo.settings import COMPLETION, EVOLUTION_TEMPLATE, EVOLVE, MAX_TOKENS, PROMPT, TRAIN
-from portllm.evaluate.compare import Comparison, score_all, set_side_by_side
-from portllm.evaluate.scoring import Scores, Task
 from portllm.live.evolve import evolve
 from portllm.live.examples import ExampleFormat, read_examples, read_texts
 from portllm.patch.adapter_folder import digest_tensors, load_patch

@@ -100,7 +100,7 @@ def write_record(folder: Path, record: PatchRecord) -> None:
     (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 
 
-def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str) -> None:
+def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str, base_revision: str | None = None) -> None:
     """Write a patch whose factors lie on disk into a folder that PEFT loads; without the record.
 
     The tensors are copied as bytes, in the order of their names, so that the same patch gives the same file.
@@ -109,8 +109,9 @@ def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str) -> No
         folder: An existing, empty folder.
         patch: What to write.
         base_name: Becomes `base_model_name_or_path`, which PEFT shows and some servers check.
+        base_revision: The commit hash of a base of the hub, else None.
     """
-    fields = {**patch.config.fields, "base_model_name_or_path": base_name}
+    fields = name_base(patch.config.fields, base_name, base_revision)
     # Fields are sorted, what they hold is not: the first pattern that matches a module wins.
     text = json.dumps(dict(sorted(fields.items())), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -119,6 +120,19 @@ def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str) -> No
         file.write(render_header([(key, info.dtype, info.shape) for key, info in tensors.items()], METADATA))
         for info in tensors.values():
             file.write(read_bytes(info))
+
+
+def name_base(fields: Mapping[str, object], name: str, revision: str | None) -> dict[str, object]:
+    """The fields of an adapter's configuration with another base; PEFT keeps a revision in a field of its own.
+
+    Example:
+        >>> name_base({"revision": "v1"}, "org/name@main", "0123abcd")
+        {'revision': '0123abcd', 'base_model_name_or_path': 'org/name'}
+        >>> name_base({"revision": "v1"}, "evolved", None)
+        {'revision': None, 'base_model_name_or_path': 'evolved'}
+    """
+    named = {**fields, "base_model_name_or_path": name.partition("@")[0] if revision else name}
+    return {**named, "revision": revision} if revision or "revision" in fields else named
 
 
 def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:

@@ -22,7 +22,7 @@ from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, render_header
 from portllm.checkpoint.reader import read_bytes
 from portllm.checkpoint.ties import HEAD
 from portllm.checkpoint.writer import METADATA
-from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE
+from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, name_base
 from portllm.patch.patch import Patch
 
 PREFIX = "base_model.model."
@@ -168,7 +168,9 @@ def digest_new(patch: Patch[TensorInfo], placed: Placed) -> dict[str, str]:
     return digests
 
 
-def write_new_patch(folder: Path, patch: Patch[TensorInfo], placed: Placed, *, base_name: str) -> None:
+def write_new_patch(
+    folder: Path, patch: Patch[TensorInfo], placed: Placed, *, base_name: str, base_revision: str | None = None
+) -> None:
     """Write a patch with a configuration of `canonical_config`, its values placed, without the record.
 
     Args:
@@ -176,8 +178,9 @@ def write_new_patch(folder: Path, patch: Patch[TensorInfo], placed: Placed, *, b
         patch: What to write.
         placed: Where its values go.
         base_name: Becomes `base_model_name_or_path`.
+        base_revision: The commit hash of a base of the hub, else None.
     """
-    fields = {**patch.config.fields, "base_model_name_or_path": base_name}
+    fields = name_base(patch.config.fields, base_name, base_revision)
     text = json.dumps(dict(sorted(fields.items())), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     tensors = keyed_tensors(patch, placed)

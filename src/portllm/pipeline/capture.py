@@ -65,6 +65,6 @@ def capture_adapter(
         program=__version__,
     )
     with staged_folder(out, overwrite=overwrite) as folder:
-        write_patch(folder, adapter, base_name=base.name)
+        write_patch(folder, adapter, base_name=base.name, base_revision=base.revision)
         write_record(folder, record)
     return load_patch(out)

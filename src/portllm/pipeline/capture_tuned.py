@@ -132,6 +132,10 @@ def run_capture_tuned(
     """Carry out a plan; see `capture_tuned`."""
     if plan.refusals:
         raise PlanRefusedError(plan.refusals)
+    if plan.base.is_remote or plan.tuned.is_remote:
+        check_free(out, overwrite=overwrite)
+        here = (on_disk(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned))
+        plan = plan_capture_tuned(*here, rank=plan.rank, max_rank=plan.max_rank, dense=plan.dense)
     check_apart(out, (*plan.base.files, *plan.tuned.files))
     with staged_folder(out, overwrite=overwrite) as folder, one_thread():
         with Spool(folder / SPOOL_FILE) as spool:
@@ -170,7 +174,7 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
         canonical_config({module: delta.rank for module, delta in factors.items()}, fields=placed.fields)
     )
     patch = Patch(plan.tuned.name, dict(sorted(factors.items())), config, None, values=stored)
-    write_new_patch(folder, patch, placed, base_name=plan.base.name)
+    write_new_patch(folder, patch, placed, base_name=plan.base.name, base_revision=plan.base.revision)
     return _report(plan, patch, placed, found, digests, n_unchanged=len(plan.pairs) - len(changed))
 
 

@@ -210,7 +210,7 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     config = AdapterConfig(canonical_config({name: delta.rank for name, delta in factors.items()}, fields=fields))
     patch = Patch("combined", factors, config, None)
     base = _record_of(plan.patches[0]).base
-    write_new_patch(folder, patch, placed, base_name=base.name)
+    write_new_patch(folder, patch, placed, base_name=base.name, base_revision=base.revision)
     total = _residual(found.values())
     residuals = {module: _rounded(captured.truncation_residual) for module, captured in found.items()}
     settings = {

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
+from portllm.comparison.compare import Comparison, Contestants, compare
+from portllm.comparison.scoring import Task
 from portllm.errors import PlanRefusedError, Refusal
-from portllm.evaluate.compare import Comparison, Contestants, compare
-from portllm.evaluate.scoring import Task
 from portllm.live.model import Device
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.patch import Patch

@@ -25,8 +25,8 @@ from portllm.checkpoint.writer import (
     write_index,
 )
 from portllm.errors import NonFiniteError, RemoteError, UnsupportedDtypeError
-from portllm.export.manifest import MergeReport, write_manifest
-from portllm.export.side_files import copy_side_files
+from portllm.output.manifest import MergeReport, write_manifest
+from portllm.output.side_files import copy_side_files
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.merge import add_rounded, add_stochastic, delta_rows, measure_merge

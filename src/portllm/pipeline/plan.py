@@ -12,17 +12,17 @@ from portllm.assess.drift import DriftSums, measure_drift
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
-from portllm.checkpoint.sample import load_values, sample_span
+from portllm.checkpoint.sample import load_spans, sample_span
 from portllm.checkpoint.source import Source
 from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
 from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
 from portllm.errors import PlanRefusedError, Refusal, UnsupportedDtypeError
+from portllm.methods.table import PortMethod, method_named
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.fit import altered_copies, base_mismatch, linear_weights, misfits
-from portllm.port.methods import PortMethod, method_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +215,14 @@ def _deltas_by_tensor(patch: Patch[TensorInfo], into: Checkpoint) -> dict[str, L
 def _sampled_drift(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> dict[str, float]:
     """Drift of the patched weights, estimated from the windows that the fingerprints read."""
     before, after = linear_weights(base), linear_weights(evolved)
-    sums = DriftSums()
+    spans = []
     for module in patch.deltas:
         weight = before.get(module)
         if weight is not None and weight.shape == after[module].shape and weight.dtype in FLOAT_DTYPES:
             # The same elements of both: where the dtypes differ, so do the windows of the fingerprints.
-            span = sample_span(weight)
-            sums += measure_drift(load_values(weight, *span), load_values(after[module], *span))
+            spans += [(info, *sample_span(weight)) for info in (weight, after[module])]
+    values = load_spans(spans)
+    sums = sum((measure_drift(old, new) for old, new in zip(values, values, strict=True)), DriftSums())
     if not sums.base_sq or not math.isfinite(sums.drift_sq):
         return {}
     return {"sampled_drift": float(f"{sums.relative:.3g}"), "sampled_cosine": float(f"{sums.cosine:.6g}")}

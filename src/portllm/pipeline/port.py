@@ -65,6 +65,6 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
         program=__version__,
     )
     with staged_folder(out, overwrite=overwrite) as folder:
-        write_patch(folder, ported, base_name=plan.target.name)
+        write_patch(folder, ported, base_name=plan.target.name, base_revision=plan.target.revision)
         write_record(folder, record)
     return load_patch(out)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from portllm.errors import PortLLMError
-from portllm.evaluate.metrics import (
+from portllm.comparison.metrics import (
     Estimate,
     Flips,
     Retention,
@@ -18,7 +17,8 @@ from portllm.evaluate.metrics import (
     paired_change,
     retention,
 )
-from portllm.evaluate.scoring import Scores, Task, score
+from portllm.comparison.scoring import Scores, Task, score
+from portllm.errors import PortLLMError
 from portllm.live.encoding import Encoder
 from portllm.live.model import (
     Device,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from portllm.errors import UnknownMethodError
+from portllm.methods.table import METHODS, method_named
 from portllm.patch.delta import LowRankDelta
-from portllm.port.methods import METHODS, method_named
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import math
 
-from portllm.export.manifest import MANIFEST_FILE, MergeReport, report_to_json, write_manifest
+from portllm.output.manifest import MANIFEST_FILE, MergeReport, report_to_json, write_manifest
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, record_to_json
 from portllm.patch.rounding import MergeSums
 

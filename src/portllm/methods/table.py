@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from portllm.errors import UnknownMethodError
+from portllm.methods.add import add
 from portllm.patch.delta import LowRankDelta
-from portllm.port.add import add
 
 PortFunction = Callable[[LowRankDelta[Any]], LowRankDelta[Any]]
 """What a method computes for one module; the delta it returns has factors of the kind of those it was given."""

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
+from portllm.comparison import compare as module
+from portllm.comparison.compare import Contestants, compare, score_all, set_side_by_side
+from portllm.comparison.scoring import Scores, Task, score
 from portllm.errors import AdapterFormatError, CheckpointError, PortLLMError
-from portllm.evaluate import compare as module
-from portllm.evaluate.compare import Contestants, compare, score_all, set_side_by_side
-from portllm.evaluate.scoring import Scores, Task, score
 from portllm.live.encoding import Encoder
 from portllm.live.evolve import EvolveSettings, evolve
 from portllm.live.examples import Example

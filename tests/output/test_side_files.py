@@ -5,7 +5,7 @@ import json
 import pytest
 
 from portllm.errors import CheckpointError
-from portllm.export.side_files import copy_side_files, side_files
+from portllm.output.side_files import copy_side_files, side_files
 from tests.files import contents
 
 COPIED = {
