@@ -25,7 +25,7 @@ from portllm.errors import (
     PlanRefusedError,
     RemoteError,
 )
-from portllm.patch.adapter_folder import folder_of, load_patch
+from portllm.patch.adapter_folder import folder_of, load_patch, read_record
 from portllm.pipeline.capture import capture_adapter
 from portllm.pipeline.capture_tuned import capture_tuned
 from portllm.pipeline.inspect import inspect, summary_to_json
@@ -214,7 +214,7 @@ def test_a_patch_from_two_models_of_the_hub_is_that_from_two_models_on_disk(hub,
     capture_tuned(open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved")), out=tmp_path / "b", rank=2)
     mine, other = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert mine["adapter_model.safetensors"] == other["adapter_model.safetensors"]
-    assert load_patch(tmp_path / "a").record.base.revision == COMMIT
+    assert read_record(tmp_path / "a").base.revision == COMMIT
 
 
 def test_nothing_is_downloaded_for_a_merge_that_is_refused(hub, tiny, tmp_path):

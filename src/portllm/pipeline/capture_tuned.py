@@ -15,9 +15,9 @@ from torch import Tensor
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, own_tensors, tensor_digests
-from portllm.checkpoint.reader import Checkpoint
-from portllm.checkpoint.tensors import encode, load_rows
-from portllm.checkpoint.writer import check_apart, staged_folder
+from portllm.checkpoint.reader import Checkpoint, on_disk
+from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load_rows
+from portllm.checkpoint.writer import check_apart, check_free, staged_folder
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.linalg import square_sum, working_dtype
 from portllm.patch.adapter_config import AdapterConfig
@@ -257,7 +257,7 @@ def _rows_by_token(base: Tensor, pair: Pair, row_map: RowMap, start: int) -> Ten
     """Tuned's rows in base's order; where tuned has no such token, base's own row."""
     wanted = row_map.rows[start : start + len(base)]
     # Values of tuned, so its dtype: base's own rows are rounded where that is the narrower one.
-    rows = base.to(load_rows(pair.tuned, 0, 0).dtype)
+    rows = base.to(TORCH_DTYPES[pair.tuned.dtype], copy=True)
     for first, last in _runs(wanted):
         if wanted[first] >= 0:
             rows[first:last] = load_rows(pair.tuned, wanted[first], wanted[first] + last - first)
