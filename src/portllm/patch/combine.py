@@ -17,13 +17,16 @@ from blake3 import blake3
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from portllm.linalg import Svd, product_svd, rank_floor, working_dtype
+from portllm.linalg import Svd, frobenius, product_svd, working_dtype
 from portllm.patch.capture import Captured, split_evenly, truncate
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.merge import delta_rows
 
 Selection = Literal["ties", "dare"]
 """Ways to choose among the elements of dense deltas."""
+
+FLOOR = 8
+"""Units of roundoff, relative to the norms of both factors, below which a singular value is nothing but rounding."""
 
 
 def concatenate(deltas: Sequence[LowRankDelta[Tensor]], *, weights: Sequence[float]) -> LowRankDelta[Tensor]:
@@ -60,7 +63,9 @@ def rerank(delta: LowRankDelta[Tensor], *, rank: int | None = None) -> Captured:
     found = product_svd(delta.b, delta.a)
     scaled = Svd(found.u, found.s * abs(delta.scale), found.vt if delta.scale >= 0 else -found.vt)
     squares = scaled.s.double().square()
-    above = scaled.cut(int((scaled.s > rank_floor(scaled.s, shape=delta.shape)).sum().item()))
+    # What cancels between deltas leaves rounding of the size of the factors, not of the product.
+    size = abs(delta.scale) * frobenius(delta.a) * frobenius(delta.b)
+    above = scaled.cut(int((scaled.s > FLOOR * torch.finfo(scaled.s.dtype).eps * size).sum().item()))
     kept = above if rank is None else above.cut(rank)
     total, rest = (float(part.sum().item()) for part in (squares, squares[len(kept.s) :]))
     return Captured(split_evenly(kept) if len(kept.s) else None, total, rest, 0.0)

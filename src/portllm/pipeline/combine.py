@@ -189,13 +189,9 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     factors: dict[str, LowRankDelta[TensorInfo]] = {}
     found: dict[str, Captured] = {}
     for done, (module, numbers) in enumerate(plan.modules.items(), start=1):
-        deltas = [_loaded(plan.patches[number].deltas[module]) for number in numbers]
+        deltas = [_loaded(plan.patches[number].deltas[module], module) for number in numbers]
         found[module] = _combined(deltas, [plan.weights[number] for number in numbers], plan.how, module)
         combined = found[module].delta
-        if not math.isfinite(found[module].difference_sq):
-            raise NonFiniteError(
-                f"'{module}': a patch holds an infinity or NaN. Look for a training run that diverged."
-            )
         if combined is not None:
             factors[module] = LowRankDelta(
                 a=spool.add(f"{module}.lora_A", combined.a.float()),
@@ -291,8 +287,11 @@ def _record_of(patch: Patch[TensorInfo]) -> PatchRecord:
     return patch.record
 
 
-def _loaded(delta: LowRankDelta[TensorInfo]) -> LowRankDelta[Tensor]:
-    return LowRankDelta(a=load(delta.a), b=load(delta.b), scale=delta.scale)
+def _loaded(delta: LowRankDelta[TensorInfo], module: str) -> LowRankDelta[Tensor]:
+    a, b = load(delta.a), load(delta.b)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise NonFiniteError(f"'{module}': a patch holds an infinity or NaN. Look for a training run that diverged.")
+    return LowRankDelta(a=a, b=b, scale=delta.scale)
 
 
 def _residual(found: Iterable[Captured]) -> float:
