@@ -1,5 +1,6 @@
 import contextlib
 import importlib
+import json
 import logging
 import shutil
 import sys
@@ -15,18 +16,53 @@ from portllm.live.model import (
     add_adapter,
     attach_adapter,
     choose_device,
+    compute_dtype,
     load_model,
     load_tokenizer,
     quiet,
+    save_model,
 )
 from tests.models import load_tuned, logits
 
 CPU = torch.device("cpu")
 
 
-def test_a_model_comes_in_the_dtype_it_is_stored_in_or_the_one_asked_for(tiny):
-    assert load_model(tiny("base", dtype=torch.float16), device=CPU).dtype == torch.float16
-    assert load_model(tiny("base"), device=CPU, dtype=torch.float32).dtype == torch.float32
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_comes_in_the_dtype_it_is_computed_in_or_the_one_asked_for(tiny, stored):
+    folder = tiny("base", dtype=stored)
+    model = load_model(folder, device=CPU)
+    assert (model.dtype, model.config.dtype) == (compute_dtype(stored, CPU), stored)
+    assert load_model(folder, device=CPU, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("able", "computed"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions_for_it(monkeypatch, able, computed):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert compute_dtype(torch.bfloat16, CPU) == computed
+    assert compute_dtype(torch.float16, CPU) == torch.float32
+    assert compute_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+
+
+def test_a_torch_that_cannot_say_what_the_cpu_can_computes_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert compute_dtype(torch.bfloat16, CPU) == torch.float32
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_model_is_saved_in_the_dtype_it_came_in(tiny, tmp_path, stored):
+    base = tiny("base", dtype=stored)
+    save_model(load_model(base, device=CPU, dtype=torch.float32), tmp_path)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == stored for name in before)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
 
 
 def test_the_attention_kernel_is_chosen_by_the_longest_input(tiny):

@@ -9,10 +9,10 @@ from portllm.live.train import TrainSettings
 
 PROMPT = "{passage}\nThis passage answers a question about"
 COMPLETION = "type"
-TRAIN = TrainSettings(learning_rate=1e-3, epochs=1, batch_size=8, max_tokens=128)
+TRAIN = TrainSettings(learning_rate=1e-3, epochs=1, batch_size=4, max_tokens=128)
 
 EVOLUTION_TEMPLATE = "{question}\n{answer}"
-EVOLVE = EvolveSettings(learning_rate=2e-4, steps=40, batch_size=2, block_tokens=256)
+EVOLVE = EvolveSettings(learning_rate=3e-4, steps=40, batch_size=2, block_tokens=256)
 
 MAX_TOKENS = 128
 """Most tokens of a held-out row; the longest has about a hundred."""

@@ -200,7 +200,7 @@ def _fit(
     model.eval()
     return EvolveReport(
         losses=tuple(losses),
-        drift=_drift(start, weights),
+        drift=_drift(start, weights, stored=model.config.dtype),
         seconds=time.perf_counter() - began,
         n_trained=sum(weight.numel() for weight in weights),
         n_tokens=settings.steps * settings.batch_size * settings.block_tokens,
@@ -229,9 +229,9 @@ def _blocks(texts: Sequence[Block], settings: EvolveSettings) -> Iterator[Block]
                 rest = rest[settings.block_tokens :]
 
 
-def _drift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+def _drift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], *, stored: torch.dtype) -> float:
     moved = sum(
-        float((new.detach().cpu().double() - old.double()).square().sum())
+        float((new.detach().to(device="cpu", dtype=stored).double() - old.double()).square().sum())
         for old, new in zip(before, after, strict=True)
     )
     size = sum(float(old.double().square().sum()) for old in before)
