@@ -12,7 +12,7 @@ COMPLETION = "type"
 TRAIN = TrainSettings(learning_rate=1e-3, epochs=1, batch_size=4, max_tokens=128)
 
 EVOLUTION_TEMPLATE = "{question}\n{answer}"
-EVOLVE = EvolveSettings(learning_rate=3e-4, steps=40, batch_size=2, block_tokens=256)
+EVOLVE = EvolveSettings(learning_rate=3e-4, steps=40, batch_size=2, block_tokens=192)
 
 MAX_TOKENS = 128
 """Most tokens of a held-out row; the longest has about a hundred."""
