@@ -158,22 +158,15 @@ def test_another_kind_of_adapter_is_refused_by_its_name(kind):
 FOREIGN = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
-    "bias": "all",
     "corda_config": {"sample_count": 1},
-    "ensure_weight_tying": True,
-    "fan_in_fan_out": True,
     "kasa_config": {"beta": 1},
     "layer_replication": [[0, 2], [1, 2]],
     "loftq_config": {"loftq_bits": 4},
-    "lora_bias": True,
     "lora_ga_config": {"scale": 1},
     "megatron_config": {"a": 1},
-    "modules_to_save": ["lm_head"],
     "monteclora_config": {"a": 1},
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "trainable_token_indices": [3, 5],
     "use_bdlora": {"nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"a": 1},
 }
@@ -213,6 +206,31 @@ def test_a_field_that_nobody_knows_is_refused(value):
         parse_adapter_config({**PLAIN, "use_newest": value}, where="mine")
 
 
+TAKEN = {
+    "bias": (None, "none", "all", "lora_only"),
+    "ensure_weight_tying": (None, False, True),
+    "fan_in_fan_out": (None, False, True),
+    "lora_bias": (None, False, True),
+    "modules_to_save": (None, [], ["lm_head", "embed_tokens"]),
+    "trainable_token_indices": (None, [], [3, 5], {"embed_tokens": [3], "lm_head": []}),
+    "use_dora": (None, False, True),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in TAKEN for value in TAKEN[name]])
+def test_every_value_of_a_field_that_is_understood_is_accepted(name, value):
+    assert parse_adapter_config({**PLAIN, name: value}, where="mine").fields[name] == value
+
+
+def test_by_hand_the_token_rows_of_a_module():
+    one = parse_adapter_config({**PLAIN, "trainable_token_indices": [5, 3]}, where="mine")
+    assert one.token_rows_of("model.embed_tokens") == one.token_rows_of("lm_head") == (5, 3)
+    fields = {"trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": [1]}}
+    each = parse_adapter_config({**PLAIN, **fields}, where="mine")
+    found = [each.token_rows_of(module) for module in ("model.embed_tokens", "lm_head", "x.xembed_tokens")]
+    assert found == [(5, 3), (1,), ()]
+
+
 @pytest.mark.parametrize("value", [None, False])
 def test_a_field_that_nobody_knows_and_that_says_no_is_accepted(value):
     parse_adapter_config({**PLAIN, "use_newest": value}, where="mine")
@@ -232,6 +250,12 @@ WRONG = [
     ("layers_to_transform", "1"), ("layers_to_transform", [1.0]), ("layers_to_transform", True),
     ("layers_to_transform", [True]),
     ("layers_pattern", True), ("layers_pattern", 1), ("layers_pattern", [1]),
+    ("bias", True), ("bias", "lora"), ("bias", ["all"]),
+    ("modules_to_save", "lm_head"), ("modules_to_save", [1]), ("modules_to_save", {"lm_head": 1}),
+    ("trainable_token_indices", 3), ("trainable_token_indices", True), ("trainable_token_indices", [-1]),
+    ("trainable_token_indices", [1.0]), ("trainable_token_indices", [True]), ("trainable_token_indices", ["a"]),
+    ("trainable_token_indices", {"embed_tokens": 3}), ("trainable_token_indices", {"embed_tokens": [-3]}),
+    ("use_dora", 1), ("lora_bias", "yes"), ("fan_in_fan_out", 0.5), ("ensure_weight_tying", []),
 ]  # fmt: skip
 
 
@@ -272,16 +296,16 @@ def test_a_missing_field_is_named(name):
 
 
 def test_all_problems_are_named_at_once():
-    fields = {"peft_type": "LORA", "r": 0, "use_dora": True, "new": 1, "bias": "all", "init_lora_weights": "pissa"}
+    fields = {"peft_type": "LORA", "r": 0, "use_bdlora": {}, "new": 1, "bias": "x", "init_lora_weights": "pissa"}
     with pytest.raises(AdapterFormatError) as refused:
         parse_adapter_config(fields, where="mine")
     message = str(refused.value)
     assert message.startswith("'mine': adapter_config.json is not understood whole: ")
-    named = ["'bias'", "'init_lora_weights'", "'new'", "'r'", "'use_dora'", "'target_modules' is missing"]
+    named = ["'bias'", "'init_lora_weights'", "'new'", "'r'", "'use_bdlora'", "'target_modules' is missing"]
     assert [name for name in named if name in message] == named
 
 
 def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(AdapterFormatError) as refused:
-        parse_adapter_config({**PLAIN, "modules_to_save": ["x" * 1000]}, where="mine")
+        parse_adapter_config({**PLAIN, "target_parameters": ["x" * 1000]}, where="mine")
     assert len(str(refused.value)) < 250

@@ -19,7 +19,7 @@ from portllm.patch.adapter_folder import (
 )
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep, record_from_json, record_to_json
 from portllm.pipeline.capture import capture_adapter
-from tests.files import contents, write_tensors
+from tests.files import contents, count, write_tensors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -157,46 +157,96 @@ def with_key(key, *, dtype="F32", shape=(2,)):
     return {**FACTORS, key: (dtype, shape, bytes(4 * (shape[0] if shape else 1)))}
 
 
+UNEXPLAINED = "a weight of the model, which neither 'modules_to_save' nor 'bias' explains"
+UNKNOWN = "nothing that PEFT would load"
 FOREIGN_KEYS = {
-    f"{PREFIX}.lora_magnitude_vector": "a DoRA magnitude",
-    "base_model.model.model.embed_tokens.lora_embedding_A": "a LoRA of an embedding",
-    "base_model.model.model.embed_tokens.lora_embedding_B": "a LoRA of an embedding",
-    f"{PREFIX}.lora_B.bias": r"a bias of lora_B \(lora_bias\)",
-    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": "trained token rows",
-    "base_model.model.lm_head.modules_to_save.default.weight": r"a whole saved module \(modules_to_save\)",
-    f"{PREFIX}.base_layer.bias": "a trained bias",
-    "base_model.model.model.layers.0.self_attn.k_proj.bias": "a trained bias",
-    "base_model.model.model.norm.weight": "no factor of a LoRA",
-    "base_model.model.lm_head.weight": "no factor of a LoRA",
-    f"{PREFIX}.lora_diag": "no factor of a LoRA",
-    f"{PREFIX}.lora_A.default.weight": "no factor of a LoRA",
-    f"{PREFIX}.lora_C.weight": "no factor of a LoRA",
-    "model.layers.0.self_attn.q_proj.lora_A.weight": "no factor of a LoRA",
-    f"x.{PREFIX}.lora_A.weight": "no factor of a LoRA",
-    "base_model.model..lora_A.weight": "no factor of a LoRA",
-    "": "no factor of a LoRA",
+    "base_model.model.lm_head.modules_to_save.default.weight": UNEXPLAINED,
+    "base_model.model.model.layers.0.self_attn.k_proj.bias": UNEXPLAINED,
+    "base_model.model.model.norm.weight": UNEXPLAINED,
+    "base_model.model.lm_head.weight": UNEXPLAINED,
+    f"{PREFIX}.lora_A.default.weight": UNEXPLAINED,
+    f"{PREFIX}.lora_C.weight": UNEXPLAINED,
+    f"{PREFIX}.lora_diag": "a KaSA diagonal",
+    f"{PREFIX}.base_layer.lora_A.weight": r"a nested adapter \(target_parameters\)",
+    "model.layers.0.self_attn.q_proj.lora_A.weight": UNKNOWN,
+    f"x.{PREFIX}.lora_A.weight": UNKNOWN,
+    "base_model.model..lora_A.weight": UNKNOWN,
+    "base_model.model.": UNKNOWN,
+    "": UNKNOWN,
 }
 
 
 @pytest.mark.parametrize("key", FOREIGN_KEYS)
-def test_a_tensor_that_is_no_factor_is_refused_by_its_name(key, adapter):
+def test_a_tensor_that_has_no_meaning_is_refused_by_its_name(key, adapter):
     with pytest.raises(AdapterFormatError, match=FOREIGN_KEYS[key]) as refused:
         load_patch(adapter(with_key(key)))
     assert f"tensor '{key}'" in str(refused.value)
 
 
-def test_all_tensors_that_are_no_factors_are_named_at_once(adapter):
+EMBEDDING = "base_model.model.model.embed_tokens"
+CONTRADICTIONS = {
+    "a magnitude, no use_dora": ({f"{PREFIX}.lora_magnitude_vector": (5,)}, {}, "has a DoRA magnitude, 'use_dora'"),
+    "use_dora, no magnitude": ({}, {"use_dora": True}, "lacks a DoRA magnitude, 'use_dora' says True"),
+    "a bias of B, no lora_bias": ({f"{PREFIX}.lora_B.bias": (5,)}, {}, "has a bias of lora_B, 'lora_bias' says False"),
+    "lora_bias, no bias of B": ({}, {"lora_bias": True}, "lacks a bias of lora_B, 'lora_bias' says True"),
+    "a trained bias, bias none": ({f"{PREFIX}.base_layer.bias": (5,)}, {}, "has a trained bias, 'bias' says none"),
+    "a bias elsewhere, bias lora_only": (
+        {"base_model.model.model.layers.0.self_attn.k_proj.bias": (5,)}, {"bias": "lora_only"}, UNEXPLAINED,
+    ),
+    "token rows, no indices": (
+        {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 3)}, {}, "trained token rows, .* names 0",
+    ),
+    "fewer token rows than indices": (
+        {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 3)},
+        {"trainable_token_indices": [1, 2, 3]},
+        r"\(2, 3\) trained token rows, 'trainable_token_indices' names 3",
+    ),
+    "a token twice": (
+        {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 3)}, {"trainable_token_indices": [1, 1]}, "names 2",
+    ),
+    "token rows of one axis": (
+        {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2,)}, {"trainable_token_indices": [1, 2]}, "names 2",
+    ),
+    "a DoRA of an embedding": (
+        {f"{EMBEDDING}.lora_embedding_A": (2, 9), f"{EMBEDDING}.lora_embedding_B": (3, 2),
+         f"{EMBEDDING}.lora_magnitude_vector": (3,), f"{PREFIX}.lora_magnitude_vector": (5,)},
+        {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
+        "is an embedding with a DoRA magnitude, which is not supported",
+    ),
+    "half an embedding": ({f"{EMBEDDING}.lora_embedding_A": (2, 9)}, {}, "has 'lora_embedding_A' but not its partner"),
+    "a magnitude alone": (
+        {"base_model.model.x.lora_magnitude_vector": (5,), f"{PREFIX}.lora_magnitude_vector": (5,)},
+        {"use_dora": True},
+        "module 'x' has 'lora_magnitude_vector' but no factors",
+    ),
+    "a bias of a base layer alone": (
+        {"base_model.model.x.base_layer.bias": (5,), f"{PREFIX}.base_layer.bias": (5,)},
+        {"bias": "all"},
+        "module 'x' has 'base_layer.bias' but no factors",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_tensors_and_configuration_that_contradict_each_other_are_refused(what, adapter):
+    shapes, fields, message = CONTRADICTIONS[what]
+    more = {key: ("F32", shape, bytes(4 * count(shape))) for key, shape in shapes.items()}
+    with pytest.raises(AdapterFormatError, match=message):
+        load_patch(adapter({**FACTORS, **more}, config={**CONFIG, **fields}))
+
+
+def test_all_tensors_that_have_no_meaning_are_named_at_once(adapter):
     foreign = {f"base_model.model.x{number}.weight": ("F32", (1,), bytes(4)) for number in range(13)}
     with pytest.raises(AdapterFormatError) as refused:
         load_patch(adapter({**FACTORS, **foreign}))
-    assert str(refused.value).count("no factor of a LoRA") == 10
+    assert str(refused.value).count(UNEXPLAINED) == 10
     assert "; and 3 more." in str(refused.value)
 
 
 @pytest.mark.parametrize("letter", ["A", "B"])
 def test_a_factor_without_its_partner_is_refused(letter, adapter):
     tensors = {key: value for key, value in FACTORS.items() if f"lora_{letter}" in key}
-    with pytest.raises(AdapterFormatError, match=rf"q_proj' has lora_{letter} but not its partner"):
+    with pytest.raises(AdapterFormatError, match=rf"q_proj' has 'lora_{letter}\.weight' but not its partner"):
         load_patch(adapter(tensors))
 
 

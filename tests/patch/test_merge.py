@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.patch.merge import add_rounded, add_stochastic, delta_rows, measure_merge
+from portllm.patch.merge import add, delta_rows, measure_merge, round_nearest, round_stochastic
 from portllm.patch.noise import rounding_noise
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,18 +37,18 @@ def test_a_factor_in_float64_is_not_rounded_first():
     b, a = torch.tensor([[1.0 + 2.0**-40]], dtype=torch.float64), torch.tensor([[1.0]])
     assert delta_rows(b, a, scale=1.0).item() == 1.0 + 2.0**-40
     weight = torch.zeros(1, 1)
-    assert add_rounded(weight, delta_rows(b, a, scale=1.0), dtype=torch.float64).item() == 1.0 + 2.0**-40
+    assert round_nearest(add(weight, delta_rows(b, a, scale=1.0)), dtype=torch.float64).item() == 1.0 + 2.0**-40
 
 
 def test_by_hand_ties_go_to_even_and_the_sum_is_rounded_once():
     one = torch.ones(1, 4, dtype=torch.bfloat16)
     step = 2.0**-7  # the distance of bfloat16 numbers above one
     delta = torch.tensor([[step / 2, 3 * step / 2, step / 2 + 2.0**-20, -step / 4]])
-    merged = add_rounded(one, delta, dtype=torch.bfloat16)
+    merged = round_nearest(add(one, delta), dtype=torch.bfloat16)
     assert merged.tolist() == [[1.0, 1.0 + 2 * step, 1.0 + step, 1.0]]
     # Rounding the delta first would lose 2^-9 and its part of the sum.
     twice = torch.tensor([[2.0**-9 + 2.0**-8 + 2.0**-17]])
-    assert add_rounded(one[:, :1], twice, dtype=torch.bfloat16).item() == 1.0 + step
+    assert round_nearest(add(one[:, :1], twice), dtype=torch.bfloat16).item() == 1.0 + step
 
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -58,7 +58,7 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_merged_weight_is_within_one_rounding_of_the_exact_sum(shape, stored, to, seed):
     weight, delta = draw(*shape, seed=seed).to(DTYPES[stored]), draw(*shape, seed=seed + 1, size=0.01)
-    merged = add_rounded(weight, delta, dtype=DTYPES[to])
+    merged = round_nearest(add(weight, delta), dtype=DTYPES[to])
     exact = weight.double() + delta.double()
     assert merged.dtype == DTYPES[to]
     bound = exact.abs() * (UNIT_ROUNDOFF[to] + UNIT_ROUNDOFF["F32"] * 2) + 2.0**-25  # f16 has small numbers without
@@ -71,8 +71,8 @@ def test_inputs_of_a_merge_stay_as_they_are():
     b, a = draw(3, 2, seed=3), draw(2, 5, seed=4)
     before = [tensor.clone() for tensor in (weight, delta, a, b)]
     delta_rows(b, a, scale=3.0)
-    measure_merge(weight, delta, add_rounded(weight, delta, dtype=torch.float32))
-    add_stochastic(weight, delta, noise=torch.ones(3, 5, dtype=torch.int32))
+    measure_merge(weight, delta, round_nearest(add(weight, delta), dtype=torch.float32))
+    round_stochastic(add(weight, delta), noise=torch.ones(3, 5, dtype=torch.int32))
     assert all(now.equal(then) for now, then in zip((weight, delta, a, b), before, strict=True))
 
 
@@ -91,7 +91,7 @@ def test_by_hand_the_measures_of_a_merge():
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_measures_are_those_of_float64(shape, dtype, size, seed):
     weight, delta = draw(*shape, seed=seed).to(DTYPES[dtype]), draw(*shape, seed=seed + 1, size=size)
-    merged = add_rounded(weight, delta, dtype=DTYPES[dtype])
+    merged = round_nearest(add(weight, delta), dtype=DTYPES[dtype])
     sums = measure_merge(weight, delta, merged)
 
     change, exact = merged.double() - weight.double(), delta.double()
@@ -110,7 +110,7 @@ def test_the_measures_are_those_of_float64(shape, dtype, size, seed):
 def test_the_sums_of_blocks_of_rows_are_the_sums_of_the_whole(rows, d_in, data):
     cut = data.draw(st.integers(1, rows - 1))
     weight, delta = draw(rows, d_in, seed=rows).bfloat16(), draw(rows, d_in, seed=d_in, size=0.01)
-    merged = add_rounded(weight, delta, dtype=torch.bfloat16)
+    merged = round_nearest(add(weight, delta), dtype=torch.bfloat16)
     whole = measure_merge(weight, delta, merged)
     parts = [measure_merge(weight[part], delta[part], merged[part]) for part in (slice(cut), slice(cut, None))]
     total = parts[0] + parts[1]
@@ -120,8 +120,8 @@ def test_the_sums_of_blocks_of_rows_are_the_sums_of_the_whole(rows, d_in, data):
 
 def test_a_small_delta_on_large_weights_is_lost_in_bfloat16_and_kept_in_float32():
     weight, delta = torch.full((4, 8), 1.0), torch.full((4, 8), 2.0**-12)
-    lost = measure_merge(weight.bfloat16(), delta, add_rounded(weight.bfloat16(), delta, dtype=torch.bfloat16))
-    kept = measure_merge(weight, delta, add_rounded(weight, delta, dtype=torch.float32))
+    lost = measure_merge(weight.bfloat16(), delta, round_nearest(add(weight.bfloat16(), delta), dtype=torch.bfloat16))
+    kept = measure_merge(weight, delta, round_nearest(add(weight, delta), dtype=torch.float32))
     assert (lost.kept_gain, lost.rounding_loss) == (0.0, pytest.approx(1.0))
     assert (kept.kept_gain, kept.rounding_loss) == (pytest.approx(1.0), 0.0)
 
@@ -138,7 +138,7 @@ def test_one_value_that_is_not_finite_is_seen_in_the_sums(place, value):
 def test_stochastic_rounding_gives_one_of_the_two_neighbors():
     weight, delta = draw(40, 50, seed=1).bfloat16(), draw(40, 50, seed=2, size=0.003)
     noise = rounding_noise(seed=0, tensor="w", start=0, count=2000).reshape(40, 50)
-    merged = add_stochastic(weight, delta, noise=noise)
+    merged = round_stochastic(add(weight, delta), noise=noise)
     bits = (weight.float() + delta).view(torch.int32)
     below, above = (part.view(torch.float32) for part in ((bits >> 16) << 16, ((bits >> 16) + 1) << 16))
     exact_already = (bits & 0xFFFF) == 0
@@ -155,18 +155,18 @@ def test_stochastic_rounding_is_right_on_average(sign, share):
     step = 2.0**-7
     weight, delta = torch.full((1, n), sign).bfloat16(), torch.full((1, n), sign * step * share)
     noise = rounding_noise(seed=5, tensor="w", start=0, count=n).reshape(1, n)
-    change = (add_stochastic(weight, delta, noise=noise).double() - sign) * sign / step
+    change = (round_stochastic(add(weight, delta), noise=noise).double() - sign) * sign / step
     # The mean of n draws with probability p has the standard error sqrt(p (1-p) / n); five of them for a fixed seed.
     assert abs(change.mean().item() - share) < 5 * math.sqrt(share * (1 - share) / n)
 
 
 def test_without_noise_stochastic_rounding_cuts():
-    assert add_stochastic(
-        torch.ones(1, 1), torch.tensor([[0.0077]]), noise=torch.zeros(1, 1, dtype=torch.int32)
+    assert round_stochastic(
+        add(torch.ones(1, 1), torch.tensor([[0.0077]])), noise=torch.zeros(1, 1, dtype=torch.int32)
     ).item() == pytest.approx(1.0)
 
 
 def test_an_infinite_sum_stays_infinite_in_stochastic_rounding():
     weight = torch.tensor([[math.inf, -math.inf, torch.finfo(torch.float32).max]])
     noise = torch.full((1, 3), 65535, dtype=torch.int32)
-    assert add_stochastic(weight, torch.zeros(1, 3), noise=noise).tolist() == [[math.inf, -math.inf, math.inf]]
+    assert round_stochastic(add(weight, torch.zeros(1, 3)), noise=noise).tolist() == [[math.inf, -math.inf, math.inf]]

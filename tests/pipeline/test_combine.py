@@ -11,6 +11,7 @@ import portllm
 from portllm.checkpoint.tensors import load
 from portllm.errors import NonFiniteError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
+from portllm.patch.delta import WholeValue
 from portllm.pipeline.combine import Exact, Selected, combine, plan_combine
 from tests.files import contents
 
@@ -146,7 +147,7 @@ def test_patches_of_other_bases_are_refused_with_the_way_out(pair, tiny, tmp_pat
 
 def test_every_reason_is_given_at_once(pair, tiny):
     adapter = load_patch(tiny("adapter", of=tiny("base", dtype=torch.float32)))
-    dense_part = replace(pair[1], values={"model.norm.weight": next(iter(pair[1].deltas.values())).a})
+    dense_part = replace(pair[1], values={"model.norm.weight": WholeValue(next(iter(pair[1].deltas.values())).a)})
     plan = plan_combine([pair[0], adapter, dense_part])
     assert ["no patch.json" in refusal.reason or "low-rank deltas" in refusal.reason for refusal in plan.refusals] == [
         True,

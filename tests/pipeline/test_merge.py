@@ -18,9 +18,10 @@ from portllm.errors import (
     UnsupportedDtypeError,
 )
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import merge as merging
+from portllm.pipeline import blocks as merging
+from portllm.pipeline.blocks import Nearest, Stochastic
 from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.merge import Nearest, Stochastic, merge
+from portllm.pipeline.merge import merge
 from tests.files import contents, write_tensors
 
 ignore_head_warnings = pytest.mark.filterwarnings(
@@ -291,7 +292,7 @@ def test_a_sum_that_does_not_fit_into_float16_is_refused(case, tmp_path):
     weight = torch.zeros(20, 12)
     weight[19] = 65500.0
     patch, into = case(dtype="F16", weight=weight, delta=1000.0)
-    with pytest.raises(NonFiniteError, match="in their sum as F16"):
+    with pytest.raises(NonFiniteError, match="in what they become as F16"):
         merge(patch, into=into, out=tmp_path / "out")
     assert leftovers(tmp_path) == []
     merge(patch, into=into, out=tmp_path / "out", dtype="F32")

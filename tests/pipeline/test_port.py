@@ -277,7 +277,7 @@ def test_quantized_weights_are_refused(tmp_path):
     patch = q_proj_patch(tmp_path / "adapter", 3, 4)
     evolved = write_tensors(tmp_path / "evolved.safetensors", {"q_proj.weight": ("I8", (3, 4), bytes(12))})
     reasons = refused(patch, tmp_path, evolved=open_checkpoint(evolved), base=open_checkpoint(evolved))
-    assert "is stored as I8; a delta is added to F64, F32, F16, BF16 only" in reasons["q_proj"]
+    assert "is stored as I8; a patch is added to F64, F32, F16, BF16 only" in reasons["q_proj"]
 
 
 def test_another_base_than_the_recorded_one_is_refused_unless_it_is_meant(tiny, tmp_path):

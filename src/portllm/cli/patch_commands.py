@@ -134,7 +134,8 @@ def merge(
     check_free(output, overwrite=overwrite)
     if dry_run:
         return
-    from portllm.pipeline.merge import Nearest, Stochastic, run_merge
+    from portllm.pipeline.blocks import Nearest, Stochastic
+    from portllm.pipeline.merge import run_merge
 
     chosen = Stochastic(seed) if rounding is RoundingName.STOCHASTIC else Nearest()
     with shown_progress(quiet=quiet) as progress:

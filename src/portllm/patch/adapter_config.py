@@ -30,36 +30,30 @@ IGNORED_FIELDS = frozenset(
 
 UNDERSTOOD_FIELDS = frozenset(
     {
-        "alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
-        "r", "rank_pattern", "target_modules", "use_rslora",
+        "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "init_lora_weights",
+        "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern",
+        "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "bias": ("none",),
     "corda_config": (None,),
-    "ensure_weight_tying": (False, None),
-    "fan_in_fan_out": (False, None),
     "kasa_config": (None,),
     "layer_replication": (None,),
     "loftq_config": (None, {}),
-    "lora_bias": (False, None),
     "lora_ga_config": (None,),
     "megatron_config": (None,),
-    "modules_to_save": (None, []),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
-    "use_dora": (False, None),
     "use_qalora": (False, None),
     "velora_config": (None,),
 }
 """Fields that would change the result in a way not supported, and the values with which they do not."""
 
-BASE_PRESERVING_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+BASE_PRESERVING_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of `init_lora_weights` that leave the base as it was; the others fit the adapter to a changed base."""
 
 
@@ -93,6 +87,49 @@ class AdapterConfig:
     def targets(self, modules: Iterable[str]) -> list[str]:
         """Those of a model's linear modules that the configuration names."""
         return [module for module in modules if self._is_target(module)]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weights of its modules are stored as (d_in, d_out), as GPT-2's are."""
+        return bool(self.fields.get("fan_in_fan_out"))
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is a DoRA."""
+        return bool(self.fields.get("use_dora"))
+
+    @property
+    def has_bias_deltas(self) -> bool:
+        """Whether `lora_B` has a bias."""
+        return bool(self.fields.get("lora_bias"))
+
+    @property
+    def biases(self) -> str:
+        """Which biases were trained: `none`, `lora_only` or `all`."""
+        return cast(str, self.fields.get("bias") or "none")
+
+    def saves(self, tensor: str) -> bool:
+        """Whether a tensor belongs to a module that is saved whole.
+
+        PEFT finds such modules by the end of their names, without regard to dots: `norm` means `input_layernorm` too.
+
+        Example:
+            >>> fields = {"peft_type": "LORA", "r": 1, "target_modules": ["q"], "modules_to_save": ["norm"]}
+            >>> config = parse_adapter_config(fields, where="adapter")
+            >>> config.saves("h.0.input_layernorm.weight"), config.saves("h.0.q.weight")
+            (True, False)
+        """
+        names = tuple(cast(list[str], self.fields.get("modules_to_save") or []))
+        parts = tensor.split(".")[:-1]
+        return bool(names) and any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts) + 1))
+
+    def token_rows_of(self, module: str) -> tuple[int, ...]:
+        """The token ids whose rows of an embedding were trained; empty for a module that has none."""
+        tokens = self.fields.get("trainable_token_indices") or []
+        if isinstance(tokens, dict):
+            matching = (ids for name, ids in tokens.items() if module == name or module.endswith(f".{name}"))
+            return tuple(next(matching, ()))
+        return tuple(cast(list[int], tokens))
 
     def _mapping(self, name: str) -> Mapping[str, object]:
         return cast(Mapping[str, object], self.fields.get(name) or {})
@@ -177,8 +214,15 @@ def _has_expected_type(name: str, value: object) -> bool:
             return value is None or (isinstance(value, dict) and all(_is_integer(v) and v > 0 for v in value.values()))
         case "alpha_pattern":
             return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
-        case "use_rslora":
+        case "use_rslora" | "use_dora" | "lora_bias" | "fan_in_fan_out" | "ensure_weight_tying":
             return isinstance(value, bool) or value is None
+        case "bias":
+            return value in (None, "none", "all", "lora_only")
+        case "trainable_token_indices":
+            lists = value.values() if isinstance(value, dict) else [value or []]
+            return all(isinstance(ids, list) and all(_is_integer(i) and i >= 0 for i in ids) for ids in lists)
+        case "modules_to_save":
+            return value is None or is_strings
         case "target_modules":
             return is_strings or isinstance(value, str)
         case "layers_to_transform":

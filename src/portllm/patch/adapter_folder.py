@@ -6,21 +6,21 @@ tensor of the file is accounted for: it becomes part of a delta, or the folder i
 
 import importlib.resources
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 import fastjsonschema
 from blake3 import blake3
 
-from portllm.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, render_header
+from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, render_header
 from portllm.checkpoint.reader import names_hub, read_bytes, read_header, read_json
 from portllm.checkpoint.source import Source
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import AdapterFormatError, PatchRecordError
-from portllm.patch.adapter_config import AdapterConfig, parse_adapter_config
-from portllm.patch.delta import LowRankDelta
+from portllm.patch.adapter_config import parse_adapter_config
+from portllm.patch.adapter_keys import Role, render_key
+from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord, record_from_json, record_to_json
 
@@ -28,18 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 RECORD_FILE = "patch.json"
-
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
-
-UNSUPPORTED_KEYS: Mapping[str, str] = {
-    "lora_magnitude_vector": "a DoRA magnitude",
-    "lora_embedding_": "a LoRA of an embedding",
-    "lora_B.bias": "a bias of lora_B (lora_bias)",
-    "trainable_tokens_delta": "trained token rows (trainable_token_indices)",
-    "modules_to_save": "a whole saved module (modules_to_save)",
-    ".bias": "a trained bias",
-}
+COPY_BYTES = 1 << 24
 
 
 def load_patch(folder: str | Path) -> Patch[TensorInfo]:
@@ -62,17 +51,9 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
         path, revision = _fetch(name)
     _require_files(path, name)
     config = parse_adapter_config(read_json(path / CONFIG_FILE, error=AdapterFormatError), where=name)
-    tensors = read_header(path / TENSOR_FILE).tensors
-    factors = _pair_factors(tensors, where=name)
-    problems = [problem for module, pair in factors.items() if (problem := _pair_problem(module, pair, config))]
-    if problems:
-        raise AdapterFormatError(f"'{name}': {_first(problems)}")
-    deltas = {
-        module: LowRankDelta(a=pair["A"], b=pair["B"], scale=config.scale_of(module))
-        for module, pair in factors.items()
-    }
-    copies = {match["module"]: info for key, info in tensors.items() if (match := _BASE_COPY.fullmatch(key))}
-    return Patch(name, deltas, config, read_record(path), copies, revision=revision)
+    return sort_out(
+        read_header(path / TENSOR_FILE).tensors, config, name=name, record=read_record(path), revision=revision
+    )
 
 
 def read_record(folder: Path) -> PatchRecord | None:
@@ -119,7 +100,8 @@ def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str, base_
     with open(folder / TENSOR_FILE, "wb") as file:
         file.write(render_header([(key, info.dtype, info.shape) for key, info in tensors.items()], METADATA))
         for info in tensors.values():
-            file.write(read_bytes(info))
+            for part in _parts(info):
+                file.write(part)
 
 
 def name_base(fields: Mapping[str, object], name: str, revision: str | None) -> dict[str, object]:
@@ -137,11 +119,20 @@ def name_base(fields: Mapping[str, object], name: str, revision: str | None) -> 
 
 def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a patch by PEFT's key, in the order in which they are written."""
-    keyed = {
-        f"base_model.model.{module}.lora_{letter}.weight": factor
-        for module, delta in patch.deltas.items()
-        for letter, factor in (("A", delta.a), ("B", delta.b))
-    }
+    keyed: dict[str, TensorInfo] = {}
+    for module, delta in patch.deltas.items():
+        keyed[render_key(module, Role.EMBEDDING_A if delta.is_embedding else Role.A)] = delta.a
+        keyed[render_key(module, Role.EMBEDDING_B if delta.is_embedding else Role.B)] = delta.b
+        if delta.magnitude is not None:
+            keyed[render_key(module, Role.MAGNITUDE)] = delta.magnitude
+    for tensor, bias in patch.bias_deltas.items():
+        keyed[render_key(tensor.removesuffix(BIAS), Role.BIAS_DELTA)] = bias.values
+    for tensor, rows in patch.rows.items():
+        keyed[render_key(tensor.removesuffix(WEIGHT), Role.TOKEN_ROWS)] = rows.values
+    for tensor, whole in patch.values.items():
+        targeted = tensor.endswith(BIAS) and tensor.removesuffix(BIAS) in patch.deltas
+        key = render_key(tensor.removesuffix(BIAS), Role.BASE_BIAS) if targeted else render_key(tensor, Role.WHOLE)
+        keyed[key] = whole.values
     return dict(sorted(keyed.items(), key=lambda pair: (-DTYPE_BITS[pair[1].dtype], pair[0])))
 
 
@@ -157,7 +148,18 @@ def folder_of(patch: Patch[TensorInfo]) -> Path:
 
 def digest_tensors(patch: Patch[TensorInfo]) -> dict[str, str]:
     """The blake3 digest of every stored tensor's bytes, by PEFT's key."""
-    return {key: blake3(read_bytes(info)).hexdigest() for key, info in stored_tensors(patch).items()}
+    digests = {}
+    for key, info in stored_tensors(patch).items():
+        state = blake3()
+        for part in _parts(info):
+            state.update(part)
+        digests[key] = state.hexdigest()
+    return digests
+
+
+def _parts(info: TensorInfo) -> Iterator[bytes]:
+    for start in range(0, info.n_bytes, COPY_BYTES):
+        yield read_bytes(info, start, min(start + COPY_BYTES, info.n_bytes))
 
 
 def _fetch(name: str) -> tuple[Path, str]:
@@ -196,54 +198,6 @@ def _require_files(path: Path, name: str) -> None:
             f"weights_only=True), '{path / TENSOR_FILE}')\"."
         )
     raise AdapterFormatError(f"'{name}': has {CONFIG_FILE} but no {TENSOR_FILE}. Copy the whole folder.")
-
-
-def _pair_factors(tensors: Mapping[str, TensorInfo], *, where: str) -> dict[str, dict[str, TensorInfo]]:
-    """The two factors of each module, or a refusal that names every tensor that is neither such a factor nor a copy."""
-    factors: dict[str, dict[str, TensorInfo]] = {}
-    problems: list[str] = []
-    for key in sorted(tensors):
-        match = _KEY.fullmatch(key)
-        kind = next((kind for part, kind in UNSUPPORTED_KEYS.items() if part in key), None)
-        if _BASE_COPY.fullmatch(key):
-            continue
-        if match and not kind:
-            factors.setdefault(match["module"], {})[match["factor"]] = tensors[key]
-        else:
-            problems.append(f"tensor '{key}' is {kind or 'no factor of a LoRA'}, which is not supported")
-    problems += [
-        f"module '{module}' has lora_{next(iter(pair))} but not its partner"
-        for module, pair in factors.items()
-        if len(pair) != 2
-    ]
-    if not factors and not problems:
-        problems.append("there is no factor of a LoRA in it")
-    if problems:
-        raise AdapterFormatError(f"'{where}': {_first(problems)}")
-    return factors
-
-
-def _pair_problem(module: str, pair: Mapping[str, TensorInfo], config: AdapterConfig) -> str | None:
-    """What is wrong with the factors of one module, or None."""
-    a, b = pair["A"], pair["B"]
-    for info in (a, b):
-        if info.dtype not in FLOAT_DTYPES:
-            return f"tensor '{info.name}' has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
-        if len(info.shape) != 2:
-            return f"tensor '{info.name}' has shape {info.shape}, expected two axes"
-    if a.shape[0] != b.shape[1]:
-        return f"module '{module}': lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}"
-    if a.shape[0] != config.rank_of(module):
-        return (
-            f"module '{module}': its tensors have rank {a.shape[0]}, {CONFIG_FILE} says {config.rank_of(module)}, so "
-            "its scale cannot be known"
-        )
-    return None
-
-
-def _first(problems: list[str], *, shown: int = 10) -> str:
-    rest = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
-    return "; ".join(problems[:shown]) + rest + "."
 
 
 @cache

@@ -21,10 +21,15 @@ F = TypeVar("F", bound=Factor)
 class LowRankDelta(Generic[F]):
     """The delta `Δ = scale · B A` of a weight of shape (d_out, d_in).
 
+    With a magnitude `m` (DoRA) the tuned weight is `m · (W + Δ) / |W + Δ|`, row by row, instead of `W + Δ`.
+
     Attributes:
         a: Shape (rank, d_in), PEFT's `lora_A`.
         b: Shape (d_out, rank), PEFT's `lora_B`.
         scale: alpha / rank, or alpha / √rank for rank-stabilized LoRA.
+        transposed: The model stores the weight as (d_in, d_out): GPT-2's Conv1D, and embeddings.
+        magnitude: Shape (d_out), or None for plain LoRA.
+        is_embedding: The weight is an embedding's, whose tokens are the inputs; PEFT has other keys for these.
 
     Example:
         >>> import torch
@@ -35,6 +40,9 @@ class LowRankDelta(Generic[F]):
     a: F
     b: F
     scale: float
+    transposed: bool = False
+    magnitude: F | None = None
+    is_embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -43,10 +51,43 @@ class LowRankDelta(Generic[F]):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in): the shape of the weight that the delta belongs to."""
-        return self.b.shape[0], self.a.shape[1]
+        """The shape of the weight as the model stores it: (d_out, d_in), or the other way round where transposed."""
+        d_out, d_in = self.b.shape[0], self.a.shape[1]
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
 
     @property
     def n_params(self) -> int:
-        """Numbers in both factors."""
-        return self.rank * sum(self.shape)
+        """Numbers in the factors, and in the magnitude."""
+        return self.rank * sum(self.shape) + (self.b.shape[0] if self.magnitude is not None else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeValue(Generic[F]):
+    """The tuned model's value of a tensor, in the place of the base's (`modules_to_save`, trained biases)."""
+
+    values: F
+
+
+@dataclass(frozen=True, slots=True)
+class RowValues(Generic[F]):
+    """The tuned model's value of some rows of an embedding (`trainable_token_indices`).
+
+    Attributes:
+        values: Shape (len(rows), d).
+        rows: Which rows, as token ids.
+    """
+
+    values: F
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VectorDelta(Generic[F]):
+    """What `lora_bias` adds to a bias: `scale · values`."""
+
+    values: F
+    scale: float
+
+
+Change = LowRankDelta[F] | WholeValue[F] | RowValues[F] | VectorDelta[F]
+"""What a patch does to one tensor of the model."""

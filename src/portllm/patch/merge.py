@@ -25,36 +25,53 @@ def delta_rows(
     return (b.to(dtype) @ a.to(dtype)).mul_(scale)
 
 
-def add_rounded(
-    weight: Float[Tensor, "rows d_in"], delta: Float[Tensor, "rows d_in"], *, dtype: torch.dtype
-) -> Float[Tensor, "rows d_in"]:
-    """`Q(W + Δ)`: the sum in float32 (float64 where either is), rounded once, to nearest even, to `dtype`.
+def add(weight: Float[Tensor, "rows d_in"], delta: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+    """The sum `W + Δ` in float32 (float64 where either is), before it is rounded to a storage dtype."""
+    working = torch.float64 if torch.float64 in (weight.dtype, delta.dtype) else torch.float32
+    return weight.to(working) + delta.to(working)
+
+
+def renormalize(exact: Float[Tensor, "rows d_in"], magnitude: Float[Tensor, " rows"]) -> Float[Tensor, "rows d_in"]:
+    """DoRA's weight `m · V / |V|`, row by row, of the sum `V = W + Δ`.
+
+    Source: DoRA (Liu et al., 2024, arXiv 2402.09353, eq. 5).
+
+    Example:
+        >>> renormalize(torch.tensor([[3.0, 4.0]]), torch.tensor([10.0]))
+        tensor([[6., 8.]])
+    """
+    norms: Tensor = torch.linalg.vector_norm(exact, dim=1)
+    factors: Tensor = magnitude.to(exact.dtype) / norms
+    return factors[:, None] * exact
+
+
+def round_nearest(exact: Float[Tensor, "rows d_in"], *, dtype: torch.dtype) -> Float[Tensor, "rows d_in"]:
+    """`Q(V)`: rounded once, to nearest even, to `dtype`.
 
     Example:
         >>> weight = torch.tensor([[1.0]], dtype=torch.bfloat16)
-        >>> add_rounded(weight, torch.tensor([[0.01]]), dtype=torch.bfloat16)
+        >>> round_nearest(add(weight, torch.tensor([[0.01]])), dtype=torch.bfloat16)
         tensor([[1.0078]], dtype=torch.bfloat16)
     """
-    working = torch.float64 if torch.float64 in (weight.dtype, delta.dtype) else torch.float32
-    return (weight.to(working) + delta.to(working)).to(dtype)
+    return exact.to(dtype)
 
 
-def add_stochastic(
-    weight: Float[Tensor, "rows d_in"], delta: Float[Tensor, "rows d_in"], *, noise: Int32[Tensor, "rows d_in"]
+def round_stochastic(
+    exact: Float[Tensor, "rows d_in"], *, noise: Int32[Tensor, "rows d_in"]
 ) -> BFloat16[Tensor, "rows d_in"]:
-    """`Q(W + Δ)` in bfloat16, rounded up or down with the probability that keeps the expected value exact.
+    """`Q(V)` in bfloat16, rounded up or down with the probability that keeps the expected value exact.
 
-    The sum is taken in float32; `noise`, uniform in [0, 2^16), is added to the half of its bits that bfloat16 drops
-    before they are cut off, so a value a quarter of the way to the next one goes there once in four times.
+    `noise`, uniform in [0, 2^16), is added to the half of the float32 bits that bfloat16 drops before they are cut off,
+    so a value a quarter of the way to the next one goes there once in four times.
 
     Source: stochastic rounding as in Croci et al., 2022 (https://doi.org/10.1098/rsos.211631), mode 1.
 
     Example:
-        >>> one, step = torch.ones(1, 4, dtype=torch.bfloat16), torch.full((1, 4), 2.0**-9)
-        >>> add_stochastic(one, step, noise=torch.tensor([[0, 49151, 49152, 65535]], dtype=torch.int32))
+        >>> exact = torch.full((1, 4), 1.0 + 2.0**-9)
+        >>> round_stochastic(exact, noise=torch.tensor([[0, 49151, 49152, 65535]], dtype=torch.int32))
         tensor([[1.0000, 1.0000, 1.0078, 1.0078]], dtype=torch.bfloat16)
     """
-    bits = (weight.float() + delta.float()).view(torch.int32)
+    bits = exact.float().view(torch.int32)
     return (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 

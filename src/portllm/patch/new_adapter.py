@@ -9,25 +9,16 @@ by the end of their names, so `norm` would be taken for every `input_layernorm` 
 happen are written.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from blake3 import blake3
-
-from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, render_header
-from portllm.checkpoint.reader import read_bytes
 from portllm.checkpoint.ties import HEAD
-from portllm.checkpoint.writer import METADATA
-from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, name_base
-from portllm.patch.patch import Patch
+from portllm.patch.adapter_keys import PREFIX, Role, parse_key
+from portllm.patch.adapter_tensors import BIAS
 
-PREFIX = "base_model.model."
 LEAVES = ("weight", "bias")
-COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,50 +138,15 @@ def canonical_config(ranks: Mapping[str, int], *, fields: Mapping[str, object] |
     }
 
 
-def keyed_tensors(patch: Patch[TensorInfo], placed: Placed) -> dict[str, TensorInfo]:
-    """The tensors of a new patch by PEFT's key, in the order in which they are written."""
-    keyed = {
-        f"{PREFIX}{module}.lora_{letter}.weight": factor
-        for module, delta in patch.deltas.items()
-        for letter, factor in (("A", delta.a), ("B", delta.b))
-    } | {key: patch.values[name] for key, name in placed.keys.items()}
-    return dict(sorted(keyed.items(), key=lambda pair: (-DTYPE_BITS[pair[1].dtype], pair[0])))
+def stored_name(key: str) -> str:
+    """The tensor of the model that a key of `Placed` holds the value of.
 
-
-def digest_new(patch: Patch[TensorInfo], placed: Placed) -> dict[str, str]:
-    """The blake3 digest of every stored tensor's bytes, by PEFT's key."""
-    digests = {}
-    for key, info in keyed_tensors(patch, placed).items():
-        state = blake3()
-        for part in _parts(info):
-            state.update(part)
-        digests[key] = state.hexdigest()
-    return digests
-
-
-def write_new_patch(
-    folder: Path, patch: Patch[TensorInfo], placed: Placed, *, base_name: str, base_revision: str | None = None
-) -> None:
-    """Write a patch with a configuration of `canonical_config`, its values placed, without the record.
-
-    Args:
-        folder: An existing folder.
-        patch: What to write.
-        placed: Where its values go.
-        base_name: Becomes `base_model_name_or_path`.
-        base_revision: The commit hash of a base of the hub, else None.
+    Example:
+        >>> stored_name("base_model.model.h.0.q.base_layer.bias"), stored_name("base_model.model.lm_head.weight")
+        ('h.0.q.bias', 'lm_head.weight')
     """
-    fields = name_base(patch.config.fields, base_name, base_revision)
-    text = json.dumps(dict(sorted(fields.items())), indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    tensors = keyed_tensors(patch, placed)
-    with open(folder / TENSOR_FILE, "wb") as file:
-        file.write(render_header([(key, info.dtype, info.shape) for key, info in tensors.items()], METADATA))
-        for info in tensors.values():
-            for part in _parts(info):
-                file.write(part)
-
-
-def _parts(info: TensorInfo) -> Iterator[bytes]:
-    for start in range(0, info.n_bytes, COPY_BYTES):
-        yield read_bytes(info, start, min(start + COPY_BYTES, info.n_bytes))
+    found = parse_key(key)
+    if found is None:
+        raise ValueError(f"'{key}' is no key of an adapter")
+    module, role = found
+    return module + BIAS if role is Role.BASE_BIAS else module

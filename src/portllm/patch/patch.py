@@ -1,11 +1,12 @@
 """A patch as a value: deltas by the module they change, PEFT's configuration, and the record of its origin."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic
 
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.delta import F, LowRankDelta
+from portllm.patch.delta import F, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.record import PatchRecord
 
 
@@ -20,7 +21,9 @@ class Patch(Generic[F]):
         record: Where it comes from, or None for an adapter that no one recorded.
         base_copies: By module, copies of the base's own weights that PEFT stores with an adapter of the head. They
             are no part of what was learned: they are compared with the base and left out of what is written.
-        values: By tensor, such as `model.norm.weight`, the tuned model's whole value: what is no low-rank delta.
+        values: By tensor, the tuned model's value, where it stands whole in the place of the base's.
+        rows: By tensor, the tuned model's value of some rows of an embedding.
+        bias_deltas: By tensor, what is added to a bias.
         revision: The commit hash of an adapter of the Hugging Face Hub, else None.
     """
 
@@ -29,10 +32,20 @@ class Patch(Generic[F]):
     config: AdapterConfig
     record: PatchRecord | None
     base_copies: Mapping[str, F] = field(default_factory=dict)
-    values: Mapping[str, F] = field(default_factory=dict)
+    values: Mapping[str, WholeValue[F]] = field(default_factory=dict)
+    rows: Mapping[str, RowValues[F]] = field(default_factory=dict)
+    bias_deltas: Mapping[str, VectorDelta[F]] = field(default_factory=dict)
     revision: str | None = None
 
     @property
     def n_params(self) -> int:
-        """Numbers in all factors."""
-        return sum(delta.n_params for delta in self.deltas.values())
+        """Numbers in all factors, magnitudes and whole values."""
+        whole = [value.values.shape for value in self.values.values()]
+        whole += [value.values.shape for value in self.rows.values()]
+        whole += [value.values.shape for value in self.bias_deltas.values()]
+        return sum(delta.n_params for delta in self.deltas.values()) + sum(map(math.prod, whole))
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether all of it is added to the base, so that it can be carried over without reading weights."""
+        return not (self.values or self.rows or any(delta.magnitude is not None for delta in self.deltas.values()))

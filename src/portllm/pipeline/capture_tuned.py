@@ -21,19 +21,18 @@ from portllm.checkpoint.writer import check_apart, check_free, staged_folder
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.linalg import square_sum, working_dtype
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.adapter_folder import write_record
+from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
 from portllm.patch.capture import BLOCK_ELEMENTS, Captured, RoundingNoise, truncate
-from portllm.patch.delta import LowRankDelta
-from portllm.patch.new_adapter import Placed, canonical_config, digest_new, place_values, write_new_patch
+from portllm.patch.delta import LowRankDelta, WholeValue
+from portllm.patch.new_adapter import canonical_config, place_values, stored_name
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.pipeline.one_thread import one_thread
-from portllm.pipeline.spool import Spool
+from portllm.pipeline.spool import SPOOL_FILE, Spool
 from portllm.pipeline.tuned_plan import Dense, Pair, RowMap, TunedPlan, plan_capture_tuned
 from portllm.progress import Progress, silent
 
 NOISE = "edge of the rounding of both files, step^2/12 an element"
-SPOOL_FILE = ".spool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +168,15 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
         found.leave_out(name, found.values.pop(name), reason)
     if not factors:
         raise PlanRefusedError([_nothing(plan, found)])
-    stored = {name: values.get(name, plan.pairs[name].tuned) for name in placed.keys.values()}
+    stored = {
+        stored_name(key): WholeValue(values.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
+    }
     config = AdapterConfig(
         canonical_config({module: delta.rank for module, delta in factors.items()}, fields=placed.fields)
     )
     patch = Patch(plan.tuned.name, dict(sorted(factors.items())), config, None, values=stored)
-    write_new_patch(folder, patch, placed, base_name=plan.base.name, base_revision=plan.base.revision)
-    return _report(plan, patch, placed, found, digests, n_unchanged=len(plan.pairs) - len(changed))
+    write_patch(folder, patch, base_name=plan.base.name, base_revision=plan.base.revision)
+    return _report(plan, patch, found, digests, n_unchanged=len(plan.pairs) - len(changed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +287,6 @@ def _spooled(delta: LowRankDelta[Tensor], name: str, spool: Spool) -> LowRankDel
 def _report(
     plan: TunedPlan,
     patch: Patch[TensorInfo],
-    placed: Placed,
     found: _Found,
     digests: list[dict[str, str]],
     *,
@@ -307,7 +307,7 @@ def _report(
     if plan.rank is None and plan.max_rank is not None:
         settings["max_rank"] = plan.max_rank
     left_out = dict(sorted(found.left_out.items()))
-    blank = PatchRecord(base, Capture("tuned"), (), digest_new(patch, placed), __version__)
+    blank = PatchRecord(base, Capture("tuned"), (), digest_tensors(patch), __version__)
     report = TunedReport(blank, found.deltas, found.values, left_out, found.reasons, n_unchanged)
     settings |= {"truncation_residual": _rounded(report.truncation_residual), "left_out": left_out}
     record = PatchRecord(base, Capture("tuned", settings), (), blank.tensors, __version__)

@@ -16,18 +16,17 @@ from portllm.checkpoint.tensors import load
 from portllm.checkpoint.writer import check_apart, staged_folder
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.adapter_folder import files_of, write_record
+from portllm.patch.adapter_folder import digest_tensors, files_of, write_patch, write_record
 from portllm.patch.capture import Captured
 from portllm.patch.combine import Selection, concatenate, rerank, select
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.new_adapter import canonical_config, digest_new, place_values, write_new_patch
+from portllm.patch.new_adapter import canonical_config
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, record_to_json
 from portllm.pipeline.one_thread import one_thread
-from portllm.pipeline.spool import Spool
+from portllm.pipeline.spool import SPOOL_FILE, Spool
 from portllm.progress import Progress, silent
 
-SPOOL_FILE = ".spool"
 NOT_ADDITIVE = ("use_dora", "trainable_token_indices", "target_parameters", "lora_bias", "modules_to_save")
 """Fields of a configuration whose tensors are more than deltas that add up."""
 
@@ -197,16 +196,17 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
                 a=spool.add(f"{module}.lora_A", combined.a.float()),
                 b=spool.add(f"{module}.lora_B", combined.b.float()),
                 scale=1.0,
+                transposed=plan.patches[numbers[0]].deltas[module].transposed,
+                is_embedding=plan.patches[numbers[0]].deltas[module].is_embedding,
             )
         progress("combine", done, len(plan.modules), "tensors")
     if not factors:
         raise PlanRefusedError([Refusal("patches", "they cancel out: the combined delta of every module is zero.")])
-    placed = place_values((), tensors=(), targets=factors, tied_head=False)
     fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else None
     config = AdapterConfig(canonical_config({name: delta.rank for name, delta in factors.items()}, fields=fields))
     patch = Patch("combined", factors, config, None)
     base = _record_of(plan.patches[0]).base
-    write_new_patch(folder, patch, placed, base_name=base.name, base_revision=base.revision)
+    write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
     total = _residual(found.values())
     residuals = {module: _rounded(captured.truncation_residual) for module, captured in found.items()}
     settings = {
@@ -215,7 +215,7 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
         "truncation_residual": _rounded(total),
         "truncation_residuals": {module: residual for module, residual in residuals.items() if residual},
     }
-    record = PatchRecord(base, Capture("combine", settings), (), digest_new(patch, placed), __version__)
+    record = PatchRecord(base, Capture("combine", settings), (), digest_tensors(patch), __version__)
     return CombineReport(record, {name: captured.rank for name, captured in found.items()}, residuals, total)
 
 

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.reader import Checkpoint, read_bytes
-from portllm.checkpoint.ties import EMBEDDING_SUFFIX, HEAD_MODULE, tied_embedding
+from portllm.checkpoint.ties import EMBEDDING_SUFFIX, HEAD, HEAD_MODULE, tied_embedding
 from portllm.errors import Refusal
+from portllm.patch.adapter_tensors import BIAS, WEIGHT
+from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 
-WEIGHT = ".weight"
 COMPARED_BYTES = 1 << 24
 
 
@@ -27,28 +28,76 @@ def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return weights if shared is None else {**weights, HEAD_MODULE: shared}
 
 
+def tensor_of(name: str, checkpoint: Checkpoint) -> TensorInfo | None:
+    """The tensor that a patch means by a name; a tied head is the embedding."""
+    if name == HEAD and (shared := tied_embedding(checkpoint)) is not None:
+        return shared
+    return checkpoint.infos.get(name)
+
+
+def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
+    """What a patch does, by the name of the tensor it is done to."""
+    return {
+        **{module + WEIGHT: delta for module, delta in patch.deltas.items()},
+        **patch.values,
+        **patch.rows,
+        **patch.bias_deltas,
+    }
+
+
 def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
-    """Why a patch's deltas cannot be added to a model's weights: both ways, nothing is left unaccounted for."""
+    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
     weights = linear_weights(checkpoint)
+    for name, change in changes_of(patch).items():
+        tensor = tensor_of(name, checkpoint)
+        where = name.removesuffix(WEIGHT) if isinstance(change, LowRankDelta) else name
+        if tensor is None:
+            yield Refusal(
+                where, f"the patch changes it, {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}"
+            )
+        elif problem := _mismatch(change, tensor, checkpoint):
+            yield Refusal(where, problem)
+    yield from _unnamed(patch, weights)
+    yield from _missing(patch, checkpoint, weights)
+
+
+def _kind(change: Change[TensorInfo]) -> str:
+    return "module" if isinstance(change, LowRankDelta) else "tensor"
+
+
+def _mismatch(change: Change[TensorInfo], tensor: TensorInfo, checkpoint: Checkpoint) -> str | None:
+    """Why one change does not fit its tensor, or None."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        return (
+            f"its weight in {checkpoint.name} is stored as {tensor.dtype}; a patch is added to "
+            f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model."
+        )
+    match change:
+        case LowRankDelta() if change.shape != tensor.shape:
+            names = ("in", "out") if change.transposed else ("out", "in")
+            return (
+                f"the delta is {_axes(change.shape, names)}, its weight in {checkpoint.name} is "
+                f"{_axes(tensor.shape, names)}. Adding needs equal shapes."
+            )
+        case WholeValue(values) | VectorDelta(values) if values.shape != tensor.shape:
+            return f"the patch has shape {values.shape}, {checkpoint.name} has {tensor.shape}. Both must be equal."
+        case RowValues(values, rows) if values.shape[1:] != tensor.shape[1:] or max(rows) >= tensor.shape[0]:
+            return (
+                f"the patch has rows of {values.shape[1:]} up to token {max(rows)}, {checkpoint.name} has shape "
+                f"{tensor.shape}. Both must have the same width, and the tokens must be there."
+            )
+        case _:
+            return None
+
+
+def _axes(shape: tuple[int, ...], names: tuple[str, str]) -> str:
+    if len(shape) != 2:
+        return str(shape)
+    return "(" + ", ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True)) + ")"
+
+
+def _unnamed(patch: Patch[TensorInfo], weights: dict[str, TensorInfo]) -> Iterator[Refusal]:
     named = set(patch.config.targets([*weights, *patch.deltas]))
-    for module, delta in patch.deltas.items():
-        weight = weights.get(module)
-        if weight is None:
-            yield Refusal(
-                module, f"the patch changes it, {checkpoint.name} has no such module.{_near(module, weights)}"
-            )
-        elif weight.shape != delta.shape:
-            yield Refusal(
-                module,
-                f"the delta is (out={delta.shape[0]}, in={delta.shape[1]}), its weight in {checkpoint.name} is "
-                f"(out={weight.shape[0]}, in={weight.shape[1]}). Adding needs equal shapes.",
-            )
-        elif weight.dtype not in FLOAT_DTYPES:
-            yield Refusal(
-                module,
-                f"its weight in {checkpoint.name} is stored as {weight.dtype}; a delta is added to "
-                f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model.",
-            )
     for module in patch.deltas:
         if module not in named:
             yield Refusal(
@@ -56,21 +105,39 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
                 "the patch has tensors for it, adapter_config.json does not name it, so PEFT would drop them without a "
                 "word. Add it to target_modules, or take the tensors out.",
             )
-    for module in weights:
-        if module in named and module not in patch.deltas:
-            yield Refusal(
-                module,
-                f"adapter_config.json names it and {checkpoint.name} has it, the patch has no tensors for it. "
-                "Part of the adapter is missing, or it was made for another model.",
-            )
+
+
+def _missing(patch: Patch[TensorInfo], checkpoint: Checkpoint, weights: dict[str, TensorInfo]) -> Iterator[Refusal]:
+    """What the configuration names, the model has and the patch lacks."""
+    targets = set(patch.config.targets(weights))
+    biases = patch.config.biases
+    expected = [module for module in targets if not patch.config.saves(module + WEIGHT) and module not in patch.deltas]
+    expected += [
+        name
+        for name in checkpoint.infos
+        if name not in patch.values
+        and name.removesuffix(WEIGHT) not in patch.deltas
+        and (patch.config.saves(name) or _is_trained_bias(name, biases, targets))
+    ]
+    for name in sorted(expected):
+        yield Refusal(
+            name,
+            f"adapter_config.json names it and {checkpoint.name} has it, the patch has no tensors for it. "
+            "Part of the adapter is missing, or it was made for another model.",
+        )
+
+
+def _is_trained_bias(name: str, biases: str, targets: set[str]) -> bool:
+    if not name.endswith(BIAS) or biases == "none":
+        return False
+    return biases == "all" or name.removesuffix(BIAS) in targets
 
 
 def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
     """Where a copy of the base's weight that an adapter carries is not this base's."""
-    weights = linear_weights(base)
     for module, copy in patch.base_copies.items():
-        weight = weights.get(module)
-        if weight is None or not _same_bytes(copy, weight):
+        weight = tensor_of(module + WEIGHT, base)
+        if weight is None or not same_bytes(copy, weight):
             yield Refusal(
                 module,
                 f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it "
@@ -93,7 +160,8 @@ def base_mismatch(
     )
 
 
-def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
+def same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
+    """Whether two tensors are stored alike and equal, byte for byte."""
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
     starts = range(0, left.n_bytes, COMPARED_BYTES)

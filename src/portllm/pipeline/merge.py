@@ -4,18 +4,16 @@ Memory holds one block at a time, whatever the size of the model. What the patch
 The digests of what is read and written are taken on the way.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
-from torch import Tensor
 
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, fingerprint, own_tensors, remember
-from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint, read_bytes
-from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load, load_rows
+from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint
 from portllm.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
@@ -24,44 +22,16 @@ from portllm.checkpoint.writer import (
     staged_folder,
     write_index,
 )
-from portllm.errors import NonFiniteError, RemoteError, UnsupportedDtypeError
+from portllm.errors import RemoteError, UnsupportedDtypeError
 from portllm.output.manifest import MergeReport, write_manifest
 from portllm.output.side_files import copy_side_files
 from portllm.patch.adapter_folder import files_of
-from portllm.patch.delta import LowRankDelta
-from portllm.patch.merge import add_rounded, add_stochastic, delta_rows, measure_merge
-from portllm.patch.noise import rounding_noise
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.patch.rounding import MergeSums
-from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
+from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic, blocks_of
+from portllm.pipeline.plan import MergePlan, plan_merge, require
 from portllm.progress import Progress, silent
-
-BLOCK_ELEMENTS = 1 << 22
-"""Elements of a weight in memory at once: 16 MiB in float32, and a few times that while it is measured."""
-
-COPY_BYTES = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class Nearest:
-    """Round to the nearest value, ties to even."""
-
-    def __str__(self) -> str:
-        return "nearest"
-
-
-@dataclass(frozen=True, slots=True)
-class Stochastic:
-    """Round up or down at random, so that the expected value is exact; bfloat16 only."""
-
-    seed: int = 0
-
-    def __str__(self) -> str:
-        return f"stochastic-seed{self.seed}"
-
-
-Rounding = Nearest | Stochastic
 
 
 def merge(
@@ -70,7 +40,7 @@ def merge(
     into: Checkpoint,
     out: Path,
     dtype: str | None = None,
-    rounding: Rounding = Nearest(),
+    rounding: Rounding = NEAREST,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     allow_other_base: bool = False,
     overwrite: bool = False,
@@ -110,7 +80,7 @@ def run_merge(
     plan: MergePlan,
     out: Path,
     *,
-    rounding: Rounding = Nearest(),
+    rounding: Rounding = NEAREST,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
@@ -130,7 +100,7 @@ def run_merge(
             with ShardWriter(folder, shard) as writer:
                 for entry in shard.entries:
                     read, written = blake3(), blake3()
-                    for block in _blocks(plan.steps[entry.name], rounding):
+                    for block in blocks_of(plan.steps[entry.name], rounding):
                         writer.append(block.data)
                         read.update(block.source)
                         written.update(block.data)
@@ -164,74 +134,6 @@ def _on_disk(plan: MergePlan, progress: Progress) -> MergePlan:
     return replace(plan, into=into, steps=steps)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A part of one tensor on its way: as read, as it will be written, and what rounding took of the delta."""
-
-    source: bytes | memoryview
-    data: bytes | memoryview
-    sums: MergeSums | None
-
-
-def _blocks(step: MergeStep, rounding: Rounding) -> Iterator[_Block]:
-    """The bytes of one output tensor, in order."""
-    if step.delta is None and step.entry.dtype == step.source.dtype:
-        for start in range(0, step.source.n_bytes, COPY_BYTES):
-            data = read_bytes(step.source, start, min(start + COPY_BYTES, step.source.n_bytes))
-            yield _Block(data, data, None)
-    elif step.delta is None:
-        yield from _cast_blocks(step)
-    else:
-        yield from _merged_blocks(step, step.delta, rounding)
-
-
-def _cast_blocks(step: MergeStep) -> Iterator[_Block]:
-    for start, stop in _row_blocks(step.source):
-        weight = load_rows(step.source, start, stop) if step.source.shape else load(step.source)
-        stored = weight.to(TORCH_DTYPES[step.entry.dtype])
-        if (weight.isfinite() & ~stored.isfinite()).any():
-            raise NonFiniteError(
-                f"'{step.entry.name}': rows {start} to {stop} hold a value that does not fit into {step.entry.dtype}. "
-                "Store a wider dtype."
-            )
-        yield _Block(encode(weight), encode(stored), None)
-
-
-def _merged_blocks(step: MergeStep, delta: LowRankDelta[TensorInfo], rounding: Rounding) -> Iterator[_Block]:
-    a, b = load(delta.a), load(delta.b)
-    blocks = list(_row_blocks(step.source))
-    height = blocks[0][1]
-    for start, stop in blocks:
-        weight = load_rows(step.source, start, stop)
-        # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
-        # block is multiplied at full height, from rows that the block before it has had already.
-        first = max(0, stop - height)
-        change = delta_rows(b[first:stop], a, scale=delta.scale)[start - first :]
-        merged = _round(weight, change, step, rounding, offset=start * step.source.shape[1])
-        sums = measure_merge(weight, change, merged)
-        if not sums.is_finite:
-            raise NonFiniteError(
-                f"'{step.entry.name}': rows {start} to {stop} hold an infinity or NaN in the weight, in the delta or "
-                f"in their sum as {step.entry.dtype}. Look for a diverged training run, or store a wider dtype."
-            )
-        yield _Block(encode(weight), encode(merged), sums)
-
-
-def _round(weight: Tensor, change: Tensor, step: MergeStep, rounding: Rounding, *, offset: int) -> Tensor:
-    if isinstance(rounding, Stochastic) and step.entry.dtype == "BF16":
-        noise = rounding_noise(seed=rounding.seed, tensor=step.entry.name, start=offset, count=weight.numel())
-        return add_stochastic(weight, change, noise=noise.reshape(weight.shape))
-    return add_rounded(weight, change, dtype=TORCH_DTYPES[step.entry.dtype])
-
-
-def _row_blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `BLOCK_ELEMENTS` elements; a scalar is one row."""
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, BLOCK_ELEMENTS // max(1, info.n_params // max(1, rows)))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
 def _report(
     plan: MergePlan,
     out: Path,
@@ -263,7 +165,7 @@ def _remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> Non
 
 
 def _require_bfloat16(plan: MergePlan) -> None:
-    other = next((step.entry for step in plan.steps.values() if step.delta and step.entry.dtype != "BF16"), None)
+    other = next((step.entry for step in plan.steps.values() if step.change and step.entry.dtype != "BF16"), None)
     if other is not None:
         raise UnsupportedDtypeError(
             f"'{other.name}': is to be stored as {other.dtype}; stochastic rounding is for BF16. Store BF16, or round "

@@ -14,15 +14,15 @@ from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.sample import load_spans, sample_span
 from portllm.checkpoint.source import Source
-from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
+from portllm.checkpoint.ties import HEAD, tied_embedding
 from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
 from portllm.errors import PlanRefusedError, Refusal, UnsupportedDtypeError
 from portllm.methods.table import PortMethod, method_named
 from portllm.patch.adapter_folder import files_of
-from portllm.patch.delta import LowRankDelta
+from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
-from portllm.pipeline.fit import altered_copies, base_mismatch, linear_weights, misfits
+from portllm.pipeline.fit import altered_copies, base_mismatch, changes_of, linear_weights, misfits, same_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class PortPlan:
         method: How it is carried.
         source: The base it belongs to.
         target: The evolved model.
+        base: The base, where it is given; its weights are read for what the patch holds whole.
+        evolved: The evolved model, opened.
         files: What is read; the output lies elsewhere.
         evidence: What was measured from the fingerprints' samples.
         refusals: Every reason not to run.
@@ -43,6 +45,8 @@ class PortPlan:
     method: PortMethod
     source: ModelIdentity
     target: ModelIdentity
+    base: Checkpoint | None
+    evolved: Checkpoint
     files: tuple[Source, ...]
     evidence: Mapping[str, float]
     refusals: tuple[Refusal, ...]
@@ -50,17 +54,17 @@ class PortPlan:
 
 @dataclass(frozen=True, slots=True)
 class MergeStep:
-    """One tensor of the output: `source`'s values, plus a delta where the patch has one.
+    """One tensor of the output: `source`'s values, and what the patch does to them.
 
     Attributes:
         entry: The tensor to write.
         source: The tensor to read.
-        delta: What to add, or None for a tensor that the patch does not touch.
+        change: What the patch does, or None for a tensor that it does not touch.
     """
 
     entry: Entry
     source: TensorInfo
-    delta: LowRankDelta[TensorInfo] | None
+    change: Change[TensorInfo] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class MergePlan:
     @property
     def n_changed(self) -> int:
         """Tensors that the patch changes."""
-        return sum(step.delta is not None for step in self.steps.values())
+        return sum(step.change is not None for step in self.steps.values())
 
 
 def require(plan: PortPlan | MergePlan) -> None:
@@ -137,7 +141,16 @@ def plan_port(
     if base is not None and given is not None:
         refusals += base_mismatch(patch, given, option="--base", allow_other_base=allow_other_base)
         refusals += altered_copies(patch, base)
+        refusals += () if patch.is_relative else misfits(patch, base)
         source = given
+    elif not patch.is_relative:
+        refusals.append(
+            Refusal(
+                "--base",
+                f"{patch.name} holds values that stand in the place of the base's (saved modules, biases, token rows "
+                "or DoRA magnitudes). They are carried over by what they changed: name the base with --base.",
+            )
+        )
     if source is None:
         source = target
         refusals.append(
@@ -149,7 +162,7 @@ def plan_port(
         )
     evidence = _sampled_drift(patch, base, evolved) if base is not None and not refusals else {}
     files = (*files_of(patch), *evolved.files, *(base.files if base is not None else ()))
-    return PortPlan(patch, chosen, source, target, files, evidence, tuple(sorted(refusals)))
+    return PortPlan(patch, chosen, source, target, base, evolved, files, evidence, tuple(sorted(refusals)))
 
 
 def plan_merge(
@@ -181,17 +194,15 @@ def plan_merge(
     notes = []
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")
-    deltas = _deltas_by_tensor(patch, into)
+    changes, sources, unties = _untangle(changes_of(patch), into)
     config_changes: dict[str, object] = {}
-    sources = dict(into.infos)
-    if HEAD in deltas and (shared := tied_embedding(into)) is not None:
-        sources[HEAD] = shared
+    if unties:
         config_changes["tie_word_embeddings"] = False
-        notes.append("the patch changes a head that is tied to the embedding: the output has a head of its own.")
+        notes.append("the patch sets head and embedding apart, which were tied: the output has a head of its own.")
     if dtype is not None:
         config_changes["dtype"] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
     steps = {
-        name: MergeStep(Entry(name, _stored_as(info, dtype), info.shape), info, deltas.get(name))
+        name: MergeStep(Entry(name, _stored_as(info, dtype), info.shape), info, changes.get(name))
         for name, info in sorted(sources.items())
     }
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=shard_bytes)
@@ -202,14 +213,27 @@ def _stored_as(info: TensorInfo, dtype: str | None) -> str:
     return dtype if dtype is not None and info.dtype in FLOAT_DTYPES else info.dtype
 
 
-def _deltas_by_tensor(patch: Patch[TensorInfo], into: Checkpoint) -> dict[str, LowRankDelta[TensorInfo]]:
-    """The deltas by the name of the tensor they are added to; a head has its own name, tied or not."""
-    weights = linear_weights(into)
-    return {
-        HEAD if module == HEAD_MODULE else weights[module].name: delta
-        for module, delta in patch.deltas.items()
-        if module in weights
-    }
+def _untangle(
+    changes: dict[str, Change[TensorInfo]], into: Checkpoint
+) -> tuple[dict[str, Change[TensorInfo]], dict[str, TensorInfo], bool]:
+    """The changes of each tensor of the output, its source, and whether a tied head has to be set apart.
+
+    A tied head and its embedding are one matrix. They stay so where the patch trained rows of it, or brings the same
+    values for both; otherwise each goes its own way, as it does when PEFT runs the adapter unmerged.
+    """
+    sources = dict(into.infos)
+    shared = tied_embedding(into)
+    if shared is None:
+        return changes, sources, False
+    embedding, head = changes.get(shared.name), changes.get(HEAD)
+    if embedding is None and head is None:
+        return changes, sources, False
+    if isinstance(embedding, RowValues) and head is None:
+        return {**changes, HEAD: embedding} if HEAD in sources else changes, sources, False
+    if isinstance(embedding, WholeValue) and isinstance(head, WholeValue) and same_bytes(embedding.values, head.values):
+        kept = changes if HEAD in sources else {name: change for name, change in changes.items() if name != HEAD}
+        return kept, sources, False
+    return changes, {**sources, HEAD: shared}, True
 
 
 def _sampled_drift(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> dict[str, float]:

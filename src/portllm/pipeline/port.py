@@ -1,10 +1,11 @@
 """Carry a patch to an evolved model: plan, run the method module by module, write the adapter with its new record."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.reader import Checkpoint, on_disk
 from portllm.checkpoint.writer import check_apart, staged_folder
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.patch import Patch
@@ -24,7 +25,8 @@ def port(
 ) -> Patch[TensorInfo]:
     """Carry a patch to an evolved model and write it to `out`, a folder that PEFT loads.
 
-    Reads the headers and fingerprint samples of the models and the patch itself; never the models' weights.
+    Reads the headers and fingerprint samples of the models and the patch itself. Weights are read only for what the
+    patch holds whole (saved modules, biases, token rows, DoRA magnitudes), which is re-based on the evolved ones.
 
     Args:
         patch: What to carry.
@@ -53,18 +55,37 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     check_apart(out, plan.files)
     patch = plan.patch
     deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
-    ported = Patch(str(out), deltas, patch.config, None)
+    ported = replace(patch, name=str(out), deltas=deltas)
+    with staged_folder(out, overwrite=overwrite) as folder:
+        if plan.base is None or patch.is_relative:
+            _write(folder, plan, ported)
+        else:
+            _write_rebased(folder, plan, ported, base=plan.base)
+    return load_patch(out)
+
+
+def _write_rebased(folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, base: Checkpoint) -> None:
+    # What is held whole needs weights, and so torch; most patches do without both.
+    from portllm.pipeline.rebase import rebase
+    from portllm.pipeline.spool import SPOOL_FILE, Spool
+
+    with Spool(folder / SPOOL_FILE) as spool:
+        moved = rebase(ported, base=on_disk(base), evolved=on_disk(plan.evolved), spool=spool)
+        _write(folder, plan, moved)
+
+
+def _write(folder: Path, plan: PortPlan, ported: Patch[TensorInfo]) -> None:
+    """Write the ported patch and its record."""
+    before = plan.patch.record
     record = PatchRecord(
         base=plan.target,
-        capture=patch.record.capture if patch.record else Capture("adapter"),
+        capture=before.capture if before else Capture("adapter"),
         ports=(
-            *(patch.record.ports if patch.record else ()),
+            *(before.ports if before else ()),
             PortStep(plan.source, plan.target, plan.method.id, plan.evidence),
         ),
         tensors=digest_tensors(ported),
         program=__version__,
     )
-    with staged_folder(out, overwrite=overwrite) as folder:
-        write_patch(folder, ported, base_name=plan.target.name, base_revision=plan.target.revision)
-        write_record(folder, record)
-    return load_patch(out)
+    write_patch(folder, ported, base_name=plan.target.name, base_revision=plan.target.revision)
+    write_record(folder, record)

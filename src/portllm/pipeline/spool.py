@@ -12,6 +12,9 @@ from torch import Tensor
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode
 
+SPOOL_FILE = ".spool"
+"""Its name in a staged folder, which is gone before the folder takes its place."""
+
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -30,6 +33,10 @@ class SpoolEntry:
     def append(self, data: bytes | memoryview) -> None:
         """Its next bytes."""
         self.spool.write(data)
+
+    def append_tensor(self, tensor: Tensor) -> None:
+        """Its next rows."""
+        self.spool.write(encode(tensor))
 
 
 class Spool:

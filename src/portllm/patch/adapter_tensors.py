@@ -1,0 +1,166 @@
+"""The tensors of an adapter file, sorted out: each becomes part of the patch, or the file is refused with all named."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from portllm.errors import AdapterFormatError
+from portllm.patch.adapter_config import AdapterConfig
+from portllm.patch.adapter_keys import UNSUPPORTED, Role, parse_key
+from portllm.patch.delta import LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.patch import Patch
+from portllm.patch.record import PatchRecord
+
+WEIGHT, BIAS = ".weight", ".bias"
+SHOWN = 10
+PAIRS = ((Role.A, Role.B), (Role.EMBEDDING_A, Role.EMBEDDING_B))
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What has been found so far, and what is wrong with it."""
+
+    deltas: dict[str, LowRankDelta[TensorInfo]] = field(default_factory=dict)
+    copies: dict[str, TensorInfo] = field(default_factory=dict)
+    values: dict[str, WholeValue[TensorInfo]] = field(default_factory=dict)
+    rows: dict[str, RowValues[TensorInfo]] = field(default_factory=dict)
+    bias_deltas: dict[str, VectorDelta[TensorInfo]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def sort_out(
+    tensors: Mapping[str, TensorInfo],
+    config: AdapterConfig,
+    *,
+    name: str,
+    record: PatchRecord | None = None,
+    revision: str | None = None,
+) -> Patch[TensorInfo]:
+    """The patch that these tensors and this configuration are.
+
+    Args:
+        tensors: By PEFT's key.
+        config: What the adapter says of itself.
+        name: What to call it in messages.
+        record: Where it comes from.
+        revision: Its commit hash on the hub.
+
+    Raises:
+        AdapterFormatError: A tensor is not understood, or does not fit the configuration; all of them are named.
+    """
+    parts = _Parts()
+    by_module: dict[str, dict[Role, TensorInfo]] = {}
+    for key in sorted(tensors):
+        found = parse_key(key)
+        if found is None:
+            kind = next((kind for part, kind in UNSUPPORTED.items() if part in key), "nothing that PEFT would load")
+            parts.problems.append(f"tensor '{key}' is {kind}, which is not supported")
+        elif found[1] is Role.WHOLE:
+            _take_whole(parts, found[0], tensors[key], config)
+        else:
+            by_module.setdefault(found[0], {})[found[1]] = tensors[key]
+    for module, roles in by_module.items():
+        _take_module(parts, module, roles, config)
+    if not (parts.deltas or parts.values or parts.rows or parts.problems):
+        parts.problems.append("there is no factor of a LoRA in it")
+    parts.problems += _wrong_dtypes(tensors)
+    if parts.problems:
+        rest = len(parts.problems) - SHOWN
+        more = f"; and {rest} more" if rest > 0 else ""
+        raise AdapterFormatError(f"'{name}': {'; '.join(parts.problems[:SHOWN])}{more}.")
+    return Patch(
+        name,
+        parts.deltas,
+        config,
+        record,
+        base_copies=parts.copies,
+        values=dict(sorted(parts.values.items())),
+        rows=parts.rows,
+        bias_deltas=parts.bias_deltas,
+        revision=revision,
+    )
+
+
+def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterConfig) -> None:
+    if config.saves(tensor) or (config.biases == "all" and tensor.endswith(BIAS)):
+        parts.values[tensor] = WholeValue(info)
+    else:
+        parts.problems.append(
+            f"tensor '{info.name}' is a weight of the model, which neither 'modules_to_save' nor 'bias' explains"
+        )
+
+
+def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], config: AdapterConfig) -> None:
+    problems = list(_module_problems(module, roles, config))
+    parts.problems += problems
+    if problems:
+        return
+    if Role.BASE_WEIGHT in roles:
+        parts.copies[module] = roles[Role.BASE_WEIGHT]
+    if Role.BASE_BIAS in roles:
+        parts.values[module + BIAS] = WholeValue(roles[Role.BASE_BIAS])
+    if Role.BIAS_DELTA in roles:
+        parts.bias_deltas[module + BIAS] = VectorDelta(roles[Role.BIAS_DELTA], config.scale_of(module))
+    if Role.TOKEN_ROWS in roles:
+        parts.rows[module + WEIGHT] = RowValues(roles[Role.TOKEN_ROWS], config.token_rows_of(module))
+    for first, second in PAIRS:
+        if first in roles:
+            is_embedding = first is Role.EMBEDDING_A
+            parts.deltas[module] = LowRankDelta(
+                a=roles[first],
+                b=roles[second],
+                scale=config.scale_of(module),
+                transposed=is_embedding or config.is_transposed,
+                magnitude=roles.get(Role.MAGNITUDE),
+                is_embedding=is_embedding,
+            )
+
+
+def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: AdapterConfig) -> Iterator[str]:
+    """What is wrong with the tensors of one module."""
+    for first, second in PAIRS:
+        if (first in roles) != (second in roles):
+            there, missing = (first, second) if first in roles else (second, first)
+            yield f"module '{module}' has '{there.value[1:]}' but not its partner '{missing.value[1:]}'"
+        elif first in roles:
+            yield from _factor_problems(module, roles[first], roles[second], config)
+    has_factors = Role.A in roles and Role.B in roles
+    if has_factors and config.has_magnitudes != (Role.MAGNITUDE in roles):
+        state = "has" if Role.MAGNITUDE in roles else "lacks"
+        yield f"module '{module}' {state} a DoRA magnitude, 'use_dora' says {config.has_magnitudes}"
+    if Role.EMBEDDING_A in roles and (config.has_magnitudes or Role.MAGNITUDE in roles):
+        yield f"module '{module}' is an embedding with a DoRA magnitude, which is not supported"
+    if has_factors and config.has_bias_deltas != (Role.BIAS_DELTA in roles):
+        state = "has" if Role.BIAS_DELTA in roles else "lacks"
+        yield f"module '{module}' {state} a bias of lora_B, 'lora_bias' says {config.has_bias_deltas}"
+    if Role.BASE_BIAS in roles and config.biases == "none":
+        yield f"module '{module}' has a trained bias, 'bias' says none"
+    lonely = {Role.MAGNITUDE, Role.BIAS_DELTA, Role.BASE_BIAS} & set(roles)
+    if lonely and not has_factors and Role.EMBEDDING_A not in roles:
+        yield f"module '{module}' has '{min(role.value for role in lonely)[1:]}' but no factors"
+    if Role.TOKEN_ROWS in roles:
+        rows, info = config.token_rows_of(module), roles[Role.TOKEN_ROWS]
+        if len(info.shape) != 2 or info.shape[0] != len(rows) or len(set(rows)) != len(rows):
+            yield f"module '{module}' has {info.shape} trained token rows, 'trainable_token_indices' names {len(rows)}"
+
+
+def _factor_problems(module: str, a: TensorInfo, b: TensorInfo, config: AdapterConfig) -> Iterator[str]:
+    for info in (a, b):
+        if len(info.shape) != 2:
+            yield f"tensor '{info.name}' has shape {info.shape}, expected two axes"
+            return
+    if a.shape[0] != b.shape[1]:
+        yield f"module '{module}': lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}"
+    elif a.shape[0] != config.rank_of(module):
+        yield (
+            f"module '{module}': its tensors have rank {a.shape[0]}, adapter_config.json says "
+            f"{config.rank_of(module)}, so its scale cannot be known"
+        )
+
+
+def _wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    return [
+        f"tensor '{key}' has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+        for key, info in sorted(tensors.items())
+        if info.dtype not in FLOAT_DTYPES
+    ]
