@@ -18,6 +18,8 @@
       PlanRefusedError       a plan found reasons not to run; it carries them all
       OutputError            the output cannot be written
         OutputExistsError      something is there already
+        OutputBusyError        another run is writing there
+      SignatureError         a signature cannot be made or checked
       DataError              rows of a data file do not fit the task
       MissingExtraError      an optional dependency is not installed
 
@@ -95,6 +97,14 @@ class OutputError(PortLLMError):
 
 class OutputExistsError(OutputError):
     """Something is at the output's place already."""
+
+
+class OutputBusyError(OutputError):
+    """Another run is writing to the same place."""
+
+
+class SignatureError(PortLLMError):
+    """A signature cannot be made or checked, whatever it would say."""
 
 
 class DataError(PortLLMError):

@@ -1,0 +1,285 @@
+"""Where an output is prepared and how it takes its place, so that a run may die at any moment.
+
+An output `NAME` has up to three siblings while it is made:
+
+    .NAME.part      the folder that is being written
+    .NAME.journal   whose plan the part belongs to and which of its files are finished; locked by the run
+    .NAME.old       what is replaced, for a moment, on file systems that cannot exchange two folders in one step
+
+The kernel drops the lock when a run dies, and the next run to the same output begins with what it finds:
+
+| found | what happened | what is done |
+| --- | --- | --- |
+| `NAME`, a part that the journal calls `NAME` | it died after the exchange | the part, which is the old output, is removed |
+| a part with a journal of the same plan | it died while it wrote | finished files are checked and kept, the rest removed |
+| a part of another plan, or without a journal | the same, or another command | the part is removed |
+| `.NAME.old` and no `NAME` | it died between two renames | the old output gets its name back; then as above |
+| `.NAME.old` and `NAME`, no part | it died before it removed the old output | the old output is removed |
+
+A folder is told from another by its inode, and a wrong guess is harmless: what is kept of a part is checked first.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm.errors import OutputBusyError, OutputError
+
+FORMAT = 1
+"""Version of the journal's layout; a part of another version is removed."""
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+_WITHOUT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An output's name and those of its siblings.
+
+    Example:
+        >>> Place(Path("models/out")).part.as_posix()
+        'models/.out.part'
+    """
+
+    final: Path
+
+    @property
+    def part(self) -> Path:
+        """What is being written."""
+        return self.final.with_name(f".{self.final.name}.part")
+
+    @property
+    def journal(self) -> Path:
+        """What is known about the part."""
+        return self.final.with_name(f".{self.final.name}.journal")
+
+    @property
+    def old(self) -> Path:
+        """What is being replaced."""
+        return self.final.with_name(f".{self.final.name}.old")
+
+    def settle(self, inode: int | None) -> None:
+        """Bring the names in order after a run that died; the output it replaced is back, or the new one is whole.
+
+        Args:
+            inode: Of the folder that the dead run wrote, or None.
+
+        Raises:
+            OutputError: Somebody made a folder of the output's name in the meantime.
+        """
+        if os.path.lexists(self.old):
+            if not os.path.lexists(self.final):
+                self.old.rename(self.final)
+            elif os.path.lexists(self.part):
+                raise OutputError(
+                    f"'{self.final}': was made while an interrupted run's old output lay at '{self.old}'. Delete the "
+                    "one that you do not want."
+                )
+            else:
+                remove(self.old)
+        if inode is not None and os.path.lexists(self.final) and self.final.lstat().st_ino == inode:
+            remove(self.part)
+
+    def take(self) -> None:
+        """Give the part the output's name, in one step where the file system can; what was there is removed."""
+        _sync(self.part)
+        if not os.path.lexists(self.final):
+            self.part.rename(self.final)
+        elif not exchange(self.part, self.final):
+            self.final.rename(self.old)
+            self.part.rename(self.final)
+        _sync_entries(self.final.parent)
+        remove(self.old)
+        remove(self.part)
+
+
+class Journal:
+    """A file of lines that a dead run leaves readable, locked against other runs as long as it is open.
+
+    Each line is a JSON object behind its digest, and is on the disk before the next one is written; a line that was cut
+    off is dropped. The first says whose plan it is, each other that a file of the part is finished.
+
+    Attributes:
+        inode: Of the part that it describes, or None.
+        plan: Digest of the plan, or None where it cannot be resumed.
+        finished: What was noted about each finished file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open and lock it.
+
+        Raises:
+            OutputBusyError: Another run holds it.
+            OSError: It cannot be made.
+        """
+        self._path = path
+        self._descriptor = _open_locked(path)
+        self.inode: int | None = None
+        self.plan: str | None = None
+        self.finished: dict[str, Mapping[str, object]] = {}
+        self._read()
+
+    def begin(self, part: Path, plan: str | None) -> None:
+        """Forget all, and describe a new part."""
+        self.inode, self.plan, self.finished = part.lstat().st_ino, plan, {}
+        os.ftruncate(self._descriptor, 0)
+        self._append({"format": FORMAT, "folder": self.inode, "plan": plan})
+
+    def finish(self, file: str, facts: Mapping[str, object]) -> None:
+        """Note that a file of the part is whole and on the disk."""
+        self.finished[file] = facts
+        self._append({"file": file, "facts": facts})
+
+    def remove(self) -> None:
+        """Delete it, still locked: who waits for the name makes a new one."""
+        self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give up the lock."""
+        os.close(self._descriptor)
+
+    def _append(self, value: Mapping[str, object]) -> None:
+        text = json.dumps(value)
+        line = memoryview(f"{_line_digest(text)} {text}\n".encode())
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+        os.fsync(self._descriptor)
+
+    def _read(self) -> None:
+        whole = 0
+        with open(self._path, "rb") as stream:
+            for number, line in enumerate(stream):
+                value = _parse_line(line)
+                if value is None or (number == 0 and value.get("format") != FORMAT):
+                    break
+                whole += len(line)
+                self._take_in(value)
+        os.ftruncate(self._descriptor, whole)
+        os.lseek(self._descriptor, whole, os.SEEK_SET)
+
+    def _take_in(self, value: Mapping[str, object]) -> None:
+        match value:
+            case {"format": _, "folder": int(inode), "plan": str() | None as plan}:
+                self.inode, self.plan = inode, plan
+            case {"file": str(file), "facts": dict(facts)}:
+                self.finished[file] = facts
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A folder that is being written.
+
+    Attributes:
+        folder: Where.
+        finished: What an earlier run of the same plan noted about files it finished; they are yet to be checked.
+    """
+
+    folder: Path
+    finished: Mapping[str, Mapping[str, object]]
+    _journal: Journal = field(repr=False)
+
+    def keep(self, files: Collection[str]) -> None:
+        """Remove everything but these files."""
+        for entry in self.folder.iterdir():
+            if entry.name not in files:
+                remove(entry)
+
+    def finish(self, file: str, facts: Mapping[str, object]) -> None:
+        """Note for a later run, should this one die, that a file is whole and on the disk."""
+        self._journal.finish(file, facts)
+
+
+def begin(place: Place, journal: Journal, plan: str | None) -> Staged:
+    """A folder to write into: what a dead run of the same plan left, or a fresh one."""
+    if plan is not None and journal.plan == plan and place.part.is_dir():
+        return Staged(place.part, dict(journal.finished), journal)
+    remove(place.part)
+    place.part.mkdir()
+    journal.begin(place.part, plan)
+    return Staged(place.part, {}, journal)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step; False, with nothing done, where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # not Linux, or an old C library
+        return False
+    if rename(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _WITHOUT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link, if it is there; what cannot be deleted stays for the next run."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputBusyError(
+                f"'{path}': another run holds it, and writes the same output. Wait for that run to end, or write to "
+                "another place."
+            ) from error
+        except OSError as error:
+            if (
+                error.errno not in _WITHOUT_LOCKS
+            ):  # some network file systems have none, and are written to all the same
+                os.close(descriptor)
+                raise
+        # Who held the lock may have finished and deleted the file after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _line_digest(text: str) -> str:
+    return blake3(text.encode()).hexdigest(8)
+
+
+def _parse_line(line: bytes) -> Mapping[str, object] | None:
+    digest, _, text = line.decode("utf-8", "replace").removesuffix("\n").partition(" ")
+    if not line.endswith(b"\n") or digest != _line_digest(text):
+        return None
+    value = json.loads(text)
+    return value if isinstance(value, dict) else None
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's files to the disk before anything points to them."""
+    for entry in folder.rglob("*"):
+        if entry.is_file():
+            with open(entry, "rb") as file:
+                os.fsync(file.fileno())
+    _sync_entries(folder)
+
+
+def _sync_entries(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
