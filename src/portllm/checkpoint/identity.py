@@ -5,7 +5,8 @@ any size, and any two trained versions differ in it; it does not prove that ever
 covers all bytes. It is taken when the bytes are read anyway or when asked for, and kept in the user's cache by path,
 size and time of change.
 
-A head stored beside the embedding it is tied to counts for neither, so that both ways to store it are one model.
+A head stored beside the embedding it is tied to counts for neither, so that both ways to store it are one model. So
+are the spellings that a family has for the names of its tensors.
 """
 
 import json
@@ -15,10 +16,11 @@ from pathlib import Path
 from blake3 import blake3
 
 from portllm.checkpoint.cache import cache_root
+from portllm.checkpoint.families import current_tensors
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint, read_bytes, read_spans
 from portllm.checkpoint.source import Source
-from portllm.checkpoint.ties import HEAD, tied_embedding
+from portllm.checkpoint.ties import stored_head, tied_embedding
 from portllm.progress import Progress, silent
 
 SAMPLE_BYTES = 4096
@@ -32,10 +34,12 @@ READ_BYTES = 1 << 24
 
 
 def own_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
-    """The tensors that make the model what it is: all but a stored copy of a tied embedding."""
-    if HEAD in checkpoint.infos and tied_embedding(checkpoint) is not None:
-        return {name: info for name, info in checkpoint.infos.items() if name != HEAD}
-    return checkpoint.infos
+    """The tensors that make the model what it is, by current name: all but a stored copy of a tied embedding."""
+    tensors = current_tensors(checkpoint)
+    head = stored_head(checkpoint)
+    if head is not None and tied_embedding(checkpoint) is not None:
+        return {name: info for name, info in tensors.items() if info.name != head.name}
+    return tensors
 
 
 def sample_window(name: str, n_bytes: int) -> tuple[int, int]:
@@ -80,8 +84,8 @@ def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:
 
 
 def digest_of(digests: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
-    """The digest of a model whose tensors `infos` have these `digests`."""
-    rows = [[name, infos[name].dtype, list(infos[name].shape), digests[name]] for name in sorted(infos)]
+    """The digest of a model of the tensors `infos`, by current name, with these `digests`, by the names in the file."""
+    rows = [[name, info.dtype, list(info.shape), digests[info.name]] for name, info in sorted(infos.items())]
     return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ A file may hold a tied head once (no `lm_head.weight`) or twice (an exact copy u
 model, so both have the same identity, and a patch sees the same modules.
 """
 
+from portllm.checkpoint.families import family_of, resolve
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint, read_bytes
 
@@ -14,8 +15,18 @@ COMPARED_BYTES = 1 << 16
 
 
 def embedding(checkpoint: Checkpoint) -> TensorInfo | None:
-    """The input embedding, where the checkpoint names it in the usual way."""
+    """The input embedding: where the model's family has it, or where the checkpoint names it in the usual way."""
+    family = family_of(checkpoint.config)
+    found = None if family is None else resolve(family.embedding, checkpoint)
+    if found is not None:
+        return found
     return next((info for name, info in checkpoint.infos.items() if name.endswith(EMBEDDING_SUFFIX)), None)
+
+
+def stored_head(checkpoint: Checkpoint) -> TensorInfo | None:
+    """The output head, where the checkpoint stores one, in whatever spelling."""
+    family = family_of(checkpoint.config)
+    return resolve(HEAD if family is None else family.head, checkpoint)
 
 
 def tied_embedding(checkpoint: Checkpoint) -> TensorInfo | None:
@@ -24,14 +35,18 @@ def tied_embedding(checkpoint: Checkpoint) -> TensorInfo | None:
     A head that is not in the file is tied. One that is in the file is tied when the configuration says so and its
     first bytes equal the embedding's: a tied model that was trained on with a head of its own is not tied.
     """
-    shared = embedding(checkpoint)
-    if shared is None or HEAD not in checkpoint.infos:
+    shared, head = embedding(checkpoint), stored_head(checkpoint)
+    if shared is None or head is None:
         return shared
-    head = checkpoint.infos[HEAD]
-    if checkpoint.config.get("tie_word_embeddings") is not True or (head.dtype, head.shape) != (
-        shared.dtype,
-        shared.shape,
-    ):
+    if not _says_tied(checkpoint) or (head.dtype, head.shape) != (shared.dtype, shared.shape):
         return None
     window = min(COMPARED_BYTES, head.n_bytes)
     return shared if read_bytes(head, 0, window) == read_bytes(shared, 0, window) else None
+
+
+def _says_tied(checkpoint: Checkpoint) -> bool:
+    """What the configuration says; models of vision and text may say it in the part about text."""
+    config = checkpoint.config
+    if "tie_word_embeddings" not in config and isinstance(inner := config.get("text_config"), dict):
+        config = inner
+    return config.get("tie_word_embeddings") is True
