@@ -53,6 +53,8 @@ def _bars() -> Iterator[Progress]:
             if work not in tasks:
                 tasks[work] = bars.add_task(label, total=total, text="")
             text = f"{amount(done, unit)} of {amount(total, unit)}"
+            if bars.tasks[tasks[work]].finished and done < total:  # the next work of that name begins anew
+                bars.reset(tasks[work], total=total)
             bars.update(tasks[work], description=label, completed=done, total=total, text=text)
 
         yield show
@@ -66,13 +68,14 @@ def _lines() -> Progress:
     def show(label: str, done: int, total: int, unit: Unit) -> None:
         now, work = time.monotonic(), work_of(label)
         started.setdefault(work, now)
-        is_end = done >= total and work in spoken
-        if now - spoken.get(work, started[work]) >= LINE_EVERY_SECONDS or is_end:
+        is_end = done >= total
+        if now - spoken.get(work, started[work]) >= LINE_EVERY_SECONDS or (is_end and work in spoken):
             spoken[work] = now
             seconds = now - started[work]
             sys.stderr.write(f"{label}: {amount(done, unit)} of {amount(total, unit)}, {seconds:.0f} s\n")
             sys.stderr.flush()
-            if is_end:
-                del spoken[work]
+        if is_end:  # the next work of that name begins anew
+            del started[work]
+            spoken.pop(work, None)
 
     return show
