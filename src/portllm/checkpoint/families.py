@@ -8,8 +8,8 @@ ways. A rewrite that begins with a dot may stand anywhere in a name, any other s
 
 import importlib.resources
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -73,6 +73,20 @@ class Family:
         """
         return _rewritten(self.current_name(name), [(new, old) for old, new in self.spellings[spelling]])
 
+    def spelling_of(self, names: Collection[str]) -> str | None:
+        """The spelling that all these tensors or modules are named in; None where that is the current one, or none is.
+
+        Example:
+            >>> family = family_named("gpt2")
+            >>> family.spelling_of(["h.0.attn.c_attn", "wte"]), family.spelling_of(["transformer.h.0.attn.c_attn"])
+            ('without its head', None)
+        """
+        if all(self.current_name(name) == name for name in names):
+            return None
+        return next(
+            (spelling for spelling in self.spellings if all(self.spelled(n, spelling) == n for n in names)), None
+        )
+
     def names_of(self, name: str) -> tuple[str, ...]:
         """Every name that a tensor or module can have: as it is given, the current one, those of the spellings.
 
@@ -90,7 +104,7 @@ class Family:
             >>> family_named("gpt2").is_linear("h.0.mlp.c_fc"), family_named("gpt2").is_linear("wpe")
             (True, False)
         """
-        return _ends(module, self.linear) or module == self.head.removesuffix(".weight")
+        return _ends(module, self.linear) or self.current_name(module) == self.head.removesuffix(".weight")
 
     def is_transposed(self, module: str) -> bool:
         """Whether a module's weight is stored as (d_in, d_out)."""
@@ -148,6 +162,21 @@ def current_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
             raise _two_spellings(name, checkpoint, [tensors[name], checkpoint.infos[stored]])
         tensors[name] = checkpoint.infos[stored]
     return tensors
+
+
+def respelled(checkpoint: Checkpoint, like: Collection[str]) -> Checkpoint:
+    """The same checkpoint with its tensors named in the spelling that the tensors or modules `like` are named in.
+
+    Where these are in no one spelling, the names are the current ones.
+    """
+    family = family_of(checkpoint.config)
+    if family is None:
+        return checkpoint
+    spelling = family.spelling_of(like)
+    named = current_tensors(checkpoint)
+    if spelling is not None:
+        named = {family.spelled(name, spelling): info for name, info in named.items()}
+    return replace(checkpoint, infos={name: replace(info, name=name) for name, info in sorted(named.items())})
 
 
 def _two_spellings(name: str, checkpoint: Checkpoint, infos: Sequence[TensorInfo]) -> CheckpointError:
