@@ -63,6 +63,7 @@ def test_a_model_is_saved_in_the_dtype_it_came_in(tiny, tmp_path, stored):
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == stored for name in before)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_the_attention_kernel_is_chosen_by_the_longest_input(tiny):

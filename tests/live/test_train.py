@@ -97,6 +97,7 @@ def test_the_adapter_folder_is_what_peft_needs_and_nothing_more(trained):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 4, False)
     assert config["target_modules"] == sorted(config["target_modules"])
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 def test_modules_and_scale_are_those_asked_for(reader, tmp_path):

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -216,6 +217,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    _share(folder, like="adapter_config.json")
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(config.get("target_modules"), list):
@@ -228,6 +230,13 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     _cast_weights(model, model.config.dtype)
     with quiet():
         model.save_pretrained(folder)
+    _share(folder, like="config.json")
+
+
+def _share(folder: Path, *, like: str) -> None:
+    """Gives weights the mode of another file: safetensors makes its files readable by their owner alone."""
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / like, file)
 
 
 def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -244,7 +253,9 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path, *, name: str) -> 
     """
     where = _existing_adapter(folder)
     with _translated(folder):
-        patched = PeftModel.from_pretrained(model, where, adapter_name=name, is_trainable=False, local_files_only=True)
+        patched = PeftModel.from_pretrained(
+            model, where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
+        )
     _check_landed(patched, where, name=name)
     return patched
 
@@ -257,7 +268,9 @@ def add_adapter(model: PeftModel, folder: str | Path, *, name: str) -> None:
     """
     where = _existing_adapter(folder)
     with _translated(folder):
-        model.load_adapter(where, adapter_name=name, is_trainable=False, local_files_only=True)
+        model.load_adapter(
+            where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
+        )
     _check_landed(model, where, name=name)
 
 

@@ -164,7 +164,7 @@ def train_lora(
         encoder = Encoder(load_tokenizer(base_folder))
         rows = encode_all(encoder, examples, max_tokens=settings.max_tokens)
         # LoRA's factors and dropout draw from torch's global generator; the caller's state is put back afterwards.
-        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(settings.seed)
             model = add_fresh_lora(
                 load_model(base_folder, device=where, longest=settings.max_tokens),
