@@ -63,9 +63,12 @@ chosen = st.one_of(lists, st.sampled_from(EXPRESSIONS))
 values = st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 9), max_size=4)
 
 
-@given(chosen, st.one_of(st.none(), chosen), st.sampled_from(NUMBERS), st.sampled_from(LAYERS))
+SAVED = (None, [], ["q_proj"], ["mlp"], ["proj"], ["lm_head", "score"], ["layers.1"], ["k_pro."], ["experts.2"])
+
+
+@given(chosen, st.one_of(st.none(), chosen), st.sampled_from(NUMBERS), st.sampled_from(LAYERS), st.sampled_from(SAVED))
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layers):
+def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layers, saved):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -78,6 +81,7 @@ def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layer
         "exclude_modules": excluded,
         "layers_to_transform": numbers,
         "layers_pattern": layers,
+        "modules_to_save": saved,
     }
     theirs = LoraConfig(**fields)
     ours = parse_adapter_config({**PLAIN, **fields}, where="adapter")
@@ -141,7 +145,8 @@ def test_a_plain_configuration_as_peft_saves_it_is_accepted(tmp_path):
 @pytest.mark.parametrize("word", ["all-linear", "ALL-Linear"])
 def test_all_linear_leaves_the_head_out(word):
     config = parse_adapter_config({**PLAIN, "target_modules": word}, where="adapter")
-    assert config.targets(MODULES) == [module for module in MODULES if module not in ("lm_head", "score")]
+    modules = [*MODULES, "model.embed_tokens", "transformer.wte", "transformer.wpe"]
+    assert config.targets(modules) == [module for module in MODULES if module not in ("lm_head", "score")]
 
 
 def test_alpha_has_pefts_default():
@@ -273,6 +278,7 @@ BROKEN = [
     ("rank_pattern", {"q_proj": 2, "(": 3}),
     ("rank_pattern", {"(?i)q_proj": 2}),
     ("alpha_pattern", {"q)": 2}),
+    ("modules_to_save", ["lm_head", "(norm"]),
 ]
 
 

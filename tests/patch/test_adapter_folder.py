@@ -1,6 +1,7 @@
 """PEFT's folder, read and written: what PEFT makes of it, and everything that is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -219,6 +220,12 @@ CONTRADICTIONS = {
         {"use_dora": True},
         "module 'x' has 'lora_magnitude_vector' but no factors",
     ),
+    "a copy of a weight alone": (
+        {"base_model.model.x.base_layer.weight": (5, 3)}, {}, "module 'x' has 'base_layer.weight' but no factors",
+    ),
+    "no token row": (
+        {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (0, 3)}, {"trainable_token_indices": []}, "names 0",
+    ),
     "a bias of a base layer alone": (
         {"base_model.model.x.base_layer.bias": (5,), f"{PREFIX}.base_layer.bias": (5,)},
         {"bias": "all"},
@@ -273,10 +280,49 @@ def test_factors_that_do_not_fit_are_refused(what, adapter):
         load_patch(adapter(tensors))
 
 
-@pytest.mark.parametrize("tensors", [{}, {f"{PREFIX}.base_layer.weight": ("F32", (1, 1), bytes(4))}])
-def test_an_adapter_without_factors_is_refused(tensors, adapter):
+def test_an_adapter_without_tensors_is_refused(adapter):
     with pytest.raises(AdapterFormatError, match="there is no factor of a LoRA in it"):
-        load_patch(adapter(tensors))
+        load_patch(adapter({}))
+
+
+MODULE = PREFIX.removeprefix("base_model.model.")
+BAD_SHAPES = {
+    "a magnitude of another length": ("lora_magnitude_vector", (3,), {"use_dora": True}),
+    "a magnitude of two axes": ("lora_magnitude_vector", (5, 1), {"use_dora": True}),
+    "a bias of another length": ("lora_B.bias", (4,), {"lora_bias": True}),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SHAPES)
+def test_a_vector_that_is_not_as_long_as_the_module_is_wide_is_refused(what, adapter):
+    leaf, shape, fields = BAD_SHAPES[what]
+    tensors = {**FACTORS, f"{PREFIX}.{leaf}": ("F32", shape, bytes(4 * count(shape)))}
+    with pytest.raises(AdapterFormatError, match=re.escape(f"{leaf}' has shape {shape}, expected (5,)")):
+        load_patch(adapter(tensors, config={**CONFIG, **fields}))
+
+
+TWICE = {
+    "factors and a value": ({f"{PREFIX}.weight": (5, 3)}, {"modules_to_save": ["q_proj"]}, "factors and a value"),
+    "factors and rows": (
+        {f"{PREFIX}.token_adapter.trainable_tokens_delta": (1, 3)},
+        {"trainable_token_indices": {"q_proj": [2]}},
+        "factors and trained rows",
+    ),
+    "a bias and what is added to it": (
+        {f"{PREFIX}.lora_B.bias": (5,), f"{PREFIX}.base_layer.bias": (5,)},
+        {"bias": "all", "lora_bias": True},
+        "a value of its own and a bias of lora_B",
+    ),
+    "two biases": ({f"{PREFIX}.bias": (5,), f"{PREFIX}.base_layer.bias": (5,)}, {"bias": "all"}, "is there twice"),
+}
+
+
+@pytest.mark.parametrize("what", TWICE)
+def test_a_tensor_that_is_changed_in_two_ways_is_refused(what, adapter):
+    shapes, fields, message = TWICE[what]
+    more = {key: ("F32", shape, bytes(4 * count(shape))) for key, shape in shapes.items()}
+    with pytest.raises(AdapterFormatError, match=rf"'{MODULE}.(weight|bias)' .*{message}"):
+        load_patch(adapter({**FACTORS, **more}, config={**CONFIG, **fields}))
 
 
 def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(adapter):

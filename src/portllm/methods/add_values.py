@@ -16,14 +16,16 @@ from torch import Tensor
 def add_value(
     tuned: Float[Tensor, "rows d"], base: Float[Tensor, "rows d"], evolved: Float[Tensor, "rows d"]
 ) -> Float[Tensor, "rows d"]:
-    """`W1 + (V - W0)`, in float32 (float64 where a tensor is).
+    """`W1 + Δ` with `Δ = V - W0`, as `V + (W1 - W0)`: where nothing drifted it is `V` itself, bit for bit.
+
+    In float32 (float64 where a tensor is).
 
     Example:
         >>> add_value(torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.tensor([[1.5]]))
         tensor([[3.5000]])
     """
     dtype = torch.float64 if torch.float64 in (tuned.dtype, base.dtype, evolved.dtype) else torch.float32
-    return evolved.to(dtype) + (tuned.to(dtype) - base.to(dtype))
+    return tuned.to(dtype) + (evolved.to(dtype) - base.to(dtype))
 
 
 def carry_magnitude(

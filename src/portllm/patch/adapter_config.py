@@ -19,6 +19,9 @@ from portllm.errors import AdapterFormatError
 LORA = "LORA"
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "score", "classifier")
+EMBEDDING_NAMES = ("wte", "wpe")
+"""Modules that are embeddings though their names do not say so."""
+
 
 IGNORED_FIELDS = frozenset(
     {
@@ -123,6 +126,11 @@ class AdapterConfig:
         parts = tensor.split(".")[:-1]
         return bool(names) and any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts) + 1))
 
+    @property
+    def keeps_ties(self) -> bool:
+        """Whether what is done to an embedding is done to a head that is tied to it, and stored for both."""
+        return bool(self.fields.get("ensure_weight_tying"))
+
     def token_rows_of(self, module: str) -> tuple[int, ...]:
         """The token ids whose rows of an embedding were trained; empty for a module that has none."""
         tokens = self.fields.get("trainable_token_indices") or []
@@ -138,9 +146,12 @@ class AdapterConfig:
         excluded = self.fields.get("exclude_modules")
         if excluded and _names(excluded, module):
             return False
+        saved = cast(list[str], self.fields.get("modules_to_save") or [])
+        if any(re.match(_at_or_below(name), module) for name in saved):
+            return False
         targets = self.fields["target_modules"]
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-            return module.rsplit(".", 1)[-1] not in HEAD_NAMES
+            return module.rsplit(".", 1)[-1] not in HEAD_NAMES and not is_embedding(module)
         if not _names(targets, module):
             return False
         # PEFT looks at layer numbers only where the targets are a list.
@@ -159,6 +170,17 @@ class AdapterConfig:
             return False
         index = int(match["index"])
         return index == chosen if isinstance(chosen, int) else index in cast(list[int], chosen)
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is an embedding, by its name.
+
+    Example:
+        >>> is_embedding("model.embed_tokens"), is_embedding("transformer.wte"), is_embedding("lm_head")
+        (True, True, False)
+    """
+    kind = module.rsplit(".", 1)[-1]
+    return "embed" in kind or kind in EMBEDDING_NAMES
 
 
 def parse_adapter_config(fields: Mapping[str, object], *, where: str) -> AdapterConfig:
@@ -239,6 +261,8 @@ def _patterns_in(name: str, value: object) -> Mapping[str, str]:
         return {key: _at_the_end(key) for key in cast(Mapping[str, object], value or {})}
     if name == "layers_pattern":
         return {pattern: _before_a_number(pattern) for pattern in _as_list(value)}
+    if name == "modules_to_save":
+        return {pattern: _at_or_below(pattern) for pattern in _as_list(value)}
     if name in ("target_modules", "exclude_modules") and isinstance(value, str):
         return {value: value}
     return {}
@@ -252,6 +276,11 @@ def _at_the_end(pattern: str) -> str:
 def _before_a_number(pattern: str) -> str:
     """The expression that finds a layer's number behind the name of the list of layers."""
     return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+
+
+def _at_or_below(pattern: str) -> str:
+    """The expression for a module of that name and for those inside it."""
+    return rf"(^|.*\.){pattern}($|\..*)"
 
 
 def _as_list(value: object) -> list[str]:

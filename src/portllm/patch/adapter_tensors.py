@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from portllm.checkpoint.ties import HEAD
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_keys import UNSUPPORTED, Role, parse_key
@@ -61,6 +62,7 @@ def sort_out(
             by_module.setdefault(found[0], {})[found[1]] = tensors[key]
     for module, roles in by_module.items():
         _take_module(parts, module, roles, config)
+    parts.problems += _changed_twice(parts)
     if not (parts.deltas or parts.values or parts.rows or parts.problems):
         parts.problems.append("there is no factor of a LoRA in it")
     parts.problems += _wrong_dtypes(tensors)
@@ -82,7 +84,9 @@ def sort_out(
 
 
 def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterConfig) -> None:
-    if config.saves(tensor) or (config.biases == "all" and tensor.endswith(BIAS)):
+    # A tied head is stored beside the embedding that is saved, though only the embedding is named.
+    is_tied_head = config.keeps_ties and tensor == HEAD
+    if config.saves(tensor) or is_tied_head or (config.biases == "all" and tensor.endswith(BIAS)):
         parts.values[tensor] = WholeValue(info)
     else:
         parts.problems.append(
@@ -98,6 +102,8 @@ def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], c
     if Role.BASE_WEIGHT in roles:
         parts.copies[module] = roles[Role.BASE_WEIGHT]
     if Role.BASE_BIAS in roles:
+        if module + BIAS in parts.values:
+            parts.problems.append(f"'{module + BIAS}' is there twice, inside its module and beside it")
         parts.values[module + BIAS] = WholeValue(roles[Role.BASE_BIAS])
     if Role.BIAS_DELTA in roles:
         parts.bias_deltas[module + BIAS] = VectorDelta(roles[Role.BIAS_DELTA], config.scale_of(module))
@@ -125,6 +131,8 @@ def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: Adap
         elif first in roles:
             yield from _factor_problems(module, roles[first], roles[second], config)
     has_factors = Role.A in roles and Role.B in roles
+    if has_factors:
+        yield from _vector_problems(roles)
     if has_factors and config.has_magnitudes != (Role.MAGNITUDE in roles):
         state = "has" if Role.MAGNITUDE in roles else "lacks"
         yield f"module '{module}' {state} a DoRA magnitude, 'use_dora' says {config.has_magnitudes}"
@@ -135,12 +143,12 @@ def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: Adap
         yield f"module '{module}' {state} a bias of lora_B, 'lora_bias' says {config.has_bias_deltas}"
     if Role.BASE_BIAS in roles and config.biases == "none":
         yield f"module '{module}' has a trained bias, 'bias' says none"
-    lonely = {Role.MAGNITUDE, Role.BIAS_DELTA, Role.BASE_BIAS} & set(roles)
+    lonely = {Role.MAGNITUDE, Role.BIAS_DELTA, Role.BASE_BIAS, Role.BASE_WEIGHT} & set(roles)
     if lonely and not has_factors and Role.EMBEDDING_A not in roles:
         yield f"module '{module}' has '{min(role.value for role in lonely)[1:]}' but no factors"
     if Role.TOKEN_ROWS in roles:
         rows, info = config.token_rows_of(module), roles[Role.TOKEN_ROWS]
-        if len(info.shape) != 2 or info.shape[0] != len(rows) or len(set(rows)) != len(rows):
+        if not rows or len(info.shape) != 2 or info.shape[0] != len(rows) or len(set(rows)) != len(rows):
             yield f"module '{module}' has {info.shape} trained token rows, 'trainable_token_indices' names {len(rows)}"
 
 
@@ -156,6 +164,27 @@ def _factor_problems(module: str, a: TensorInfo, b: TensorInfo, config: AdapterC
             f"module '{module}': its tensors have rank {a.shape[0]}, adapter_config.json says "
             f"{config.rank_of(module)}, so its scale cannot be known"
         )
+
+
+def _vector_problems(roles: Mapping[Role, TensorInfo]) -> Iterator[str]:
+    """What belongs to the outputs of a module has as many numbers as `lora_B` has rows."""
+    for role in (Role.MAGNITUDE, Role.BIAS_DELTA):
+        if role in roles and roles[role].shape != roles[Role.B].shape[:1]:
+            yield f"tensor '{roles[role].name}' has shape {roles[role].shape}, expected {roles[Role.B].shape[:1]}"
+
+
+def _changed_twice(parts: _Parts) -> Iterator[str]:
+    """Tensors that one part of the file replaces and another one changes."""
+    kinds = (
+        {module + WEIGHT: "factors" for module in parts.deltas},
+        dict.fromkeys(parts.values, "a value of its own"),
+        dict.fromkeys(parts.rows, "trained rows"),
+        dict.fromkeys(parts.bias_deltas, "a bias of lora_B"),
+    )
+    for name in sorted(set().union(*kinds)):
+        found = [kind[name] for kind in kinds if name in kind]
+        if len(found) > 1:
+            yield f"'{name}' has {' and '.join(found)}, of which PEFT would load one"
 
 
 def _wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -1,11 +1,12 @@
 """Does a patch fit a model? From headers and fingerprints; every reason why not is gathered, none is raised."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.reader import Checkpoint, read_bytes
-from portllm.checkpoint.ties import EMBEDDING_SUFFIX, HEAD, HEAD_MODULE, tied_embedding
+from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
 from portllm.errors import Refusal
+from portllm.patch.adapter_config import AdapterConfig, is_embedding
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
@@ -19,10 +20,15 @@ def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
     A head that is tied to the embedding is such a module too: its weight is the embedding's.
     """
+    return {module: info for module, info in _matrices(checkpoint).items() if not is_embedding(module)}
+
+
+def _matrices(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The weight of every linear module and of every embedding, by module name."""
     weights = {
         name.removesuffix(WEIGHT): info
         for name, info in checkpoint.infos.items()
-        if name.endswith(WEIGHT) and len(info.shape) == 2 and not name.endswith(EMBEDDING_SUFFIX)
+        if name.endswith(WEIGHT) and len(info.shape) == 2
     }
     shared = tied_embedding(checkpoint)
     return weights if shared is None else {**weights, HEAD_MODULE: shared}
@@ -47,7 +53,8 @@ def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
 
 def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
-    weights = linear_weights(checkpoint)
+    weights = _matrices(checkpoint)
+    named = _Named(patch.config, checkpoint, [*weights, *patch.deltas])
     for name, change in changes_of(patch).items():
         tensor = tensor_of(name, checkpoint)
         where = name.removesuffix(WEIGHT) if isinstance(change, LowRankDelta) else name
@@ -57,8 +64,8 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
             )
         elif problem := _mismatch(change, tensor, checkpoint):
             yield Refusal(where, problem)
-    yield from _unnamed(patch, weights)
-    yield from _missing(patch, checkpoint, weights)
+    yield from _unnamed(patch, named)
+    yield from _missing(patch, named)
 
 
 def _kind(change: Change[TensorInfo]) -> str:
@@ -81,7 +88,7 @@ def _mismatch(change: Change[TensorInfo], tensor: TensorInfo, checkpoint: Checkp
             )
         case WholeValue(values) | VectorDelta(values) if values.shape != tensor.shape:
             return f"the patch has shape {values.shape}, {checkpoint.name} has {tensor.shape}. Both must be equal."
-        case RowValues(values, rows) if values.shape[1:] != tensor.shape[1:] or max(rows) >= tensor.shape[0]:
+        case RowValues(values, rows) if values.shape[1:] != tensor.shape[1:] or tensor.shape[0] <= max(rows):
             return (
                 f"the patch has rows of {values.shape[1:]} up to token {max(rows)}, {checkpoint.name} has shape "
                 f"{tensor.shape}. Both must have the same width, and the tokens must be there."
@@ -96,41 +103,94 @@ def _axes(shape: tuple[int, ...], names: tuple[str, str]) -> str:
     return "(" + ", ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True)) + ")"
 
 
-def _unnamed(patch: Patch[TensorInfo], weights: dict[str, TensorInfo]) -> Iterator[Refusal]:
-    named = set(patch.config.targets([*weights, *patch.deltas]))
+class _Named:
+    """What a patch's configuration names in a model."""
+
+    def __init__(self, config: AdapterConfig, checkpoint: Checkpoint, modules: Iterable[str]) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.tied = tied_embedding(checkpoint)
+        self.targets = set(config.targets(modules))
+        if self._ties_head_to(self.targets):
+            self.targets.add(HEAD_MODULE)
+
+    def saves(self, tensor: str) -> bool:
+        """Whether it names a tensor as one that is saved whole."""
+        is_head = tensor == HEAD and self.tied is not None and self.config.keeps_ties
+        return self.config.saves(tensor) or (is_head and self.tied is not None and self.config.saves(self.tied.name))
+
+    def trains_bias(self, tensor: str, info: TensorInfo) -> bool:
+        """Whether it names a tensor as a bias that is trained."""
+        if not tensor.endswith(BIAS) or len(info.shape) != 1:
+            return False
+        of_target = self.config.biases == "lora_only" and tensor.removesuffix(BIAS) in self.targets
+        return self.config.biases == "all" or of_target
+
+    def row_modules(self) -> list[str]:
+        """The embeddings, by any name that PEFT takes, of which it names rows."""
+        tokens = self.config.fields.get("trainable_token_indices")
+        if not isinstance(tokens, dict):
+            return [""] if tokens else []
+        names = [name for name, rows in tokens.items() if rows]
+        # One of two tied modules stands for both where they have the same rows.
+        is_shared = self.tied is not None and HEAD_MODULE in names
+        twins = [name for name in names if name != HEAD_MODULE and tokens[name] == tokens.get(HEAD_MODULE)]
+        return [name for name in names if not (is_shared and twins and name == HEAD_MODULE)]
+
+    def _ties_head_to(self, modules: Collection[str]) -> bool:
+        return self.config.keeps_ties and self.tied is not None and self.tied.name.removesuffix(WEIGHT) in modules
+
+
+def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
+    """What the patch has and the configuration does not name."""
     for module in patch.deltas:
-        if module not in named:
+        if module not in named.targets:
             yield Refusal(
                 module,
                 "the patch has tensors for it, adapter_config.json does not name it, so PEFT would drop them without a "
                 "word. Add it to target_modules, or take the tensors out.",
             )
+    for name in patch.values:
+        if name == HEAD and not named.saves(name):
+            yield Refusal(
+                name,
+                "the patch has a value for it because it was tied to the embedding, and ensure_weight_tying is set; in "
+                f"{named.checkpoint.name} it is not tied. Name lm_head in modules_to_save.",
+            )
+    for name in patch.rows:
+        module = name.removesuffix(WEIGHT)
+        if not (is_embedding(module) or isinstance(patch.config.fields.get("trainable_token_indices"), dict)):
+            yield Refusal(
+                module,
+                "the patch has token rows for it, and trainable_token_indices without a name means the embedding.",
+            )
 
 
-def _missing(patch: Patch[TensorInfo], checkpoint: Checkpoint, weights: dict[str, TensorInfo]) -> Iterator[Refusal]:
+def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     """What the configuration names, the model has and the patch lacks."""
-    targets = set(patch.config.targets(weights))
-    biases = patch.config.biases
-    expected = [module for module in targets if not patch.config.saves(module + WEIGHT) and module not in patch.deltas]
+    infos = dict(named.checkpoint.infos)
+    if named.tied is not None:
+        infos[HEAD] = named.tied
+    expected = [module for module in named.targets if not named.saves(module + WEIGHT) and module not in patch.deltas]
     expected += [
         name
-        for name in checkpoint.infos
+        for name, info in infos.items()
         if name not in patch.values
         and name.removesuffix(WEIGHT) not in patch.deltas
-        and (patch.config.saves(name) or _is_trained_bias(name, biases, targets))
+        and (named.saves(name) or named.trains_bias(name, info))
+    ]
+    of_rows = [name.removesuffix(WEIGHT) for name in patch.rows]
+    expected += [
+        f"trainable_token_indices {name}".strip()
+        for name in named.row_modules()
+        if not any(not name or module == name or module.endswith(f".{name}") for module in of_rows)
     ]
     for name in sorted(expected):
         yield Refusal(
             name,
-            f"adapter_config.json names it and {checkpoint.name} has it, the patch has no tensors for it. "
+            f"adapter_config.json names it and {named.checkpoint.name} has it, the patch has no tensors for it. "
             "Part of the adapter is missing, or it was made for another model.",
         )
-
-
-def _is_trained_bias(name: str, biases: str, targets: set[str]) -> bool:
-    if not name.endswith(BIAS) or biases == "none":
-        return False
-    return biases == "all" or name.removesuffix(BIAS) in targets
 
 
 def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
@@ -143,6 +203,19 @@ def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refus
                 f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it "
                 "belongs to another base, or trained this module whole, which is not supported.",
             )
+
+
+def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> Iterator[Refusal]:
+    """Why trained token rows cannot go where head and embedding are tied otherwise than in the base."""
+    was_tied, is_tied = (tied_embedding(checkpoint) is not None for checkpoint in (base, evolved))
+    if was_tied == is_tied:
+        return
+    for name in patch.rows:
+        yield Refusal(
+            name,
+            f"the patch trained rows of it. They {'are' if was_tied else 'are not'} the head's rows too in {base.name}, "
+            f"in {evolved.name} they {'are not' if was_tied else 'are'}: PEFT would change the one and not the other.",
+        )
 
 
 def base_mismatch(

@@ -8,7 +8,7 @@ from pathlib import Path
 from portllm.checkpoint.identity import digest, fingerprint
 from portllm.checkpoint.reader import names_hub, on_disk, open_checkpoint
 from portllm.checkpoint.ties import tied_embedding
-from portllm.patch.adapter_folder import CONFIG_FILE, load_patch
+from portllm.patch.adapter_folder import CONFIG_FILE, load_patch, stored_tensors
 from portllm.patch.record import PatchRecord, record_to_json
 from portllm.pipeline.fit import linear_weights
 from portllm.progress import Progress, silent
@@ -144,7 +144,7 @@ def summarize_patch(where: str | Path) -> PatchSummary:
         ranks=dict(sorted(Counter(delta.rank for delta in patch.deltas.values()).items())),
         scales=dict(sorted(Counter(delta.scale for delta in patch.deltas.values()).items())),
         n_params=patch.n_params,
-        n_bytes=sum(factor.n_bytes for delta in patch.deltas.values() for factor in (delta.a, delta.b)),
+        n_bytes=sum(info.n_bytes for info in stored_tensors(patch).values()),
         base_name=str(base_name) if base_name else None,
         base_revision=str(base_revision) if base_revision else None,
         record=patch.record,

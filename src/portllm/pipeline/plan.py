@@ -22,7 +22,15 @@ from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
-from portllm.pipeline.fit import altered_copies, base_mismatch, changes_of, linear_weights, misfits, same_bytes
+from portllm.pipeline.fit import (
+    altered_copies,
+    base_mismatch,
+    changes_of,
+    linear_weights,
+    misfits,
+    same_bytes,
+    tie_mismatch,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,7 @@ def plan_port(
         refusals += base_mismatch(patch, given, option="--base", allow_other_base=allow_other_base)
         refusals += altered_copies(patch, base)
         refusals += () if patch.is_relative else misfits(patch, base)
+        refusals += tie_mismatch(patch, base, evolved)
         source = given
     elif not patch.is_relative:
         refusals.append(

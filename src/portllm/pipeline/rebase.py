@@ -87,6 +87,11 @@ def _rebase_magnitude(
         stop = min(start + step, len(b))
         change = delta_rows(b[start:stop], a, scale=delta.scale)
         base, evolved = (add(_output_rows(info, delta, start, stop), change) for info in pair)
+        if not evolved.any(dim=1).all():  # PEFT would divide by their norm
+            raise NonFiniteError(
+                f"'{module}': a row of the evolved weight and the delta together is zero, and DoRA scales rows to a "
+                "length. Train the adapter without DoRA, or leave this module out."
+            )
         parts.append(carry_magnitude(factors[start:stop], base, evolved))
     return spool.add(f"{module}.magnitude", _finite(module, torch.cat(parts)))
 
@@ -103,6 +108,6 @@ def _finite(name: str, values: Tensor) -> Tensor:
     if not values.isfinite().all():
         raise NonFiniteError(
             f"'{name}': re-based on the evolved model it holds an infinity or NaN. Look for one in the patch and in "
-            "both models."
+            "both models, and for rows of zeros under a DoRA magnitude."
         )
     return values

@@ -13,15 +13,12 @@ from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.ties import EMBEDDING_SUFFIX, HEAD, tied_embedding
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, read_vocabulary
 from portllm.errors import Refusal
-from portllm.patch.adapter_config import HEAD_NAMES
+from portllm.patch.adapter_config import HEAD_NAMES, is_embedding
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.plan import identify
 
 Dense = Literal["keep", "drop"]
 """What becomes of norms, biases, embeddings and heads: kept as the tuned model's whole values, or left out."""
-
-EMBEDDING_NAMES = ("wte", "wpe")
-"""Modules that are embeddings though their names do not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +188,7 @@ def _linear_module(name: str, info: TensorInfo) -> str | None:
     """The module whose change is low-rank: a linear layer that is neither embedding nor head."""
     module, _, leaf = name.rpartition(".")
     kind = module.rpartition(".")[2]
-    is_embedding = "embed" in kind or kind in EMBEDDING_NAMES
-    is_linear = leaf == "weight" and len(info.shape) == 2 and not is_embedding and kind not in HEAD_NAMES
+    is_linear = leaf == "weight" and len(info.shape) == 2 and not is_embedding(module) and kind not in HEAD_NAMES
     return module if is_linear else None
 
 
