@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -61,9 +61,27 @@ def fill_at_random(parameters, *, seed, size, mean=0.0):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * size + mean)
 
 
-def make_model(*, dtype=torch.bfloat16, seed=0, **config):
-    """A tiny Llama in memory, weights of size 0.2, norms around one; `config` as for `llama_config`."""
-    model = LlamaForCausalLM(llama_config(**config)).eval()
+def gpt2_config(*, layers=LAYERS, inner=INNER):
+    """The configuration of a tiny GPT-2, whose head is tied; `attn.c_proj` is its only square matrix."""
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_inner=inner,
+        n_layer=layers,
+        n_head=HEADS,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def make_model(*, kind="llama", dtype=torch.bfloat16, seed=0, **config):
+    """A tiny Llama or GPT-2 in memory, weights of size 0.2, norms and biases around one.
+
+    `config` is that of `llama_config` or `gpt2_config`.
+    """
+    model = GPT2LMHeadModel(gpt2_config(**config)) if kind == "gpt2" else LlamaForCausalLM(llama_config(**config))
+    model = model.eval()
     named = list(model.named_parameters())
     fill_at_random([pair for pair in named if pair[1].ndim > 1], seed=seed, size=0.2)
     fill_at_random([pair for pair in named if pair[1].ndim == 1], seed=seed, size=0.1, mean=1.0)
@@ -71,14 +89,14 @@ def make_model(*, dtype=torch.bfloat16, seed=0, **config):
 
 
 def make_base(folder, *, max_shard_size="1GB", **model):
-    """Writes a tiny Llama as a checkpoint folder and returns it; `model` as for `make_model`."""
+    """Writes a tiny model as a checkpoint folder and returns it; `model` as for `make_model`."""
     make_model(**model).save_pretrained(folder, max_shard_size=max_shard_size)
     return Path(folder)
 
 
 def make_evolved(base, folder, *, seed=100, drift=0.02, max_shard_size="1GB"):
     """Writes a later version of `base`: every tensor moved by seeded noise of size `drift`, rounded to its dtype."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
@@ -102,7 +120,7 @@ def make_adapter(base, folder, *, seed=1, dtype=torch.float32, size=0.3, **lora)
     lora.setdefault("target_modules", list(SEVEN))
     lora.setdefault("r", 4)
     lora.setdefault("lora_alpha", 6)
-    model = LlamaForCausalLM.from_pretrained(base, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     trained = [(name, parameter) for name, parameter in tuned.named_parameters() if parameter.requires_grad]
     fill_at_random(trained, seed=seed, size=size)
@@ -114,7 +132,7 @@ def make_adapter(base, folder, *, seed=1, dtype=torch.float32, size=0.3, **lora)
 
 def load_tuned(base, adapter, *, dtype="auto"):
     """The base with the adapter on it, not merged, as PEFT loads it."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
