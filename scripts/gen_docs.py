@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that say what the code says: the command reference, and the example of the patch format.
+"""Writes the pages of docs/ that say what the code says: commands, families, and the example of the patch format.
 
     python scripts/gen_docs.py            write them
     python scripts/gen_docs.py --check    exit with 1 where a page differs from what would be written
@@ -102,12 +102,58 @@ def render_patch_format() -> str:
     return f"{page[:start]}\n\n{render_example()}\n\n{page[end:]}"
 
 
+def render_families() -> str:
+    """The page `families.md`."""
+    from portllm.checkpoint.families import families
+
+    parts = [
+        "# Families of models",
+        "Written by `scripts/gen_docs.py` from `src/portllm/checkpoint/families/*.toml`; change those, not this page.",
+        "A family says how the tensors of its models are called and laid out. The *current* name of a tensor is the "
+        "one it has in\nthe model that transformers 5 builds; PEFT's keys are made of it. A file or an adapter may "
+        "spell it otherwise: PortLLM\nreads every spelling below, on either side, and writes a model in the spelling "
+        "it was read in and an adapter in its own.\nA name that could mean two tensors is refused.",
+        "A model of no family is read too: names are then taken as they are stored, an embedding is what is called "
+        "one, and\n`fan_in_fan_out` is believed as the adapter says it.",
+        "\n".join(
+            [
+                "| family | models | `model_type` |",
+                "| --- | --- | --- |",
+                *(f"| [{f.id}](#{f.id}) | {f.title} | {listed(f.model_types)} |" for f in families()),
+            ]
+        ),
+    ]
+    return "\n\n".join([*parts, *map(render_family, families())]) + "\n"
+
+
+def render_family(family: Any) -> str:
+    """The section of one family."""
+    rows = {
+        "architectures": listed(family.architectures),
+        "embedding, head": listed((family.embedding, family.head)),
+        "linear modules": listed(family.linear),
+        "stored transposed": listed(family.transposed) or "none",
+        "facts from": f"<{family.source}>",
+    }
+    for fused, parts in family.experts.items():
+        rows[f"experts: `{fused}`"] = f"of all experts, or {listed(parts)} of each"
+    for spelling, rewrites in family.spellings.items():
+        rows[f"spelling: {spelling}"] = ", ".join(f"`{old}` for `{new}`" for old, new in rewrites)
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    return f"## {family.id}\n\n| {family.title} | |\n| --- | --- |\n{table}"
+
+
+def listed(names: Any) -> str:
+    """Names as code, with commas."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def fence(text: str, *, kind: str = "text") -> str:
     """A block of verbatim text."""
     return f"```{kind}\n{text}\n```"
 
 
-PAGES = {"commands.md": render_commands, "patch-format.md": render_patch_format}
+PAGES = {"commands.md": render_commands, "families.md": render_families, "patch-format.md": render_patch_format}
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """Tiny seeded models of every family that the package knows, made by transformers from its own configurations.
 
 Width 12, inner width 20, three query heads and one key head of 6, vocabulary 31, two layers: no matrix is square
-but for those that an architecture makes square (GPT-2's attention output, projections of a vision tower).
+but for those that an architecture makes square (GPT-2's attention output, Qwen 2-VL's query, projections of a vision
+tower).
 """
 
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ KINDS = {
             **TEXT,
             "num_experts": 3,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 10,
+            "moe_intermediate_size": 16,
             "shared_expert_intermediate_size": 14,
         },
         targets=(*ATTENTION, "shared_expert_gate"),
@@ -94,7 +95,7 @@ KINDS = {
         "qwen-moe",
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
-        {**TEXT, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10},
+        {**TEXT, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         targets=ATTENTION,
     ),
     "gemma3-vision": Kind(
@@ -117,7 +118,11 @@ KINDS = {
         "Qwen2VLForConditionalGeneration",
         {"vision_config": {**QWEN_VISION, "embed_dim": 8, "hidden_size": 12}},
         targets=(*SEVEN, "qkv"),
-        text={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 1e4}},
+        text={
+            **TEXT,
+            "num_attention_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 1e4},
+        },
     ),
 }
 

@@ -118,6 +118,7 @@ def _checkpoint(summary: CheckpointSummary) -> str:
     rows = {
         **({"revision": summary.revision} if summary.revision else {}),
         "architecture": summary.architecture or "not said (no config.json)",
+        "family": summary.family or "not known: names are taken as they are stored",
         "fingerprint": summary.fingerprint,
         "digest": summary.digest or "not taken (--digest reads all bytes)",
         "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}, {_count(summary.files, 'file')}",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from portllm.checkpoint.families import family_of
 from portllm.checkpoint.identity import digest, fingerprint
 from portllm.checkpoint.reader import names_hub, on_disk, open_checkpoint
 from portllm.checkpoint.ties import tied_embedding
@@ -22,6 +23,7 @@ class CheckpointSummary:
         name: As given.
         revision: The commit hash of a model of the Hugging Face Hub, else None.
         architecture: From `config.json`; None without one.
+        family: The id of its family, None where that is not known.
         fingerprint: Its identity.
         digest: Over all bytes, where it was asked for.
         n_params: Elements of all tensors.
@@ -36,6 +38,7 @@ class CheckpointSummary:
     name: str
     revision: str | None
     architecture: str | None
+    family: str | None
     fingerprint: str
     digest: str | None
     n_params: int
@@ -112,6 +115,7 @@ def summarize_checkpoint(
     if with_digest:
         checkpoint = on_disk(checkpoint, progress=progress)
     architectures = checkpoint.config.get("architectures")
+    family = family_of(checkpoint.config)
     kinds = Counter(
         f"{module.rsplit('.', 1)[-1]} {info.shape[0]}x{info.shape[1]}"
         for module, info in linear_weights(checkpoint).items()
@@ -120,6 +124,7 @@ def summarize_checkpoint(
         name=checkpoint.name,
         revision=checkpoint.revision,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        family=None if family is None else family.id,
         fingerprint=fingerprint(checkpoint),
         digest=digest(checkpoint, progress=progress) if with_digest else None,
         n_params=checkpoint.n_params,
