@@ -22,8 +22,8 @@ LLAMA = (
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 
 
-def place(*changed, tensors=LLAMA, targets=(Q,), tied_head=False):
-    return place_values(changed, tensors=tensors, targets=targets, tied_head=tied_head)
+def place(*changed, tensors=LLAMA, targets=(Q,), tied=None):
+    return place_values(changed, tensors=tensors, targets=targets, tied=tied)
 
 
 @given(
@@ -86,7 +86,7 @@ def test_a_norm_with_a_bias_brings_both():
 
 
 def test_a_tied_embedding_is_stored_for_the_head_too():
-    placed = place("model.embed_tokens.weight", tied_head=True)
+    placed = place("model.embed_tokens.weight", tied="model.embed_tokens.weight")
     assert placed.keys["base_model.model.lm_head.weight"] == "model.embed_tokens.weight"
     assert placed.fields == {"modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True}
 

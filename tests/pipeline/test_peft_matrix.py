@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from portllm.checkpoint.reader import open_checkpoint
 from portllm.checkpoint.tensors import load
-from portllm.errors import AdapterFormatError
+from portllm.errors import AdapterFormatError, NonFiniteError
 from portllm.patch.adapter_config import BASE_PRESERVING_INITS, NEUTRAL_VALUES
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.adapter_keys import Role, parse_key
+from portllm.pipeline.blocks import Stochastic
 from portllm.pipeline.capture import capture_adapter, plan_capture
+from portllm.pipeline.capture_tuned import capture_tuned
 from portllm.pipeline.merge import merge
+from portllm.pipeline.plan import plan_port
 from portllm.pipeline.port import port
 from tests.adapter_matrix import BYTES, LOGITS, MATRIX, REFUSED
 
@@ -287,3 +290,175 @@ def test_every_start_of_peft_that_changes_the_base_is_refused(cell, tmp_path):
     for init in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "kasa"):
         assert init not in BASE_PRESERVING_INITS
         assert "init_lora_weights" in refusal(case, rewritten(case, tmp_path / init, init_lora_weights=init))
+
+
+# ---- what the table does not show
+
+
+def test_token_rows_of_a_tied_embedding_with_a_delta_of_the_head_are_refused(tiny, tmp_path):
+    base = tiny("base", dtype=torch.float32)
+    fields = {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3]}
+    adapter = tiny("adapter", of=base, **fields)
+    refusals = plan_capture(load_patch(adapter), base=open_checkpoint(base))
+    assert [refusal.where for refusal in refusals] == ["lm_head"]
+    assert "PEFT puts those rows over the changed head" in refusals[0].reason
+
+
+@pytest.mark.parametrize("was_tied", [True, False])
+def test_token_rows_do_not_go_where_head_and_embedding_are_tied_otherwise(was_tied, tiny, tmp_path):
+    base, other = (tiny("base", dtype=torch.float32, tied=tied) for tied in (was_tied, not was_tied))
+    adapter = tiny("adapter", of=base, target_modules=["q_proj"], trainable_token_indices=[3])
+    plan = plan_port(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(other))
+    (refusal,) = plan.refusals
+    assert refusal.where == "model.embed_tokens.weight"
+    assert "would change the one and not the other" in refusal.reason
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_an_adapter_that_keeps_ties_does_not_go_where_there_are_none(field, tiny):
+    base, other = (tiny("base", dtype=torch.float32, tied=tied) for tied in (True, False))
+    fields = {"target_modules": ["q_proj"], "ensure_weight_tying": True}
+    fields[field] = [*fields.get(field, []), "embed_tokens"]
+    adapter = tiny("adapter", of=base, **fields)
+    plan = plan_port(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(other))
+    assert {refusal.where.removesuffix(".weight") for refusal in plan.refusals} == {"lm_head"}
+
+
+def test_what_is_held_whole_is_not_ported_without_the_base(cell, tmp_path):
+    case = cell("saved norms", "F32")
+    patch = capture_adapter(load_patch(case.adapter), base=open_checkpoint(case.base), out=tmp_path / "patch")
+    (refusal,) = plan_port(patch, evolved=open_checkpoint(case.base)).refusals
+    assert refusal.where == "--base"
+    assert "stand in the place of the base's" in refusal.reason
+
+
+@pytest.mark.parametrize(("one", "other"), [("BF16", "F32"), ("F32", "BF16"), ("F16", "BF16")])
+@pytest.mark.parametrize("kind", ["saved norms", "token rows", "dora"])
+def test_values_are_rebased_in_float32_between_models_of_other_dtypes(kind, one, other, tiny, tmp_path):
+    row = MATRIX[kind]
+    base = tiny("base", dtype=DTYPES[one], **row.base)
+    source = tiny("base", dtype=DTYPES[other], seed=9, **row.base)
+    patch = load_patch(tiny("adapter", of=base, **row.lora))
+    ported = port(patch, base=open_checkpoint(base), evolved=open_checkpoint(source), out=tmp_path / "ported")
+    before, after = stored(base), stored(source)
+    for name, value in ported.values.items():
+        assert value.values.dtype == "F32"
+        assert load(value.values).equal(load(patch.values[name].values) + (after[name].float() - before[name].float()))
+    for name, rows in ported.rows.items():
+        places = list(rows.rows)
+        moved = after[name][places].float() - before[name][places].float()
+        assert load(rows.values).equal(load(patch.rows[name].values) + moved)
+    for module, delta in ported.deltas.items():
+        if kind == "dora":
+            change = delta.scale * (load(delta.b).double() @ load(delta.a).double())
+            norms = [(weights[f"{module}.weight"].double() + change).norm(dim=1) for weights in (before, after)]
+            expected = load(patch.deltas[module].magnitude) * norms[1] / norms[0]
+            assert (load(delta.magnitude) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_saved_values_are_rounded_once_from_the_file_to_the_dtype_asked_for(dtype, cell, tmp_path):
+    case = cell("saved norms", "BF16")
+    patch = load_patch(case.adapter)
+    merge(patch, into=open_checkpoint(case.base), out=tmp_path / "out", dtype=dtype)
+    found = stored(tmp_path / "out")
+    assert {tensor.dtype for tensor in found.values()} == {DTYPES[dtype]}
+    for name, value in patch.values.items():
+        assert found[name].equal(load(value.values).to(DTYPES[dtype]))
+
+
+def test_values_and_rows_are_rounded_by_chance_too(tiny, tmp_path):
+    base = tiny("base", tied=False)
+    fields = {"modules_to_save": ["norm"], "trainable_token_indices": [4]}
+    patch = load_patch(tiny("adapter", of=base, target_modules=["q_proj"], **fields))
+    merge(patch, into=open_checkpoint(base), out=tmp_path / "out", rounding=Stochastic(3))
+    found = stored(tmp_path / "out")
+    exact = {name: load(value.values) for name, value in patch.values.items()}
+    (rows,) = patch.rows.values()
+    found["rows"], exact["rows"] = found["model.embed_tokens.weight"][[4]], load(rows.values)
+    nearest = True
+    for name, value in exact.items():
+        step = 2.0**-7 * value.abs()  # the distance of two bfloat16 numbers is at most that
+        assert ((found[name].float() - value).abs() <= step).all()
+        nearest &= found[name].equal(value.bfloat16())
+    assert not nearest
+
+
+def dora_on_zero_rows(tiny, tmp_path, **zero):
+    """A base and an evolved model with or without a row of zeros, and a DoRA whose delta leaves that row alone."""
+    models = {}
+    for kind in ("base", "evolved"):
+        source = tiny("base", dtype=torch.float32, seed={"base": 0, "evolved": 9}[kind])
+        shutil.copytree(source, tmp_path / kind)
+        tensors = load_file(source / "model.safetensors")
+        if zero.get(kind):
+            tensors["model.layers.0.self_attn.q_proj.weight"][2] = 0
+        save_file(tensors, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
+        models[kind] = open_checkpoint(tmp_path / kind)
+    source = tiny("adapter", of=tiny("base", dtype=torch.float32), target_modules=["q_proj"], use_dora=True)
+    shutil.copytree(source, tmp_path / "adapter")
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][2] = 0
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    return load_patch(tmp_path / "adapter"), models["base"], models["evolved"]
+
+
+def test_a_dora_of_a_row_of_zeros_is_not_merged(tiny, tmp_path):
+    patch, base, _ = dora_on_zero_rows(tiny, tmp_path, base=True)
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.self_attn\.q_proj"):
+        merge(patch, into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("zero", ["base", "evolved"])
+def test_a_dora_of_a_row_of_zeros_is_not_ported(zero, tiny, tmp_path):
+    patch, base, evolved = dora_on_zero_rows(tiny, tmp_path, **{zero: True})
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.self_attn\.q_proj.*zero"):
+        port(patch, base=base, evolved=evolved, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_fan_in_fan_out_is_corrected_by_the_family_as_in_peft(says, tiny, cell, tmp_path):
+    case = cell("conv1d", "F32")
+    folder = rewritten(case, tmp_path / "adapter", fan_in_fan_out=says)
+    merge(load_patch(folder), into=open_checkpoint(case.base), out=tmp_path / "out")
+    found = stored(tmp_path / "out")
+    assert [name for name, tensor in found.items() if not tensor.equal(case.merged[name])] == []
+    # And a square matrix of a model of nn.Linear is not turned round.
+    case = cell("plain", "F32")
+    folder = rewritten(case, tmp_path / "linear", fan_in_fan_out=says)
+    merge(load_patch(folder), into=open_checkpoint(case.base), out=tmp_path / "linear out")
+    assert stored(tmp_path / "linear out")["model.layers.0.self_attn.q_proj.weight"].equal(
+        case.merged["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+def test_a_checkpoint_saved_without_its_head_takes_the_same_adapter(cell, tmp_path):
+    case = cell("conv1d and biases", "F32")
+    shutil.copytree(case.base, tmp_path / "headless")
+    tensors = load_file(case.base / "model.safetensors")
+    assert all(name.startswith("transformer.") for name in tensors)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    merge(load_patch(case.adapter), into=open_checkpoint(tmp_path / "headless"), out=tmp_path / "out")
+    found = stored(tmp_path / "out")
+    assert set(found) == set(bare)
+    assert [name for name, tensor in found.items() if not tensor.equal(case.merged[f"transformer.{name}"])] == []
+
+
+@pytest.mark.parametrize("dense", ["keep", "drop"])
+def test_a_patch_of_two_gpt2_models_is_what_peft_loads(dense, tmp_path):
+    from tests.models import load_tuned, logits, make_base, make_evolved
+
+    base = make_base(tmp_path / "base", kind="gpt2", dtype=torch.float32)
+    tuned = make_evolved(base, tmp_path / "tuned", drift=0.05)
+    capture_tuned(open_checkpoint(base), open_checkpoint(tuned), out=tmp_path / "patch", rank=12, dense=dense)
+    patch = load_patch(tmp_path / "patch")
+    assert all(delta.transposed for delta in patch.deltas.values())
+    found = logits(load_tuned(base, tmp_path / "patch"))
+    merge(patch, into=open_checkpoint(base), out=tmp_path / "merged")
+    assert_close(logits(model_of(tmp_path / "merged")), found)
+    if dense == "keep":
+        expected = logits(model_of(tuned))
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

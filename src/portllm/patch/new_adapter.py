@@ -37,7 +37,7 @@ class Placed:
 
 
 def place_values(
-    changed: Collection[str], *, tensors: Collection[str], targets: Collection[str], tied_head: bool
+    changed: Collection[str], *, tensors: Collection[str], targets: Collection[str], tied: str | None
 ) -> Placed:
     """PEFT's keys for tensors that are replaced whole.
 
@@ -48,11 +48,11 @@ def place_values(
         changed: Names of the tensors whose value differs from the base's.
         tensors: Names of all tensors of the model.
         targets: Modules that have a low-rank delta.
-        tied_head: Whether the head shares the embedding's matrix, before and after tuning.
+        tied: The embedding whose matrix is the head's too, before and after tuning; None where there is none.
 
     Example:
         >>> tensors = ("model.embed_tokens.weight", "h.0.q.weight", "h.0.q.bias", "h.0.norm.weight")
-        >>> placed = place_values(tensors[2:], tensors=tensors, targets=["h.0.q"], tied_head=False)
+        >>> placed = place_values(tensors[2:], tensors=tensors, targets=["h.0.q"], tied=None)
         >>> for key in placed.keys: print(key)
         base_model.model.h.0.norm.weight
         base_model.model.h.0.q.base_layer.bias
@@ -78,7 +78,7 @@ def place_values(
         else:
             whole.add(module)
             keys |= {f"{PREFIX}{module}.{part}": f"{module}.{part}" for part in LEAVES if f"{module}.{part}" in tensors}
-            if tied_head and name.endswith("embed_tokens.weight"):
+            if name == tied:
                 keys[PREFIX + HEAD] = name
                 ensure_tying = True
     fields: dict[str, object] = {}

@@ -158,12 +158,12 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
                 found.leave_out(name, measured, "its change is not above the rounding noise of the two files")
             else:
                 found.deltas[pair.module] = measured
-                factors[pair.module] = _spooled(captured.delta, name, spool)
+                factors[pair.module] = _spooled(captured.delta, name, spool, transposed=pair.transposed)
         else:
             values |= _capture_whole(name, pair, plan, spool, found)
         done += _n_bytes(pair)
         progress(f"capture: {name}", done, total, "bytes")
-    placed = place_values(values, tensors=plan.pairs, targets=factors, tied_head=plan.tied_head)
+    placed = place_values(values, tensors=plan.pairs, targets=factors, tied=plan.tied)
     for name, reason in placed.left_out.items():
         found.leave_out(name, found.values.pop(name), reason)
     if not factors:
@@ -171,9 +171,8 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
     stored = {
         stored_name(key): WholeValue(values.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
     }
-    config = AdapterConfig(
-        canonical_config({module: delta.rank for module, delta in factors.items()}, fields=placed.fields)
-    )
+    fields = {"fan_in_fan_out": any(delta.transposed for delta in factors.values()), **placed.fields}
+    config = AdapterConfig(canonical_config({module: delta.rank for module, delta in factors.items()}, fields=fields))
     patch = Patch(plan.tuned.name, dict(sorted(factors.items())), config, None, values=stored)
     write_patch(folder, patch, base_name=plan.base.name, base_revision=plan.base.revision)
     return _report(plan, patch, found, digests, n_unchanged=len(plan.pairs) - len(changed))
@@ -278,9 +277,14 @@ def _rows_square_sum(info: TensorInfo, rows: tuple[int, ...]) -> float:
     return math.fsum(square_sum(load_rows(info, rows[a], rows[a] + b - a)) for a, b in _runs(rows))
 
 
-def _spooled(delta: LowRankDelta[Tensor], name: str, spool: Spool) -> LowRankDelta[TensorInfo]:
+def _spooled(delta: LowRankDelta[Tensor], name: str, spool: Spool, *, transposed: bool) -> LowRankDelta[TensorInfo]:
+    # Of a weight that is stored as (d_in, d_out) the factors of the transpose are kept, as PEFT does.
+    a, b = (delta.b.T.contiguous(), delta.a.T.contiguous()) if transposed else (delta.a, delta.b)
     return LowRankDelta(
-        a=spool.add(f"{name}.lora_A", delta.a.float()), b=spool.add(f"{name}.lora_B", delta.b.float()), scale=1.0
+        a=spool.add(f"{name}.lora_A", a.float()),
+        b=spool.add(f"{name}.lora_B", b.float()),
+        scale=1.0,
+        transposed=transposed,
     )
 
 

@@ -1,7 +1,9 @@
 """Does a patch fit a model? From headers and fingerprints; every reason why not is gathered, none is raised."""
 
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 
+from portllm.checkpoint.families import current_tensors, family_of, resolve
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.reader import Checkpoint, read_bytes
 from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
@@ -24,25 +26,56 @@ def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def _matrices(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The weight of every linear module and of every embedding, by module name."""
+    """The weight of every linear module and of every embedding, by the module's current name."""
     weights = {
         name.removesuffix(WEIGHT): info
-        for name, info in checkpoint.infos.items()
+        for name, info in current_tensors(checkpoint).items()
         if name.endswith(WEIGHT) and len(info.shape) == 2
     }
     shared = tied_embedding(checkpoint)
     return weights if shared is None else {**weights, HEAD_MODULE: shared}
 
 
+def _current(name: str, checkpoint: Checkpoint) -> str:
+    """The name that PEFT has for a tensor or module, however a file spells it."""
+    family = family_of(checkpoint.config)
+    return name if family is None else family.current_name(name)
+
+
 def tensor_of(name: str, checkpoint: Checkpoint) -> TensorInfo | None:
     """The tensor that a patch means by a name; a tied head is the embedding."""
     if name == HEAD and (shared := tied_embedding(checkpoint)) is not None:
         return shared
-    return checkpoint.infos.get(name)
+    return resolve(name, checkpoint)
+
+
+def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorInfo]:
+    """The patch with each delta the way round in which the model stores the weight.
+
+    `fan_in_fan_out` is one word for all modules, and PEFT corrects it module by module when it loads an adapter: a
+    GPT-2 adapter of Conv1D layers and the head may say either. Where the model's family is known it is asked instead.
+    """
+    family = family_of(checkpoint.config)
+    if family is None:
+        return patch
+    deltas = {
+        module: replace(delta, transposed=delta.is_embedding or family.is_transposed(module))
+        for module, delta in patch.deltas.items()
+    }
+    return replace(patch, deltas=deltas)
+
+
+def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Change[TensorInfo]]:
+    """What a patch that fits a model does, by the name of the tensor in the model; a tied head has a name too."""
+    changes = {}
+    for name, change in changes_of(patch).items():
+        tensor = resolve(name, checkpoint)
+        changes[name if tensor is None else tensor.name] = change
+    return changes
 
 
 def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
-    """What a patch does, by the name of the tensor it is done to."""
+    """What a patch does, by the name that it has for the tensor it is done to."""
     return {
         **{module + WEIGHT: delta for module, delta in patch.deltas.items()},
         **patch.values,
@@ -53,6 +86,7 @@ def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
 
 def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
+    patch = oriented(patch, checkpoint)
     weights = _matrices(checkpoint)
     named = _Named(patch.config, checkpoint, [*weights, *patch.deltas])
     for name, change in changes_of(patch).items():
@@ -66,6 +100,7 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
             yield Refusal(where, problem)
     yield from _unnamed(patch, named)
     yield from _missing(patch, named)
+    yield from _shared_rows(patch, named)
 
 
 def _kind(change: Change[TensorInfo]) -> str:
@@ -168,15 +203,17 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
 
 def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     """What the configuration names, the model has and the patch lacks."""
-    infos = dict(named.checkpoint.infos)
+    infos = dict(current_tensors(named.checkpoint))
     if named.tied is not None:
         infos[HEAD] = named.tied
-    expected = [module for module in named.targets if not named.saves(module + WEIGHT) and module not in patch.deltas]
+    deltas, values = ({_current(name, named.checkpoint) for name in part} for part in (patch.deltas, patch.values))
+    targets = {_current(module, named.checkpoint) for module in named.targets}
+    expected = [module for module in targets if not named.saves(module + WEIGHT) and module not in deltas]
     expected += [
         name
         for name, info in infos.items()
-        if name not in patch.values
-        and name.removesuffix(WEIGHT) not in patch.deltas
+        if name not in values
+        and name.removesuffix(WEIGHT) not in deltas
         and (named.saves(name) or named.trains_bias(name, info))
     ]
     of_rows = [name.removesuffix(WEIGHT) for name in patch.rows]
@@ -190,6 +227,18 @@ def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
             name,
             f"adapter_config.json names it and {named.checkpoint.name} has it, the patch has no tensors for it. "
             "Part of the adapter is missing, or it was made for another model.",
+        )
+
+
+def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
+    """Trained rows of a tied embedding are the head's too, so nothing else may be done to the head."""
+    if named.tied is None or not any(tensor_of(name, named.checkpoint) is named.tied for name in patch.rows):
+        return
+    if HEAD_MODULE in patch.deltas or HEAD in patch.values:
+        yield Refusal(
+            HEAD_MODULE,
+            f"the patch changes it and trained token rows of the embedding, which it is tied to in "
+            f"{named.checkpoint.name}; PEFT puts those rows over the changed head. This pair is not supported.",
         )
 
 
@@ -213,8 +262,8 @@ def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint
     for name in patch.rows:
         yield Refusal(
             name,
-            f"the patch trained rows of it. They {'are' if was_tied else 'are not'} the head's rows too in {base.name}, "
-            f"in {evolved.name} they {'are not' if was_tied else 'are'}: PEFT would change the one and not the other.",
+            f"the patch trained rows of it. In {base.name} they {'are' if was_tied else 'are not'} the head's too, in "
+            f"{evolved.name} they {'are not' if was_tied else 'are'}: PEFT would change the one and not the other.",
         )
 
 

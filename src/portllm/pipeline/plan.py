@@ -14,21 +14,23 @@ from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.sample import load_spans, sample_span
 from portllm.checkpoint.source import Source
-from portllm.checkpoint.ties import HEAD, tied_embedding
+from portllm.checkpoint.ties import HEAD, stored_head, tied_embedding
 from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
 from portllm.errors import PlanRefusedError, Refusal, UnsupportedDtypeError
 from portllm.methods.table import PortMethod, method_named
 from portllm.patch.adapter_folder import files_of
+from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.fit import (
     altered_copies,
     base_mismatch,
-    changes_of,
-    linear_weights,
+    changes_on,
     misfits,
+    oriented,
     same_bytes,
+    tensor_of,
     tie_mismatch,
 )
 
@@ -142,6 +144,7 @@ def plan_port(
         UnknownMethodError: There is no such method.
     """
     chosen = method_named(method)
+    patch = oriented(patch, evolved)
     target = identify(evolved)
     refusals = list(misfits(patch, evolved))
     given = None if base is None else identify(base)
@@ -197,13 +200,14 @@ def plan_merge(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UnsupportedDtypeError(f"dtype {dtype!r}: weights are stored as {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
+    patch = oriented(patch, into)
     refusals = list(misfits(patch, into))
     refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
     refusals += altered_copies(patch, into)
     notes = []
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")
-    changes, sources, unties = _untangle(changes_of(patch), into)
+    changes, sources, unties = _untangle(changes_on(patch, into), into)
     config_changes: dict[str, object] = {}
     if unties:
         config_changes["tie_word_embeddings"] = False
@@ -231,29 +235,29 @@ def _untangle(
     values for both; otherwise each goes its own way, as it does when PEFT runs the adapter unmerged.
     """
     sources = dict(into.infos)
-    shared = tied_embedding(into)
+    shared, stored = tied_embedding(into), stored_head(into)
+    name = HEAD if stored is None else stored.name
     if shared is None:
         return changes, sources, False
-    embedding, head = changes.get(shared.name), changes.get(HEAD)
+    embedding, head = changes.get(shared.name), changes.get(name)
     if embedding is None and head is None:
         return changes, sources, False
     if isinstance(embedding, RowValues) and head is None:
-        return {**changes, HEAD: embedding} if HEAD in sources else changes, sources, False
+        return changes if stored is None else {**changes, name: embedding}, sources, False
     if isinstance(embedding, WholeValue) and isinstance(head, WholeValue) and same_bytes(embedding.values, head.values):
-        kept = changes if HEAD in sources else {name: change for name, change in changes.items() if name != HEAD}
-        return kept, sources, False
-    return changes, {**sources, HEAD: shared}, True
+        kept = {other: change for other, change in changes.items() if other != name}
+        return kept if stored is None else changes, sources, False
+    return changes, {**sources, name: shared}, True
 
 
 def _sampled_drift(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> dict[str, float]:
     """Drift of the patched weights, estimated from the windows that the fingerprints read."""
-    before, after = linear_weights(base), linear_weights(evolved)
     spans = []
     for module in patch.deltas:
-        weight = before.get(module)
-        if weight is not None and weight.shape == after[module].shape and weight.dtype in FLOAT_DTYPES:
+        weight, moved = tensor_of(module + WEIGHT, base), tensor_of(module + WEIGHT, evolved)
+        if weight is not None and moved is not None and weight.shape == moved.shape and weight.dtype in FLOAT_DTYPES:
             # The same elements of both: where the dtypes differ, so do the windows of the fingerprints.
-            spans += [(info, *sample_span(weight)) for info in (weight, after[module])]
+            spans += [(info, *sample_span(weight)) for info in (weight, moved)]
     values = load_spans(spans)
     sums = sum((measure_drift(old, new) for old, new in zip(values, values, strict=True)), DriftSums())
     if not sums.base_sq or not math.isfinite(sums.drift_sq):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from portllm.checkpoint.families import family_of
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.identity import own_tensors
 from portllm.checkpoint.reader import Checkpoint
@@ -43,12 +44,14 @@ class Pair:
         tuned: As the tuned model has it.
         module: The linear module it is the weight of, or None for one that is replaced whole or left out.
         row_map: Where the vocabularies differ in length.
+        transposed: The models store the module's weight as (d_in, d_out).
     """
 
     base: TensorInfo
     tuned: TensorInfo
     module: str | None
     row_map: RowMap | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class TunedPlan:
         source: The base's identity.
         target: The tuned model's identity.
         pairs: By the tensor's name in the base.
-        tied_head: Whether embedding and head are one matrix in both.
+        tied: The embedding whose matrix is the head's too, in both; None where there is none.
         rank: Of every delta; None for what stands above the rounding noise.
         max_rank: Bounds the rank where `rank` is None.
         dense: What becomes of the tensors that are no linear weights.
@@ -73,7 +76,7 @@ class TunedPlan:
     source: ModelIdentity
     target: ModelIdentity
     pairs: Mapping[str, Pair]
-    tied_head: bool
+    tied: str | None
     rank: int | None
     max_rank: int | None
     dense: Dense
@@ -109,6 +112,7 @@ def plan_capture_tuned(
     if source.fingerprint == target.fingerprint:
         refusals.append(Refusal("--tuned", f"{tuned.name} is {base.name}: both have the fingerprint of one model."))
     refusals += _alone(before, base, after, tuned)
+    family = family_of(base.config)
     pairs: dict[str, Pair] = {}
     maps: dict[tuple[int, int], RowMap | None] = {}
     for name in sorted(before.keys() & after.keys()):
@@ -122,8 +126,12 @@ def plan_capture_tuned(
         problem = _problem(left, right, base.name, tuned.name, row_map)
         if problem:
             refusals.append(Refusal(name, problem))
-        pairs[name] = Pair(left, right, _linear_module(name, left), row_map)
-    tied = tied_embedding(base) is not None and tied_embedding(tuned) is not None
+        module = _linear_module(name, left)
+        transposed = module is not None and family is not None and family.is_transposed(module)
+        pairs[name] = Pair(left, right, module, row_map, transposed)
+    shared = tied_embedding(base)
+    is_tied = shared is not None and tied_embedding(tuned) is not None
+    tied = next((name for name, info in before.items() if is_tied and info is shared), None)
     return TunedPlan(base, tuned, source, target, pairs, tied, rank, max_rank, dense, tuple(sorted(refusals)))
 
 
