@@ -1,7 +1,7 @@
 """Run a command in its own process and measure it: wall time, peak memory, resident and private.
 
-Resident memory (the kernel's high-water mark) counts pages of mapped files too, which the kernel can take back;
-private memory (RssAnon of /proc/PID/status, sampled) is what the process truly needs. Linux only.
+Resident memory (VmHWM, the kernel's high-water mark) counts pages of mapped files too, which the kernel can take back;
+private memory (RssAnon, sampled) is what the process truly needs. Linux only.
 """
 
 import os
@@ -38,19 +38,21 @@ def measure(command: Sequence[str]) -> Run:
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        private = 0
-        while True:
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if done:
-                break
-            private = max(private, _private_bytes(process.pid))
+        resident = private = 0
+        while process.poll() is None:
+            now = _memory(process.pid)
+            if (
+                now.get("VmHWM", resident) < resident
+            ):  # until it becomes the command, the child is a copy of this process
+                private = 0
+            resident = now.get("VmHWM", resident)
+            private = max(private, now.get("RssAnon", 0))
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             output.seek(0)
             sys.exit(f"{' '.join(command)}: exit status {process.returncode}\n{output.read()}")
-    return Run(seconds, usage.ru_maxrss * 1024, private)
+    return Run(seconds, resident, private)
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, object]:
@@ -77,9 +79,10 @@ def machine() -> dict[str, object]:
     }
 
 
-def _private_bytes(pid: int) -> int:
-    line = next((line for line in _lines(f"/proc/{pid}/status") if line.startswith("RssAnon")), None)
-    return int(line.split()[1]) * 1024 if line else 0
+def _memory(pid: int) -> dict[str, int]:
+    """`VmHWM`, the peak of resident memory so far, and `RssAnon`, private memory now, in bytes; empty at the end."""
+    lines = (line.split() for line in _lines(f"/proc/{pid}/status"))
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line and line[0] in ("VmHWM:", "RssAnon:")}
 
 
 def _lines(path: str) -> list[str]:

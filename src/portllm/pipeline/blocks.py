@@ -17,10 +17,10 @@ from portllm.patch.noise import rounding_noise
 from portllm.patch.rounding import MergeSums
 from portllm.pipeline.plan import MergeStep
 
-BLOCK_ELEMENTS = 1 << 22
-"""Elements of a weight in memory at once: 16 MiB in float32, and a few times that while it is measured."""
+BLOCK_ELEMENTS = 1 << 21
+"""Elements of a weight in memory at once: 8 MiB in float32, and a few times that while it is measured."""
 
-COPY_BYTES = 1 << 24
+COPY_BYTES = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
