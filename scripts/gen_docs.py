@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that say what the code says: commands, families, and the example of the patch format.
+"""Writes the pages of docs/ that say what the code says: commands, families, adapters, an example of the patch format.
 
     python scripts/gen_docs.py            write them
     python scripts/gen_docs.py --check    exit with 1 where a page differs from what would be written
@@ -18,7 +18,8 @@ import numpy as np
 import typer
 from safetensors.numpy import save_file
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 WIDTH = 100
 EXAMPLE_START = "<!-- example: written by scripts/gen_docs.py -->"
 EXAMPLE_END = "<!-- end of example -->"
@@ -30,6 +31,7 @@ def find_program() -> Any:
     import portllm.cli.make_commands
     import portllm.cli.model_commands
     import portllm.cli.patch_commands
+    import portllm.cli.proof_commands
 
     return typer.main.get_command(portllm.cli.main.app)
 
@@ -143,6 +145,20 @@ def render_family(family: Any) -> str:
     return f"## {family.id}\n\n| {family.title} | |\n| --- | --- |\n{table}"
 
 
+def render_adapters() -> str:
+    """The page `adapters.md`, from the rows that the tests try one by one."""
+    sys.path.insert(0, str(ROOT))  # the table is the tests'
+    from tests.adapter_matrix import INTRODUCTION, MATRIX, NOTES, ORACLES, REFUSED
+
+    kinds = ["| adapter | model | merged | ported |", "| --- | --- | --- | --- |"]
+    kinds += [f"| {row.says} | {row.on} | {row.merge} | {row.port} |" for row in MATRIX.values()]
+    refused = ["| adapter | why |", "| --- | --- |", *(f"| {what} | {why} |" for what, (_, why) in REFUSED.items())]
+    meanings = [f"- **{name}**: {meaning}." for name, meaning in ORACLES.items()]
+    parts = ["# Adapters", INTRODUCTION, "\n".join(kinds), "How merged weights are tested:", "\n".join(meanings)]
+    parts += [NOTES, "## Refused", "\n".join(refused)]
+    return "\n\n".join(parts) + "\n"
+
+
 def listed(names: Any) -> str:
     """Names as code, with commas."""
     return ", ".join(f"`{name}`" for name in names)
@@ -153,7 +169,12 @@ def fence(text: str, *, kind: str = "text") -> str:
     return f"```{kind}\n{text}\n```"
 
 
-PAGES = {"commands.md": render_commands, "families.md": render_families, "patch-format.md": render_patch_format}
+PAGES = {
+    "adapters.md": render_adapters,
+    "commands.md": render_commands,
+    "families.md": render_families,
+    "patch-format.md": render_patch_format,
+}
 
 
 def main() -> int:

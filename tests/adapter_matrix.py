@@ -9,14 +9,34 @@ from dataclasses import dataclass, field
 QV = ["q_proj", "v_proj"]
 BYTES = "PEFT's bytes"
 ONCE = "float32, rounded once"
-LOGITS = "PEFT's logits before merging"
+LOGITS = "PEFT's logits"
 
 ORACLES = {
-    BYTES: "the merged bytes equal those of PEFT's `merge_and_unload`, in every dtype",
-    ONCE: "the same in float32; in 16 bits PEFT rounds twice, here the float32 sum is rounded once",
-    LOGITS: "head and embedding are tied and the adapter sets them apart: PEFT's merge gives another model than its "
-    "adapter does, here the output is untied and has the logits of the adapter",
+    BYTES: "equal to what PEFT's `merge_and_unload` makes, bit for bit, in bfloat16, float32 and some in float16",
+    ONCE: "the same in float32. In 16 bits PEFT rounds the delta and the sum, here the float32 sum is rounded once",
+    LOGITS: "head and embedding are tied, and the adapter sets them apart. PEFT's merge gives another model than its "
+    "adapter does;\n  here the output is untied and has the logits of the adapter, to 2e-5 of the largest in float32",
 }
+
+INTRODUCTION = """\
+Written by `scripts/gen_docs.py` from the table that the tests go through row by row; change the table, not this page.
+
+Adapters are those of PEFT 0.21 (`adapter_config.json`, `adapter_model.safetensors`). Every row is merged, captured and
+loaded again by PEFT, and ported to an evolved base; in every row each tensor that is missing, each that the
+configuration does not explain, and each field that contradicts the tensors is refused by its name."""
+
+NOTES = """\
+How it is ported: a delta that is added to a weight is carried *as it is*. What stands whole in the place of the base's
+values is *re-based*, carried by what it changed: with V the value in the file and W0, W1 base and evolved it becomes
+`V + (W1 - W0)`, in float32, so that a port without drift changes nothing. A DoRA weight `m (W + Δ) / |W + Δ|` keeps the
+factor by which each row is scaled: the magnitude becomes `m |W1 + Δ| / |W0 + Δ|`; a row of zeros has no such factor and
+is refused. Whatever is re-based needs `--base`.
+
+`modules_to_save` names modules as PEFT does, by the end of their names: `norm` saves every `input_layernorm` too.
+Copies of the base's own head or embedding in an adapter are compared with the base and left out of what is written, for
+PEFT would put them over the evolved model's. A DoRA of an embedding is refused: PEFT's merge leaves its magnitude out.
+Refused are also token rows of a tied embedding with another change of the head beside them, and token rows for a model
+in which head and embedding are tied otherwise than in the base."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +61,18 @@ class Row:
     base: Mapping[str, object] = field(default_factory=dict)
     untied: bool = False
 
+    @property
+    def on(self) -> str:
+        """What kind of model it is tried on, for the page."""
+        if self.model == "gpt2":
+            return "GPT-2, tied head"
+        biases = ", biases" if self.base.get("attention_bias") else ""
+        return f"Llama, {'own' if self.base.get('tied') is False else 'tied'} head{biases}"
 
-VALUES = "values are re-based: W1 + (V - W0)"
-ROWS = "rows are re-based: W1 + (V - W0)"
-MAGNITUDES = "magnitudes are re-based: m |W1 + Δ| / |W0 + Δ|"
+
+VALUES = "values re-based"
+ROWS = "rows re-based"
+MAGNITUDES = "magnitudes re-based"
 UNTIED, TIED, BIASED = {"tied": False}, {"tied": True}, {"attention_bias": True, "tied": False}
 
 MATRIX: Mapping[str, Row] = {
@@ -201,10 +229,10 @@ MATRIX: Mapping[str, Row] = {
 
 REFUSED: Mapping[str, tuple[Mapping[str, object], str]] = {
     "another `peft_type`": ({"peft_type": "LOHA"}, "not a low-rank sum"),
-    "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, KaSA": (
+    "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ (`init_lora_weights`)": (
         {"init_lora_weights": "pissa"},
-        "the base was changed when training began; save it with `path_initial_model_for_weight_conversion`, which is "
-        "plain LoRA then",
+        "the base was changed when training began. Where PEFT can convert it while saving "
+        "(`path_initial_model_for_weight_conversion`), it is plain LoRA then",
     ),
     "`target_parameters`": (
         {"target_parameters": ["experts.w1"]},
