@@ -7,6 +7,7 @@ ways. A rewrite that begins with a dot may stand anywhere in a name, any other s
 """
 
 import importlib.resources
+import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from portllm.errors import CheckpointError
 
 Rewrite = tuple[str, str]
 """What stands in a name of a spelling, and what stands in its place in the current name."""
+
+_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,16 @@ class Family:
     def is_transposed(self, module: str) -> bool:
         """Whether a module's weight is stored as (d_in, d_out)."""
         return _ends(module, self.transposed)
+
+    def is_of_expert(self, module: str) -> bool:
+        """Whether a module is a part of one of many experts.
+
+        Example:
+            >>> family = family_named("qwen-moe")
+            >>> [family.is_of_expert(f"model.layers.0.mlp.{name}.up_proj") for name in ("experts.3", "shared_expert")]
+            [True, False]
+        """
+        return bool(self.experts) and _OF_EXPERT.search(module) is not None
 
 
 def family_of(config: Mapping[str, object]) -> Family | None:
