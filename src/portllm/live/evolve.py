@@ -27,7 +27,9 @@ from portllm.live.model import (
     load_tokenizer,
     save_model,
 )
+from portllm.live.ranges import require_ranges
 from portllm.live.schedule import Decay, learning_rate_share
+from portllm.output.side_files import side_files
 from portllm.progress import Progress, silent
 
 Block = tuple[int, ...]
@@ -63,21 +65,16 @@ class EvolveSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value}; expected {expected}"
-            for name, value, expected, fits in (
-                ("learning_rate", self.learning_rate, "more than 0", 0 < self.learning_rate < math.inf),
-                ("steps", self.steps, "1 or more", self.steps >= 1),
-                ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
-                ("block_tokens", self.block_tokens, "2 or more", self.block_tokens >= 2),
-                ("warmup", self.warmup, "0 to below 1", 0 <= self.warmup < 1),
-                ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
-                ("max_grad_norm", self.max_grad_norm, "more than 0", self.max_grad_norm > 0),
-            )
-            if not fits
-        ]
-        if problems:
-            raise PortLLMError(f"evolution settings: {'; '.join(problems)}.")
+        require_ranges(
+            "evolution settings",
+            ("learning_rate", self.learning_rate, "more than 0", 0 < self.learning_rate < math.inf),
+            ("steps", self.steps, "1 or more", self.steps >= 1),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+            ("block_tokens", self.block_tokens, "2 or more", self.block_tokens >= 2),
+            ("warmup", self.warmup, "0 to below 1", 0 <= self.warmup < 1),
+            ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
+            ("max_grad_norm", self.max_grad_norm, "more than 0", self.max_grad_norm > 0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +237,6 @@ def _drift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], *, sto
 
 def _copy_companions(base: Path, folder: Path) -> None:
     """Copies what stands beside the weights of the base and is not there yet: tokenizer, templates, license."""
-    for file in sorted(base.iterdir()):
-        is_weights = file.suffix in {".safetensors", ".bin", ".gguf"} or file.name.endswith(".index.json")
-        if file.is_file() and not is_weights and not (folder / file.name).exists():
+    for file in side_files(base):
+        if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)

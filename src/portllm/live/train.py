@@ -29,6 +29,7 @@ from portllm.live.model import (
     save_adapter,
     save_memory,
 )
+from portllm.live.ranges import require_ranges
 from portllm.live.schedule import Decay, bucketed_batches, learning_rate_share
 from portllm.progress import Progress, silent
 
@@ -77,25 +78,20 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value}; expected {expected}"
-            for name, value, expected, fits in (
-                ("rank", self.rank, "1 or more", self.rank >= 1),
-                ("alpha", self.alpha, "1 or more", self.alpha >= 1),
-                ("dropout", self.dropout, "0 to below 1", 0 <= self.dropout < 1),
-                ("learning_rate", self.learning_rate, "more than 0", 0 < self.learning_rate < math.inf),
-                ("epochs", self.epochs, "more than 0", 0 < self.epochs < math.inf),
-                ("steps", self.steps, "1 or more", self.steps is None or self.steps >= 1),
-                ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
-                ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
-                ("warmup", self.warmup, "0 to below 1", 0 <= self.warmup < 1),
-                ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
-                ("max_grad_norm", self.max_grad_norm, "more than 0", self.max_grad_norm > 0),
-            )
-            if not fits
-        ]
-        if problems:
-            raise PortLLMError(f"training settings: {'; '.join(problems)}.")
+        require_ranges(
+            "training settings",
+            ("rank", self.rank, "1 or more", self.rank >= 1),
+            ("alpha", self.alpha, "1 or more", self.alpha >= 1),
+            ("dropout", self.dropout, "0 to below 1", 0 <= self.dropout < 1),
+            ("learning_rate", self.learning_rate, "more than 0", 0 < self.learning_rate < math.inf),
+            ("epochs", self.epochs, "more than 0", 0 < self.epochs < math.inf),
+            ("steps", self.steps, "1 or more", self.steps is None or self.steps >= 1),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+            ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
+            ("warmup", self.warmup, "0 to below 1", 0 <= self.warmup < 1),
+            ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
+            ("max_grad_norm", self.max_grad_norm, "more than 0", self.max_grad_norm > 0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
