@@ -182,6 +182,7 @@ def test_overwriting_replaces_the_whole_folder(tmp_path):
 
 
 def test_a_rename_that_fails_gives_the_old_folder_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("portllm.checkpoint.staging.exchange", lambda *_: False)
     folder = old(tmp_path / "out")
     rename = Path.rename
 
@@ -230,7 +231,7 @@ def test_a_parent_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # a user who may do anything is not stopped by the folder's mode
+    monkeypatch.setattr(Path, "mkdir", refuse)  # a user who may do anything is not stopped by the folder's mode
     with pytest.raises(OutputError, match=r"cannot write into '.*': Permission denied"):
         fill(tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
+from blake3 import blake3
 from safetensors import safe_open
 
 from portllm.checkpoint.reader import open_checkpoint, read_bytes
+from portllm.checkpoint.seal import render_sealed
 from portllm.errors import AdapterFormatError, HeaderError, PatchRecordError
 from portllm.patch.adapter_folder import (
     digest_tensors,
@@ -403,13 +406,32 @@ RECORD = PatchRecord(
     ports=(PortStep(IDENTITY, OTHER, "add", {"sampled_drift": 0.125}),),
     tensors={"k": "d" * 64},
     program="0.1.0",
+    files={"adapter_config.json": "e" * 64, "adapter_model.safetensors": "f" * 64},
 )
 
 
-def test_a_record_survives_its_file(tmp_path):
-    write_record(tmp_path, RECORD)
-    assert read_record(tmp_path) == RECORD
+def test_a_record_survives_its_file_and_names_the_files_beside_it(tmp_path):
+    for name in RECORD.files:
+        (tmp_path / name).write_bytes(name.encode())
+    written = write_record(tmp_path, RECORD)
+    assert read_record(tmp_path) == written
+    assert written.files == {name: blake3(name.encode()).hexdigest() for name in RECORD.files}
+    assert replace(written, files=RECORD.files) == RECORD
     assert record_from_json(record_to_json(RECORD)) == RECORD
+
+
+@pytest.mark.parametrize("seal", ["kept", "of other values", "none"])
+def test_a_record_that_was_changed_by_hand_is_refused(seal, adapter):
+    folder = adapter()
+    values = json.loads(render_sealed(record_to_json(RECORD)))
+    values["base"]["name"] = "another"
+    if seal == "of other values":
+        values["seal"] = "blake3:" + "0" * 64
+    elif seal == "none":
+        del values["seal"]
+    (folder / "patch.json").write_text(json.dumps(values))
+    with pytest.raises(PatchRecordError, match="seal"):
+        load_patch(folder)
 
 
 def test_a_folder_without_a_record_has_none(tmp_path):
@@ -450,6 +472,8 @@ BAD_RECORDS = {
     "port without a method": change("ports", 0, "method", value=""),
     "evidence that is text": change("ports", 0, "evidence", value={"drift": "much"}),
     "bad digest of a tensor": change("tensors", "k", value="d" * 63),
+    "a file without a digest": change("files", "adapter_config.json", drop=True),
+    "a digest of another file": change("files", "../x", value="d" * 64),
     "a list": [],
     "nothing": None,
 }
@@ -458,9 +482,11 @@ BAD_RECORDS = {
 @pytest.mark.parametrize("what", BAD_RECORDS)
 def test_a_record_that_breaks_the_schema_is_refused(what, adapter):
     folder = adapter()
-    (folder / "patch.json").write_text(json.dumps(BAD_RECORDS[what]))
-    with pytest.raises(PatchRecordError, match=r"patch\.json'"):
+    record = BAD_RECORDS[what]
+    (folder / "patch.json").write_text(render_sealed(record) if isinstance(record, dict) else json.dumps(record))
+    with pytest.raises(PatchRecordError, match=r"patch\.json'") as refused:
         load_patch(folder)
+    assert "its seal" not in str(refused.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff"])

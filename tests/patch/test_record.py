@@ -13,6 +13,7 @@ RECORD = PatchRecord(
     ports=(PortStep(BASE, EVOLVED, "add", {"sampled_drift": 0.5}),),
     tensors={"b": "2", "a": "1"},
     program="0.1.0",
+    files={"g": "4", "f": "3"},
 )
 
 
@@ -27,8 +28,9 @@ def test_by_hand_a_record_in_json():
         "capture": {"method": "train", "settings": {"steps": 3}},
         "ports": [{"from": base, "to": evolved, "method": "add", "evidence": {"sampled_drift": 0.5}}],
         "tensors": {"a": "1", "b": "2"},
+        "files": {"f": "3", "g": "4"},
     }
-    assert list(value["tensors"]) == ["a", "b"]
+    assert (list(value["tensors"]), list(value["files"])) == (["a", "b"], ["f", "g"])
     assert record_from_json(value) == RECORD
 
 
@@ -38,7 +40,7 @@ def test_a_record_from_before_revisions_were_kept_is_one_without():
     assert record_from_json(value).base == ModelIdentity("evolved", "s4k1:2")
 
 
-@pytest.mark.parametrize("field", ["base", "capture", "ports", "tensors", "program"])
+@pytest.mark.parametrize("field", ["base", "capture", "ports", "tensors", "files", "program"])
 def test_values_without_a_field_are_no_record(field):
     value = record_to_json(RECORD)
     del value[field]

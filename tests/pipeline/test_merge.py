@@ -235,7 +235,7 @@ def test_the_digests_of_input_and_output_are_known_afterwards(tiny, tmp_path, mo
     def refuse(*_):
         raise AssertionError("a tensor was read again")
 
-    monkeypatch.setattr("portllm.checkpoint.identity._digest_tensor", refuse)
+    monkeypatch.setattr("portllm.checkpoint.identity.digest_tensor", refuse)
     assert digest(open_checkpoint(base)) == report.into.digest
     assert digest(open_checkpoint(tmp_path / "out")) == report.output.digest
 

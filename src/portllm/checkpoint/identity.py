@@ -99,7 +99,7 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
         if known is None:
             known = {}
             for info in infos:
-                known[info.name] = _digest_tensor(info)
+                known[info.name] = digest_tensor(info)
                 done += info.n_bytes
                 progress("digest", done, checkpoint.n_bytes, "bytes")
             remember(file, known)
@@ -108,7 +108,12 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
     return digests
 
 
-def _digest_tensor(info: TensorInfo) -> str:
+def digest_tensor(info: TensorInfo) -> str:
+    """The blake3 digest of one tensor's bytes, read afresh.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     state = blake3()
     for start in range(0, info.n_bytes, READ_BYTES):
         state.update(read_bytes(info, start, min(start + READ_BYTES, info.n_bytes)))

@@ -10,8 +10,8 @@ The kernel drops the lock when a run dies, and the next run to the same output b
 
 | found | what happened | what is done |
 | --- | --- | --- |
-| `NAME`, a part that the journal calls `NAME` | it died after the exchange | the part, which is the old output, is removed |
-| a part with a journal of the same plan | it died while it wrote | finished files are checked and kept, the rest removed |
+| a part, and `NAME` is what the journal describes | it died after the exchange | the part, now the old, is removed |
+| a part with a journal of the same plan | it died while it wrote | finished files are checked and kept |
 | a part of another plan, or without a journal | the same, or another command | the part is removed |
 | `.NAME.old` and no `NAME` | it died between two renames | the old output gets its name back; then as above |
 | `.NAME.old` and `NAME`, no part | it died before it removed the old output | the old output is removed |

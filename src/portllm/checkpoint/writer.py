@@ -1,14 +1,13 @@
 """Write a checkpoint: the layout first, from names and shapes alone, then the bytes, one tensor after another.
 
-Nothing appears under its final name before it is whole: files go into a sibling folder that is renamed at the end,
-and that is removed when anything goes wrong.
+Nothing appears under its final name before it is whole: files go into a sibling folder that takes the name at the end
+(see `portllm.checkpoint.staging`), and that is removed when anything goes wrong.
 """
 
 import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 from portllm.checkpoint.header import DTYPE_BITS, n_bytes_of, render_header
 from portllm.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from portllm.checkpoint.source import Source
-from portllm.errors import OutputError, OutputExistsError
+from portllm.checkpoint.staging import Journal, Place, Staged, begin, remove
+from portllm.errors import OutputError, OutputExistsError, Refusal
 
 METADATA = {"format": "pt"}
 """What transformers looks for in a file's header."""
@@ -133,72 +133,109 @@ class ShardWriter:
 def staged_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     """A fresh folder beside `final` that takes its name when the block ends, and vanishes if the block fails.
 
+    What a run that died left there is removed, and what it was about to replace gets its name back.
+
     Args:
         final: The folder to be.
         overwrite: Replace what is there; it stays whole until the new folder is.
 
     Raises:
         OutputExistsError: `final` exists and `overwrite` is False.
+        OutputBusyError: Another run writes there.
         OutputError: The parent folder is missing or cannot be written.
     """
+    with resumable_folder(final, overwrite=overwrite, plan=None) as staged:
+        yield staged.folder
+
+
+@contextlib.contextmanager
+def resumable_folder(final: Path, *, overwrite: bool, plan: str | None) -> Iterator[Staged]:
+    """As `staged_folder`, but what a run that was interrupted or died has finished stays for the next of the same plan.
+
+    Args:
+        final: The folder to be.
+        overwrite: Replace what is there; it stays whole until the new folder is.
+        plan: Digest of all that the output depends on, or None: nothing is ever kept.
+
+    Raises:
+        OutputExistsError, OutputBusyError, OutputError: As `staged_folder`.
+    """
     check_free(final, overwrite=overwrite)
+    place = Place(final if final.name not in ("", "..") else final.resolve())
+    with _journal(place) as journal:
+        try:
+            place.settle(journal.inode)
+            check_free(final, overwrite=overwrite)
+            staged = begin(place, journal, plan)
+        except OSError as error:
+            raise OutputError(f"'{final}': cannot write into '{final.parent}': {error.strerror}.") from error
+        try:
+            yield staged
+            check_free(final, overwrite=overwrite)
+            place.take()
+        except BaseException as error:
+            place.settle(journal.inode)
+            if not (plan is not None and journal.finished and isinstance(error, KeyboardInterrupt | SystemExit)):
+                remove(place.part)
+            if isinstance(error, OSError):
+                raise OutputError(
+                    f"'{final}': could not be written: {error.strerror or error}. Nothing was left there."
+                ) from error
+            raise
+
+
+@contextlib.contextmanager
+def _journal(place: Place) -> Iterator[Journal]:
+    """The journal of a place, locked; it is deleted at the end unless it describes a part that stays."""
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
+        place.final.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(place.journal)
     except OSError as error:
-        raise OutputError(f"'{final}': cannot write into '{final.parent}': {error.strerror}.") from error
+        raise OutputError(f"'{place.final}': cannot write into '{place.final.parent}': {error.strerror}.") from error
     try:
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        _take_place(staging, final, overwrite=overwrite)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"'{final}': could not be written: {error.strerror or error}. Nothing was left there."
-            ) from error
-        raise
+        yield journal
+    finally:
+        if not place.part.is_dir():
+            journal.remove()
+        journal.close()
 
 
 def check_free(final: Path, *, overwrite: bool) -> None:
     """Raise OutputExistsError if something is at `final` that may not be replaced."""
-    if final.exists() and not overwrite:
+    if os.path.lexists(final) and not overwrite:
         raise OutputExistsError(
             f"'{final}': is there already. Choose another place, or pass --overwrite to replace it."
         )
-    if final.exists() and not final.is_dir():
+    if os.path.lexists(final) and not final.is_dir():
         raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another place.")
 
 
 def check_apart(final: Path, inputs: Iterable[Source]) -> None:
-    """Raise OutputError if a file that is read lies in the folder `final`, which `--overwrite` would replace whole."""
-    place = final.resolve()
+    """Raise OutputError if a file that is read lies in the folder `final`, which `--overwrite` would replace whole.
+
+    The same goes for the siblings that a run writes to before the output takes its name.
+    """
+    place = Place(final.resolve())
+    places = (place.final, place.part, place.old) if place.final.name else (place.final,)
     for file in inputs:
         if not isinstance(file, Path):
             continue
         # A file may be a link out of its folder, as in the cache of the Hugging Face Hub; neither end may be lost.
         ends = (file.parent.resolve() / file.name, file.resolve())
-        if any(place in end.parents for end in ends):
+        if any(place in end.parents for end in ends for place in places):
             raise OutputError(f"'{final}': holds '{file}', which is read for the output. Write to another folder.")
 
 
-def _take_place(staging: Path, final: Path, *, overwrite: bool) -> None:
-    check_free(final, overwrite=overwrite)
-    if not final.exists():
-        staging.rename(final)
-        return
-    old = staging.with_suffix(".old")
-    final.rename(old)
-    try:
-        staging.rename(final)
-    except BaseException:
-        old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def space_refusals(final: Path, n_bytes: int) -> tuple[Refusal, ...]:
+    """Why an output of so many bytes cannot be written: the disk has no room for it.
 
-
-def _umask() -> int:
-    # The mask can only be read by setting it; mkdtemp makes private folders, a model is as readable as others.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    What an interrupted run has written already does not count again; what is replaced stays until the end, and does.
+    """
+    part = Place(final.resolve()).part
+    there = sum(file.stat().st_size for file in part.glob("*") if file.is_file())
+    parent = next(folder for folder in final.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if n_bytes - there <= free:
+        return ()
+    found = f"{n_bytes - there:,} bytes are to be written, '{parent}' has {free:,} free."
+    return (Refusal(str(final), f"{found} Make room, or write to another disk."),)

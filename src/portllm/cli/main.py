@@ -6,9 +6,11 @@ once. Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 done, and the v
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -24,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 MODEL = "A folder, a .safetensors file, org/name[@revision] of the Hugging Face Hub, or builtin:smollm2-135m."
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
@@ -58,13 +62,25 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import portllm.cli.make_commands
     import portllm.cli.model_commands
-    import portllm.cli.patch_commands  # noqa: F401 (registers its commands)
+    import portllm.cli.patch_commands
+    import portllm.cli.proof_commands  # noqa: F401 (registers its commands)
 
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except PortLLMError as error:
         typer.echo(f"portllm: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("portllm: interrupted; nothing was left half written.", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code in INTERRUPTED:
+            typer.echo(
+                "portllm: interrupted; no output is half written, and the same command goes on with what is finished.",
+                err=True,
+            )
+        raise
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End as after Ctrl-C, so that what is half done is cleaned up."""
+    del frame
+    sys.exit(128 + number)

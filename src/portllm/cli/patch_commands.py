@@ -1,5 +1,6 @@
 """Commands that work on files alone: inspect, port, merge."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -114,7 +115,7 @@ def merge(
 ) -> None:
     """Add a patch to a model's weights, streamed; says what rounding takes of it."""
     from portllm.checkpoint.reader import open_checkpoint
-    from portllm.checkpoint.writer import check_free
+    from portllm.checkpoint.writer import check_free, space_refusals
     from portllm.cli.progress import shown_progress
     from portllm.cli.render import render_merge_plan, render_merge_report
     from portllm.output.manifest import report_to_json
@@ -128,6 +129,7 @@ def merge(
         shard_bytes=int(max_shard_size * 10**9),
         allow_other_base=allow_other_base,
     )
+    plan = replace(plan, refusals=(*plan.refusals, *space_refusals(output, plan.n_bytes)))
     if dry_run:
         typer.echo(render_merge_plan(plan, output))
     require(plan)

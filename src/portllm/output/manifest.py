@@ -1,15 +1,17 @@
 """The manifest of a merge: `portllm.json` beside the weights says what they are and what rounding took.
 
-The same merge gives the same bytes: no time, no host, no thread count stands in it; measures have six digits.
+The same merge gives the same bytes: no time, no host, no thread count stands in it; measures have six digits. It is
+sealed and names every other file of the folder, so that `verify` finds any byte that changed.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from portllm.patch.record import ModelIdentity, PatchRecord, identity_to_json, record_to_json
+from portllm.checkpoint.seal import digest_file, seal_of
+from portllm.patch.record import ModelIdentity, PatchRecord, identity_from_json, identity_to_json, record_to_json
 from portllm.patch.rounding import MergeSums
 
 MANIFEST_FILE = "portllm.json"
@@ -28,6 +30,7 @@ class MergeReport:
         tensors: The measures of each changed tensor, by name.
         n_copied: Tensors that the patch does not touch.
         n_bytes: Bytes of tensors written.
+        files: blake3 digest of each file beside the weights, the manifest itself left out.
     """
 
     output: ModelIdentity
@@ -38,6 +41,7 @@ class MergeReport:
     tensors: Mapping[str, MergeSums]
     n_copied: int
     n_bytes: int
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> MergeSums:
@@ -51,8 +55,8 @@ class MergeReport:
 
 
 def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
-    """The manifest's content."""
-    return {
+    """The manifest's content, sealed."""
+    values: dict[str, object] = {
         "program": program,
         "output": identity_to_json(report.output),
         "into": identity_to_json(report.into),
@@ -65,6 +69,41 @@ def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
         "total": _measures(report.total),
         "worst": report.worst,
         "tensors": {name: _measures(sums) for name, sums in sorted(report.tensors.items())},
+        "files": dict(sorted(report.files.items())),
+    }
+    return {**values, "seal": seal_of(values)}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What of a manifest can be verified.
+
+    Attributes:
+        output: The model that was written.
+        into: The model that the patch was added to.
+        files: blake3 digest of each file beside the weights.
+    """
+
+    output: ModelIdentity
+    into: ModelIdentity
+    files: Mapping[str, str]
+
+
+def manifest_from_json(values: Mapping[str, object]) -> Manifest:
+    """The manifest that these values stand for; ValueError where they stand for none."""
+    match values:
+        case {"output": output, "into": into, "files": dict(files), "seal": str()} if _are_digests(files):
+            return Manifest(identity_from_json(output), identity_from_json(into), files)
+        case _:
+            raise ValueError(f"the values are not those of {MANIFEST_FILE}")
+
+
+def digest_side_files(folder: Path) -> dict[str, str]:
+    """The digest of each file in a folder, but for weights and the manifest."""
+    return {
+        file.name: digest_file(file)
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix != ".safetensors" and file.name != MANIFEST_FILE
     }
 
 
@@ -72,6 +111,11 @@ def write_manifest(folder: Path, report: MergeReport, *, program: str) -> None:
     """Write `portllm.json`."""
     text = json.dumps(report_to_json(report, program=program), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def _are_digests(files: Mapping[str, object]) -> bool:
+    """Whether these are plain names, none of which leads out of the folder, and digests."""
+    return all(Path(name).name == name and isinstance(digest, str) for name, digest in files.items())
 
 
 def _measures(sums: MergeSums) -> dict[str, float | None]:

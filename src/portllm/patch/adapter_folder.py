@@ -7,6 +7,7 @@ tensor of the file is accounted for: it becomes part of a delta, or the folder i
 import importlib.resources
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from blake3 import blake3
 
 from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, render_header
 from portllm.checkpoint.reader import names_hub, read_bytes, read_header, read_json
+from portllm.checkpoint.seal import digest_file, render_sealed, seal_problem
 from portllm.checkpoint.source import Source
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import AdapterFormatError, PatchRecordError
@@ -41,7 +43,7 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
     Raises:
         NotFoundError, RemoteError: An adapter of the hub is not there, or cannot be fetched.
         AdapterFormatError: It is not an adapter that is understood whole.
-        PatchRecordError: Its `patch.json` breaks the schema.
+        PatchRecordError: Its `patch.json` breaks the schema or its seal.
         HeaderError: Its tensor file is damaged.
     """
     path = Path(folder)
@@ -57,28 +59,42 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
 
 
 def read_record(folder: Path) -> PatchRecord | None:
-    """The content of a folder's `patch.json`, checked against the schema; None where there is no such file.
+    """The content of a folder's `patch.json`, checked against schema and seal; None where there is no such file.
 
     Raises:
-        PatchRecordError: The file breaks the schema.
+        PatchRecordError: The file breaks the schema, or its seal does not fit what it says.
     """
     file = folder / RECORD_FILE
     if not file.exists():
         return None
-    value = read_json(file, error=PatchRecordError)
+    values = read_json(file, error=PatchRecordError)
+    record = parse_record(values, where=str(file))
+    problem = seal_problem(values)
+    if problem:
+        raise PatchRecordError(f"'{file}': {problem}. Fetch the patch again, or capture it again.")
+    return record
+
+
+def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
+    """The record that the values of a `patch.json` stand for, whatever its seal.
+
+    Raises:
+        PatchRecordError: They break the schema.
+    """
     try:
-        _validator()(value)
-        return record_from_json(value)
+        _validator()(dict(values))
+        return record_from_json(values)
     except (fastjsonschema.JsonSchemaValueException, ValueError) as error:
         raise PatchRecordError(
-            f"'{file}': {error}. It was written by another version or changed by hand; capture the patch again."
+            f"'{where}': {error}. It was written by another version or changed by hand; capture the patch again."
         ) from error
 
 
-def write_record(folder: Path, record: PatchRecord) -> None:
-    """Write `patch.json`."""
-    text = json.dumps(record_to_json(record), indent=2, ensure_ascii=False) + "\n"
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+def write_record(folder: Path, record: PatchRecord) -> PatchRecord:
+    """Write `patch.json` beside the patch's other files, sealed and with their digests; the record as written."""
+    whole = replace(record, files={name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
+    (folder / RECORD_FILE).write_text(render_sealed(record_to_json(whole)), encoding="utf-8")
+    return whole
 
 
 def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str, base_revision: str | None = None) -> None:

@@ -39,12 +39,21 @@ class Capture:
 
 @dataclass(frozen=True, slots=True)
 class PortStep:
-    """One port: from which model, to which, by which method, and what was measured on the way."""
+    """One port: from which model, to which, by which method, and what was measured on the way.
+
+    Attributes:
+        source: The base before.
+        target: The base after.
+        method: Its id.
+        evidence: What was measured.
+        left_out: By tensor, tokens whose change was dropped, for the target does not have them.
+    """
 
     source: ModelIdentity
     target: ModelIdentity
     method: str
     evidence: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,7 @@ class PatchRecord:
         ports: Oldest first; the last one's target is `base`.
         tensors: blake3 digest of each stored tensor's bytes.
         program: Version of PortLLM that wrote the record.
+        files: blake3 digest of each other file of the patch; known once they are written.
     """
 
     base: ModelIdentity
@@ -64,6 +74,7 @@ class PatchRecord:
     ports: tuple[PortStep, ...]
     tensors: Mapping[str, str]
     program: str
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def record_to_json(record: PatchRecord) -> dict[str, object]:
@@ -79,10 +90,12 @@ def record_to_json(record: PatchRecord) -> dict[str, object]:
                 "to": identity_to_json(step.target),
                 "method": step.method,
                 "evidence": dict(step.evidence),
+                **({"left_out": {name: list(lost) for name, lost in step.left_out.items()}} if step.left_out else {}),
             }
             for step in record.ports
         ],
         "tensors": dict(sorted(record.tensors.items())),
+        "files": dict(sorted(record.files.items())),
     }
 
 
@@ -90,12 +103,18 @@ def record_from_json(value: Mapping[str, object]) -> PatchRecord:
     """The record that these values, which must fit the schema, stand for."""
     match value:
         case {"base": base, "capture": {"method": str(method), "settings": dict(settings)}, "ports": list(ports),
-              "tensors": dict(tensors), "program": str(program)}:  # fmt: skip
+              "tensors": dict(tensors), "files": dict(files), "program": str(program)}:  # fmt: skip
             steps = tuple(
-                PortStep(_identity_from_json(p["from"]), _identity_from_json(p["to"]), p["method"], p["evidence"])
+                PortStep(
+                    identity_from_json(p["from"]),
+                    identity_from_json(p["to"]),
+                    p["method"],
+                    p["evidence"],
+                    {name: tuple(lost) for name, lost in p.get("left_out", {}).items()},
+                )
                 for p in ports
             )
-            return PatchRecord(_identity_from_json(base), Capture(method, settings), steps, tensors, program)
+            return PatchRecord(identity_from_json(base), Capture(method, settings), steps, tensors, program, files)
         case _:
             raise ValueError("the values do not fit the schema of patch.json")
 
@@ -110,7 +129,8 @@ def identity_to_json(identity: ModelIdentity) -> dict[str, object]:
     }
 
 
-def _identity_from_json(value: object) -> ModelIdentity:
+def identity_from_json(value: object) -> ModelIdentity:
+    """The identity that these values stand for; ValueError where they stand for none."""
     match value:
         case {"name": str(name), "fingerprint": str(fingerprint), "digest": str() | None as digest, **rest}:
             revision = rest.get("revision")

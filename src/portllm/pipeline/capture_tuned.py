@@ -29,6 +29,7 @@ from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.pipeline.one_thread import one_thread
 from portllm.pipeline.spool import SPOOL_FILE, Spool
+from portllm.pipeline.token_rows import runs
 from portllm.pipeline.tuned_plan import Dense, Pair, RowMap, TunedPlan, plan_capture_tuned
 from portllm.progress import Progress, silent
 
@@ -139,8 +140,7 @@ def run_capture_tuned(
     with staged_folder(out, overwrite=overwrite) as folder, one_thread():
         with Spool(folder / SPOOL_FILE) as spool:
             report = _capture(plan, folder, spool, progress)
-        write_record(folder, report.record)
-    return report
+        return replace(report, record=write_record(folder, report.record))
 
 
 def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) -> TunedReport:
@@ -258,23 +258,14 @@ def _rows_by_token(base: Tensor, pair: Pair, row_map: RowMap, start: int) -> Ten
     wanted = row_map.rows[start : start + len(base)]
     # Values of tuned, so its dtype: base's own rows are rounded where that is the narrower one.
     rows = base.to(TORCH_DTYPES[pair.tuned.dtype], copy=True)
-    for first, last in _runs(wanted):
+    for first, last in runs(wanted):
         if wanted[first] >= 0:
             rows[first:last] = load_rows(pair.tuned, wanted[first], wanted[first] + last - first)
     return rows
 
 
-def _runs(wanted: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Places in a list between which its numbers count up by one."""
-    first = 0
-    for place in range(1, len(wanted) + 1):
-        if place == len(wanted) or wanted[place] != wanted[place - 1] + 1 or wanted[place - 1] < 0:
-            yield first, place
-            first = place
-
-
 def _rows_square_sum(info: TensorInfo, rows: tuple[int, ...]) -> float:
-    return math.fsum(square_sum(load_rows(info, rows[a], rows[a] + b - a)) for a, b in _runs(rows))
+    return math.fsum(square_sum(load_rows(info, rows[a], rows[a] + b - a)) for a, b in runs(rows))
 
 
 def _spooled(delta: LowRankDelta[Tensor], name: str, spool: Spool, *, transposed: bool) -> LowRankDelta[TensorInfo]:

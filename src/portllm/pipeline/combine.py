@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -180,8 +180,7 @@ def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progre
     with staged_folder(out, overwrite=overwrite) as folder, one_thread():
         with Spool(folder / SPOOL_FILE) as spool:
             report = _combine(plan, folder, spool, progress)
-        write_record(folder, report.record)
-    return report
+        return replace(report, record=write_record(folder, report.record))
 
 
 def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) -> CombineReport:

@@ -1,0 +1,252 @@
+"""Signatures by OpenSSF model-signing: the border to that library, which is loaded when a signature is made or checked.
+
+A signature is a Sigstore bundle in one file. What it signs is a statement with the SHA-256 digest of every file of the
+folder; `patch.json` is one of them, and with it the identity of the base and the chain of ports.
+
+Source: the format, https://github.com/sigstore/model-transparency/blob/main/docs/model_signing_format.md.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+from portllm.errors import MissingExtraError, OutputError, OutputExistsError, SignatureError
+
+if TYPE_CHECKING:
+    from model_signing.signing import Config as SigningConfig
+    from model_signing.verifying import Config as VerifyingConfig
+
+SIGNATURE_FILE = "model.sig"
+"""Its usual name, in the folder that it signs."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySigner:
+    """Sign with a private key on an elliptic curve (P-256, P-384 or P-521) in a PEM file.
+
+    Attributes:
+        private_key: The file.
+        password: What it is encrypted with, or None.
+    """
+
+    private_key: Path
+    password: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateSigner:
+    """Sign with a private key and the certificate of its public key.
+
+    Attributes:
+        private_key: The key's PEM file, not encrypted.
+        certificate: Whose key it is.
+        chain: The certificates between it and a root.
+    """
+
+    private_key: Path
+    certificate: Path
+    chain: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SigstoreSigner:
+    """Sign without a key of one's own: Sigstore vouches for an identity, such as an e-mail address. Needs the network.
+
+    Attributes:
+        identity_token: An OpenID Connect token, or None: that of the machine's environment, else a browser is opened.
+        staging: Use Sigstore's instance for tests.
+    """
+
+    identity_token: str | None = None
+    staging: bool = False
+
+
+Signer = KeySigner | CertificateSigner | SigstoreSigner
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKey:
+    """Trust what the private half of a key signed.
+
+    Attributes:
+        file: The public key, PEM.
+    """
+
+    file: Path
+
+    def __str__(self) -> str:
+        return f"the key of {self.file}"
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """Trust whom these certificates vouch for, directly or through others.
+
+    Attributes:
+        files: PEM; none stands for those that come with the system.
+    """
+
+    files: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return f"a certificate under {', '.join(map(str, self.files)) or 'the roots of the system'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Trust an identity that Sigstore vouches for. Needs the network.
+
+    Attributes:
+        name: Such as an e-mail address.
+        provider: Address of who knows the identity, such as https://github.com/login/oauth.
+        staging: Use Sigstore's instance for tests.
+    """
+
+    name: str
+    provider: str
+    staging: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.provider})"
+
+
+Trust = PublicKey | Roots | Identity
+
+
+def sign_folder(folder: Path, signer: Signer, *, signature: Path, overwrite: bool = False) -> None:
+    """Sign every file of a folder but signatures.
+
+    Args:
+        folder: What to sign.
+        signer: By what right.
+        signature: The file to write.
+        overwrite: Replace it where it exists.
+
+    Raises:
+        SignatureError: The key or certificate cannot be used, or the folder cannot be signed.
+        OutputExistsError: `signature` exists.
+        OutputError: It cannot be written.
+        MissingExtraError: model-signing is not installed.
+    """
+    if signature.exists() and not overwrite:
+        raise OutputExistsError(f"'{signature}': is there already. Choose another place, or pass --overwrite.")
+    model_signing = _load()
+    hashing = model_signing.hashing.Config().set_ignored_paths(paths=_signatures_in(folder, signature))
+    with _translated(f"'{folder}': could not be signed", hint=_hint(signer)):
+        config = _signing_config(model_signing, signer).set_hashing_config(hashing)
+        part = signature.with_name(f".{signature.name}.part")
+        try:
+            config.sign(folder, part)
+            os.replace(part, signature)
+        except OSError as error:
+            raise OutputError(f"'{signature}': cannot be written: {error.strerror}.") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, required: Collection[str]) -> str | None:
+    """Why a folder does not bear the signature that it must, or None.
+
+    Args:
+        folder: What must be signed.
+        trust: By whom.
+        signature: The file of the signature, or None for the usual one.
+        required: Files that it must cover; a signature that leaves one of them out is none.
+
+    Raises:
+        SignatureError: The key or certificate cannot be read, or Sigstore cannot be reached.
+        MissingExtraError: model-signing is not installed.
+    """
+    file = folder / SIGNATURE_FILE if signature is None else signature
+    model_signing = _load()
+    with _translated(f"{trust}: cannot be checked against", hint=_hint(trust)):
+        config = _verifying_config(model_signing, trust)
+    if not file.is_file():
+        return f"there is no '{file}'"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            config.verify(folder, file)
+        unsigned = sorted(set(required) - _signed_files(file))
+    except Exception as error:  # what a hostile signature makes the parsers and verifiers below raise has no bound
+        return f"not by {trust}, or not over these files: {_told(error)}"
+    return f"leaves out '{unsigned[0]}'" if unsigned else None
+
+
+def _signed_files(signature: Path) -> set[str]:
+    """The files that a signature, which was verified, covers: a statement may leave out what its signer chose to."""
+    envelope = json.loads(signature.read_text(encoding="utf-8"))["dsseEnvelope"]
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    return {resource["name"] for resource in statement["predicate"]["resources"]}
+
+
+def _signing_config(model_signing: ModuleType, signer: Signer) -> "SigningConfig":
+    config: SigningConfig = model_signing.signing.Config()
+    match signer:
+        case KeySigner(private_key, password):
+            # Declared as text, but handed on as it is to a function that takes bytes.
+            secret = None if password is None else cast(str, password.encode())
+            return config.use_elliptic_key_signer(private_key=private_key, password=secret)
+        case CertificateSigner(private_key, certificate, chain):
+            return config.use_certificate_signer(
+                private_key=private_key, signing_certificate=certificate, certificate_chain=chain
+            )
+        case SigstoreSigner(identity_token, staging):
+            return config.use_sigstore_signer(
+                identity_token=identity_token, use_ambient_credentials=identity_token is None, use_staging=staging
+            )
+
+
+def _verifying_config(model_signing: ModuleType, trust: Trust) -> "VerifyingConfig":
+    config: VerifyingConfig = model_signing.verifying.Config()
+    match trust:
+        case PublicKey(file):
+            return config.use_elliptic_key_verifier(public_key=file)
+        case Roots(files):
+            return config.use_certificate_verifier(certificate_chain=files)
+        case Identity(name, provider, staging):
+            return config.use_sigstore_verifier(identity=name, oidc_issuer=provider, use_staging=staging)
+
+
+def _signatures_in(folder: Path, signature: Path) -> list[Path]:
+    inside = signature.resolve().parent == folder.resolve()
+    return [Path(SIGNATURE_FILE), *([Path(signature.name)] if inside else [])]
+
+
+def _load() -> ModuleType:
+    try:
+        import model_signing
+        import model_signing.hashing
+        import model_signing.signing
+        import model_signing.verifying
+    except ImportError as error:
+        raise MissingExtraError(
+            f"signatures need a package that is not installed ({error.name}). Run: pip install 'portllm[sign]'."
+        ) from error
+    return model_signing
+
+
+@contextlib.contextmanager
+def _translated(what: str, *, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except (OutputError, SignatureError):
+        raise
+    except Exception as error:  # keys, certificates and servers fail in the types of five libraries
+        raise SignatureError(f"{what}: {_told(error)}. {hint}") from error
+
+
+def _hint(means: Signer | Trust) -> str:
+    if isinstance(means, SigstoreSigner | Identity):
+        return "Sigstore needs the network; a key file does not."
+    return "Give PEM files, with keys on P-256, P-384 or P-521."
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}{f' ({error})' if str(error) else ''}"
