@@ -1,0 +1,317 @@
+"""Verifying: no byte of a patch or of a merged model can change unnoticed, and what is told is what happened."""
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+
+from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.seal import render_sealed
+from portllm.errors import CheckpointError, NotFoundError, PatchRecordError, PortLLMError
+from portllm.patch.adapter_folder import load_patch
+from portllm.pipeline.capture import capture_adapter
+from portllm.pipeline.merge import merge
+from portllm.pipeline.port import port
+from portllm.pipeline.verify import verification_to_json, verify
+from tests.files import rewrite_header, write_tensors
+
+SEED = 20
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A patch that was ported once, and a model that it was merged into, in several files."""
+    folder = tmp_path_factory.mktemp("made")
+    base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved"))
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setenv("PORTLLM_CACHE", str(folder / "cache"))
+        patch = capture_adapter(load_patch(tiny("adapter")), base=base, out=folder / "first")
+        ported = port(patch, evolved=evolved, out=folder / "patch")
+        merge(ported, into=evolved, out=folder / "merged", shard_bytes=4000)
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of one of them, to be damaged."""
+
+    def take(name):
+        return shutil.copytree(made / name, tmp_path / name)
+
+    return take
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A patch of one module, so small that every byte of it can be tried."""
+    folder = tmp_path_factory.mktemp("small")
+    write_tensors(folder / "base.safetensors", {"h.q_proj.weight": ("F32", (3, 2), bytes(range(24)))})
+    (folder / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"A": ("F32", (1, 2), bytes(range(8))), "B": ("F32", (3, 1), bytes(range(12)))}
+    write_tensors(
+        folder / "adapter" / "adapter_model.safetensors",
+        {f"base_model.model.h.q_proj.lora_{name}.weight": tensor for name, tensor in factors.items()},
+    )
+    base = open_checkpoint(folder / "base.safetensors")
+    first = capture_adapter(load_patch(folder / "adapter"), base=base, out=folder / "first")
+    port(first, evolved=base, out=folder / "patch")
+    return folder / "patch"
+
+
+def wrong(verification):
+    return [check.subject for check in verification.checks if not check.holds]
+
+
+def passes(folder):
+    """Whether `verify` says so; refusing to read is not to say so."""
+    try:
+        return verify(folder).verified
+    except PortLLMError:
+        return False
+
+
+# ---- one byte
+
+
+def test_every_flipped_byte_of_a_patch_is_caught(small, tmp_path):
+    draw = random.Random(SEED)
+    folder = shutil.copytree(small, tmp_path / "patch")
+    assert passes(folder)
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        for place in range(len(whole)):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+            assert not passes(folder), (file.name, place)
+        file.write_bytes(whole)
+    assert passes(folder)
+
+
+def test_every_white_space_of_a_record_counts(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "patch")
+    record = folder / "patch.json"
+    whole = record.read_bytes()
+    for place in [place for place, byte in enumerate(whole) if byte in b" \n"]:
+        for other in b" \t\r\n":
+            if other != whole[place]:
+                record.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+                assert wrong(verify(folder)) == ["patch.json"], place
+    for text in (whole + b"\n", whole[:-1], json.dumps(json.loads(whole)).encode()):
+        record.write_bytes(text)
+        assert wrong(verify(folder)) == ["patch.json"]
+
+
+@pytest.mark.parametrize("name", ["patch", "merged"])
+def test_flipped_bytes_of_every_file_of_a_real_one_are_caught(name, copy):
+    draw = random.Random(SEED)
+    folder = copy(name)
+    assert passes(folder)
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        places = {0, 1, 7, 8, 9, len(whole) - 1} | {draw.randrange(len(whole)) for _ in range(12)}
+        for place in sorted(place for place in places if place < len(whole)):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+            assert not passes(folder), (file.name, place)
+        file.write_bytes(whole)
+    assert passes(folder)
+
+
+@pytest.mark.parametrize("name", ["patch", "merged"])
+def test_a_file_that_is_cut_short_or_gone_is_caught(name, copy):
+    folder = copy(name)
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        for cut in (0, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:cut])
+            assert not passes(folder), (file.name, cut)
+        file.unlink()
+        assert not passes(folder), file.name
+        file.write_bytes(whole)
+    assert passes(folder)
+
+
+def test_a_byte_that_changed_without_a_trace_in_the_files_times_is_caught(copy, monkeypatch, tmp_path):
+    """As a disk does it; a digest that was remembered for size and time would not notice."""
+    monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path / "cache"))
+    folder = copy("merged")
+    from portllm.checkpoint.identity import digest
+
+    digest(open_checkpoint(folder))
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    facts, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert "digest" in wrong(verify(folder))
+
+
+# ---- what is named
+
+
+def test_a_patch_that_is_whole_is_told_check_by_check(made, tiny):
+    found = verify(made / "patch", base=open_checkpoint(tiny("evolved")))
+    assert found.verified
+    assert (found.kind, found.notes) == ("patch", ())
+    assert [check.subject for check in found.checks] == [
+        "patch.json", "adapter_config.json", "adapter_model.safetensors", "tensors", "adapter", "ports", "base",
+    ]  # fmt: skip
+    assert verification_to_json(found)["verified"] is True
+
+
+def test_a_model_that_is_whole_is_told_check_by_check(made, tiny):
+    found = verify(made / "merged", base=open_checkpoint(tiny("evolved")))
+    assert found.verified
+    assert [check.subject for check in found.checks] == [
+        "portllm.json", "config.json", "generation_config.json", "model.safetensors.index.json", "digest",
+        "fingerprint", "base",
+    ]  # fmt: skip
+
+
+def test_a_changed_tensor_is_named(copy):
+    folder = copy("patch")
+    file = folder / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    found = verify(folder)
+    assert wrong(found) == ["adapter_model.safetensors", "tensors"]
+    (finding,) = [check.finding for check in found.checks if check.subject == "tensors"]
+    last = max(load_patch(folder).record.tensors, key=lambda key: load_info(file, key).stop)
+    assert finding == f"'{last}' differs"
+
+
+def load_info(file, key):
+    from portllm.checkpoint.reader import read_header
+
+    return read_header(file).tensors[key]
+
+
+def test_tensors_that_are_missing_or_more_are_named(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "patch")
+    rewrite_header(
+        folder / "adapter_model.safetensors",
+        lambda entries: {key.replace("lora_A", "lora_a"): entry for key, entry in entries.items()},
+    )
+    (finding,) = [check.finding for check in verify(folder).checks if check.subject == "tensors"]
+    assert "lora_A.weight' is missing" in finding
+    assert "lora_a.weight' is not in the record" in finding
+
+
+def test_metadata_in_a_header_counts(copy):
+    folder = copy("merged")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    rewrite_header(shard, lambda entries: {**entries, "__metadata__": {"format": "np"}})
+    assert wrong(verify(folder)) == [shard.name]
+
+
+def test_another_base_is_named(made, tiny):
+    for name in ("patch", "merged"):
+        found = verify(made / name, base=open_checkpoint(tiny("base")))
+        assert wrong(found) == ["base"]
+        assert "the record names" in found.checks[-1].finding
+
+
+def test_a_record_rewritten_with_a_new_seal_still_has_to_fit_the_tensors(copy):
+    folder = copy("patch")
+    values = json.loads((folder / "patch.json").read_text())
+    values["tensors"] = dict.fromkeys(values["tensors"], "0" * 64)
+    (folder / "patch.json").write_text(render_sealed(values))
+    assert wrong(verify(folder)) == ["tensors"]
+
+
+def test_a_chain_of_ports_that_does_not_lead_to_the_base_is_named(copy):
+    folder = copy("patch")
+    values = json.loads((folder / "patch.json").read_text())
+    values["base"] = values["ports"][0]["from"]
+    (folder / "patch.json").write_text(render_sealed(values))
+    assert wrong(verify(folder)) == ["ports"]
+
+
+def test_a_port_from_another_base_is_told_but_holds(copy):
+    folder = copy("patch")
+    values = json.loads((folder / "patch.json").read_text())
+    (step,) = values["ports"]
+    values["ports"] = [
+        {**step, "to": step["from"]},
+        {**step, "from": {**step["from"], "fingerprint": "s4k1:" + "0" * 40}},
+    ]
+    (folder / "patch.json").write_text(render_sealed(values))
+    found = verify(folder)
+    assert found.verified
+    assert "1 of them from another model" in next(c.finding for c in found.checks if c.subject == "ports")
+
+
+def test_files_that_nothing_covers_are_noted(copy):
+    for name in ("patch", "merged"):
+        folder = copy(name)
+        (folder / "README.md").write_text("mine")
+        found = verify(folder)
+        assert found.verified
+        assert found.notes == ("not covered by the record: README.md",)
+
+
+def test_a_weight_file_that_belongs_to_no_model_is_no_part_of_a_verified_one(copy):
+    folder = copy("merged")
+    shutil.copyfile(sorted(folder.glob("*.safetensors"))[0], folder / "extra.safetensors")
+    assert wrong(verify(folder)) == ["weights"]
+
+
+def test_a_stored_copy_of_a_tied_head_is_compared_with_what_it_is_a_copy_of(tiny, tmp_path):
+    base = shutil.copytree(tiny("base"), tmp_path / "base")
+    from safetensors.torch import load_file, save_file
+
+    # Larger than what is compared to tell a tied head.
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"].repeat(200, 1)
+    tensors |= {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    merge(load_patch(tiny("adapter")), into=open_checkpoint(base), out=tmp_path / "out")
+    assert passes(tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[load_info(file, "lm_head.weight").stop - 1] ^= 1
+    file.write_bytes(data)
+    assert wrong(verify(tmp_path / "out")) == ["head"]
+
+
+# ---- what cannot be verified
+
+
+def test_what_nothing_vouches_for_cannot_be_verified(tiny, tmp_path):
+    for place, error, told in (
+        (tmp_path / "nothing", NotFoundError, "no such folder"),
+        (tiny("base"), NotFoundError, "holds neither"),
+        (tiny("adapter"), PatchRecordError, "portllm capture --adapter"),
+        ("org/name@main", NotFoundError, "hf download"),
+    ):
+        with pytest.raises(error, match=told):
+            verify(place)
+
+
+def test_a_record_or_manifest_that_is_no_json_cannot_be_read(copy):
+    for name, file, error in (("patch", "patch.json", PatchRecordError), ("merged", "portllm.json", CheckpointError)):
+        folder = copy(name)
+        (folder / file).write_bytes(b"{")
+        with pytest.raises(error, match="is not valid JSON"):
+            verify(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.pop("files"),
+        lambda values: values.pop("seal"),
+        lambda values: values.pop("output"),
+        lambda values: values["files"].update({"../config.json": "0" * 64}),
+        lambda values: values["files"].update({"config.json": None}),
+    ],
+)
+def test_a_manifest_of_another_form_does_not_verify(change, copy):
+    folder = copy("merged")
+    values = json.loads((folder / "portllm.json").read_text())
+    change(values)
+    (folder / "portllm.json").write_text(json.dumps(values))
+    assert wrong(verify(folder)) == ["portllm.json"]
