@@ -10,6 +10,7 @@ from portllm.pipeline.plan import MergePlan, PortPlan
 from portllm.progress import Unit
 
 KEPT_GAIN_WORTH_A_WARNING = 0.99
+SHOWN_TOKENS = 10
 
 
 def amount(value: int, unit: Unit) -> str:
@@ -78,6 +79,14 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         )
     elif plan.source.fingerprint == plan.target.fingerprint:
         rows["drift"] = "none: the evolved model is the base"
+    if plan.tokens is not None:
+        gone = list(plan.tokens.gone.values())
+        shown = ", ".join(repr(token) for token in gone[:SHOWN_TOKENS])
+        more = f" and {len(gone) - SHOWN_TOKENS} more" if len(gone) > SHOWN_TOKENS else ""
+        lost = f"{_count(len(gone), 'token')} of the base {'is' if len(gone) == 1 else 'are'} gone: {shown}{more}"
+        rows["tokens"] = (
+            f"{_count(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is gone'}"
+        )
     return "\n".join([*lines, *table(rows), *_refusals(plan)])
 
 

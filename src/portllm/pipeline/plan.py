@@ -15,6 +15,7 @@ from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.sample import load_spans, sample_span
 from portllm.checkpoint.source import Source
 from portllm.checkpoint.ties import HEAD, stored_head, tied_embedding
+from portllm.checkpoint.vocabulary import read_vocabulary
 from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
 from portllm.errors import PlanRefusedError, Refusal, UnsupportedDtypeError
 from portllm.methods.table import PortMethod, method_named
@@ -33,6 +34,7 @@ from portllm.pipeline.fit import (
     tensor_of,
     tie_mismatch,
 )
+from portllm.pipeline.token_rows import TokenMap, following, match_tokens, token_changes, unmovable
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class PortPlan:
         target: The evolved model.
         base: The base, where it is given; its weights are read for what the patch holds whole.
         evolved: The evolved model, opened.
+        tokens: Where tokens have other rows in the evolved model and the patch changes such rows; else None.
         files: What is read; the output lies elsewhere.
         evidence: What was measured from the fingerprints' samples.
         refusals: Every reason not to run.
@@ -57,6 +60,7 @@ class PortPlan:
     target: ModelIdentity
     base: Checkpoint | None
     evolved: Checkpoint
+    tokens: TokenMap | None
     files: tuple[Source, ...]
     evidence: Mapping[str, float]
     refusals: tuple[Refusal, ...]
@@ -146,7 +150,10 @@ def plan_port(
     chosen = method_named(method)
     patch = oriented(patch, evolved)
     target = identify(evolved)
-    refusals = list(misfits(patch, evolved))
+    by_token = token_changes(patch, evolved if base is None else base)
+    tokens = match_tokens(base, evolved) if base is not None and by_token else None
+    refusals = list(misfits(patch if tokens is None else following(patch, by_token, tokens), evolved))
+    refusals += () if tokens is None else unmovable(patch, by_token)
     given = None if base is None else identify(base)
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
@@ -163,6 +170,14 @@ def plan_port(
                 "or DoRA magnitudes). They are carried over by what they changed: name the base with --base.",
             )
         )
+    elif by_token and read_vocabulary(evolved) is not None:
+        refusals.append(
+            Refusal(
+                "--base",
+                f"{patch.name} changes {by_token[0]}, whose rows belong to tokens. They follow their tokens from the "
+                "base's tokenizer to the evolved model's: name the base with --base.",
+            )
+        )
     if source is None:
         source = target
         refusals.append(
@@ -174,7 +189,7 @@ def plan_port(
         )
     evidence = _sampled_drift(patch, base, evolved) if base is not None and not refusals else {}
     files = (*files_of(patch), *evolved.files, *(base.files if base is not None else ()))
-    return PortPlan(patch, chosen, source, target, base, evolved, files, evidence, tuple(sorted(refusals)))
+    return PortPlan(patch, chosen, source, target, base, evolved, tokens, files, evidence, tuple(sorted(refusals)))
 
 
 def plan_merge(

@@ -1,5 +1,6 @@
 """Carry a patch to an evolved model: plan, run the method module by module, write the adapter with its new record."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def port(
     """Carry a patch to an evolved model and write it to `out`, a folder that PEFT loads.
 
     Reads the headers and fingerprint samples of the models and the patch itself. Weights are read only for what the
-    patch holds whole (saved modules, biases, token rows, DoRA magnitudes), which is re-based on the evolved ones.
+    patch holds whole (saved modules, biases, token rows, DoRA magnitudes), which is re-based on the evolved ones. Where
+    the tokenizers differ, what belongs to a token goes to the row that the token has in the evolved model.
 
     Args:
         patch: What to carry.
@@ -57,7 +59,7 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
     ported = replace(patch, name=str(out), deltas=deltas)
     with staged_folder(out, overwrite=overwrite) as folder:
-        if plan.base is None or patch.is_relative:
+        if plan.base is None or (patch.is_relative and plan.tokens is None):
             _write(folder, plan, ported)
         else:
             _write_rebased(folder, plan, ported, base=plan.base)
@@ -70,11 +72,13 @@ def _write_rebased(folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, b
     from portllm.pipeline.spool import SPOOL_FILE, Spool
 
     with Spool(folder / SPOOL_FILE) as spool:
-        moved = rebase(ported, base=on_disk(base), evolved=on_disk(plan.evolved), spool=spool)
-        _write(folder, plan, moved)
+        moved = rebase(ported, base=on_disk(base), evolved=on_disk(plan.evolved), tokens=plan.tokens, spool=spool)
+        _write(folder, plan, moved.patch, left_out=moved.left_out)
 
 
-def _write(folder: Path, plan: PortPlan, ported: Patch[TensorInfo]) -> None:
+def _write(
+    folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, left_out: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
     """Write the ported patch and its record."""
     before = plan.patch.record
     record = PatchRecord(
@@ -82,7 +86,7 @@ def _write(folder: Path, plan: PortPlan, ported: Patch[TensorInfo]) -> None:
         capture=before.capture if before else Capture("adapter"),
         ports=(
             *(before.ports if before else ()),
-            PortStep(plan.source, plan.target, plan.method.id, plan.evidence),
+            PortStep(plan.source, plan.target, plan.method.id, plan.evidence, left_out or {}),
         ),
         tensors=digest_tensors(ported),
         program=__version__,
