@@ -205,7 +205,11 @@ def begin(place: Place, journal: Journal, plan: str | None) -> Staged:
         return Staged(place.part, dict(journal.finished), journal)
     remove(place.part)
     place.part.mkdir()
-    journal.begin(place.part, plan)
+    try:
+        journal.begin(place.part, plan)
+    except OSError:
+        remove(place.part)
+        raise
     return Staged(place.part, {}, journal)
 
 
