@@ -30,7 +30,8 @@ How it is ported: a delta that is added to a weight is carried *as it is*. What 
 values is *re-based*, carried by what it changed: with V the value in the file and W0, W1 base and evolved it becomes
 `V + (W1 - W0)`, in float32, so that a port without drift changes nothing. A DoRA weight `m (W + Δ) / |W + Δ|` keeps the
 factor by which each row is scaled: the magnitude becomes `m |W1 + Δ| / |W0 + Δ|`; a row of zeros has no such factor and
-is refused. Whatever is re-based needs `--base`.
+is refused. Whatever is re-based needs `--base`. Where base and evolved have other tokenizers, rows of embeddings, heads
+and token lists follow their token's string, whichever of these kinds they are of.
 
 `modules_to_save` names modules as PEFT does, by the end of their names: `norm` saves every `input_layernorm` too.
 Copies of the base's own head or embedding in an adapter are compared with the base and left out of what is written, for

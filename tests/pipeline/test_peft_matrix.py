@@ -89,9 +89,22 @@ def assert_close(found, expected):
     assert (found - expected).abs().max() < LOGITS_TOLERANCE * expected.abs().max()
 
 
-def merged_by_us(cell, out):
-    merge(load_patch(cell.adapter), into=open_checkpoint(cell.base), out=out)
+def merged_by_us(case, out):
+    merge(load_patch(case.adapter), into=open_checkpoint(case.base), out=out)
     return out
+
+
+@pytest.fixture(scope="module")
+def ours(cell, tmp_path_factory):
+    """What we make of each kind in float32, once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            made[kind] = merged_by_us(cell(kind, "F32"), tmp_path_factory.mktemp("ours") / "merged")
+        return made[kind]
+
+    return make
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [pair for pair in CELLS if MATRIX[pair[0]].merge != LOGITS])
@@ -105,22 +118,21 @@ def test_merged_weights_are_those_of_peft(kind, dtype, cell, tmp_path):
 
 
 @pytest.mark.parametrize("kind", MATRIX)
-def test_a_merged_model_has_the_logits_of_the_adapter(kind, cell, tmp_path):
+def test_a_merged_model_has_the_logits_of_the_adapter(kind, cell, ours):
     from tests.models import logits
 
     case = cell(kind, "F32")
-    assert_close(logits(model_of(merged_by_us(case, tmp_path / "out"))), case.logits)
+    assert_close(logits(model_of(ours(kind))), case.logits)
     assert (logits(model_of(case.base)) - case.logits).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", MATRIX)
-def test_head_and_embedding_of_the_output_are_tied_as_the_table_says(kind, cell, tmp_path):
+def test_head_and_embedding_of_the_output_are_tied_as_the_table_says(kind, cell, ours):
     case, row = cell(kind, "F32"), MATRIX[kind]
-    merged_by_us(case, tmp_path / "out")
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (case.base, tmp_path / "out"))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (case.base, ours(kind)))
     was_tied = before["tie_word_embeddings"]
     assert after["tie_word_embeddings"] == (was_tied and not row.untied)
-    assert ("lm_head.weight" in stored(tmp_path / "out")) == (not was_tied or row.untied)
+    assert ("lm_head.weight" in stored(ours(kind))) == (not was_tied or row.untied)
 
 
 @pytest.mark.parametrize("kind", MATRIX)
@@ -161,14 +173,14 @@ def expected_on(evolved, case, merged):
 
 
 @pytest.mark.parametrize("kind", MATRIX)
-def test_a_ported_adapter_does_to_the_evolved_model_what_it_did_to_the_base(kind, cell, tmp_path):
+def test_a_ported_adapter_does_to_the_evolved_model_what_it_did_to_the_base(kind, cell, ours, tmp_path):
     from tests.models import load_tuned, logits, make_evolved
 
     case = cell(kind, "F32")
     evolved = make_evolved(case.base, tmp_path / "evolved", drift=0.05)
     patch = load_patch(case.adapter)
     port(patch, base=open_checkpoint(case.base), evolved=open_checkpoint(evolved), out=tmp_path / "ported")
-    expected = logits(expected_on(evolved, case, merged_by_us(case, tmp_path / "merged")))
+    expected = logits(expected_on(evolved, case, ours(kind)))
     assert_close(logits(load_tuned(evolved, tmp_path / "ported")), expected)
     assert (case.logits - expected).abs().max() > 0.01
 

@@ -69,7 +69,10 @@ def port(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Carry a patch over to an evolved model; it stays an adapter. Reads headers and samples, no weights."""
+    """Carry a patch over to an evolved model; it stays an adapter. Reads headers and samples.
+
+    Weights are read only of tensors that the patch holds whole; these need --base.
+    """
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.checkpoint.writer import check_free
     from portllm.cli.render import render_port_plan
