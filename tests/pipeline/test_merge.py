@@ -110,6 +110,21 @@ def test_the_size_of_blocks_changes_no_byte(shape, elements, dtype, rounding, ca
     assert (blocks.into, blocks.output.digest) == (whole.into, whole.output.digest)
 
 
+@pytest.mark.parametrize(("shape", "rows"), [((400, 64), 64), ((130, 96), 64), ((555, 33), 17)])
+def test_the_size_of_blocks_changes_no_byte_of_a_transposed_weight(shape, rows, tmp_path, monkeypatch):
+    d_in, d_out = shape
+    tensors = {"h.c_attn.weight": stored(draw(d_in, d_out, seed=1), "F32")}
+    into = open_checkpoint(write_tensors(tmp_path / "base.safetensors", tensors))
+    a, b = draw(8, d_in, seed=3), draw(d_out, 8, seed=4)
+    patch = write_adapter(tmp_path / "adapter", {"h.c_attn": (a, b)}, alpha=8, fan_in_fan_out=True)
+    merge(patch, into=into, out=tmp_path / "whole")
+    monkeypatch.setattr(merging, "BLOCK_ELEMENTS", rows * d_out)
+    merge(patch, into=into, out=tmp_path / "blocks")
+    found = [values(open_checkpoint(tmp_path / name))["h.c_attn.weight"] for name in ("whole", "blocks")]
+    assert found[0].equal(found[1])
+    assert found[0].equal(draw(d_in, d_out, seed=1) + (b @ a).T)
+
+
 def test_the_remainder_of_a_block_is_added_to_its_own_rows(case, tmp_path, monkeypatch):
     patch, into = case(shape=(41, 12), dtype="F32")
     monkeypatch.setattr(merging, "BLOCK_ELEMENTS", 12 * 16)

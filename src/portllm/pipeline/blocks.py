@@ -146,8 +146,11 @@ def _transposed_rows(step: MergeStep, delta: LowRankDelta[TensorInfo]) -> Iterat
         exact = renormalize(add(weight.T, delta_rows(b, a, scale=delta.scale)), load(delta.magnitude))
         yield _replaced(0, weight, exact.T.contiguous())
         return
-    for start, stop in _row_blocks(step.source):
-        change = delta_rows(b, a[:, start:stop].contiguous(), scale=delta.scale).T.contiguous()
+    blocks = list(_row_blocks(step.source))
+    height = blocks[0][1]
+    for start, stop in blocks:
+        first = max(0, stop - height)  # see `_low_rank_rows`
+        change = delta_rows(b, a[:, first:stop].contiguous(), scale=delta.scale)[:, start - first :].T.contiguous()
         yield _added(start, load_rows(step.source, start, stop), change)
 
 
