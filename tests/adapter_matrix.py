@@ -134,6 +134,12 @@ MATRIX: Mapping[str, Row] = {
         model="gpt2",
         untied=True,
     ),
+    "positions of gpt2": Row(
+        "GPT-2's embedding of positions among `target_modules`",
+        {"target_modules": ["c_attn", "wpe"]},
+        ONCE,
+        model="gpt2",
+    ),
     "saved embedding of gpt2": Row(
         "GPT-2's tied embedding in `modules_to_save`",
         {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
@@ -219,6 +225,14 @@ MATRIX: Mapping[str, Row] = {
         "`use_dora` with `use_rslora`",
         {"target_modules": ["up_proj", "o_proj"], "use_dora": True, "use_rslora": True},
         port=MAGNITUDES,
+    ),
+    "dora of a tied head": Row(
+        "`use_dora` with a tied head among `target_modules`",
+        {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        LOGITS,
+        port=MAGNITUDES,
+        base=TIED,
+        untied=True,
     ),
     "dora of conv1d": Row(
         "`use_dora` with `fan_in_fan_out`",

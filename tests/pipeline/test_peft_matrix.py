@@ -148,13 +148,13 @@ def expected_on(evolved, case, merged):
     """Evolved with every change of the adapter made by hand, in float32."""
     from tests.models import load_tuned
 
-    base, tuned = stored(case.base), stored(merged)
+    base, tuned, later = stored(case.base), stored(merged), stored(evolved)
     model = model_of(evolved)
     if "lm_head.weight" in tuned and "lm_head.weight" not in base:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         embedding = next(name for name in base if name.endswith(("embed_tokens.weight", "wte.weight")))
-        base["lm_head.weight"] = base[embedding]
+        base["lm_head.weight"], later["lm_head.weight"] = base[embedding], later[embedding]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in tuned:
@@ -167,8 +167,7 @@ def expected_on(evolved, case, merged):
             axis = 0 if type(layer.base_layer).__name__ == "Conv1D" else 1
             norm = (base[f"{name}.weight"] + delta).norm(dim=axis, keepdim=True)
             magnitude = layer.lora_magnitude_vector["default"].weight.reshape(norm.shape)
-            weight = stored(evolved)[f"{name}.weight"]
-            model.get_submodule(name).weight.copy_(magnitude / norm * (weight + delta))
+            model.get_submodule(name).weight.copy_(magnitude / norm * (later[f"{name}.weight"] + delta))
     return model
 
 
