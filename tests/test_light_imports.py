@@ -74,5 +74,12 @@ def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
     assert (tmp_path / "ported" / "patch.json").exists()
 
 
+def test_verifying_loads_no_heavy_library(tiny, tmp_path):
+    base, adapter = str(tiny("base")), str(tiny("adapter"))
+    captured = command("capture", "--adapter", adapter, "--base", base, "-o", "patch")
+    verified = command("verify", "patch", "--base", base)
+    assert heavy_modules_after(captured + verified, cwd=tmp_path) == []
+
+
 def test_this_check_notices_a_heavy_import():
     assert heavy_modules_after("import portllm.patch.merge") == ["torch"]

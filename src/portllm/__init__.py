@@ -28,7 +28,9 @@ _HOMES = {
     "evaluate": "portllm.pipeline.evaluate",
     "inspect": "portllm.pipeline.inspect",
     "port": "portllm.pipeline.port",
+    "sign": "portllm.pipeline.sign",
     "train": "portllm.pipeline.train",
+    "verify": "portllm.pipeline.verify",
     "PortLLMError": "portllm.errors",
 }
 

@@ -11,7 +11,7 @@
         RemoteError            a server does not give the bytes it was asked for
       PatchError             an adapter or patch cannot be used
         AdapterFormatError     the folder is not an adapter this program understands whole
-        PatchRecordError       patch.json is missing, or breaks its schema
+        PatchRecordError       patch.json is missing, breaks its schema or its seal
         NonFiniteError         an infinity or NaN where a number is needed
       PortError
         UnknownMethodError     no row of METHODS has this id
@@ -76,7 +76,7 @@ class AdapterFormatError(PatchError):
 
 
 class PatchRecordError(PatchError):
-    """`patch.json` is missing where it is needed, or breaks its schema."""
+    """`patch.json` is missing where it is needed, breaks its schema, or its seal does not fit what it says."""
 
 
 class NonFiniteError(PatchError):

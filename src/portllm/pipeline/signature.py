@@ -90,13 +90,17 @@ class Roots:
     """Trust whom these certificates vouch for, directly or through others.
 
     Attributes:
-        files: PEM; none stands for those that come with the system.
+        files: PEM, at least one: the roots that a system comes with vouch for web sites, not for who may sign models.
     """
 
     files: tuple[Path, ...]
 
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("roots: at least one file is needed")
+
     def __str__(self) -> str:
-        return f"a certificate under {', '.join(map(str, self.files)) or 'the roots of the system'}"
+        return f"a certificate under {', '.join(map(str, self.files))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +198,9 @@ def _signing_config(model_signing: ModuleType, signer: Signer) -> "SigningConfig
             secret = None if password is None else cast(str, password.encode())
             return config.use_elliptic_key_signer(private_key=private_key, password=secret)
         case CertificateSigner(private_key, certificate, chain):
+            # An empty chain is not understood; a certificate that vouches for itself adds nothing.
             return config.use_certificate_signer(
-                private_key=private_key, signing_certificate=certificate, certificate_chain=chain
+                private_key=private_key, signing_certificate=certificate, certificate_chain=chain or (certificate,)
             )
         case SigstoreSigner(identity_token, staging):
             return config.use_sigstore_signer(
