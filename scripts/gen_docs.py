@@ -115,6 +115,10 @@ def render_families() -> str:
         "one it has in\nthe model that transformers 5 builds; PEFT's keys are made of it. A file or an adapter may "
         "spell it otherwise: PortLLM\nreads every spelling below, on either side, and writes a model in the spelling "
         "it was read in and an adapter in its own.\nA name that could mean two tensors is refused.",
+        "Experts may be stored each alone or all in one tensor. An adapter of all at once (PEFT's `target_parameters`) "
+        "goes onto\neither: in float32 the merged bytes are PEFT's; in 16 bits PEFT rounds the delta and the sum, here "
+        "the float32 sum is\nrounded once. Adapters of single experts, from transformers 4, go onto experts that are "
+        "stored alone.",
         "A model of no family is read too: names are then taken as they are stored, an embedding is what is called "
         "one, and\n`fan_in_fan_out` is believed as the adapter says it.",
         "\n".join(

@@ -249,9 +249,10 @@ REFUSED: Mapping[str, tuple[Mapping[str, object], str]] = {
         "the base was changed when training began. Where PEFT can convert it while saving "
         "(`path_initial_model_for_weight_conversion`), it is plain LoRA then",
     ),
-    "`target_parameters`": (
+    "`target_parameters` without their factors, or for experts of no family": (
         {"target_parameters": ["experts.w1"]},
-        "its keys do not say which parameter they belong to",
+        "a part is missing, or which tensor it belongs to is not known; experts of the [families](families.md) "
+        "are supported",
     ),
     "`layer_replication`": ({"layer_replication": [[0, 2], [1, 2]]}, "layers that the base does not have"),
     "`alora_invocation_tokens`": ({"alora_invocation_tokens": [1]}, "acts on a part of the text, so it is no weight"),

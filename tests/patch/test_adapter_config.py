@@ -170,7 +170,6 @@ FOREIGN = {
     "lora_ga_config": {"scale": 1},
     "megatron_config": {"a": 1},
     "monteclora_config": {"a": 1},
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "velora_config": {"a": 1},
@@ -250,7 +249,7 @@ WRONG = [
     ("alpha_pattern", ["q_proj"]), ("alpha_pattern", {"q_proj": "1"}), ("alpha_pattern", {"q_proj": True}),
     ("alpha_pattern", {"q_proj": math.inf}), ("alpha_pattern", {"q_proj": math.nan}),
     ("use_rslora", 1), ("use_rslora", "true"),
-    ("target_modules", None), ("target_modules", [1]), ("target_modules", {"q_proj": 1}), ("target_modules", True),
+    ("target_parameters", "w1"), ("target_modules", [1]), ("target_modules", {"q_proj": 1}), ("target_modules", True),
     ("exclude_modules", True), ("exclude_modules", [1]), ("exclude_modules", {"q_proj": 1}),
     ("layers_to_transform", "1"), ("layers_to_transform", [1.0]), ("layers_to_transform", True),
     ("layers_to_transform", [True]),
@@ -313,5 +312,5 @@ def test_all_problems_are_named_at_once():
 
 def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(AdapterFormatError) as refused:
-        parse_adapter_config({**PLAIN, "target_parameters": ["x" * 1000]}, where="mine")
+        parse_adapter_config({**PLAIN, "kasa_config": ["x" * 1000]}, where="mine")
     assert len(str(refused.value)) < 250

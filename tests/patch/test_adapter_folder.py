@@ -171,7 +171,7 @@ FOREIGN_KEYS = {
     f"{PREFIX}.lora_A.default.weight": UNEXPLAINED,
     f"{PREFIX}.lora_C.weight": UNEXPLAINED,
     f"{PREFIX}.lora_diag": "a KaSA diagonal",
-    f"{PREFIX}.base_layer.lora_A.weight": r"a nested adapter \(target_parameters\)",
+    f"{PREFIX}.base_layer.lora_A.weight": "a factor of a parameter, and 'target_parameters' names none",
     "model.layers.0.self_attn.q_proj.lora_A.weight": UNKNOWN,
     f"x.{PREFIX}.lora_A.weight": UNKNOWN,
     "base_model.model..lora_A.weight": UNKNOWN,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import portllm
 from portllm.checkpoint.families import current_tensors, family_of
 from portllm.checkpoint.reader import open_checkpoint
-from portllm.errors import AdapterFormatError, PlanRefusedError
+from portllm.errors import PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.capture import capture_adapter
 from portllm.pipeline.inspect import inspect
@@ -261,16 +261,12 @@ def test_experts_that_transformers_4_adapted_one_by_one_are_merged_one_by_one(ma
         delta = (factors[f"{key}.lora_B.weight"] @ factors[f"{key}.lora_A.weight"]) * 1.5
         assert torch.equal(merged[name], (base[name].float() + delta).bfloat16()), name
 
+    fused = plan_merge(load_patch(adapter), into=open_checkpoint(made("qwen3-moe", current=True).base))
+    assert {refusal.where for refusal in fused.refusals} == {name.removesuffix(".weight") for name in experts}
+
 
 def test_an_adapter_of_the_shared_expert_does_not_lack_the_others(made, tmp_path):
     files = made("qwen2-moe", target_modules=["gate_proj", "up_proj", "down_proj"])
     patch = load_patch(files.adapter)
     assert {module.split(".")[4] for module in patch.deltas} == {"shared_expert"}
     assert plan_merge(patch, into=open_checkpoint(files.base)).refusals == ()
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
-def test_an_adapter_of_fused_experts_is_refused_by_name(kind, made):
-    files = made(kind, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    with pytest.raises(AdapterFormatError, match="target_parameters"):
-        load_patch(files.adapter)

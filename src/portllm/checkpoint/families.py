@@ -204,6 +204,17 @@ def family_named(name: str) -> Family:
     return next(family for family in families() if family.id == name)
 
 
+def order_of(parameters: Collection[str]) -> tuple[str, ...] | None:
+    """The order in which the experts' module of some family has these parameters; None where no family has them.
+
+    Example:
+        >>> order_of(["down_proj", "gate_up_proj"])
+        ('gate_up_proj', 'down_proj')
+    """
+    found = (tuple(name for name in family.experts if name in parameters) for family in families())
+    return next((order for order in found if len(order) == len(parameters)), None)
+
+
 @cache
 def families() -> tuple[Family, ...]:
     """Every family that is known, by id."""

@@ -69,7 +69,9 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
     rows = {
         "from": f"{plan.source.name} ({plan.source.fingerprint})",
         "to": f"{plan.target.name} ({plan.target.fingerprint})",
-        "fit": f"{len(plan.patch.deltas)} modules, every tensor accounted for" if not plan.refusals else "does not fit",
+        "fit": f"{len(plan.patch.deltas) + len(plan.patch.experts)} modules, every tensor accounted for"
+        if not plan.refusals
+        else "does not fit",
         "output": str(out),
     }
     if plan.evidence:
@@ -93,7 +95,7 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
 def render_merge_plan(plan: MergePlan, out: Path) -> str:
     """What `merge --dry-run` prints."""
     rows = {
-        "patch": f"{plan.patch.name}, {len(plan.patch.deltas)} modules",
+        "patch": f"{plan.patch.name}, {len(plan.patch.deltas) + len(plan.patch.experts)} modules",
         "into": f"{plan.identity.name} ({plan.identity.fingerprint})",
         "changes": f"{plan.n_changed} of {len(plan.steps)} tensors; the others are copied",
         "output": f"{out}: {n_bytes(plan.n_bytes)} in {_count(len(plan.shards), 'file')}",

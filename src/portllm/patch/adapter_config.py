@@ -35,7 +35,7 @@ UNDERSTOOD_FIELDS = frozenset(
     {
         "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "init_lora_weights",
         "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern",
-        "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
+        "target_modules", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 
@@ -49,7 +49,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "lora_ga_config": (None,),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
     "velora_config": (None,),
@@ -86,6 +85,24 @@ class AdapterConfig:
         rank = self.rank_of(module)
         alpha = cast(float, _by_pattern(self._mapping("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
         return alpha / math.sqrt(rank) if self.fields.get("use_rslora") else alpha / rank
+
+    @property
+    def names_parameters(self) -> bool:
+        """Whether it adapts parameters by their own names, as those of experts that are one tensor."""
+        return bool(self.fields.get("target_parameters"))
+
+    def parameters_of(self, module: str) -> tuple[str, ...]:
+        """Those parameters of a module that `target_parameters` names, sorted.
+
+        Example:
+            >>> fields = {"peft_type": "LORA", "r": 1, "target_modules": [], "target_parameters": ["experts.w1", "w2"]}
+            >>> config = parse_adapter_config(fields, where="adapter")
+            >>> config.parameters_of("h.0.experts"), config.parameters_of("h.0.shared")
+            (('w1', 'w2'), ('w2',))
+        """
+        named = cast(list[str], self.fields.get("target_parameters") or [])
+        found = {name.rpartition(".")[2] for name in named if _names([name], f"{module}.{name.rpartition('.')[2]}")}
+        return tuple(sorted(found))
 
     def targets(self, modules: Iterable[str]) -> list[str]:
         """Those of a model's linear modules that the configuration names."""
@@ -152,7 +169,7 @@ class AdapterConfig:
         targets = self.fields["target_modules"]
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             return module.rsplit(".", 1)[-1] not in HEAD_NAMES and not is_embedding(module)
-        if not _names(targets, module):
+        if targets is None or not _names(targets, module):
             return False
         # PEFT looks at layer numbers only where the targets are a list.
         return isinstance(targets, str) or self._layer_is_chosen(
@@ -200,6 +217,8 @@ def parse_adapter_config(fields: Mapping[str, object], *, where: str) -> Adapter
         )
     problems = [problem for name in sorted(fields) if (problem := _field_problem(name, fields[name]))]
     problems += [f"'{name}' is missing" for name in ("r", "target_modules") if name not in fields]
+    if "target_modules" in fields and fields["target_modules"] is None and not fields.get("target_parameters"):
+        problems.append("'target_modules' is None, and 'target_parameters' names nothing either")
     if problems:
         raise AdapterFormatError(f"'{where}': adapter_config.json is not understood whole: {'; '.join(problems)}.")
     return AdapterConfig(dict(fields))
@@ -243,10 +262,10 @@ def _has_expected_type(name: str, value: object) -> bool:
         case "trainable_token_indices":
             lists = value.values() if isinstance(value, dict) else [value or []]
             return all(isinstance(ids, list) and all(_is_integer(i) and i >= 0 for i in ids) for ids in lists)
-        case "modules_to_save":
+        case "modules_to_save" | "target_parameters":
             return value is None or is_strings
         case "target_modules":
-            return is_strings or isinstance(value, str)
+            return value is None or is_strings or isinstance(value, str)
         case "layers_to_transform":
             return value is None or _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
         case "exclude_modules" | "layers_pattern":

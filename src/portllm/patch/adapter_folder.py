@@ -14,6 +14,7 @@ from pathlib import Path
 import fastjsonschema
 from blake3 import blake3
 
+from portllm.checkpoint.families import order_of
 from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, render_header
 from portllm.checkpoint.reader import names_hub, read_bytes, read_header, read_json
 from portllm.checkpoint.seal import digest_file, render_sealed, seal_problem
@@ -21,7 +22,7 @@ from portllm.checkpoint.source import Source
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import AdapterFormatError, PatchRecordError
 from portllm.patch.adapter_config import parse_adapter_config
-from portllm.patch.adapter_keys import Role, render_key
+from portllm.patch.adapter_keys import INNER, Role, render_key
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord, record_from_json, record_to_json
@@ -141,6 +142,9 @@ def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
         keyed[render_key(module, Role.EMBEDDING_B if delta.is_embedding else Role.B)] = delta.b
         if delta.magnitude is not None:
             keyed[render_key(module, Role.MAGNITUDE)] = delta.magnitude
+    for tensor, experts in patch.experts.items():
+        module = _wrapped(tensor, patch)
+        keyed |= {render_key(module, Role.A): experts.a, render_key(module, Role.B): experts.b}
     for tensor, bias in patch.bias_deltas.items():
         keyed[render_key(tensor.removesuffix(BIAS), Role.BIAS_DELTA)] = bias.values
     for tensor, rows in patch.rows.items():
@@ -150,6 +154,14 @@ def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
         key = render_key(tensor.removesuffix(BIAS), Role.BASE_BIAS) if targeted else render_key(tensor, Role.WHOLE)
         keyed[key] = whole.values
     return dict(sorted(keyed.items(), key=lambda pair: (-DTYPE_BITS[pair[1].dtype], pair[0])))
+
+
+def _wrapped(tensor: str, patch: Patch[TensorInfo]) -> str:
+    """The module of an adapted parameter as PEFT names it, wrapped once more for each parameter that comes after."""
+    module, _, parameter = tensor.rpartition(".")
+    parameters = [other.rpartition(".")[2] for other in patch.experts if other.rpartition(".")[0] == module]
+    order = order_of(parameters) or (parameter,)
+    return module + INNER * (len(order) - 1 - order.index(parameter))
 
 
 def files_of(patch: Patch[TensorInfo]) -> tuple[Source, ...]:

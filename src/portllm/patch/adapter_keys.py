@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from enum import Enum
 
 PREFIX = "base_model.model."
+INNER = ".base_layer"
+"""Stands behind a module's name once for each parameter that is adapted after the one whose factors these are."""
 
 
 class Role(Enum):
@@ -26,7 +28,6 @@ class Role(Enum):
 
 UNSUPPORTED: Mapping[str, str] = {
     "lora_diag": "a KaSA diagonal",
-    ".base_layer.lora_": "a nested adapter (target_parameters)",
 }
 """Parts of keys that mean something that is refused, and its name."""
 
@@ -48,6 +49,19 @@ def parse_key(key: str) -> tuple[str, Role] | None:
     role = next(role for role in Role if name.endswith(role.value))
     module = name.removesuffix(role.value)
     return (module, role) if module else None
+
+
+def split_inner(module: str) -> tuple[str, int]:
+    """A module without `INNER`, and how often it stood there.
+
+    Example:
+        >>> split_inner("h.0.experts.base_layer")
+        ('h.0.experts', 1)
+    """
+    depth = 0
+    while module.endswith(INNER):
+        module, depth = module.removesuffix(INNER), depth + 1
+    return module, depth
 
 
 def render_key(module: str, role: Role) -> str:

@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from portllm.checkpoint.families import order_of
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.ties import HEAD
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.adapter_keys import UNSUPPORTED, Role, parse_key
-from portllm.patch.delta import LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.adapter_keys import INNER, UNSUPPORTED, Role, parse_key, split_inner
+from portllm.patch.delta import ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
 
 WEIGHT, BIAS = ".weight", ".bias"
+EXPERTS = "experts"
+"""What the module that holds the experts of a layer is called; a parameter of another module is its weight."""
 SHOWN = 10
 PAIRS = ((Role.A, Role.B), (Role.EMBEDDING_A, Role.EMBEDDING_B))
 
@@ -26,6 +29,7 @@ class _Parts:
     values: dict[str, WholeValue[TensorInfo]] = field(default_factory=dict)
     rows: dict[str, RowValues[TensorInfo]] = field(default_factory=dict)
     bias_deltas: dict[str, VectorDelta[TensorInfo]] = field(default_factory=dict)
+    experts: dict[str, ExpertsDelta[TensorInfo]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -60,10 +64,22 @@ def sort_out(
             _take_whole(parts, found[0], tensors[key], config)
         else:
             by_module.setdefault(found[0], {})[found[1]] = tensors[key]
+    for module in [module for module in by_module if _is_inner(module, config)]:
+        parts.problems += [
+            f"tensor '{info.name}' is a factor of a parameter, and 'target_parameters' names none of its module"
+            for info in by_module.pop(module).values()
+        ]
+    has_parameters = False
+    for module in sorted({split_inner(module)[0] for module in by_module if _has_parameters(module, config)}):
+        nested = {name: by_module.pop(name) for name in list(by_module) if split_inner(name)[0] == module}
+        _take_parameters(parts, module, nested, config)
+        has_parameters = True
+    if config.names_parameters and not has_parameters:
+        parts.problems.append("'target_parameters' names parameters of the model, and there are no factors for any")
     for module, roles in by_module.items():
         _take_module(parts, module, roles, config)
     parts.problems += _changed_twice(parts)
-    if not (parts.deltas or parts.values or parts.rows or parts.problems):
+    if not (parts.deltas or parts.values or parts.rows or parts.experts or parts.problems):
         parts.problems.append("there is no factor of a LoRA in it")
     parts.problems += _wrong_dtypes(tensors)
     if parts.problems:
@@ -79,6 +95,7 @@ def sort_out(
         values=dict(sorted(parts.values.items())),
         rows=parts.rows,
         bias_deltas=parts.bias_deltas,
+        experts=parts.experts,
         revision=revision,
     )
 
@@ -120,6 +137,65 @@ def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], c
                 magnitude=roles.get(Role.MAGNITUDE),
                 is_embedding=is_embedding,
             )
+
+
+def _has_parameters(module: str, config: AdapterConfig) -> bool:
+    """Whether a module's factors belong to parameters of it that are adapted by their own names."""
+    module, depth = split_inner(module)
+    return depth > 0 or (not config.targets([module]) and bool(_parameters(module, config)))
+
+
+def _is_inner(module: str, config: AdapterConfig) -> bool:
+    """Whether a module is one that PEFT wrapped for the sake of a parameter, though none of it is adapted."""
+    module, depth = split_inner(module)
+    return depth > 0 and not _parameters(module, config)
+
+
+def _parameters(module: str, config: AdapterConfig) -> tuple[str, ...]:
+    """The parameters of a module that are adapted: the configuration may name one without saying of which module."""
+    holds_experts = module.rpartition(".")[2] == EXPERTS
+    return tuple(name for name in config.parameters_of(module) if holds_experts != (name == "weight"))
+
+
+def _take_parameters(
+    parts: _Parts, module: str, nested: Mapping[str, Mapping[Role, TensorInfo]], config: AdapterConfig
+) -> None:
+    """Take the factors of a module's parameters; PEFT wraps these one into the other, the first one innermost."""
+    parameters = _parameters(module, config)
+    order = parameters if len(parameters) == 1 else order_of(parameters)
+    expected = [module + INNER * depth for depth in reversed(range(len(parameters)))]
+    if set(nested) != set(expected) or any(set(roles) != {Role.A, Role.B} for roles in nested.values()):
+        parts.problems.append(
+            f"module '{module}' has factors at {', '.join(sorted(nested))}; 'target_parameters' names "
+            f"{', '.join(parameters)} of its parameters, whose factors are at {', '.join(expected)}"
+        )
+    elif order is None:
+        parts.problems.append(
+            f"module '{module}' has several adapted parameters ({', '.join(parameters)}), and which factors are whose "
+            "is known for experts of the families of docs/families.md only"
+        )
+    else:
+        for parameter, key in zip(order, expected, strict=True):
+            _take_experts(parts, f"{module}.{parameter}", nested[key], config)
+
+
+def _take_experts(parts: _Parts, tensor: str, roles: Mapping[Role, TensorInfo], config: AdapterConfig) -> None:
+    a, b, rank = roles[Role.A], roles[Role.B], config.rank_of(tensor)
+    if config.has_magnitudes or config.has_bias_deltas or config.is_transposed:
+        parts.problems.append(
+            f"'{tensor}' is a parameter, for which PEFT has no 'use_dora', 'lora_bias' or 'fan_in_fan_out'"
+        )
+    elif len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        parts.problems.append(
+            f"'{tensor}' has factors of shape {a.shape} and {b.shape}, expected (experts * {rank}, in) and "
+            f"(out, {rank} * experts)"
+        )
+    elif a.shape[0] > rank:
+        parts.experts[tensor] = ExpertsDelta(a=a, b=b, scale=config.scale_of(tensor), rank=rank)
+    elif tensor.endswith(WEIGHT):
+        parts.deltas[tensor.removesuffix(WEIGHT)] = LowRankDelta(a=a, b=b, scale=config.scale_of(tensor))
+    else:
+        parts.problems.append(f"'{tensor}' is an adapted parameter of one matrix that is no weight, not supported")
 
 
 def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: AdapterConfig) -> Iterator[str]:

@@ -89,5 +89,67 @@ class VectorDelta(Generic[F]):
     scale: float
 
 
-Change = LowRankDelta[F] | WholeValue[F] | RowValues[F] | VectorDelta[F]
+@dataclass(frozen=True, slots=True)
+class ExpertsDelta(Generic[F]):
+    """The deltas of one weight of all experts of a layer, `Δ_e = scale · B_e A_e` for expert `e`.
+
+    PEFT stacks them: `A_e` are the rows `e·rank` to `(e+1)·rank` of `a`; `B_e` is every `n_experts`th column of `b`
+    from column `e` on.
+
+    Attributes:
+        a: Shape (n_experts · rank, d_in).
+        b: Shape (d_out, rank · n_experts).
+        scale: alpha / rank, or alpha / √rank for rank-stabilized LoRA.
+        rank: Of each expert.
+
+    Example:
+        >>> import torch
+        >>> ExpertsDelta(a=torch.zeros(3 * 4, 12), b=torch.zeros(20, 4 * 3), scale=1.5, rank=4).shape
+        (3, 20, 12)
+    """
+
+    a: F
+    b: F
+    scale: float
+    rank: int
+
+    @property
+    def n_experts(self) -> int:
+        """How many experts there are."""
+        return self.a.shape[0] // self.rank
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of the weight of all experts: (n_experts, d_out, d_in)."""
+        return self.n_experts, self.b.shape[0], self.a.shape[1]
+
+    @property
+    def n_params(self) -> int:
+        """Numbers in the factors."""
+        return self.a.shape[0] * (self.a.shape[1] + self.b.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDelta(Generic[F]):
+    """What belongs to a matrix of one expert, where a file stores the experts one by one.
+
+    Attributes:
+        experts: The deltas of all experts.
+        number: Which expert.
+        start: First row of its delta that belongs to this matrix.
+        stop: Behind the last one.
+    """
+
+    experts: ExpertsDelta[F]
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix: (d_out, d_in)."""
+        return self.stop - self.start, self.experts.shape[2]
+
+
+Change = LowRankDelta[F] | WholeValue[F] | RowValues[F] | VectorDelta[F] | ExpertsDelta[F] | ExpertDelta[F]
 """What a patch does to one tensor of the model."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.delta import F, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import ExpertsDelta, F, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.record import PatchRecord
 
 
@@ -24,6 +24,7 @@ class Patch(Generic[F]):
         values: By tensor, the tuned model's value, where it stands whole in the place of the base's.
         rows: By tensor, the tuned model's value of some rows of an embedding.
         bias_deltas: By tensor, what is added to a bias.
+        experts: By tensor, what is added to the weight of all experts of a layer.
         revision: The commit hash of an adapter of the Hugging Face Hub, else None.
     """
 
@@ -35,6 +36,7 @@ class Patch(Generic[F]):
     values: Mapping[str, WholeValue[F]] = field(default_factory=dict)
     rows: Mapping[str, RowValues[F]] = field(default_factory=dict)
     bias_deltas: Mapping[str, VectorDelta[F]] = field(default_factory=dict)
+    experts: Mapping[str, ExpertsDelta[F]] = field(default_factory=dict)
     revision: str | None = None
 
     @property
@@ -43,7 +45,9 @@ class Patch(Generic[F]):
         whole = [value.values.shape for value in self.values.values()]
         whole += [value.values.shape for value in self.rows.values()]
         whole += [value.values.shape for value in self.bias_deltas.values()]
-        return sum(delta.n_params for delta in self.deltas.values()) + sum(map(math.prod, whole))
+        low_rank = [delta.n_params for delta in self.deltas.values()]
+        low_rank += [delta.n_params for delta in self.experts.values()]
+        return sum(low_rank) + sum(map(math.prod, whole))
 
     @property
     def is_relative(self) -> bool:

@@ -1,7 +1,7 @@
 """The bytes of one output tensor, block by block: read, change, round, measure. Memory holds one block at a time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import read_bytes
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load, load_rows
 from portllm.errors import NonFiniteError
-from portllm.patch.delta import LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.merge import add, delta_rows, measure_merge, renormalize, round_nearest, round_stochastic
 from portllm.patch.noise import rounding_noise
 from portllm.patch.rounding import MergeSums
@@ -119,23 +119,51 @@ def _changed_rows(step: MergeStep) -> Iterator[Rows]:
         case VectorDelta(values=info, scale=scale):
             weight = _matrix(step.source, 0, step.source.shape[0])
             yield _added(0, weight, _wide(load(info))[:, None] * scale)
+        case ExpertsDelta() as experts:
+            yield from _experts_rows(step, experts)
+        case ExpertDelta(experts=experts, number=number) as part:
+            a, b = _factors_of(experts, number)
+            for start, stop, change in _products(b[part.start : part.stop], a, experts.scale, step.source):
+                yield _added(start, load_rows(step.source, start, stop), change)
 
 
 def _low_rank_rows(step: MergeStep, delta: LowRankDelta[TensorInfo]) -> Iterator[Rows]:
     a, b = load(delta.a), load(delta.b)
     magnitude = None if delta.magnitude is None else load(delta.magnitude)
-    blocks = list(_row_blocks(step.source))
-    height = blocks[0][1]
-    for start, stop in blocks:
+    for start, stop, change in _products(b, a, delta.scale, step.source):
         weight = load_rows(step.source, start, stop)
-        # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
-        # block is multiplied at full height, from rows that the block before it has had already.
-        first = max(0, stop - height)
-        change = delta_rows(b[first:stop], a, scale=delta.scale)[start - first :]
         if magnitude is None:
             yield _added(start, weight, change)
         else:
             yield _replaced(start, weight, renormalize(add(weight, change), magnitude[start:stop]))
+
+
+def _products(b: Tensor, a: Tensor, scale: float, matrix: TensorInfo) -> Iterator[tuple[int, int, Tensor]]:
+    """The rows of `scale · B A` for one block of rows of a matrix after the other, with the rows' numbers."""
+    blocks = list(_row_blocks(matrix))
+    height = blocks[0][1]
+    for start, stop in blocks:
+        # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
+        # block is multiplied at full height, from rows that the block before it has had already.
+        first = max(0, stop - height)
+        yield start, stop, delta_rows(b[first:stop], a, scale=scale)[start - first :]
+
+
+def _experts_rows(step: MergeStep, delta: ExpertsDelta[TensorInfo]) -> Iterator[Rows]:
+    """For a weight of shape (n_experts, d_out, d_in): the rows of one expert after the other."""
+    n_experts, d_out, d_in = step.source.shape
+    rows, matrix = (replace(step.source, shape=(height, d_in)) for height in (n_experts * d_out, d_out))
+    for number in range(n_experts):
+        a, b = _factors_of(delta, number)
+        for start, stop, change in _products(b, a, delta.scale, matrix):
+            first = number * d_out + start
+            yield _added(first, load_rows(rows, first, first + stop - start), change)
+
+
+def _factors_of(delta: ExpertsDelta[TensorInfo], number: int) -> tuple[Tensor, Tensor]:
+    """One expert's factors, A of shape (rank, d_in) and B of shape (d_out, rank)."""
+    a = load_rows(delta.a, number * delta.rank, (number + 1) * delta.rank)
+    return a, load(delta.b)[:, number :: delta.n_experts].contiguous()
 
 
 def _transposed_rows(step: MergeStep, delta: LowRankDelta[TensorInfo]) -> Iterator[Rows]:

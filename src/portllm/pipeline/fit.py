@@ -13,6 +13,7 @@ from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+from portllm.pipeline.experts import expert_changes, expert_misfits
 
 COMPARED_BYTES = 1 << 24
 
@@ -72,15 +73,17 @@ def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorIn
 
 def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Change[TensorInfo]]:
     """What a patch that fits a model does, by the name of the tensor in the model; a tied head has a name too."""
-    changes = {}
+    changes: dict[str, Change[TensorInfo]] = {}
     for name, change in changes_of(patch).items():
         tensor = resolve(name, checkpoint)
         changes[name if tensor is None else tensor.name] = change
+    for name, delta in patch.experts.items():
+        changes |= expert_changes(name, delta, checkpoint)
     return changes
 
 
 def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
-    """What a patch does, by the name that it has for the tensor it is done to."""
+    """What a patch does, by the name that it has for the tensor it is done to; all but experts."""
     return {
         **{module + WEIGHT: delta for module, delta in patch.deltas.items()},
         **patch.values,
@@ -105,6 +108,7 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
             yield Refusal(where, problem)
     yield from _unnamed(patch, named)
     yield from _missing(patch, named)
+    yield from expert_misfits(patch, checkpoint)
     yield from _shared_rows(patch, named)
 
 
@@ -150,7 +154,8 @@ class _Named:
         self.checkpoint = checkpoint
         self.config = config
         self.tied = tied_embedding(checkpoint)
-        self.targets = set(config.targets(modules))
+        modules = list(modules)
+        self.targets = {*config.targets(modules), *(m for m in modules if "weight" in config.parameters_of(m))}
         if self._ties_head_to(self.targets):
             self.targets.add(HEAD_MODULE)
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portllm.checkpoint.families import family_of
+from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest, fingerprint
 from portllm.checkpoint.reader import names_hub, on_disk, open_checkpoint
 from portllm.checkpoint.ties import tied_embedding
 from portllm.patch.adapter_folder import CONFIG_FILE, load_patch, stored_tensors
+from portllm.patch.delta import ExpertsDelta, LowRankDelta
 from portllm.patch.record import PatchRecord, record_to_json
 from portllm.pipeline.fit import linear_weights
 from portllm.progress import Progress, silent
@@ -140,14 +142,15 @@ def summarize_checkpoint(
 def summarize_patch(where: str | Path) -> PatchSummary:
     """Describe an adapter or patch; see `inspect`."""
     patch = load_patch(where)
+    deltas: dict[str, LowRankDelta[TensorInfo] | ExpertsDelta[TensorInfo]] = {**patch.deltas, **patch.experts}
     base_name, base_revision = (patch.config.fields.get(key) for key in ("base_model_name_or_path", "revision"))
     return PatchSummary(
         name=patch.name,
         revision=patch.revision,
-        n_modules=len(patch.deltas),
-        modules=dict(Counter(module.rsplit(".", 1)[-1] for module in patch.deltas)),
-        ranks=dict(sorted(Counter(delta.rank for delta in patch.deltas.values()).items())),
-        scales=dict(sorted(Counter(delta.scale for delta in patch.deltas.values()).items())),
+        n_modules=len(deltas),
+        modules=dict(Counter(module.rsplit(".", 1)[-1] for module in deltas)),
+        ranks=dict(sorted(Counter(delta.rank for delta in deltas.values()).items())),
+        scales=dict(sorted(Counter(delta.scale for delta in deltas.values()).items())),
         n_params=patch.n_params,
         n_bytes=sum(info.n_bytes for info in stored_tensors(patch).values()),
         base_name=str(base_name) if base_name else None,
