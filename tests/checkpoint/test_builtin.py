@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from blake3 import blake3
@@ -121,19 +122,35 @@ def test_a_folder_that_lost_a_file_is_made_anew(package):
     assert cached() == [folder.name, "tiny.json"]
 
 
-def test_the_second_of_two_at_once_takes_the_folder_of_the_first(package):
-    first = []
+def test_the_second_of_two_at_once_waits_and_takes_the_folder_of_the_first(package, monkeypatch):
+    from portllm.checkpoint import staging
+
+    waiting, flock, converted = threading.Event(), staging.fcntl.flock, []
+
+    def tell(descriptor, how):
+        if threading.current_thread() is not threading.main_thread():
+            waiting.set()
+        flock(descriptor, how)
 
     def overtake(label, done, total, unit):
-        if not first:
-            first.append(None)  # before the call below, which comes here again
-            first[0] = builtin_folder("tiny")
-            first.append((first[0].stat().st_ino, files_of(first[0])))
+        if not converted:
+            converted.append("first")
+            second.start()
+            assert waiting.wait(timeout=30)
 
-    second = builtin_folder("tiny", progress=overtake)
-    assert second == first[0]
-    assert (second.stat().st_ino, files_of(second)) == first[1]
-    assert cached() == [second.name, "tiny.json"]
+    def note(label, done, total, unit):
+        converted.append("second")
+
+    monkeypatch.setattr(staging.fcntl, "flock", tell)
+    found = []
+    second = threading.Thread(target=lambda: found.append(builtin_folder("tiny", progress=note)))
+    first = builtin_folder("tiny", progress=overtake)
+    identity = (first.stat().st_ino, files_of(first))
+    second.join(timeout=30)
+    assert found == [first]
+    assert converted == ["first"]
+    assert (first.stat().st_ino, files_of(first)) == identity
+    assert cached() == [first.name, "tiny.json"]
 
 
 def test_opening_again_imports_nothing_heavy(package, tmp_path):

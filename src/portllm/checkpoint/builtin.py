@@ -122,13 +122,13 @@ def _write_record(record: Path, value: Mapping[str, object]) -> None:
 
 
 def _convert(source: Path, folder: Path, *, progress: Progress) -> None:
-    """Convert into a sibling folder and rename it; whichever of two processes is second takes the first one's."""
+    """Convert into a sibling folder and rename it; the second of two processes waits, and takes the first one's."""
     # Needed once: numpy and gguf take long to import. And the reader, which the writer builds on, imports this module.
     from portllm.checkpoint.gguf import write_gguf_as_checkpoint
     from portllm.checkpoint.writer import staged_folder
 
     try:
-        with staged_folder(folder, overwrite=folder.is_dir()) as staging:
+        with staged_folder(folder, overwrite=folder.is_dir(), wait=True) as staging:
             write_gguf_as_checkpoint(source, staging, progress=progress)
     except OutputError as error:
         if not _is_whole(folder):

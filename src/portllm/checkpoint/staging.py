@@ -115,15 +115,19 @@ class Journal:
         finished: What was noted about each finished file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
         """Open and lock it.
 
+        Args:
+            path: The file; it is made where it is missing.
+            wait: For another run that holds it, to its end.
+
         Raises:
-            OutputBusyError: Another run holds it.
+            OutputBusyError: Another run holds it, and `wait` is False.
             OSError: It cannot be made.
         """
         self._path = path
-        self._descriptor = _open_locked(path)
+        self._descriptor = _open_locked(path, wait=wait)
         self.inode: int | None = None
         self.plan: str | None = None
         self.finished: dict[str, Mapping[str, object]] = {}
@@ -236,11 +240,12 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, *, wait: bool) -> int:
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, how)
         except BlockingIOError as error:
             os.close(descriptor)
             raise OutputBusyError(

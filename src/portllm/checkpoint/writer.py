@@ -130,7 +130,7 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def staged_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged_folder(final: Path, *, overwrite: bool, wait: bool = False) -> Iterator[Path]:
     """A fresh folder beside `final` that takes its name when the block ends, and vanishes if the block fails.
 
     What a run that died left there is removed, and what it was about to replace gets its name back.
@@ -138,31 +138,33 @@ def staged_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     Args:
         final: The folder to be.
         overwrite: Replace what is there; it stays whole until the new folder is.
+        wait: For another run that writes there, to its end.
 
     Raises:
         OutputExistsError: `final` exists and `overwrite` is False.
-        OutputBusyError: Another run writes there.
+        OutputBusyError: Another run writes there, and `wait` is False.
         OutputError: The parent folder is missing or cannot be written.
     """
-    with resumable_folder(final, overwrite=overwrite, plan=None) as staged:
+    with resumable_folder(final, overwrite=overwrite, plan=None, wait=wait) as staged:
         yield staged.folder
 
 
 @contextlib.contextmanager
-def resumable_folder(final: Path, *, overwrite: bool, plan: str | None) -> Iterator[Staged]:
+def resumable_folder(final: Path, *, overwrite: bool, plan: str | None, wait: bool = False) -> Iterator[Staged]:
     """As `staged_folder`, but what a run that was interrupted or died has finished stays for the next of the same plan.
 
     Args:
         final: The folder to be.
         overwrite: Replace what is there; it stays whole until the new folder is.
         plan: Digest of all that the output depends on, or None: nothing is ever kept.
+        wait: For another run that writes there, to its end.
 
     Raises:
         OutputExistsError, OutputBusyError, OutputError: As `staged_folder`.
     """
     check_free(final, overwrite=overwrite)
     place = Place(final if final.name not in ("", "..") else final.resolve())
-    with _journal(place) as journal:
+    with _journal(place, wait=wait) as journal:
         try:
             place.settle(journal.inode)
             check_free(final, overwrite=overwrite)
@@ -185,11 +187,11 @@ def resumable_folder(final: Path, *, overwrite: bool, plan: str | None) -> Itera
 
 
 @contextlib.contextmanager
-def _journal(place: Place) -> Iterator[Journal]:
+def _journal(place: Place, *, wait: bool) -> Iterator[Journal]:
     """The journal of a place, locked; it is deleted at the end unless it describes a part that stays."""
     try:
         place.final.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(place.journal)
+        journal = Journal(place.journal, wait=wait)
     except OSError as error:
         raise OutputError(f"'{place.final}': cannot write into '{place.final.parent}': {error.strerror}.") from error
     try:
