@@ -14,6 +14,7 @@ from portllm.checkpoint.reader import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.capture import capture_adapter
+from portllm.pipeline.capture_tuned import capture_tuned
 from portllm.pipeline.inspect import inspect
 from portllm.pipeline.merge import merge
 from portllm.pipeline.plan import plan_merge
@@ -173,6 +174,18 @@ def test_an_adapter_of_transformers_4_is_understood_as_the_one_it_became(kind, m
     assert_equal_bytes(tensors_of(tmp_path / "old"), tensors_of(tmp_path / "new"))
 
 
+@pytest.mark.parametrize("kind", ["phi3", "gpt2", "gemma3-vision", "qwen2-vision", "qwen3-moe"])
+def test_a_patch_captured_from_two_models_is_loaded_by_peft(kind, made, tmp_path):
+    from tests import families as tiny
+
+    files = made(kind, dtype=torch.float32)
+    tuned = tiny.merge_with_peft(kind, files.base, files.adapter, tmp_path / "tuned")
+    report = capture_tuned(open_checkpoint(files.base), open_checkpoint(tuned), out=tmp_path / "patch")
+    assert set(report.deltas) == set(load_patch(files.adapter).deltas)
+    found, expected = tiny.load_tuned(kind, files.base, tmp_path / "patch"), tiny.load(kind, tuned)
+    assert (logits(found) - logits(expected)).abs().max() < F32_LOGITS
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral"])
 def test_an_adapter_fits_a_checkpoint_that_was_saved_without_its_head(kind, made, tmp_path):
     from tests import families as tiny
@@ -212,6 +225,18 @@ def test_gpt2s_head_is_stored_the_usual_way_though_its_layers_are_not(made, tmp_
     merge(load_patch(files.adapter), into=open_checkpoint(files.base), out=tmp_path / "ours")
     tiny.merge_with_peft("gpt2", files.base, files.adapter, tmp_path / "peft")
     assert_equal_bytes(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("kind", ["gemma3-vision", "qwen2-vision"])
+def test_a_tied_head_of_a_model_of_vision_and_text_is_set_apart_when_it_is_adapted(kind, made, tmp_path):
+    from tests import families as tiny
+
+    files = made(kind, dtype=torch.float32, target_modules=["q_proj", "lm_head"])
+    merge(load_patch(files.adapter), into=open_checkpoint(files.base), out=tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"].get("tie_word_embeddings", False) is False
+    merged, expected = tiny.load(kind, tmp_path / "ours"), tiny.load_tuned(kind, files.base, files.adapter)
+    assert (logits(merged) - logits(expected)).abs().max() < F32_LOGITS
 
 
 @pytest.mark.parametrize("kind", KINDS)

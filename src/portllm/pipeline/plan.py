@@ -226,6 +226,9 @@ def plan_merge(
     config_changes: dict[str, object] = {}
     if unties:
         config_changes["tie_word_embeddings"] = False
+        text = into.config.get("text_config")
+        if isinstance(text, dict) and "tie_word_embeddings" in text:  # a model of vision and text says it there too
+            config_changes["text_config"] = {**text, "tie_word_embeddings": False}
         notes.append("the patch sets head and embedding apart, which were tied: the output has a head of its own.")
     if dtype is not None:
         config_changes["dtype"] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
