@@ -105,7 +105,10 @@ def test_a_run_goes_on_with_the_files_that_a_dead_one_finished(tmp_path):
 
     assert in_child(run) == -signal.SIGKILL
     assert names(tmp_path) == [".out.journal", ".out.part"]
+    (tmp_path / ".out.part" / "half").write_bytes(b"what was being written")
+    (tmp_path / ".out.part" / "folder").mkdir()
     assert write(tmp_path / "out") == ["c"]
+    assert names(tmp_path / "out") == sorted(NEW)
     assert contents(tmp_path) == {f"out/{name}": data for name, data in NEW.items()}
 
 
