@@ -18,7 +18,7 @@ demo: $(LIVE) ## the whole story on a small real model, offline, on a CPU
 	@$(BIN)/portllm demo
 
 test: $(DEV) ## the default tests and the examples in the docstrings
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: format lint types layers docs tests ## the gate: format, lint, types, layers, docs, tests
 
@@ -54,7 +54,7 @@ docs: $(DEV)
 
 tests: $(DEV)
 	@echo '== tests'
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON): not found; install Python 3.11 or newer' \
