@@ -57,9 +57,9 @@ def program(
 
 def main() -> None:
     """Run the program; an error of ours is a message and exit status 1, a bug keeps its traceback."""
-    # Waiting threads of torch spin by default, and take a busy machine's cores from those that work. Read when torch is
-    # loaded; what the user has set stays.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Waiting threads of torch spin for long by default, and take a busy machine's cores from those that work; without
+    # any spinning, short operations wait for threads to wake. Read when torch is loaded; what the user has set stays.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import portllm.cli.make_commands
     import portllm.cli.model_commands
     import portllm.cli.patch_commands
