@@ -23,6 +23,8 @@ _HOMES = {
     "Patch": "portllm.patch.patch",
     "load_patch": "portllm.patch.adapter_folder",
     "capture_adapter": "portllm.pipeline.capture",
+    "capture_tuned": "portllm.pipeline.capture_tuned",
+    "combine": "portllm.pipeline.combine",
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
     "evaluate": "portllm.pipeline.evaluate",

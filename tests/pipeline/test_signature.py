@@ -4,7 +4,6 @@ import base64
 import datetime
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -14,13 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from portllm.checkpoint.reader import open_checkpoint
 from portllm.errors import MissingExtraError, OutputExistsError, SignatureError
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline import signature as border
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
 from portllm.pipeline.sign import sign
 from portllm.pipeline.signature import CertificateSigner, Identity, KeySigner, PublicKey, Roots, SigstoreSigner
 from portllm.pipeline.verify import verify
@@ -80,29 +75,6 @@ def keys(tmp_path_factory):
         leaf = make_certificate(f"under {name}", leaf_key, issuer=root, issuer_key=root_key)
         (folder / f"under-{name}.pem").write_bytes(leaf.public_bytes(PEM))
     return folder
-
-
-@pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    """A patch that was ported once, and a model that it was merged into."""
-    folder = tmp_path_factory.mktemp("made")
-    base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved"))
-    with pytest.MonkeyPatch.context() as patcher:
-        patcher.setenv("PORTLLM_CACHE", str(folder / "cache"))
-        patch = capture_adapter(load_patch(tiny("adapter")), base=base, out=folder / "first")
-        ported = port(patch, evolved=evolved, out=folder / "patch")
-        merge(ported, into=evolved, out=folder / "merged", shard_bytes=4000)
-    return folder
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-    """A copy of one of them."""
-
-    def take(name="patch"):
-        return shutil.copytree(made / name, tmp_path / name)
-
-    return take
 
 
 def wrong(verification):

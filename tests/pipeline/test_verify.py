@@ -21,29 +21,6 @@ SEED = 20
 
 
 @pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    """A patch that was ported once, and a model that it was merged into, in several files."""
-    folder = tmp_path_factory.mktemp("made")
-    base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved"))
-    with pytest.MonkeyPatch.context() as patcher:
-        patcher.setenv("PORTLLM_CACHE", str(folder / "cache"))
-        patch = capture_adapter(load_patch(tiny("adapter")), base=base, out=folder / "first")
-        ported = port(patch, evolved=evolved, out=folder / "patch")
-        merge(ported, into=evolved, out=folder / "merged", shard_bytes=4000)
-    return folder
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-    """A copy of one of them, to be damaged."""
-
-    def take(name):
-        return shutil.copytree(made / name, tmp_path / name)
-
-    return take
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A patch of one module, so small that every byte of it can be tried."""
     folder = tmp_path_factory.mktemp("small")
@@ -151,8 +128,8 @@ def test_a_byte_that_changed_without_a_trace_in_the_files_times_is_caught(copy, 
 # ---- what is named
 
 
-def test_a_patch_that_is_whole_is_told_check_by_check(made, tiny):
-    found = verify(made / "patch", base=open_checkpoint(tiny("evolved")))
+def test_a_patch_that_is_whole_is_told_check_by_check(written, tiny):
+    found = verify(written / "patch", base=open_checkpoint(tiny("evolved")))
     assert found.verified
     assert (found.kind, found.notes) == ("patch", ())
     assert [check.subject for check in found.checks] == [
@@ -161,8 +138,8 @@ def test_a_patch_that_is_whole_is_told_check_by_check(made, tiny):
     assert verification_to_json(found)["verified"] is True
 
 
-def test_a_model_that_is_whole_is_told_check_by_check(made, tiny):
-    found = verify(made / "merged", base=open_checkpoint(tiny("evolved")))
+def test_a_model_that_is_whole_is_told_check_by_check(written, tiny):
+    found = verify(written / "merged", base=open_checkpoint(tiny("evolved")))
     assert found.verified
     assert [check.subject for check in found.checks] == [
         "portllm.json", "config.json", "generation_config.json", "model.safetensors.index.json", "digest",
@@ -207,9 +184,9 @@ def test_metadata_in_a_header_counts(copy):
     assert wrong(verify(folder)) == [shard.name]
 
 
-def test_another_base_is_named(made, tiny):
+def test_another_base_is_named(written, tiny):
     for name in ("patch", "merged"):
-        found = verify(made / name, base=open_checkpoint(tiny("base")))
+        found = verify(written / name, base=open_checkpoint(tiny("base")))
         assert wrong(found) == ["base"]
         assert "the record names" in found.checks[-1].finding
 
