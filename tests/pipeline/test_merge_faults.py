@@ -203,7 +203,8 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(case, expe
 # ---- signals, as a user or a scheduler sends them
 
 PROGRAM = """
-import functools, sys, time
+import functools, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits that it is ignored
 import portllm.pipeline.plan as plan
 from portllm.checkpoint.writer import ShardWriter
 
