@@ -9,7 +9,8 @@ from portllm.checkpoint.reader import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.plan import identify, plan_merge, plan_port, require
+from portllm.pipeline.plan import plan_merge, plan_port, require
+from portllm.pipeline.update import identify
 from tests.files import write_sparse
 
 MODULES = [

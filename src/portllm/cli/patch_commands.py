@@ -3,12 +3,13 @@
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from portllm.cli.main import (
     MODEL,
+    PATCHES,
     DryRunOption,
     JsonOption,
     OtherBaseOption,
@@ -18,6 +19,11 @@ from portllm.cli.main import (
     app,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from portllm.checkpoint.header import TensorInfo
+    from portllm.patch.patch import Patch
+    from portllm.pipeline.plan import PortPlan
 
 
 class DType(StrEnum):
@@ -59,7 +65,9 @@ def inspect(
 
 @app.command()
 def port(
-    patch: Annotated[Path, typer.Argument(help="The patch, or a PEFT LoRA folder together with --base.")],
+    patches: Annotated[
+        list[Path], typer.Argument(metavar="PATCH...", help=f"{PATCHES} One without a record needs --base.")
+    ],
     evolved: Annotated[str, typer.Option("--evolved", help=f"The model to carry it to. {MODEL}")],
     output: OutOption,
     base: Annotated[str | None, typer.Option("--base", help="The model the patch belongs to.")] = None,
@@ -69,34 +77,47 @@ def port(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Carry a patch over to an evolved model; it stays an adapter. Reads headers and samples.
+    """Carry patches over to an evolved model; they stay adapters. Reads headers and samples.
 
-    Weights are read only of tensors that the patch holds whole; these need --base.
+    Weights are read only of tensors that a patch holds whole; these need --base. Several patches go each to a subfolder
+    of the output, named like its own folder; one that fails does not stop the others.
     """
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.checkpoint.writer import check_free
     from portllm.cli.render import render_port_plan
+    from portllm.cli.render_several import port_outcomes_to_json, ported_to_json, render_port_outcomes
     from portllm.patch.adapter_folder import load_patch
-    from portllm.patch.record import record_to_json
-    from portllm.pipeline.plan import plan_port, require
+    from portllm.patch.folders import find_patches, open_each
+    from portllm.pipeline.plan import plan_port_on, require
     from portllm.pipeline.port import run_port
+    from portllm.pipeline.update import Update
 
-    plan = plan_port(
-        load_patch(patch),
-        evolved=open_checkpoint(evolved),
-        base=None if base is None else open_checkpoint(base),
-        method=method,
-        allow_other_base=allow_other_base,
-    )
-    if not as_json:
-        typer.echo(render_port_plan(plan, output))
-    if dry_run:
+    update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
+    found = find_patches(patches)
+    outputs = found.outputs(output)
+
+    def carry(patch: "Patch[TensorInfo]", number: int) -> "tuple[PortPlan, Patch[TensorInfo] | None]":
+        plan = plan_port_on(patch, update, method=method, allow_other_base=allow_other_base)
+        if found.is_single and not as_json:
+            typer.echo(render_port_plan(plan, output))
+        if not dry_run:
+            return plan, run_port(plan, outputs[number], overwrite=overwrite)
         require(plan)
-        check_free(output, overwrite=overwrite)
+        check_free(outputs[number], overwrite=overwrite)
+        return plan, None
+
+    if found.is_single:
+        _, ported = carry(load_patch(found.folders[0]), 0)
+        if as_json and ported is not None:
+            print_json(ported_to_json(ported, output))
         return
-    ported = run_port(plan, output, overwrite=overwrite)
-    if as_json and ported.record is not None:
-        print_json({"output": str(output), "record": record_to_json(ported.record)})
+    outcomes = open_each(found, carry)
+    if as_json:
+        print_json(port_outcomes_to_json(outcomes, outputs))
+    else:
+        typer.echo(render_port_outcomes(outcomes, outputs))
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command()

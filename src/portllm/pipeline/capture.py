@@ -12,7 +12,7 @@ from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, w
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.pipeline.fit import altered_copies, misfits
-from portllm.pipeline.plan import identify
+from portllm.pipeline.update import identify
 
 
 def plan_capture(adapter: Patch[TensorInfo], *, base: Checkpoint) -> tuple[Refusal, ...]:

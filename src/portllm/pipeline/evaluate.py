@@ -16,8 +16,8 @@ from portllm.patch.adapter_folder import folder_of
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.fit import base_mismatch, misfits
-from portllm.pipeline.plan import identify
 from portllm.pipeline.train import model_folder
+from portllm.pipeline.update import identify
 from portllm.progress import Progress, silent
 
 

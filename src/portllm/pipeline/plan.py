@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from portllm.assess.drift import DriftSums, measure_drift
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.sample import load_spans, sample_span
 from portllm.checkpoint.source import Source
@@ -34,7 +33,8 @@ from portllm.pipeline.fit import (
     tensor_of,
     tie_mismatch,
 )
-from portllm.pipeline.token_rows import TokenMap, following, match_tokens, token_changes, unmovable
+from portllm.pipeline.token_rows import TokenMap, following, token_changes, unmovable
+from portllm.pipeline.update import Update, identify
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +122,6 @@ def require(plan: PortPlan | MergePlan) -> None:
         raise PlanRefusedError(plan.refusals)
 
 
-def identify(checkpoint: Checkpoint) -> ModelIdentity:
-    """A checkpoint's identity, from its fingerprint."""
-    return ModelIdentity(checkpoint.name, fingerprint(checkpoint), revision=checkpoint.revision)
-
-
 def plan_port(
     patch: Patch[TensorInfo],
     *,
@@ -147,14 +142,22 @@ def plan_port(
     Raises:
         UnknownMethodError: There is no such method.
     """
+    return plan_port_on(patch, Update(base, evolved), method=method, allow_other_base=allow_other_base)
+
+
+def plan_port_on(
+    patch: Patch[TensorInfo], update: Update, *, method: str = "add", allow_other_base: bool = False
+) -> PortPlan:
+    """As `plan_port`, where several patches go through one update: what does not depend on the patch is read once."""
     chosen = method_named(method)
+    base, evolved = update.base, update.evolved
     patch = oriented(patch, evolved)
-    target = identify(evolved)
+    target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
-    tokens = match_tokens(base, evolved) if base is not None and by_token else None
+    tokens = update.tokens if by_token else None
     refusals = list(misfits(patch if tokens is None else following(patch, by_token, tokens), evolved))
     refusals += () if tokens is None else unmovable(patch, by_token)
-    given = None if base is None else identify(base)
+    given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
         refusals += base_mismatch(patch, given, option="--base", allow_other_base=allow_other_base)

@@ -16,7 +16,7 @@ from portllm.checkpoint.vocabulary import TOKENIZER_FILE, read_vocabulary
 from portllm.errors import Refusal
 from portllm.patch.adapter_config import HEAD_NAMES, is_embedding
 from portllm.patch.record import ModelIdentity
-from portllm.pipeline.plan import identify
+from portllm.pipeline.update import identify
 
 Dense = Literal["keep", "drop"]
 """What becomes of norms, biases, embeddings and heads: kept as the tuned model's whole values, or left out."""
