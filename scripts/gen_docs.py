@@ -118,7 +118,8 @@ def render_families() -> str:
         "Experts may be stored each alone or all in one tensor. An adapter of all at once (PEFT's `target_parameters`) "
         "goes onto\neither: in float32 the merged bytes are PEFT's; in 16 bits PEFT rounds the delta and the sum, here "
         "the float32 sum is\nrounded once. Adapters of single experts, from transformers 4, go onto experts that are "
-        "stored alone.",
+        "stored alone. A patch that is\ncaptured from two models holds one delta of all experts of a layer, whichever "
+        "way either model stores them.",
         "A model of no family is read too: names are then taken as they are stored, an embedding is what is called "
         "one, and\n`fan_in_fan_out` is believed as the adapter says it.",
         "\n".join(

@@ -1,6 +1,7 @@
 """Experts that are adapted all at once (`target_parameters`): as PEFT has them, however the file stores the experts."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,13 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from portllm.checkpoint.reader import open_checkpoint
-from portllm.errors import AdapterFormatError, PlanRefusedError
+from portllm.checkpoint.tensors import load
+from portllm.errors import AdapterFormatError, NonFiniteError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.capture import capture_adapter
+from portllm.pipeline.capture_tuned import capture_tuned
 from portllm.pipeline.inspect import inspect
 from portllm.pipeline.merge import merge
 from portllm.pipeline.plan import plan_merge
 from portllm.pipeline.port import port
+from portllm.pipeline.tuned_plan import plan_capture_tuned
 
 F32_LOGITS = 2e-4
 """Logits of size 1 to 10 from weights in float32, once merged and once not: the sums differ in their last bits."""
@@ -221,3 +225,79 @@ def test_what_peft_does_not_do_to_parameters_is_refused(fields, rewritten):
 def test_a_rank_that_does_not_divide_the_factors_is_refused(rewritten):
     with pytest.raises(AdapterFormatError, match=r"expected \(experts \* 5, in\)"):
         load_patch(rewritten("alone", r=5))
+
+
+# ---- from two checkpoints
+
+
+@pytest.mark.parametrize(("base_fused", "tuned_fused"), [(True, True), (False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("case", ["both", "one", "patterns", "router"])
+def test_a_patch_captured_from_two_models_has_their_experts(case, base_fused, tuned_fused, made, tmp_path):
+    from tests import families as tiny
+
+    files = made(case, current=base_fused)
+    tuned = tiny.merge_with_peft(files.kind, files.base, files.adapter, tmp_path / "tuned", current=tuned_fused)
+    report = capture_tuned(open_checkpoint(files.base), open_checkpoint(tuned), out=tmp_path / "patch")
+    adapter = load_patch(files.adapter)
+    assert {name: delta.rank for name, delta in load_patch(tmp_path / "patch").experts.items()} == {
+        name: delta.rank for name, delta in adapter.experts.items()
+    }
+    assert set(report.deltas) == {*adapter.deltas, *adapter.experts}
+    assert (report.left_out, report.truncation_residual < 1e-4) == ({}, True)
+    found = logits(tiny.load_tuned(files.kind, files.base, tmp_path / "patch"))
+    expected = logits(tiny.load(files.kind, tuned))
+    assert (found - expected).abs().max() < F32_LOGITS
+    assert (logits(tiny.load(files.kind, files.base)) - expected).abs().max() > 0.01
+
+
+def test_experts_that_need_fewer_directions_than_others_end_in_zeros(made, tmp_path):
+    files = made("both", current=True)
+    name = "model.layers.1.mlp.experts.down_proj"
+    tuned = changed_copy(files.base, tmp_path / "tuned", lambda t: {**t, name: with_ranks(t[name], (2, 0, 1))})
+    capture_tuned(open_checkpoint(files.base), open_checkpoint(tuned), out=tmp_path / "patch")
+    patch = load_patch(tmp_path / "patch")
+    assert (dict(patch.deltas), list(patch.experts), patch.experts[name].rank) == ({}, [name], 2)
+    a = load(patch.experts[name].a).reshape(3, 2, -1)
+    assert [int(rows.any(dim=1).sum()) for rows in a] == [2, 0, 1]
+    merge(patch, into=open_checkpoint(files.base), out=tmp_path / "merged")
+    assert torch.allclose(weights(tmp_path / "merged")[name], weights(tuned)[name], atol=1e-5)
+
+
+def with_ranks(experts, ranks):
+    """Each expert changed by a matrix of its rank."""
+    moved = experts.clone()
+    for number, rank in enumerate(ranks):
+        for direction in range(rank):
+            moved[number, direction, direction] += 1.0
+    return moved
+
+
+def changed_copy(source, folder, change):
+    shutil.copytree(source, folder)
+    save_file(change(weights(source)), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda experts: experts[:2].contiguous(), "3 of (16, 12) in the base and 2 of (16, 12) in the tuned model"),
+        (lambda experts: experts.to(torch.int8), "its experts are stored as I8"),
+    ],
+)
+def test_experts_that_cannot_be_compared_are_refused(change, said, made, tmp_path):
+    files = made("alone", current=True)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tuned = changed_copy(files.base, tmp_path / "tuned", lambda t: {**t, name: change(t[name])})
+    (refusal,) = plan_capture_tuned(open_checkpoint(files.base), open_checkpoint(tuned)).refusals
+    assert refusal.where == name
+    assert said.replace("16", "32") in refusal.reason
+
+
+def test_an_expert_that_is_not_finite_is_named(made, tmp_path):
+    files = made("alone", current=True)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tuned = changed_copy(files.base, tmp_path / "tuned", lambda t: {**t, name: t[name] * float("nan")})
+    with pytest.raises(NonFiniteError, match=name):
+        capture_tuned(open_checkpoint(files.base), open_checkpoint(tuned), out=tmp_path / "patch")
+    assert not (tmp_path / "patch").exists()

@@ -25,7 +25,7 @@ def render_tuned_plan(plan: TunedPlan, out: Path) -> str:
     rows = {
         "base": f"{plan.source.name} ({plan.source.fingerprint})",
         "tuned": f"{plan.target.name} ({plan.target.fingerprint})",
-        "deltas": f"{linear} linear weights, rank {rank}",
+        "deltas": f"{linear} linear weights, rank {rank}{_and_experts(plan)}",
         "dense": f"{others} other tensors: where they differ, {_dense(plan.dense)}",
         "output": str(out),
     }
@@ -36,6 +36,10 @@ def render_tuned_plan(plan: TunedPlan, out: Path) -> str:
             f"{len(mapped.extra)} rows of the tuned model have no place in the base and are left out"
         )
     return "\n".join(["capture", *table(rows), *_refused(plan.refusals)])
+
+
+def _and_experts(plan: TunedPlan) -> str:
+    return f"; {len(plan.experts)} weights of all experts of a layer" if plan.experts else ""
 
 
 def render_tuned_report(report: "TunedReport", out: Path) -> str:

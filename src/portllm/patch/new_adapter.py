@@ -104,11 +104,17 @@ def _why_not(module: str, leaf: str, modules: Collection[str], targets: Collecti
     return f"PEFT would drop the delta of '{inner}' inside it" if inner else None
 
 
-def canonical_config(ranks: Mapping[str, int], *, fields: Mapping[str, object] | None = None) -> dict[str, object]:
+def canonical_config(
+    ranks: Mapping[str, int],
+    *,
+    parameters: Mapping[str, int] | None = None,
+    fields: Mapping[str, object] | None = None,
+) -> dict[str, object]:
     r"""The content of `adapter_config.json` for deltas of scale 1.
 
     Args:
         ranks: By module.
+        parameters: Ranks of parameters that are adapted by their own names, by tensor.
         fields: What else it says, such as the fields of `place_values`.
 
     Example:
@@ -116,9 +122,10 @@ def canonical_config(ranks: Mapping[str, int], *, fields: Mapping[str, object] |
         >>> config["r"], config["lora_alpha"], config["rank_pattern"]
         (4, 4, {'^h\\.1\\.k': 2})
     """
-    counts = Counter(ranks.values())
+    named = {**ranks, **(parameters or {})}
+    counts = Counter(named.values())
     usual = min(counts, key=lambda rank: (-counts[rank], rank))
-    others = {"^" + re.escape(module): rank for module, rank in sorted(ranks.items()) if rank != usual}
+    others = {"^" + re.escape(module): rank for module, rank in sorted(named.items()) if rank != usual}
     return {
         "alpha_pattern": others,
         "base_model_name_or_path": None,
@@ -134,6 +141,7 @@ def canonical_config(ranks: Mapping[str, int], *, fields: Mapping[str, object] |
         "target_modules": sorted(ranks),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         **(fields or {}),
     }
 

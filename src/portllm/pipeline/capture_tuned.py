@@ -13,26 +13,30 @@ import torch
 from torch import Tensor
 
 from portllm import __version__
+from portllm.checkpoint.families import family_of
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, own_tensors, tensor_digests
 from portllm.checkpoint.reader import Checkpoint, on_disk
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load_rows
 from portllm.checkpoint.writer import check_apart, check_free, staged_folder
-from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
+from portllm.errors import PlanRefusedError, Refusal
 from portllm.linalg import square_sum, working_dtype
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
+from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.capture import BLOCK_ELEMENTS, Captured, RoundingNoise, truncate
-from portllm.patch.delta import LowRankDelta, WholeValue
+from portllm.patch.delta import ExpertsDelta, LowRankDelta, WholeValue
 from portllm.patch.new_adapter import canonical_config, place_values, stored_name
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
+from portllm.pipeline.capture_experts import are_equal, capture_experts, not_finite
 from portllm.pipeline.one_thread import one_thread
 from portllm.pipeline.spool import SPOOL_FILE, Spool
 from portllm.pipeline.token_rows import runs
 from portllm.pipeline.tuned_plan import Dense, Pair, RowMap, TunedPlan, plan_capture_tuned
 from portllm.progress import Progress, silent
 
+BELOW_NOISE = "its change is not above the rounding noise of the two files"
 NOISE = "edge of the rounding of both files, step^2/12 an element"
 
 
@@ -146,16 +150,19 @@ def run_capture_tuned(
 def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) -> TunedReport:
     digests = [tensor_digests(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned)]
     changed = {name: pair for name, pair in plan.pairs.items() if not _is_equal(pair, *digests)}
+    changed_experts = {name: pair for name, pair in plan.experts.items() if not are_equal(pair, *digests)}
     found = _Found({}, {}, {}, {})
     factors: dict[str, LowRankDelta[TensorInfo]] = {}
     values: dict[str, TensorInfo] = {}
-    total = sum(_n_bytes(pair) for pair in changed.values())
+    experts: dict[str, ExpertsDelta[TensorInfo]] = {}
+    n_unchanged = len(plan.pairs) + len(plan.experts) - len(changed) - len(changed_experts)
+    total = sum(_n_bytes(pair) for pair in changed.values()) + sum(pair.n_bytes for pair in changed_experts.values())
     done = 0
     for name, pair in changed.items():
         if pair.module is not None:
             captured, measured = _capture_linear(pair, plan)
             if captured.delta is None:
-                found.leave_out(name, measured, "its change is not above the rounding noise of the two files")
+                found.leave_out(name, measured, BELOW_NOISE)
             else:
                 found.deltas[pair.module] = measured
                 factors[pair.module] = _spooled(captured.delta, name, spool, transposed=pair.transposed)
@@ -163,19 +170,47 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
             values |= _capture_whole(name, pair, plan, spool, found)
         done += _n_bytes(pair)
         progress(f"capture: {name}", done, total, "bytes")
+    for name, experts_pair in changed_experts.items():
+        delta, total_of, base_sq = capture_experts(name, experts_pair, rank=plan.rank, max_rank=plan.max_rank)
+        measured = _measured(total_of, base_sq, None if delta is None else delta.rank)
+        if not total_of.difference_sq:  # stored otherwise, so that their digests did not show it
+            n_unchanged += 1
+        elif delta is None:
+            found.leave_out(name, measured, BELOW_NOISE)
+        else:
+            found.deltas[name] = measured
+            a, b = spool.add(f"{name}.lora_A", delta.a), spool.add(f"{name}.lora_B", delta.b)
+            experts[name] = ExpertsDelta(a=a, b=b, scale=1.0, rank=delta.rank)
+        done += experts_pair.n_bytes
+        progress(f"capture: {name}", done, total, "bytes")
     placed = place_values(values, tensors=plan.pairs, targets=factors, tied=plan.tied)
     for name, reason in placed.left_out.items():
         found.leave_out(name, found.values.pop(name), reason)
-    if not factors:
+    if not factors and not experts:
         raise PlanRefusedError([_nothing(plan, found)])
     stored = {
         stored_name(key): WholeValue(values.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
     }
     fields = {"fan_in_fan_out": any(delta.transposed for delta in factors.values()), **placed.fields}
-    config = AdapterConfig(canonical_config({module: delta.rank for module, delta in factors.items()}, fields=fields))
-    patch = Patch(plan.tuned.name, dict(sorted(factors.items())), config, None, values=stored)
+    config = AdapterConfig(_configured(plan, factors, experts, fields))
+    patch = Patch(plan.tuned.name, dict(sorted(factors.items())), config, None, values=stored, experts=experts)
     write_patch(folder, patch, base_name=plan.base.name, base_revision=plan.base.revision)
-    return _report(plan, patch, found, digests, n_unchanged=len(plan.pairs) - len(changed))
+    return _report(plan, patch, found, digests, n_unchanged=n_unchanged)
+
+
+def _configured(
+    plan: TunedPlan,
+    factors: Mapping[str, LowRankDelta[TensorInfo]],
+    experts: Mapping[str, ExpertsDelta[TensorInfo]],
+    fields: Mapping[str, object],
+) -> dict[str, object]:
+    """The configuration; the router of experts is no linear module of PEFT's, but a parameter as they are."""
+    family = family_of(plan.base.config)
+    routers = [] if family is None or not family.experts else [name for name in factors if not family.is_linear(name)]
+    ranks = {module: delta.rank for module, delta in factors.items() if module not in routers}
+    parameters = {module + WEIGHT: factors[module].rank for module in routers}
+    parameters |= {name: delta.rank for name, delta in experts.items()}
+    return canonical_config(ranks, parameters=parameters, fields=fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +244,11 @@ def _capture_linear(pair: Pair, plan: TunedPlan) -> tuple[Captured, CapturedTens
         difference = torch.empty(shape)
     _require_finite(pair, difference)
     captured = truncate(difference, rank=plan.rank, edge=noise.edge, max_rank=plan.max_rank)
-    measured = CapturedTensor(base_sq, captured.difference_sq, captured.rank, captured.residual_sq, captured.noise_edge)
-    return captured, measured
+    return captured, _measured(captured, base_sq, captured.rank)
+
+
+def _measured(captured: Captured, base_sq: float, rank: int | None) -> CapturedTensor:
+    return CapturedTensor(base_sq, captured.difference_sq, rank, captured.residual_sq, captured.noise_edge)
 
 
 def _capture_whole(name: str, pair: Pair, plan: TunedPlan, spool: Spool, found: _Found) -> dict[str, TensorInfo]:
@@ -327,10 +365,7 @@ def _is_equal(pair: Pair, base: Mapping[str, str], tuned: Mapping[str, str]) -> 
 
 def _require_finite(pair: Pair, difference: Tensor) -> None:
     if not difference.isfinite().all():
-        raise NonFiniteError(
-            f"'{pair.base.name}': the base or the tuned model holds an infinity or NaN. Look for a training run that "
-            "diverged."
-        )
+        raise not_finite(pair.base.name)
 
 
 def _n_bytes(pair: Pair) -> int:

@@ -1,6 +1,7 @@
 """Where a model keeps the experts of a layer: all in one tensor, or each in matrices of its own. Headers only."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 from portllm.checkpoint.families import Family, family_of, resolve
@@ -46,6 +47,30 @@ def expert_misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator
                 f"adapter_config.json names it and {checkpoint.name} has it, the patch has no tensors for it. "
                 "Part of the adapter is missing, or it was made for another model.",
             )
+
+
+def expert_matrices(checkpoint: Checkpoint) -> dict[str, list[list[TensorInfo]]]:
+    """The matrices of each expert, by the name that the tensor of all experts has or would have.
+
+    Stacked on each other, the matrices of one expert are its part of that tensor, whichever way a file stores it.
+    """
+    family = family_of(checkpoint.config)
+    if family is None:
+        return {}
+    found: dict[str, list[list[TensorInfo]]] = {}
+    for name in sorted(_parameters_in(checkpoint, family)):
+        if name.rpartition(".")[2] in family.experts:
+            whole = resolve(name, checkpoint)
+            found[name] = list(_matrices(name, checkpoint)) if whole is None else [[part] for part in _slices(whole)]
+    return {name: matrices for name, matrices in found.items() if matrices}
+
+
+def _slices(info: TensorInfo) -> Iterator[TensorInfo]:
+    """The parts of a tensor along its first axis; a part of a tensor is stored as a tensor is."""
+    size = info.n_bytes // max(1, info.shape[0])
+    for number in range(info.shape[0]):
+        start = info.start + number * size
+        yield replace(info, shape=info.shape[1:], start=start, stop=start + size)
 
 
 def _matrices(name: str, checkpoint: Checkpoint) -> Iterator[list[TensorInfo]]:

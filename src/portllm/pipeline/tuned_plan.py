@@ -3,7 +3,7 @@
 From headers and tokenizers alone; no weight is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,11 @@ from portllm.checkpoint.vocabulary import TOKENIZER_FILE, read_vocabulary
 from portllm.errors import Refusal
 from portllm.patch.adapter_config import HEAD_NAMES, is_embedding
 from portllm.patch.record import ModelIdentity
+from portllm.pipeline.experts import expert_matrices
 from portllm.pipeline.update import identify
+
+Experts = tuple[tuple[TensorInfo, ...], ...]
+"""For each expert its matrices, to be stacked."""
 
 Dense = Literal["keep", "drop"]
 """What becomes of norms, biases, embeddings and heads: kept as the tuned model's whole values, or left out."""
@@ -55,6 +59,29 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsPair:
+    """One weight of all experts of a layer, in both models.
+
+    Attributes:
+        base: For each expert the matrices that, stacked, are its part, as the base stores them.
+        tuned: The same as the tuned model stores them; cut otherwise, perhaps.
+    """
+
+    base: Experts
+    tuned: Experts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of each expert's part: (d_out, d_in)."""
+        return sum(info.shape[0] for info in self.base[0]), self.base[0][0].shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of both."""
+        return sum(info.n_bytes for side in (self.base, self.tuned) for matrices in side for info in matrices)
+
+
+@dataclass(frozen=True, slots=True)
 class TunedPlan:
     """A patch about to be captured from two checkpoints.
 
@@ -63,7 +90,8 @@ class TunedPlan:
         tuned: What it ended in.
         source: The base's identity.
         target: The tuned model's identity.
-        pairs: By the tensor's name in the base.
+        pairs: By the tensor's name in the base; all but experts.
+        experts: By the name that the tensor of all experts of a layer has or would have.
         tied: The embedding whose matrix is the head's too, in both; None where there is none.
         rank: Of every delta; None for what stands above the rounding noise.
         max_rank: Bounds the rank where `rank` is None.
@@ -76,6 +104,7 @@ class TunedPlan:
     source: ModelIdentity
     target: ModelIdentity
     pairs: Mapping[str, Pair]
+    experts: Mapping[str, ExpertsPair]
     tied: str | None
     rank: int | None
     max_rank: int | None
@@ -111,6 +140,15 @@ def plan_capture_tuned(
     refusals: list[Refusal] = []
     if source.fingerprint == target.fingerprint:
         refusals.append(Refusal("--tuned", f"{tuned.name} is {base.name}: both have the fingerprint of one model."))
+    experts, problems = _pair_experts(base, tuned)
+    refusals += problems
+    before, after = (
+        {name: info for name, info in tensors.items() if info.name not in used}
+        for tensors, used in (
+            (before, _names(pair.base for pair in experts.values())),
+            (after, _names(pair.tuned for pair in experts.values())),
+        )
+    )
     refusals += _alone(before, base, after, tuned)
     family = family_of(base.config)
     pairs: dict[str, Pair] = {}
@@ -132,7 +170,54 @@ def plan_capture_tuned(
     shared = tied_embedding(base)
     is_tied = shared is not None and tied_embedding(tuned) is not None
     tied = next((name for name, info in before.items() if is_tied and info is shared), None)
-    return TunedPlan(base, tuned, source, target, pairs, tied, rank, max_rank, dense, tuple(sorted(refusals)))
+    return TunedPlan(base, tuned, source, target, pairs, experts, tied, rank, max_rank, dense, tuple(sorted(refusals)))
+
+
+def _pair_experts(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, ExpertsPair], list[Refusal]]:
+    """The experts that both models have, and why they cannot be compared."""
+    mine, theirs = expert_matrices(base), expert_matrices(tuned)
+    pairs = {
+        name: ExpertsPair(*(_frozen(side[name]) for side in (mine, theirs))) for name in mine.keys() & theirs.keys()
+    }
+    refusals = []
+    for name, pair in pairs.items():
+        shapes = [_expert_shapes(side) for side in (pair.base, pair.tuned)]
+        dtypes = {info.dtype for side in (pair.base, pair.tuned) for part in side for info in part} - set(FLOAT_DTYPES)
+        if dtypes:
+            refusals.append(
+                Refusal(
+                    name,
+                    f"its experts are stored as {', '.join(sorted(dtypes))}; differences are taken of "
+                    f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model.",
+                )
+            )
+        elif shapes[0] != shapes[1] or len(set(shapes[0])) != 1:
+            said = (f"{len(found)} of {', '.join(map(str, sorted(set(found))))}" for found in shapes)
+            refusals.append(
+                Refusal(
+                    name,
+                    f"its experts are {' in the base and '.join(said)} in the tuned model. A difference needs as many "
+                    "experts, all of one shape.",
+                )
+            )
+    return dict(sorted(pairs.items())), refusals
+
+
+def _frozen(experts: Iterable[Iterable[TensorInfo]]) -> Experts:
+    return tuple(tuple(matrices) for matrices in experts)
+
+
+def _names(sides: Iterable[Experts]) -> set[str]:
+    """The stored names of the tensors that experts are in."""
+    return {info.name for side in sides for matrices in side for info in matrices}
+
+
+def _expert_shapes(experts: Experts) -> list[tuple[int, ...]]:
+    return [
+        (sum(info.shape[0] for info in matrices), *width)
+        for matrices in experts
+        for width in {info.shape[1:] for info in matrices}
+    ]
 
 
 def match_rows(base: Checkpoint, tuned: Checkpoint, *, n_base: int, n_tuned: int) -> RowMap | None:
