@@ -314,3 +314,44 @@ def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(AdapterFormatError) as refused:
         parse_adapter_config({**PLAIN, "kasa_config": ["x" * 1000]}, where="mine")
     assert len(str(refused.value)) < 250
+
+
+SLOW = ("(a+)+$", "(.*_){20}", ".*.*.*.*.*.*.*.*x")
+
+
+@pytest.mark.parametrize("slow", SLOW)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_an_expression_that_takes_pythons_engine_forever_is_matched_all_the_same(field, slow):
+    value = {slow: 3} if field.endswith("_pattern") else slow
+    config = parse_adapter_config({**PLAIN, field: value}, where="mine")
+    hostile = ["a" * 60 + "!", "_".join("abc" * 10) + "!"]
+    assert config.targets(["model.q_proj", *hostile]) == ([] if field == "target_modules" else ["model.q_proj"])
+    assert [config.rank_of(module) for module in hostile] == [4, 4]
+    assert config.scale_of(hostile[0]) == 6 / 4
+    assert config.is_costly_elsewhere
+    assert not parse_adapter_config({**PLAIN, "target_modules": r".*\.(q|k)_proj"}, where="mine").is_costly_elsewhere
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", r"(a+)+\1"),
+        ("layers_pattern", "(a+)+"),
+        ("layers_pattern", [".*.*.*"]),
+        ("rank_pattern", {"(?=(?=(a+)+))": 2}),
+        ("modules_to_save", [r"(a+)+\1"]),
+    ],
+)
+def test_an_expression_that_cannot_be_matched_in_bounded_time_is_refused(field, value):
+    with pytest.raises(AdapterFormatError, match=f"'{field}' holds .*which could take long to match"):
+        parse_adapter_config({**PLAIN, field: value}, where="mine")
+
+
+def test_more_names_than_can_be_compared_with_the_modules_are_refused():
+    names = [f"layers.{number}.q_proj" for number in range(20_000)]
+    config = parse_adapter_config({**PLAIN, "target_modules": names}, where="mine")
+    assert config.targets(names[:1]) == names[:1]
+    with pytest.raises(
+        AdapterFormatError, match="'target_modules' has 20000 entries, too many to compare with each of"
+    ):
+        config.targets(names)

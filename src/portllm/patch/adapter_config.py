@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from portllm.errors import AdapterFormatError
+from portllm.patch.name_pattern import BEARABLE_WAYS, compile_pattern
 
 LORA = "LORA"
 ALL_LINEAR = "all-linear"
@@ -57,6 +58,18 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
 
 BASE_PRESERVING_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of `init_lora_weights` that leave the base as it was; the others fit the adapter to a changed base."""
+
+MAX_COMPARISONS = 10**8
+"""Of a module with a name or pattern of a configuration, at most: a minute. Every module of the largest models with a
+rank of its own takes a hundredth of it."""
+
+NAMING_FIELDS = (
+    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "target_modules",
+    "target_parameters",
+)  # fmt: skip
+
+FEW_LAYER_WAYS = 256
+"""Ways of a `layers_pattern`, from whose match a number is read; it is the name of a list of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +118,34 @@ class AdapterConfig:
         return tuple(sorted(found))
 
     def targets(self, modules: Iterable[str]) -> list[str]:
-        """Those of a model's linear modules that the configuration names."""
+        """Those of a model's linear modules that the configuration names.
+
+        Raises:
+            AdapterFormatError: There are more names than can be compared with so many modules.
+        """
+        modules = list(modules)
+        self.check_effort(len(modules))
         return [module for module in modules if self._is_target(module)]
+
+    def check_effort(self, n_modules: int) -> None:
+        """See to it that so many modules can be compared with every name and pattern of the configuration.
+
+        Raises:
+            AdapterFormatError: They cannot, within `MAX_COMPARISONS`.
+        """
+        named = {name: len(value) for name in NAMING_FIELDS if isinstance(value := self.fields.get(name), list | dict)}
+        if sum(named.values()) * n_modules > MAX_COMPARISONS:
+            longest = max(named, key=lambda name: named[name])
+            raise AdapterFormatError(
+                f"adapter_config.json: '{longest}' has {named[longest]} entries, too many to compare with each of "
+                f"{n_modules} tensors. Name modules by the ends of their names."
+            )
+
+    @property
+    def is_costly_elsewhere(self) -> bool:
+        """Whether a program that has Python's engine for regular expressions alone, as PEFT, could take forever."""
+        used = (used for name in self.fields for used in _patterns_in(name, self.fields[name]).values())
+        return any(compile_pattern(pattern).ways > BEARABLE_WAYS for pattern in used)
 
     @property
     def is_transposed(self) -> bool:
@@ -164,7 +203,7 @@ class AdapterConfig:
         if excluded and _names(excluded, module):
             return False
         saved = cast(list[str], self.fields.get("modules_to_save") or [])
-        if any(re.match(_at_or_below(name), module) for name in saved):
+        if any(compile_pattern(_at_or_below(name)).begins(module) for name in saved):
             return False
         targets = self.fields["target_modules"]
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -240,8 +279,10 @@ def _field_problem(name: str, value: object) -> str | None:
         )
     if not _has_expected_type(name, value):
         return f"'{name}' is {_short(value)}, which is not of its type"
-    broken = next((pattern for pattern, used in _patterns_in(name, value).items() if not _compiles(used)), None)
-    return None if broken is None else f"'{name}' holds {_short(broken)}, which is not a regular expression"
+    problems = ((pattern, _pattern_problem(name, used)) for pattern, used in _patterns_in(name, value).items())
+    return next(
+        (f"'{name}' holds {_short(pattern)}, which {problem}" for pattern, problem in problems if problem), None
+    )
 
 
 def _has_expected_type(name: str, value: object) -> bool:
@@ -308,23 +349,26 @@ def _as_list(value: object) -> list[str]:
 
 def _by_pattern(patterns: Mapping[str, object], module: str, default: object) -> object:
     """The value of the first pattern that the end of a module's name matches, in the order of the file."""
-    return next((value for key, value in patterns.items() if re.match(_at_the_end(key), module)), default)
+    return next((value for key, value in patterns.items() if compile_pattern(_at_the_end(key)).begins(module)), default)
 
 
 def _names(chosen: object, module: str) -> bool:
     """Whether a regular expression (a string) or a list of names and endings means this module."""
     if isinstance(chosen, str):
-        return re.fullmatch(chosen, module) is not None
+        return compile_pattern(chosen).is_all_of(module)
     names = cast(list[str], chosen)
     return module in names or any(module.endswith(f".{name}") for name in names)
 
 
-def _compiles(pattern: str) -> bool:
+def _pattern_problem(field: str, pattern: str) -> str | None:
+    """Why an expression cannot be used, or None."""
     try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+        found = compile_pattern(pattern)
+    except ValueError as error:
+        return str(error)
+    if field == "layers_pattern" and found.ways > FEW_LAYER_WAYS * compile_pattern(_before_a_number("")).ways:
+        return "could take long to match; write the name of the list of layers"
+    return None
 
 
 def _is_number(value: object) -> bool:

@@ -53,6 +53,7 @@ def sort_out(
     Raises:
         AdapterFormatError: A tensor is not understood, or does not fit the configuration; all of them are named.
     """
+    config.check_effort(len(tensors))
     parts = _Parts()
     by_module: dict[str, dict[Role, TensorInfo]] = {}
     for key in sorted(tensors):

@@ -104,5 +104,11 @@ def _unfit(
     *,
     allow_other_base: bool,
 ) -> Iterator[Refusal]:
+    if patch.config.is_costly_elsewhere:
+        yield Refusal(
+            option,
+            f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
+            "modules in a list in its adapter_config.json.",
+        )
     yield from misfits(patch, model)
     yield from base_mismatch(patch, identity, option=option, allow_other_base=allow_other_base)

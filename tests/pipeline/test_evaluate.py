@@ -1,0 +1,25 @@
+"""Evaluating: what is refused before a model is loaded."""
+
+import json
+import shutil
+
+import pytest
+
+from portllm.checkpoint.reader import open_checkpoint
+from portllm.errors import PlanRefusedError
+from portllm.patch.adapter_folder import load_patch
+from portllm.pipeline.evaluate import plan_evaluation
+
+
+def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_path):
+    base, evolved, hostile = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved")), tmp_path / "hostile"
+    shutil.copytree(tiny("adapter"), hostile)
+    config = json.loads((hostile / "adapter_config.json").read_text())
+    config["target_modules"] = r"(.*[a-z]){30}!|.*_proj"
+    (hostile / "adapter_config.json").write_text(json.dumps(config))
+    good = load_patch(tiny("adapter"))
+    with pytest.raises(PlanRefusedError) as refused:
+        plan_evaluation(base=base, patch=load_patch(hostile), evolved=evolved, ported=good, allow_other_base=True)
+    assert str(refused.value).startswith("--patch: ")
+    assert "that peft could take forever to match" in str(refused.value)
+    plan_evaluation(base=base, patch=good, evolved=evolved, ported=good, allow_other_base=True)
