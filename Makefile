@@ -22,8 +22,9 @@ test: $(DEV) ## the default tests and the examples in the docstrings
 
 check: format lint types layers docs tests ## the gate: format, lint, types, layers, docs, tests
 
-bench: $(LIVE) ## fine-tuning against porting: memory and time, as a table
-	@$(BIN)/python bench/cost.py
+bench: $(LIVE) ## memory and time: porting against fine-tuning, every tool beside its peers (an hour; BENCH=--record)
+	@$(BIN)/python -m bench.cost
+	@$(BIN)/python -m bench.speed $(BENCH)
 
 clean: ## remove the environment and everything that the tools left behind
 	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

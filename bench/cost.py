@@ -1,6 +1,6 @@
 """What porting costs beside fine-tuning again, on the same model, data and machine: memory, time, trained parameters.
 
-    python bench/cost.py [--runs 5] [--train-runs 3]
+    python -m bench.cost [--runs 5] [--train-runs 3]
 
 Each job is a process of its own, started as a user would start it; wall time and peak memory include the interpreter
 and its imports. Fine-tuning is the demo's: SmolLM2-135M, LoRA on all seven linear layers, the rows and steps that made
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import Run, machine, measure, summarize
+from bench.measure import Run, machine, measure, summarize
 from portllm import load_patch
 from portllm.demo.kept import versions
 from portllm.demo.settings import COMPLETION, PROMPT, TRAIN
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of the short jobs")
     parser.add_argument("--train-runs", type=int, default=3, help="of fine-tuning")
     options = parser.parse_args()
-    described = {**machine(), "versions": versions()}
+    described = {**machine(HERE), "versions": versions()}
     results = []
     for job in jobs():
         runs = options.train_runs if job.n_trained else options.runs

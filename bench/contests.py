@@ -1,0 +1,206 @@
+"""What is measured side by side: each contest is a few jobs that take turns, ours and those of others."""
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.inputs import Inputs
+from bench.peers.mergekit import install_mergekit
+
+PEERS = Path(__file__).parent / "peers"
+RANK = 16
+
+Facts = Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command, and what is to be done around it.
+
+    Attributes:
+        name: Unique in its contest.
+        label: For the page.
+        command: The process.
+        reads: Folders that are brought into the page cache, or out of it, before each run.
+        output: What it writes; removed before and after each run.
+        facts: What is found out about the output of the last run, untimed.
+        is_slow: Takes minutes: fewer runs are made.
+    """
+
+    name: str
+    label: str
+    command: tuple[str, ...]
+    reads: tuple[Path, ...]
+    output: Path | None = None
+    facts: Callable[[Path], Facts] | None = None
+    is_slow: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this program that is measured."""
+        return self.label.startswith("portllm")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Jobs that take turns.
+
+    Attributes:
+        title: For the page.
+        jobs: In the order of the page.
+        is_cold: What they read is dropped from the page cache before each run; else it is read into it.
+    """
+
+    title: str
+    jobs: tuple[Job, ...]
+    is_cold: bool = False
+
+
+def copy(inputs: Inputs, *, is_cold: bool = False) -> Contest:
+    """A merge beside the fewest bytes that it could move: a copy of the model, brought to the disk."""
+    source, target = shlex.quote(str(inputs.base)), shlex.quote(str(inputs.output("copy")))
+    shell = f"cp -r {source} {target} && sync {target}/*"
+    return Contest(
+        "merge beside a copy",
+        (
+            Job("cp", "cp -r, fsync", ("sh", "-c", shell), (inputs.base,), inputs.output("copy")),
+            _merge(inputs),
+        ),
+        is_cold,
+    )
+
+
+def copy_cold(inputs: Inputs) -> Contest:
+    """The same with nothing in the page cache."""
+    return copy(inputs, is_cold=True)
+
+
+def merge(inputs: Inputs) -> Contest:
+    """A merge beside PEFT's, which must write the same tensors."""
+    out = inputs.output("peft")
+    command = (sys.executable, str(PEERS / "peft_merge.py"), str(inputs.base), str(inputs.adapter), str(out))
+    peft = Job("peft", "PEFT merge_and_unload, save_pretrained", command, (inputs.base, inputs.adapter), out, _digest)
+    return Contest("merge beside PEFT", (peft, _merge(inputs)))
+
+
+def capture(inputs: Inputs) -> Contest:
+    """An adapter of rank 16 out of two checkpoints, by randomised and by exact SVD."""
+    ours, theirs = inputs.output("capture"), inputs.output("extract")
+    reads = (inputs.base, inputs.tuned)
+
+    def residual(adapter: Path) -> Facts:
+        from bench.residual import relative_residual
+
+        return {"residual": relative_residual(inputs.base, inputs.tuned, adapter)}
+
+    extract = install_mergekit(inputs.folder.parents[1]) / "mergekit-extract-lora"
+    models = ("--model", str(inputs.tuned), "--base-model", str(inputs.base))
+    return Contest(
+        "capture rank 16 beside mergekit",
+        (
+            Job(
+                "extract", "mergekit-extract-lora",
+                (str(extract), *models, "--out-path", str(theirs), "--max-rank", str(RANK), "--no-copy-tokenizer"),
+                reads, theirs, residual, is_slow=True,
+            ),
+            Job(
+                "capture", "portllm capture",
+                _portllm("capture", "--base", inputs.base, "--tuned", inputs.tuned, "--rank", RANK, "-o", ours),
+                reads, ours, residual,
+            ),
+        ),
+    )  # fmt: skip
+
+
+def weights(inputs: Inputs) -> Contest:
+    """The tuned evolved model, whole: ours from the patch, mergekit's from three models."""
+    ours, theirs, ported = inputs.output("weights"), inputs.output("arithmetic"), inputs.output("ported")
+    recipe = inputs.folder / "task_arithmetic.yaml"
+    recipe.write_text(
+        "merge_method: task_arithmetic\n"
+        f"base_model: {inputs.base}\n"
+        "models:\n"
+        f"  - {{model: {inputs.evolved}, parameters: {{weight: 1.0}}}}\n"
+        f"  - {{model: {inputs.tuned}, parameters: {{weight: 1.0}}}}\n"
+        "dtype: bfloat16\n"
+    )
+    program = install_mergekit(inputs.folder.parents[1]) / "mergekit-yaml"
+    port = _portllm("port", inputs.patch, "--evolved", inputs.evolved, "-o", ported, "--overwrite")
+    then = _portllm("merge", ported, "--into", inputs.evolved, "-o", ours)
+    return Contest(
+        "port and merge beside mergekit",
+        (
+            Job(
+                "arithmetic", "mergekit-yaml, task_arithmetic",
+                (str(program), str(recipe), str(theirs), "--no-copy-tokenizer"),
+                (inputs.base, inputs.evolved, inputs.tuned), theirs,
+            ),
+            Job(
+                "port-and-merge", "portllm port, portllm merge",
+                ("sh", "-c", f"{shlex.join(port)} && {shlex.join(then)}"),
+                (inputs.patch, inputs.evolved), ours,
+            ),
+        ),
+    )  # fmt: skip
+
+
+def drift(inputs: Inputs, *, is_cold: bool = False) -> Contest:
+    """The drift of all tensors beside reading both models and doing nothing with them."""
+    reads = (inputs.base, inputs.evolved)
+    files = " ".join(f"{shlex.quote(str(folder))}/*.safetensors" for folder in reads)
+    report = (
+        "import sys, portllm; print(portllm.measure_drift(*map(portllm.open_checkpoint, sys.argv[1:])).total.relative)"
+    )
+    return Contest(
+        "drift of all tensors beside cat",
+        (
+            Job("cat", "cat of both models", ("sh", "-c", f"cat {files} > /dev/null"), reads),
+            Job("drift", "portllm.measure_drift", (sys.executable, "-c", report, *map(str, reads)), reads),
+        ),
+        is_cold,
+    )
+
+
+def drift_cold(inputs: Inputs) -> Contest:
+    """The same with nothing in the page cache."""
+    return drift(inputs, is_cold=True)
+
+
+def port(inputs: Inputs) -> Contest:
+    """The patch carried over: headers and samples, at any size."""
+    out = inputs.output("port")
+    command = _portllm("port", inputs.patch, "--evolved", inputs.evolved, "-o", out)
+    return Contest("port", (Job("port", "portllm port", command, (inputs.patch, inputs.evolved), out),))
+
+
+CONTESTS: Mapping[str, Callable[[Inputs], Contest]] = {
+    "copy": copy,
+    "copy-cold": copy_cold,
+    "merge": merge,
+    "capture": capture,
+    "weights": weights,
+    "drift": drift,
+    "drift-cold": drift_cold,
+    "port": port,
+}
+
+
+def _merge(inputs: Inputs) -> Job:
+    out = inputs.output("merge")
+    command = _portllm("merge", inputs.patch, "--into", inputs.base, "-o", out)
+    return Job("merge", "portllm merge", command, (inputs.base, inputs.patch), out, _digest)
+
+
+def _digest(folder: Path) -> Facts:
+    """Of every byte that was written, read afresh: not what the program remembers of it."""
+    from portllm.checkpoint.identity import digest_of, digest_tensor, own_tensors
+    from portllm.checkpoint.reader import open_checkpoint
+
+    infos = own_tensors(open_checkpoint(str(folder)))
+    return {"digest": digest_of({info.name: digest_tensor(info) for info in infos.values()}, infos)}
+
+
+def _portllm(*arguments: object) -> tuple[str, ...]:
+    return (sys.executable, "-m", "portllm", *map(str, arguments))

@@ -1,0 +1,140 @@
+"""The rows of the page: what is compared, its target, and its value from the results of a contest. Pure."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number and its target.
+
+    Attributes:
+        title: For the page.
+        contest: Whose results it is taken from.
+        of: The job, or the numerator of a ratio.
+        by: The denominator, or what is taken off; None where the job's own number counts.
+        quantity: A field of `Run`, or a fact about the output.
+        how: ratio, difference, number, or same: 1 where both facts are equal.
+        must: The limit.
+        aim: What we want to reach.
+        larger_is_better: The limits are lower ones.
+    """
+
+    title: str
+    contest: str
+    of: str
+    by: str | None
+    quantity: str
+    how: Literal["ratio", "difference", "number", "same"]
+    must: float
+    aim: float
+    larger_is_better: bool = False
+
+    def meets(self, value: float, limit: float) -> bool:
+        """Whether a value is within a limit."""
+        return value >= limit if self.larger_is_better else value <= limit
+
+
+@dataclass(frozen=True)
+class Value:
+    """A measured number with the range of the runs.
+
+    Attributes:
+        median: Of the runs; of a ratio, the ratio of the medians.
+        low: Of the turns, the smallest.
+        high: Of the turns, the largest.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+SECONDS, PRIVATE = "seconds", "private_bytes"
+MB = 1e6
+
+
+def _time(title: str, contest: str, of: str, by: str, must: float, aim: float) -> Row:
+    """Ours takes so many times as long as another."""
+    return Row(f"{title}: time", contest, of, by, SECONDS, "ratio", must, aim)
+
+
+def _gain(title: str, contest: str, of: str, by: str, quantity: str, must: float, aim: float) -> Row:
+    """Another takes so many times as much as ours."""
+    return Row(title, contest, of, by, quantity, "ratio", must, aim, larger_is_better=True)
+
+
+def _limit(title: str, contest: str, of: str, quantity: str, must: float, aim: float) -> Row:
+    """Ours takes no more than so much."""
+    return Row(title, contest, of, None, quantity, "number", must, aim)
+
+
+ROWS = (
+    _time("merge / cp -r and fsync, warm", "copy", "merge", "cp", 1.5, 1.1),
+    _time("merge / cp -r and fsync, cold", "copy-cold", "merge", "cp", 1.5, 1.1),
+    _limit("merge: private memory", "copy", "merge", PRIVATE, 700 * MB, 400 * MB),
+    _gain("PEFT / merge: time", "merge", "peft", "merge", SECONDS, 3, 5),
+    _gain("PEFT / merge: private memory", "merge", "peft", "merge", PRIVATE, 5, 20),
+    Row(
+        "merge and PEFT write the same tensors", "merge", "merge", "peft", "digest", "same", 1, 1, larger_is_better=True
+    ),
+    _gain("mergekit-extract-lora / capture: time", "capture", "extract", "capture", SECONDS, 20, 40),
+    Row("capture / mergekit-extract-lora: residual", "capture", "capture", "extract", "residual", "ratio", 1.01, 1.01),
+    _time("full drift / cat of both, warm", "drift", "drift", "cat", 2, 1.2),
+    _time("full drift / cat of both, cold", "drift-cold", "drift", "cat", 2, 1.2),
+    _limit("port: time", "port", "port", SECONDS, 1, 0.4),
+    _limit("port: private memory", "port", "port", PRIVATE, 150 * MB, 80 * MB),
+)
+
+
+def evaluate(row: Row, result: Result) -> Value:
+    """A row's value. In a turn in which only one job ran, the other's median stands in."""
+    of, by = result["jobs"][row.of], result["jobs"][row.by] if row.by else None
+    if row.how == "same":
+        same = float(of["facts"][row.quantity] == (by or of)["facts"][row.quantity])
+        return Value(same, same, same)
+    ours, theirs = _numbers(of, row.quantity), _numbers(by, row.quantity) if by else []
+    turns = [
+        _combine(row, _at(ours, turn), _at(theirs, turn) if theirs else 0.0)
+        for turn in range(max(len(ours), len(theirs)))
+    ]
+    middle = _combine(row, statistics.median(ours), statistics.median(theirs) if theirs else 0.0)
+    return Value(middle, min(turns), max(turns))
+
+
+def is_worse(row: Row, before: Value, now: Value) -> bool:
+    """Whether a row fell behind by more than the noise of both measurements: their ranges do not touch."""
+    return now.high < before.low if row.larger_is_better else now.low > before.high
+
+
+def show(row: Row, number: float) -> str:
+    """A value of a row with its unit."""
+    if row.how == "same":
+        return "yes" if number else "no"
+    if row.how == "ratio":
+        return f"{number:.3g} x" if number < 100 else f"{number:.0f} x"
+    return f"{number / MB:.0f} MB" if row.quantity.endswith("_bytes") else f"{number:.2f} s"
+
+
+def _numbers(job: Mapping[str, Any], quantity: str) -> list[float]:
+    if quantity in job["facts"]:
+        return [float(job["facts"][quantity])]
+    return [float(run[quantity]) for run in job["runs"]]
+
+
+def _at(numbers: Sequence[float], turn: int) -> float:
+    return numbers[turn] if turn < len(numbers) else statistics.median(numbers)
+
+
+def _combine(row: Row, of: float, by: float) -> float:
+    match row.how:
+        case "ratio":
+            return of / by
+        case "difference":
+            return of - by
+        case _:
+            return of

@@ -1,0 +1,129 @@
+"""Shapes of the models that are measured: those of real checkpoints, and a tiny one that proves the benchmark."""
+
+from dataclasses import dataclass, replace
+
+SEVEN = {
+    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+"""The linear layers of a Llama block, each with the part of the block it stands in."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama, by its sizes.
+
+    Attributes:
+        name: On the command line and in the names of results.
+        like: What it is, for the page.
+        hidden: Width of the residual stream.
+        layers: Number of blocks.
+        inner: Width inside the MLP.
+        heads: Query heads.
+        key_heads: Key and value heads.
+        vocabulary: Tokens.
+        tied: The head is the embedding.
+        shard_bytes: Size above which its files are split.
+        contests: What is measured on it by default.
+    """
+
+    name: str
+    like: str
+    hidden: int
+    layers: int
+    inner: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    tied: bool
+    shard_bytes: int
+    contests: tuple[str, ...]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden // self.heads
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of all blocks: name to (d_out, d_in)."""
+        query, key = self.heads * self.head_dim, self.key_heads * self.head_dim
+        sizes = {
+            "q_proj": (query, self.hidden), "k_proj": (key, self.hidden), "v_proj": (key, self.hidden),
+            "o_proj": (self.hidden, query), "gate_proj": (self.inner, self.hidden),
+            "up_proj": (self.inner, self.hidden), "down_proj": (self.hidden, self.inner),
+        }  # fmt: skip
+        return {
+            f"model.layers.{layer}.{part}.{name}": sizes[name]
+            for layer in range(self.layers)
+            for name, part in SEVEN.items()
+        }
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """All tensors of a checkpoint: name to shape."""
+        tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        tensors |= {f"{name}.weight": size for name, size in self.modules.items()}
+        for layer in range(self.layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{layer}.{norm}.weight"] = (self.hidden,)
+        tensors["model.norm.weight"] = (self.hidden,)
+        if not self.tied:
+            tensors["lm_head.weight"] = (self.vocabulary, self.hidden)
+        return tensors
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the model."""
+        return sum(rows * (columns[0] if columns else 1) for rows, *columns in self.tensors.values())
+
+    @property
+    def config(self) -> dict[str, object]:
+        """The `config.json` that transformers reads."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "intermediate_size": self.inner,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+
+
+ALL = ("copy", "copy-cold", "merge", "capture", "weights", "drift", "drift-cold", "port")
+GIGABYTE = 1_000_000_000
+
+TINY = Shape(
+    "tiny", "a tiny Llama",
+    hidden=64, layers=2, inner=160, heads=4, key_heads=2, vocabulary=300, tied=False, shard_bytes=100_000, contests=ALL,
+)  # fmt: skip
+LLAMA_1B = Shape(
+    "1.1b", "a Llama of 1.1 B parameters",
+    hidden=2048, layers=16, inner=8192, heads=32, key_heads=8, vocabulary=32_000, tied=False, shard_bytes=GIGABYTE,
+    contests=ALL,
+)  # fmt: skip
+LARGE_VOCABULARY = replace(
+    LLAMA_1B,
+    name="1b-128k",
+    like="Llama-3.2-1B's shapes: a vocabulary of 128,256, head tied",
+    vocabulary=128_256,
+    tied=True,
+    contests=("copy", "merge", "drift", "port"),
+)
+LLAMA_8B = Shape(
+    "8b", "Llama-3.1-8B's shapes",
+    hidden=4096, layers=32, inner=14_336, heads=32, key_heads=8, vocabulary=128_256, tied=False,
+    shard_bytes=5 * GIGABYTE, contests=("copy", "port"),
+)  # fmt: skip
+
+SHAPES = {shape.name: shape for shape in (TINY, LLAMA_1B, LARGE_VOCABULARY, LLAMA_8B)}
