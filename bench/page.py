@@ -1,4 +1,4 @@
-"""The page of the recorded results, `results/speed.md`, with a picture for each shape. Pure but for `files` and `write_page`."""
+"""The page of the recorded results, `results/speed.md`, with a picture for each shape. Pure but for the files."""
 
 import json
 from collections.abc import Iterator, Mapping
