@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portllm.linalg import (
+    Svd,
     exact_svd,
     frobenius,
     product_svd,
@@ -49,6 +50,70 @@ def test_a_randomized_decomposition_leaves_out_what_the_exact_one_does(shape):
     best = exact[16:].square().sum().sqrt().item()
     assert frobenius(matrix - rebuilt(found)) <= 1.015 * best
     assert torch.allclose(found.s[:10].double(), exact[:10], rtol=1e-5)
+
+
+def spectrum(kind, count):
+    """Singular values of `count` directions, of the kinds that differences of weights have, and of worse ones."""
+    place = torch.arange(count, dtype=torch.float64)
+    signal = (place < 16).double()
+    return {
+        "flat": torch.ones(count, dtype=torch.float64),
+        "bulk": 2 - place / count,
+        "slow": 0.99**place,
+        "fast": 0.8**place,
+        "power": 1 / (1 + place),
+        "root": (1 + place) ** -0.5,
+        "signal": signal + 0.01 * (1 - place / (2 * count)),
+        "weak signal": signal + 0.3 * (1 - place / (2 * count)),
+        "two steps": signal + 0.5 * (place < 60) + 0.01,
+        "graded": signal * 10 ** (-place / 4) + 1e-5,
+        "rank-deficient": (place < 40).double(),
+    }[kind]
+
+
+def with_spectrum(m, n, s, *, seed):
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(side, len(s), generator=generator, dtype=torch.float64)).Q for side in (m, n))
+    return (u * s) @ v.T
+
+
+SPECTRA = (
+    "flat", "bulk", "slow", "fast", "power", "root", "signal", "weak signal", "two steps", "graded", "rank-deficient",
+)  # fmt: skip
+
+
+@given(
+    kind=st.sampled_from(SPECTRA),
+    shape=st.sampled_from([(500, 150), (150, 500), (310, 300), (130, 900)]),
+    rank=st.sampled_from([1, 7, 16, 32]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_what_is_left_out_is_within_a_hundredth_of_the_least_whatever_the_spectrum(kind, shape, rank, seed):
+    s = spectrum(kind, min(shape))
+    matrix = with_spectrum(*shape, s, seed=seed)
+    found = randomized_svd(matrix.float(), rank=rank, seed=seed)
+    left_out = (matrix - rebuilt(Svd(*(part.double() for part in found)))).norm().item()
+    assert left_out <= 1.01 * s[rank:].norm().item() + FLOAT32_TOLERANCE * s.norm().item()
+
+
+@given(kind=st.sampled_from(SPECTRA), seed=st.integers(0, 9), place=st.integers(0, 149))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_no_value_that_is_clearly_above_a_threshold_is_missed_and_none_below_is_kept(kind, seed, place):
+    s = spectrum(kind, 150)
+    threshold = max(1.005 * s[place].item(), FLOAT32_TOLERANCE)
+    found = svd_above(with_spectrum(400, 150, s, seed=seed).float(), threshold=threshold)
+    assert (s > 1.01 * threshold).sum() <= len(found.s) <= (s > threshold).sum()
+
+
+def test_a_spectrum_with_a_gap_takes_three_products(monkeypatch):
+    products = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: products.append(matrix.shape) or qr(matrix))
+    matrix = noisy(900, 500, rank=16, noise=0.01)
+    products.clear()
+    randomized_svd(matrix, rank=16)
+    assert products == [(900, 32), (500, 32), (900, 32)]
 
 
 def test_sampled_singular_values_are_never_above_the_true_ones():

@@ -2,22 +2,32 @@
 
 Everything is computed in the dtype of its input, float32 at least. The randomized decomposition follows Halko,
 Martinsson and Tropp, 2011 (https://doi.org/10.1137/090771806), algorithms 4.4 and 5.1: a few products with a thin
-matrix instead of a full decomposition, and the same truncation error to the digits that matter where the spectrum
-falls. `torch.linalg.svd` in float64 is the oracle of its tests.
+matrix instead of a full decomposition. How many is not set beforehand: it stops when what further products can still
+find is below one percent of what is left out. `torch.linalg.svd` in float64 is the oracle of its tests.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 OVERSAMPLING = 16
 """Directions sampled beyond those that are asked for."""
 
-POWER_ITERATIONS = 2
-"""Products with `M Mᵀ` that sharpen the sample; each divides what leaks from the spectrum's tail."""
+TOLERANCE = 0.01
+"""Share of the squared residual that further products may still find; the residual is off by half as much."""
+
+MOST_PRODUCTS = 16
+"""Products with the matrix after which the decomposition ends in any case."""
+
+SLOWEST = 0.8
+"""What is still to come after a gain is taken as that of a geometric series, of this ratio at most."""
+
+LAST_VALUE_GROWTH = 2.0
+"""What the square of a sample's last value, which is always found too small, may lack."""
 
 FIRST_RANK = 32
 """Directions of the first try where the rank is to be found."""
@@ -82,19 +92,20 @@ def randomized_svd(
     rank: int,
     seed: int = 0,
     oversampling: int = OVERSAMPLING,
-    power_iterations: int = POWER_ITERATIONS,
+    tolerance: float = TOLERANCE,
 ) -> Svd:
     """The leading `rank` singular triplets of a matrix, by random sampling of its range.
 
-    With a seeded normal `Ω` of `rank + oversampling` columns and `Q` an orthonormal basis of `(M Mᵀ)^q M Ω`, the
-    triplets are those of `Q Qᵀ M`. Every basis on the way is made orthonormal again, so nothing is lost to rounding.
+    A seeded normal sample of `rank + oversampling` columns is multiplied by `M`, `Mᵀ`, `M`, ... in turn and made
+    orthonormal after each product; the triplets are those of `M` in the last basis. It ends when the squared residual
+    `‖M - U S Vᵀ‖²` is at most about `1 + tolerance` times that of the best matrix of the rank.
 
     Args:
         matrix: M.
         rank: Triplets to find; all there are where it is larger.
-        seed: Of `Ω`.
-        oversampling: Columns of `Ω` beyond `rank`.
-        power_iterations: q.
+        seed: Of the sample.
+        oversampling: Columns of the sample beyond `rank`.
+        tolerance: See above.
 
     Raises:
         ValueError: `rank` is below 1.
@@ -106,24 +117,24 @@ def randomized_svd(
     """
     if rank < 1:
         raise ValueError(f"rank {rank}: must be at least 1.")
-    smaller = min(matrix.shape)
-    if rank + oversampling >= EXACT_SHARE * smaller:
+    columns = rank + oversampling
+    if columns >= EXACT_SHARE * min(matrix.shape):
         return exact_svd(matrix).cut(rank)
     matrix = matrix.to(working_dtype(matrix))
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(matrix.shape[1], rank + oversampling, generator=generator, dtype=matrix.dtype)
-    basis = _basis(matrix @ sample.to(matrix.device))
-    for _ in range(power_iterations):
-        basis = _basis(matrix @ _basis(matrix.T @ basis))
-    inner, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return _signed(basis @ inner, s, vt).cut(rank)
+    total_sq = square_sum(matrix)
+
+    def is_settled(squares: Tensor, to_come: Tensor) -> bool:
+        return float(to_come[:rank].sum().item()) <= tolerance * _left_out(squares, rank, total_sq)
+
+    return _iterate(matrix, _sample(matrix, columns, seed), is_settled).cut(rank)
 
 
 def svd_above(matrix: Float[Tensor, "m n"], *, threshold: float, max_rank: int | None = None, seed: int = 0) -> Svd:
     """The singular triplets whose value is above a threshold, at most `max_rank` of them.
 
-    The rank of the randomized decomposition doubles until the next singular value falls to the threshold. Sampled
-    values are never above the true ones, so what is kept is above the threshold indeed.
+    The sample grows to twice the columns until a singular value in it falls to the threshold; what it found before
+    stays in it. Sampled values are never above the true ones, so what is kept is above the threshold indeed; among
+    values that lie close together, one that is above it by a hair may be missed.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([9.0, 4.0, 1.0]))
@@ -131,13 +142,29 @@ def svd_above(matrix: Float[Tensor, "m n"], *, threshold: float, max_rank: int |
         tensor([9., 4.])
     """
     most = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
+    matrix = matrix.to(working_dtype(matrix))
+    total_sq = square_sum(matrix)
     rank = min(FIRST_RANK, most)
-    while True:
-        found = randomized_svd(matrix, rank=rank, seed=seed) if rank else exact_svd(matrix).cut(0)
-        above = int((found.s > threshold).sum().item())
-        if above < rank or rank == most:
-            return found.cut(above)
-        rank = min(2 * rank, most)
+    known: Tensor = matrix.new_empty((matrix.shape[1], 0))
+
+    def above(values: Tensor) -> int:
+        return min(rank, int((values > threshold).sum().item()))
+
+    def is_settled(squares: Tensor, to_come: Tensor) -> bool:
+        kept = above(squares.sqrt())
+        if kept == rank < most:  # there are more: the sample has to grow
+            return True
+        may_pass = kept < rank and float((squares + to_come)[kept].item()) > threshold**2
+        return not may_pass and float(to_come[:kept].sum().item()) <= TOLERANCE * _left_out(squares, kept, total_sq)
+
+    while rank + OVERSAMPLING < EXACT_SHARE * min(matrix.shape):
+        fresh = _sample(matrix, rank + OVERSAMPLING - known.shape[1], seed)
+        found = _iterate(matrix, torch.cat([known, fresh], dim=1), is_settled)
+        if above(found.s) < rank or rank == most:
+            return found.cut(above(found.s))
+        rank, known = min(2 * rank, most), found.vt.T
+    found, rank = exact_svd(matrix), most
+    return found.cut(above(found.s))
 
 
 def product_svd(b: Float[Tensor, "m rank"], a: Float[Tensor, "rank n"]) -> Svd:
@@ -166,9 +193,72 @@ def rank_floor(s: Float[Tensor, " rank"], *, shape: tuple[int, int]) -> float:
     return max(shape) * torch.finfo(s.dtype).eps * float(s[0].item()) if len(s) else 0.0
 
 
-def _basis(matrix: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
-    basis: Tensor = torch.linalg.qr(matrix).Q
-    return basis
+def _sample(matrix: Float[Tensor, "m n"], columns: int, seed: int) -> Float[Tensor, "n columns"]:
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype)
+    return sample.to(matrix.device)
+
+
+def _iterate(
+    matrix: Float[Tensor, "m n"], sample: Float[Tensor, "n columns"], is_settled: Callable[[Tensor, Tensor], bool]
+) -> Svd:
+    """Triplets of a matrix in the span of a sample, which products with it sharpen until `is_settled`.
+
+    The left vectors of `M V Vᵀ` are the next basis `U`, the right ones of `U Uᵀ M` the next `V`, and so on. No singular
+    value falls on the way, as those of `Uᵀ M` are at least those of `Uᵀ M V Vᵀ`: every product can only add to what is
+    found.
+
+    Args:
+        matrix: M.
+        sample: Where to begin.
+        is_settled: Told the squares of the values, and what further products may add to each.
+    """
+    found = _within_rows(matrix, torch.linalg.qr(matrix @ sample).Q)
+    squares = found.s.double().square()
+    for number in range(MOST_PRODUCTS - 2):
+        found = _within_rows(matrix, found.u) if number % 2 else _within_columns(matrix, found.vt.T)
+        before, squares = squares, found.s.double().square()
+        floor = rank_floor(found.s, shape=(matrix.shape[0], matrix.shape[1]))
+        if is_settled(squares, _to_come(before, squares, floor=floor)):
+            break
+    return _signed(*found)
+
+
+def _within_columns(matrix: Float[Tensor, "m n"], right: Float[Tensor, "n k"]) -> Svd:
+    """The triplets of `M V Vᵀ`, for a basis `V`."""
+    left, triangle = torch.linalg.qr(matrix @ right)
+    u, s, vt = torch.linalg.svd(triangle)
+    return Svd(left @ u, s, vt @ right.T)
+
+
+def _within_rows(matrix: Float[Tensor, "m n"], left: Float[Tensor, "m k"]) -> Svd:
+    """The triplets of `U Uᵀ M`, for a basis `U`."""
+    # Of the two forms of the product this one is twice as fast.
+    right, triangle = torch.linalg.qr((left.T @ matrix).T)
+    u, s, vt = torch.linalg.svd(triangle.T)
+    return Svd(left @ u, s, vt @ right.T)
+
+
+def _to_come(
+    before: Float64[Tensor, " columns"], now: Float64[Tensor, " columns"], *, floor: float
+) -> Float64[Tensor, " columns"]:
+    """What further products may add to the squared values of a sample, judged by what the last one added.
+
+    In subspace iteration the squared error of value `i` falls by `(s_l / s_i)²` with each product, `s_l` being the last
+    value of the sample (Halko, Martinsson and Tropp, 2011, section 9.3): a geometric series.
+    """
+    gains = (now - before).clamp(min=0.0)
+    gains[now <= floor**2] = 0.0
+    ratios = (LAST_VALUE_GROWTH * now[-1] / now).nan_to_num(0.0).clamp(max=SLOWEST)
+    return gains * ratios / (1 - ratios)
+
+
+def _left_out(squares: Float64[Tensor, " columns"], rank: int, total_sq: float) -> float:
+    """The squared residual of the leading values of a sample.
+
+    Where it is small, the difference has lost its digits; the sample's other values are a part of it that has not.
+    """
+    return max(total_sq - float(squares[:rank].sum().item()), float(squares[rank:].sum().item()))
 
 
 def _signed(u: Float[Tensor, "m k"], s: Float[Tensor, " k"], vt: Float[Tensor, "k n"]) -> Svd:
