@@ -32,7 +32,17 @@ def test_an_added_token_wins():
     assert parse_vocabulary(tokenizer) == {"a": 7}
 
 
-@pytest.mark.parametrize("tokenizer", [{}, {"model": []}, {"model": {"vocab": 3}}, {"added_tokens": [3]}])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {},
+        {"model": []},
+        {"model": {"vocab": 3}},
+        {"added_tokens": [3]},
+        {"added_tokens": 3},
+        {"added_tokens": {"a": 1}},
+    ],
+)
 def test_a_tokenizer_that_lists_nothing_has_no_vocabulary(tokenizer):
     assert parse_vocabulary(tokenizer) is None
 
@@ -41,3 +51,17 @@ def test_a_tokenizer_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         read_vocabulary(checkpoint_at(tmp_path))
+
+
+@pytest.mark.parametrize("row", [-1, 2**31, True, 1.0, "1", None, [0]])
+@pytest.mark.parametrize("place", ["vocab", "added"])
+def test_a_row_that_no_embedding_has_is_refused(row, place, tmp_path):
+    added = {"added_tokens": [{"id": row, "content": "a"}]}
+    content = {"model": {"vocab": {"a": row}}} if place == "vocab" else added
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json': token 'a' has the row .*, which no embedding has"):
+        read_vocabulary(checkpoint_at(tmp_path))
+
+
+def test_a_scored_token_that_is_no_text_is_passed_over():
+    assert parse_vocabulary({"model": {"vocab": [["a", -1.5], [["b"], -2.5], [], 3, ["c"]]}}) == {"a": 0, "c": 4}

@@ -59,14 +59,6 @@ def test_what_belongs_to_the_architecture_is_copied_and_weights_are_not(source, 
     assert [file.name for file in side_files(source)] == sorted(COPIED)
 
 
-def test_links_are_copied_as_files(source, target, tmp_path):
-    (tmp_path / "blob").write_text("content")
-    (source / "merges.txt").symlink_to(tmp_path / "blob")
-    copy_side_files(source, target, config_changes={})
-    assert (target / "merges.txt").read_text() == "content"
-    assert not (target / "merges.txt").is_symlink()
-
-
 def test_a_changed_configuration_keeps_the_other_fields_and_their_order(source, target):
     (source / "config.json").write_text('{"z": "größer", "tie_word_embeddings": true, "a": [1]}', encoding="utf-8")
     copy_side_files(source, target, config_changes={"tie_word_embeddings": False, "dtype": "float32"})
@@ -97,3 +89,44 @@ def test_a_configuration_that_is_damaged_is_an_error(source, target):
     (source / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="must hold a JSON object"):
         copy_side_files(source, target, config_changes={"dtype": "float16"})
+
+
+def test_a_link_out_of_the_folder_is_not_followed_into_the_output(source, target, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    (source / "notes.txt").symlink_to("../id_rsa")
+    with pytest.raises(CheckpointError, match=r"notes\.txt': is a link to '.*id_rsa', outside of the model's folder"):
+        copy_side_files(source, target, config_changes={})
+    assert contents(target) == {}
+
+
+def test_a_link_inside_the_folder_is_followed(source, target):
+    (source / "config.json").rename(source / "original" / "kept.json")
+    (source / "config.json").symlink_to("original/kept.json")
+    copy_side_files(source, target, config_changes={})
+    assert contents(target) == COPIED
+
+
+def test_the_links_of_the_hubs_cache_are_followed_and_no_others(source, target, tmp_path):
+    cache = tmp_path / "models--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots").mkdir()
+    snapshot = source.rename(cache / "snapshots" / ("0" * 40))
+    for name in COPIED:
+        (snapshot / name).rename(cache / "blobs" / name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    copy_side_files(snapshot, target, config_changes={})
+    assert contents(target) == COPIED
+    (tmp_path / "secret").write_text("secret")
+    (cache / "blobs" / "LICENSE").unlink()
+    (cache / "blobs" / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="LICENSE': is a link to"):
+        side_files(snapshot)
+
+
+def test_an_infinity_in_the_configuration_stays_what_it_is(source, target):
+    (source / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "dtype": "float32"}')
+    copy_side_files(source, target, config_changes={"dtype": "bfloat16"})
+    assert json.loads((target / "config.json").read_text()) == {
+        "time_step_limit": [0.0, float("inf")],
+        "dtype": "bfloat16",
+    }

@@ -241,11 +241,11 @@ def test_a_field_that_nobody_knows_and_that_says_no_is_accepted(value):
 
 
 WRONG = [
-    ("r", 0), ("r", -1), ("r", 2.0), ("r", True), ("r", "4"), ("r", None),
+    ("r", 0), ("r", -1), ("r", 2.0), ("r", True), ("r", "4"), ("r", None), ("r", 2**31),
     ("lora_alpha", "6"), ("lora_alpha", True), ("lora_alpha", None), ("lora_alpha", math.nan), ("lora_alpha", math.inf),
     ("lora_alpha", 10**400),
     ("rank_pattern", ["q_proj"]), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", {"q_proj": 1.5}),
-    ("rank_pattern", {"q_proj": True}),
+    ("rank_pattern", {"q_proj": True}), ("rank_pattern", {"q_proj": 10**200}),
     ("alpha_pattern", ["q_proj"]), ("alpha_pattern", {"q_proj": "1"}), ("alpha_pattern", {"q_proj": True}),
     ("alpha_pattern", {"q_proj": math.inf}), ("alpha_pattern", {"q_proj": math.nan}),
     ("use_rslora", 1), ("use_rslora", "true"),

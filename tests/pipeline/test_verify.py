@@ -292,3 +292,61 @@ def test_a_manifest_of_another_form_does_not_verify(change, copy):
     change(values)
     (folder / "portllm.json").write_text(json.dumps(values))
     assert wrong(verify(folder)) == ["portllm.json"]
+
+
+# ---- what is no file, and no name of one
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """Writes a folder with a sealed manifest of these files."""
+
+    def write(files):
+        mark = {"name": "m", "fingerprint": "s4k1:" + "0" * 40, "digest": None}
+        write_tensors(tmp_path / "model.safetensors", {"w": ("F32", (1,), bytes(4))})
+        values = {"output": mark, "into": mark, "files": dict.fromkeys(files, "0" * 64)}
+        (tmp_path / "portllm.json").write_text(render_sealed(values))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../secret", "/etc/passwd", "a/b", "a/..", "./a"])
+def test_a_manifest_names_no_file_outside_its_folder(name, listed):
+    verification = verify(listed([name]))
+    assert wrong(verification) == ["portllm.json"]
+    assert "the values are not those of portllm.json" in verification.checks[0].finding
+
+
+def test_what_a_manifest_names_and_is_no_file_is_not_read(listed):
+    folder = listed(["pipe", "folder", "zero\0byte", "l" * 300])
+    os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    findings = {check.subject: check.finding for check in verify(folder).checks if not check.holds}
+    assert findings["pipe"] == findings["folder"] == "is no file"
+    assert findings["zero\0byte"] == findings["l" * 300] == "is missing"
+
+
+@pytest.mark.parametrize("name", ["patch.json", "portllm.json"])
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(name, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "patch")
+    (folder / "patch.json").unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(PortLLMError):
+        verify(folder)
+    if name == "patch.json":
+        with pytest.raises(PatchRecordError, match=r"patch\.json': is not a file"):
+            load_patch(folder)
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity", "9" * 400])
+def test_evidence_that_is_no_number_is_refused(number, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "patch")
+    record = json.loads((folder / "patch.json").read_text())
+    record["ports"][0]["evidence"] = {"sampled_drift": 12345}
+    text = render_sealed(record).replace("12345", number)
+    (folder / "patch.json").write_text(text)
+    with pytest.raises(PatchRecordError, match="not valid JSON"):
+        load_patch(folder)
+    with pytest.raises(PatchRecordError, match="not valid JSON"):
+        verify(folder)

@@ -8,9 +8,11 @@ Source: the format section of the safetensors README (https://github.com/hugging
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from portllm.checkpoint.json_text import parse_json
 from portllm.checkpoint.source import Source
 from portllm.errors import HeaderError
 
@@ -19,6 +21,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMENSIONS = 64
 """More axes than any framework can hold."""
+
+MAX_NAME_LENGTH = 1024
+"""Characters of a tensor's name; ten times what any model has, and few enough to be compared with patterns."""
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -31,6 +36,9 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that weights are computed in and stored as."""
 
 METADATA_KEY = "__metadata__"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""What moves a terminal's cursor, begins a line, or turns the direction of writing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +138,10 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
     if not text.startswith(b"{"):
         raise fail("the header does not begin with '{'.")
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise fail("the header is nested too deeply.") from error
+        entries = parse_json(text)
     except ValueError as error:
         raise fail(f"the header is not valid JSON ({error}).") from error
+    assert isinstance(entries, dict)  # it begins with a brace
 
     data_start = 8 + len(text)
     metadata = entries.pop(METADATA_KEY, {})
@@ -142,9 +149,9 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
         raise fail(f"'{METADATA_KEY}' must map strings to strings.")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
-        problem = _entry_problem(entry)
+        problem = _name_problem(name) or _entry_problem(entry)
         if problem:
-            raise fail(f"tensor '{name}': {problem}")
+            raise fail(f"tensor {name[:MAX_NAME_LENGTH]!r}: {problem}")
         start, stop = entry["data_offsets"]
         tensors[name] = TensorInfo(
             name, entry["dtype"], tuple(entry["shape"]), file, data_start + start, data_start + stop
@@ -183,6 +190,13 @@ def render_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
     return len(text).to_bytes(8, "little") + text
 
 
+def _name_problem(name: str) -> str | None:
+    """What is wrong with a tensor's name, or None: it goes into messages, and could write over a terminal."""
+    if len(name) > MAX_NAME_LENGTH:
+        return f"its name has {len(name)} characters, the limit is {MAX_NAME_LENGTH}."
+    return "its name holds a control character." if _CONTROL.search(name) else None
+
+
 def _entry_problem(entry: object) -> str | None:
     """What is wrong with one tensor's entry, or None."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -205,18 +219,3 @@ def _entry_problem(entry: object) -> str | None:
 def _is_size(value: object) -> bool:
     # bool is an int in Python, and JSON's `true` must not pass for 1; sizes are 64-bit in the format.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"'{twice}' stands twice")
-    # Python's reader lets half a surrogate pair through, which no one can encode or print later.
-    "".join(found).encode("utf-8")
-    return found
-
-
-def _no_constant(token: str) -> float:
-    raise ValueError(f"{token} is not JSON")

@@ -45,7 +45,7 @@ from portllm.checkpoint.reader import (
     Checkpoint,
     join_shards,
     open_folder,
-    read_json,
+    read_config,
     read_weight_map,
     require_shards,
     why_no_model,
@@ -133,7 +133,7 @@ def open_remote(name: str) -> Checkpoint:
             if is_offline_mode()
             else NotFoundError(f"'{name}': {why_no_model(files)}")
         )
-    config = read_json(fetch(repository, [CONFIG_FILE]) / CONFIG_FILE) if CONFIG_FILE in files else {}
+    config = read_config(fetch(repository, [CONFIG_FILE]) / CONFIG_FILE) if CONFIG_FILE in files else {}
     weight_map: Mapping[str, str] = {}
     shards = [SINGLE_FILE]
     if SINGLE_FILE not in files:

@@ -6,7 +6,6 @@ here knows nothing of arithmetic: `portllm.checkpoint.tensors` turns bytes into 
 model of the hub only.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from portllm.checkpoint.builtin import builtin_folder
 from portllm.checkpoint.header import Header, TensorInfo, parse_header, parse_header_length
+from portllm.checkpoint.json_text import parse_json
 from portllm.checkpoint.source import RemoteFile, Source
 from portllm.errors import CheckpointError, IndexFileError, MissingShardError, MissingTensorError, NotFoundError
 from portllm.progress import Progress, silent
@@ -145,24 +145,44 @@ def read_header(file: Path) -> Header:
     return parse_header(text, file=file, file_bytes=file_bytes)
 
 
-def read_json(file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError) -> dict[str, object]:
+def read_json(
+    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, infinities: bool = False
+) -> dict[str, object]:
     """A JSON object from a file that nobody vouches for.
 
+    Args:
+        file: A regular file; a pipe could make the program wait forever.
+        error: What is raised.
+        infinities: As for `portllm.checkpoint.json_text.parse_json`.
+
     Raises:
-        error: The file is too large, is not JSON, or is not an object.
+        error: The file is too large, is not JSON that every reader reads alike, or is not an object.
     """
     try:
-        size = file.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error(f"'{file}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        if file.exists() and not file.is_file():
+            raise error(f"'{file}': is not a file. Fetch or write it again.")
+        with open(file, "rb") as stream:
+            text = stream.read(MAX_JSON_BYTES + 1)
     except OSError as problem:
         raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
-    except (ValueError, RecursionError) as problem:
+    if len(text) > MAX_JSON_BYTES:
+        raise error(f"'{file}': has {file.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read.")
+    try:
+        value = parse_json(text, infinities=infinities)
+    except ValueError as problem:
         raise error(f"'{file}': is not valid JSON ({problem}). Fetch or write it again.") from problem
     if not isinstance(value, dict):
         raise error(f"'{file}': must hold a JSON object, holds a {type(value).__name__}.")
     return value
+
+
+def read_config(file: Path) -> dict[str, object]:
+    """A model's `config.json`, in which transformers writes infinities as Python does.
+
+    Raises:
+        CheckpointError: As `read_json`.
+    """
+    return read_json(file, infinities=True)
 
 
 def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkpoint:
@@ -252,7 +272,7 @@ def _open_file(path: Path, *, name: str) -> Checkpoint:
 
 def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Checkpoint:
     """Open the model in a folder under a name; arguments and errors otherwise as `open_checkpoint`."""
-    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    config = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     if (folder / SINGLE_FILE).is_file():
         header = read_header(folder / SINGLE_FILE)
         return Checkpoint(name, folder, _sorted(header.tensors), config, header.metadata, revision)

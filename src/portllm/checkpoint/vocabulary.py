@@ -1,11 +1,14 @@
 """Which token each row of an embedding stands for: `tokenizer.json`, as far as that."""
 
 from collections.abc import Mapping
-from typing import cast
 
 from portllm.checkpoint.reader import Checkpoint, read_json, side_file
+from portllm.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
+
+MAX_ROWS = 1 << 31
+"""Token ids are 32-bit numbers in every tokenizer."""
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
@@ -15,13 +18,21 @@ def read_vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
         CheckpointError: The file is damaged.
     """
     file = side_file(checkpoint, TOKENIZER_FILE)
-    return None if file is None else parse_vocabulary(read_json(file))
+    if file is None:
+        return None
+    try:
+        return parse_vocabulary(read_json(file))
+    except ValueError as error:
+        raise CheckpointError(f"'{file}': {error}. The tokenizer is damaged: fetch it again.") from error
 
 
 def parse_vocabulary(tokenizer: Mapping[str, object]) -> Mapping[str, int] | None:
     """The row of each token by its string; None where the tokenizer lists no tokens.
 
     Added tokens come last and win, as they do in the tokenizers library.
+
+    Raises:
+        ValueError: A token has no row that an embedding could have.
 
     Example:
         >>> parse_vocabulary({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<end>"}]})
@@ -33,11 +44,19 @@ def parse_vocabulary(tokenizer: Mapping[str, object]) -> Mapping[str, int] | Non
     listed = model.get("vocab") if isinstance(model, dict) else None
     rows: dict[str, int] = {}
     if isinstance(listed, dict):
-        rows = {token: row for token, row in listed.items() if isinstance(row, int)}
+        rows = dict(listed)
     elif isinstance(listed, list):  # Unigram: pairs of token and score, in the order of rows
-        rows = {pair[0]: row for row, pair in enumerate(listed) if isinstance(pair, list) and pair}
-    for added in cast(list[object], tokenizer.get("added_tokens") or []):
-        match added:
-            case {"content": str(token), "id": int(row)}:
+        rows = {pair[0]: row for row, pair in enumerate(listed) if _is_scored(pair)}
+    added = tokenizer.get("added_tokens")
+    for entry in added if isinstance(added, list) else []:
+        match entry:
+            case {"content": str(token), "id": row}:
                 rows[token] = row
+    for token, row in rows.items():
+        if type(row) is not int or not 0 <= row < MAX_ROWS:
+            raise ValueError(f"token {token[:80]!r} has the row {str(row)[:20]!r}, which no embedding has")
     return rows or None
+
+
+def _is_scored(pair: object) -> bool:
+    return isinstance(pair, list) and bool(pair) and isinstance(pair[0], str)

@@ -115,7 +115,9 @@ def write_manifest(folder: Path, report: MergeReport, *, program: str) -> None:
 
 def _are_digests(files: Mapping[str, object]) -> bool:
     """Whether these are plain names, none of which leads out of the folder, and digests."""
-    return all(Path(name).name == name and isinstance(digest, str) for name, digest in files.items())
+    return all(
+        name not in ("", "..") and Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
+    )
 
 
 def _measures(sums: MergeSums) -> dict[str, float | None]:

@@ -289,11 +289,11 @@ def _has_expected_type(name: str, value: object) -> bool:
     is_strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
     match name:
         case "r":
-            return _is_integer(value) and cast(int, value) > 0
+            return _is_rank(value)
         case "lora_alpha":
             return _is_number(value)
         case "rank_pattern":
-            return value is None or (isinstance(value, dict) and all(_is_integer(v) and v > 0 for v in value.values()))
+            return value is None or (isinstance(value, dict) and all(map(_is_rank, value.values())))
         case "alpha_pattern":
             return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
         case "use_rslora" | "use_dora" | "lora_bias" | "fan_in_fan_out" | "ensure_weight_tying":
@@ -374,6 +374,10 @@ def _pattern_problem(field: str, pattern: str) -> str | None:
 def _is_number(value: object) -> bool:
     # JSON knows 1e999 and whole numbers of any length; what a float cannot hold is no scale.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_rank(value: object) -> bool:
+    return _is_integer(value) and 0 < cast(int, value) < 1 << 31
 
 
 def _is_integer(value: object) -> bool:

@@ -30,7 +30,7 @@ from portllm.checkpoint.writer import (
 )
 from portllm.errors import CheckpointError, RemoteError, UnsupportedDtypeError
 from portllm.output.manifest import MergeReport, digest_side_files, write_manifest
-from portllm.output.side_files import copy_side_files
+from portllm.output.side_files import copy_side_files, side_files
 from portllm.patch.adapter_folder import digest_tensors, files_of
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
@@ -99,6 +99,8 @@ def run_merge(
     check_free(out, overwrite=overwrite)
     plan = _on_disk(plan, progress)
     check_apart(out, (*plan.into.files, *files_of(plan.patch)))
+    if plan.into.folder is not None:
+        side_files(plan.into.folder)  # refuses what must not be copied, before there is any work to lose
     done = 0
 
     def wrote(n_bytes: int) -> None:

@@ -4,6 +4,7 @@ A patch says in `patch.json` what its other files and its tensors must be, and s
 so in `portllm.json`. Every byte is read again: nothing is taken from a cache.
 """
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,10 +281,12 @@ def _sealed_check(file: Path, values: Mapping[str, object]) -> Check:
 
 def _file_checks(folder: Path, files: Mapping[str, str]) -> Iterator[Check]:
     for name, digest in sorted(files.items()):
+        # What is no file, as a pipe, could be read forever; these functions also take what cannot be a name.
+        if not os.path.isfile(folder / name):
+            yield _wrong(name, "is no file" if os.path.exists(folder / name) else "is missing")
+            continue
         try:
             holds = digest_file(folder / name) == digest
-        except FileNotFoundError:
-            yield _wrong(name, "is missing")
         except OSError as error:
             raise CheckpointError(f"'{folder / name}': cannot be read: {error.strerror}.") from error
         else:

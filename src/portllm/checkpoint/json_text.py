@@ -1,0 +1,93 @@
+"""JSON from a file that nobody vouches for: read strictly, so that no two readers understand it differently. Pure.
+
+Python's reader lets pass what others refuse or read otherwise: a key that stands twice, half of a surrogate pair, NaN,
+numbers that no float holds. All of these are refused here.
+
+Source: RFC 8259, sections 4, 6 and 8 (https://www.rfc-editor.org/rfc/rfc8259), and RFC 7493.
+"""
+
+import json
+import math
+import re
+from itertools import chain
+
+MAX_DEPTH = 64
+"""Objects and lists inside each other; what is deeper can be read, and not written again."""
+
+MAX_DIGITS = 300
+"""Of a whole number: what a float can hold, and far more than any size or identity has."""
+
+_HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(text: bytes, *, infinities: bool = False) -> object:
+    """The value that a JSON text stands for.
+
+    Args:
+        text: In UTF-8, without a byte order mark.
+        infinities: Let Python's `Infinity` and `NaN` pass, which transformers writes into `config.json`.
+
+    Raises:
+        ValueError: It is no JSON, or not such as every reader reads alike; the message says what is wrong.
+
+    Example:
+        >>> parse_json(b'{"r": 4}')
+        {'r': 4}
+        >>> parse_json(b'{"r": 4, "r": 8}')
+        Traceback (most recent call last):
+        ValueError: 'r' stands twice
+    """
+    try:
+        value: object = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=float if infinities else _no_constant,
+            parse_float=_number,
+            parse_int=_whole_number,
+        )
+        _check_depth(value)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if _HALF_OF_A_PAIR.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r} stands twice")
+            seen.add(name)
+    return found
+
+
+def _no_constant(token: str) -> float:
+    raise ValueError(f"{token} is not JSON")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is larger than any that is read")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits is larger than any that is read")
+    return int(text)
+
+
+def _check_depth(value: object) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inside = chain.from_iterable(
+            item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)
+        )
+        level = [item for item in inside if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
