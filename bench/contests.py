@@ -116,7 +116,7 @@ def capture(inputs: Inputs) -> Contest:
 
 def weights(inputs: Inputs) -> Contest:
     """The tuned evolved model, whole: ours from the patch, mergekit's from three models."""
-    ours, theirs, ported = inputs.output("weights"), inputs.output("arithmetic"), inputs.output("ported")
+    ours, theirs = inputs.output("weights"), inputs.output("arithmetic")
     recipe = inputs.folder / "task_arithmetic.yaml"
     recipe.write_text(
         "merge_method: task_arithmetic\n"
@@ -127,8 +127,8 @@ def weights(inputs: Inputs) -> Contest:
         "dtype: bfloat16\n"
     )
     program = install_mergekit(inputs.folder.parents[1]) / "mergekit-yaml"
-    port = _portllm("port", inputs.patch, "--evolved", inputs.evolved, "-o", ported, "--overwrite")
-    then = _portllm("merge", ported, "--into", inputs.evolved, "-o", ours)
+    port = _portllm("port", inputs.patch, "--evolved", inputs.evolved, "-o", ours / "patch")
+    then = _portllm("merge", ours / "patch", "--into", inputs.evolved, "-o", ours / "model")
     return Contest(
         "port and merge beside mergekit",
         (

@@ -52,7 +52,12 @@ def measure(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> 
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
         )
-        resident, private = _watch(process.pid)
+        try:
+            resident, private = _watch(process.pid)
+        except BaseException:  # whoever stops the benchmark stops what it measures
+            process.terminate()
+            process.wait()
+            raise
         seconds = time.perf_counter() - began
         disk = _counters(process.pid)  # readable until the process is waited for
         _, status, used = os.wait4(process.pid, 0)

@@ -9,6 +9,8 @@ off goes on with its next run.
 
 import argparse
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,16 @@ HERE = Path(__file__).parent
 DEFAULT_SHAPES = ("1.1b", "1b-128k", "8b")
 
 
+BUSY = 0.5
+"""Load above which another program surely takes part of a core."""
+
+
 def main() -> None:
     """Measure, compare, and record where that is asked for."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if (load := os.getloadavg()[0]) > BUSY:
+        print(f"the machine is busy (load {load:.1f}): these times are not for the record", file=sys.stderr)
     worse: list[str] = []
     for shape in (SHAPES[name] for name in options.shapes):
         file = options.results / f"speed-{shape.name}.json"

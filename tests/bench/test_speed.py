@@ -1,3 +1,4 @@
+import argparse
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 from bench.inputs import Inputs, NoRoomError
 from bench.page import files
 from bench.shapes import SHAPES
-from bench.speed import fallen_behind
+from bench.session import Session
+from bench.speed import fallen_behind, measure_shape
 from portllm.checkpoint.identity import digest
 from portllm.checkpoint.reader import open_checkpoint
 
@@ -54,6 +56,13 @@ def test_the_adapter_is_the_delta_of_the_tuned_model(tiny):
 def test_a_shape_for_which_the_disk_has_no_room_is_refused(tmp_path):
     with pytest.raises(NoRoomError, match="GB are free"):
         Inputs(SHAPES["8b"], tmp_path).require_room(10**18)
+
+
+def test_what_the_disk_has_no_room_for_is_skipped_with_a_line(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("bench.inputs.RESERVE_BYTES", 10**18)
+    options = argparse.Namespace(contests=["port"], runs=1, slow_runs=1)
+    assert measure_shape(tiny, Session(tiny.folder), options) == {}
+    assert "tiny: port is skipped" in capsys.readouterr().out
 
 
 def test_seconds_of_another_machine_are_not_compared_but_memory_is():
