@@ -8,8 +8,8 @@ import pytest
 
 from bench.inputs import Inputs, NoRoomError
 from bench.page import files
-from bench.shapes import SHAPES
 from bench.session import Session
+from bench.shapes import SHAPES
 from bench.speed import fallen_behind, measure_shape
 from portllm.checkpoint.identity import digest
 from portllm.checkpoint.reader import open_checkpoint
