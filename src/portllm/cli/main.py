@@ -4,7 +4,6 @@ Modules that cost time to import are imported inside the commands that need them
 once. Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 done, and the verdict is no.
 """
 
-import json
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from portllm import __version__
+from portllm.cli.plain import say
 from portllm.errors import PortLLMError
 
 app = typer.Typer(
@@ -41,18 +41,13 @@ OtherBaseOption = Annotated[
 ]
 
 
-def print_json(value: object) -> None:
-    """Print a JSON value."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 @app.callback(invoke_without_command=True)
 def program(
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
 ) -> None:
     """Carry a fine-tuned model's patch over to the next version of its base, without training."""
     if version:
-        typer.echo(f"portllm {__version__}")
+        say(f"portllm {__version__}")
         raise typer.Exit
 
 
@@ -70,11 +65,12 @@ def main() -> None:
     try:
         app()
     except PortLLMError as error:
-        typer.echo(f"portllm: {error}", err=True)
+        # Further lines are indented: none that a file had a hand in looks like one of the program's own.
+        say(f"portllm: {error}".replace("\n", "\n  "), err=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code in INTERRUPTED:
-            typer.echo(
+            say(
                 "portllm: interrupted; no output is half written, and the same command goes on with what is finished.",
                 err=True,
             )

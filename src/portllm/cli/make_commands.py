@@ -14,8 +14,8 @@ from portllm.cli.main import (
     OverwriteOption,
     QuietOption,
     app,
-    print_json,
 )
+from portllm.cli.plain import print_json, say
 
 if TYPE_CHECKING:
     from portllm.pipeline.combine import Combination
@@ -101,14 +101,14 @@ def _capture_adapter(base: str, adapter: Path, output: Path, *, dry_run: bool, o
         if refusals := plan_capture(loaded, base=model):
             raise PlanRefusedError(refusals)
         check_free(output, overwrite=overwrite)
-        typer.echo(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
+        say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
         return
     capture_adapter(loaded, base=model, out=output, overwrite=overwrite)
     summary = summarize_patch(output)
     if as_json:
         print_json(summary_to_json(summary))
     else:
-        typer.echo(render_summary(summary))
+        say(render_summary(summary))
 
 
 def _capture_tuned(
@@ -135,7 +135,7 @@ def _capture_tuned(
         open_checkpoint(base), open_checkpoint(tuned), rank=rank, max_rank=max_rank, dense=dense.value
     )
     if dry_run:
-        typer.echo(render_tuned_plan(plan, output))
+        say(render_tuned_plan(plan, output))
     if plan.refusals:
         raise PlanRefusedError(plan.refusals)
     check_free(output, overwrite=overwrite)
@@ -148,7 +148,7 @@ def _capture_tuned(
     if as_json:
         print_json(tuned_report_to_json(report, output))
     else:
-        typer.echo(render_tuned_report(report, output))
+        say(render_tuned_report(report, output))
 
 
 @app.command()
@@ -183,7 +183,7 @@ def combine(
     how = _combination(method, rank, density, seed)
     plan = plan_combine([load_patch(patch) for patch in patches], weights=given, how=how)
     if dry_run:
-        typer.echo(render_combine_plan(plan, output))
+        say(render_combine_plan(plan, output))
     if plan.refusals:
         raise PlanRefusedError(plan.refusals)
     check_free(output, overwrite=overwrite)
@@ -194,7 +194,7 @@ def combine(
     if as_json:
         print_json(combine_report_to_json(report, output))
     else:
-        typer.echo(render_combine_report(report, output))
+        say(render_combine_report(report, output))
 
 
 def parse_weights(text: str, count: int) -> list[float]:

@@ -15,8 +15,8 @@ from portllm.cli.main import (
     OverwriteOption,
     QuietOption,
     app,
-    print_json,
 )
+from portllm.cli.plain import print_json, say
 
 
 class DeviceName(StrEnum):
@@ -89,7 +89,7 @@ def train(
         rows = read_examples(data, fmt)
         check_runnable(model)
         check_free(output, overwrite=overwrite)
-        typer.echo(f"would train a patch of {model.name} on {len(rows)} rows; the first:\n{rows[0]}\nto {output}")
+        say(f"would train a patch of {model.name} on {len(rows)} rows; the first:\n{rows[0]}\nto {output}")
         return
     with shown_progress(quiet=quiet) as progress:
         _, report = train_patch(
@@ -106,7 +106,7 @@ def train(
     if as_json:
         print_json({"patch": summary_to_json(summary), "training": {n: getattr(report, n) for n in report.__slots__}})
     else:
-        typer.echo(render_training(summary, report))
+        say(render_training(summary, report))
 
 
 class Judging(StrEnum):
@@ -180,7 +180,7 @@ def evaluate(
     if as_json:
         print_json(comparison.to_json())
     else:
-        typer.echo(render_comparison(comparison))
+        say(render_comparison(comparison))
 
 
 @app.command()
@@ -196,13 +196,13 @@ def demo(
 
     def on_step(step: Step) -> None:
         if not as_json:
-            typer.echo(render_step(step))
+            say(render_step(step))
 
     if not as_json:
-        typer.echo(render_opening(output))
+        say(render_opening(output))
     with shown_progress(quiet=quiet) as progress:
         story = tell(output, on_step=on_step, progress=progress)
     if as_json:
         print_json(story_to_json(story))
     else:
-        typer.echo(render_story(story))
+        say(render_story(story))

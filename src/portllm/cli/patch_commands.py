@@ -17,8 +17,8 @@ from portllm.cli.main import (
     OverwriteOption,
     QuietOption,
     app,
-    print_json,
 )
+from portllm.cli.plain import print_json, say
 
 if TYPE_CHECKING:
     from portllm.checkpoint.header import TensorInfo
@@ -60,7 +60,7 @@ def inspect(
     if as_json:
         print_json(summary_to_json(summary))
     else:
-        typer.echo(render_summary(summary))
+        say(render_summary(summary))
 
 
 @app.command()
@@ -99,7 +99,7 @@ def port(
     def carry(patch: "Patch[TensorInfo]", number: int) -> "tuple[PortPlan, Patch[TensorInfo] | None]":
         plan = plan_port_on(patch, update, method=method, allow_other_base=allow_other_base)
         if found.is_single and not as_json:
-            typer.echo(render_port_plan(plan, output))
+            say(render_port_plan(plan, output))
         if not dry_run:
             return plan, run_port(plan, outputs[number], overwrite=overwrite)
         require(plan)
@@ -115,7 +115,7 @@ def port(
     if as_json:
         print_json(port_outcomes_to_json(outcomes, outputs))
     else:
-        typer.echo(render_port_outcomes(outcomes, outputs))
+        say(render_port_outcomes(outcomes, outputs))
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -155,7 +155,7 @@ def merge(
     )
     plan = replace(plan, refusals=(*plan.refusals, *space_refusals(output, plan.n_bytes)))
     if dry_run:
-        typer.echo(render_merge_plan(plan, output))
+        say(render_merge_plan(plan, output))
     require(plan)
     check_free(output, overwrite=overwrite)
     if dry_run:
@@ -171,4 +171,4 @@ def merge(
 
         print_json(report_to_json(report, program=__version__))
     else:
-        typer.echo(render_merge_report(report, output, plan.notes))
+        say(render_merge_report(report, output, plan.notes))

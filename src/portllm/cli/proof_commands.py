@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.main import MODEL, JsonOption, OverwriteOption, QuietOption, app, print_json
+from portllm.cli.main import MODEL, JsonOption, OverwriteOption, QuietOption, app
+from portllm.cli.plain import print_json, say
 
 if TYPE_CHECKING:
     from portllm.pipeline.signature import Signer, Trust
@@ -60,7 +61,7 @@ def verify(
     if as_json:
         print_json(verification_to_json(verification))
     else:
-        typer.echo(render_verification(verification))
+        say(render_verification(verification))
     if not verification.verified:
         raise typer.Exit(3)
 
@@ -96,7 +97,7 @@ def sign(
     if as_json:
         print_json({"path": str(path), "signature": str(file)})
     else:
-        typer.echo(f"signed {path}: {file}")
+        say(f"signed {path}: {file}")
 
 
 def _trust(

@@ -1,8 +1,9 @@
 """Values to text for people. Percent and rounding live here; the library's numbers are shares and stay whole."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from portllm.cli.plain import one_line
 from portllm.output.manifest import MergeReport
 from portllm.patch.record import PatchRecord
 from portllm.pipeline.inspect import CheckpointSummary, PatchSummary
@@ -65,7 +66,7 @@ def render_summary(summary: CheckpointSummary | PatchSummary) -> str:
 
 def render_port_plan(plan: PortPlan, out: Path) -> str:
     """What `port --dry-run` prints, and the first lines of `port`."""
-    lines = [f"port {plan.patch.name} by '{plan.method.id}': {plan.method.summary}"]
+    lines = [f"port {one_line(plan.patch.name)} by '{plan.method.id}': {plan.method.summary}"]
     rows = {
         "from": f"{plan.source.name} ({plan.source.fingerprint})",
         "to": f"{plan.target.name} ({plan.target.fingerprint})",
@@ -89,7 +90,7 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         rows["tokens"] = (
             f"{_count(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is gone'}"
         )
-    return "\n".join([*lines, *table(rows), *_refusals(plan)])
+    return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
 
 
 def render_merge_plan(plan: MergePlan, out: Path) -> str:
@@ -100,7 +101,7 @@ def render_merge_plan(plan: MergePlan, out: Path) -> str:
         "changes": f"{plan.n_changed} of {len(plan.steps)} tensors; the others are copied",
         "output": f"{out}: {n_bytes(plan.n_bytes)} in {_count(len(plan.shards), 'file')}",
     }
-    return "\n".join(["merge", *table(rows), *(f"  note: {note}" for note in plan.notes), *_refusals(plan)])
+    return "\n".join(["merge", *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
 
 
 def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) -> str:
@@ -115,7 +116,7 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
     }
     if worst is not None:
         rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
-    lines = ["merged", *table(rows), *(f"  note: {note}" for note in notes)]
+    lines = ["merged", *table(rows), *items("note", notes)]
     least = report.tensors[worst].kept_gain if worst is not None else 1.0
     if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
         lines += [
@@ -181,11 +182,12 @@ def _setting(value: object) -> str:
 def table(rows: Mapping[str, str]) -> list[str]:
     """Names and texts in two columns."""
     width = max(map(len, rows))
-    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+    return [f"  {name:<{width}}  {one_line(text)}" for name, text in rows.items()]
 
 
-def _refusals(plan: PortPlan | MergePlan) -> list[str]:
-    return [f"  refused: {refusal}" for refusal in plan.refusals]
+def items(kind: str, found: Iterable[object]) -> list[str]:
+    """One line for each, such as a note or a refusal."""
+    return [f"  {kind}: {one_line(str(item))}" for item in found]
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.cli.render import percent, table
-from portllm.errors import Refusal
+from portllm.cli.plain import one_line
+from portllm.cli.render import items, percent, table
 from portllm.patch.record import record_to_json
 from portllm.pipeline.tuned_plan import TunedPlan
 
@@ -35,7 +35,7 @@ def render_tuned_plan(plan: TunedPlan, out: Path) -> str:
             f"{sum(row >= 0 for row in mapped.rows)} of {len(mapped.rows)} rows follow their token; "
             f"{len(mapped.extra)} rows of the tuned model have no place in the base and are left out"
         )
-    return "\n".join(["capture", *table(rows), *_refused(plan.refusals)])
+    return "\n".join(["capture", *table(rows), *items("refused", plan.refusals)])
 
 
 def _and_experts(plan: TunedPlan) -> str:
@@ -57,7 +57,7 @@ def render_tuned_report(report: "TunedReport", out: Path) -> str:
     for name in report.left_out:
         by_reason.setdefault(report.reasons[name], []).append(name)
     for reason, names in by_reason.items():
-        lines.append(f"  left out: {len(names)} tensors: {reason}")
+        lines.append(f"  left out: {len(names)} tensors: {one_line(reason)}")
         lines += [f"    {name}: changed by {percent(report.left_out[name], digits=2)}" for name in names[:SHOWN]]
         if len(names) > SHOWN:
             lines.append(f"    and {len(names) - SHOWN} more, all in patch.json")
@@ -97,7 +97,7 @@ def render_combine_plan(plan: "CombinePlan", out: Path) -> str:
         "modules": str(len(plan.modules)),
         "output": str(out),
     }
-    return "\n".join(["combine", *table(rows), *_refused(plan.refusals)])
+    return "\n".join(["combine", *table(rows), *items("refused", plan.refusals)])
 
 
 def render_combine_report(report: "CombineReport", out: Path) -> str:
@@ -137,7 +137,3 @@ def _ranks(ranks: Iterable[int]) -> str:
     if len(counts) > SHOWN:
         return f"ranks {counts[0][0]} to {counts[-1][0]}"
     return "rank " + ", ".join(f"{rank} ({count})" if len(counts) > 1 else str(rank) for rank, count in counts)
-
-
-def _refused(refusals: tuple[Refusal, ...]) -> list[str]:
-    return [f"  refused: {refusal}" for refusal in refusals]

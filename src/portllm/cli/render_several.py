@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from portllm.checkpoint.header import TensorInfo
+from portllm.cli.plain import one_line
 from portllm.cli.render import percent
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
@@ -26,7 +27,7 @@ def render_port_outcomes(outcomes: Sequence[Outcome[Carried]], outputs: Sequence
     first = next((outcome.value for outcome in outcomes if outcome.value), None)
     done = "would port" if first is not None and first[1] is None else "ported"
     lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows)]
-    return "\n".join([*lines, *(f"{outcome.folder}: {outcome.error}" for outcome in failed)])
+    return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 
 def _facts(plan: PortPlan) -> tuple[str, str]:

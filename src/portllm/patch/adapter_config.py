@@ -271,7 +271,7 @@ def _field_problem(name: str, value: object) -> str | None:
     if name in IGNORED_FIELDS:
         return None
     if name not in UNDERSTOOD_FIELDS:
-        return None if value in (None, False) else f"'{name}' ({_short(value)}) is not a field that is known"
+        return None if value in (None, False) else f"{_short(name)} ({_short(value)}) is not a field that is known"
     if name == "init_lora_weights" and value not in BASE_PRESERVING_INITS:
         return (
             f"'init_lora_weights' is {_short(value)}: such an adapter belongs to a base that was changed when training "
