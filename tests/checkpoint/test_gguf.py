@@ -10,7 +10,8 @@ from gguf import GGUFEndian
 from tokenizers import Tokenizer
 
 from portllm.checkpoint import gguf
-from portllm.checkpoint.gguf import original_rows, round_to_bfloat16, write_gguf_as_checkpoint
+from portllm.checkpoint.decoding import round_to_bfloat16, stored_rows
+from portllm.checkpoint.gguf import write_gguf_as_checkpoint
 from portllm.checkpoint.reader import open_checkpoint, read_bytes
 from portllm.errors import CheckpointError, MissingTensorError
 from tests import tiny_gguf
@@ -71,15 +72,15 @@ def test_the_block_size_does_not_change_a_byte(converted, tmp_path, monkeypatch)
 def test_each_block_is_written_before_the_next_is_dequantized(converted, tmp_path, monkeypatch):
     folder, _ = converted()
     events = []
-    dequantize = gguf.dequantize
+    load_values = gguf.load_values
 
-    def watched(data, kind):
-        values = dequantize(data, kind)
+    def watched(*span):
+        values = load_values(*span)
         events.append(values.size)
         return values
 
     monkeypatch.setattr(gguf, "_BLOCK_ELEMENTS", 5 * HIDDEN)
-    monkeypatch.setattr(gguf, "dequantize", watched)
+    monkeypatch.setattr(gguf, "load_values", watched)
     write_gguf_as_checkpoint(tmp_path / "tiny.gguf", folder, progress=lambda *_: events.append("written"))
     blocks, written = events[0::2], events[1::2]
     assert set(written) == {"written"}
@@ -108,9 +109,11 @@ def test_rounding_to_bfloat16_agrees_with_torch_on_every_kind_of_value():
 
 
 @pytest.mark.parametrize("heads", [1, 3, 6])
-def test_original_rows_undo_the_permutation_of_llama_cpp(heads):
+def test_stored_rows_undo_the_permutation_of_llama_cpp(heads):
     rows = np.arange(heads * 8)
-    np.testing.assert_array_equal(tiny_gguf.permute(rows, heads)[original_rows(len(rows), n_heads=heads)], rows)
+    np.testing.assert_array_equal(
+        tiny_gguf.permute(rows, heads)[stored_rows(rows, n_rows=len(rows), n_heads=heads)], rows
+    )
 
 
 def test_transformers_loads_the_folder_whole(converted):
@@ -247,18 +250,17 @@ REFUSED_METADATA = {
     "heads per layer": ({"llama.attention.head_count_kv": [3, 3]}, "'llama.attention.head_count_kv'"),
     "heads that do not group": ({"llama.attention.head_count_kv": 3}, "4 query heads, 3 key heads"),
     "odd heads": ({"llama.attention.key_length": 7}, "of 7 rows"),
-    "heads that do not divide the width": (
-        {"llama.embedding_length": 34},
-        "4 query heads, 2 key heads of 12 rows and a width of 34",
-    ),
-    "values of another size": ({"llama.attention.value_length": 16}, "value_length' is 16"),
+    "another width": ({"llama.embedding_length": 34}, "(267, 32); its metadata implies (vocab=267, hidden=34)"),
+    "values of another size": ({"llama.attention.value_length": 16}, "(24, 32); its metadata implies (value=32"),
+    "more layers than tensors": ({"llama.block_count": 2**31}, "'llama.block_count' is 2147483648"),
+    "one of several parts": ({"split.count": 3}, "is one part of several"),
     "partial rotary embedding": ({"llama.rope.dimension_count": 4}, "rope.dimension_count' is 4"),
     "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
     "an epsilon of zero": ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon' is '0.0'"),
     "a base that is no number": ({"llama.rope.freq_base": float("nan")}, "rope.freq_base' is 'nan'"),
     "another vocabulary size": ({"llama.vocab_size": VOCAB + 1}, f"vocab_size' is {VOCAB + 1}"),
     "a token twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "h"]}, "has a token twice"),
-    "tokens that are numbers": ({"tokenizer.ggml.tokens": [1, 2]}, "'tokenizer.ggml.tokens'"),
+    "tokens that are numbers": ({"tokenizer.ggml.tokens": [1] * VOCAB}, "'tokenizer.ggml.tokens'"),
     "a kind of token too few": ({"tokenizer.ggml.token_type": KINDS[1:]}, f"{VOCAB - 1} entries for {VOCAB} tokens"),
     "kinds of token in words": ({"tokenizer.ggml.token_type": ["x"] * VOCAB}, "'tokenizer.ggml.token_type'"),
     "an unused token": ({"tokenizer.ggml.token_type": [*KINDS[:-1], 5]}, "'<think>'"),
@@ -291,7 +293,7 @@ REFUSED_TENSORS = {
         "blk.0.attn_v.weight",
         np.zeros((32, 24), np.float32),
         CheckpointError,
-        "(32, 24); its metadata implies (key=24, hidden=32)",
+        "(32, 24); its metadata implies (value=24, hidden=32)",
     ),
     "whole numbers": (
         "output_norm.weight",
@@ -310,6 +312,23 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, name, data, error
         write_gguf_as_checkpoint(tmp_path / "odd.gguf", tmp_path)
     assert str(tmp_path / "odd.gguf") in str(caught.value)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes", "named"),
+    [
+        ({"llama.attention.head_count": 5, "llama.attention.head_count_kv": 1}, (60, 12, 12, 60), "a width of 32"),
+        ({"llama.attention.value_length": 16}, (48, 24, 32, 64), "value_length' is 16"),
+    ],
+)
+def test_heads_that_transformers_does_not_have_are_refused(tmp_path, changes, shapes, named):
+    query, key, value, mixed = (np.zeros((rows, 32), np.float32) for rows in shapes)
+    layers = {"attn_q": query, "attn_k": key, "attn_v": value, "attn_output": mixed.T.copy()}
+    tensors = {f"blk.{layer}.{name}.weight": data for layer in range(tiny_gguf.LAYERS) for name, data in layers.items()}
+    write_tiny_gguf(tmp_path / "odd.gguf", metadata=changes, tensors=tensors)
+    assert len(open_checkpoint(tmp_path / "odd.gguf").infos) == 20
+    with pytest.raises(CheckpointError, match=named):
+        write_gguf_as_checkpoint(tmp_path / "odd.gguf", tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 1000, 12_000, -1])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from portllm.checkpoint.decoding import decode_floats
 from portllm.checkpoint.identity import SAMPLE_BYTES
 from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.sample import decode_floats, load_values, sample_span
+from portllm.checkpoint.sample import load_values, sample_span
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode
 from portllm.errors import UnsupportedDtypeError
 from tests.files import BYTES_OF, write_tensors

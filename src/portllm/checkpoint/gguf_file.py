@@ -1,49 +1,37 @@
 """A GGUF file, opened: its tensors, and its metadata by key and type.
 
 What lives here knows the container, not the models in it: a key that is missing or of another type is refused with
-its name, and what the `gguf` package raises on a damaged file becomes a `CheckpointError`.
-
-Source: the GGUF specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+its name.
 """
 
 import math
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGUFReader, ReaderTensor
-
+from portllm.checkpoint.gguf_header import GGUFHeader, ListPlace, Value, read_gguf_header, read_gguf_list
 from portllm.errors import CheckpointError
-
-_DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError, struct.error)
-"""What the `gguf` package raises on bytes that are not a GGUF file; none of it is a bug of ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """An open GGUF file; its tensors are mapped into memory, not read.
+    """An open GGUF file; lists of its metadata and tensors are read when they are asked for.
 
     Attributes:
         path: The file, for messages.
-        reader: The `gguf` package's view of it.
+        header: What its header says.
     """
 
     path: Path
-    reader: GGUFReader
-
-    @property
-    def tensors(self) -> tuple[ReaderTensor, ...]:
-        """Every tensor, in the order of the file."""
-        return tuple(self.reader.tensors)
+    header: GGUFHeader
 
     def keys(self, prefix: str) -> tuple[str, ...]:
         """The metadata keys that begin with `prefix`, in the order of the file."""
-        return tuple(key for key in self.reader.fields if key.startswith(prefix))
+        return tuple(key for key in self.header.fields if key.startswith(prefix))
 
     def has(self, key: str) -> bool:
         """Whether the metadata has this key."""
-        return key in self.reader.fields
+        return key in self.header.fields
 
     def text(self, key: str) -> str:
         """A string.
@@ -82,50 +70,37 @@ class GGUFFile:
         value = self._value(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self._wrong_type(key, "a list of strings", value)
-        return value
+        return [str(item) for item in value]
+
+    def length(self, key: str) -> int | None:
+        """How many items a list has, without reading them; None where there is no such list."""
+        value = self.header.fields.get(key)
+        return value.count if isinstance(value, ListPlace) else None
 
     def integers(self, key: str) -> list[int]:
         """A list of whole numbers."""
         value = self._value(key)
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise self._wrong_type(key, "a list of whole numbers", value)
-        return value
+        return [item for item in value if isinstance(item, int)]
 
     def refuse(self, found: str) -> CheckpointError:
         """The error that names this file; `found` says what is wrong and what to do."""
         return CheckpointError(f"'{self.path}': {found}")
 
-    def _value(self, key: str) -> object:
-        field = self.reader.fields.get(key)
-        if field is None:
-            raise self.refuse(f"its metadata has no '{key}', which this conversion needs. Convert the model again.")
-        try:
-            value: object = field.contents()
-        except _DAMAGE as error:
-            raise self.refuse(f"its metadata '{key}' cannot be read ({error}). The file is damaged.") from error
-        return value
+    def _value(self, key: str) -> Value | list[Value]:
+        value = self.header.fields.get(key)
+        if value is None:
+            raise self.refuse(f"its metadata has no '{key}', which is needed. Convert the model again.")
+        return read_gguf_list(self.path, value) if isinstance(value, ListPlace) else value
 
     def _wrong_type(self, key: str, expected: str, found: object) -> CheckpointError:
         return self.refuse(f"its metadata '{key}' is {str(found)[:80]!r}; expected {expected}.")
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Open a GGUF file and parse its metadata; no tensor is read.
-
-    Raises:
-        CheckpointError: The file cannot be read, is not GGUF, is damaged, or has the other byte order.
-    """
-    try:
-        reader = GGUFReader(path)
-    except OSError as error:
-        raise CheckpointError(f"'{path}': cannot be read: {error.strerror}.") from error
-    except _DAMAGE as error:
-        raise CheckpointError(
-            f"'{path}': is not a whole GGUF file of a version that is understood ({error}). Fetch the file again."
-        ) from error
-    if reader.byte_order != "I":
-        raise CheckpointError(f"'{path}': is of the other byte order; only files of this machine's order are read.")
-    return GGUFFile(path, reader)
+    """Open a GGUF file; see `read_gguf_header`."""
+    return GGUFFile(path, read_gguf_header(path))
 
 
 def listed(names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from portllm.checkpoint.encoding import Encoding
 from portllm.checkpoint.json_text import parse_json
 from portllm.checkpoint.source import Source
 from portllm.errors import HeaderError
@@ -47,11 +48,13 @@ class TensorInfo:
 
     Attributes:
         name: Its name in the file.
-        dtype: A key of `DTYPE_BITS`.
+        dtype: A key of `DTYPE_BITS`; for an encoded tensor that of its values once they are decoded.
         shape: Its axes, outermost first; `()` for a scalar.
         file: The file that holds it.
         start: First byte, counted from the start of the file.
         stop: One past its last byte.
+        encoding: How its bytes stand for its values; None where they are the values.
+        parts: What else decoding needs, by what follows the tensor's name.
     """
 
     name: str
@@ -60,11 +63,18 @@ class TensorInfo:
     file: Source
     start: int
     stop: int
+    encoding: Encoding | None = None
+    parts: tuple[tuple[str, "TensorInfo"], ...] = ()
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes in the file, without the parts."""
         return self.stop - self.start
+
+    @property
+    def stored_as(self) -> str:
+        """What its bytes are: the dtype, or the label of the encoding."""
+        return self.dtype if self.encoding is None else self.encoding.label
 
     @property
     def n_params(self) -> int:
@@ -149,7 +159,7 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
         raise fail(f"'{METADATA_KEY}' must map strings to strings.")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
-        problem = _name_problem(name) or _entry_problem(entry)
+        problem = name_problem(name) or _entry_problem(entry)
         if problem:
             raise fail(f"tensor {name[:MAX_NAME_LENGTH]!r}: {problem}")
         start, stop = entry["data_offsets"]
@@ -190,7 +200,7 @@ def render_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
     return len(text).to_bytes(8, "little") + text
 
 
-def _name_problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """What is wrong with a tensor's name, or None: it goes into messages, and could write over a terminal."""
     if len(name) > MAX_NAME_LENGTH:
         return f"its name has {len(name)} characters, the limit is {MAX_NAME_LENGTH}."

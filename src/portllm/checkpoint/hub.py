@@ -48,6 +48,7 @@ from portllm.checkpoint.reader import (
     read_config,
     read_weight_map,
     require_shards,
+    tensors_of,
     why_no_model,
 )
 from portllm.checkpoint.remote import (
@@ -164,7 +165,7 @@ def open_remote(name: str) -> Checkpoint:
         infos, metadata = join_shards(weight_map, headers, index=f"{name}/{INDEX_FILE}")
     else:
         header = headers[SINGLE_FILE]
-        infos, metadata = dict(sorted(header.tensors.items())), header.metadata
+        infos, metadata = tensors_of(header.tensors), header.metadata
     return Checkpoint(name, None, infos, config, metadata, repository.revision)
 
 

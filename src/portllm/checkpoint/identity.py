@@ -6,11 +6,12 @@ covers all bytes. It is taken when the bytes are read anyway or when asked for, 
 size and time of change.
 
 A head stored beside the embedding it is tied to counts for neither, so that both ways to store it are one model. So
-are the spellings that a family has for the names of its tensors.
+are the spellings that a family has for the names of its tensors. Both are over bytes as they are stored: a model and
+what was quantized of it never have the same identity.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from blake3 import blake3
@@ -42,6 +43,14 @@ def own_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     return tensors
 
 
+def stored_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, TensorInfo]]:
+    """Every tensor with bytes of its own, by name: what decoding needs besides a tensor follows it."""
+    for name, info in infos.items():
+        yield name, info
+        for suffix, part in info.parts:
+            yield name + suffix, part
+
+
 def sample_window(name: str, n_bytes: int) -> tuple[int, int]:
     """Which bytes of a tensor the fingerprint reads: a window at a place drawn from the tensor's name.
 
@@ -66,10 +75,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         CheckpointError: A file cannot be read.
     """
     state = blake3()
-    infos = own_tensors(checkpoint)
-    windows = [(info, *sample_window(name, info.n_bytes)) for name, info in infos.items()]
-    for (name, info), sample in zip(infos.items(), read_spans(windows), strict=True):
-        state.update(json.dumps([name, info.dtype, info.shape]).encode())
+    infos = list(stored_tensors(own_tensors(checkpoint)))
+    windows = [(info, *sample_window(name, info.n_bytes)) for name, info in infos]
+    for (name, info), sample in zip(infos, read_spans(windows), strict=True):
+        state.update(json.dumps([name, info.stored_as, info.shape]).encode())
         state.update(sample)
     return FINGERPRINT_PREFIX + state.hexdigest(20)
 
@@ -85,7 +94,8 @@ def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:
 
 def digest_of(digests: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
     """The digest of a model of the tensors `infos`, by current name, with these `digests`, by the names in the file."""
-    rows = [[name, info.dtype, list(info.shape), digests[info.name]] for name, info in sorted(infos.items())]
+    stored = sorted(stored_tensors(infos), key=lambda pair: pair[0])
+    rows = [[name, info.stored_as, list(info.shape), digests[info.name]] for name, info in stored]
     return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
 
 
@@ -94,7 +104,7 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
     digests: dict[str, str] = {}
     done = 0
     for file in checkpoint.files:
-        infos = [info for info in checkpoint.infos.values() if info.file == file]
+        infos = [info for _, info in stored_tensors(checkpoint.infos) if info.file == file]
         known = _recall(file)
         if known is None:
             known = {}

@@ -1,4 +1,4 @@
-"""Open a model: a folder, a single `.safetensors` file, `builtin:NAME`, or a model of the Hugging Face Hub.
+"""Open a model: a folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the Hugging Face Hub.
 
 A folder holds one file, or shards with an index; a model of the hub is `org/name` or `org/name@revision`.
 Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for. What lives
@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from portllm.checkpoint.bitsandbytes import joined
 from portllm.checkpoint.builtin import builtin_folder
+from portllm.checkpoint.encoding import schemes_of
 from portllm.checkpoint.header import Header, TensorInfo, parse_header, parse_header_length
 from portllm.checkpoint.json_text import parse_json
 from portllm.checkpoint.source import RemoteFile, Source
@@ -22,6 +24,7 @@ from portllm.progress import Progress, silent
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+GGUF_SUFFIX = ".gguf"
 BUILTIN_PREFIX = "builtin:"
 MAX_JSON_BYTES = 64_000_000
 
@@ -53,7 +56,7 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Source, ...]:
         """The files that hold the tensors, sorted."""
-        return tuple(sorted({info.file for info in self.infos.values()}, key=str))
+        return tuple(sorted({info.file for info in self._stored}, key=str))
 
     @property
     def is_remote(self) -> bool:
@@ -63,12 +66,23 @@ class Checkpoint:
     @property
     def n_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.n_bytes for info in self.infos.values())
+        return sum(info.n_bytes for info in self._stored)
 
     @property
     def n_params(self) -> int:
         """Elements of all tensors."""
         return sum(info.n_params for info in self.infos.values())
+
+    @property
+    def quantization(self) -> str | None:
+        """How its weights are quantized, such as `nf4-double` or `Q4_K, Q6_K`; None where its bytes are its values."""
+        return schemes_of(info.encoding for info in self.infos.values())
+
+    @property
+    def _stored(self) -> Iterator[TensorInfo]:
+        for info in self.infos.values():
+            yield info
+            yield from (part for _, part in info.parts)
 
     def info(self, name: str) -> TensorInfo:
         """One tensor's description.
@@ -189,7 +203,7 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
     """Open a model lazily.
 
     Args:
-        where: A folder, a single `.safetensors` file, `builtin:NAME`, or a model of the hub (`org/name` or
+        where: A folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the hub (`org/name` or
             `org/name@revision`), of which headers and small files are read.
         progress: Told of the one-time conversion of a built-in model.
 
@@ -212,8 +226,8 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
         return open_remote(name)
     hint = f" For the model of the Hugging Face Hub, write {name}@main." if _HUB_ID.fullmatch(name) else ""
     raise NotFoundError(
-        f"'{name}': no such file or folder. Give a folder, a single .safetensors file, a model of the Hugging Face Hub "
-        f"(org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
+        f"'{name}': no such file or folder. Give a folder, a .safetensors or .gguf file, a model of the Hugging Face "
+        f"Hub (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
     )
 
 
@@ -260,14 +274,17 @@ def names_hub(where: str | Path) -> bool:
 
 
 def _open_file(path: Path, *, name: str) -> Checkpoint:
+    if path.suffix == GGUF_SUFFIX:
+        return _open_gguf(path, name=name, folder=None)
     if path.suffix != ".safetensors":
         raise CheckpointError(
-            f"'{name}': only safetensors files are read, never pickle. Save the model with save_pretrained first."
+            f"'{name}': only safetensors and GGUF files are read, never pickle. Save the model with save_pretrained "
+            "first."
         )
     if _SHARD_NAME.search(path.name):
         raise CheckpointError(f"'{name}': is one shard of a model. Give the folder that holds all of them.")
     header = read_header(path)
-    return Checkpoint(name, None, _sorted(header.tensors), {}, header.metadata)
+    return Checkpoint(name, None, tensors_of(header.tensors), {}, header.metadata)
 
 
 def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Checkpoint:
@@ -275,14 +292,24 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
     config = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     if (folder / SINGLE_FILE).is_file():
         header = read_header(folder / SINGLE_FILE)
-        return Checkpoint(name, folder, _sorted(header.tensors), config, header.metadata, revision)
+        return Checkpoint(name, folder, tensors_of(header.tensors), config, header.metadata, revision)
     if (folder / INDEX_FILE).is_file():
         weight_map = read_weight_map(folder / INDEX_FILE)
         shards = require_shards(weight_map, where=str(folder), there=_files_in(folder))
         headers = {shard: read_header(folder / shard) for shard in shards}
         infos, metadata = join_shards(weight_map, headers, index=str(folder / INDEX_FILE))
         return Checkpoint(name, folder, infos, config, metadata, revision)
+    files = [folder / file for file in _files_in(folder) if file.endswith(GGUF_SUFFIX)]
+    if len(files) == 1:
+        return _open_gguf(files[0], name=name, folder=folder)
     raise NotFoundError(f"'{name}': {why_no_model(_files_in(folder))}")
+
+
+def _open_gguf(path: Path, *, name: str, folder: Path | None) -> Checkpoint:
+    from portllm.checkpoint.gguf_tensors import open_gguf_model
+
+    model = open_gguf_model(path)
+    return Checkpoint(name, folder, model.infos, model.config, {})
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -300,7 +327,9 @@ def why_no_model(files: Iterable[str]) -> str:
             'python -c "from transformers import AutoModelForCausalLM as M; '
             "M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\"."
         )
-    return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}."
+    if several := sorted(file for file in files if file.endswith(GGUF_SUFFIX)):
+        return f"holds {len(several)} GGUF files. Give one of them, such as '{several[0]}'."
+    return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}, nor one GGUF file."
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -358,8 +387,13 @@ def join_shards(
             f"'{index}': {len(unheld)} tensors are in no shard, first '{unheld[0]}' (said to be in "
             f"'{weight_map[unheld[0]]}')."
         )
-    return _sorted(infos), next(iter(headers.values())).metadata
+    return tensors_of(infos), next(iter(headers.values())).metadata
 
 
-def _sorted(infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-    return {name: infos[name] for name in sorted(infos)}
+def tensors_of(infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """The tensors of a model, sorted by name, from those that its files list: a 4-bit weight is several of these.
+
+    Raises:
+        CheckpointError: The parts of a 4-bit weight do not fit each other.
+    """
+    return joined({name: infos[name] for name in sorted(infos)}, read_spans)

@@ -1,5 +1,6 @@
 """Bytes of a checkpoint to tensors and back: the only place that knows how a dtype's name maps to torch."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from portllm.checkpoint.header import TensorInfo, n_bytes_of
 from portllm.checkpoint.reader import read_bytes
+from portllm.checkpoint.sample import load_values
 from portllm.errors import UnsupportedDtypeError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -40,11 +42,20 @@ def encode(tensor: Tensor) -> memoryview:
 
 def load(info: TensorInfo) -> Tensor:
     """One whole tensor."""
+    if info.encoding is not None:
+        return _load_decoded(info, 0, info.n_params, info.shape)
     return decode(read_bytes(info), info.dtype, info.shape)
 
 
 def load_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` of a tensor, counted along its first axis."""
     shape = (stop - start, *info.shape[1:])
+    if info.encoding is not None:
+        width = math.prod(info.shape[1:])
+        return _load_decoded(info, start * width, stop * width, shape)
     row_bytes = n_bytes_of(info.dtype, info.shape[1:])
     return decode(read_bytes(info, start * row_bytes, stop * row_bytes), info.dtype, shape)
+
+
+def _load_decoded(info: TensorInfo, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(load_values(info, start, stop)).reshape(shape).to(TORCH_DTYPES[info.dtype])

@@ -29,8 +29,8 @@ app = typer.Typer(
 
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
-MODEL = "A folder, a .safetensors file, org/name[@revision] of the Hugging Face Hub, or builtin:smollm2-135m."
 PATCHES = "A patch or PEFT LoRA folder, or a folder that holds such folders; may be given more than once."
+MODEL = "A folder, a .safetensors or .gguf file, org/name[@revision] of the Hugging Face Hub, or builtin:smollm2-135m."
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and every reason not to.")]

@@ -134,6 +134,7 @@ def _checkpoint(summary: CheckpointSummary) -> str:
         "fingerprint": summary.fingerprint,
         "digest": summary.digest or "not taken (--digest reads all bytes)",
         "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}, {_count(summary.files, 'file')}",
+        **({"quantized": summary.quantization} if summary.quantization else {}),
         "tensors": f"{summary.n_tensors}: {_counts(summary.dtypes)}",
         "head": "tied to the embedding" if summary.tied_head else "its own matrix, or none",
         "modules": _counts(summary.modules),
@@ -163,7 +164,8 @@ def _unrecorded(summary: PatchSummary) -> str:
 
 def _origin(record: PatchRecord) -> dict[str, str]:
     rows = {
-        "base": f"{record.base.name} ({record.base.fingerprint})",
+        "base": f"{record.base.name} ({record.base.fingerprint})"
+        + (f", quantized: {record.base.quantization}" if record.base.quantization else ""),
         "captured": f"by {record.capture.method}"
         + "".join(f", {key} {_setting(value)}" for key, value in record.capture.settings.items()),
     }

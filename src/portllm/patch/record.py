@@ -16,12 +16,14 @@ class ModelIdentity:
         fingerprint: See `portllm.checkpoint.identity`; what is compared.
         digest: Over all bytes, where they were read anyway; None otherwise.
         revision: The commit hash of a model of the Hugging Face Hub, else None; for people, never compared.
+        quantization: How its weights are stored where that is not plainly, such as `nf4-double` or `Q4_K, Q6_K`.
     """
 
     name: str
     fingerprint: str
     digest: str | None = None
     revision: str | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ def identity_to_json(identity: ModelIdentity) -> dict[str, object]:
         "fingerprint": identity.fingerprint,
         "digest": identity.digest,
         "revision": identity.revision,
+        **({} if identity.quantization is None else {"quantization": identity.quantization}),
     }
 
 
@@ -133,7 +136,9 @@ def identity_from_json(value: object) -> ModelIdentity:
     """The identity that these values stand for; ValueError where they stand for none."""
     match value:
         case {"name": str(name), "fingerprint": str(fingerprint), "digest": str() | None as digest, **rest}:
-            revision = rest.get("revision")
-            return ModelIdentity(name, fingerprint, digest, revision if isinstance(revision, str) else None)
+            revision, quantization = (
+                value if isinstance(value := rest.get(key), str) else None for key in ("revision", "quantization")
+            )
+            return ModelIdentity(name, fingerprint, digest, revision, quantization)
         case _:
             raise ValueError("the values do not fit the schema of a model's identity")

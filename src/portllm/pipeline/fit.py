@@ -281,6 +281,16 @@ def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint
         )
 
 
+def unmergeable(into: Checkpoint) -> Iterator[Refusal]:
+    """Why a patch cannot be added to the weights of a model, whatever the patch: they are quantized."""
+    if into.quantization is not None:
+        yield Refusal(
+            "--into",
+            f"the weights of {into.name} are quantized ({into.quantization}): storing a sum so would round most of the "
+            "patch away. Give the 16-bit model that it was made from, or serve the patch as an adapter beside it.",
+        )
+
+
 def base_mismatch(
     patch: Patch[TensorInfo], given: ModelIdentity, *, option: str, allow_other_base: bool
 ) -> Iterator[Refusal]:
@@ -298,7 +308,7 @@ def base_mismatch(
 
 def same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
     """Whether two tensors are stored alike and equal, byte for byte."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
+    if (left.stored_as, left.shape) != (right.stored_as, right.shape) or left.parts or right.parts:
         return False
     starts = range(0, left.n_bytes, COMPARED_BYTES)
     spans = ((start, min(start + COMPARED_BYTES, left.n_bytes)) for start in starts)

@@ -32,7 +32,8 @@ class CheckpointSummary:
         n_bytes: Bytes of all tensors.
         n_tensors: How many there are.
         files: How many files hold them.
-        dtypes: Number of tensors of each dtype.
+        quantization: How its weights are quantized, or None.
+        dtypes: Number of tensors of each dtype or storage type.
         modules: Number of linear modules of each name and shape.
         tied_head: Whether embedding and head are one matrix.
     """
@@ -47,6 +48,7 @@ class CheckpointSummary:
     n_bytes: int
     n_tensors: int
     files: int
+    quantization: str | None
     dtypes: Mapping[str, int]
     modules: Mapping[str, int]
     tied_head: bool
@@ -133,7 +135,10 @@ def summarize_checkpoint(
         n_bytes=checkpoint.n_bytes,
         n_tensors=len(checkpoint.infos),
         files=len(checkpoint.files),
-        dtypes=dict(Counter(info.dtype for info in checkpoint.infos.values())),
+        quantization=checkpoint.quantization,
+        dtypes=dict(
+            Counter(info.encoding.scheme if info.encoding else info.dtype for info in checkpoint.infos.values())
+        ),
         modules=dict(kinds),
         tied_head=tied_embedding(checkpoint) is not None,
     )

@@ -32,6 +32,7 @@ from portllm.pipeline.fit import (
     same_bytes,
     tensor_of,
     tie_mismatch,
+    unmergeable,
 )
 from portllm.pipeline.token_rows import TokenMap, following, token_changes, unmovable
 from portllm.pipeline.update import Update, identify
@@ -222,6 +223,7 @@ def plan_merge(
     refusals = list(misfits(patch, into))
     refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
     refusals += altered_copies(patch, into)
+    refusals += unmergeable(into)
     notes = []
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")

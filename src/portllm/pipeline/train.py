@@ -7,7 +7,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import Checkpoint, on_disk
+from portllm.checkpoint.reader import GGUF_SUFFIX, Checkpoint, on_disk
 from portllm.checkpoint.writer import check_free
 from portllm.errors import DataError, NotFoundError
 from portllm.live.examples import ExampleFormat, read_examples
@@ -108,7 +108,12 @@ def model_folder(checkpoint: Checkpoint, *, progress: Progress = silent) -> Path
 
 
 def check_runnable(checkpoint: Checkpoint) -> None:
-    """Raise NotFoundError if a checkpoint is a single file, without configuration and tokenizer."""
+    """Raise NotFoundError if a checkpoint is a single file, without configuration and tokenizer, or a GGUF file."""
+    if any(str(file).endswith(GGUF_SUFFIX) for file in checkpoint.files):
+        raise NotFoundError(
+            f"'{checkpoint.name}': is a GGUF file, whose weights can be read but not run here. Give the folder of the "
+            "model that it was made from."
+        )
     if checkpoint.folder is None and not checkpoint.is_remote:
         raise NotFoundError(
             f"'{checkpoint.name}': is a single file; running a model needs its configuration and tokenizer too. Give "

@@ -256,10 +256,10 @@ def _alone(
 def _problem(left: TensorInfo, right: TensorInfo, base: str, tuned: str, row_map: RowMap | None) -> str | None:
     """Why two tensors cannot be compared, or None."""
     for info, owner in ((left, base), (right, tuned)):
-        if info.dtype not in FLOAT_DTYPES:
+        if info.dtype not in FLOAT_DTYPES or info.encoding is not None:
             return (
-                f"{owner} stores it as {info.dtype}; differences are taken of {', '.join(FLOAT_DTYPES)} only. Use the "
-                "unquantized model."
+                f"{owner} stores it as {info.stored_as}; differences are taken of {', '.join(FLOAT_DTYPES)} only. "
+                "Use the unquantized model."
             )
     if left.shape == right.shape or row_map is not None:
         return None

@@ -39,4 +39,6 @@ class Update:
 
 def identify(checkpoint: Checkpoint) -> ModelIdentity:
     """A checkpoint's identity, from its fingerprint."""
-    return ModelIdentity(checkpoint.name, fingerprint(checkpoint), revision=checkpoint.revision)
+    return ModelIdentity(
+        checkpoint.name, fingerprint(checkpoint), revision=checkpoint.revision, quantization=checkpoint.quantization
+    )
