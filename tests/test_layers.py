@@ -8,7 +8,7 @@ from pathlib import Path
 import portllm
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
-OUTSIDE = {"portllm", "portllm.patch", "portllm.pipeline"}
+OUTSIDE = {"portllm", "portllm.many", "portllm.patch", "portllm.pipeline"}
 """Packages whose `__init__` holds nothing but a docstring, or the list of public names."""
 
 

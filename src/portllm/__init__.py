@@ -28,6 +28,7 @@ _HOMES = {
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
     "evaluate": "portllm.pipeline.evaluate",
+    "fleet": "portllm.many.fleet",
     "inspect": "portllm.pipeline.inspect",
     "port": "portllm.pipeline.port",
     "sign": "portllm.pipeline.sign",

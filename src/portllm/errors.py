@@ -20,6 +20,9 @@
         OutputExistsError      something is there already
         OutputBusyError        another run is writing there
       SignatureError         a signature cannot be made or checked
+      FleetFileError         the file that describes a fleet is wrong, or what it names is not there
+      WorkersError           no worker of a fleet can be started
+      StorageError           a place that is reached by URL cannot be read or written
       DataError              rows of a data file do not fit the task
       MissingExtraError      an optional dependency is not installed
 
@@ -105,6 +108,26 @@ class OutputBusyError(OutputError):
 
 class SignatureError(PortLLMError):
     """A signature cannot be made or checked, whatever it would say."""
+
+
+class FleetFileError(PortLLMError):
+    """The file that describes a fleet breaks its schema, or what it names is not there."""
+
+
+class WorkersError(PortLLMError):
+    """No worker of a fleet can be started: Ray cannot be reached, or its nodes lack this program."""
+
+
+class StorageError(PortLLMError):
+    """A place that is reached by URL cannot be read or written.
+
+    Attributes:
+        can_pass: Whether it may work when it is tried again: a network that fails, but not a missing permission.
+    """
+
+    def __init__(self, message: str, *, can_pass: bool) -> None:
+        super().__init__(message)
+        self.can_pass = can_pass
 
 
 class DataError(PortLLMError):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
-Unit = Literal["bytes", "steps", "rows", "tensors"]
+Unit = Literal["bytes", "steps", "rows", "tensors", "cells"]
 
 Progress = Callable[[str, int, int, Unit], None]
 """Called as `progress(label, done, total, unit)`; `done == total` ends the work named by `label`."""

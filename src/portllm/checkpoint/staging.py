@@ -127,7 +127,7 @@ class Journal:
             OSError: It cannot be made.
         """
         self._path = path
-        self._descriptor = _open_locked(path, wait=wait)
+        self._descriptor = open_locked(path, wait=wait)
         self.inode: int | None = None
         self.plan: str | None = None
         self.finished: dict[str, Mapping[str, object]] = {}
@@ -240,7 +240,17 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _open_locked(path: Path, *, wait: bool) -> int:
+def open_locked(path: Path, *, wait: bool) -> int:
+    """A descriptor of a file, made where it is missing, that nobody else on this machine has open in this way.
+
+    Args:
+        path: The file.
+        wait: For another run that holds it, to its end.
+
+    Raises:
+        OutputBusyError: Another run holds it, and `wait` is False.
+        OSError: It cannot be made.
+    """
     how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -56,6 +56,7 @@ def main() -> None:
     # Waiting threads of torch spin for long by default, and take a busy machine's cores from those that work; without
     # any spinning, short operations wait for threads to wake. Read when torch is loaded; what the user has set stays.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    import portllm.cli.fleet_commands
     import portllm.cli.make_commands
     import portllm.cli.model_commands
     import portllm.cli.patch_commands

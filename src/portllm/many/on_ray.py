@@ -1,0 +1,155 @@
+"""The workers of a Ray cluster: actors, one a core, each with one job at a time. Needs the extra `ray`."""
+
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from portllm import __version__
+from portllm.errors import MissingExtraError, WorkersError
+from portllm.many.cell import Worker
+from portllm.many.pool import Finished, Lost, Pool
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+START_SECONDS = 300.0
+"""How long the first worker may take: a cluster that grows on demand has to start a machine."""
+
+MOST_FAILED_STARTS = 5
+"""A machine may go while a worker starts on it; one that lacks this program fails every time."""
+
+
+class RayWorker:
+    """What becomes an actor: a `Worker` that first says what program it runs."""
+
+    def __init__(self) -> None:
+        self._worker = Worker()
+
+    def version(self) -> str:
+        """The version of this program where the actor is."""
+        return __version__
+
+    def do(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """What became of a cell."""
+        return self._worker.do(job)
+
+
+class OnRay(Pool):
+    """A pool of Ray actors."""
+
+    def __init__(self, address: str, *, workers: int | None, memory: int, n_jobs: int) -> None:
+        """Connect, and ask for the actors.
+
+        Args:
+            address: As `ray.init` takes it: `auto`, `local` for a cluster of this machine's own, `host:port`,
+                `ray://host:port`.
+            workers: How many; None for as many as the cluster has cores.
+            memory: Bytes that Ray sets aside for each.
+            n_jobs: How many jobs there are; more workers than that are not started.
+
+        Raises:
+            MissingExtraError: Ray is not installed.
+            WorkersError: There is no cluster at the address.
+        """
+        self._ray = _load()
+        self._began = not self._ray.is_initialized()
+        if self._began:
+            _connect(self._ray, address, workers)
+        cores = int(self._ray.cluster_resources().get("CPU", 1))
+        self._actor = self._ray.remote(RayWorker).options(num_cpus=1, memory=memory)
+        self._failed_starts = 0
+        self._starting: dict[Any, Any] = {}
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[int, Any]] = {}
+        for _ in range(max(1, min(workers or cores, n_jobs))):
+            self._start()
+
+    @property
+    def free(self) -> int:
+        """How many jobs it takes now."""
+        return len(self._idle)
+
+    def submit(self, number: int, job: Mapping[str, Any]) -> None:
+        """Give a job to a free worker."""
+        actor = self._idle.pop()
+        self._busy[actor.do.remote(dict(job))] = (number, actor)
+
+    def wait(self) -> Finished | Lost | None:
+        """The next job to end; None where a worker became free in the meantime."""
+        waiting_for = [*self._busy, *self._starting]
+        ready, _ = self._ray.wait(waiting_for, num_returns=1, timeout=None if self._busy else START_SECONDS)
+        if not ready:
+            raise WorkersError(
+                f"Ray started no worker in {START_SECONDS:.0f} seconds: it has no core or not enough memory left. Look "
+                "at 'ray status', or run without --ray."
+            )
+        reference = ready[0]
+        if reference in self._starting:
+            self._welcome(reference)
+            return None
+        number, actor = self._busy.pop(reference)
+        try:
+            result = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(actor)
+            self._start()
+            return Lost(number, f"its worker died: {_reason(error)}")
+        self._idle.append(actor)
+        return Finished(number, result)
+
+    def close(self) -> None:
+        """End the actors, and the cluster too where it was started for them."""
+        for actor in (*self._starting.values(), *self._idle, *(actor for _, actor in self._busy.values())):
+            self._ray.kill(actor)
+        if self._began:
+            self._ray.shutdown()
+
+    def _start(self) -> None:
+        actor = self._actor.remote()
+        self._starting[actor.version.remote()] = actor
+
+    def _welcome(self, reference: "ObjectRef[str]") -> None:
+        actor = self._starting.pop(reference)
+        try:
+            version = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts > MOST_FAILED_STARTS:
+                raise WorkersError(
+                    f"a worker could not start: {_reason(error)}. Every machine of the cluster needs PortLLM "
+                    f"{__version__}."
+                ) from error
+            self._start()
+            return
+        if version != __version__:
+            raise WorkersError(
+                f"a machine of the cluster has PortLLM {version}, this one has {__version__}. Install one version "
+                "everywhere."
+            )
+        self._idle.append(actor)
+
+
+def _connect(ray: ModuleType, address: str, workers: int | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+    except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
+        raise WorkersError(
+            f"--ray {address}: {_reason(error)}. Start a cluster with 'ray start --head', or give 'local'."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+def _load() -> ModuleType:
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError("--ray needs Ray. Run: pip install 'portllm[ray]'.") from error
+    module: ModuleType = ray
+    return module

@@ -1,0 +1,68 @@
+"""The fleet's file: every problem at once, with its line and key."""
+
+import re
+
+import pytest
+
+from portllm.errors import FleetFileError
+from portllm.many.fleet_file import read_fleet_file
+
+GOOD = """\
+patches = ["a"]
+evolved = ["v2"]
+do = ["merge", "port"]
+output = "out"
+
+[merge]
+dtype = "F32"
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def run(text):
+        (tmp_path / "fleet.toml").write_text(text)
+        return read_fleet_file(tmp_path / "fleet.toml")
+
+    return run
+
+
+def test_steps_are_in_the_order_in_which_they_are_done(read):
+    assert read(GOOD).steps == ("port", "merge")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"F32"', '"BF8"', "line 7, merge.dtype: must be one of ['F64', 'F32', 'F16', 'BF16']"),
+        ("dtype", "dtyp", "line 7, merge.dtyp: is no key here. Did you mean dtype?"),
+        ("evolved", "evolve", "line 2, evolve: is no key here. Did you mean evolved?"),
+        ('output = "out"\n', "", "fleet.toml': output must be given"),
+        ('["v2"]', '"v2"', "line 2, evolved: must be array"),
+        ('["v2"]', "[]", "line 2, evolved: must contain at least 1 items"),
+        ('["v2"]', '["v2", "v2"]', "line 2, evolved: must contain unique items"),
+        ('["a"]', "[3]", "line 1, patches: must be string"),
+        ('"port"]', '"fly"]', "line 3, do: must be one of"),
+        ('["merge", "port"]', '["port"]', 'line 6, merge: has options, but do = ["port"] does not merge'),
+        ("[merge]", '[port]\nmethod = "magic"\n[merge]', "line 7, port.method: 'magic': is no port method"),
+        ("[merge]", "[merge]\nmax_shard_size = 0", "line 7, merge.max_shard_size: must be bigger than or equal to"),
+        ('"out"', "2020-01-01\n", "line 4, output: must be"),
+        ("[merge]", "[merge", "is not TOML: Expected ']' at the end of a table declaration (at line 6"),
+    ],
+)
+def test_a_problem_is_told_with_its_line_and_key(read, old, new, told):
+    with pytest.raises(FleetFileError, match=re.escape(told)):
+        read(GOOD.replace(old, new))
+
+
+def test_every_problem_is_told_at_once(read):
+    text = GOOD.replace('"F32"', '"BF8"').replace('["a"]', "[]") + 'seed = "one"\nspeed = 3\n'
+    with pytest.raises(FleetFileError) as refused:
+        read(text)
+    keys = re.findall(r"line (\d+), ([\w.]+):", str(refused.value))
+    assert sorted(keys) == [("1", "patches"), ("7", "merge.dtype"), ("8", "merge.seed"), ("9", "merge.speed")]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FleetFileError, match="nowhere.toml': cannot be read"):
+        read_fleet_file(tmp_path / "nowhere.toml")
