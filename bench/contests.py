@@ -24,7 +24,7 @@ class Job:
         label: For the page.
         command: The process.
         reads: Folders that are brought into the page cache, or out of it, before each run.
-        output: What it writes; removed before and after each run.
+        output: What it writes.
         facts: What is found out about the output of the last run, untimed.
         is_slow: Takes minutes: fewer runs are made.
     """

@@ -12,6 +12,9 @@ from bench.shapes import Shape
 RESERVE_BYTES = 5_000_000_000
 """Left free on the disk whatever is made."""
 
+OUTPUTS = "out"
+"""The folder of all that tools write: empty before each run, and after it."""
+
 
 class NoRoomError(Exception):
     """The disk has no room for a model of this shape."""
@@ -64,8 +67,8 @@ class Inputs:
         )
 
     def output(self, name: str) -> Path:
-        """Where a tool may write: no more than one model at a time, for which the disk must have room."""
-        return self.folder / f"out-{name}"
+        """Where a tool may write."""
+        return self.folder / OUTPUTS / name
 
     def require_room(self, n_bytes: int) -> None:
         """Raise NoRoomError unless so many bytes can be written, and an output of a model's size beside them."""

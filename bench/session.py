@@ -12,6 +12,7 @@ from typing import Any
 import portllm
 from bench.cache import cool, settle, warm
 from bench.contests import Contest, Job
+from bench.inputs import OUTPUTS
 from bench.measure import Run, machine, measure, summarize
 from bench.peers.mergekit import mergekit_version
 from portllm.demo.kept import versions
@@ -56,15 +57,15 @@ class Session:
         self._file.unlink(missing_ok=True)
 
     def _run(self, job: Job, *, is_cold: bool, is_last: bool) -> tuple[Run, Mapping[str, float | str]]:
-        cache = self.folder / "cache"  # of digests; empty before each run, or a second run would have less to do
-        for folder in (cache, *((job.output,) if job.output else ())):
+        outputs, cache = self.folder / OUTPUTS, self.folder / "cache"
+        for folder in (outputs, cache):  # parts of an output, or digests in the cache, would leave less to do
             shutil.rmtree(folder, ignore_errors=True)
+        outputs.mkdir()
         settle()
         (cool if is_cold else warm)(job.reads)
         run = measure(job.command, env={"HF_HUB_OFFLINE": "1", "PORTLLM_CACHE": str(cache)})
         facts = job.facts(job.output) if is_last and job.facts and job.output else {}
-        if job.output:
-            shutil.rmtree(job.output)
+        shutil.rmtree(outputs)
         return run, facts
 
 

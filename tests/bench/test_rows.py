@@ -39,6 +39,7 @@ def test_facts_that_differ_are_not_the_same():
     ("row", "now", "worse"),
     [
         (LESS, Value(3.0, 2.6, 3.2), True),
+        (LESS, Value(3.0, 2.54, 3.2), False),
         (LESS, Value(3.0, 2.4, 3.2), False),
         (LESS, Value(1.0, 0.9, 1.1), False),
         (MORE, Value(1.0, 0.9, 1.4), True),
@@ -46,7 +47,7 @@ def test_facts_that_differ_are_not_the_same():
         (MORE, Value(9.0, 8.0, 9.9), False),
     ],
 )
-def test_a_row_is_worse_where_the_ranges_do_not_touch_on_the_bad_side(row, now, worse):
+def test_a_row_is_worse_where_the_ranges_lie_apart_on_the_bad_side(row, now, worse):
     assert is_worse(row, Value(2.0, 1.5, 2.5), now) is worse
 
 
