@@ -137,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, path):
         if self.hub.api_faults:
-            return self._send(self.hub.api_faults.pop(0))
+            fault = self.hub.api_faults.pop(0)
+            return self._send(*fault) if isinstance(fault, tuple) else self._send(fault)
         repo, _, revision = path.partition("/revision/")
         if repo not in self.hub.repos:
             return self._send(404, {"X-Error-Code": "RepoNotFound"})

@@ -521,6 +521,55 @@ def test_a_hub_that_does_not_name_the_commit_is_refused(hub, tiny):
         open_checkpoint("org/model")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"<html>", b"[]", b"null", b"5", b"{}", b'{"id": 5, "siblings": 5}', b'{"id": "a/b", "siblings": [5]}',
+        b'{"id": "a/b", "siblings": [{}]}', b'{"id": "a/b", "sha": 5}', b'{"id": "a/b", "lastModified": "never"}',
+        b"[" * 100_000, b'{"id": "a/b", "sha": "../../../../../../../../../../../../../etc/x"}', b"\xff\xfe",
+        b'{"id": "a/b", "siblings": [{"rfilename": "x", "size": 5, "lfs": 7}]}',
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_an_answer_that_describes_no_model_is_refused(hub, answer):
+    hub.api_faults = [(200, {"Content-Type": "application/json"}, answer)]
+    with pytest.raises(RemoteError, match="no description of a model|does not say which commit"):
+        look_up("org/model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "",
+        "../config.json",
+        "/etc/passwd",
+        "a/../../b",
+        "..\\b",
+        "a\0b",
+        "\x1b[2J",
+        "a\nb",
+        "\u202ea",
+        5,
+        None,
+    ],
+)
+def test_a_file_whose_name_leads_elsewhere_is_not_there(hub, name):
+    entries = [{"rfilename": name, "size": 5}, {"rfilename": "config.json", "size": 5}]
+    body = json.dumps({"id": "org/model", "sha": COMMIT, "siblings": entries}).encode()
+    hub.api_faults = [(200, {"Content-Type": "application/json"}, body)]
+    assert list(look_up("org/model").files) == ["config.json"]
+
+
+@pytest.mark.parametrize("size", [-1, "5", None, 1.5, [5]])
+def test_a_file_without_a_size_is_not_there(hub, size):
+    entries = [{"rfilename": "model.safetensors", "size": size}]
+    body = json.dumps({"id": "org/model", "sha": COMMIT, "siblings": entries}).encode()
+    hub.api_faults = [(200, {"Content-Type": "application/json"}, body)]
+    assert dict(look_up("org/model").files) == {}
+
+
 def test_only_files_at_the_top_of_a_repository_count(hub, tiny, tmp_path):
     served = shutil.copytree(tiny("base"), tmp_path / "served")
     (served / "onnx").mkdir()

@@ -126,6 +126,24 @@ def test_the_server_may_give_a_date_to_wait_for(away, expected):
     assert remote.requested_wait(httpx2.Response(503, headers={"retry-after": date})) == pytest.approx(expected, abs=5)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 5000,
+        "\xb2",
+        "-1",
+        "1e9",
+        "Mon, 01 Jan 99999 00:00:00 GMT",
+        "Mon, 01 Jan 2024 00:00:00 +9999999999",
+        "\xff",
+    ],
+)
+def test_a_time_to_wait_that_is_none_is_passed_over(hub, served, waits, text):
+    hub.faults = [(429, {"Retry-After": text})]
+    assert read_range(served(), 8, 16) == CONTENT[8:16]
+    assert waits == [remote.FIRST_WAIT_SECONDS]
+
+
 def test_attempts_are_bounded(hub, served, waits):
     hub.every = (503,)
     with pytest.raises(RemoteError, match=rf"'org/model/model\.safetensors': .*status 503, {ATTEMPTS} times in a row"):
@@ -156,6 +174,13 @@ def test_a_server_that_is_gone_is_reported(hub, served, waits):
         ((403,), "access denied .*hf auth login"),
         ((418,), "status 418"),
         ((301, {"Location": "file:///etc/passwd"}), "redirects to file://.*not https"),
+        ((302, {"Location": "gopher://127.0.0.1/"}), "redirects to gopher://.*not https"),
+        ((302, {"Location": "http://[::1"}), "redirects to what is no address"),
+        ((302, {"Location": "http://127.0.0.1:99999/"}), "redirects to what is no address"),
+        ((302, {"Location": "http://127.0.0.1:port/"}), "redirects to what is no address"),
+        ((206, {"Content-Range": f"bytes 8-{'9' * 5000}/{'9' * 5000}"}), "does not say which range it is"),
+        ((206, {"Content-Range": "bytes -8-999/10240"}), "does not say which range it is"),
+        ((206, {"Content-Range": "bytes 8-1000/10240"}), "8 to 1000 came"),
     ],
 )
 def test_an_answer_that_is_not_the_range_is_refused_at_once(hub, served, waits, fault, message):

@@ -106,15 +106,15 @@ def look_up(name: str) -> Repository:
         return _look_up_in_cache(name, repo, revision)
     with _hub_errors(name):
         info = with_retries(lambda: _model_info(repo, revision), where=f"'{name}'")
-    if info.sha is None or not _COMMIT.fullmatch(info.sha):
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise RemoteError(
             f"'{name}': {constants.ENDPOINT} does not say which commit this is, so nothing can be pinned."
         )
     files = {}
     for entry in info.siblings or ():
-        if "/" not in entry.rfilename and entry.size is not None:
+        if _is_plain(entry.rfilename) and isinstance(entry.size, int) and entry.size >= 0:
             digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
-            files[entry.rfilename] = _remote_file(repo, info.sha, entry.rfilename, entry.size, digest or "")
+            files[entry.rfilename] = _remote_file(repo, info.sha, entry.rfilename, entry.size, str(digest or ""))
     return Repository(name, repo, revision, info.sha, files)
 
 
@@ -290,6 +290,18 @@ def _model_info(repo: str, revision: str) -> ModelInfo:
         raise TryAgainError(f"the hub answered with status {status}", wait=requested_wait(error.response)) from error
     except httpx2.TransportError as error:
         raise TryAgainError(f"cannot reach {constants.ENDPOINT} ({type(error).__name__})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, HFValidationError):
+            raise
+        raise RemoteError(
+            f"'{repo}': {constants.ENDPOINT} answers with what is no description of a model ({type(error).__name__}). "
+            "Look at HF_ENDPOINT, or try again later."
+        ) from error
+
+
+def _is_plain(name: object) -> bool:
+    """Whether a name that the hub lists is that of a file at the top, and can be written to a disk and a terminal."""
+    return isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
 
 
 def _remote_file(repo: str, revision: str, name: str, size: int, etag: str) -> RemoteFile:

@@ -51,7 +51,7 @@ KEPT_BYTES = 1 << 26
 PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 REFUSED_STATUSES = frozenset({400, 401, 403, 404, 410})
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _RATE_LIMIT = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
 
 T = TypeVar("T")
@@ -185,9 +185,9 @@ def with_retries(attempt: Callable[[], T], *, where: str) -> T:
 def requested_wait(response: httpx2.Response) -> float | None:
     """Seconds that a server asks a client to wait: `Retry-After`, or the hub's `RateLimit` when nothing is left."""
     text = response.headers.get("retry-after", "").strip()
-    if text.isdigit():
+    if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         date = parsedate_to_datetime(text)
         return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
     limit = _RATE_LIMIT.search(response.headers.get("ratelimit", ""))
@@ -204,7 +204,7 @@ def _read_on(data: bytearray, file: RemoteFile, start: int, stop: int) -> None:
                     raise _unusable(file, f"the server sent more than the {stop - start} bytes it was asked for")
     except httpx2.TransportError as error:
         raise TryAgainError(f"{type(error).__name__} after {len(data)} of {stop - start} bytes") from error
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
         raise _unusable(file, f"{type(error).__name__}: {error}") from error
     except OfflineModeIsEnabled as error:
         raise RemoteError(
@@ -261,8 +261,11 @@ def _headers(url: str, start: int, stop: int) -> dict[str, str]:
 
 
 def _next_url(file: RemoteFile, url: str, response: httpx2.Response) -> str:
-    target = urljoin(url, response.headers["location"])
-    scheme = urlsplit(target).scheme
+    try:
+        target = urljoin(url, response.headers["location"])
+        scheme, _ = urlsplit(target).scheme, _origin(target)
+    except ValueError as error:
+        raise _unusable(file, f"the server redirects to what is no address ({error})") from error
     if scheme != "https" and scheme != urlsplit(file.url).scheme:
         raise _unusable(file, f"the server redirects to {_origin(target)}, which is not https")
     return target
