@@ -154,14 +154,18 @@ def render_family(family: Any) -> str:
 def render_adapters() -> str:
     """The page `adapters.md`, from the rows that the tests try one by one."""
     sys.path.insert(0, str(ROOT))  # the table is the tests'
-    from tests.adapter_matrix import INTRODUCTION, MATRIX, NOTES, ORACLES, REFUSED
+    from tests.adapter_matrix import CONVERSION, CONVERTED, INTRODUCTION, MATRIX, NOTES, ORACLES, REFUSED
 
     kinds = ["| adapter | model | merged | ported |", "| --- | --- | --- | --- |"]
     kinds += [f"| {row.says} | {row.on} | {row.merge} | {row.port} |" for row in MATRIX.values()]
+    starts = ["| `init_lora_weights` | converted |", "| --- | --- |"]
+    starts += [
+        f"| {row.says} | {'with or without' if row.is_computed else 'with'} `--initial` |" for row in CONVERTED.values()
+    ]
     refused = ["| adapter | why |", "| --- | --- |", *(f"| {what} | {why} |" for what, (_, why) in REFUSED.items())]
     meanings = [f"- **{name}**: {meaning}." for name, meaning in ORACLES.items()]
     parts = ["# Adapters", INTRODUCTION, "\n".join(kinds), "How merged weights are tested:", "\n".join(meanings)]
-    parts += [NOTES, "## Refused", "\n".join(refused)]
+    parts += [NOTES, "## Converted", CONVERSION, "\n".join(starts), "## Refused", "\n".join(refused)]
     return "\n\n".join(parts) + "\n"
 
 

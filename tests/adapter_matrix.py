@@ -242,13 +242,85 @@ MATRIX: Mapping[str, Row] = {
     ),
 }  # fmt: skip
 
+PATTERNS = {"rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 5}, "alpha_pattern": {"o_proj": 9}}
+QVOU = [*QV, "o_proj", "up_proj"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One way in which PEFT begins with a part of the base's weights.
+
+    Attributes:
+        says: What `adapter_config.json` says, for the page.
+        lora: Fields of peft's `LoraConfig`.
+        is_computed: Whether that part is computed anew where the initial adapter is not given.
+    """
+
+    says: str
+    lora: Mapping[str, object]
+    is_computed: bool = True
+
+
+CONVERTED: Mapping[str, Start] = {
+    "pissa": Start("`pissa`", {"init_lora_weights": "pissa"}),
+    "pissa, rank-stabilized": Start("`pissa` with `use_rslora`", {"init_lora_weights": "pissa", "use_rslora": True}),
+    "pissa, patterns": Start(
+        "`pissa` with `rank_pattern`, `alpha_pattern`", {"init_lora_weights": "pissa", **PATTERNS}
+    ),
+    "pissa, both": Start("`pissa` with all three", {"init_lora_weights": "pissa", "use_rslora": True, **PATTERNS}),
+    "pissa, dora": Start("`pissa` with `use_dora`", {"init_lora_weights": "pissa", "use_dora": True}),
+    "pissa, saved norms": Start(
+        "`pissa` with `modules_to_save`", {"init_lora_weights": "pissa", "modules_to_save": ["norm"]}
+    ),
+    "pissa, head": Start(
+        "`pissa`, a head of its own among `target_modules`",
+        {"init_lora_weights": "pissa", "target_modules": [*QVOU, "lm_head"]},
+    ),
+    "olora": Start("`olora`", {"init_lora_weights": "olora"}),
+    "olora, both": Start(
+        "`olora` with `use_rslora` and patterns", {"init_lora_weights": "olora", "use_rslora": True, **PATTERNS}
+    ),
+    "pissa_niter_4": Start("`pissa_niter_4` and the like", {"init_lora_weights": "pissa_niter_4"}, is_computed=False),
+    "corda": Start("`corda`", {"init_lora_weights": "corda"}, is_computed=False),
+    "lora_ga": Start("`lora_ga`", {"init_lora_weights": "lora_ga", "r": 2}, is_computed=False),
+    "loftq": Start("`loftq`", {"init_lora_weights": "loftq"}, is_computed=False),
+}  # fmt: skip
+
+CONVERSION = """\
+Some values of `init_lora_weights` take a part `s B0 A0` out of the base's weights W before training; the adapter then
+belongs to what is left. `portllm capture` converts it into a patch of the base as it was: what was learned is
+`s B A - s B0 A0`, a delta of twice the rank, relative to W. Every other command refuses such an adapter and names
+`capture`. The record says how it was converted.
+
+- **With `--initial START`**, the adapter as it was saved before training (PEFT's own way): the factors are those that
+  PEFT's `path_initial_model_for_weight_conversion` writes, bit for bit; also where PEFT has none, for `use_rslora` with
+  patterns.
+- **Without it**, where the part follows from W: PiSSA's exact kind (the largest singular values) and OLoRA (the first
+  columns). It is computed from W as stored, in float64, and must be known to 1 % of the delta or better than the
+  rounding of the base's own dtype: where singular values r and r + 1 nearly coincide it is not, and `--initial` is
+  asked for. In bfloat16 this is the more exact way, for PEFT rounds the initial factors but not what it takes out. A
+  base that was loaded for training in another dtype than it is stored in needs `--initial`.
+
+Compared with the weights of PEFT's own merge on the base that it changed: to 5e-5 of the largest in float32, 2^-7 in
+bfloat16, in which PEFT rounds what is left of the weights too; no low-rank patch can hold that rounding. LoftQ
+also quantizes what is left: its patch holds what training changed, not the error of the quantization.
+
+Not converted at all: a head or an embedding that are tied (PEFT takes the part out of both, and the adapter puts it
+back into one), and `olora` of GPT-2's Conv1D (PEFT takes out something else than the adapter puts back). PEFT's recipe
+for saving sets `init_lora_weights: true`; an adapter that was saved so and is not converted cannot be told from a plain
+one, but by the `corda_config`, `lora_ga_config` or `loftq_config` that stays behind: give such a one `--initial`."""
+
 REFUSED: Mapping[str, tuple[Mapping[str, object], str]] = {
     "another `peft_type`": ({"peft_type": "LOHA"}, "not a low-rank sum"),
-    "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ (`init_lora_weights`)": (
-        {"init_lora_weights": "pissa"},
-        "the base was changed when training began. Where PEFT can convert it while saving "
-        "(`path_initial_model_for_weight_conversion`), it is plain LoRA then",
+    "`pissa_niter_N`, `corda`, `lora_ga`, `loftq` without `--initial`": (
+        {"init_lora_weights": "corda"},
+        "the part that was taken out of the base is random, or depends on data",
     ),
+    "`corda_config`, `lora_ga_config` or `loftq_config` without its `init_lora_weights`": (
+        {"corda_config": {"corda_method": "kpm"}},
+        "PEFT's recipe for saving overwrites it: give `--initial`, or take the field out where PEFT has converted it",
+    ),
+    "another `init_lora_weights`": ({"init_lora_weights": "newest"}, "may change the base"),
     "`target_parameters` without their factors, or for experts of no family": (
         {"target_parameters": ["experts.w1"]},
         "a part is missing, or which tensor it belongs to is not known; experts of the [families](families.md) "

@@ -22,6 +22,7 @@ _HOMES = {
     "LowRankDelta": "portllm.patch.delta",
     "Patch": "portllm.patch.patch",
     "load_patch": "portllm.patch.adapter_folder",
+    "open_adapter": "portllm.patch.adapter_folder",
     "capture_adapter": "portllm.pipeline.capture",
     "capture_tuned": "portllm.pipeline.capture_tuned",
     "combine": "portllm.pipeline.combine",

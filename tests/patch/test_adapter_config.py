@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from portllm.patch.adapter_config import (
     UNDERSTOOD_FIELDS,
     parse_adapter_config,
 )
+from portllm.patch.adapter_start import INIT_CONFIGS
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
 
@@ -163,11 +165,8 @@ def test_another_kind_of_adapter_is_refused_by_its_name(kind):
 FOREIGN = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
-    "corda_config": {"sample_count": 1},
     "kasa_config": {"beta": 1},
     "layer_replication": [[0, 2], [1, 2]],
-    "loftq_config": {"loftq_bits": 4},
-    "lora_ga_config": {"scale": 1},
     "megatron_config": {"a": 1},
     "monteclora_config": {"a": 1},
     "use_bdlora": {"nblocks": 2},
@@ -193,15 +192,39 @@ def test_a_foreign_field_that_says_no_is_accepted(name, value):
     assert parse_adapter_config({**PLAIN, name: value}, where="mine").fields[name] == value
 
 
-@pytest.mark.parametrize("how", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new", 2, ["pissa"]])
-def test_an_adapter_of_a_changed_base_is_refused(how):
-    with pytest.raises(AdapterFormatError, match="'init_lora_weights' is .* a base that was changed when training"):
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_a_start_that_changes_the_base_is_known(how):
+    assert parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine").changed_base == how.lower()
+
+
+@pytest.mark.parametrize("name", INIT_CONFIGS)
+def test_settings_of_a_start_tell_of_it_though_the_start_is_not_named(name):
+    assert parse_adapter_config({**PLAIN, name: {"a": 1}}, where="mine").changed_base == INIT_CONFIGS[name]
+    for nothing in (None, {}):
+        assert parse_adapter_config({**PLAIN, name: nothing}, where="mine").changed_base is None
+
+
+@pytest.mark.parametrize("how", [True, False, None, "gaussian", "Gaussian", "orthogonal", "eva", "mica"])
+def test_a_start_that_leaves_the_base_as_it_was_is_accepted(how):
+    assert parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine").changed_base is None
+
+
+@pytest.mark.parametrize("how", ["new", "pissa_niter_x", "pissa2", "kasa", 2, ["pissa"], {}])
+def test_a_start_that_is_not_known_is_refused(how):
+    with pytest.raises(
+        AdapterFormatError, match="'init_lora_weights' is .* whether that changes the base is not known"
+    ):
         parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine")
 
 
-@pytest.mark.parametrize("how", [True, False, None, "gaussian", "orthogonal", "eva"])
-def test_a_start_that_leaves_the_base_as_it_was_is_accepted(how):
-    parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine")
+def test_every_start_that_peft_documents_is_known():
+    from peft import LoraConfig
+
+    (field,) = (field for field in dataclasses.fields(LoraConfig) if field.name == "init_lora_weights")
+    named = set(re.findall(r"'([^']+)'", str(field.type)))
+    assert {"gaussian", "eva", "olora", "pissa", "corda", "loftq"} <= named
+    for how in named - {"pissa_niter_[number of iters]"}:
+        parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine")
 
 
 @pytest.mark.parametrize("value", [True, 0.5, "yes", {"a": 1}, [1]])
@@ -301,7 +324,7 @@ def test_a_missing_field_is_named(name):
 
 
 def test_all_problems_are_named_at_once():
-    fields = {"peft_type": "LORA", "r": 0, "use_bdlora": {}, "new": 1, "bias": "x", "init_lora_weights": "pissa"}
+    fields = {"peft_type": "LORA", "r": 0, "use_bdlora": {}, "new": 1, "bias": "x", "init_lora_weights": "magic"}
     with pytest.raises(AdapterFormatError) as refused:
         parse_adapter_config(fields, where="mine")
     message = str(refused.value)

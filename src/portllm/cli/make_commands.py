@@ -43,6 +43,9 @@ def capture(
     base: Annotated[str, typer.Option("--base", help=f"The model it was made on. {MODEL}")],
     output: OutOption,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA folder.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option("--initial", help="It before training, if it began with a part of the base (PiSSA).")
+    ] = None,
     tuned: Annotated[str | None, typer.Option("--tuned", help="The base after fine-tuning, whole.")] = None,
     rank: Annotated[
         str | None, typer.Option("--rank", help="Of deltas from --tuned: a number, or auto: above rounding noise.")
@@ -60,6 +63,8 @@ def capture(
     if (adapter is None) == (tuned is None):
         raise typer.BadParameter("give exactly one of --adapter and --tuned.")
     if tuned is not None:
+        if initial is not None:
+            raise typer.BadParameter("--initial goes with --adapter.")
         chosen = parse_rank(rank or AUTO)
         if isinstance(chosen, int) and max_rank is not None:
             raise typer.BadParameter("--max-rank bounds --rank auto; with a number it says nothing.")
@@ -70,7 +75,9 @@ def capture(
     elif adapter is not None:
         if rank is not None or max_rank is not None or dense is not None:
             raise typer.BadParameter("--rank, --max-rank and --dense go with --tuned; an adapter is taken as it is.")
-        _capture_adapter(base, adapter, output, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+        _capture_adapter(
+            base, adapter, initial, output, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet
+        )
 
 
 def parse_rank(text: str) -> int | str:
@@ -87,23 +94,36 @@ def parse_rank(text: str) -> int | str:
     return int(text)
 
 
-def _capture_adapter(base: str, adapter: Path, output: Path, *, dry_run: bool, overwrite: bool, as_json: bool) -> None:
+def _capture_adapter(
+    base: str,
+    adapter: Path,
+    initial: Path | None,
+    output: Path,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.checkpoint.writer import check_free
+    from portllm.cli.progress import shown_progress
     from portllm.cli.render import render_summary
     from portllm.errors import PlanRefusedError
-    from portllm.patch.adapter_folder import load_patch
+    from portllm.patch.adapter_folder import open_adapter
     from portllm.pipeline.capture import capture_adapter, plan_capture
     from portllm.pipeline.inspect import summarize_patch, summary_to_json
 
-    loaded, model = load_patch(adapter), open_checkpoint(base)
+    loaded, model = open_adapter(adapter), open_checkpoint(base)
+    before = None if initial is None else open_adapter(initial)
     if dry_run:
-        if refusals := plan_capture(loaded, base=model):
+        if refusals := plan_capture(loaded, base=model, initial=before):
             raise PlanRefusedError(refusals)
         check_free(output, overwrite=overwrite)
         say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
         return
-    capture_adapter(loaded, base=model, out=output, overwrite=overwrite)
+    with shown_progress(quiet=quiet) as progress:
+        capture_adapter(loaded, base=model, out=output, initial=before, overwrite=overwrite, progress=progress)
     summary = summarize_patch(output)
     if as_json:
         print_json(summary_to_json(summary))

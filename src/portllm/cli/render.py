@@ -151,6 +151,8 @@ def _patch(summary: PatchSummary) -> str:
         "scale": _by_module(summary.scales),
         "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}",
     }
+    if summary.changed_base:
+        rows["began with"] = f"a part of the base ({summary.changed_base}); 'portllm capture' converts it"
     rows |= _origin(summary.record) if summary.record else {"base": _unrecorded(summary)}
     return "\n".join([f"{kind} {summary.name}", *table(rows)])
 

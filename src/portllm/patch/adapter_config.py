@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from portllm.errors import AdapterFormatError
+from portllm.patch.adapter_start import changed_base, is_known_init
 from portllm.patch.name_pattern import BEARABLE_WAYS, compile_pattern
 
 LORA = "LORA"
@@ -26,8 +27,9 @@ EMBEDDING_NAMES = ("wte", "wpe")
 
 IGNORED_FIELDS = frozenset(
     {
-        "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout", "megatron_core",
-        "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+        "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
+        "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+        "revision", "runtime_config", "task_type",
     }
 )  # fmt: skip
 """Fields that change how an adapter was or will be trained, or name things; never what its tensors mean."""
@@ -43,11 +45,8 @@ UNDERSTOOD_FIELDS = frozenset(
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "corda_config": (None,),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "loftq_config": (None, {}),
-    "lora_ga_config": (None,),
     "megatron_config": (None,),
     "monteclora_config": (None,),
     "use_bdlora": (None, False),
@@ -56,8 +55,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
 }
 """Fields that would change the result in a way not supported, and the values with which they do not."""
 
-BASE_PRESERVING_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Values of `init_lora_weights` that leave the base as it was; the others fit the adapter to a changed base."""
 
 MAX_COMPARISONS = 10**8
 """Of a module with a name or pattern of a configuration, at most: a minute. Every module of the largest models with a
@@ -98,6 +95,11 @@ class AdapterConfig:
         rank = self.rank_of(module)
         alpha = cast(float, _by_pattern(self._mapping("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
         return alpha / math.sqrt(rank) if self.fields.get("use_rslora") else alpha / rank
+
+    @property
+    def changed_base(self) -> str | None:
+        """How PEFT changed the base before training, such as `pissa`; None where it left it as it was."""
+        return changed_base(self.fields)
 
     @property
     def names_parameters(self) -> bool:
@@ -272,11 +274,8 @@ def _field_problem(name: str, value: object) -> str | None:
         return None
     if name not in UNDERSTOOD_FIELDS:
         return None if value in (None, False) else f"{_short(name)} ({_short(value)}) is not a field that is known"
-    if name == "init_lora_weights" and value not in BASE_PRESERVING_INITS:
-        return (
-            f"'init_lora_weights' is {_short(value)}: such an adapter belongs to a base that was changed when training "
-            "began. Save it with PEFT's path_initial_model_for_weight_conversion first"
-        )
+    if name == "init_lora_weights" and not is_known_init(value):
+        return f"'init_lora_weights' is {_short(value)}, and whether that changes the base is not known"
     if not _has_expected_type(name, value):
         return f"'{name}' is {_short(value)}, which is not of its type"
     problems = ((pattern, _pattern_problem(name, used)) for pattern, used in _patterns_in(name, value).items())

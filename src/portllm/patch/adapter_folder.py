@@ -23,6 +23,7 @@ from portllm.checkpoint.writer import METADATA
 from portllm.errors import AdapterFormatError, PatchRecordError
 from portllm.patch.adapter_config import parse_adapter_config
 from portllm.patch.adapter_keys import INNER, Role, render_key
+from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord, record_from_json, record_to_json
@@ -35,7 +36,7 @@ COPY_BYTES = 1 << 24
 
 
 def load_patch(folder: str | Path) -> Patch[TensorInfo]:
-    """Open an adapter folder, with its `patch.json` where it has one; no tensor byte is read.
+    """Open an adapter folder that fits its base as it is, with its `patch.json` where it has one; no tensor is read.
 
     Args:
         folder: A folder, or an adapter of the Hugging Face Hub (`org/name` or `org/name@revision`), whose three files
@@ -43,10 +44,38 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
 
     Raises:
         NotFoundError, RemoteError: An adapter of the hub is not there, or cannot be fetched.
-        AdapterFormatError: It is not an adapter that is understood whole.
+        AdapterFormatError: It is not an adapter that is understood whole, or it belongs to a base that PEFT changed.
         PatchRecordError: Its `patch.json` breaks the schema or its seal.
         HeaderError: Its tensor file is damaged.
     """
+    patch = open_adapter(folder)
+    if patch.config.changed_base is not None:
+        raise AdapterFormatError(f"'{patch.name}': {why_unconverted(patch)}")
+    return patch
+
+
+def why_unconverted(patch: Patch[TensorInfo]) -> str:
+    """What is said of an adapter that began with a part of its base, and how it is converted."""
+    began = patch.config.changed_base
+    is_named = named_init(patch.config.fields) == began
+    field = next((name for name, init in INIT_CONFIGS.items() if init == began), None)
+    said = f"'init_lora_weights' is '{began}'" if is_named else f"it has a '{field}'"
+    if began in RECOMPUTED_INITS:
+        way = f"portllm capture --adapter {patch.name} --base BASE -o PATCH"
+    else:
+        way = (
+            f"portllm capture --adapter {patch.name} --base BASE --initial START -o PATCH, where START is the adapter "
+            "as it was saved before training"
+        )
+    again = "" if is_named else f" If PEFT has converted it already, take '{field}' out of its file."
+    return (
+        f"{said}: PEFT took a part out of the base's weights before training, and the adapter belongs to what was "
+        f"left. Convert it once: {way}.{again}"
+    )
+
+
+def open_adapter(folder: str | Path) -> Patch[TensorInfo]:
+    """Open an adapter folder as it is, though it may belong to a base that PEFT changed; otherwise as `load_patch`."""
     path = Path(folder)
     name = str(folder)
     revision = None

@@ -10,7 +10,7 @@ from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest, fingerprint
 from portllm.checkpoint.reader import names_hub, on_disk, open_checkpoint
 from portllm.checkpoint.ties import tied_embedding
-from portllm.patch.adapter_folder import CONFIG_FILE, load_patch, stored_tensors
+from portllm.patch.adapter_folder import CONFIG_FILE, open_adapter, stored_tensors
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
 from portllm.patch.record import PatchRecord, record_to_json
 from portllm.pipeline.fit import linear_weights
@@ -67,6 +67,7 @@ class PatchSummary:
         scales: Number of modules of each scale.
         n_params: Numbers in all factors.
         n_bytes: Bytes of all factors.
+        changed_base: How PEFT changed the base when training began (`pissa`, ...), else None.
         base_name: What PEFT's configuration calls the base.
         base_revision: Which revision of it PEFT's configuration names, or None.
         record: The content of `patch.json`, or None.
@@ -80,6 +81,7 @@ class PatchSummary:
     scales: Mapping[float, int]
     n_params: int
     n_bytes: int
+    changed_base: str | None
     base_name: str | None
     base_revision: str | None
     record: PatchRecord | None
@@ -146,7 +148,7 @@ def summarize_checkpoint(
 
 def summarize_patch(where: str | Path) -> PatchSummary:
     """Describe an adapter or patch; see `inspect`."""
-    patch = load_patch(where)
+    patch = open_adapter(where)
     deltas: dict[str, LowRankDelta[TensorInfo] | ExpertsDelta[TensorInfo]] = {**patch.deltas, **patch.experts}
     base_name, base_revision = (patch.config.fields.get(key) for key in ("base_model_name_or_path", "revision"))
     return PatchSummary(
@@ -158,6 +160,7 @@ def summarize_patch(where: str | Path) -> PatchSummary:
         scales=dict(sorted(Counter(delta.scale for delta in deltas.values()).items())),
         n_params=patch.n_params,
         n_bytes=sum(info.n_bytes for info in stored_tensors(patch).values()),
+        changed_base=patch.config.changed_base,
         base_name=str(base_name) if base_name else None,
         base_revision=str(base_revision) if base_revision else None,
         record=patch.record,
