@@ -15,6 +15,7 @@
         NonFiniteError         an infinity or NaN where a number is needed
       PortError
         UnknownMethodError     no row of METHODS has this id
+      DeviceError            there is no such device to compute on
       PlanRefusedError       a plan found reasons not to run; it carries them all
       OutputError            the output cannot be written
         OutputExistsError      something is there already
@@ -84,6 +85,10 @@ class PatchRecordError(PatchError):
 
 class NonFiniteError(PatchError):
     """A weight, a delta or their sum holds an infinity or NaN."""
+
+
+class DeviceError(PortLLMError):
+    """There is no such device to compute on."""
 
 
 class PortError(PortLLMError):

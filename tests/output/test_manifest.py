@@ -18,6 +18,7 @@ def report(**changes):
         "patch": RECORD,
         "dtype": ("BF16",),
         "rounding": "nearest",
+        "device": "cpu",
         "tensors": {
             "b": MergeSums(delta_sq=4.0, gain=3.0, lost_sq=1.0, weight_sq=100.0),
             "a": MergeSums(delta_sq=4.0, gain=4.0, lost_sq=0.0, weight_sq=0.0),

@@ -18,6 +18,17 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 
 
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The dtype of torch by its name in a header.
+
+    Raises:
+        UnsupportedDtypeError: torch has no such dtype.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise UnsupportedDtypeError(f"dtype {dtype}: is not one that is computed with ({', '.join(TORCH_DTYPES)}).")
+    return TORCH_DTYPES[dtype]
+
+
 def decode(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor that these bytes stand for.
 
@@ -28,11 +39,9 @@ def decode(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tenso
         >>> decode(bytes.fromhex("803f0040"), "BF16", (2,))
         tensor([1., 2.], dtype=torch.bfloat16)
     """
-    if dtype not in TORCH_DTYPES:
-        raise UnsupportedDtypeError(f"dtype {dtype}: is not one that is computed with ({', '.join(TORCH_DTYPES)}).")
     if not data:
-        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
-    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(shape)
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    return torch.frombuffer(bytearray(data), dtype=torch_dtype(dtype)).reshape(shape)
 
 
 def encode(tensor: Tensor) -> memoryview:

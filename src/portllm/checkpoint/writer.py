@@ -8,10 +8,12 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from portllm.checkpoint import page_cache
 from portllm.checkpoint.header import DTYPE_BITS, n_bytes_of, render_header
 from portllm.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from portllm.checkpoint.source import Source
@@ -99,34 +101,79 @@ def write_index(folder: Path, shards: tuple[Shard, ...]) -> None:
 
 
 class ShardWriter:
-    """One file being written: its tensors' bytes are appended in the order of the layout."""
+    """One file being written: its tensors' bytes in the order of the layout, or each tensor's from a thread of its own.
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
+    Args:
+        folder: Where.
+        shard: What the file is to hold.
+        keep_cached: Leave in the kernel's cache what was written.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, *, keep_cached: bool = True) -> None:
+        header = shard.header
         self._path = folder / shard.file
-        self._expected = len(shard.header) + sum(entry.n_bytes for entry in shard.entries)
-        self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._keep_cached = keep_cached
+        self._starts: dict[str, int] = {}
+        self._expected = len(header)
+        for entry in shard.entries:
+            self._starts[entry.name] = self._expected
+            self._expected += entry.n_bytes
+        self._lock = threading.Lock()
         self._written = 0
-        self.append(shard.header)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self.append(header)
 
     def append(self, data: bytes | memoryview) -> None:
         """The next bytes of the file."""
+        self._write(data, self._written)
+
+    def write(self, name: str, start: int, data: bytes | memoryview) -> None:
+        """Bytes of one tensor from its byte `start` on; threads may write at the same time."""
+        self._write(data, self._starts[name] + start)
+
+    def _write(self, data: bytes | memoryview, place: int) -> None:
         view = memoryview(data).cast("B")
+        stop = place + len(view)
         while view:
-            count = self._file.write(view) or 0
-            self._written += count
+            count = os.pwrite(self._file, view, stop - len(view))
             view = view[count:]
+        with self._lock:
+            self._written += stop - place
+        if stop // page_cache.STEP_BYTES != place // page_cache.STEP_BYTES:
+            # The disk begins at once: left alone, the kernel gathers for half a minute and `fsync` waits for it all.
+            page_cache.release(self._file, stop - page_cache.STEP_BYTES, page_cache.STEP_BYTES)
+
+    def close(self) -> None:
+        """Bring the file to the disk.
+
+        Raises:
+            OutputError: It has not the bytes that its header promises.
+        """
+        try:
+            os.fsync(self._file)
+            if not self._keep_cached:
+                page_cache.release(self._file)
+        finally:
+            self.abandon()
+        if self._written != self._expected:
+            raise OutputError(
+                f"'{self._path}': {self._written} bytes were written, its header promises {self._expected}."
+            )
+
+    def abandon(self) -> None:
+        """Let go of a file that will not be finished."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            if kind is None:
-                os.fsync(self._file.fileno())
-        if kind is None and self._written != self._expected:
-            raise OutputError(
-                f"'{self._path}': {self._written} bytes were written, its header promises {self._expected}."
-            )
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ class MergeReport:
         patch: The record of the patch, or None for an adapter without one.
         dtype: Storage dtypes of the changed tensors.
         rounding: `nearest`, or `stochastic` and its seed.
+        device: Where the sums were computed, `cpu` or `cuda`.
         tensors: The measures of each changed tensor, by name.
         n_copied: Tensors that the patch does not touch.
         n_bytes: Bytes of tensors written.
@@ -38,6 +39,7 @@ class MergeReport:
     patch: PatchRecord | None
     dtype: tuple[str, ...]
     rounding: str
+    device: str
     tensors: Mapping[str, MergeSums]
     n_copied: int
     n_bytes: int
@@ -63,6 +65,7 @@ def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
         "patch": None if report.patch is None else record_to_json(report.patch),
         "dtype": list(report.dtype),
         "rounding": report.rounding,
+        "device": report.device,
         "tensors_changed": len(report.tensors),
         "tensors_copied": report.n_copied,
         "bytes": report.n_bytes,

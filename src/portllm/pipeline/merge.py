@@ -1,14 +1,16 @@
-"""Add a patch to a model's weights, streamed: plan, then one tensor after another, in blocks of rows.
+"""Add a patch to a model's weights, streamed: plan, then the tensors, in blocks of rows.
 
-Memory holds one block at a time, whatever the size of the model. What the patch does not touch is copied as bytes.
-The digests of what is read and written are taken on the way. A run that was interrupted or died is gone on with by the
-next run of the same plan, from the file it had reached.
+Each thread takes a tensor through reading, arithmetic, digests and writing, so that disk and processors work at the
+same time. Memory holds one block a thread, whatever the size of the model. What the patch does not touch is copied as
+bytes. A run that was interrupted or died is gone on with by the next run of the same plan, from the file it had
+reached.
 """
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -16,6 +18,7 @@ from blake3 import blake3
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors, remember
+from portllm.checkpoint.page_cache import is_large
 from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint, read_header
 from portllm.checkpoint.staging import Staged
 from portllm.checkpoint.writer import (
@@ -34,9 +37,11 @@ from portllm.output.side_files import copy_side_files, side_files
 from portllm.patch.adapter_folder import digest_tensors, files_of
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
-from portllm.patch.rounding import MergeSums
-from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic, blocks_of
-from portllm.pipeline.plan import MergePlan, plan_merge, require
+from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic
+from portllm.pipeline.make_tensor import Facts, How, benches, make_tensor, require_device
+from portllm.pipeline.one_thread import one_thread
+from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
+from portllm.pipeline.side_by_side import Tell, run_side_by_side
 from portllm.progress import Progress, silent
 
 
@@ -47,6 +52,7 @@ def merge(
     out: Path,
     dtype: str | None = None,
     rounding: Rounding = NEAREST,
+    device: str = "cpu",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     allow_other_base: bool = False,
     overwrite: bool = False,
@@ -64,6 +70,7 @@ def merge(
         out: The new model's folder.
         dtype: Storage dtype of the output (`F32`, `BF16`, `F16`, `F64`), or None to keep each tensor's.
         rounding: How the sum is brought to the storage dtype.
+        device: Where the arithmetic is done, `cpu` or `cuda`; bytes are promised to equal PEFT's on the CPU only.
         shard_bytes: Size above which the output is split into shards.
         allow_other_base: Go on though the patch belongs to another model.
         overwrite: Replace `out` where it exists.
@@ -79,9 +86,10 @@ def merge(
         OutputError: `out` cannot be written, or holds what is read.
         NonFiniteError: A weight, a delta or a sum is infinite or not a number.
         UnsupportedDtypeError: `dtype` is not one that weights are stored in, or not one for this rounding.
+        DeviceError: There is no such device here.
     """
     plan = plan_merge(patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base)
-    return run_merge(plan, out, rounding=rounding, overwrite=overwrite, progress=progress)
+    return run_merge(plan, out, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
 
 
 def run_merge(
@@ -89,10 +97,12 @@ def run_merge(
     out: Path,
     *,
     rounding: Rounding = NEAREST,
+    device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
     """Carry out a plan; see `merge`."""
+    how = How(rounding, require_device(device), keep_cached=not is_large(plan.n_bytes))
     require(replace(plan, refusals=(*plan.refusals, *space_refusals(out, plan.n_bytes))))
     if isinstance(rounding, Stochastic):
         _require_bfloat16(plan)
@@ -101,84 +111,88 @@ def run_merge(
     check_apart(out, (*plan.into.files, *files_of(plan.patch)))
     if plan.into.folder is not None:
         side_files(plan.into.folder)  # refuses what must not be copied, before there is any work to lose
-    done = 0
-
-    def wrote(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        progress("merge", done, plan.n_bytes, "bytes")
-
-    total = _Facts()
-    with resumable_folder(out, overwrite=overwrite, plan=_digest_plan(plan, rounding)) as staged:
+    total = Facts()
+    with resumable_folder(out, overwrite=overwrite, plan=_digest_plan(plan, how)) as staged:
         known = {shard.file: facts for shard in plan.shards if (facts := _finished(staged, shard)) is not None}
         staged.keep(known)
-        for shard in plan.shards:
-            facts = known.get(shard.file)
-            if facts is None:
-                facts = _write_shard(plan, shard, staged.folder, rounding, wrote)
-                staged.finish(shard.file, facts.to_json())
-            else:
-                wrote(sum(entry.n_bytes for entry in shard.entries))
+        for facts in known.values():
             total.add(facts)
+        left = [shard for shard in plan.shards if shard.file not in known]
+        wrote = _count(plan.n_bytes, sum(entry.n_bytes for shard in left for entry in shard.entries), progress)
+        total.add(_write_shards(plan, left, staged, how, wrote))
         write_index(staged.folder, plan.shards)
         if plan.into.folder is not None:
             copy_side_files(plan.into.folder, staged.folder, config_changes=plan.config_changes)
-        report = _report(plan, out, staged.folder, rounding, total)
+        report = _report(plan, out, staged.folder, how, total)
         write_manifest(staged.folder, report, program=__version__)
     _remember_digests(plan.into, total.read)
     _remember_digests(open_checkpoint(out), total.written)
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What is known of finished files, by tensor: digests of what was read and written, and what rounding took."""
+@dataclass(slots=True)
+class _File:
+    """A file that is being written, by threads that take a tensor each."""
 
-    read: dict[str, str] = field(default_factory=dict)
-    written: dict[str, str] = field(default_factory=dict)
-    sums: dict[str, MergeSums] = field(default_factory=dict)
-
-    def add(self, other: "_Facts") -> None:
-        self.read.update(other.read)
-        self.written.update(other.written)
-        self.sums.update(other.sums)
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "read": self.read,
-            "written": self.written,
-            "sums": {name: astuple(sums) for name, sums in self.sums.items()},
-        }
-
-    @staticmethod
-    def from_json(values: Mapping[str, object]) -> "_Facts":
-        match values:
-            case {"read": dict(read), "written": dict(written), "sums": dict(sums)}:
-                return _Facts(read, written, {name: MergeSums(*numbers) for name, numbers in sums.items()})
-            case _:
-                raise ValueError("these are not the facts of a merge")
+    name: str
+    writer: ShardWriter
+    missing: int
+    facts: Facts = field(default_factory=Facts)
 
 
-def _write_shard(
-    plan: MergePlan, shard: Shard, folder: Path, rounding: Rounding, wrote: Callable[[int], None]
-) -> _Facts:
-    facts = _Facts()
-    with ShardWriter(folder, shard) as writer:
-        for entry in shard.entries:
-            read, written = blake3(), blake3()
-            for block in blocks_of(plan.steps[entry.name], rounding):
-                writer.append(block.data)
-                read.update(block.source)
-                written.update(block.data)
-                if block.sums is not None:
-                    facts.sums[entry.name] = facts.sums.get(entry.name, MergeSums()) + block.sums
-                wrote(len(block.data))
-            facts.read[plan.steps[entry.name].source.name] = read.hexdigest()
-            facts.written[entry.name] = written.hexdigest()
-    return facts
+def _write_shards(
+    plan: MergePlan, shards: Sequence[Shard], staged: Staged, how: How, told: Callable[[int], None]
+) -> Facts:
+    """Write files; what is known of a file is noted as soon as it is on the disk, while the next ones are written."""
+    total = Facts()
+    files: list[_File] = []
+
+    def job(file: _File, step: MergeStep, tell: Tell) -> tuple[_File, Facts]:
+        bench = free.get()
+        try:
+            return file, make_tensor(step, bench, partial(file.writer.write, step.entry.name), tell)
+        finally:
+            free.put(bench)
+
+    def jobs() -> Iterator[Callable[[Tell], tuple[_File, Facts]]]:
+        for shard in shards:
+            writer = ShardWriter(staged.folder, shard, keep_cached=how.keep_cached)
+            files.append(_File(shard.file, writer, len(shard.entries)))
+            yield from (partial(job, files[-1], plan.steps[entry.name]) for entry in shard.entries)
+
+    def done(made: tuple[_File, Facts]) -> None:
+        file, facts = made
+        file.facts.add(facts)
+        file.missing -= 1
+        if not file.missing:
+            file.writer.close()
+            staged.finish(file.name, file.facts.to_json())
+            total.add(file.facts)
+
+    with one_thread(), benches(how) as free:
+        try:
+            run_side_by_side(jobs(), threads=how.threads, told=told, done=done)
+        finally:
+            for file in files:
+                file.writer.abandon()
+    return total
 
 
-def _finished(staged: Staged, shard: Shard) -> _Facts | None:
+def _count(total: int, left: int, progress: Progress) -> Callable[[int], None]:
+    """Tells `progress` of the bytes written, those of an earlier run included."""
+    done = total - left
+
+    def wrote(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress("merge", done, total, "bytes")
+
+    if done:
+        wrote(0)
+    return wrote
+
+
+def _finished(staged: Staged, shard: Shard) -> Facts | None:
     """What an earlier run noted about a file, if the file still has every byte that the run wrote."""
     if shard.file not in staged.finished:
         return None
@@ -190,18 +204,19 @@ def _finished(staged: Staged, shard: Shard) -> _Facts | None:
         written = {name: digest_tensor(info) for name, info in read_header(file).tensors.items()}
     except (OSError, CheckpointError):
         return None
-    facts = _Facts.from_json(staged.finished[shard.file])
+    facts = Facts.from_json(staged.finished[shard.file])
     return facts if facts.written == written else None
 
 
-def _digest_plan(plan: MergePlan, rounding: Rounding) -> str:
+def _digest_plan(plan: MergePlan, how: How) -> str:
     """A digest of all that the bytes of the weights depend on; the model's files count by size and time of change."""
     facts = [file.stat() for file in plan.into.files if isinstance(file, Path)]
     inputs = {
         "programs": {name: importlib.metadata.version(name) for name in ("portllm", "torch")},
         "into": [plan.identity.fingerprint, [[fact.st_size, fact.st_mtime_ns] for fact in facts]],
         "patch": [digest_tensors(plan.patch), plan.patch.config.fields],
-        "rounding": str(rounding),
+        "rounding": str(how.rounding),
+        "device": how.device,
         "shards": [[shard.file, [[e.name, e.dtype, e.shape] for e in shard.entries]] for shard in plan.shards],
     }
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -225,8 +240,8 @@ def _report(
     plan: MergePlan,
     out: Path,
     folder: Path,
-    rounding: Rounding,
-    facts: _Facts,
+    how: How,
+    facts: Facts,
 ) -> MergeReport:
     written = open_checkpoint(folder)
     return MergeReport(
@@ -234,8 +249,9 @@ def _report(
         into=replace(plan.identity, digest=digest_of(facts.read, own_tensors(plan.into))),
         patch=plan.patch.record,
         dtype=tuple(sorted({plan.steps[name].entry.dtype for name in facts.sums})),
-        rounding=str(rounding),
-        tensors=facts.sums,
+        rounding=str(how.rounding),
+        device=how.device,
+        tensors=dict(sorted(facts.sums.items())),
         n_copied=len(plan.steps) - plan.n_changed,
         n_bytes=plan.n_bytes,
         files=digest_side_files(folder),
