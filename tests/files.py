@@ -2,7 +2,7 @@
 
 import json
 
-BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I8": 1, "U8": 1}
+BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I8": 1, "U8": 1, "F8_E8M0": 1}
 """Bytes of one element, of the dtypes that tests write."""
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from portllm.checkpoint import page_cache
 from portllm.checkpoint.header import DTYPE_BITS
 from portllm.checkpoint.reader import INDEX_FILE, open_checkpoint, read_bytes
 from portllm.checkpoint.writer import (
@@ -250,3 +251,13 @@ def test_a_folder_that_holds_what_is_read_is_refused(tmp_path):
             check_apart(out, [link])
     for out in (tmp_path / "model" / "out", tmp_path / "mod", tmp_path / "snapshot"):
         check_apart(out, [file])
+
+
+def test_tensors_are_written_in_parts_and_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_cache, "STEP_BYTES", 3)
+    (shard,) = lay_out({"a": Entry("a", "U8", (4,)), "b": Entry("b", "U8", (6,))})
+    with ShardWriter(tmp_path, shard, keep_cached=False) as writer:
+        writer.write("b", 2, bytes([6, 7, 8, 9]))
+        writer.write("a", 0, bytes([0, 1, 2, 3]))
+        writer.write("b", 0, bytes([4, 5]))
+    assert (tmp_path / "model.safetensors").read_bytes() == shard.header + bytes(range(10))

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import portllm
+from portllm.checkpoint import page_cache
 from portllm.checkpoint.identity import digest, fingerprint
 from portllm.checkpoint.reader import open_checkpoint, read_bytes
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load
 from portllm.errors import (
+    DeviceError,
     NonFiniteError,
     OutputError,
     OutputExistsError,
@@ -19,6 +21,7 @@ from portllm.errors import (
 )
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline import blocks as merging
+from portllm.pipeline import make_tensor
 from portllm.pipeline.blocks import Nearest, Stochastic
 from portllm.pipeline.capture import capture_adapter
 from portllm.pipeline.merge import merge
@@ -108,6 +111,39 @@ def test_the_size_of_blocks_changes_no_byte(shape, elements, dtype, rounding, ca
     assert blocks.total.kept_gain == pytest.approx(whole.total.kept_gain, rel=1e-9)
     assert blocks.total.rounding_loss == pytest.approx(whole.total.rounding_loss, rel=1e-9, abs=1e-12)
     assert (blocks.into, blocks.output.digest) == (whole.into, whole.output.digest)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_byte(threads, tiny, tmp_path, monkeypatch):
+    adapter = load_patch(tiny("adapter"))
+    expected = merge(adapter, into=open_checkpoint(tiny("base")), out=tmp_path / "a" / "out", shard_bytes=2000)
+    monkeypatch.setattr(make_tensor, "default_threads", lambda: threads)
+    report = merge(adapter, into=open_checkpoint(tiny("base")), out=tmp_path / "b" / "out", shard_bytes=2000)
+    assert report == expected
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_model_that_is_large_for_the_machine_is_written_all_the_same(tiny, tmp_path, monkeypatch):
+    adapter = load_patch(tiny("adapter"))
+    for name, share in (("a", 1.0), ("b", 0.0)):
+        monkeypatch.setattr(page_cache, "LARGE_SHARE", share)
+        monkeypatch.setattr(page_cache, "STEP_BYTES", 1000)
+        merge(adapter, into=open_checkpoint(tiny("base")), out=tmp_path / name / "out")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(case, tmp_path):
+    patch, into = case()
+    with pytest.raises(DeviceError, match="--device cuda: torch finds none here"):
+        merge(patch, into=into, out=tmp_path / "out", device="cuda")
+    assert leftovers(tmp_path) == []
+
+
+def test_the_manifest_says_where_the_sums_were_computed(case, tmp_path):
+    patch, into = case()
+    merge(patch, into=into, out=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "portllm.json").read_text())["device"] == "cpu"
 
 
 @pytest.mark.parametrize(("shape", "rows"), [((400, 64), 64), ((130, 96), 64), ((555, 33), 17)])

@@ -110,59 +110,20 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> byt
         from portllm.checkpoint.remote import read_range  # loads an HTTP client, which few runs need
 
         return read_range(info.file, info.start + start, info.start + stop)
-    descriptor = opened(info)
     try:
-        data = os.pread(descriptor, stop - start, info.start + start)
-        while len(data) < stop - start:  # one call returns at most 2 GiB, and may return less
-            more = os.pread(descriptor, stop - start - len(data), info.start + start + len(data))
-            if not more:
-                raise _ended(info, len(data), stop - start)
-            data += more
+        with open(info.file, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), stop - start, info.start + start)
+            while len(data) < stop - start:  # one call returns at most 2 GiB, and may return less
+                more = os.pread(file.fileno(), stop - start - len(data), info.start + start + len(data))
+                if not more:
+                    raise CheckpointError(
+                        f"'{info.name}': '{info.file}' ended at {len(data)} of {stop - start} bytes; "
+                        "it changed while it was read. Run again when nothing writes to it."
+                    )
+                data += more
     except OSError as error:
-        raise _unreadable(info, error) from error
-    finally:
-        os.close(descriptor)
+        raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
     return data
-
-
-def opened(info: TensorInfo) -> int:
-    """A descriptor of the file on disk that holds a tensor, for `read_into`; the caller closes it.
-
-    Raises:
-        CheckpointError: The file is gone or may not be read.
-    """
-    try:
-        return os.open(str(info.file), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _unreadable(info, error) from error
-
-
-def read_into(info: TensorInfo, start: int, into: memoryview, *, descriptor: int) -> None:
-    """Fill memory with the bytes of one tensor from its byte `start` on.
-
-    Raises:
-        CheckpointError: The file cannot be read, or became shorter since it was opened.
-    """
-    done = 0
-    while done < len(into):
-        try:
-            count = os.preadv(descriptor, [into[done:]], info.start + start + done)
-        except OSError as error:
-            raise _unreadable(info, error) from error
-        if not count:
-            raise _ended(info, done, len(into))
-        done += count
-
-
-def _unreadable(info: TensorInfo, error: OSError) -> CheckpointError:
-    return CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.")
-
-
-def _ended(info: TensorInfo, found: int, expected: int) -> CheckpointError:
-    return CheckpointError(
-        f"'{info.name}': '{info.file}' ended at {found} of {expected} bytes; it changed while it was read. Run again "
-        "when nothing writes to it."
-    )
 
 
 def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from portllm.checkpoint import page_cache
 from portllm.checkpoint.header import TensorInfo, n_bytes_of
-from portllm.checkpoint.reader import opened, read_into
 from portllm.checkpoint.tensors import torch_dtype
+from portllm.errors import CheckpointError
 
 
 class RowReader:
@@ -53,14 +53,32 @@ class RowReader:
         if stop - start > self._memory.numel():
             self._memory = torch.empty(stop - start, dtype=torch.uint8, pin_memory=self._pinned)
         data = self._memory[: stop - start]
-        read_into(info, start, data.numpy().data, descriptor=self._file)
+        self._fill(data.numpy().data, info, start)
         return data
+
+    def _fill(self, memory: memoryview, info: TensorInfo, start: int) -> None:
+        done = 0
+        while done < len(memory):  # one call reads at most 2 GiB, and may read less
+            try:
+                count = os.preadv(self._file, [memory[done:]], info.start + start + done)
+            except OSError as error:
+                raise _unreadable(info, error) from error
+            if not count:
+                raise CheckpointError(
+                    f"'{info.name}': '{info.file}' ended at {done} of {len(memory)} bytes; it changed while it was "
+                    "read. Run again when nothing writes to it."
+                )
+            done += count
 
     def _turn_to(self, info: TensorInfo) -> None:
         self._close()
         if not isinstance(info.file, Path):
             raise TypeError(f"'{info.name}': '{info.file}' is not on this disk")
-        self._file, self._info, self._fetched = opened(info), info, 0
+        try:
+            self._file = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(info, error) from error
+        self._info, self._fetched = info, 0
 
     def _close(self) -> None:
         if self._info is None:
@@ -77,3 +95,7 @@ class RowReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+
+
+def _unreadable(info: TensorInfo, error: OSError) -> CheckpointError:
+    return CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.")

@@ -42,6 +42,13 @@ class RoundingName(StrEnum):
     STOCHASTIC = "stochastic"
 
 
+class MergeDevice(StrEnum):
+    """Where the sums of a merge are computed."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help=f"A checkpoint, adapter or patch. {MODEL}")],
@@ -130,6 +137,9 @@ def merge(
         RoundingName, typer.Option("--rounding", help="stochastic is for BF16.")
     ] = RoundingName.NEAREST,
     seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    device: Annotated[
+        MergeDevice, typer.Option("--device", help="Computes the sums; a GPU may round its last bit otherwise.")
+    ] = MergeDevice.CPU,
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", help="In GB.", min=0.001)] = 5.0,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
@@ -165,7 +175,7 @@ def merge(
 
     chosen = Stochastic(seed) if rounding is RoundingName.STOCHASTIC else Nearest()
     with shown_progress(quiet=quiet) as progress:
-        report = run_merge(plan, output, rounding=chosen, overwrite=overwrite, progress=progress)
+        report = run_merge(plan, output, rounding=chosen, device=device.value, overwrite=overwrite, progress=progress)
     if as_json:
         from portllm import __version__
 

@@ -114,6 +114,8 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
         "kept gain": f"{percent(total.kept_gain)} of the patch survives rounding to {'/'.join(report.dtype)}",
         "rounding loss": f"{percent(total.rounding_loss)} of the patch's norm",
     }
+    if report.device != "cpu":
+        rows["computed on"] = f"{report.device}: sums may differ in their last bit from those of a CPU"
     if worst is not None:
         rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
     lines = ["merged", *table(rows), *items("note", notes)]

@@ -29,7 +29,7 @@ class How:
     rounding: Rounding = NEAREST
     device: str = "cpu"
     keep_cached: bool = True
-    threads: int = field(default_factory=default_threads)
+    threads: int = field(default_factory=lambda: default_threads())
 
 
 @dataclass(frozen=True, slots=True)
