@@ -22,7 +22,7 @@ test: $(DEV) ## the default tests and the examples in the docstrings
 
 check: format lint types layers docs tests ## the gate: format, lint, types, layers, docs, tests
 
-bench: $(LIVE) ## memory and time: porting against fine-tuning, every tool beside its peers (an hour; BENCH=--record)
+bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside its peers (an hour; BENCH=--record)
 	@$(BIN)/python -m bench.cost
 	@$(BIN)/python -m bench.speed $(BENCH)
 

@@ -1,5 +1,6 @@
 """What is measured side by side: each contest is a few jobs that take turns, ours and those of others."""
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from bench.peers.mergekit import install_mergekit
 
 PEERS = Path(__file__).parent / "peers"
 RANK = 16
+FLEET = 200
 
 Facts = Mapping[str, float | str]
 
@@ -175,6 +177,22 @@ def port(inputs: Inputs) -> Contest:
     return Contest("port", (Job("port", "portllm port", command, (inputs.patch, inputs.evolved), out),))
 
 
+def fleet(inputs: Inputs) -> Contest:
+    """Many patches ported and merged on Ray, by one worker and by two; the start of Ray counts."""
+    reads = (inputs.adapters(FLEET), inputs.base, inputs.evolved)
+    return Contest(f"{FLEET} patches ported and merged on Ray", tuple(_fleet(inputs, reads, n) for n in (1, 2)))
+
+
+def _fleet(inputs: Inputs, reads: tuple[Path, ...], workers: int) -> Job:
+    adapters, base, evolved = reads
+    out, file = inputs.output(f"fleet-{workers}"), inputs.folder / f"fleet-{workers}.toml"
+    asked = {"patches": [str(adapters)], "evolved": [str(evolved)], "base": str(base), "do": ["port", "merge"]}
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in {**asked, "output": str(out)}.items()))
+    command = _portllm("fleet", file, "--ray", "local", "--workers", workers)
+    label = f"portllm fleet, {workers} worker{'s' if workers > 1 else ''}"
+    return Job(f"fleet-{workers}", label, command, reads, out)
+
+
 CONTESTS: Mapping[str, Callable[[Inputs], Contest]] = {
     "copy": copy,
     "copy-cold": copy_cold,
@@ -184,6 +202,7 @@ CONTESTS: Mapping[str, Callable[[Inputs], Contest]] = {
     "drift": drift,
     "drift-cold": drift_cold,
     "port": port,
+    "fleet": fleet,
 }
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bench.shapes import Shape
+from portllm.checkpoint.writer import staged_folder
 
 RESERVE_BYTES = 5_000_000_000
 """Left free on the disk whatever is made."""
@@ -54,6 +55,17 @@ class Inputs:
         from bench.synthetic import write_adapter
 
         return self._made("adapter", lambda folder: write_adapter(self.shape, folder))
+
+    def adapters(self, n: int) -> Path:
+        """A folder of so many adapters; the first one's delta is that of `adapter`."""
+        from bench.synthetic import write_adapter
+
+        def write(folder: Path) -> None:
+            with staged_folder(folder, overwrite=False) as part:
+                for seed in range(n):
+                    write_adapter(self.shape, part / f"{seed:03d}", seed=seed)
+
+        return self._made(f"adapters-{n}", write)
 
     @cached_property
     def patch(self) -> Path:

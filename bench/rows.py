@@ -89,6 +89,7 @@ ROWS = (
     Row("capture / mergekit-extract-lora: residual", "capture", "capture", "extract", "residual", "ratio", 1.01, 1.01),
     _time("full drift / cat of both, warm", "drift", "drift", "cat", 2, 1.2),
     _time("full drift / cat of both, cold", "drift-cold", "drift", "cat", 2, 1.2),
+    _gain("fleet of 200, one Ray worker / two: time", "fleet", "fleet-1", "fleet-2", SECONDS, 1.7, 1.9),
     _limit("port: time", "port", "port", SECONDS, 1, 0.4),
     _limit("port: private memory", "port", "port", PRIVATE, 150 * MB, 80 * MB),
 )

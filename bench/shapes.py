@@ -105,12 +105,18 @@ GIGABYTE = 1_000_000_000
 
 TINY = Shape(
     "tiny", "a tiny Llama",
-    hidden=64, layers=2, inner=160, heads=4, key_heads=2, vocabulary=300, tied=False, shard_bytes=100_000, contests=ALL,
+    hidden=64, layers=2, inner=160, heads=4, key_heads=2, vocabulary=300, tied=False, shard_bytes=100_000,
+    contests=(*ALL, "fleet"),
 )  # fmt: skip
 LLAMA_1B = Shape(
     "1.1b", "a Llama of 1.1 B parameters",
     hidden=2048, layers=16, inner=8192, heads=32, key_heads=8, vocabulary=32_000, tied=False, shard_bytes=GIGABYTE,
     contests=ALL,
+)  # fmt: skip
+SMALL = Shape(
+    "16m", "a small Llama of 16 M parameters, for a fleet",
+    hidden=384, layers=6, inner=1024, heads=6, key_heads=2, vocabulary=8_000, tied=False, shard_bytes=GIGABYTE,
+    contests=("fleet",),
 )  # fmt: skip
 LARGE_VOCABULARY = replace(
     LLAMA_1B,
@@ -126,4 +132,4 @@ LLAMA_8B = Shape(
     shard_bytes=5 * GIGABYTE, contests=("copy", "port"),
 )  # fmt: skip
 
-SHAPES = {shape.name: shape for shape in (TINY, LLAMA_1B, LARGE_VOCABULARY, LLAMA_8B)}
+SHAPES = {shape.name: shape for shape in (TINY, SMALL, LLAMA_1B, LARGE_VOCABULARY, LLAMA_8B)}

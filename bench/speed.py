@@ -23,7 +23,7 @@ from bench.session import Session
 from bench.shapes import SHAPES
 
 HERE = Path(__file__).parent
-DEFAULT_SHAPES = ("1.1b", "1b-128k", "8b")
+DEFAULT_SHAPES = ("16m", "1.1b", "1b-128k", "8b")
 
 
 BUSY = 0.5
