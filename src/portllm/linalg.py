@@ -93,6 +93,7 @@ def randomized_svd(
     seed: int = 0,
     oversampling: int = OVERSAMPLING,
     tolerance: float = TOLERANCE,
+    total_sq: float | None = None,
 ) -> Svd:
     """The leading `rank` singular triplets of a matrix, by random sampling of its range.
 
@@ -106,6 +107,7 @@ def randomized_svd(
         seed: Of the sample.
         oversampling: Columns of the sample beyond `rank`.
         tolerance: See above.
+        total_sq: `‖M‖²`, where it is known.
 
     Raises:
         ValueError: `rank` is below 1.
@@ -121,20 +123,34 @@ def randomized_svd(
     if columns >= EXACT_SHARE * min(matrix.shape):
         return exact_svd(matrix).cut(rank)
     matrix = matrix.to(working_dtype(matrix))
-    total_sq = square_sum(matrix)
+    energy = square_sum(matrix) if total_sq is None else total_sq
 
     def is_settled(squares: Tensor, to_come: Tensor) -> bool:
-        return float(to_come[:rank].sum().item()) <= tolerance * _left_out(squares, rank, total_sq)
+        return float(to_come[:rank].sum().item()) <= tolerance * _left_out(squares, rank, energy)
 
     return _iterate(matrix, _sample(matrix, columns, seed), is_settled).cut(rank)
 
 
-def svd_above(matrix: Float[Tensor, "m n"], *, threshold: float, max_rank: int | None = None, seed: int = 0) -> Svd:
+def svd_above(
+    matrix: Float[Tensor, "m n"],
+    *,
+    threshold: float,
+    max_rank: int | None = None,
+    seed: int = 0,
+    total_sq: float | None = None,
+) -> Svd:
     """The singular triplets whose value is above a threshold, at most `max_rank` of them.
 
     The sample grows to twice the columns until a singular value in it falls to the threshold; what it found before
     stays in it. Sampled values are never above the true ones, so what is kept is above the threshold indeed; among
     values that lie close together, one that is above it by a hair may be missed.
+
+    Args:
+        matrix: M.
+        threshold: What is kept lies above it.
+        max_rank: Keep at most so many.
+        seed: Of the sample.
+        total_sq: `‖M‖²`, where it is known.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([9.0, 4.0, 1.0]))
@@ -143,7 +159,7 @@ def svd_above(matrix: Float[Tensor, "m n"], *, threshold: float, max_rank: int |
     """
     most = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
     matrix = matrix.to(working_dtype(matrix))
-    total_sq = square_sum(matrix)
+    energy = square_sum(matrix) if total_sq is None else total_sq
     rank = min(FIRST_RANK, most)
     known: Tensor = matrix.new_empty((matrix.shape[1], 0))
 
@@ -155,7 +171,7 @@ def svd_above(matrix: Float[Tensor, "m n"], *, threshold: float, max_rank: int |
         if kept == rank < most:  # there are more: the sample has to grow
             return True
         may_pass = kept < rank and float((squares + to_come)[kept].item()) > threshold**2
-        return not may_pass and float(to_come[:kept].sum().item()) <= TOLERANCE * _left_out(squares, kept, total_sq)
+        return not may_pass and float(to_come[:kept].sum().item()) <= TOLERANCE * _left_out(squares, kept, energy)
 
     while rank + OVERSAMPLING < EXACT_SHARE * min(matrix.shape):
         fresh = _sample(matrix, rank + OVERSAMPLING - known.shape[1], seed)

@@ -129,6 +129,16 @@ def test_noise_gathered_by_blocks_is_that_of_the_whole():
     assert parts.edge == pytest.approx(whole.edge, rel=1e-6)
 
 
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 0.0])
+def test_the_residual_is_measured_though_little_is_left_out(noise):
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(150, 5, generator=generator) @ torch.randn(5, 130, generator=generator)
+    difference = low + noise * torch.randn(150, 130, generator=generator)
+    captured = truncate(difference, rank=5)
+    exact = (difference.double() - captured.delta.b.double() @ captured.delta.a.double()).square().sum().item()
+    assert captured.residual_sq == pytest.approx(exact, rel=2e-3, abs=1e-12 * captured.difference_sq)
+
+
 def test_the_residual_is_measured_in_blocks_of_rows():
     wide = BLOCK_ELEMENTS // 2
     difference = torch.ones(3, wide)

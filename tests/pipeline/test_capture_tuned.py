@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
+from portllm.checkpoint.reader import read_bytes
 from portllm.errors import NonFiniteError, OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import read_record
 from portllm.pipeline.capture_tuned import capture_tuned
@@ -170,6 +171,77 @@ def test_the_patch_is_the_same_bytes_twice_and_for_any_shards_and_threads(tiny, 
     first, second, third = (contents(tmp_path / name) for name in ("first", "second", "third"))
     assert first == second
     assert first["adapter_model.safetensors"] == third["adapter_model.safetensors"]
+
+
+WIDE = {f"model.layers.{number}.mlp.up_proj.weight": (150 + 10 * number, 130) for number in range(6)}
+"""Weights that are large enough for the randomized decomposition."""
+
+
+def write_wide(folder, *, seed, base=None, size=0.02):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in WIDE.items()}
+    if base is not None:
+        before = load_file(base / "model.safetensors")
+        low = {name: torch.randn(len(value), 3, generator=generator) for name, value in tensors.items()}
+        tensors = {name: before[name] + size * low[name] @ value[:3] for name, value in tensors.items()}
+    folder.mkdir()
+    save_file({name: value.bfloat16() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, rank):
+    base = write_wide(tmp_path / "base", seed=0)
+    tuned = write_wide(tmp_path / "tuned", seed=1, base=base)
+    before = torch.get_num_threads()
+    try:
+        for workers in (1, 2, 4):
+            torch.set_num_threads(workers)
+            captured(base, tuned, tmp_path / str(workers), rank=rank)
+            assert torch.get_num_threads() == workers
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "4")
+
+
+def test_every_byte_is_read_once_and_what_is_known_to_be_equal_not_again(tiny, tmp_path, monkeypatch):
+    base = copy_with(tmp_path / "base", tiny("base", dtype=torch.float32), dict)
+    tuned = copy_with(tmp_path / "tuned", base, moved(Q))
+    monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path / "cache"))
+    models = opened(base, tuned)
+    n_read = []
+
+    def counted(info, start=0, stop=None):
+        data = read_bytes(info, start, stop)
+        n_read.append(len(data) if any(info.file in model.files for model in models) else 0)
+        return data
+
+    monkeypatch.setattr("portllm.checkpoint.tensors.read_bytes", counted)
+    capture_tuned(*models, out=tmp_path / "first", rank=1)
+    assert sum(n_read) == sum(model.n_bytes for model in models)
+    n_read.clear()
+    capture_tuned(*models, out=tmp_path / "second", rank=1)
+    assert sum(n_read) == sum(model.info(Q).n_bytes for model in models)
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+def test_what_is_left_out_by_a_given_rank_is_not_called_noise(tiny, tmp_path):
+    base, tuned = tiny("base"), tiny("evolved", drift=0.05)
+    given, found = captured(base, tuned, tmp_path / "given", rank=2), captured(base, tuned, tmp_path / "found")
+    assert {delta.noise_edge for delta in given.deltas.values()} == {None}
+    assert all(delta.noise_edge > 0 for delta in found.deltas.values())
+    assert "noise" in found.record.capture.settings
+    assert "noise" not in given.record.capture.settings
+
+
+def test_values_that_are_stored_in_another_dtype_are_no_change(tiny, tmp_path):
+    base = copy_with(tmp_path / "base", tiny("base", dtype=torch.bfloat16), dict)
+    tuned = copy_with(
+        tmp_path / "tuned", base, lambda t: {n: v.float() + (0.25 if n == Q else 0) for n, v in t.items()}
+    )
+    report = captured(base, tuned, tmp_path / "patch", rank=1)
+    assert report.n_unchanged == len(portllm.open_checkpoint(base).infos) - 1
+    assert report.left_out == {}
 
 
 def test_the_output_holds_the_three_files_of_a_patch(tiny, tmp_path):

@@ -118,6 +118,40 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
     return digests
 
 
+def known_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """The digests of the tensors in those files that have not changed since the cache was told of them."""
+    return {name: digest for file in checkpoint.files for name, digest in (_recall(file) or {}).items()}
+
+
+def remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Keep the digests of a model's tensors, by the names in its files, for each file of which all are given."""
+    for file in checkpoint.files:
+        names = [info.name for _, info in stored_tensors(checkpoint.infos) if info.file == file]
+        if all(name in digests for name in names):
+            remember(file, {name: digests[name] for name in names})
+
+
+def digest_stored(info: TensorInfo, known: Mapping[str, str]) -> dict[str, str]:
+    """The digests of one tensor and of what decoding it needs, by stored name; what is not known is read.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    parts = [part for _, part in stored_tensors({info.name: info})]
+    return {part.name: known.get(part.name) or digest_tensor(part) for part in parts}
+
+
+def are_stored_alike(
+    left: TensorInfo, right: TensorInfo, left_digests: Mapping[str, str], right_digests: Mapping[str, str]
+) -> bool:
+    """Whether two tensors are known to hold the same values, by the digests of all their bytes."""
+    sides = [
+        [(suffix, part.stored_as, part.shape, digests.get(part.name)) for suffix, part in stored_tensors({"": info})]
+        for info, digests in ((left, left_digests), (right, right_digests))
+    ]
+    return sides[0] == sides[1] and all(digest is not None for *_, digest in sides[0])
+
+
 def digest_tensor(info: TensorInfo) -> str:
     """The blake3 digest of one tensor's bytes, read afresh.
 

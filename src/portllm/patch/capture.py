@@ -17,6 +17,9 @@ from portllm.patch.noise_edge import noise_edge, rounding_variance
 BLOCK_ELEMENTS = 1 << 22
 """Elements of a dense product in memory at once, when it is measured what a delta leaves out."""
 
+SMALL_SHARE = 2.0**-10
+"""Share of |D|² below which `|D|² - |B A|²` has lost too many of its digits to be |D - B A|²."""
+
 
 @dataclass(frozen=True, slots=True)
 class Captured:
@@ -26,13 +29,14 @@ class Captured:
         delta: With scale 1; None where nothing of the difference is kept.
         difference_sq: |D|², for the difference D.
         residual_sq: |D - B A|².
-        noise_edge: Singular values of D below it cannot be told from the rounding of the two files.
+        noise_edge: Singular values of D below it cannot be told from the rounding of the two files; None where that
+            was not asked.
     """
 
     delta: LowRankDelta[Tensor] | None
     difference_sq: float
     residual_sq: float
-    noise_edge: float
+    noise_edge: float | None
 
     @property
     def rank(self) -> int:
@@ -97,41 +101,50 @@ def capture_low_rank(
         >>> captured.rank, captured.truncation_residual < 1e-6
         (1, True)
     """
-    noise = RoundingNoise((base.shape[0], base.shape[1]))
-    noise.add_rows(0, base, tuned)
+    edge = None
+    if rank is None:
+        noise = RoundingNoise((base.shape[0], base.shape[1]))
+        noise.add_rows(0, base, tuned)
+        edge = noise.edge
     dtype = working_dtype(base, tuned)
-    return truncate(tuned.to(dtype) - base.to(dtype), rank=rank, edge=noise.edge, max_rank=max_rank, seed=seed)
+    return truncate(tuned.to(dtype) - base.to(dtype), rank=rank, edge=edge, max_rank=max_rank, seed=seed)
 
 
 def truncate(
     difference: Float[Tensor, "d_out d_in"],
     *,
     rank: int | None,
-    edge: float = 0.0,
+    edge: float | None = None,
     max_rank: int | None = None,
     seed: int = 0,
+    difference_sq: float | None = None,
 ) -> Captured:
     """The closest delta of a rank to a dense difference.
 
     Args:
         difference: D.
-        rank: Directions to keep; None keeps those with a singular value above `edge`.
-        edge: See `Captured`.
+        rank: Directions to keep; None keeps those with a singular value above `edge`, or all where there is none.
+        edge: The edge of the noise.
         max_rank: Keep at most so many where `rank` is None.
         seed: Of the randomized decomposition.
+        difference_sq: `|D|²`, where it is known.
     """
-    difference_sq = square_sum(difference)
+    difference_sq = square_sum(difference) if difference_sq is None else difference_sq
     if not difference_sq:
         return Captured(None, 0.0, 0.0, edge)
     if rank is None:
-        found = svd_above(difference, threshold=edge, max_rank=max_rank, seed=seed)
+        found = svd_above(difference, threshold=edge or 0.0, max_rank=max_rank, seed=seed, total_sq=difference_sq)
     else:
-        found = randomized_svd(difference, rank=rank, seed=seed)
+        found = randomized_svd(difference, rank=rank, seed=seed, total_sq=difference_sq)
     kept = without_rounding(found, (difference.shape[0], difference.shape[1]))
     if not len(kept.s):
         return Captured(None, difference_sq, difference_sq, edge)
     delta = split_evenly(kept)
-    return Captured(delta, difference_sq, residual_sq(difference, delta), edge)
+    # The triplets are those of a projection of D, so what they leave out is orthogonal to them.
+    left_out_sq = difference_sq - square_sum(kept.s)
+    if left_out_sq < SMALL_SHARE * difference_sq:
+        left_out_sq = residual_sq(difference, delta)
+    return Captured(delta, difference_sq, left_out_sq, edge)
 
 
 def without_rounding(found: Svd, shape: tuple[int, int]) -> Svd:

@@ -8,25 +8,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.identity import are_stored_alike, digest_stored
+from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.tensors import load
-from portllm.errors import NonFiniteError
 from portllm.linalg import square_sum
 from portllm.patch.capture import Captured, capture_low_rank
 from portllm.patch.delta import ExpertsDelta
-from portllm.pipeline.tuned_plan import ExpertsPair
+from portllm.pipeline.capture_pair import CapturedTensor, Compared, Known, not_finite
+from portllm.pipeline.spool import Spool
+from portllm.pipeline.tuned_plan import Experts, ExpertsPair, TunedPlan
 
 
-def capture_experts(
-    name: str, pair: ExpertsPair, *, rank: int | None, max_rank: int | None
-) -> tuple[ExpertsDelta[Tensor] | None, Captured, float]:
-    """The deltas of all experts, what they are and leave out together, and |W0|².
+def compare_experts(name: str, plan: TunedPlan, *, known: Known, spool: Spool) -> Compared:
+    """The deltas of all experts, what they are and what they leave out together.
 
-    Experts get the rank of the one that needs the most; the factors of the others end in zeros. The delta is None
-    where nothing of any difference is kept.
+    Experts get the rank of the one that needs the most; the factors of the others end in zeros.
 
     Raises:
         NonFiniteError: A weight holds an infinity or NaN.
     """
+    pair = plan.experts[name]
+    digests = _digests(plan.base, pair.base, known[0]), _digests(plan.tuned, pair.tuned, known[1])
+    if are_equal(pair, *digests):
+        return Compared(digests, CapturedTensor(0.0, 0.0))
     found: list[Captured] = []
     base_sq = 0.0
     for left, right in zip(pair.base, pair.tuned, strict=True):
@@ -34,29 +38,33 @@ def capture_experts(
         if not (base.isfinite().all() and tuned.isfinite().all()):
             raise not_finite(name)
         base_sq += square_sum(base)
-        found.append(capture_low_rank(base, tuned, rank=rank, max_rank=max_rank))
-    total = Captured(
-        None,
+        found.append(capture_low_rank(base, tuned, rank=plan.rank, max_rank=plan.max_rank))
+    delta = _together(found, pair.shape)
+    measured = CapturedTensor(
+        base_sq,
         math.fsum(one.difference_sq for one in found),
+        None if delta is None else delta.rank,
         math.fsum(one.residual_sq for one in found),
-        max(one.noise_edge for one in found),
+        max((one.noise_edge for one in found if one.noise_edge is not None), default=None),
     )
-    return _together(found, pair.shape), total, base_sq
+    if delta is None:
+        return Compared(digests, measured)
+    a, b = spool.add(f"{name}.lora_A", delta.a), spool.add(f"{name}.lora_B", delta.b)
+    return Compared(digests, measured, ExpertsDelta(a=a, b=b, scale=1.0, rank=delta.rank))
 
 
 def are_equal(pair: ExpertsPair, base: Mapping[str, str], tuned: Mapping[str, str]) -> bool:
-    """Whether both models store the same experts alike, by the digests of their tensors."""
+    """Whether both models store the same experts alike, as far as the digests of their tensors are known."""
     left, right = ([info for matrices in side for info in matrices] for side in (pair.base, pair.tuned))
-    return [(info.dtype, info.shape, base[info.name]) for info in left] == [
-        (info.dtype, info.shape, tuned[info.name]) for info in right
-    ]
-
-
-def not_finite(name: str) -> NonFiniteError:
-    """What is said of a weight that holds something else than numbers."""
-    return NonFiniteError(
-        f"'{name}': the base or the tuned model holds an infinity or NaN. Look for a training run that diverged."
+    return len(left) == len(right) and all(
+        are_stored_alike(mine, theirs, base, tuned) for mine, theirs in zip(left, right, strict=True)
     )
+
+
+def _digests(checkpoint: Checkpoint, experts: Experts, known: Mapping[str, str]) -> dict[str, str]:
+    """Of the tensors that experts are in."""
+    names = sorted({info.name for matrices in experts for info in matrices})
+    return {part: digest for name in names for part, digest in digest_stored(checkpoint.infos[name], known).items()}
 
 
 def _stacked(matrices: tuple[TensorInfo, ...]) -> Float[Tensor, "d_out d_in"]:

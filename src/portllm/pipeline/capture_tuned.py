@@ -1,72 +1,41 @@
-"""Capture a patch from two checkpoints: the difference of each pair of tensors, cut to its rank, one after another.
+"""Capture a patch from two checkpoints: the difference of each pair of tensors, cut to its rank.
 
-Memory holds one dense difference at a time, in float32, whatever the size of the models; what was found goes to disk
-before the next one is read. Tensors of equal bytes are not read again once both digests are known.
+Each worker takes one tensor after another and holds one dense difference, in float32, whatever the size of the models;
+what it found goes to disk. Every file is read once, tensors that are known to be equal not at all.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from portllm import __version__
 from portllm.checkpoint.families import family_of
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.identity import digest_of, own_tensors, tensor_digests
+from portllm.checkpoint.identity import are_stored_alike, digest_of, known_digests, own_tensors, remember_digests
 from portllm.checkpoint.reader import Checkpoint, on_disk
-from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load_rows
 from portllm.checkpoint.writer import check_apart, check_free, staged_folder
 from portllm.errors import PlanRefusedError, Refusal
-from portllm.linalg import square_sum, working_dtype
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
 from portllm.patch.adapter_tensors import WEIGHT
-from portllm.patch.capture import BLOCK_ELEMENTS, Captured, RoundingNoise, truncate
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, WholeValue
 from portllm.patch.new_adapter import canonical_config, place_values, stored_name
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
-from portllm.pipeline.capture_experts import are_equal, capture_experts, not_finite
-from portllm.pipeline.one_thread import one_thread
+from portllm.pipeline.capture_experts import are_equal, compare_experts
+from portllm.pipeline.capture_pair import CapturedTensor, Compared, Known, compare_linear, compare_whole
+from portllm.pipeline.one_thread import one_thread_each
 from portllm.pipeline.spool import SPOOL_FILE, Spool
-from portllm.pipeline.token_rows import runs
-from portllm.pipeline.tuned_plan import Dense, Pair, RowMap, TunedPlan, plan_capture_tuned
+from portllm.pipeline.tuned_plan import Dense, TunedPlan, plan_capture_tuned
 from portllm.progress import Progress, silent
 
 BELOW_NOISE = "its change is not above the rounding noise of the two files"
+DROPPED = "it is no linear weight, and --dense drop leaves those out"
 NOISE = "edge of the rounding of both files, step^2/12 an element"
 
-
-@dataclass(frozen=True, slots=True)
-class CapturedTensor:
-    """What became of one changed tensor.
-
-    Attributes:
-        base_sq: |W0|².
-        difference_sq: |D|², for D = tuned - base.
-        rank: Of the delta; None for a tensor that is kept whole or left out.
-        residual_sq: |D - B A|², what the delta leaves out.
-        noise_edge: Singular values of D below it are rounding.
-    """
-
-    base_sq: float
-    difference_sq: float
-    rank: int | None = None
-    residual_sq: float = 0.0
-    noise_edge: float = 0.0
-
-    @property
-    def relative_size(self) -> float:
-        """`|D| / |W0|`; of what a base of zero became, `|D|` itself, so that it is a number that JSON holds."""
-        return math.sqrt(self.difference_sq / self.base_sq) if self.base_sq else math.sqrt(self.difference_sq)
-
-    @property
-    def truncation_residual(self) -> float:
-        """`|D - B A| / |D|`; 0.0 for a difference of zero."""
-        return math.sqrt(self.residual_sq / self.difference_sq) if self.difference_sq else 0.0
+MEMORY_BYTES = 1 << 31
+"""What the dense differences that are in memory at once may take together; one of them may be larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,61 +110,64 @@ def run_capture_tuned(
         here = (on_disk(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned))
         plan = plan_capture_tuned(*here, rank=plan.rank, max_rank=plan.max_rank, dense=plan.dense)
     check_apart(out, (*plan.base.files, *plan.tuned.files))
-    with staged_folder(out, overwrite=overwrite) as folder, one_thread():
+    with staged_folder(out, overwrite=overwrite) as folder:
         with Spool(folder / SPOOL_FILE) as spool:
             report = _capture(plan, folder, spool, progress)
         return replace(report, record=write_record(folder, report.record))
 
 
 def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) -> TunedReport:
-    digests = [tensor_digests(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned)]
-    changed = {name: pair for name, pair in plan.pairs.items() if not _is_equal(pair, *digests)}
-    changed_experts = {name: pair for name, pair in plan.experts.items() if not are_equal(pair, *digests)}
-    found = _Found({}, {}, {}, {})
-    factors: dict[str, LowRankDelta[TensorInfo]] = {}
-    values: dict[str, TensorInfo] = {}
-    experts: dict[str, ExpertsDelta[TensorInfo]] = {}
-    n_unchanged = len(plan.pairs) + len(plan.experts) - len(changed) - len(changed_experts)
-    total = sum(_n_bytes(pair) for pair in changed.values()) + sum(pair.n_bytes for pair in changed_experts.values())
-    done = 0
-    for name, pair in changed.items():
-        if pair.module is not None:
-            captured, measured = _capture_linear(pair, plan)
-            if captured.delta is None:
-                found.leave_out(name, measured, BELOW_NOISE)
-            else:
-                found.deltas[pair.module] = measured
-                factors[pair.module] = _spooled(captured.delta, name, spool, transposed=pair.transposed)
-        else:
-            values |= _capture_whole(name, pair, plan, spool, found)
-        done += _n_bytes(pair)
-        progress(f"capture: {name}", done, total, "bytes")
-    for name, experts_pair in changed_experts.items():
-        delta, total_of, base_sq = capture_experts(name, experts_pair, rank=plan.rank, max_rank=plan.max_rank)
-        measured = _measured(total_of, base_sq, None if delta is None else delta.rank)
-        if not total_of.difference_sq:  # stored otherwise, so that their digests did not show it
-            n_unchanged += 1
-        elif delta is None:
-            found.leave_out(name, measured, BELOW_NOISE)
-        else:
-            found.deltas[name] = measured
-            a, b = spool.add(f"{name}.lora_A", delta.a), spool.add(f"{name}.lora_B", delta.b)
-            experts[name] = ExpertsDelta(a=a, b=b, scale=1.0, rank=delta.rank)
-        done += experts_pair.n_bytes
-        progress(f"capture: {name}", done, total, "bytes")
-    placed = place_values(values, tensors=plan.pairs, targets=factors, tied=plan.tied)
+    known = known_digests(plan.base), known_digests(plan.tuned)
+    found = _Found((dict(known[0]), dict(known[1])))
+    for name, compared in _compare(plan, spool, known, progress):
+        found.take(name, compared, plan)
+    for checkpoint, digests in zip((plan.base, plan.tuned), found.digests, strict=True):
+        remember_digests(checkpoint, digests)
+    placed = place_values(found.kept, tensors=plan.pairs, targets=found.factors, tied=plan.tied)
     for name, reason in placed.left_out.items():
         found.leave_out(name, found.values.pop(name), reason)
-    if not factors and not experts:
+    if not found.factors and not found.experts:
         raise PlanRefusedError([_nothing(plan, found)])
     stored = {
-        stored_name(key): WholeValue(values.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
+        stored_name(key): WholeValue(found.kept.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
     }
-    fields = {"fan_in_fan_out": any(delta.transposed for delta in factors.values()), **placed.fields}
-    config = AdapterConfig(_configured(plan, factors, experts, fields))
-    patch = Patch(plan.tuned.name, dict(sorted(factors.items())), config, None, values=stored, experts=experts)
+    fields = {"fan_in_fan_out": any(delta.transposed for delta in found.factors.values()), **placed.fields}
+    config = AdapterConfig(_configured(plan, found.factors, found.experts, fields))
+    factors = dict(sorted(found.factors.items()))
+    patch = Patch(plan.tuned.name, factors, config, None, values=stored, experts=found.experts)
     write_patch(folder, patch, base_name=plan.base.name, base_revision=plan.base.revision)
-    return _report(plan, patch, found, digests, n_unchanged=n_unchanged)
+    return _report(plan, patch, found)
+
+
+def _compare(plan: TunedPlan, spool: Spool, known: Known, progress: Progress) -> Iterator[tuple[str, Compared]]:
+    """What was found of each tensor that is not known to be the same in both, in order; several are read at a time."""
+    sizes = {
+        name: pair.n_bytes for name, pair in plan.pairs.items() if not are_stored_alike(pair.base, pair.tuned, *known)
+    }
+    sizes |= {name: pair.n_bytes for name, pair in plan.experts.items() if not are_equal(pair, *known)}
+
+    def compare(name: str) -> Compared:
+        if name in plan.experts:
+            return compare_experts(name, plan, known=known, spool=spool)
+        if plan.pairs[name].module is None:
+            return compare_whole(name, plan.pairs[name], dense=plan.dense, known=known, spool=spool)
+        how = {"rank": plan.rank, "max_rank": plan.max_rank}
+        return compare_linear(name, plan.pairs[name], **how, known=known, spool=spool)
+
+    done, total = 0, sum(sizes.values())
+    with one_thread_each(MEMORY_BYTES // max(1, _largest(plan))) as workers:
+        for name, compared in zip(sizes, workers.map(compare, sizes), strict=True):
+            done += sizes[name]
+            progress(f"capture: {name}", done, total, "bytes")
+            yield name, compared
+
+
+def _largest(plan: TunedPlan) -> int:
+    """Bytes of the largest difference in float32; each worker holds one."""
+    pairs = [pair.base.n_params for pair in plan.pairs.values() if pair.module is not None]
+    # An expert's weights of both models are in memory too.
+    experts = [3 * math.prod(pair.shape) for pair in plan.experts.values()]
+    return 4 * max([*pairs, *experts], default=0)
 
 
 def _configured(
@@ -215,131 +187,76 @@ def _configured(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What was found so far; see `TunedReport`."""
+    """What was found so far; see `TunedReport`.
 
-    deltas: dict[str, CapturedTensor]
-    values: dict[str, CapturedTensor]
-    left_out: dict[str, float]
-    reasons: dict[str, str]
+    Attributes:
+        digests: Of all tensors that were read.
+        factors: By module.
+        experts: By tensor.
+        kept: What replaces the base's tensor, by its name.
+    """
+
+    digests: tuple[dict[str, str], dict[str, str]]
+    factors: dict[str, LowRankDelta[TensorInfo]] = field(default_factory=dict)
+    experts: dict[str, ExpertsDelta[TensorInfo]] = field(default_factory=dict)
+    kept: dict[str, TensorInfo] = field(default_factory=dict)
+    deltas: dict[str, CapturedTensor] = field(default_factory=dict)
+    values: dict[str, CapturedTensor] = field(default_factory=dict)
+    left_out: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+    def take(self, name: str, compared: Compared, plan: TunedPlan) -> None:
+        """Put what was found of a tensor where it belongs."""
+        for mine, new in zip(self.digests, compared.digests, strict=True):
+            mine.update(new)
+        if compared.extra is not None:
+            self.changed.add(name)
+            n_rows = len(plan.pairs[name].extra_rows)
+            self.leave_out(f"{name}[{n_rows} rows]", compared.extra, "tokens that the base does not have")
+        if not compared.measured.difference_sq:
+            return
+        self.changed.add(name)
+        match compared.delta:
+            case LowRankDelta() as delta:
+                module = name.removesuffix(WEIGHT)
+                self.deltas[module], self.factors[module] = compared.measured, delta
+            case ExpertsDelta() as delta:
+                self.deltas[name], self.experts[name] = compared.measured, delta
+            case None if name in plan.experts or plan.pairs[name].module is not None:
+                self.leave_out(name, compared.measured, BELOW_NOISE)
+            case None if plan.dense == "drop" or compared.value is None:
+                self.leave_out(name, compared.measured, DROPPED)
+            case None:
+                self.values[name], self.kept[name] = compared.measured, compared.value
 
     def leave_out(self, name: str, measured: CapturedTensor, reason: str) -> None:
         self.left_out[name] = _rounded(measured.relative_size)
         self.reasons[name] = reason
 
 
-def _capture_linear(pair: Pair, plan: TunedPlan) -> tuple[Captured, CapturedTensor]:
-    """The low-rank delta of one linear weight."""
-    shape = (pair.base.shape[0], pair.base.shape[1])
-    noise = RoundingNoise(shape)
-    difference: Tensor | None = None
-    base_sq = 0.0
-    for start, base, tuned in _row_blocks(pair):
-        dtype = working_dtype(base, tuned)
-        if difference is None:
-            difference = torch.empty(shape, dtype=dtype)
-        difference[start : start + len(base)] = tuned.to(dtype) - base.to(dtype)
-        base_sq += square_sum(base)
-        noise.add_rows(start, base, tuned)
-    if difference is None:  # a matrix without rows
-        difference = torch.empty(shape)
-    _require_finite(pair, difference)
-    captured = truncate(difference, rank=plan.rank, edge=noise.edge, max_rank=plan.max_rank)
-    return captured, _measured(captured, base_sq, captured.rank)
-
-
-def _measured(captured: Captured, base_sq: float, rank: int | None) -> CapturedTensor:
-    return CapturedTensor(base_sq, captured.difference_sq, rank, captured.residual_sq, captured.noise_edge)
-
-
-def _capture_whole(name: str, pair: Pair, plan: TunedPlan, spool: Spool, found: _Found) -> dict[str, TensorInfo]:
-    """The tuned value of a tensor that is no linear weight, measured; nothing where it is left out."""
-    base_sq = difference_sq = 0.0
-    with spool.writing(name, pair.tuned.dtype, pair.base.shape) as entry:
-        for _, base, tuned in _row_blocks(pair):
-            dtype = working_dtype(base, tuned)
-            base_sq += square_sum(base)
-            difference_sq += square_sum(tuned.to(dtype) - base.to(dtype))
-            if pair.row_map is not None and plan.dense == "keep":
-                entry.append(encode(tuned))
-    measured = CapturedTensor(base_sq, difference_sq)
-    if not math.isfinite(base_sq + difference_sq):
-        _require_finite(pair, torch.tensor(math.inf))
-    if pair.row_map is not None and pair.row_map.extra:
-        extra = CapturedTensor(base_sq, _rows_square_sum(pair.tuned, pair.row_map.extra))
-        found.leave_out(f"{name}[{len(pair.row_map.extra)} rows]", extra, "tokens that the base does not have")
-    if not difference_sq:
-        return {}
-    if plan.dense == "drop":
-        found.leave_out(name, measured, "it is no linear weight, and --dense drop leaves those out")
-        return {}
-    found.values[name] = measured
-    return {name: pair.tuned if pair.row_map is None else entry.info}
-
-
-def _row_blocks(pair: Pair) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Rows of both as they are stored, two axes each, with the number of the first; a scalar is one row."""
-    rows = pair.base.shape[0] if pair.base.shape else 1
-    width = max(1, pair.base.n_params // max(1, rows))
-    step = max(1, BLOCK_ELEMENTS // width)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        base = load_rows(pair.base, start, stop).reshape(stop - start, -1)
-        if pair.row_map is None:
-            tuned = load_rows(pair.tuned, start, stop).reshape(stop - start, -1)
-        else:
-            tuned = _rows_by_token(base, pair, pair.row_map, start)
-        yield start, base, tuned
-
-
-def _rows_by_token(base: Tensor, pair: Pair, row_map: RowMap, start: int) -> Tensor:
-    """Tuned's rows in base's order; where tuned has no such token, base's own row."""
-    wanted = row_map.rows[start : start + len(base)]
-    # Values of tuned, so its dtype: base's own rows are rounded where that is the narrower one.
-    rows = base.to(TORCH_DTYPES[pair.tuned.dtype], copy=True)
-    for first, last in runs(wanted):
-        if wanted[first] >= 0:
-            rows[first:last] = load_rows(pair.tuned, wanted[first], wanted[first] + last - first)
-    return rows
-
-
-def _rows_square_sum(info: TensorInfo, rows: tuple[int, ...]) -> float:
-    return math.fsum(square_sum(load_rows(info, rows[a], rows[a] + b - a)) for a, b in runs(rows))
-
-
-def _spooled(delta: LowRankDelta[Tensor], name: str, spool: Spool, *, transposed: bool) -> LowRankDelta[TensorInfo]:
-    # Of a weight that is stored as (d_in, d_out) the factors of the transpose are kept, as PEFT does.
-    a, b = (delta.b.T.contiguous(), delta.a.T.contiguous()) if transposed else (delta.a, delta.b)
-    return LowRankDelta(
-        a=spool.add(f"{name}.lora_A", a.float()),
-        b=spool.add(f"{name}.lora_B", b.float()),
-        scale=1.0,
-        transposed=transposed,
-    )
-
-
 def _report(
     plan: TunedPlan,
     patch: Patch[TensorInfo],
     found: _Found,
-    digests: list[dict[str, str]],
-    *,
-    n_unchanged: int,
 ) -> TunedReport:
     base, tuned = (
         replace(identity, digest=digest_of(known, own_tensors(checkpoint)))
         for identity, known, checkpoint in zip(
-            (plan.source, plan.target), digests, (plan.base, plan.tuned), strict=True
+            (plan.source, plan.target), found.digests, (plan.base, plan.tuned), strict=True
         )
     )
     settings: dict[str, object] = {
         "rank": "auto" if plan.rank is None else plan.rank,
         "dense": plan.dense,
         "tuned": asdict(tuned),
-        "noise": NOISE,
     }
+    if plan.rank is None:
+        settings["noise"] = NOISE
     if plan.rank is None and plan.max_rank is not None:
         settings["max_rank"] = plan.max_rank
     left_out = dict(sorted(found.left_out.items()))
+    n_unchanged = len(plan.pairs) + len(plan.experts) - len(found.changed)
     blank = PatchRecord(base, Capture("tuned"), (), digest_tensors(patch), __version__)
     report = TunedReport(blank, found.deltas, found.values, left_out, found.reasons, n_unchanged)
     settings |= {"truncation_residual": _rounded(report.truncation_residual), "left_out": left_out}
@@ -356,20 +273,6 @@ def _nothing(plan: TunedPlan, found: _Found) -> Refusal:
         "than the rounding noise of the two files, and PEFT loads no adapter without a delta. --rank 1 takes the "
         "largest direction of each, noise or not.",
     )
-
-
-def _is_equal(pair: Pair, base: Mapping[str, str], tuned: Mapping[str, str]) -> bool:
-    same_kind = (pair.base.dtype, pair.base.shape) == (pair.tuned.dtype, pair.tuned.shape)
-    return same_kind and base[pair.base.name] == tuned[pair.tuned.name]
-
-
-def _require_finite(pair: Pair, difference: Tensor) -> None:
-    if not difference.isfinite().all():
-        raise not_finite(pair.base.name)
-
-
-def _n_bytes(pair: Pair) -> int:
-    return pair.base.n_bytes + pair.tuned.n_bytes
 
 
 def _rounded(value: float) -> float:

@@ -8,7 +8,7 @@ reached.
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors, remember
+from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors, remember_digests
 from portllm.checkpoint.page_cache import is_large
 from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint, read_header
 from portllm.checkpoint.staging import Staged
@@ -125,8 +125,9 @@ def run_merge(
             copy_side_files(plan.into.folder, staged.folder, config_changes=plan.config_changes)
         report = _report(plan, out, staged.folder, how, total)
         write_manifest(staged.folder, report, program=__version__)
-    _remember_digests(plan.into, total.read)
-    _remember_digests(open_checkpoint(out), total.written)
+    # A stored copy of a tied embedding is not read when the patch gives the output a head of its own.
+    remember_digests(plan.into, total.read)
+    remember_digests(open_checkpoint(out), total.written)
     return report
 
 
@@ -256,14 +257,6 @@ def _report(
         n_bytes=plan.n_bytes,
         files=digest_side_files(folder),
     )
-
-
-def _remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
-    for file in checkpoint.files:
-        names = [info.name for info in checkpoint.infos.values() if info.file == file]
-        # A stored copy of a tied embedding is not read when the patch gives the output a head of its own.
-        if all(name in digests for name in names):
-            remember(file, {name: digests[name] for name in names})
 
 
 def _require_bfloat16(plan: MergePlan) -> None:

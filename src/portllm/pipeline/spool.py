@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from torch import Tensor
@@ -42,6 +43,8 @@ class SpoolEntry:
 class Spool:
     """A file of tensors' bytes without a header, which is gone when the block ends.
 
+    Threads may put down tensors at the same time: while one is being written, the others wait.
+
     Example:
         >>> import tempfile, torch
         >>> from portllm.checkpoint.tensors import load
@@ -54,6 +57,7 @@ class Spool:
         self._path = path
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._written = 0
+        self._lock = Lock()
 
     def add(self, name: str, tensor: Tensor) -> TensorInfo:
         """Put down one tensor."""
@@ -64,10 +68,11 @@ class Spool:
     @contextmanager
     def writing(self, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[SpoolEntry]:
         """Put down one tensor in parts."""
-        start = self._written
-        entry = SpoolEntry(self, TensorInfo(name, dtype, shape, self._path, start, start))
-        yield entry
-        entry.info = TensorInfo(name, dtype, shape, self._path, start, self._written)
+        with self._lock:
+            start = self._written
+            entry = SpoolEntry(self, TensorInfo(name, dtype, shape, self._path, start, start))
+            yield entry
+            entry.info = TensorInfo(name, dtype, shape, self._path, start, self._written)
 
     def write(self, data: bytes | memoryview) -> None:
         """Bytes of the tensor that is being put down."""

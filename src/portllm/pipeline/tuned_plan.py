@@ -57,6 +57,16 @@ class Pair:
     row_map: RowMap | None = None
     transposed: bool = False
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of both."""
+        return self.base.n_bytes + self.tuned.n_bytes
+
+    @property
+    def extra_rows(self) -> tuple[int, ...]:
+        """Rows of tuned that the base has none for."""
+        return () if self.row_map is None else self.row_map.extra
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertsPair:
