@@ -10,12 +10,16 @@ import torch
 
 import portllm
 from portllm.checkpoint.sample import load_values
+from portllm.checkpoint.tensors import load
 from portllm.errors import PlanRefusedError
-from portllm.patch.record import ModelIdentity
+from portllm.patch.record import FittedTo, ModelIdentity
+from portllm.pipeline import quantization_gap
 from portllm.pipeline.capture import capture_adapter
+from portllm.pipeline.combine import combine, plan_combine
 from portllm.pipeline.drift import measure_drift
 from portllm.pipeline.inspect import inspect
 from portllm.pipeline.merge import merge
+from portllm.pipeline.plan import plan_merge
 from portllm.pipeline.port import port
 from portllm.pipeline.tuned_plan import plan_capture_tuned
 from tests.models import make_adapter
@@ -98,6 +102,7 @@ import sys
 from pathlib import Path
 import portllm
 from portllm.pipeline.capture import capture_adapter
+from portllm.pipeline.plan import plan_merge
 from portllm.pipeline.port import port
 root = Path({str(tmp_path)!r})
 base, evolved = (portllm.open_checkpoint(root / name) for name in ("base.gguf", "evolved.gguf"))
@@ -121,3 +126,142 @@ def test_an_identity_without_quantization_is_written_as_it_was_before():
     assert set(identity_to_json(plain)) == {"name", "fingerprint", "digest", "revision"}
     quantized = ModelIdentity("m", "s4k1:" + "0" * 40, quantization="Q4_K")
     assert identity_from_json(identity_to_json(quantized)) == quantized
+
+
+def test_a_qlora_patch_says_what_it_was_fitted_to(models, tiny, tmp_path):
+    patch = qlora_patch(models, tiny, tmp_path / "patch")
+    assert patch.record.base.quantization is None
+    assert patch.record.capture.fitted_to == FittedTo("nf4-double", ("lm_head",))
+    base, evolved = portllm.open_checkpoint(models["plain"]), portllm.open_checkpoint(tiny("base", seed=5))
+    ported = port(patch, base=base, evolved=evolved, out=tmp_path / "ported")
+    assert ported.record.capture.fitted_to == patch.record.capture.fitted_to
+
+
+def qlora_patch(models, tiny, out, scheme="nf4-double"):
+    adapter = portllm.load_patch(tiny("adapter", of=models["plain"]))
+    base = portllm.open_checkpoint(models["plain"])
+    return capture_adapter(adapter, base=base, out=out, fitted_to=FittedTo(scheme, ("lm_head",)))
+
+
+def by_torch(models, patch):
+    """For each changed weight, `|W - dequant(W4)| / |Δ|` from whole tensors, by bitsandbytes and PEFT's formula."""
+    plain, quantized = (portllm.open_checkpoint(models[name]) for name in ("plain", "base"))
+    ratios = {}
+    for module, delta in patch.deltas.items():
+        name = f"{module}.weight"
+        gap = load(plain.info(name)).double() - load(quantized.info(name)).double()
+        change = (load(delta.b).float() @ load(delta.a).float()).double() * delta.scale
+        ratios[name] = (gap.norm() / change.norm()).item()
+    return ratios
+
+
+def test_the_gap_of_a_qlora_patch_is_that_of_bitsandbytes(models, tiny, tmp_path):
+    patch = qlora_patch(models, tiny, tmp_path / "patch")
+    report = merge(patch, into=portllm.open_checkpoint(models["plain"]), out=tmp_path / "merged")
+    gap = report.quantization
+    assert {name: sums.ratio for name, sums in gap.tensors.items()} == pytest.approx(by_torch(models, patch), rel=1e-3)
+    manifest = json.loads((tmp_path / "merged" / "portllm.json").read_text())["quantization"]
+    assert manifest["scheme"] == "nf4-double"
+    assert manifest["ratio"] == pytest.approx(gap.total.ratio, rel=1e-5)
+    assert manifest["tensors"].keys() == gap.tensors.keys()
+
+
+def test_a_patch_of_a_quantized_base_is_merged_into_what_that_was_made_from(patch, models, tmp_path):
+    plain, quantized = (portllm.open_checkpoint(models[name]) for name in ("plain", "base"))
+    with pytest.raises(PlanRefusedError, match="add --quantized-base"):
+        merge(patch, into=plain, out=tmp_path / "merged")
+    report = merge(patch, into=plain, out=tmp_path / "merged", quantized_base=quantized)
+    assert {name: sums.ratio for name, sums in report.quantization.tensors.items()} == pytest.approx(
+        by_torch(models, patch), rel=1e-6
+    )
+    of_plain = merge(portllm.load_patch(tmp_path / "patch"), into=plain, out=tmp_path / "again", allow_other_base=True)
+    assert of_plain.output.digest == report.output.digest
+    assert of_plain.quantization.total.ratio == pytest.approx(report.quantization.total.ratio, rel=1e-3)
+
+
+def test_the_quantized_base_is_the_one_that_the_patch_belongs_to_and_made_from_the_model(patch, models, tiny, tmp_path):
+    plain, quantized, evolved = (portllm.open_checkpoint(models[name]) for name in ("plain", "base", "evolved"))
+    stranger = portllm.open_checkpoint(tiny("base", seed=9, dtype=torch.bfloat16))
+    for into, given, problem in (
+        (plain, plain, "is not quantized"),
+        (plain, evolved, "which the patch"),
+        (stranger, quantized, "their cosine is"),
+    ):
+        assert any(problem in str(refusal) for refusal in plan_merge(patch, into=into, quantized_base=given).refusals)
+
+
+def test_a_patch_that_was_fitted_to_the_weights_as_they_are_has_no_gap(models, tiny, tmp_path):
+    base = portllm.open_checkpoint(models["plain"])
+    adapter = portllm.load_patch(tiny("adapter", of=models["plain"]))
+    patch = capture_adapter(adapter, base=base, out=tmp_path / "patch")
+    report = merge(patch, into=base, out=tmp_path / "merged")
+    assert report.quantization is None
+    assert "quantization" not in (tmp_path / "merged" / "portllm.json").read_text()
+
+
+def test_what_was_left_in_16_bit_has_no_gap(models, tiny, tmp_path):
+    adapter = portllm.load_patch(tiny("adapter", of=models["plain"]))
+    base = portllm.open_checkpoint(models["plain"])
+    told = FittedTo("fp4", ("q_proj", "layers.1.mlp.down_proj"))
+    patch = capture_adapter(adapter, base=base, out=tmp_path / "patch", fitted_to=told)
+    tensors = merge(patch, into=base, out=tmp_path / "merged").quantization.tensors
+    changed = {f"{module}.weight" for module in patch.deltas}
+    assert changed - set(tensors) == {
+        name for name in changed if "q_proj" in name or name == "model.layers.1.mlp.down_proj.weight"
+    }
+
+
+def test_blocks_do_not_change_the_gap(models, tiny, tmp_path, monkeypatch):
+    patch = qlora_patch(models, tiny, tmp_path / "patch")
+    base = portllm.open_checkpoint(models["plain"])
+    whole = merge(patch, into=base, out=tmp_path / "whole").quantization
+    monkeypatch.setattr(quantization_gap, "BLOCK_ELEMENTS", 64)
+    parts = merge(patch, into=base, out=tmp_path / "parts").quantization
+    assert parts.total.ratio == pytest.approx(whole.total.ratio, rel=1e-12)
+
+
+def test_a_base_that_is_quantized_already_is_not_said_to_be_quantized_again(models, tiny, tmp_path):
+    adapter = portllm.load_patch(tiny("adapter", of=models["plain"]))
+    with pytest.raises(PlanRefusedError, match="is quantized already"):
+        capture_adapter(
+            adapter,
+            base=portllm.open_checkpoint(models["base"]),
+            out=tmp_path / "patch",
+            fitted_to=FittedTo("nf4", ()),
+        )
+
+
+def test_patches_that_were_fitted_to_other_weights_are_not_combined(models, tiny, tmp_path):
+    one, other = (qlora_patch(models, tiny, tmp_path / name, scheme=name) for name in ("nf4", "fp4"))
+    assert "nothing could say what their sum was fitted to" in str(plan_combine([one, other]).refusals[0])
+    combined = combine([one, one], out=tmp_path / "sum")
+    assert combined.record.capture.fitted_to == one.record.capture.fitted_to
+
+
+def test_a_patch_of_a_gguf_file_is_merged_into_what_it_was_made_from(tmp_path):
+    from safetensors.numpy import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    weights = write_gguf(tmp_path / "base.gguf", storage="Q8_0")
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=40, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
+    make_adapter(tmp_path / "plain", tmp_path / "adapter")
+    noise = np.random.default_rng(2)
+    plain = {name: (value + noise.normal(scale=0.01, size=value.shape)).astype("f4") for name, value in weights.items()}
+    save_file(plain, tmp_path / "plain" / "model.safetensors")
+    quantized, into = (portllm.open_checkpoint(tmp_path / name) for name in ("base.gguf", "plain"))
+    patch = capture_adapter(portllm.load_patch(tmp_path / "adapter"), base=quantized, out=tmp_path / "patch")
+    report = merge(patch, into=into, out=tmp_path / "merged", quantized_base=quantized)
+    for name, sums in report.quantization.tensors.items():
+        expected = np.square(plain[name].astype("f8") - weights[name].astype("f8")).sum()
+        assert sums.gap_sq == pytest.approx(expected, rel=1e-6), name
+    ported = port(patch, base=quantized, evolved=into, out=tmp_path / "ported")
+    plan = plan_merge(ported, into=into)
+    assert plan.fitted is None
+    assert any("fitted to Q8_0 weights" in note and "is not measured" in note for note in plan.notes)
+    assert any(
+        "was ported since" in str(why) for why in plan_merge(ported, into=into, quantized_base=quantized).refusals
+    )

@@ -18,6 +18,7 @@ from portllm.cli.main import (
 from portllm.cli.plain import print_json, say
 
 if TYPE_CHECKING:
+    from portllm.patch.record import FittedTo
     from portllm.pipeline.combine import Combination
 
 AUTO = "auto"
@@ -28,6 +29,15 @@ class DenseName(StrEnum):
 
     KEEP = "keep"
     DROP = "drop"
+
+
+class FittedName(StrEnum):
+    """How a base was quantized when it was loaded."""
+
+    NF4 = "nf4"
+    NF4_DOUBLE = "nf4-double"
+    FP4 = "fp4"
+    FP4_DOUBLE = "fp4-double"
 
 
 class CombineMethod(StrEnum):
@@ -47,6 +57,14 @@ def capture(
         Path | None, typer.Option("--initial", help="It before training, if it began with a part of the base (PiSSA).")
     ] = None,
     tuned: Annotated[str | None, typer.Option("--tuned", help="The base after fine-tuning, whole.")] = None,
+    fitted_to: Annotated[
+        FittedName | None,
+        typer.Option("--fitted-to", help="With --adapter: how --base was quantized while it was trained (QLoRA)."),
+    ] = None,
+    left_alone: Annotated[
+        str | None,
+        typer.Option("--left-alone", help="With --fitted-to: modules that stayed in 16 bit, between commas; lm_head."),
+    ] = None,
     rank: Annotated[
         str | None, typer.Option("--rank", help="Of deltas from --tuned: a number, or auto: above rounding noise.")
     ] = None,
@@ -62,9 +80,11 @@ def capture(
     """Make a patch that knows its base: from an adapter, or from a base and what fine-tuning made of it."""
     if (adapter is None) == (tuned is None):
         raise typer.BadParameter("give exactly one of --adapter and --tuned.")
+    if fitted_to is None and left_alone is not None:
+        raise typer.BadParameter("--left-alone goes with --fitted-to.")
     if tuned is not None:
-        if initial is not None:
-            raise typer.BadParameter("--initial goes with --adapter.")
+        if initial is not None or fitted_to is not None:
+            raise typer.BadParameter("--initial and --fitted-to go with --adapter.")
         chosen = parse_rank(rank or AUTO)
         if isinstance(chosen, int) and max_rank is not None:
             raise typer.BadParameter("--max-rank bounds --rank auto; with a number it says nothing.")
@@ -76,8 +96,9 @@ def capture(
         if rank is not None or max_rank is not None or dense is not None:
             raise typer.BadParameter("--rank, --max-rank and --dense go with --tuned; an adapter is taken as it is.")
         _capture_adapter(
-            base, adapter, initial, output, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet
-        )
+            base, adapter, initial, output, _fitted_to(fitted_to, left_alone),
+            dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
 
 
 def parse_rank(text: str) -> int | str:
@@ -94,11 +115,21 @@ def parse_rank(text: str) -> int | str:
     return int(text)
 
 
+def _fitted_to(scheme: FittedName | None, left_alone: str | None) -> "FittedTo | None":
+    if scheme is None:
+        return None
+    from portllm.patch.record import FittedTo
+    from portllm.pipeline.fitted import LEFT_ALONE
+
+    return FittedTo(scheme.value, LEFT_ALONE if left_alone is None else tuple(filter(None, left_alone.split(","))))
+
+
 def _capture_adapter(
     base: str,
     adapter: Path,
     initial: Path | None,
     output: Path,
+    fitted_to: "FittedTo | None",
     *,
     dry_run: bool,
     overwrite: bool,
@@ -117,13 +148,21 @@ def _capture_adapter(
     loaded, model = open_adapter(adapter), open_checkpoint(base)
     before = None if initial is None else open_adapter(initial)
     if dry_run:
-        if refusals := plan_capture(loaded, base=model, initial=before):
+        if refusals := plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to):
             raise PlanRefusedError(refusals)
         check_free(output, overwrite=overwrite)
         say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
         return
     with shown_progress(quiet=quiet) as progress:
-        capture_adapter(loaded, base=model, out=output, initial=before, overwrite=overwrite, progress=progress)
+        capture_adapter(
+            loaded,
+            base=model,
+            out=output,
+            initial=before,
+            fitted_to=fitted_to,
+            overwrite=overwrite,
+            progress=progress,
+        )
     summary = summarize_patch(output)
     if as_json:
         print_json(summary_to_json(summary))

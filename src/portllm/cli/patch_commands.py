@@ -141,6 +141,10 @@ def merge(
         MergeDevice, typer.Option("--device", help="Computes the sums; a GPU may round its last bit otherwise.")
     ] = MergeDevice.CPU,
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", help="In GB.", min=0.001)] = 5.0,
+    quantized_base: Annotated[
+        str | None,
+        typer.Option("--quantized-base", help="What the patch belongs to, if that was quantized from --into."),
+    ] = None,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -161,6 +165,7 @@ def merge(
         into=open_checkpoint(into),
         dtype=None if dtype is None else dtype.value,
         shard_bytes=int(max_shard_size * 10**9),
+        quantized_base=None if quantized_base is None else open_checkpoint(quantized_base),
         allow_other_base=allow_other_base,
     )
     plan = replace(plan, refusals=(*plan.refusals, *space_refusals(output, plan.n_bytes)))

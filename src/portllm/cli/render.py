@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from portllm.assess.quantization_gap import QuantizationGap
 from portllm.cli.plain import one_line
 from portllm.output.manifest import MergeReport
 from portllm.patch.record import PatchRecord
@@ -118,7 +119,16 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
         rows["computed on"] = f"{report.device}: sums may differ in their last bit from those of a CPU"
     if worst is not None:
         rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
+    gap = report.quantization
+    if gap is not None:
+        rows["quantization"] = _quantization(gap)
     lines = ["merged", *table(rows), *items("note", notes)]
+    if gap is not None and gap.dominates:
+        lines += [
+            "  warning: the merge adds far more of what quantization took than of the patch, and the patch was fitted",
+            "  without it. Models merged so were seen to break: evaluate the output, or serve the adapter unmerged",
+            "  beside the quantized model.",
+        ]
     least = report.tensors[worst].kept_gain if worst is not None else 1.0
     if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
         lines += [
@@ -126,6 +136,16 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
             "  adapter unmerged, store a wider dtype (--dtype F32 or F16), or use --rounding stochastic.",
         ]
     return "\n".join(lines)
+
+
+def _quantization(gap: QuantizationGap) -> str:
+    """How large is what quantization took, in patches."""
+    if gap.worst is None:
+        return f"none of the changed weights was quantized ({gap.scheme})"
+    return (
+        f"W - dequant(W) of {gap.scheme} is {gap.total.ratio:.3g} times the patch, at worst "
+        f"{gap.tensors[gap.worst].ratio:.3g} times: {gap.worst}"
+    )
 
 
 def _checkpoint(summary: CheckpointSummary) -> str:
@@ -173,6 +193,9 @@ def _origin(record: PatchRecord) -> dict[str, str]:
         "captured": f"by {record.capture.method}"
         + "".join(f", {key} {_setting(value)}" for key, value in record.capture.settings.items()),
     }
+    if record.capture.fitted_to is not None:
+        told = record.capture.fitted_to
+        rows["fitted to"] = f"the base quantized to {told.scheme}, all but {', '.join(told.left_alone) or 'nothing'}"
     for number, step in enumerate(record.ports, start=1):
         rows[f"port {number}"] = f"by '{step.method}' from {step.source.name} to {step.target.name}"
     return rows

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from portllm.assess.quantization_gap import QuantizationGap
 from portllm.checkpoint.seal import digest_file, seal_of
 from portllm.patch.record import ModelIdentity, PatchRecord, identity_from_json, identity_to_json, record_to_json
 from portllm.patch.rounding import MergeSums
@@ -32,6 +33,7 @@ class MergeReport:
         n_copied: Tensors that the patch does not touch.
         n_bytes: Bytes of tensors written.
         files: blake3 digest of each file beside the weights, the manifest itself left out.
+        quantization: What the merge adds beside a patch that was fitted to quantized weights; None for another.
     """
 
     output: ModelIdentity
@@ -44,6 +46,7 @@ class MergeReport:
     n_copied: int
     n_bytes: int
     files: Mapping[str, str] = field(default_factory=dict)
+    quantization: QuantizationGap | None = None
 
     @property
     def total(self) -> MergeSums:
@@ -73,6 +76,7 @@ def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
         "worst": report.worst,
         "tensors": {name: _measures(sums) for name, sums in sorted(report.tensors.items())},
         "files": dict(sorted(report.files.items())),
+        **({} if report.quantization is None else {"quantization": _gap_to_json(report.quantization)}),
     }
     return {**values, "seal": seal_of(values)}
 
@@ -121,6 +125,16 @@ def _are_digests(files: Mapping[str, object]) -> bool:
     return all(
         name not in ("", "..") and Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
     )
+
+
+def _gap_to_json(gap: QuantizationGap) -> dict[str, object]:
+    return {
+        "scheme": gap.scheme,
+        "source": gap.source,
+        "ratio": _six_digits(gap.total.ratio),
+        "worst": gap.worst,
+        "tensors": {name: _six_digits(sums.ratio) for name, sums in sorted(gap.tensors.items())},
+    }
 
 
 def _measures(sums: MergeSums) -> dict[str, float | None]:

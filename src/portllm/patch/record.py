@@ -27,16 +27,31 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class FittedTo:
+    """Quantized weights that the deltas were fitted to, where the base named is the 16-bit model (QLoRA).
+
+    Attributes:
+        scheme: How the base was quantized when it was loaded: a key of `portllm.assess.four_bit.SCHEMES`.
+        left_alone: The ends of the names of linear modules that stayed in 16 bit.
+    """
+
+    scheme: str
+    left_alone: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Capture:
     """How the deltas came to be.
 
     Attributes:
         method: `adapter` (an existing PEFT folder), `train`, `tuned` (two checkpoints) or `combine` (several patches).
         settings: Every parameter that shaped the result, and for `train` what it was trained on.
+        fitted_to: What they were fitted to, where that is not the weights of the model named; else None.
     """
 
     method: str
     settings: Mapping[str, object] = field(default_factory=dict)
+    fitted_to: FittedTo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +100,7 @@ def record_to_json(record: PatchRecord) -> dict[str, object]:
         "format": FORMAT,
         "program": record.program,
         "base": identity_to_json(record.base),
-        "capture": {"method": record.capture.method, "settings": dict(record.capture.settings)},
+        "capture": _capture_to_json(record.capture),
         "ports": [
             {
                 "from": identity_to_json(step.source),
@@ -104,8 +119,14 @@ def record_to_json(record: PatchRecord) -> dict[str, object]:
 def record_from_json(value: Mapping[str, object]) -> PatchRecord:
     """The record that these values, which must fit the schema, stand for."""
     match value:
-        case {"base": base, "capture": {"method": str(method), "settings": dict(settings)}, "ports": list(ports),
-              "tensors": dict(tensors), "files": dict(files), "program": str(program)}:  # fmt: skip
+        case {
+            "base": base,
+            "capture": {"method": str(method), "settings": dict(settings), **more},
+            "ports": list(ports),
+            "tensors": dict(tensors),
+            "files": dict(files),
+            "program": str(program),
+        }:
             steps = tuple(
                 PortStep(
                     identity_from_json(p["from"]),
@@ -116,9 +137,26 @@ def record_from_json(value: Mapping[str, object]) -> PatchRecord:
                 )
                 for p in ports
             )
-            return PatchRecord(identity_from_json(base), Capture(method, settings), steps, tensors, program, files)
+            return PatchRecord(
+                identity_from_json(base), Capture(method, settings, _fitted_to(more)), steps, tensors, program, files
+            )
         case _:
             raise ValueError("the values do not fit the schema of patch.json")
+
+
+def _capture_to_json(capture: Capture) -> dict[str, object]:
+    values: dict[str, object] = {"method": capture.method, "settings": dict(capture.settings)}
+    if capture.fitted_to is not None:
+        values["fitted_to"] = {"scheme": capture.fitted_to.scheme, "left_alone": list(capture.fitted_to.left_alone)}
+    return values
+
+
+def _fitted_to(capture: object) -> FittedTo | None:
+    match capture:
+        case {"fitted_to": {"scheme": str(scheme), "left_alone": list(names)}}:
+            return FittedTo(scheme, tuple(names))
+        case _:
+            return None
 
 
 def identity_to_json(identity: ModelIdentity) -> dict[str, object]:

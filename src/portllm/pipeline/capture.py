@@ -11,7 +11,7 @@ from portllm.errors import PlanRefusedError, Refusal
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.patch import Patch
-from portllm.patch.record import Capture, PatchRecord
+from portllm.patch.record import Capture, FittedTo, PatchRecord
 from portllm.pipeline.convertible import needs_conversion, unconvertible
 from portllm.pipeline.fit import altered_copies, misfits
 from portllm.pipeline.update import identify
@@ -19,9 +19,13 @@ from portllm.progress import Progress, silent
 
 
 def plan_capture(
-    adapter: Patch[TensorInfo], *, base: Checkpoint, initial: Patch[TensorInfo] | None = None
+    adapter: Patch[TensorInfo],
+    *,
+    base: Checkpoint,
+    initial: Patch[TensorInfo] | None = None,
+    fitted_to: FittedTo | None = None,
 ) -> tuple[Refusal, ...]:
-    """Every reason why an adapter cannot be captured as a patch of this base."""
+    """Every reason why an adapter cannot be captured as a patch of this base, fitted to it as said."""
     refusals = [*misfits(adapter, base), *unconvertible(adapter, base, initial)]
     # The copies that come with an adapter which is to be converted are of what was left of the base's weights.
     refusals += () if needs_conversion(adapter, initial) else altered_copies(adapter, base)
@@ -31,6 +35,14 @@ def plan_capture(
                 "--adapter",
                 f"{adapter.name} is a patch already: its patch.json names {adapter.record.base.name} as its base. Use "
                 "it as it is; 'portllm port' carries it to another base.",
+            )
+        )
+    if fitted_to is not None and base.quantization is not None:
+        refusals.append(
+            Refusal(
+                "--fitted-to",
+                f"{base.name} is quantized already ({base.quantization}), and the patch says so. Leave the option out, "
+                "or name the 16-bit model that was quantized when the adapter was trained.",
             )
         )
     return tuple(sorted(refusals))
@@ -44,6 +56,7 @@ def capture_adapter(
     initial: Patch[TensorInfo] | None = None,
     method: str = "adapter",
     settings: Mapping[str, object] | None = None,
+    fitted_to: FittedTo | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Patch[TensorInfo]:
@@ -60,6 +73,7 @@ def capture_adapter(
             began with is computed anew from the base's weights.
         method: How the adapter came to be, for the record.
         settings: What shaped it, for the record.
+        fitted_to: How the base was quantized when the adapter was trained on it (QLoRA); None where it was not.
         overwrite: Replace `out` where it exists.
         progress: Told of a conversion.
 
@@ -68,14 +82,14 @@ def capture_adapter(
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written, or holds what is read.
     """
-    refusals = plan_capture(adapter, base=base, initial=initial)
+    refusals = plan_capture(adapter, base=base, initial=initial, fitted_to=fitted_to)
     if refusals:
         raise PlanRefusedError(refusals)
     files = (*base.files, *files_of(adapter), *(() if initial is None else files_of(initial)))
     check_apart(out, files)
     if not needs_conversion(adapter, initial):
         with staged_folder(out, overwrite=overwrite) as folder:
-            _write(folder, adapter, base, Capture(method, dict(settings or {})))
+            _write(folder, adapter, base, Capture(method, dict(settings or {}), fitted_to))
         return load_patch(out)
     from portllm.pipeline.convert import convert  # loads torch, which few adapters need
     from portllm.pipeline.spool import SPOOL_FILE, Spool
@@ -85,7 +99,7 @@ def capture_adapter(
     with staged_folder(out, overwrite=overwrite) as folder, Spool(folder / SPOOL_FILE) as spool:
         converted = convert(adapter, base=base, initial=initial, spool=spool, progress=progress)
         how = _conversion(adapter, initial, converted.known_to)
-        _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}))
+        _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}, fitted_to))
     return load_patch(out)
 
 

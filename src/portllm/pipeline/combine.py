@@ -204,7 +204,8 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else None
     config = AdapterConfig(canonical_config({name: delta.rank for name, delta in factors.items()}, fields=fields))
     patch = Patch("combined", factors, config, None)
-    base = _record_of(plan.patches[0]).base
+    first = _record_of(plan.patches[0])
+    base = first.base
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
     total = _residual(found.values())
     residuals = {module: _rounded(captured.truncation_residual) for module, captured in found.items()}
@@ -214,7 +215,9 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
         "truncation_residual": _rounded(total),
         "truncation_residuals": {module: residual for module, residual in residuals.items() if residual},
     }
-    record = PatchRecord(base, Capture("combine", settings), (), digest_tensors(patch), __version__)
+    record = PatchRecord(
+        base, Capture("combine", settings, first.capture.fitted_to), (), digest_tensors(patch), __version__
+    )
     return CombineReport(record, {name: captured.rank for name, captured in found.items()}, residuals, total)
 
 
@@ -230,6 +233,11 @@ def _combined(
         case Selected(method=method, density=density, rank=rank, seed=seed):
             wanted = sum(delta.rank for delta in deltas) if rank is None else rank
             return select(deltas, weights=weights, method=method, density=density, rank=wanted, seed=seed, name=module)
+
+
+def _weights_of(record: PatchRecord) -> str:
+    fitted = record.capture.fitted_to
+    return "the base as it is" if fitted is None else f"the base quantized to {fitted.scheme}"
 
 
 def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
@@ -250,6 +258,14 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
                 f"belongs to {patch.record.base.name} ({patch.record.base.fingerprint}), {first.name} to "
                 f"{first.record.base.name} ({first.record.base.fingerprint}). Carry it over first: portllm port "
                 f"{patch.name} --evolved {first.record.base.name} -o PATCH.",
+            )
+        )
+    if first.record is not None and patch.record.capture.fitted_to != first.record.capture.fitted_to:
+        refusals.append(
+            Refusal(
+                patch.name,
+                f"was fitted to {_weights_of(patch.record)}, {first.name} to {_weights_of(first.record)}: nothing "
+                "could say what their sum was fitted to.",
             )
         )
     used = [field for field in NOT_ADDITIVE if patch.config.fields.get(field)]

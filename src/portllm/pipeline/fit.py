@@ -302,8 +302,15 @@ def base_mismatch(
         option,
         f"{given.name} has the fingerprint {given.fingerprint}, the patch {patch.name} belongs to {belongs.name} "
         f"({belongs.fingerprint}). Give that model, carry the patch over with 'portllm port', or pass "
-        "--allow-other-base if it is meant.",
+        f"--allow-other-base if it is meant.{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
+
+
+def _of_quantized(belongs: ModelIdentity, given: ModelIdentity) -> str:
+    """The way to merge what was fitted to quantized weights into those that they were made from."""
+    if belongs.quantization is None or given.quantization is not None:
+        return ""
+    return f" If {belongs.name} was quantized from {given.name}, add --quantized-base {belongs.name}."
 
 
 def same_bytes(left: TensorInfo, right: TensorInfo) -> bool:

@@ -41,6 +41,7 @@ from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic
 from portllm.pipeline.make_tensor import Facts, How, benches, make_tensor, require_device
 from portllm.pipeline.one_thread import one_thread
 from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
+from portllm.pipeline.quantization_gap import measure_gap
 from portllm.pipeline.side_by_side import Tell, run_side_by_side
 from portllm.progress import Progress, silent
 
@@ -54,6 +55,7 @@ def merge(
     rounding: Rounding = NEAREST,
     device: str = "cpu",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    quantized_base: Checkpoint | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -72,6 +74,7 @@ def merge(
         rounding: How the sum is brought to the storage dtype.
         device: Where the arithmetic is done, `cpu` or `cuda`; bytes are promised to equal PEFT's on the CPU only.
         shard_bytes: Size above which the output is split into shards.
+        quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
         allow_other_base: Go on though the patch belongs to another model.
         overwrite: Replace `out` where it exists.
         progress: Told of the bytes written.
@@ -88,7 +91,14 @@ def merge(
         UnsupportedDtypeError: `dtype` is not one that weights are stored in, or not one for this rounding.
         DeviceError: There is no such device here.
     """
-    plan = plan_merge(patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base)
+    plan = plan_merge(
+        patch,
+        into=into,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        quantized_base=quantized_base,
+        allow_other_base=allow_other_base,
+    )
     return run_merge(plan, out, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
 
 
@@ -124,6 +134,8 @@ def run_merge(
         if plan.into.folder is not None:
             copy_side_files(plan.into.folder, staged.folder, config_changes=plan.config_changes)
         report = _report(plan, out, staged.folder, how, total)
+        if plan.fitted is not None:
+            report = replace(report, quantization=measure_gap(plan, plan.fitted, total.sums, progress=progress))
         write_manifest(staged.folder, report, program=__version__)
     # A stored copy of a tied embedding is not read when the patch gives the output a head of its own.
     remember_digests(plan.into, total.read)

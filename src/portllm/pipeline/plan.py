@@ -34,6 +34,7 @@ from portllm.pipeline.fit import (
     tie_mismatch,
     unmergeable,
 )
+from portllm.pipeline.fitted import Fitted, fitted_of, misnamed, quantization_of
 from portllm.pipeline.token_rows import TokenMap, following, token_changes, unmovable
 from portllm.pipeline.update import Update, identify
 
@@ -95,6 +96,7 @@ class MergePlan:
         config_changes: Fields of `config.json` that the output needs otherwise.
         notes: What a user should know, though it is no reason to stop.
         refusals: Every reason not to run.
+        fitted: The quantized weights that the patch was fitted to, where they can be had again.
     """
 
     patch: Patch[TensorInfo]
@@ -105,6 +107,7 @@ class MergePlan:
     config_changes: Mapping[str, object]
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
+    fitted: Fitted | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -202,6 +205,7 @@ def plan_merge(
     into: Checkpoint,
     dtype: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    quantized_base: Checkpoint | None = None,
     allow_other_base: bool = False,
 ) -> MergePlan:
     """Plan to add a patch to a model's weights.
@@ -211,6 +215,7 @@ def plan_merge(
         into: The model that it belongs to.
         dtype: Storage dtype of every floating-point tensor of the output, or None to keep each one's.
         shard_bytes: Size above which the output is split.
+        quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
         allow_other_base: Go on though the patch belongs to another model.
 
     Raises:
@@ -221,12 +226,19 @@ def plan_merge(
     identity = identify(into)
     patch = oriented(patch, into)
     refusals = list(misfits(patch, into))
-    refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
+    if quantized_base is None:
+        refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
+    else:
+        refusals += misnamed(patch, into, quantized_base)
     refusals += altered_copies(patch, into)
     refusals += unmergeable(into)
     notes = []
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")
+    fitted = fitted_of(patch, into, quantized_base)
+    if (scheme := quantization_of(patch)) is not None:
+        measured = "the report says how large that is" if fitted else "how large that is, is not measured"
+        notes.append(f"the patch was fitted to {scheme} weights, and {into.name} differs from them: {measured}.")
     changes, sources, unties = _untangle(changes_on(patch, into), into)
     config_changes: dict[str, object] = {}
     if unties:
@@ -242,7 +254,9 @@ def plan_merge(
         for name, info in sorted(sources.items())
     }
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=shard_bytes)
-    return MergePlan(patch, into, identity, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)))
+    return MergePlan(
+        patch, into, identity, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted
+    )
 
 
 def _stored_as(info: TensorInfo, dtype: str | None) -> str:
