@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import portllm
 from portllm.checkpoint.reader import open_checkpoint
 from portllm.checkpoint.staging import open_locked
 from portllm.errors import FleetFileError, OutputBusyError
@@ -189,22 +188,8 @@ def test_a_damaged_state_is_told_and_not_guessed_at(run, write, folder, text):
         plan_fleet(write())
 
 
-def test_processes_of_this_machine_do_the_same_and_one_that_is_killed_is_replaced(run, write, folder, monkeypatch):
+def test_processes_of_this_machine_do_the_same_and_one_that_is_killed_is_replaced(run, write, folder, trap):
     run(write(output="here"))
-    # A worker kills itself at the first sight of patch b, once.
-    trap = folder / "trap"
-    trap.mkdir()
-    (trap / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        f"sprung = {str(trap / 'sprung')!r}\n"
-        "def watch(event, arguments):\n"
-        "    if event == 'open' and '/adapters/b/' in str(arguments[0]) and not os.path.exists(sprung):\n"
-        "        os.close(os.open(sprung, os.O_CREAT | os.O_WRONLY))\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if 'portllm.many.worker' in sys.orig_argv:\n"
-        "    sys.addaudithook(watch)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{trap}:{Path(portllm.__file__).parents[1]}")
     rows = fleet(write(), workers=2)
     assert [row.reason for row in rows if row.status != "done"] == []
     assert [row.attempts for row in rows if row.attempts] == [("its worker died: killed by SIGKILL",)]

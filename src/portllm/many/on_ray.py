@@ -1,6 +1,9 @@
 """The workers of a Ray cluster: actors, one a core, each with one job at a time. Needs the extra `ray`."""
 
 import os
+import signal
+import socket
+import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
 START_SECONDS = 300.0
 """How long the first worker may take: a cluster that grows on demand has to start a machine."""
+
+KNOCK_SECONDS = 10.0
 
 MOST_FAILED_STARTS = 5
 """A machine may go while a worker starts on it; one that lacks this program fails every time."""
@@ -133,12 +138,23 @@ class OnRay(Pool):
 def _connect(ray: ModuleType, address: str, workers: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise WorkersError(
             f"--ray {address}: {_reason(error)}. Start a cluster with 'ray start --head', or give 'local'."
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at `host:port`; Ray itself would ask again for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _reason(error: Exception) -> str:
