@@ -162,25 +162,22 @@ def read_header(file: Path) -> Header:
 def read_json(
     file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, infinities: bool = False
 ) -> dict[str, object]:
-    """A JSON object from a file that nobody vouches for.
-
-    Args:
-        file: A regular file; a pipe could make the program wait forever.
-        error: What is raised.
-        infinities: As for `portllm.checkpoint.json_text.parse_json`.
+    """A JSON object from a file that nobody vouches for; `infinities` as for `json_text.parse_json`.
 
     Raises:
-        error: The file is too large, is not JSON that every reader reads alike, or is not an object.
+        error: The file is none (a pipe could be waited for forever), is too large, is not
+            JSON that every reader reads alike, or is not an object.
     """
     try:
         if file.exists() and not file.is_file():
             raise error(f"'{file}': is not a file. Fetch or write it again.")
         with open(file, "rb") as stream:
-            text = stream.read(MAX_JSON_BYTES + 1)
+            size = os.fstat(stream.fileno()).st_size
+            text = stream.read(min(size, MAX_JSON_BYTES) + 1)  # as much room is made as is asked for
     except OSError as problem:
         raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
     if len(text) > MAX_JSON_BYTES:
-        raise error(f"'{file}': has {file.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read.")
+        raise error(f"'{file}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
     try:
         value = parse_json(text, infinities=infinities)
     except ValueError as problem:
