@@ -116,8 +116,9 @@ def test_merged_weights_are_those_of_peft(kind, dtype, cell, tmp_path):
     assert any(not tensor.equal(base[name]) for name, tensor in found.items() if name in base)
 
 
-@pytest.mark.parametrize("kind", MATRIX)
+@pytest.mark.parametrize("kind", [kind for kind in MATRIX if MATRIX[kind].merge != BYTES or kind in HALF])
 def test_a_merged_model_has_the_logits_of_the_adapter(kind, cell, ours):
+    # Where the bytes are PEFT's, so are the logits: of these kinds, some show that transformers loads the folder.
     from tests.models import logits
 
     case = cell(kind, "F32")
@@ -170,12 +171,27 @@ def expected_on(evolved, case, merged):
     return model
 
 
+@pytest.fixture(scope="module")
+def evolved_of(tmp_path_factory):
+    """Makes the later version of each base once."""
+    from tests.models import make_evolved
+
+    made = {}
+
+    def make(base):
+        if base not in made:
+            made[base] = make_evolved(base, tmp_path_factory.mktemp("evolved"), drift=0.05)
+        return made[base]
+
+    return make
+
+
 @pytest.mark.parametrize("kind", MATRIX)
-def test_a_ported_adapter_does_to_the_evolved_model_what_it_did_to_the_base(kind, cell, ours, tmp_path):
-    from tests.models import load_tuned, logits, make_evolved
+def test_a_ported_adapter_does_to_the_evolved_model_what_it_did_to_the_base(kind, cell, ours, evolved_of, tmp_path):
+    from tests.models import load_tuned, logits
 
     case = cell(kind, "F32")
-    evolved = make_evolved(case.base, tmp_path / "evolved", drift=0.05)
+    evolved = evolved_of(case.base)
     patch = load_patch(case.adapter)
     port(patch, base=open_checkpoint(case.base), evolved=open_checkpoint(evolved), out=tmp_path / "ported")
     expected = logits(expected_on(evolved, case, ours(kind)))
