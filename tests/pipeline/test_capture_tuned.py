@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import portllm
 from portllm.checkpoint.reader import read_bytes
+from portllm.checkpoint.row_reader import RowReader
 from portllm.errors import NonFiniteError, OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import read_record
 from portllm.pipeline.capture_tuned import capture_tuned
@@ -211,12 +212,18 @@ def test_every_byte_is_read_once_and_what_is_known_to_be_equal_not_again(tiny, t
     models = opened(base, tuned)
     n_read = []
 
-    def counted(info, start=0, stop=None):
-        data = read_bytes(info, start, stop)
-        n_read.append(len(data) if any(info.file in model.files for model in models) else 0)
-        return data
+    def counted(read):
+        def count(*where):
+            data = read(*where)
+            infos = [one for one in where if hasattr(one, "file")]
+            n_read.append(len(data) if any(infos[0].file in model.files for model in models) else 0)
+            return data
 
-    monkeypatch.setattr("portllm.checkpoint.tensors.read_bytes", counted)
+        return count
+
+    monkeypatch.setattr(RowReader, "data", counted(RowReader.data))
+    for module in ("tensors", "identity"):
+        monkeypatch.setattr(f"portllm.checkpoint.{module}.read_bytes", counted(read_bytes))
     capture_tuned(*models, out=tmp_path / "first", rank=1)
     assert sum(n_read) == sum(model.n_bytes for model in models)
     n_read.clear()

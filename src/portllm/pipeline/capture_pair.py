@@ -11,6 +11,7 @@ from torch import Tensor
 
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_stored
+from portllm.checkpoint.row_reader import RowReader
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load_rows
 from portllm.errors import NonFiniteError
 from portllm.linalg import square_sum, working_dtype
@@ -20,7 +21,7 @@ from portllm.pipeline.spool import Spool
 from portllm.pipeline.token_rows import runs
 from portllm.pipeline.tuned_plan import Dense, Pair, RowMap
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 17
 """Elements read at once: what is done to them finds them in the processor's cache."""
 
 Known = tuple[Mapping[str, str], Mapping[str, str]]
@@ -87,17 +88,18 @@ def compare_linear(
     shape = (pair.base.shape[0], pair.base.shape[1])
     noise = RoundingNoise(shape) if rank is None else None
     difference: Tensor | None = None
-    base_sq = 0.0
+    base_sq = difference_sq = 0.0
     for start, base, tuned in sides.rows():
-        base_sq += square_sum(base)
         if noise is not None:
             noise.add_rows(start, base, tuned)
+        wide = base.to(working_dtype(base, tuned))
+        base_sq += square_sum(wide)
         if difference is None and not _same(base, tuned):
-            difference = _MEMORY.matrix(shape, working_dtype(base, tuned))
+            difference = _MEMORY.matrix(shape, wide.dtype)
             difference[:start] = 0.0
         if difference is not None:
-            difference[start : start + len(base)].copy_(tuned).sub_(base)
-    difference_sq = 0.0 if difference is None else square_sum(difference)
+            rows = difference[start : start + len(base)].copy_(tuned).sub_(wide)
+            difference_sq += square_sum(rows)
     _require_finite(name, base_sq + difference_sq)
     if difference is None or not difference_sq:
         return Compared(sides.digests(), CapturedTensor(base_sq, 0.0))
@@ -130,19 +132,23 @@ class _Sides:
 
     def __init__(self, pair: Pair, known: Known) -> None:
         self._pair = pair
-        self._base = _Digested(pair.base, known[0])
-        self._tuned = _Digested(pair.tuned, known[1])
+        self._base = _Digested(pair.base, known[0], _MEMORY.base)
+        self._tuned = _Digested(pair.tuned, known[1], _MEMORY.tuned)
 
     def rows(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Rows as they are stored, two axes each, with the number of the first; a scalar is one row."""
+        """Rows as they are stored, two axes each, with the number of the first; a scalar is one row.
+
+        The next ones overwrite them.
+        """
         base, row_map = self._pair.base, self._pair.row_map
         n_rows = base.shape[0] if base.shape else 1
         step = max(1, BLOCK_ELEMENTS // max(1, base.n_params // max(1, n_rows)))
-        for start in range(0, n_rows, step):
-            stop = min(start + step, n_rows)
-            before = self._base.rows(start, stop)
-            after = self._tuned.rows(start, stop) if row_map is None else self._by_token(before, row_map, start)
-            yield start, before, after
+        with _MEMORY.base, _MEMORY.tuned:
+            for start in range(0, n_rows, step):
+                stop = min(start + step, n_rows)
+                before = self._base.rows(start, stop)
+                after = self._tuned.rows(start, stop) if row_map is None else self._by_token(before, row_map, start)
+                yield start, before, after
 
     def digests(self) -> Known:
         """Of both, when all rows were read."""
@@ -162,15 +168,18 @@ class _Sides:
 class _Digested:
     """A tensor whose digest is taken while its rows are read in order, unless it is known."""
 
-    def __init__(self, info: TensorInfo, known: Mapping[str, str]) -> None:
-        self._info, self._known = info, known
+    def __init__(self, info: TensorInfo, known: Mapping[str, str], reader: RowReader) -> None:
+        self._info, self._known, self._reader = info, known, reader
         # The rows of a quantized tensor are not the bytes that are stored.
-        self._reads_bytes = info.encoding is None and info.name not in known
+        self._is_plain = info.encoding is None
+        self._reads_bytes = self._is_plain and info.name not in known
         self._state = blake3()
         self._n_bytes = 0
 
     def rows(self, start: int, stop: int) -> Tensor:
-        rows = load_rows(self._info, start, stop).reshape(stop - start, -1)
+        """Rows of two axes, which the next call overwrites."""
+        load = self._reader.rows if self._is_plain else load_rows
+        rows = load(self._info, start, stop).reshape(stop - start, -1)
         if self._reads_bytes:
             self._state.update(encode(rows))
             self._n_bytes += rows.nbytes
@@ -184,9 +193,10 @@ class _Digested:
 
 
 class _Memory(threading.local):
-    """Memory for a dense difference, taken once a thread: to clear it anew for each costs as much as to read them."""
+    """Memory of one thread, taken once: for each difference anew, it would cost as much as to read both tensors."""
 
     def __init__(self) -> None:
+        self.base, self.tuned = RowReader(), RowReader()
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def matrix(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
