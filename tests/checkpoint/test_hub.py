@@ -9,10 +9,12 @@ import threading
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from safetensors.numpy import save_file
 
 from portllm.checkpoint.hub import look_up
 from portllm.checkpoint.identity import digest, fingerprint, sample_window
 from portllm.checkpoint.reader import INDEX_FILE, on_disk, open_checkpoint, read_bytes, side_file
+from portllm.checkpoint.ties import tied_embedding
 from portllm.cli.render import render_summary
 from portllm.errors import (
     AdapterFormatError,
@@ -168,6 +170,26 @@ def test_the_windows_of_a_fingerprint_are_read_side_by_side(hub, tiny, monkeypat
     monkeypatch.setattr(hub, "next_fault", wait_for_others)
     assert fingerprint(checkpoint) == fingerprint(open_checkpoint(tiny("base")))
     assert next(first, None) is None
+
+
+@pytest.mark.parametrize("row", [0, 9000, 20000])
+def test_a_stored_head_of_a_model_of_the_hub_is_compared_with_the_embedding_all_over(row, hub, tmp_path):
+    shape = (20001, 32)
+    embedding = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    head = embedding.copy()
+    head[row:] += 1  # from there on, so that the first row of what was trained may lie anywhere
+    for name, stored in (("tied", embedding), ("apart", head)):
+        (tmp_path / name).mkdir()
+        tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": stored}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"tie_word_embeddings": true}')
+        hub.add(f"org/{name}", tmp_path / name)
+    assert tied_embedding(open_checkpoint("org/tied")) is not None
+    assert tied_embedding(open_checkpoint("org/apart")) is None
+    asked = len(hub.asked)
+    assert tied_embedding(open_checkpoint("org/apart")) is None
+    assert hub.n_bytes < 2 << 20
+    assert len(hub.asked) - asked < 8  # it is not compared again
 
 
 def test_opening_reads_a_little_of_each_shard(hub, tiny):

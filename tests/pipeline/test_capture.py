@@ -1,5 +1,7 @@
 """Capture: an adapter becomes a patch that knows its base, or is refused."""
 
+import shutil
+
 import pytest
 
 from portllm import __version__
@@ -88,3 +90,18 @@ def test_a_capture_never_replaces_the_adapter_or_the_base(tiny):
         with pytest.raises(OutputError, match="which is read for the output"):
             capture_adapter(adapter, base=base, out=out, overwrite=True)
     assert (contents(tiny("adapter")), contents(tiny("base"))) == before
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+def test_a_copy_of_the_head_that_an_adapter_holds_in_float32_is_that_of_the_base(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = tiny("base", tied=False)
+    adapter = shutil.copytree(tiny("adapter", of=base, target_modules=["q_proj", "lm_head"]), tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.lm_head.base_layer.weight"
+    save_file({**tensors, key: tensors[key].float()}, file)
+    assert plan_capture(load_patch(adapter), base=open_checkpoint(base)) == ()
+    save_file({**tensors, key: tensors[key].float() + 1e-4}, file)
+    assert [refusal.where for refusal in plan_capture(load_patch(adapter), base=open_checkpoint(base))] == ["lm_head"]

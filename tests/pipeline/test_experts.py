@@ -301,3 +301,15 @@ def test_an_expert_that_is_not_finite_is_named(made, tmp_path):
     with pytest.raises(NonFiniteError, match=name):
         capture_tuned(open_checkpoint(files.base), open_checkpoint(tuned), out=tmp_path / "patch")
     assert not (tmp_path / "patch").exists()
+
+
+def test_a_model_with_its_experts_stored_otherwise_is_refused_with_that_reason(made, tmp_path):
+    from tests import families as tiny
+
+    files = made("both")
+    patch = capture_adapter(load_patch(files.adapter), base=open_checkpoint(files.base), out=tmp_path / "patch")
+    fused = tiny.make_base(files.kind, tmp_path / "fused", dtype=torch.float32, tied=False, current=True)
+    (refusal,) = plan_merge(patch, into=open_checkpoint(fused)).refusals
+    assert refusal.where == "--into"
+    assert "stores the experts otherwise, each alone or all in one tensor, has another fingerprint" in refusal.reason
+    assert plan_merge(patch, into=open_checkpoint(fused), allow_other_base=True).refusals == ()

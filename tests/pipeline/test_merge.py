@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -492,3 +493,19 @@ def test_a_patch_of_the_head_with_the_copy_of_another_base_is_refused(tiny, tmp_
         merge(patch, into=open_checkpoint(tiny("base", tied=False, seed=5)), out=tmp_path / "out")
     assert len(error.value.refusals) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@ignore_head_warnings
+def test_a_float32_copy_of_a_tied_head_is_set_apart_in_float32(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny("base"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].float()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = load_patch(tiny("adapter", of=tiny("base"), target_modules=["q_proj", "lm_head"]))
+    merge(adapter, into=open_checkpoint(base), out=tmp_path / "merged")
+    head = load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"]
+    delta = adapter.deltas["lm_head"]
+    assert head.dtype == torch.float32
+    assert torch.allclose(head, tensors["lm_head.weight"] + delta.scale * load(delta.b) @ load(delta.a), atol=1e-5)

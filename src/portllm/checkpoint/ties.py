@@ -1,17 +1,18 @@
 """Tied heads: one matrix that serves as input embedding and as output head.
 
-A file may hold a tied head once (no `lm_head.weight`) or twice (an exact copy under that name); both mean the same
-model, so both have the same identity, and a patch sees the same modules.
+A file may hold a tied head once (no `lm_head.weight`) or twice (the same numbers under that name, in the same or in
+another floating-point dtype); both mean the same model, so both have the same identity, and a patch sees the same
+modules.
 """
 
+from portllm.checkpoint.equality import same_values
 from portllm.checkpoint.families import family_of, resolve
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import Checkpoint, read_bytes
+from portllm.checkpoint.reader import Checkpoint
 
 HEAD_MODULE = "lm_head"
 HEAD = f"{HEAD_MODULE}.weight"
 EMBEDDING_SUFFIX = "embed_tokens.weight"
-COMPARED_BYTES = 1 << 16
 
 
 def embedding(checkpoint: Checkpoint) -> TensorInfo | None:
@@ -32,16 +33,14 @@ def stored_head(checkpoint: Checkpoint) -> TensorInfo | None:
 def tied_embedding(checkpoint: Checkpoint) -> TensorInfo | None:
     """The embedding that the head shares its values with, or None for a model with a head of its own.
 
-    A head that is not in the file is tied. One that is in the file is tied when the configuration says so and its
-    first bytes equal the embedding's: a tied model that was trained on with a head of its own is not tied.
+    A head that is not in the file is tied. One that is in the file is tied when the configuration says so and it holds
+    the embedding's numbers: a tied model that was trained on with a head of its own is not tied. Files on disk are
+    compared whole; files on a server by samples, so that what fetches them may find that a head differs after all.
     """
     shared, head = embedding(checkpoint), stored_head(checkpoint)
     if shared is None or head is None:
         return shared
-    if not _says_tied(checkpoint) or (head.dtype, head.shape) != (shared.dtype, shared.shape):
-        return None
-    window = min(COMPARED_BYTES, head.n_bytes)
-    return shared if read_bytes(head, 0, window) == read_bytes(shared, 0, window) else None
+    return shared if _says_tied(checkpoint) and same_values(head, shared) else None
 
 
 def _says_tied(checkpoint: Checkpoint) -> bool:

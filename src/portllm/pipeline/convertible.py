@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from portllm.checkpoint.equality import same_bytes
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import READ_BYTES
 from portllm.checkpoint.reader import Checkpoint, read_bytes
@@ -10,7 +11,7 @@ from portllm.errors import Refusal
 from portllm.patch.adapter_folder import why_unconverted
 from portllm.patch.adapter_start import RECOMPUTED_INITS, named_init
 from portllm.patch.patch import Patch
-from portllm.pipeline.fit import oriented, same_bytes
+from portllm.pipeline.fit import oriented
 
 OPTION = "--initial"
 

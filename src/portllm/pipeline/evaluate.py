@@ -111,4 +111,4 @@ def _unfit(
             "modules in a list in its adapter_config.json.",
         )
     yield from misfits(patch, model)
-    yield from base_mismatch(patch, identity, option=option, allow_other_base=allow_other_base)
+    yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)

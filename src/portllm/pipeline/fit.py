@@ -3,9 +3,10 @@
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
+from portllm.checkpoint.equality import same_values
 from portllm.checkpoint.families import current_tensors, family_of, resolve
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from portllm.checkpoint.reader import Checkpoint, read_bytes
+from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.ties import HEAD, HEAD_MODULE, tied_embedding
 from portllm.errors import Refusal
 from portllm.patch.adapter_config import AdapterConfig, is_embedding
@@ -14,8 +15,6 @@ from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, Wh
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.experts import expert_changes, expert_misfits
-
-COMPARED_BYTES = 1 << 24
 
 
 def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -260,7 +259,7 @@ def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refus
     """Where a copy of the base's weight that an adapter carries is not this base's."""
     for module, copy in patch.base_copies.items():
         weight = tensor_of(module + WEIGHT, base)
-        if weight is None or not same_bytes(copy, weight):
+        if weight is None or not same_values(copy, weight):
             yield Refusal(
                 module,
                 f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it "
@@ -292,17 +291,28 @@ def unmergeable(into: Checkpoint) -> Iterator[Refusal]:
 
 
 def base_mismatch(
-    patch: Patch[TensorInfo], given: ModelIdentity, *, option: str, allow_other_base: bool
+    patch: Patch[TensorInfo],
+    given: ModelIdentity,
+    *,
+    model: Checkpoint,
+    option: str,
+    allow_other_base: bool,
 ) -> Iterator[Refusal]:
     """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant."""
     if patch.record is None or allow_other_base or patch.record.base.fingerprint == given.fingerprint:
         return
     belongs = patch.record.base
+    family = family_of(model.config)
+    hint = (
+        " A file that stores the experts otherwise, each alone or all in one tensor, has another fingerprint too."
+        if family is not None and family.experts
+        else ""
+    )
     yield Refusal(
         option,
         f"{given.name} has the fingerprint {given.fingerprint}, the patch {patch.name} belongs to {belongs.name} "
         f"({belongs.fingerprint}). Give that model, carry the patch over with 'portllm port', or pass "
-        f"--allow-other-base if it is meant.{_of_quantized(belongs, given) if option == '--into' else ''}",
+        f"--allow-other-base if it is meant.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
 
 
@@ -311,15 +321,6 @@ def _of_quantized(belongs: ModelIdentity, given: ModelIdentity) -> str:
     if belongs.quantization is None or given.quantization is not None:
         return ""
     return f" If {belongs.name} was quantized from {given.name}, add --quantized-base {belongs.name}."
-
-
-def same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
-    """Whether two tensors are stored alike and equal, byte for byte."""
-    if (left.stored_as, left.shape) != (right.stored_as, right.shape) or left.parts or right.parts:
-        return False
-    starts = range(0, left.n_bytes, COMPARED_BYTES)
-    spans = ((start, min(start + COMPARED_BYTES, left.n_bytes)) for start in starts)
-    return all(read_bytes(left, *span) == read_bytes(right, *span) for span in spans)
 
 
 def _near(module: str, weights: dict[str, TensorInfo]) -> str:

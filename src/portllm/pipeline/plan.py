@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.assess.drift import DriftSums, measure_drift
+from portllm.checkpoint.equality import same_bytes
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.sample import load_spans, sample_span
@@ -29,7 +30,6 @@ from portllm.pipeline.fit import (
     changes_on,
     misfits,
     oriented,
-    same_bytes,
     tensor_of,
     tie_mismatch,
     unmergeable,
@@ -164,7 +164,7 @@ def plan_port_on(
     given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
-        refusals += base_mismatch(patch, given, option="--base", allow_other_base=allow_other_base)
+        refusals += base_mismatch(patch, given, model=base, option="--base", allow_other_base=allow_other_base)
         refusals += altered_copies(patch, base)
         refusals += () if patch.is_relative else misfits(patch, base)
         refusals += tie_mismatch(patch, base, evolved)
@@ -227,7 +227,7 @@ def plan_merge(
     patch = oriented(patch, into)
     refusals = list(misfits(patch, into))
     if quantized_base is None:
-        refusals += base_mismatch(patch, identity, option="--into", allow_other_base=allow_other_base)
+        refusals += base_mismatch(patch, identity, model=into, option="--into", allow_other_base=allow_other_base)
     else:
         refusals += misnamed(patch, into, quantized_base)
     refusals += altered_copies(patch, into)
@@ -284,7 +284,7 @@ def _untangle(
     if isinstance(embedding, WholeValue) and isinstance(head, WholeValue) and same_bytes(embedding.values, head.values):
         kept = {other: change for other, change in changes.items() if other != name}
         return kept if stored is None else changes, sources, False
-    return changes, {**sources, name: shared}, True
+    return changes, {**sources, name: shared if stored is None else stored}, True
 
 
 def _sampled_drift(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> dict[str, float]:

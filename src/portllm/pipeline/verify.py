@@ -14,7 +14,6 @@ from portllm.checkpoint.header import TensorInfo, render_header
 from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors
 from portllm.checkpoint.reader import Checkpoint, names_hub, open_checkpoint, read_header, read_json
 from portllm.checkpoint.seal import digest_file, render_sealed, seal_problem
-from portllm.checkpoint.ties import stored_head, tied_embedding
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError
 from portllm.output.manifest import MANIFEST_FILE, Manifest, manifest_from_json
@@ -249,10 +248,6 @@ def _weight_checks(folder: Path, manifest: Manifest, weights: Collection[str], p
     found = digest_of(digests, own_tensors(checkpoint))
     told = f"{len(digests)} tensors, all bytes" if found == manifest.output.digest else _unlike(found, manifest.output)
     yield Check("digest", found == manifest.output.digest, told)
-    shared, head = tied_embedding(checkpoint), stored_head(checkpoint)
-    # A stored copy of a tied head counts for no identity, and is compared with what it is a copy of.
-    if shared is not None and head is not None and digests[head.name] != digests[shared.name]:
-        yield _wrong("head", f"'{head.name}' differs from '{shared.name}', which it is tied to")
     mark = fingerprint(checkpoint)
     holds = mark == manifest.output.fingerprint
     yield Check("fingerprint", holds, mark if holds else f"is {mark}, written was {manifest.output.fingerprint}")
