@@ -5,18 +5,17 @@ import sys
 from pathlib import Path
 
 PINS = Path(__file__).with_name("mergekit.txt")
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 def install_mergekit(work: Path) -> Path:
-    """The folder of its programs below `work`; installed by pip where it is not, with torch at our version."""
+    """The folder of its programs below `work`; installed by pip where it is not, at the pinned versions."""
     environment = work / "mergekit-venv"
     done = environment / ".installed"
     if not done.exists() or done.read_text() != PINS.read_text():
         print("installing mergekit (a large download, once)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
         pip = (environment / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
-        subprocess.run([*pip, "-c", CONSTRAINTS, "-r", PINS], check=True)
+        subprocess.run([*pip, "-r", PINS], check=True)
         done.write_text(PINS.read_text())
     return environment / "bin"
 
