@@ -43,8 +43,8 @@ def real(request, tmp_path_factory):
         if request.param == "smollm2":
             base = builtin_folder("smollm2-135m")
         else:
-            if find_spec(GEMMA) is None:
-                pytest.skip(f"{GEMMA} is not installed")
+            if find_spec(f"{GEMMA}_part1") is None:
+                pytest.skip(f"{GEMMA} is not installed with its parts")
             base = write_gemma(folder / "base")
         yield SimpleNamespace(family={"smollm2": "llama", "gemma3": "gemma"}[request.param], base=base, folder=folder)
 
