@@ -59,7 +59,8 @@ def render_commands() -> str:
         "message that\nnames the tensor or file and the way out; 2 wrong usage; 3 done, and the verdict is no.",
         fence(render_help(context)),
     ]
-    for name, command in program.commands.items():
+    for name in program.list_commands(context):
+        command = program.commands[name]
         parts += [f"## portllm {name}", fence(render_help(open_context(command, name, context)))]
     return "\n\n".join(parts) + "\n"
 

@@ -378,3 +378,30 @@ def test_more_names_than_can_be_compared_with_the_modules_are_refused():
         AdapterFormatError, match="'target_modules' has 20000 entries, too many to compare with each of"
     ):
         config.targets(names)
+
+
+OLDEST = {
+    "base_model_name_or_path": "org/base",
+    "bias": "none",
+    "enable_lora": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "merge_weights": False,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 8,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+}
+"""All fields of a configuration of PEFT 0.2: two of them are gone since, and most of today's are missing."""
+
+
+def test_a_configuration_of_the_first_versions_of_peft_means_what_it_meant():
+    config = parse_adapter_config(OLDEST, where="mine")
+    assert config.targets(["h.0.q_proj", "h.0.k_proj"]) == ["h.0.q_proj"]
+    assert (config.rank_of("h.0.q_proj"), config.scale_of("h.0.q_proj"), config.changed_base) == (8, 2.0, None)
+    for gone in ("enable_lora", "merge_weights"):  # true where weights were merged or only some outputs adapted
+        with pytest.raises(AdapterFormatError, match=gone):
+            parse_adapter_config({**OLDEST, gone: [True, False, True]}, where="mine")

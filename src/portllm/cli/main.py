@@ -7,18 +7,42 @@ once. Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 done, and the v
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from portllm import __version__
 from portllm.cli.plain import say
 from portllm.errors import PortLLMError
 
+ORDER = (
+    "demo", "inspect", "train", "capture", "check", "port", "merge", "combine", "evaluate", "verify", "sign", "fleet",
+)  # fmt: skip
+"""The commands as `--help` lists them: in the order in which a patch goes through them."""
+
+RESUMED = {
+    "demo": "the same command goes on after the last step that is finished",
+    "fleet": "the same command does what is missing",
+    "merge": "the same command goes on at the shard that it had reached",
+}
+"""What becomes of what an interrupted command has done; the others begin anew."""
+
+
+class InOrder(TyperGroup):
+    """The program's commands in an order that is not that of their modules."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 (typer's context has no public name)
+        """Those of `ORDER` first."""
+        return sorted(super().list_commands(ctx), key=lambda name: (*ORDER, name).index(name))
+
+
 app = typer.Typer(
     name="portllm",
+    cls=InOrder,
     help="Carry a fine-tuned model's patch over to the next version of its base, without training.",
     no_args_is_help=True,
     add_completion=False,
@@ -71,11 +95,19 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code in INTERRUPTED:
-            say(
-                "portllm: interrupted; no output is half written, and the same command goes on with what is finished.",
-                err=True,
-            )
+            say(f"portllm: interrupted; no output is half written, and {after_interruption(sys.argv[1:])}.", err=True)
         raise
+
+
+def after_interruption(arguments: Sequence[str]) -> str:
+    """What the same command does when it is given again.
+
+    Example:
+        >>> after_interruption(["merge", "patch"]), after_interruption(["combine", "merge", "other"])
+        ('the same command goes on at the shard that it had reached', 'the same command begins anew')
+    """
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return RESUMED.get(command, "the same command begins anew")
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,0 +1,22 @@
+"""The program as a whole: the order of its commands, and what it says when it is interrupted."""
+
+import pytest
+
+from portllm.cli.main import ORDER, RESUMED, after_interruption
+from scripts.gen_docs import find_program, open_context
+
+
+def test_every_command_has_its_place_in_the_order_of_the_help():
+    program = find_program()
+    listed = program.list_commands(open_context(program, "portllm"))
+    assert set(listed) <= set(ORDER)
+    assert listed == [name for name in ORDER if name in listed]
+    assert set(RESUMED) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["merge", "p"], "at the shard"), (["--quiet", "demo"], "last step"), (["train"], "begins anew"), ([], "anew")],
+)
+def test_what_the_same_command_does_after_an_interruption_is_said_of_that_command(arguments, said):
+    assert said in after_interruption(arguments)
