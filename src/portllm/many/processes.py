@@ -72,9 +72,11 @@ class Processes(Pool):
 
     def close(self) -> None:
         """End the workers, with time to remove what they have half written."""
-        busy = [key.data for key in self._busy.get_map().values()]
-        for process in (*busy, *self._idle):
-            process.stop()
+        processes = [*(key.data for key in self._busy.get_map().values()), *self._idle]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.gone()
         self._busy.close()
         self._folder.cleanup()
 
@@ -89,7 +91,7 @@ class _Process:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.number = -1
-        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by end and stop)
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by end and gone)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "portllm.many.worker"],
             stdin=subprocess.PIPE,
@@ -111,9 +113,12 @@ class _Process:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"its worker died: {how}" + (f": {said}" if said else "")
 
-    def stop(self) -> None:
-        """End it, with time to remove what it has half written."""
+    def terminate(self) -> None:
+        """Ask it to end."""
         self._process.terminate()
+
+    def gone(self) -> None:
+        """Wait for its end, which gives it time to remove what it has half written."""
         try:
             self._process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:

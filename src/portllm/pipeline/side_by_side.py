@@ -22,8 +22,13 @@ class StoppedError(Exception):
 
 
 def default_threads() -> int:
-    """One for each processor that this process may use, at most `MOST_THREADS`."""
-    return min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """One for each processor that this process may use, at most `MOST_THREADS`.
+
+    `OMP_NUM_THREADS` says so where several processes share a machine, as the workers of a fleet do.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    return min(MOST_THREADS, there, max(1, int(share)) if share.isdecimal() else there)
 
 
 def run_side_by_side(
