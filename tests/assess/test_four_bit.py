@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from portllm.assess import four_bit
 from portllm.assess.four_bit import CODES, SCHEMES, block_scales, requantized, stored_scales
 
 LAST_BITS = 1e-6
@@ -52,9 +53,24 @@ def test_the_codes_are_those_of_bitsandbytes(kind):
 
 def test_the_code_of_the_scales_is_that_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
-    from portllm.assess import four_bit
-
     np.testing.assert_allclose(four_bit._dynamic_code(), functional.create_dynamic_map().numpy(), rtol=LAST_BITS)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_cells_find_the_nearest_value_on_either_side_of_every_border_and_edge(kind):
+    code = np.array(CODES[kind], np.float32)
+    places = np.concatenate(
+        [(code[:-1] + code[1:]) / 2, code, np.arange(four_bit.CELLS + 1) / (four_bit.CELLS / 2) - 1]
+    )
+    places = places.astype(np.float32)
+    near = [places, np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)]
+    for direction in (-2, 2):
+        step = places
+        for _ in range(3):
+            step = np.nextafter(step, np.float32(direction))
+            near.append(step)
+    values = np.clip(np.concatenate(near), -1, 1)
+    np.testing.assert_array_equal(four_bit._nearest_of_16(values, kind), four_bit._nearest(values, code))
 
 
 FLOATS = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)

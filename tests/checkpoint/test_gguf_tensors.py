@@ -1,5 +1,7 @@
 """GGUF files of every architecture as checkpoints: names against the `gguf` package's map, values against its own."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
@@ -53,6 +55,11 @@ def test_its_family_is_known_and_its_head_is_tied(tmp_path, name):
 def test_a_head_of_its_own_is_not_tied(tmp_path):
     write_tiny_gguf(tmp_path / "m.gguf", untied=True)
     assert tied_embedding(open_checkpoint(tmp_path / "m.gguf")) is None
+
+
+def test_the_page_names_every_architecture():
+    page = (Path(__file__).parents[2] / "docs" / "quantized.md").read_text(encoding="utf-8")
+    assert [name for name in ALL if f"`{name}`" not in page] == []
 
 
 def test_a_folder_that_holds_one_file_is_the_file(tmp_path):

@@ -75,7 +75,7 @@ def test_a_patch_is_ported_between_quantized_models_with_the_drift_of_their_valu
 
 
 def test_merging_into_quantized_weights_is_refused_with_the_way_out(patch, models, tmp_path):
-    with pytest.raises(PlanRefusedError, match="Give the 16-bit model"):
+    with pytest.raises(PlanRefusedError, match="--into MODEL --quantized-base"):
         merge(patch, into=portllm.open_checkpoint(models["base"]), out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

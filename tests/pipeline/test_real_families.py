@@ -7,6 +7,7 @@ terms of use; the test is skipped where it is not installed.
 import json
 import re
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint.builtin import builtin_folder
+from portllm.checkpoint.builtin import BUILTIN, builtin_folder
+from portllm.checkpoint.tensors import load, load_rows
 from portllm.pipeline.capture import capture_adapter
 from portllm.pipeline.inspect import inspect
 from portllm.pipeline.merge import merge
@@ -42,11 +44,15 @@ def real(request, tmp_path_factory):
         patch.setenv("PORTLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         if request.param == "smollm2":
             base = builtin_folder("smollm2-135m")
+            module = BUILTIN["smollm2-135m"].module
+            gguf = Path(find_spec(module).submodule_search_locations[0]) / BUILTIN["smollm2-135m"].file
         else:
             if find_spec(f"{GEMMA}_part1") is None:
                 pytest.skip(f"{GEMMA} is not installed with its parts")
             base = write_gemma(folder / "base")
-        yield SimpleNamespace(family={"smollm2": "llama", "gemma3": "gemma"}[request.param], base=base, folder=folder)
+            gguf = folder / "gemma.gguf"
+        family = {"smollm2": "llama", "gemma3": "gemma"}[request.param]
+        yield SimpleNamespace(family=family, base=base, gguf=gguf, folder=folder)
 
 
 def write_gemma(folder):
@@ -135,3 +141,35 @@ def test_the_weights_of_gemma_are_read_right(real):
     with torch.no_grad():
         likely = model(ids).logits[0, -1].topk(5).indices.tolist()
     assert 9079 in likely  # " Paris"
+
+
+def test_a_real_gguf_file_is_read_as_the_folder_that_was_made_of_it(real):
+    stored, folder = portllm.open_checkpoint(real.gguf), portllm.open_checkpoint(real.base)
+    assert {name: info.shape for name, info in stored.infos.items()} == {
+        name: info.shape for name, info in folder.infos.items()
+    }
+    for name, info in folder.infos.items():
+        assert torch.equal(load(stored.info(name)).bfloat16(), load(info)), name
+    for name in ("model.embed_tokens.weight", "model.layers.3.self_attn.k_proj.weight"):
+        rows = load_rows(stored.info(name), 65, 131).bfloat16()
+        assert torch.equal(rows, load_rows(folder.info(name), 65, 131)), name
+
+
+def test_a_patch_of_a_real_gguf_file_is_ported_and_merged_into_what_it_was_made_from(real, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tests.models import fill_at_random
+
+    model = AutoModelForCausalLM.from_pretrained(real.base, dtype="auto")
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], r=4, lora_alpha=8))
+    fill_at_random([pair for pair in tuned.named_parameters() if pair[1].requires_grad], seed=1, size=0.02)
+    tuned.save_pretrained(tmp_path / "adapter")
+    quantized, folder = portllm.open_checkpoint(real.gguf), portllm.open_checkpoint(real.base)
+    patch = capture_adapter(portllm.load_patch(tmp_path / "adapter"), base=quantized, out=tmp_path / "patch")
+    ported = port(patch, base=quantized, evolved=folder, out=tmp_path / "ported")
+    # The folder holds the same values, rounded to bfloat16.
+    assert 0 < ported.record.ports[0].evidence["sampled_drift"] < 2**-8
+    gap = merge(patch, into=folder, out=tmp_path / "merged", quantized_base=quantized).quantization
+    assert len(gap.tensors) == len(patch.deltas)
+    assert 0 < gap.total.ratio < 1

@@ -285,8 +285,9 @@ def unmergeable(into: Checkpoint) -> Iterator[Refusal]:
     if into.quantization is not None:
         yield Refusal(
             "--into",
-            f"the weights of {into.name} are quantized ({into.quantization}): storing a sum so would round most of the "
-            "patch away. Give the 16-bit model that it was made from, or serve the patch as an adapter beside it.",
+            f"the weights of {into.name} are quantized ({into.quantization}): storing a sum so would round most of "
+            "the patch away. Serve the patch as an adapter beside it, or merge into the 16-bit model that it was made "
+            f"from: --into MODEL --quantized-base {into.name}.",
         )
 
 

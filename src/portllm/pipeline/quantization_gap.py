@@ -20,7 +20,8 @@ from portllm.pipeline.fitted import Fitted
 from portllm.pipeline.plan import MergePlan, MergeStep
 from portllm.progress import Progress, silent
 
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 17
+"""Elements at once: few enough for a processor's cache, in which a dozen passes go over them."""
 
 Values = Callable[[int, int], Float32[np.ndarray, " n"]]
 """The elements of a tensor from one number to another."""
