@@ -1,7 +1,8 @@
 """Run a command in its own process and measure it from outside: time, memory, bytes from and to the disk.
 
 Resident memory (VmHWM, the kernel's high-water mark) counts pages of mapped files too, which the kernel can take back;
-private memory (RssAnon, sampled) is what the process truly needs. Children count with their parent. Linux only.
+private memory (RssAnon and RssShmem, sampled) is what the process truly needs. Children count with their parent, and
+what they share counts once. Linux only.
 """
 
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 SAMPLE_SECONDS = 0.005
 SAMPLES_BETWEEN_CHILDREN = 20
 """Who the children are is looked up less often than memory: it takes longer."""
+
+MEMORY = ("VmHWM:", "RssAnon:", "RssShmem:")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def _watch(pid: int) -> tuple[int, int]:
         now = [_memory(member) for member in family]
         peak = sum(memory.get("VmHWM", 0) for memory in now)
         resident = max(resident, peak)
-        private = max(private, sum(memory.get("RssAnon", 0) for memory in now))
+        own = sum(memory.get("RssAnon", 0) for memory in now)
+        shared = max(memory.get("RssShmem", 0) for memory in now)
+        private = max(private, own + shared)
     return resident, private
 
 
@@ -139,9 +144,9 @@ def _with_children(pid: int) -> list[int]:
 
 
 def _memory(pid: int) -> dict[str, int]:
-    """`VmHWM`, the peak of resident memory so far, and `RssAnon`, private memory now, in bytes; empty at the end."""
+    """`VmHWM`, the peak of resident memory so far, and the parts of private memory now, in bytes; empty at the end."""
     lines = (line.split() for line in _lines(f"/proc/{pid}/status"))
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line and line[0] in ("VmHWM:", "RssAnon:")}
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line and line[0] in MEMORY}
 
 
 def _counters(pid: int) -> dict[str, int]:

@@ -15,13 +15,13 @@ Written by `python -m bench.speed --record`; change the program, not this page.
 
 Each tool is a process of its own, started as a user would start it, and measured from outside: wall time and memory
 include the interpreter and its imports. The tools of a comparison take turns; numbers are medians over the runs, with
-their range. The ratio of a turn is that of its runs; where one tool has fewer, its median stands in. Private memory is
-what the kernel cannot take back (RssAnon of the process and its children, sampled every 5 ms). Before each run all
-that earlier ones wrote is brought to the disk. The first run of a tool is not counted, so that its program is in the
-page cache, except where a run takes minutes. Cache warm: what a run reads was read just before; cold: it was dropped
-with `posix_fadvise`, and the bytes from the disk show it. Ours and `cp` end with fsync; PEFT and mergekit do not, which
-is to their advantage. Models are synthetic: real shapes, bf16, seeded values of the size of trained ones; the patch has
-rank 16 on all seven linear layers, 0.3 to 0.5 % of the norm of each weight.
+their range. The ratio of a turn is that of its runs; where one tool has fewer, its median stands in. Private memory
+is what the kernel cannot take back (RssAnon and RssShmem of the process and its children, sampled every 5 ms). Before
+each run all that earlier ones wrote is brought to the disk. The first run of a tool is not counted, so that its
+program is in the page cache, except where a run takes minutes. Cache warm: what a run reads was read just before;
+cold: it was dropped with `posix_fadvise`, and the bytes from the disk show it. Ours and `cp` end with fsync; PEFT and
+mergekit do not, which is to their advantage. Models are synthetic: real shapes, bf16, seeded values of the size of
+trained ones; the patch has rank 16 on all seven linear layers, 0.3 to 0.5 % of the norm of each weight.
 """
 
 

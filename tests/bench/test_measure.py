@@ -21,6 +21,12 @@ def test_private_memory_is_what_the_process_holds():
     assert held.private_bytes - without.private_bytes == pytest.approx(HELD, rel=0.1)
 
 
+def test_memory_that_could_be_shared_is_private_too():
+    fill = f"[x.write(b'a' * 4096) for _ in range({HELD} // 4096)]"
+    code = f"import mmap; x = mmap.mmap(-1, {HELD}); {fill}; sum(range(10_000_000))"
+    assert measure(python(code)).private_bytes > HELD
+
+
 def test_the_memory_of_a_child_counts():
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold(HELD)!r}], check=True)"
     assert measure(python(child)).private_bytes > HELD
