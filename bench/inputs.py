@@ -1,5 +1,6 @@
 """What the tools read: made when it is first asked for, and kept for the next benchmark."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,11 @@ class Inputs:
     def __init__(self, shape: Shape, folder: Path) -> None:
         self.shape = shape
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        made_by = folder / "made-by"
+        if not made_by.exists() or made_by.read_text() != _maker(shape):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            made_by.write_text(_maker(shape))
 
     @property
     def model_bytes(self) -> int:
@@ -70,6 +75,7 @@ class Inputs:
     @cached_property
     def patch(self) -> Path:
         """The adapter, captured: it knows its base."""
+        shutil.rmtree(self.folder / "patch", ignore_errors=True)  # by the program as it is now
         arguments = ("capture", "--quiet", "--adapter", str(self.adapter), "--base", str(self.base), "--output")
         return self._made(
             "patch",
@@ -102,3 +108,9 @@ class Inputs:
             print(f"making {folder}", flush=True)
             make(folder)
         return folder
+
+
+def _maker(shape: Shape) -> str:
+    """All that the models depend on: their shape, and the code that makes them."""
+    source = Path(__file__).with_name("synthetic.py").read_text()
+    return hashlib.sha256(f"{source} {shape.shard_bytes} {shape.config}".encode()).hexdigest()
