@@ -30,6 +30,7 @@ def find_program() -> Any:
     import portllm.cli.fleet_commands
     import portllm.cli.main
     import portllm.cli.make_commands
+    import portllm.cli.merge_command
     import portllm.cli.model_commands
     import portllm.cli.patch_commands
     import portllm.cli.proof_commands

@@ -28,6 +28,8 @@ _HOMES = {
     "combine": "portllm.pipeline.combine",
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
+    "merge_in_place": "portllm.pipeline.in_place",
+    "undo_merge": "portllm.pipeline.in_place",
     "evaluate": "portllm.pipeline.evaluate",
     "fleet": "portllm.many.fleet",
     "inspect": "portllm.pipeline.inspect",

@@ -18,6 +18,7 @@ from portllm.checkpoint.encoding import schemes_of
 from portllm.checkpoint.header import Header, TensorInfo, parse_header, parse_header_length
 from portllm.checkpoint.json_text import parse_json
 from portllm.checkpoint.source import RemoteFile, Source
+from portllm.checkpoint.unfinished import require_finished
 from portllm.errors import CheckpointError, IndexFileError, MissingShardError, MissingTensorError, NotFoundError
 from portllm.progress import Progress, silent
 
@@ -129,8 +130,7 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> byt
 def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
     """What `read_bytes` gives for each tensor, start and stop, in order; slices of remote files are read side by side.
 
-    Raises:
-        CheckpointError, RemoteError: As `read_bytes`.
+    Errors as `read_bytes`.
     """
     for first in range(0, len(spans), _BATCH):
         batch = spans[first : first + _BATCH]
@@ -214,6 +214,7 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
         return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
     path = Path(where)
     if path.is_dir():
+        require_finished(path)
         return open_folder(path, name=name)
     if path.is_file():
         return _open_file(path, name=name)

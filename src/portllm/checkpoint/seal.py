@@ -61,6 +61,17 @@ def digest_file(file: Path) -> str:
     return state.hexdigest()
 
 
+def digest_header(file: Path) -> str:
+    """The blake3 digest of the header of a safetensors file: its length, and the JSON part.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open(file, "rb") as stream:
+        length = stream.read(8)
+        return blake3(length + stream.read(int.from_bytes(length, "little"))).hexdigest()
+
+
 def _as_read(values: Mapping[str, object]) -> dict[str, object]:
     """The values as they will be read again: tuples are lists, and every key is a string."""
     read: dict[str, object] = json.loads(json.dumps(dict(values)))

@@ -98,7 +98,7 @@ class Place:
         elif not exchange(self.part, self.final):
             self.final.rename(self.old)
             self.part.rename(self.final)
-        _sync_entries(self.final.parent)
+        sync_entries(self.final.parent)
         remove(self.old)
         remove(self.part)
 
@@ -293,10 +293,11 @@ def _sync(folder: Path) -> None:
         if entry.is_file():
             with open(entry, "rb") as file:
                 os.fsync(file.fileno())
-    _sync_entries(folder)
+    sync_entries(folder)
 
 
-def _sync_entries(folder: Path) -> None:
+def sync_entries(folder: Path) -> None:
+    """Bring a folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -82,6 +82,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import portllm.cli.fleet_commands
     import portllm.cli.make_commands
+    import portllm.cli.merge_command
     import portllm.cli.model_commands
     import portllm.cli.patch_commands
     import portllm.cli.proof_commands  # noqa: F401 (registers its commands)

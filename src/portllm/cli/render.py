@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from portllm.assess.quantization_gap import QuantizationGap
 from portllm.cli.plain import one_line
@@ -10,6 +11,9 @@ from portllm.patch.record import PatchRecord
 from portllm.pipeline.inspect import CheckpointSummary, PatchSummary
 from portllm.pipeline.plan import MergePlan, PortPlan
 from portllm.progress import Unit
+
+if TYPE_CHECKING:
+    from portllm.pipeline.in_place import InPlacePlan
 
 KEPT_GAIN_WORTH_A_WARNING = 0.99
 SHOWN_TOKENS = 10
@@ -96,11 +100,25 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
 
 def render_merge_plan(plan: MergePlan, out: Path) -> str:
     """What `merge --dry-run` prints."""
+    size = f"{n_bytes(plan.n_bytes)} in {_count(len(plan.shards), 'file')}"
+    return _merge_plan(plan, {"output": f"{out}: {size}"})
+
+
+def render_in_place_plan(plan: "InPlacePlan") -> str:
+    """What `merge --in-place --dry-run` prints."""
+    size = n_bytes(plan.kept_bytes)
+    return _merge_plan(
+        plan.merge,
+        {"output": f"{plan.folder}, in place: {size} are overwritten", "room": f"{size} for the old bytes of these"},
+    )
+
+
+def _merge_plan(plan: MergePlan, output: Mapping[str, str]) -> str:
     rows = {
         "patch": f"{plan.patch.name}, {len(plan.patch.deltas) + len(plan.patch.experts)} modules",
         "into": f"{plan.identity.name} ({plan.identity.fingerprint})",
-        "changes": f"{plan.n_changed} of {len(plan.steps)} tensors; the others are copied",
-        "output": f"{out}: {n_bytes(plan.n_bytes)} in {_count(len(plan.shards), 'file')}",
+        "changes": f"{plan.n_changed} of {len(plan.steps)} tensors; the others stay as they are",
+        **output,
     }
     return "\n".join(["merge", *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
 
@@ -109,7 +127,7 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
     """What `merge` prints: what was written, and what rounding took of the patch."""
     total, worst = report.total, report.worst
     rows = {
-        "output": f"{out}: {n_bytes(report.n_bytes)}, {len(report.tensors)} tensors changed, {report.n_copied} copied",
+        "output": f"{out}: {_written(report)}",
         "identity": f"{report.output.fingerprint}, {report.output.digest}",
         "patch size": f"{percent(total.relative_size, digits=2)} of the changed weights' norm",
         "kept gain": f"{percent(total.kept_gain)} of the patch survives rounding to {'/'.join(report.dtype)}",
@@ -122,6 +140,8 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
     gap = report.quantization
     if gap is not None:
         rows["quantization"] = _quantization(gap)
+    if report.headers:
+        notes += (f"to take it back: portllm merge --undo {out}; to make room instead, delete {out}/.portllm-undo",)
     lines = ["merged", *table(rows), *items("note", notes)]
     if gap is not None and gap.dominates:
         lines += [
@@ -146,6 +166,12 @@ def _quantization(gap: QuantizationGap) -> str:
         f"W - dequant(W) of {gap.scheme} is {gap.total.ratio:.3g} times the patch, at worst "
         f"{gap.tensors[gap.worst].ratio:.3g} times: {gap.worst}"
     )
+
+
+def _written(report: MergeReport) -> str:
+    if report.headers:
+        return f"{n_bytes(report.n_bytes)} overwritten in place, {len(report.tensors)} tensors, {report.n_copied} kept"
+    return f"{n_bytes(report.n_bytes)}, {len(report.tensors)} tensors changed, {report.n_copied} copied"
 
 
 def _checkpoint(summary: CheckpointSummary) -> str:

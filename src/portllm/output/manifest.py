@@ -34,6 +34,7 @@ class MergeReport:
         n_bytes: Bytes of tensors written.
         files: blake3 digest of each file beside the weights, the manifest itself left out.
         quantization: What the merge adds beside a patch that was fitted to quantized weights; None for another.
+        headers: For a merge in place, blake3 digest of the header that each file of weights has kept; else empty.
     """
 
     output: ModelIdentity
@@ -47,6 +48,7 @@ class MergeReport:
     n_bytes: int
     files: Mapping[str, str] = field(default_factory=dict)
     quantization: QuantizationGap | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> MergeSums:
@@ -77,6 +79,8 @@ def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
         "tensors": {name: _measures(sums) for name, sums in sorted(report.tensors.items())},
         "files": dict(sorted(report.files.items())),
         **({} if report.quantization is None else {"quantization": _gap_to_json(report.quantization)}),
+        "merged_in_place": bool(report.headers),
+        "headers": dict(sorted(report.headers.items())),
     }
     return {**values, "seal": seal_of(values)}
 
@@ -89,18 +93,22 @@ class Manifest:
         output: The model that was written.
         into: The model that the patch was added to.
         files: blake3 digest of each file beside the weights.
+        headers: blake3 digest of the header of each file of weights that was overwritten in place.
     """
 
     output: ModelIdentity
     into: ModelIdentity
     files: Mapping[str, str]
+    headers: Mapping[str, str]
 
 
 def manifest_from_json(values: Mapping[str, object]) -> Manifest:
     """The manifest that these values stand for; ValueError where they stand for none."""
-    match values:
-        case {"output": output, "into": into, "files": dict(files), "seal": str()} if _are_digests(files):
-            return Manifest(identity_from_json(output), identity_from_json(into), files)
+    match {"headers": {}, **values}:
+        case {"output": output, "into": into, "files": dict(files), "headers": dict(headers), "seal": str()} if (
+            _are_digests(files) and _are_digests(headers)
+        ):
+            return Manifest(identity_from_json(output), identity_from_json(into), files, headers)
         case _:
             raise ValueError(f"the values are not those of {MANIFEST_FILE}")
 

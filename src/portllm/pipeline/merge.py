@@ -115,7 +115,7 @@ def run_merge(
     how = How(rounding, require_device(device), keep_cached=not is_large(plan.n_bytes))
     require(replace(plan, refusals=(*plan.refusals, *space_refusals(out, plan.n_bytes))))
     if isinstance(rounding, Stochastic):
-        _require_bfloat16(plan)
+        require_bfloat16(plan)
     check_free(out, overwrite=overwrite)
     plan = _on_disk(plan, progress)
     check_apart(out, (*plan.into.files, *files_of(plan.patch)))
@@ -224,15 +224,20 @@ def _finished(staged: Staged, shard: Shard) -> Facts | None:
 def _digest_plan(plan: MergePlan, how: How) -> str:
     """A digest of all that the bytes of the weights depend on; the model's files count by size and time of change."""
     facts = [file.stat() for file in plan.into.files if isinstance(file, Path)]
-    inputs = {
+    files = [[fact.st_size, fact.st_mtime_ns] for fact in facts]
+    inputs = {**digest_inputs(plan, how), "into": [plan.identity.fingerprint, files]}
+    return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def digest_inputs(plan: MergePlan, how: How) -> dict[str, object]:
+    """All that the bytes of the weights depend on, but for the model's own bytes."""
+    return {
         "programs": {name: importlib.metadata.version(name) for name in ("portllm", "torch")},
-        "into": [plan.identity.fingerprint, [[fact.st_size, fact.st_mtime_ns] for fact in facts]],
         "patch": [digest_tensors(plan.patch), plan.patch.config.fields],
         "rounding": str(how.rounding),
         "device": how.device,
         "shards": [[shard.file, [[e.name, e.dtype, e.shape] for e in shard.entries]] for shard in plan.shards],
     }
-    return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def _on_disk(plan: MergePlan, progress: Progress) -> MergePlan:
@@ -271,7 +276,8 @@ def _report(
     )
 
 
-def _require_bfloat16(plan: MergePlan) -> None:
+def require_bfloat16(plan: MergePlan) -> None:
+    """Raise UnsupportedDtypeError if a changed tensor is not to be stored as bfloat16, for stochastic rounding."""
     other = next((step.entry for step in plan.steps.values() if step.change and step.entry.dtype != "BF16"), None)
     if other is not None:
         raise UnsupportedDtypeError(

@@ -13,7 +13,7 @@ from typing import Literal
 from portllm.checkpoint.header import TensorInfo, render_header
 from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors
 from portllm.checkpoint.reader import Checkpoint, names_hub, open_checkpoint, read_header, read_json
-from portllm.checkpoint.seal import digest_file, render_sealed, seal_problem
+from portllm.checkpoint.seal import digest_file, digest_header, render_sealed, seal_problem
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError
 from portllm.output.manifest import MANIFEST_FILE, Manifest, manifest_from_json
@@ -238,7 +238,7 @@ def _weight_checks(folder: Path, manifest: Manifest, weights: Collection[str], p
     unused = sorted(set(weights) - {Path(str(file)).name for file in checkpoint.files})
     if unused:
         yield _wrong("weights", f"'{unused[0]}' belongs to no model here")
-    yield from _header_checks(checkpoint)
+    yield from _header_checks(checkpoint, manifest.headers)
     digests = {}
     done = 0
     for name, info in checkpoint.infos.items():
@@ -257,9 +257,16 @@ def _unlike(found: str, output: ModelIdentity) -> str:
     return f"is {found}, written was {output.digest}: a name, dtype, shape or byte of a tensor differs"
 
 
-def _header_checks(checkpoint: Checkpoint) -> Iterator[Check]:
-    """Headers that say the same in other bytes, and metadata, which no digest of tensors covers."""
+def _header_checks(checkpoint: Checkpoint, kept: Mapping[str, str]) -> Iterator[Check]:
+    """Headers that say the same in other bytes, and metadata, which no digest of tensors covers.
+
+    A merge in place has kept the headers that were there, and noted their digests.
+    """
     for file in checkpoint.files:
+        if kept:
+            if digest_header(Path(str(file))) != kept.get(Path(str(file)).name):
+                yield _wrong(Path(str(file)).name, "its header is not the one that merge found")
+            continue
         infos = sorted((info for info in checkpoint.infos.values() if info.file == file), key=lambda info: info.start)
         written = render_header([(info.name, info.dtype, info.shape) for info in infos], METADATA)
         with open(str(file), "rb") as stream:

@@ -1,0 +1,187 @@
+"""The command merge: into another folder, into the model's own files, and back."""
+
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from portllm.cli.main import (
+    MODEL,
+    DryRunOption,
+    JsonOption,
+    OtherBaseOption,
+    OverwriteOption,
+    QuietOption,
+    app,
+)
+from portllm.cli.plain import print_json, say
+
+if TYPE_CHECKING:
+    from portllm.output.manifest import MergeReport
+    from portllm.pipeline.blocks import Rounding
+
+
+class DType(StrEnum):
+    """Storage dtypes that weights can be merged to."""
+
+    F64 = "F64"
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+
+
+class RoundingName(StrEnum):
+    """How a sum is brought to the storage dtype."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
+class MergeDevice(StrEnum):
+    """Where the sums of a merge are computed."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@app.command()
+def merge(
+    patch: Annotated[Path | None, typer.Argument(help="The patch.")] = None,
+    into: Annotated[str | None, typer.Option("--into", help=f"The model it belongs to. {MODEL}")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Overwrite the model's own files; what they lose is kept beside them.")
+    ] = False,
+    undo: Annotated[
+        Path | None, typer.Option("--undo", help="Alone: take back what --in-place did to the model in this folder.")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="Store all weights so; else as they are.")] = None,
+    rounding: Annotated[
+        RoundingName, typer.Option("--rounding", help="stochastic is for BF16.")
+    ] = RoundingName.NEAREST,
+    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    device: Annotated[
+        MergeDevice, typer.Option("--device", help="Computes the sums; a GPU may round its last bit otherwise.")
+    ] = MergeDevice.CPU,
+    max_shard_size: Annotated[float, typer.Option("--max-shard-size", help="In GB.", min=0.001)] = 5.0,
+    quantized_base: Annotated[
+        str | None,
+        typer.Option("--quantized-base", help="What the patch belongs to, if that was quantized from --into."),
+    ] = None,
+    allow_other_base: OtherBaseOption = False,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Add a patch to a model's weights, streamed; says what rounding takes of it."""
+    if undo is not None:
+        if patch is not None or into is not None or output is not None or in_place or dry_run:
+            raise typer.BadParameter("--undo DIR stands alone.")
+        _undo(undo, as_json=as_json, quiet=quiet)
+        return
+    if patch is None or into is None or in_place == (output is not None):
+        raise typer.BadParameter("give PATCH, --into MODEL, and either -o DIR or --in-place.")
+    if output is None:
+        if dtype is not None or overwrite or quantized_base is not None:
+            raise typer.BadParameter("--dtype, --overwrite and --quantized-base go with -o, not with --in-place.")
+        _merge_in_place(
+            patch, Path(into), rounding, seed, device,
+            allow_other_base=allow_other_base, dry_run=dry_run, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return
+    from portllm.checkpoint.reader import open_checkpoint
+    from portllm.checkpoint.writer import check_free, space_refusals
+    from portllm.cli.progress import shown_progress
+    from portllm.cli.render import render_merge_plan
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.pipeline.plan import plan_merge, require
+
+    plan = plan_merge(
+        load_patch(patch),
+        into=open_checkpoint(into),
+        dtype=None if dtype is None else dtype.value,
+        shard_bytes=int(max_shard_size * 10**9),
+        quantized_base=None if quantized_base is None else open_checkpoint(quantized_base),
+        allow_other_base=allow_other_base,
+    )
+    plan = replace(plan, refusals=(*plan.refusals, *space_refusals(output, plan.n_bytes)))
+    if dry_run:
+        say(render_merge_plan(plan, output))
+    require(plan)
+    check_free(output, overwrite=overwrite)
+    if dry_run:
+        return
+    from portllm.pipeline.merge import run_merge
+
+    with shown_progress(quiet=quiet) as progress:
+        report = run_merge(
+            plan,
+            output,
+            rounding=_rounding(rounding, seed),
+            device=device.value,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show(report, output, plan.notes, as_json=as_json)
+
+
+def _merge_in_place(
+    patch: Path,
+    folder: Path,
+    rounding: RoundingName,
+    seed: int,
+    device: MergeDevice,
+    *,
+    allow_other_base: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from portllm.cli.progress import shown_progress
+    from portllm.cli.render import render_in_place_plan
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.pipeline.in_place import plan_in_place, run_in_place
+    from portllm.pipeline.plan import require
+
+    plan = plan_in_place(load_patch(patch), folder, allow_other_base=allow_other_base)
+    if dry_run:
+        say(render_in_place_plan(plan))
+    require(plan.merge)
+    if dry_run:
+        return
+    with shown_progress(quiet=quiet) as progress:
+        report = run_in_place(plan, rounding=_rounding(rounding, seed), device=device.value, progress=progress)
+    _show(report, folder, plan.merge.notes, as_json=as_json)
+
+
+def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:
+    from portllm.cli.progress import shown_progress
+    from portllm.pipeline.in_place import undo_merge
+
+    with shown_progress(quiet=quiet) as progress:
+        n_restored = undo_merge(folder, progress=progress)
+    if as_json:
+        print_json({"folder": str(folder), "tensors_restored": n_restored})
+    else:
+        say(f"undone: {n_restored} tensors of {folder} are as they were, every byte checked")
+
+
+def _show(report: "MergeReport", output: Path, notes: tuple[str, ...], *, as_json: bool) -> None:
+    if as_json:
+        from portllm import __version__
+        from portllm.output.manifest import report_to_json
+
+        print_json(report_to_json(report, program=__version__))
+    else:
+        from portllm.cli.render import render_merge_report
+
+        say(render_merge_report(report, output, notes))
+
+
+def _rounding(name: RoundingName, seed: int) -> "Rounding":
+    from portllm.pipeline.blocks import Nearest, Stochastic
+
+    return Stochastic(seed) if name is RoundingName.STOCHASTIC else Nearest()

@@ -1,0 +1,66 @@
+"""merge as a user calls it in place, and back; merging into another folder is in test_patch_commands.py."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.files import contents
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    return shutil.copytree(tiny("base"), tmp_path / "model")
+
+
+def test_a_merge_in_place_says_how_to_take_it_back_and_is_taken_back(portllm, tiny, model):
+    before = contents(model)
+    merged = portllm("merge", tiny("adapter"), "--into", model, "--in-place")
+    assert merged.status == 0, merged.err
+    assert f"portllm merge --undo {model}" in merged.out
+    assert "overwritten in place, 14 tensors" in merged.out
+    undone = portllm("merge", "--undo", model)
+    assert (undone.status, contents(model)) == (0, before)
+    assert "14 tensors" in undone.out
+
+
+def test_a_dry_run_says_how_much_room_the_way_back_needs_and_writes_nothing(portllm, tiny, model):
+    before = contents(model)
+    told = portllm("merge", tiny("adapter"), "--into", model, "--in-place", "--dry-run")
+    assert told.status == 0, told.err
+    n_bytes = 2 * 2 * sum(rows * columns for rows, columns in ((18, 12), (6, 12), (6, 12), (12, 18), *3 * [(20, 12)]))
+    assert f"in place: {n_bytes / 1000:.1f} kB are overwritten" in told.out
+    assert contents(model) == before
+
+
+def test_both_results_as_json(portllm, tiny, model):
+    merged = json.loads(portllm("merge", tiny("adapter"), "--into", model, "--in-place", "--json", "--quiet").out)
+    assert merged["merged_in_place"] is True
+    assert json.loads(portllm("merge", "--undo", model, "--json", "--quiet").out)["tensors_restored"] == 14
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ADAPTER", "--into", "MODEL"],
+        ["ADAPTER", "--into", "MODEL", "-o", "OUT", "--in-place"],
+        ["ADAPTER", "--in-place"],
+        ["--into", "MODEL", "--in-place"],
+        ["ADAPTER", "--into", "MODEL", "--in-place", "--dtype", "F32"],
+        ["ADAPTER", "--into", "MODEL", "--in-place", "--overwrite"],
+        ["ADAPTER", "--undo", "MODEL"],
+        ["--undo", "MODEL", "--in-place"],
+        [],
+    ],
+)
+def test_arguments_that_say_nothing_together_are_wrong_usage(arguments, portllm, tiny, model, tmp_path):
+    before = contents(model)
+    places = {"ADAPTER": tiny("adapter"), "MODEL": model, "OUT": tmp_path / "out"}
+    assert portllm("merge", *[places.get(word, word) for word in arguments]).status == 2
+    assert contents(model) == before
+
+
+def test_taking_back_what_was_not_done_is_refused(portllm, model):
+    result = portllm("merge", "--undo", model)
+    assert result.status == 1
+    assert "there is no merge in place to take back" in result.err
