@@ -46,6 +46,7 @@ except SystemExit as end:
         "portllm.cli.main",
         "portllm.patch.adapter_folder",
         "portllm.pipeline.capture",
+        "portllm.pipeline.check",
         "portllm.pipeline.plan",
         "portllm.pipeline.port",
     ],
@@ -72,6 +73,11 @@ def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
     ported = command("port", "patch", "--evolved", evolved, "-o", "ported")
     assert heavy_modules_after(captured + ported, cwd=tmp_path) == []
     assert (tmp_path / "ported" / "patch.json").exists()
+
+
+def test_checking_by_windows_loads_no_heavy_library(tiny):
+    models = ("--base", str(tiny("base")), "--evolved", str(tiny("evolved", drift=0.002)))
+    assert heavy_modules_after(command("check", str(tiny("adapter")), *models)) == []
 
 
 def test_verifying_loads_no_heavy_library(tiny, tmp_path):

@@ -4,8 +4,9 @@ The verbs are functions on typed values, and print nothing:
 
     base, evolved = portllm.open_checkpoint("base"), portllm.open_checkpoint("evolved")
     patch = portllm.capture_adapter(portllm.load_patch("adapter"), base=base, out=Path("patch"))
+    report = portllm.check(patch, base=base, evolved=evolved)
     ported = portllm.port(patch, evolved=evolved, out=Path("ported"))
-    report = portllm.merge(ported, into=evolved, out=Path("merged"))
+    merged = portllm.merge(ported, into=evolved, out=Path("merged"))
 
 Names are imported when they are first used, so that `import portllm` costs nothing.
 """
@@ -26,6 +27,7 @@ _HOMES = {
     "capture_adapter": "portllm.pipeline.capture",
     "capture_tuned": "portllm.pipeline.capture_tuned",
     "combine": "portllm.pipeline.combine",
+    "check": "portllm.pipeline.check",
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
     "merge_in_place": "portllm.pipeline.in_place",

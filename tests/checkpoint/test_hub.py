@@ -30,6 +30,7 @@ from portllm.errors import (
 from portllm.patch.adapter_folder import folder_of, load_patch, read_record
 from portllm.pipeline.capture import capture_adapter
 from portllm.pipeline.capture_tuned import capture_tuned
+from portllm.pipeline.check import check
 from portllm.pipeline.inspect import inspect, summary_to_json
 from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
@@ -154,6 +155,28 @@ def test_porting_between_7b_models_takes_a_few_megabytes(hub, seven, tmp_path):
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ported", "local")]
     assert (configs[0]["base_model_name_or_path"], configs[0]["revision"]) == (EVOLVED_OF_7B, COMMIT)
     assert "revision" not in configs[1]
+
+
+def test_a_check_of_models_of_the_hub_is_that_of_the_models_on_disk_and_downloads_none(hub, tiny):
+    hub.add("org/base", tiny("base"))
+    hub.add("org/evolved", tiny("evolved"))
+    patch = load_patch(tiny("adapter"))
+    report = check(patch, base=open_checkpoint("org/base"), evolved=open_checkpoint("org/evolved"))
+    local = check(patch, base=open_checkpoint(tiny("base")), evolved=open_checkpoint(tiny("evolved")))
+    assert all(asked.range for asked in hub.asked if asked.path.endswith(".safetensors"))
+    assert report.update.cells == local.update.cells
+    assert report.patches[0].verdict == local.patches[0].verdict
+
+
+@pytest.mark.slow
+def test_checking_between_7b_models_takes_megabytes(hub, seven):
+    hub.add(BASE_OF_7B, seven / "base")
+    hub.add(EVOLVED_OF_7B, seven / "evolved")
+    patch = load_patch(seven / "adapter")
+    report = check(patch, base=open_checkpoint(BASE_OF_7B), evolved=open_checkpoint(EVOLVED_OF_7B))
+    assert report.update.n_elements > 1_000_000
+    assert hub.n_bytes < 20_000_000
+    assert len(hub.asked) < 2_500
 
 
 def test_the_windows_of_a_fingerprint_are_read_side_by_side(hub, tiny, monkeypatch):

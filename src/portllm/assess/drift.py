@@ -36,6 +36,15 @@ class DriftSums:
             self.evolved_sq + other.evolved_sq,
         )
 
+    def scaled(self, factor: float) -> "DriftSums":
+        """The sums of a whole of which these are the sums of one part in `factor`."""
+        return DriftSums(factor * self.base_sq, factor * self.drift_sq, factor * self.product, factor * self.evolved_sq)
+
+    @property
+    def is_finite(self) -> bool:
+        """False when a weight holds an infinity or NaN, or a value whose square is too large for the sum."""
+        return math.isfinite(self.base_sq + self.drift_sq + self.product + self.evolved_sq)
+
     @property
     def relative(self) -> float:
         """`|W1 - W0| / |W0|`; infinite for a base of zero that moved."""

@@ -80,6 +80,9 @@ def main() -> None:
     # Waiting threads of torch spin for long by default, and take a busy machine's cores from those that work; without
     # any spinning, short operations wait for threads to wake. Read when torch is loaded; what the user has set stays.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # numpy's products are thin here: threads would cost more than they bring. Torch has threads of its own.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    import portllm.cli.check_commands
     import portllm.cli.fleet_commands
     import portllm.cli.make_commands
     import portllm.cli.merge_command

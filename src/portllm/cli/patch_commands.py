@@ -48,7 +48,7 @@ def inspect(
 @app.command()
 def port(
     patches: Annotated[
-        list[Path], typer.Argument(metavar="PATCH...", help=f"{PATCHES} One without a record needs --base.")
+        list[Path], typer.Argument(metavar="PATCH", help=f"{PATCHES} One without a record needs --base.")
     ],
     evolved: Annotated[str, typer.Option("--evolved", help=f"The model to carry it to. {MODEL}")],
     output: OutOption,

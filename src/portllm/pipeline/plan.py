@@ -8,11 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from portllm.assess.drift import DriftSums, measure_drift
 from portllm.checkpoint.equality import same_bytes
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.reader import Checkpoint
-from portllm.checkpoint.sample import load_spans, sample_span
 from portllm.checkpoint.source import Source
 from portllm.checkpoint.ties import HEAD, stored_head, tied_embedding
 from portllm.checkpoint.vocabulary import read_vocabulary
@@ -30,7 +28,6 @@ from portllm.pipeline.fit import (
     changes_on,
     misfits,
     oriented,
-    tensor_of,
     tie_mismatch,
     unmergeable,
 )
@@ -194,7 +191,7 @@ def plan_port_on(
                 f"write it down once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
             )
         )
-    evidence = _sampled_drift(patch, base, evolved) if base is not None and not refusals else {}
+    evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}
     files = (*files_of(patch), *evolved.files, *(base.files if base is not None else ()))
     return PortPlan(patch, chosen, source, target, base, evolved, tokens, files, evidence, tuple(sorted(refusals)))
 
@@ -287,16 +284,9 @@ def _untangle(
     return changes, {**sources, name: shared if stored is None else stored}, True
 
 
-def _sampled_drift(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> dict[str, float]:
+def _sampled_drift(patch: Patch[TensorInfo], update: Update) -> dict[str, float]:
     """Drift of the patched weights, estimated from the windows that the fingerprints read."""
-    spans = []
-    for module in patch.deltas:
-        weight, moved = tensor_of(module + WEIGHT, base), tensor_of(module + WEIGHT, evolved)
-        if weight is not None and moved is not None and weight.shape == moved.shape and weight.dtype in FLOAT_DTYPES:
-            # The same elements of both: where the dtypes differ, so do the windows of the fingerprints.
-            spans += [(info, *sample_span(weight)) for info in (weight, moved)]
-    values = load_spans(spans)
-    sums = sum((measure_drift(old, new) for old, new in zip(values, values, strict=True)), DriftSums())
+    sums = update.window_sums([module + WEIGHT for module in patch.deltas])
     if not sums.base_sq or not math.isfinite(sums.drift_sq):
         return {}
     return {"sampled_drift": float(f"{sums.relative:.3g}"), "sampled_cosine": float(f"{sums.cosine:.6g}")}

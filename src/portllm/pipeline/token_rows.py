@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.ties import HEAD, HEAD_MODULE, embedding
-from portllm.checkpoint.vocabulary import read_vocabulary
+from portllm.checkpoint.vocabulary import has_same_tokenizer, read_vocabulary
 from portllm.errors import Refusal
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
@@ -51,6 +51,8 @@ def match_tokens(base: Checkpoint, evolved: Checkpoint) -> TokenMap | None:
     A row that stands for no token in either model, as padding does, keeps its place.
     """
     before, after = embedding(base), embedding(evolved)
+    if before is not None and after is not None and before.shape == after.shape and has_same_tokenizer(base, evolved):
+        return None
     old, new = read_vocabulary(base), read_vocabulary(evolved)
     if before is None or after is None or old is None or new is None:
         return None

@@ -1,11 +1,16 @@
 """An update of a base model: what is read of it once, however many patches go through it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from portllm.assess.drift import DriftSums, measure_drift
+from portllm.checkpoint.header import FLOAT_DTYPES
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.sample import load_spans, sample_span
 from portllm.patch.record import ModelIdentity
+from portllm.pipeline.fit import tensor_of
 from portllm.pipeline.token_rows import TokenMap, match_tokens
 
 
@@ -35,6 +40,33 @@ class Update:
     def tokens(self) -> TokenMap | None:
         """Which rows follow which tokens; None where they are the same in both, or a model does not say."""
         return None if self.base is None else match_tokens(self.base, self.evolved)
+
+    def window_sums(self, names: Iterable[str]) -> DriftSums:
+        """The drift of some tensors that both models have, in the windows that the fingerprints read."""
+        names = list(names)
+        known, spans, missing = self._windows, [], []
+        for name in [name for name in names if name not in known]:
+            weight = None if self.base is None else tensor_of(name, self.base)
+            moved = tensor_of(name, self.evolved)
+            known[name] = DriftSums()
+            if (
+                weight is not None
+                and moved is not None
+                and weight.shape == moved.shape
+                and weight.dtype in FLOAT_DTYPES
+            ):
+                # The same elements of both: where the dtypes differ, so do the windows of the fingerprints.
+                spans += [(info, *sample_span(weight)) for info in (weight, moved)]
+                missing.append(name)
+        values = load_spans(spans)
+        for name, old, new in zip(missing, values, values, strict=True):
+            known[name] = measure_drift(old, new)
+        return sum((known[name] for name in names), DriftSums())
+
+    @cached_property
+    def _windows(self) -> dict[str, DriftSums]:
+        """What has been read so far."""
+        return {}
 
 
 def identify(checkpoint: Checkpoint) -> ModelIdentity:

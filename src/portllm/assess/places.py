@@ -1,0 +1,43 @@
+"""Where in a model a tensor stands: its layer, and which kind of module it belongs to. From its name alone. Pure."""
+
+import re
+from dataclasses import dataclass
+
+_LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.*)$")
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """The place of a tensor.
+
+    Attributes:
+        stack: What its layer is one of, such as `model.layers`; empty for a tensor of no layer.
+        layer: Number of the layer; -1 for a tensor of no layer.
+        kind: What it is within its layer, the same for all layers and all experts: `self_attn.q_proj`.
+        is_expert: Whether it belongs to one of many experts of its layer.
+    """
+
+    stack: str
+    layer: int
+    kind: str
+    is_expert: bool = False
+
+
+def place_of(name: str) -> Place:
+    """The place of a tensor, from its current name.
+
+    Example:
+        >>> place_of("model.layers.3.mlp.experts.17.up_proj.weight")
+        Place(stack='model.layers', layer=3, kind='mlp.experts.up_proj', is_expert=True)
+        >>> place_of("model.layers.0.self_attn.q_proj.bias")
+        Place(stack='model.layers', layer=0, kind='self_attn.q_proj.bias', is_expert=False)
+        >>> place_of("model.embed_tokens.weight").kind
+        'model.embed_tokens'
+    """
+    name = name.removesuffix(".weight")
+    found = _LAYER.match(name)
+    if found is None:
+        return Place("", -1, name)
+    kind, numbers = _NUMBER.subn("", found[3])
+    return Place(found[1] or "", int(found[2]), kind, numbers > 0)

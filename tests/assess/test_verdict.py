@@ -1,0 +1,121 @@
+"""Verdicts from measures alone, and that each reason names what decided."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from portllm.assess import thresholds
+from portllm.assess.config_changes import ConfigChange, Effect
+from portllm.assess.drift import DriftSums
+from portllm.assess.estimate import DriftEstimate, Estimate
+from portllm.assess.lineage import Lineage
+from portllm.assess.overlap import Share
+from portllm.assess.verdict import Answer, Measures, judge
+from portllm.errors import Refusal
+
+
+def drifted(relative, *, error=0.0):
+    cosine = 1 / math.sqrt(1 + relative**2)
+    sums = DriftSums(1.0, relative**2, 1.0, 1 + relative**2)
+    return DriftEstimate(Estimate(relative, error), Estimate(cosine, error), sums)
+
+
+NEAR = {"lineage": {"q_proj": Lineage.CONTINUATION}, "drift": drifted(0.01)}
+
+
+def test_a_short_continuation_holds_and_the_reason_says_who_measured_that():
+    verdict = judge(Measures(**NEAR))
+    assert verdict.answer is Answer.HOLDS
+    (reason,) = verdict.reasons
+    assert "1 % of their norm" in reason.text
+    assert reason.threshold is thresholds.SHORT_DRIFT
+
+
+def test_no_drift_holds():
+    assert judge(Measures(lineage={"q_proj": Lineage.SAME}, drift=drifted(0.0))).answer is Answer.HOLDS
+
+
+def test_beyond_what_was_measured_it_is_uncertain():
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(0.1)))
+    assert verdict.answer is Answer.UNCERTAIN
+    assert "portllm evaluate" in verdict.reasons[0].text
+
+
+def test_an_interval_on_both_sides_of_the_threshold_asks_for_a_full_reading():
+    verdict = judge(Measures(**{**NEAR, "drift": drifted(0.0199, error=0.001)}))
+    assert verdict.answer is Answer.UNCERTAIN
+    assert "--full" in verdict.reasons[0].text
+
+
+@pytest.mark.parametrize("far", [Lineage.INDEPENDENT, Lineage.UNRELATED])
+def test_one_kind_of_module_that_has_nothing_in_common_is_enough(far):
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION, "up_proj": far}, drift=drifted(0.01)))
+    assert verdict.answer is Answer.WILL_NOT_HOLD
+    assert verdict.reasons[0].text.startswith("up_proj: ")
+
+
+def test_siblings_are_uncertain_even_with_little_drift():
+    assert judge(Measures(lineage={"q_proj": Lineage.SIBLING}, drift=drifted(0.01))).answer is Answer.UNCERTAIN
+
+
+def test_refusals_come_before_everything_and_all_of_them_are_told():
+    refusals = (Refusal("a", "no such module."), Refusal("b", "another shape."))
+    verdict = judge(Measures(**NEAR, refusals=refusals))
+    assert verdict.answer is Answer.CANNOT_BE_PORTED
+    assert [reason.text for reason in verdict.reasons] == ["a: no such module.", "b: another shape."]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"alignment": 0.5},
+        {"alignment": -0.5},
+        {"overlaps": {"input": Share(inside=0.3, chance=0.002, total=1.0)}},
+        {"config_changes": (ConfigChange("activation", "silu", "gelu", Effect.FUNCTION),)},
+        {"changes_vocabulary": True},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_puts_a_short_continuation_in_doubt(more):
+    verdict = judge(Measures(**NEAR, **more))
+    assert verdict.answer is Answer.UNCERTAIN
+    assert verdict.reasons[-1].answer is Answer.HOLDS
+
+
+def test_a_large_share_of_the_drift_is_no_doubt_where_chance_gives_as_much():
+    overlaps = {"input": Share(inside=0.34, chance=0.33, total=1.0)}
+    assert judge(Measures(**NEAR, overlaps=overlaps)).answer is Answer.HOLDS
+
+
+def test_a_weight_that_is_not_finite_will_not_hold():
+    assert judge(Measures(**NEAR, broken=("model.norm.weight",))).answer is Answer.WILL_NOT_HOLD
+
+
+def test_positions_and_rounding_are_remarks():
+    verdict = judge(
+        Measures(
+            **NEAR,
+            config_changes=(ConfigChange("rope theta", 1e4, 5e5, Effect.POSITION),),
+            kept_gain={"BF16": 0.55, "F16": 0.998, "F32": 1.0},
+            stored_as="BF16",
+        )
+    )
+    assert verdict.answer is Answer.HOLDS
+    assert "rope theta was 10000.0 and is 500000.0" in verdict.remarks
+    assert "--dtype F16" in verdict.remarks[1]
+
+
+def test_without_a_measure_of_drift_nothing_is_promised():
+    assert judge(Measures()).answer is Answer.UNCERTAIN
+
+
+def test_every_threshold_names_its_source():
+    assert all(threshold.source and threshold.divides for threshold in thresholds.ALL)
+    assert len({threshold.name for threshold in thresholds.ALL}) == len(thresholds.ALL)
+
+
+def test_the_page_has_every_threshold_with_its_value():
+    page = (Path(__file__).parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
+    for threshold in thresholds.ALL:
+        assert f"| {threshold.name} | {threshold.value:g} |" in page

@@ -1,0 +1,73 @@
+"""`check` as a user calls it: the verdict first, its exit status, JSON, several patches, a model of the hub."""
+
+import json
+import shutil
+
+import pytest
+
+SHORT = 0.002
+
+
+@pytest.fixture
+def run(portllm, tiny):
+    def run(*patches, evolved=None, more=()):
+        evolved = evolved or tiny("evolved", drift=SHORT)
+        return portllm("check", *patches, "--base", tiny("base"), "--evolved", evolved, *more)
+
+    return run
+
+
+def test_the_first_word_is_the_verdict_and_the_status_says_it_too(run, tiny):
+    holds = run(tiny("adapter"))
+    assert (holds.status, holds.out.split(":")[0]) == (0, "holds")
+    uncertain = run(tiny("adapter"), evolved=tiny("evolved"))
+    assert (uncertain.status, uncertain.out.split(":")[0]) == (3, "uncertain")
+    lost = run(tiny("adapter"), evolved=tiny("base", seed=7))
+    assert (lost.status, lost.out.split(":")[0]) == (3, "will not hold")
+    refused = run(tiny("adapter"), evolved=tiny("base", inner=24))
+    assert (refused.status, refused.out.split(":")[0]) == (3, "cannot be ported")
+    assert "the delta is (out=20, in=12)" in refused.out
+
+
+def test_the_tables_name_every_kind_of_module_and_every_layer(run, tiny):
+    result = run(tiny("adapter"), more=("--by-layer", "--full", "--quiet"))
+    for kind in ("self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"):
+        assert f"\n  {kind} " in result.out
+    assert "\n  model.layers.1 " in result.out
+    assert "every weight of both" in result.out
+
+
+def test_as_json_it_is_the_whole_report(run, tiny):
+    report = json.loads(run(tiny("adapter"), more=("--json",)).out)
+    assert report["update"]["mode"] == "sampled"
+    (patch,) = report["patches"]
+    assert patch["verdict"] == "holds"
+    assert patch["reasons"][0]["threshold"]["source"].startswith("Shadow-FT")
+    assert len(patch["tensors"]) == 14
+
+
+def test_several_patches_are_one_table_and_one_that_cannot_be_opened_does_not_stop_the_others(run, tiny, tmp_path):
+    team = tmp_path / "team"
+    for name, adapter in (("a", tiny("adapter")), ("b", tiny("adapter", seed=5)), ("c", tiny("adapter", r=2))):
+        shutil.copytree(adapter, team / name)
+    both = run(team)
+    assert both.status == 0
+    assert both.out.startswith(f"3 patches on {tiny('evolved', drift=SHORT)}: 3 holds\n")
+    (team / "b" / "adapter_model.safetensors").unlink()
+    broken = run(team, more=("--json",))
+    assert broken.status == 1
+    assert [sorted(patch)[:2] for patch in json.loads(broken.out)["patches"]][-1] == ["error", "patch"]
+
+
+def test_a_patch_that_is_not_there_is_an_error(run, tmp_path):
+    result = run(tmp_path / "nothing")
+    assert result.status == 1
+    assert "no such folder" in result.err
+
+
+def test_a_patch_of_another_base_is_refused_unless_it_is_meant(portllm, tiny, tmp_path):
+    portllm("capture", "--adapter", tiny("adapter"), "--base", tiny("base"), "-o", tmp_path / "patch")
+    models = ("--base", tiny("base", seed=3), "--evolved", tiny("base", seed=3))
+    refused = portllm("check", tmp_path / "patch", *models)
+    assert (refused.status, refused.out.split(":")[0]) == (3, "cannot be ported")
+    assert portllm("check", tmp_path / "patch", *models, "--allow-other-base").status == 0
