@@ -1,0 +1,54 @@
+"""A study's rows: what they are is their identity, wherever they lie."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from portllm.comparison.scoring import Task, score
+from portllm.errors import DataError
+from portllm.live.encoding import Encoder
+from portllm.live.examples import Example
+from portllm.live.model import load_model, load_tokenizer
+from portllm.study.settings import RowsTask
+from portllm.study.tasks import open_task
+
+KINDS = ("cause", "treatment", "symptoms")
+ROWS = [{"text": f"what helps against a cold {n}?", "kind": KINDS[n % 3]} for n in range(9)]
+SETTINGS = RowsTask(train="rows.jsonl", score="rows.jsonl", prompt="{text}\nKind:", completion="kind", score_rows=6)
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def test_rows_are_scored_as_evaluate_scores_them(data, reader):
+    source = open_task(SETTINGS, data)
+    encoder = Encoder(load_tokenizer(reader))
+    cpu = torch.device("cpu")
+    model = load_model(reader, device=cpu, longest=source.longest)
+    examples = tuple(Example(f"{row['text']}\nKind:", row["kind"]) for row in ROWS)
+    task = Task(examples=examples[:6])
+    ours = source.score(model, encoder, device=cpu, tick=lambda _: None)
+    expected = score(model, encoder, task, device=cpu)
+    assert (ours.answers, ours.losses) == (expected.answers, expected.losses)
+    assert tuple(source.train_examples()) == examples
+
+
+def test_the_identity_depends_on_rows_and_settings_and_not_on_the_place(data, tmp_path):
+    known = open_task(SETTINGS, data).identity
+    (tmp_path / "moved.jsonl").write_bytes((data / "rows.jsonl").read_bytes())
+    assert open_task(replace(SETTINGS, train="moved.jsonl"), tmp_path).identity == known
+    assert open_task(replace(SETTINGS, score_rows=7), data).identity != known
+    assert open_task(replace(SETTINGS, prompt="{text} Kind:"), data).identity != known
+    assert open_task(replace(SETTINGS, batch_size=2), data).identity == known
+
+
+def test_missing_files_and_rows_are_refused(data):
+    with pytest.raises(DataError, match="is not there. Look for another --data"):
+        open_task(replace(SETTINGS, train="no.jsonl"), data)
+    with pytest.raises(DataError, match="has 9 rows; the study asks for 10"):
+        open_task(replace(SETTINGS, train_rows=10), data)
