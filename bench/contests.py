@@ -12,7 +12,9 @@ from bench.peers.mergekit import install_mergekit
 
 PEERS = Path(__file__).parent / "peers"
 RANK = 16
+CHECKED = 100
 FLEET = 200
+VERDICT_IS_NO = 3
 
 Facts = Mapping[str, float | str]
 
@@ -29,6 +31,7 @@ class Job:
         output: What it writes.
         facts: What is found out about the output of the last run, untimed.
         is_slow: Takes minutes: fewer runs are made.
+        good: Exit statuses of a run that did its work.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Job:
     output: Path | None = None
     facts: Callable[[Path], Facts] | None = None
     is_slow: bool = False
+    good: tuple[int, ...] = (0,)
 
     @property
     def is_ours(self) -> bool:
@@ -149,17 +153,14 @@ def weights(inputs: Inputs) -> Contest:
 
 
 def drift(inputs: Inputs, *, is_cold: bool = False) -> Contest:
-    """The drift of all tensors beside reading both models and doing nothing with them."""
-    reads = (inputs.base, inputs.evolved)
-    files = " ".join(f"{shlex.quote(str(folder))}/*.safetensors" for folder in reads)
-    report = (
-        "import sys, portllm; print(portllm.measure_drift(*map(portllm.open_checkpoint, sys.argv[1:])).total.relative)"
-    )
+    """A full report of the drift beside reading both models and doing nothing with them."""
+    models = (inputs.base, inputs.evolved)
+    files = " ".join(f"{shlex.quote(str(folder))}/*.safetensors" for folder in models)
     return Contest(
-        "drift of all tensors beside cat",
+        "full drift report beside cat",
         (
-            Job("cat", "cat of both models", ("sh", "-c", f"cat {files} > /dev/null"), reads),
-            Job("drift", "portllm.measure_drift", (sys.executable, "-c", report, *map(str, reads)), reads),
+            Job("cat", "cat of both models", ("sh", "-c", f"cat {files} > /dev/null"), models),
+            _check(inputs, "check", inputs.patch, is_full=True),
         ),
         is_cold,
     )
@@ -175,6 +176,37 @@ def port(inputs: Inputs) -> Contest:
     out = inputs.output("port")
     command = _portllm("port", inputs.patch, "--evolved", inputs.evolved, "-o", out)
     return Contest("port", (Job("port", "portllm port", command, (inputs.patch, inputs.evolved), out),))
+
+
+def check(inputs: Inputs) -> Contest:
+    """A check from samples, and what importing the program takes of it."""
+    imports = (sys.executable, "-c", "import portllm, portllm.cli.main; portllm.check")
+    return Contest(
+        "check from samples",
+        (Job("imports", "portllm, imported", imports, ()), _check(inputs, "check", inputs.patch)),
+    )
+
+
+def check_many(inputs: Inputs, *, is_full: bool = True) -> Contest:
+    """Many patches checked at once: what is read of the models is read once."""
+    adapters = inputs.adapters(CHECKED)
+    jobs = (
+        _check(inputs, "check-1", adapters / "000", is_full=is_full),
+        _check(inputs, "check-many", adapters, is_full=is_full),
+    )
+    return Contest(f"{CHECKED} patches checked beside one, {'full' if is_full else 'from samples'}", jobs)
+
+
+def check_many_sampled(inputs: Inputs) -> Contest:
+    """The same from samples."""
+    return check_many(inputs, is_full=False)
+
+
+def _check(inputs: Inputs, name: str, patches: Path, *, is_full: bool = False) -> Job:
+    models = ("--base", inputs.base, "--evolved", inputs.evolved)
+    label = f"portllm check{' --full' if is_full else ''}{f', {CHECKED} patches' if name == 'check-many' else ''}"
+    command = _portllm("check", patches, *models, *(("--full",) if is_full else ()))
+    return Job(name, label, command, (patches, inputs.base, inputs.evolved), good=(0, VERDICT_IS_NO))
 
 
 def fleet(inputs: Inputs) -> Contest:
@@ -202,6 +234,9 @@ CONTESTS: Mapping[str, Callable[[Inputs], Contest]] = {
     "drift": drift,
     "drift-cold": drift_cold,
     "port": port,
+    "check": check,
+    "check-100": check_many,
+    "check-100-sampled": check_many_sampled,
     "fleet": fleet,
 }
 

@@ -63,7 +63,7 @@ class Session:
         outputs.mkdir()
         settle()
         (cool if is_cold else warm)(job.reads)
-        run = measure(job.command, env={"HF_HUB_OFFLINE": "1", "PORTLLM_CACHE": str(cache)})
+        run = measure(job.command, env={"HF_HUB_OFFLINE": "1", "PORTLLM_CACHE": str(cache)}, good=job.good)
         facts = job.facts(job.output) if is_last and job.facts and job.output else {}
         shutil.rmtree(outputs)
         return run, facts

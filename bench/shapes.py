@@ -100,7 +100,19 @@ class Shape:
         }
 
 
-ALL = ("copy", "copy-cold", "merge", "capture", "weights", "drift", "drift-cold", "port")
+ALL = (
+    "copy",
+    "copy-cold",
+    "merge",
+    "capture",
+    "weights",
+    "drift",
+    "drift-cold",
+    "check",
+    "check-100",
+    "check-100-sampled",
+    "port",
+)
 GIGABYTE = 1_000_000_000
 
 TINY = Shape(
@@ -124,12 +136,12 @@ LARGE_VOCABULARY = replace(
     like="Llama-3.2-1B's shapes: a vocabulary of 128,256, head tied",
     vocabulary=128_256,
     tied=True,
-    contests=("copy", "merge", "drift", "port"),
+    contests=("copy", "merge", "drift", "check", "port"),
 )
 LLAMA_8B = Shape(
     "8b", "Llama-3.1-8B's shapes",
     hidden=4096, layers=32, inner=14_336, heads=32, key_heads=8, vocabulary=128_256, tied=False,
-    shard_bytes=5 * GIGABYTE, contests=("copy", "port"),
+    shard_bytes=5 * GIGABYTE, contests=("copy", "check", "port"),
 )  # fmt: skip
 
 SHAPES = {shape.name: shape for shape in (TINY, SMALL, LLAMA_1B, LARGE_VOCABULARY, LLAMA_8B)}

@@ -15,7 +15,7 @@ from portllm.checkpoint.identity import digest
 from portllm.checkpoint.reader import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
-CONTESTS = ("copy", "merge", "drift", "port")  # all that need no program of others to be installed
+CONTESTS = ("copy", "merge", "drift", "port", "check")  # all that need no program of others to be installed
 
 
 def run(tmp_path, *arguments):
