@@ -59,6 +59,18 @@ def test_a_cell_that_fails_is_named_and_the_status_is_one(portllm, tiny, folder)
     )
 
 
+def test_a_patch_that_will_not_hold_ends_with_three(portllm, tiny, folder):
+    shutil.copytree(tiny("base", seed=9), folder / "stranger")
+    file = folder / "fleet.toml"
+    file.write_text(
+        file.read_text().replace('"base-v2", "base-v3"', '"stranger"').replace('["port"', '["check", "port"')
+    )
+    result = portllm("fleet", file, "--workers", 1)
+    assert result.status == 3
+    assert re.search(r"stranger +a +[\d.]+ kB +no +will not hold", result.out)
+    assert "2 cells: 2 no" in result.out
+
+
 def test_a_wrong_file_is_refused_with_line_and_key(portllm, folder):
     (folder / "fleet.toml").write_text((folder / "fleet.toml").read_text().replace("dtype", "dtyp"))
     result = portllm("fleet", folder / "fleet.toml")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.seal import seal_problem
 from portllm.checkpoint.staging import open_locked
 from portllm.errors import FleetFileError, OutputBusyError
 from portllm.many.fleet import fleet, forecast_fleet, plan_fleet, run_fleet
@@ -47,6 +48,29 @@ def test_merging_alone_leaves_no_ported_patch(run, write, folder):
     run(write(do='["merge"]'))
     assert [path.name for path in (folder / "out/v2/a").iterdir()] == ["merge"]
     assert verify(folder / "out/v2/a/merge").verified
+
+
+def test_what_is_uncertain_is_ported_with_its_verdict_beside_it(run, write, folder):
+    rows, _ = run(write(do='["check", "port"]', evolved='["v2"]'))
+    assert statuses(rows) == {"v2/a": "done", "v2/b": "done"}
+    assert rows["v2/a"].facts["check"]["verdict"] == "uncertain"
+    assert not rows["v2/a"].holds
+    told = json.loads((folder / "out/v2/a/check/check.json").read_text())
+    assert told["verdict"] == "uncertain"
+    assert seal_problem(told) is None
+    assert run(write(do='["check", "port"]', evolved='["v2"]'))[1] == []
+
+
+def test_what_will_not_hold_is_not_ported(run, write, folder, misfit, tiny):
+    shutil.copytree(tiny("base", seed=9), folder / "stranger")
+    file = write(do='["check", "port"]', evolved='["stranger"]')
+    rows, _ = run(file)
+    assert set(statuses(rows).values()) == {"no"}
+    assert rows["stranger/a"].facts["check"]["verdict"] == "will not hold"
+    assert rows["stranger/misfit"].facts["check"]["verdict"] == "cannot be ported"
+    assert "nothing in common" in rows["stranger/a"].reason
+    assert [path.name for path in (folder / "out/stranger/a").iterdir()] == ["check"]
+    assert run(file)[1] == []
 
 
 def test_one_that_does_not_fit_stops_no_other(run, write, misfit):

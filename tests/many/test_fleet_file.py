@@ -43,6 +43,11 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
         ('["v2"]', '["v2", "v2"]', "line 2, evolved: must contain unique items"),
         ('["a"]', "[3]", "line 1, patches: must be string"),
         ('"port"]', '"fly"]', "line 3, do: must be one of"),
+        (
+            '["merge", "port"]',
+            '["merge", "check"]',
+            "line 3, do: check compares evolved models with their base: give base",
+        ),
         ('["merge", "port"]', '["port"]', 'line 6, merge: has options, but do = ["port"] does not merge'),
         ("[merge]", '[port]\nmethod = "magic"\n[merge]', "line 7, port.method: 'magic': is no port method"),
         ("[merge]", "[merge]\nmax_shard_size = 0", "line 7, merge.max_shard_size: must be bigger than or equal to"),

@@ -28,7 +28,8 @@ def fleet(
 ) -> None:
     """Carry many patches to many evolved models, on this machine or on Ray.
 
-    One cell that fails stops no other. A second run of the same file does only what is missing.
+    One cell that fails stops no other. A second run of the same file does only what is missing. Ends with 3 unless
+    every patch holds that was checked.
     """
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_fleet import fleet_to_json, render_fleet
@@ -42,5 +43,7 @@ def fleet(
         print_json(fleet_to_json(plan, rows, dry=dry_run))
     else:
         say(render_fleet(plan, rows, dry=dry_run))
-    if any(row.status != "done" for row in rows):
+    if any(row.status in ("refused", "failed") for row in rows):
         raise typer.Exit(1)
+    if not dry_run and not all(row.holds for row in rows):
+        raise typer.Exit(3)

@@ -50,7 +50,7 @@ def _status(row: Row, *, dry: bool) -> str:
 
 def _facts(facts: Mapping[str, Mapping[str, object]]) -> list[str]:
     port, merge = facts.get("port", {}), facts.get("merge", {})
-    told = []
+    told = [str(facts["check"]["verdict"])] if "check" in facts else []
     if isinstance(drift := port.get("sampled_drift"), float):
         told.append(f"drift {percent(drift, digits=2)}")
     if isinstance(size := merge.get("bytes"), int):

@@ -1,4 +1,4 @@
-"""Do one cell: port the patch to the evolved model, merge it, and bring what was written to its place.
+"""Do one cell: check the patch, port it to the evolved model, merge it, and bring what was written to its place.
 
 A job and its result are JSON values, so that they can go to another process or another machine.
 """
@@ -15,7 +15,8 @@ from typing import Any
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint
-from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES
+from portllm.checkpoint.seal import render_sealed
+from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, staged_folder
 from portllm.errors import CheckpointError, OutputBusyError, PlanRefusedError, PortLLMError, RemoteError, StorageError
 from portllm.many.storage import digests, fetch_patch, is_url, join, publish, remove, sizes
 from portllm.output.manifest import MANIFEST_FILE
@@ -28,8 +29,12 @@ from portllm.pipeline.update import Update
 Job = Mapping[str, Any]
 Result = dict[str, Any]
 
-RECORDS = {"port": RECORD_FILE, "merge": MANIFEST_FILE}
+CHECK_FILE = "check.json"
+RECORDS = {"check": CHECK_FILE, "port": RECORD_FILE, "merge": MANIFEST_FILE}
 """The file of each step's output that vouches for the others."""
+
+NO = ("will not hold", "cannot be ported")
+"""Verdicts of a check after which nothing is ported."""
 
 
 class Worker:
@@ -48,8 +53,7 @@ class Worker:
         """What became of a cell; an error becomes a status, a reason, and whether it may pass."""
         began = time.monotonic()
         try:
-            facts, files, records = self._do(job)
-            result: Result = {"status": "done", "facts": facts, "files": files, "records": records}
+            result = self._do(job)
         except PlanRefusedError as error:
             result = {"status": "refused", "reason": str(error)}
         except PortLLMError as error:
@@ -60,20 +64,30 @@ class Worker:
             result = {"status": "failed", "reason": traceback.format_exc().strip()}
         return {**result, "seconds": round(time.monotonic() - began, 3)}
 
-    def _do(self, job: Job) -> tuple[dict[str, Any], dict[str, int], dict[str, str]]:
+    def _do(self, job: Job) -> Result:
         update = self._open(job)
         place = join(job["output"], job["folder"])
         with tempfile.TemporaryDirectory(prefix="portllm-fleet-") as name:
             scratch = Path(name)
             patch = load_patch(fetch_patch(job["patch"]["place"], scratch / "patch"))
-            plan = plan_port_on(replace(patch, name=job["patch"]["place"]), update, **job["options"].get("port", {}))
-            require(plan)
+            patch = replace(patch, name=job["patch"]["place"])
+            plan = plan_port_on(patch, update, **job["options"].get("port", {}))
             if job["dry"]:
-                return _forecast(plan, job), {}, {}
+                require(plan)
+                return {"status": "done", "facts": _forecast(plan, job)}
+            facts: dict[str, Any] = {}
+            if "check" in job["steps"]:
+                facts["check"] = _check(patch, update, job, place, scratch)
+                if facts["check"]["verdict"] in NO:
+                    for step in ("port", "merge"):
+                        remove(join(place, step), records=[RECORDS[step]])
+                    reason = "\n".join(str(reason["text"]) for reason in facts["check"]["reasons"])
+                    return {"status": "no", "facts": facts, "reason": reason, **_written(["check"], place)}
+            require(plan)
             for step in RECORDS.keys() - set(job["steps"]):  # of an earlier run that was asked for more
                 remove(join(place, step), records=[RECORDS[step]])
-            facts = _run(plan, job, place, scratch)
-        return facts, *_written(job["steps"], place)
+            facts |= _run(plan, job, place, scratch)
+        return {"status": "done", "facts": facts, **_written(job["steps"], place)}
 
     def _open(self, job: Job) -> Update:
         """The two models; opened again only where the last cell had others."""
@@ -114,8 +128,11 @@ def _forecast(plan: PortPlan, job: Job) -> dict[str, Any]:
 
 
 def _run(plan: PortPlan, job: Job, place: str, scratch: Path) -> dict[str, Any]:
-    """Carry out the steps; each output is at its place when it is whole."""
-    facts: dict[str, Any] = {"port": _port_facts(plan)}
+    """Port and merge; each output is at its place when it is whole."""
+    facts: dict[str, Any] = {}
+    if job["steps"] == ["check"]:
+        return facts
+    facts["port"] = _port_facts(plan)
     ported: list[Patch[TensorInfo]] = []
     with_port = "port" in job["steps"]
 
@@ -130,6 +147,27 @@ def _run(plan: PortPlan, job: Job, place: str, scratch: Path) -> dict[str, Any]:
 
         _place(merge, join(place, "merge"), scratch / "merge", "merge")
     return facts
+
+
+def _check(patch: Patch[TensorInfo], update: Update, job: Job, place: str, scratch: Path) -> dict[str, object]:
+    """The verdict, whose whole report is written to its place."""
+    from portllm.pipeline.check import check  # loads numpy's parts and torch, which porting does without
+    from portllm.pipeline.check_report import patch_to_json, update_to_json
+
+    if update.base is None:
+        raise TypeError("a fleet's file that asks for a check names the base")
+    allowed = bool(job["options"].get("port", {}).get("allow_other_base", False))
+    full = bool(job["options"].get("check", {}).get("full", False))
+    report = check(patch, base=update.base, evolved=update.evolved, full=full, allow_other_base=allowed)
+    told = patch_to_json(report.patches[0])
+
+    def write(out: Path) -> None:
+        with staged_folder(out, overwrite=True) as folder:
+            text = render_sealed({"update": update_to_json(report.update), **told})
+            (folder / CHECK_FILE).write_text(text, encoding="utf-8")
+
+    _place(write, join(place, "check"), scratch / "check", "check")
+    return {name: told[name] for name in ("verdict", "reasons")}
 
 
 def _place(write: Callable[[Path], None], place: str | None, staged: Path, step: str) -> None:
@@ -166,10 +204,10 @@ def _port_facts(plan: PortPlan) -> dict[str, object]:
     return {"modules": len(plan.patch.deltas) + len(plan.patch.experts), **plan.evidence}
 
 
-def _written(steps: list[str], place: str) -> tuple[dict[str, int], dict[str, str]]:
+def _written(steps: list[str], place: str) -> Result:
     """What a run can compare when it is asked to go on: the files, and the digests of the records."""
-    files = sizes(place)
-    return files, digests(place, [join(step, RECORDS[step]) for step in steps])
+    records = digests(place, [join(step, RECORDS[step]) for step in steps])
+    return {"files": sizes(place), "records": records}
 
 
 def _can_pass(error: PortLLMError) -> bool:

@@ -63,8 +63,7 @@ def plan_fleet(file: Path, *, overwrite: bool = False) -> FleetPlan:
     """
     asked = read_fleet_file(file)
     patches, evolved, base = find_inputs(asked)
-    options = {"port": asked.port, "merge": asked.merge}
-    work = Work(base, asked.steps, options, resolve(asked.output, file.resolve().parent))
+    work = Work(base, asked.steps, asked.options, resolve(asked.output, file.resolve().parent))
     cells = cells_of(patches, evolved, work)
     rows = read_state(work.output)
     files = _by_folder(sizes(work.output))
@@ -201,8 +200,8 @@ class _Count:
 
     def __call__(self, row: Row) -> None:
         self._done += 1
-        self._failed += row.status != "done"
-        label = f"fleet: {self._failed} not done" if self._failed else "fleet"
+        self._failed += row.status in ("refused", "failed")
+        label = f"fleet: {self._failed} failed" if self._failed else "fleet"
         self._progress(label, self._done, self._total, "cells")
 
 

@@ -16,9 +16,9 @@ import fastjsonschema
 from portllm.errors import FleetFileError, UnknownMethodError
 from portllm.methods.table import method_named
 
-Step: TypeAlias = Literal["port", "merge"]
+Step: TypeAlias = Literal["check", "port", "merge"]
 
-STEPS: tuple[Step, ...] = ("port", "merge")
+STEPS: tuple[Step, ...] = ("check", "port", "merge")
 """What can be done for a patch and an evolved model, in the order in which it is done."""
 
 _TABLE = re.compile(r"\s*\[\s*([\w.\"' -]+?)\s*\]")
@@ -36,8 +36,7 @@ class FleetFile:
         base: The model that the patches belong to, where they do not say, or need its weights.
         steps: What is done, in the order of `STEPS`.
         output: A folder or a URL.
-        port: Options of `port`.
-        merge: Options of `merge`.
+        options: Of each step, by its name.
     """
 
     file: Path
@@ -46,8 +45,7 @@ class FleetFile:
     base: str | None
     steps: tuple[Step, ...]
     output: str
-    port: Mapping[str, object]
-    merge: Mapping[str, object]
+    options: Mapping[str, Mapping[str, object]]
 
 
 def read_fleet_file(file: Path) -> FleetFile:
@@ -73,8 +71,7 @@ def read_fleet_file(file: Path) -> FleetFile:
         base=values.get("base"),
         steps=tuple(step for step in STEPS if step in values["do"]),
         output=values["output"],
-        port=values.get("port", {}),
-        merge=values.get("merge", {}),
+        options={step: values.get(step, {}) for step in STEPS},
     )
 
 
@@ -108,8 +105,10 @@ def problems_of(values: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...],
                 yield path, error.message.partition(" ")[2]
                 _forget(checked, path)
     for step in STEPS:
-        if step == "merge" and step in checked and step not in checked["do"]:
+        if step != "port" and step in checked and step not in checked["do"]:  # merging alone ports, too
             yield (step,), f"has options, but do = {json.dumps(checked['do'])} does not {step}"
+    if "check" in checked["do"] and "base" not in checked:
+        yield ("do",), "check compares evolved models with their base: give base"
     try:
         method_named(checked.get("port", {}).get("method", "add"))
     except UnknownMethodError as error:

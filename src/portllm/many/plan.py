@@ -58,7 +58,7 @@ class Work:
 
     Attributes:
         base: The model that the patches belong to, where it is given.
-        steps: `port`, `merge`.
+        steps: `check`, `port`, `merge`.
         options: Of each step, by its name.
         output: A folder or URL; below it lie a folder for each evolved model and in these one for each patch.
     """
@@ -111,11 +111,12 @@ class Row:
     Attributes:
         folder: The cell's.
         key: The cell's, when this became of it.
-        status: `waiting` to be done; `done`; `refused`, with the reasons; `failed` otherwise.
+        status: `waiting` to be done; `done`; `no` where the check's verdict is that the patch will not hold, so that
+            nothing else was done; `refused`, with the reasons; `failed` otherwise.
         facts: What each step found, by its name.
         files: The files written, below the cell's folder, with their bytes.
         records: The digests of those that vouch for the others.
-        reason: Why it was refused or failed.
+        reason: Why it was refused, failed, or will not hold.
         attempts: Why it had to be tried again, each time.
         seconds: Of the last attempt.
         kept: Whether this is an earlier run's.
@@ -123,7 +124,7 @@ class Row:
 
     folder: str
     key: str
-    status: Literal["waiting", "done", "refused", "failed"] = "waiting"
+    status: Literal["waiting", "done", "no", "refused", "failed"] = "waiting"
     facts: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     records: Mapping[str, str] = field(default_factory=dict)
@@ -131,6 +132,11 @@ class Row:
     attempts: tuple[str, ...] = ()
     seconds: float = 0.0
     kept: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the check's verdict is that the patch holds, where it was checked."""
+        return self.facts.get("check", {}).get("verdict", "holds") == "holds"
 
 
 def cells_of(patches: Sequence[PatchEntry], evolved: Sequence[ModelEntry], work: Work) -> tuple[Cell, ...]:
@@ -169,7 +175,7 @@ def decide(
     if row is not None and row.key == cell.key:
         whole = all(files.get(name) == size for name, size in row.files.items())
         vouched = all(records.get(name) == digest for name, digest in row.records.items())
-        return "keep" if row.status == "done" and whole and vouched else "run"
+        return "keep" if row.status in ("done", "no") and whole and vouched else "run"
     return "refuse" if files and not overwrite else "run"
 
 

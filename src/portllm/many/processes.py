@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 from portllm.many.pool import Finished, Lost, Pool
 
-MEMORY = {"port": 250_000_000, "merge": 1_000_000_000}
+MEMORY = {"check": 1_000_000_000, "port": 250_000_000, "merge": 1_000_000_000}
 """Bytes that a worker needs for a step, with room to spare."""
 
 LAST_LINES = 3

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from portllm.many.cell import RECORDS
 from portllm.many.plan import Cell, Row
 from portllm.many.pool import Finished, Lost, Pool
 from portllm.many.storage import is_url, join
@@ -57,7 +56,7 @@ def _row(cell: Cell, ended: Finished | Lost, attempts: tuple[str, ...], *, dry: 
         return Row(cell.folder, cell.key, "failed", reason=ended.reason, attempts=attempts)
     result = {name: value for name, value in ended.result.items() if name != "can_pass"}
     row = Row(cell.folder, cell.key, attempts=attempts, **result)
-    if row.status == "done" and not dry and not _is_here(cell):
+    if row.status in ("done", "no") and not dry and not _is_here(cell, row):
         reason = (
             f"a worker wrote it on another machine, where '{cell.work.output}' is another folder. Give a folder that "
             "all machines share, or a URL."
@@ -66,6 +65,6 @@ def _row(cell: Cell, ended: Finished | Lost, attempts: tuple[str, ...], *, dry: 
     return row
 
 
-def _is_here(cell: Cell) -> bool:
+def _is_here(cell: Cell, row: Row) -> bool:
     place = join(cell.work.output, cell.folder)
-    return is_url(place) or all(Path(place, step, RECORDS[step]).exists() for step in cell.work.steps)
+    return is_url(place) or all(Path(place, name).exists() for name in row.records)
