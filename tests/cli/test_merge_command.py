@@ -48,6 +48,7 @@ def test_both_results_as_json(portllm, tiny, model):
         ["--into", "MODEL", "--in-place"],
         ["ADAPTER", "--into", "MODEL", "--in-place", "--dtype", "F32"],
         ["ADAPTER", "--into", "MODEL", "--in-place", "--overwrite"],
+        ["ADAPTER", "ADAPTER", "--into", "MODEL", "--in-place"],
         ["ADAPTER", "--undo", "MODEL"],
         ["--undo", "MODEL", "--in-place"],
         [],
@@ -58,6 +59,32 @@ def test_arguments_that_say_nothing_together_are_wrong_usage(arguments, portllm,
     places = {"ADAPTER": tiny("adapter"), "MODEL": model, "OUT": tmp_path / "out"}
     assert portllm("merge", *[places.get(word, word) for word in arguments]).status == 2
     assert contents(model) == before
+
+
+def test_several_patches_go_each_into_weights_of_their_own(portllm, tiny, tmp_path):
+    team = tmp_path / "team"
+    for name, seed in (("first", 1), ("second", 2)):
+        shutil.copytree(tiny("adapter", seed=seed), team / name)
+    result = portllm("merge", team, "--into", tiny("base"), "-o", tmp_path / "all", "--quiet")
+    assert result.status == 0, result.err
+    assert "merged 2 of 2 patches" in result.out
+    for name in ("first", "second"):
+        portllm("merge", team / name, "--into", tiny("base"), "-o", tmp_path / "alone" / name, "--quiet")
+    assert contents(tmp_path / "all") == contents(tmp_path / "alone")
+
+
+def test_one_of_several_that_fails_does_not_stop_the_others(portllm, tiny, tmp_path):
+    good, bad = tiny("adapter"), shutil.copytree(tiny("adapter"), tmp_path / "bad")
+    (bad / "adapter_config.json").write_text("{}")
+    arguments = ["merge", bad, good, "--into", tiny("base"), "-o", tmp_path / "out", "--quiet"]
+    told = portllm(*arguments, "--dry-run")
+    assert (told.status, (tmp_path / "out").exists()) == (1, False)
+    assert "would merge 1 of 2 patches" in told.out
+    result = portllm(*arguments, "--json")
+    failed, merged = json.loads(result.out)
+    assert (result.status, failed["patch"]) == (1, str(bad))
+    assert "error" in failed
+    assert merged["manifest"]["tensors_changed"] == 14
 
 
 def test_taking_back_what_was_not_done_is_refused(portllm, model):

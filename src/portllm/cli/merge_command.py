@@ -9,6 +9,7 @@ import typer
 
 from portllm.cli.main import (
     MODEL,
+    PATCHES,
     DryRunOption,
     JsonOption,
     OtherBaseOption,
@@ -19,8 +20,11 @@ from portllm.cli.main import (
 from portllm.cli.plain import print_json, say
 
 if TYPE_CHECKING:
+    from portllm.checkpoint.header import TensorInfo
     from portllm.output.manifest import MergeReport
+    from portllm.patch.patch import Patch
     from portllm.pipeline.blocks import Rounding
+    from portllm.pipeline.plan import MergePlan
 
 
 class DType(StrEnum):
@@ -48,7 +52,7 @@ class MergeDevice(StrEnum):
 
 @app.command()
 def merge(
-    patch: Annotated[Path | None, typer.Argument(help="The patch.")] = None,
+    patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=PATCHES)] = None,
     into: Annotated[str | None, typer.Option("--into", help=f"The model it belongs to. {MODEL}")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     in_place: Annotated[
@@ -76,19 +80,25 @@ def merge(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Add a patch to a model's weights, streamed; says what rounding takes of it."""
+    """Add a patch to a model's weights, streamed; says what rounding takes of it.
+
+    Several patches go each into weights of its own, in a subfolder of the output that is named like the patch's folder;
+    one that fails does not stop the others.
+    """
     if undo is not None:
-        if patch is not None or into is not None or output is not None or in_place or dry_run:
+        if patches or into is not None or output is not None or in_place or dry_run:
             raise typer.BadParameter("--undo DIR stands alone.")
         _undo(undo, as_json=as_json, quiet=quiet)
         return
-    if patch is None or into is None or in_place == (output is not None):
+    if not patches or into is None or in_place == (output is not None):
         raise typer.BadParameter("give PATCH, --into MODEL, and either -o DIR or --in-place.")
     if output is None:
+        if len(patches) > 1:
+            raise typer.BadParameter("--in-place takes one patch.")
         if dtype is not None or overwrite or quantized_base is not None:
             raise typer.BadParameter("--dtype, --overwrite and --quantized-base go with -o, not with --in-place.")
         _merge_in_place(
-            patch, Path(into), rounding, seed, device,
+            patches[0], Path(into), rounding, seed, device,
             allow_other_base=allow_other_base, dry_run=dry_run, as_json=as_json, quiet=quiet,
         )  # fmt: skip
         return
@@ -96,36 +106,52 @@ def merge(
     from portllm.checkpoint.writer import check_free, space_refusals
     from portllm.cli.progress import shown_progress
     from portllm.cli.render import render_merge_plan
+    from portllm.cli.render_several import merge_outcomes_to_json, render_merge_outcomes
     from portllm.patch.adapter_folder import load_patch
+    from portllm.patch.folders import find_patches, open_each
     from portllm.pipeline.plan import plan_merge, require
 
-    plan = plan_merge(
-        load_patch(patch),
-        into=open_checkpoint(into),
-        dtype=None if dtype is None else dtype.value,
-        shard_bytes=int(max_shard_size * 10**9),
-        quantized_base=None if quantized_base is None else open_checkpoint(quantized_base),
-        allow_other_base=allow_other_base,
-    )
-    plan = replace(plan, refusals=(*plan.refusals, *space_refusals(output, plan.n_bytes)))
-    if dry_run:
-        say(render_merge_plan(plan, output))
-    require(plan)
-    check_free(output, overwrite=overwrite)
-    if dry_run:
-        return
-    from portllm.pipeline.merge import run_merge
+    model = open_checkpoint(into)
+    quantized = None if quantized_base is None else open_checkpoint(quantized_base)
+    found = find_patches(patches)
+    outputs = found.outputs(output)
 
-    with shown_progress(quiet=quiet) as progress:
-        report = run_merge(
-            plan,
-            output,
-            rounding=_rounding(rounding, seed),
-            device=device.value,
-            overwrite=overwrite,
-            progress=progress,
+    def add(patch: "Patch[TensorInfo]", number: int) -> "tuple[MergePlan, MergeReport | None]":
+        plan = plan_merge(
+            patch,
+            into=model,
+            dtype=None if dtype is None else dtype.value,
+            shard_bytes=int(max_shard_size * 10**9),
+            quantized_base=quantized,
+            allow_other_base=allow_other_base,
         )
-    _show(report, output, plan.notes, as_json=as_json)
+        plan = replace(plan, refusals=(*plan.refusals, *space_refusals(outputs[number], plan.n_bytes)))
+        if dry_run and found.is_single:
+            say(render_merge_plan(plan, output))
+        require(plan)
+        check_free(outputs[number], overwrite=overwrite)
+        if dry_run:
+            return plan, None
+        from portllm.pipeline.merge import run_merge
+
+        with shown_progress(quiet=quiet) as progress:
+            how = _rounding(rounding, seed)
+            return plan, run_merge(
+                plan, outputs[number], rounding=how, device=device.value, overwrite=overwrite, progress=progress
+            )
+
+    if found.is_single:
+        plan, report = add(load_patch(found.folders[0]), 0)
+        if report is not None:
+            _show(report, output, plan.notes, as_json=as_json)
+        return
+    outcomes = open_each(found, add)
+    if as_json:
+        print_json(merge_outcomes_to_json(outcomes, outputs))
+    else:
+        say(render_merge_outcomes(outcomes, outputs))
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 def _merge_in_place(

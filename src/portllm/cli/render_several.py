@@ -3,16 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.cli.plain import one_line
 from portllm.cli.render import percent
+from portllm.output.manifest import MergeReport, report_to_json
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.patch.record import record_to_json
-from portllm.pipeline.plan import PortPlan
+from portllm.pipeline.plan import MergePlan, PortPlan
 
 Carried = tuple[PortPlan, Patch[TensorInfo] | None]
 """A plan, and the ported patch where the plan was carried out."""
+
+Merged = tuple[MergePlan, MergeReport | None]
+"""A plan, and what was done where it was carried out."""
 
 
 def render_port_outcomes(outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path]) -> str:
@@ -46,6 +51,37 @@ def port_outcomes_to_json(outcomes: Sequence[Outcome[Carried]], outputs: Sequenc
         else:
             ported = outcome.value[1]
             rows.append({**row, "output": str(output)} if ported is None else {**row, **ported_to_json(ported, output)})
+    return rows
+
+
+def render_merge_outcomes(outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path]) -> str:
+    """What `merge` prints of several patches: a line for each, and why those that failed did."""
+    rows = [("patch", "tensors", "kept gain", "output")]
+    for outcome, output in zip(outcomes, outputs, strict=True):
+        if outcome.value is None:
+            rows.append((str(outcome.folder), "", "", "failed, see below"))
+        else:
+            plan, report = outcome.value
+            kept = "" if report is None else percent(report.total.kept_gain)
+            rows.append((str(outcome.folder), str(plan.n_changed), kept, str(output)))
+    failed = [outcome for outcome in outcomes if outcome.error]
+    first = next((outcome.value for outcome in outcomes if outcome.value), None)
+    done = "would merge" if first is not None and first[1] is None else "merged"
+    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows)]
+    return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
+
+
+def merge_outcomes_to_json(outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path]) -> list[dict[str, object]]:
+    """What `merge --json` prints of several patches."""
+    rows: list[dict[str, object]] = []
+    for outcome, output in zip(outcomes, outputs, strict=True):
+        row: dict[str, object] = {"patch": str(outcome.folder)}
+        if outcome.value is None:
+            rows.append({**row, "error": str(outcome.error)})
+        else:
+            report = outcome.value[1]
+            more = {} if report is None else {"manifest": report_to_json(report, program=__version__)}
+            rows.append({**row, "output": str(output), **more})
     return rows
 
 
