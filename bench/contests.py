@@ -194,7 +194,7 @@ def check_many(inputs: Inputs, *, is_full: bool = True) -> Contest:
         _check(inputs, "check-1", adapters / "000", is_full=is_full),
         _check(inputs, "check-many", adapters, is_full=is_full),
     )
-    return Contest(f"{CHECKED} patches checked beside one, {'full' if is_full else 'from samples'}", jobs)
+    return Contest(f"{CHECKED} patches checked beside one, {'full' if is_full else 'sampled'}", jobs)
 
 
 def check_many_sampled(inputs: Inputs) -> Contest:
