@@ -1,24 +1,15 @@
-"""Rounding in numpy, against torch's, and its measures against those of a merge."""
+"""What a storage dtype keeps, against the measures of a merge."""
 
 import numpy as np
 import pytest
 import torch
 
-from portllm.assess.kept_gain import STORED_AS, measure_rounding, round_to
+from portllm.assess.kept_gain import STORED_AS, measure_rounding
 from portllm.checkpoint.tensors import TORCH_DTYPES
 from portllm.patch.merge import measure_merge
 
-HARD = [0.0, -0.0, 1.00390625, 1.01171875, -1.00390625, 3.4e38, 65520.0, 65519.0, 6e-8, 1e-40, np.inf, -np.inf, np.nan]
 SAME_SUMS = 1e-5
 """Sums in float64 here, row by row in float32 in a merge."""
-
-
-@pytest.mark.parametrize("dtype", STORED_AS)
-def test_rounding_is_that_of_torch(dtype):
-    values = np.concatenate([HARD, np.random.default_rng(0).normal(size=5000) * 10.0 ** np.arange(-10, 10).repeat(250)])
-    values = values.astype(np.float32)
-    expected = torch.from_numpy(values).to(TORCH_DTYPES[dtype]).float().numpy()
-    np.testing.assert_array_equal(round_to(values, dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", STORED_AS)

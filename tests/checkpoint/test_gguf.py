@@ -9,8 +9,9 @@ import torch
 from gguf import GGUFEndian
 from tokenizers import Tokenizer
 
+from portllm.assess.storage import round_to_bfloat16
 from portllm.checkpoint import gguf
-from portllm.checkpoint.decoding import round_to_bfloat16, stored_rows
+from portllm.checkpoint.decoding import stored_rows
 from portllm.checkpoint.gguf import write_gguf_as_checkpoint
 from portllm.checkpoint.reader import open_checkpoint, read_bytes
 from portllm.errors import CheckpointError, MissingTensorError

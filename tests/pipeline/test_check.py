@@ -293,3 +293,16 @@ def test_windows_read_no_more_of_a_larger_model(tmp_path, monkeypatch):
         model = open_checkpoint(file)
         sizes.append(check(base=model, evolved=model).update.n_elements)
     assert sizes[0] == sizes[1] < 3 * 3_000 * 700
+
+
+def test_quantized_weights_are_compared_by_the_values_they_stand_for(tmp_path):
+    from tests.quantized import write_gguf
+
+    weights = write_gguf(tmp_path / "base.gguf", storage="Q8_0")
+    exact = {name: torch.from_numpy(values.copy()).to(torch.float32) for name, values in weights.items()}
+    save_file(exact, tmp_path / "model.safetensors")
+    base = open_checkpoint(tmp_path / "base.gguf")
+    for full in (False, True):
+        report = check(base=base, evolved=open_checkpoint(tmp_path / "model.safetensors"), full=full)
+        assert len(report.update.pairing.pairs) == len(weights)
+        assert report.update.lineage is Lineage.SAME

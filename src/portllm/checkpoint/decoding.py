@@ -12,17 +12,15 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8, UInt16
+from jaxtyping import Float32, Int64, UInt8
 
+from portllm.assess.storage import round_to
 from portllm.checkpoint.encoding import UNQUANTIZED, FourBit, GGMLBlocks
 from portllm.checkpoint.header import TensorInfo, n_bytes_of
 from portllm.errors import CheckpointError, UnsupportedDtypeError
 
 Span = tuple[TensorInfo, int, int]
 """A stored tensor, and the first and one past the last byte of it that is needed."""
-
-_QUIET_NAN = 0x7FC0
-"""What PyTorch makes of every NaN that it rounds to bfloat16."""
 
 
 def spans_of(info: TensorInfo, start: int, stop: int) -> list[Span]:
@@ -74,33 +72,6 @@ def decode_floats(data: bytes, dtype: str) -> Float32[np.ndarray, " n"]:
             return np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32)
         case _:
             raise UnsupportedDtypeError(f"dtype {dtype}: holds no numbers that can be sampled.")
-
-
-def round_to_bfloat16(values: Float32[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*shape"]:
-    """The bits of each value rounded to bfloat16, to nearest, ties to even; every NaN becomes one quiet NaN.
-
-    bfloat16 is the upper half of a float32. Adding `0x7FFF + (lowest kept bit)` before the lower half is cut off
-    carries into the upper half exactly when the value must be rounded up.
-
-    Example:
-        >>> [hex(bits) for bits in round_to_bfloat16(np.array([1.0, 1.00390625, 1.01171875], np.float32))]
-        ['0x3f80', '0x3f80', '0x3f82']
-    """
-    bits = values.view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    rounded[np.isnan(values)] = _QUIET_NAN
-    return rounded
-
-
-def round_to(values: Float32[np.ndarray, "*shape"], dtype: str) -> Float32[np.ndarray, "*shape"]:
-    """The values rounded to what F32, F16 or BF16 can hold, to nearest, ties to even."""
-    match dtype:
-        case "BF16":
-            return (round_to_bfloat16(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
-        case "F16":
-            return values.astype(np.float16).astype(np.float32)
-        case _:
-            return values
 
 
 def stored_rows(rows: Int64[np.ndarray, " n"], *, n_rows: int, n_heads: int) -> Int64[np.ndarray, " n"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from portllm.checkpoint.decoding import round_to_bfloat16
+from portllm.assess.storage import round_to_bfloat16
 from portllm.checkpoint.gguf_file import GGUFFile, listed
 from portllm.checkpoint.gguf_tensors import GGUFModel, open_gguf_model
 from portllm.checkpoint.gguf_tokenizer import named_ids, read_tokens, tokenizer_config_json, tokenizer_json

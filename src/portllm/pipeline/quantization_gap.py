@@ -10,7 +10,7 @@ from jaxtyping import Float32
 
 from portllm.assess.four_bit import BLOCK_SIZE, SCHEMES, FourBitScheme, block_scales, requantized, stored_scales
 from portllm.assess.quantization_gap import GapSums, QuantizationGap
-from portllm.checkpoint.decoding import round_to
+from portllm.assess.storage import round_to
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.sample import load_values
 from portllm.patch.adapter_tensors import WEIGHT
