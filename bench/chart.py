@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-WIDTH, LABEL, BAR = 1060, 370, 235
+WIDTH, LABEL, BAR = 1090, 400, 235
 PANELS = (("seconds", "wall time", LABEL), ("private_bytes", "private memory", LABEL + BAR + 110))
 LINE, HEAD = 20, 34
 OURS, THEIRS, INK = "#2f6db5", "#a9b0b8", "#22262a"
