@@ -22,15 +22,13 @@ from portllm.checkpoint.reader import Checkpoint, on_disk
 from portllm.checkpoint.row_reader import RowReader
 from portllm.checkpoint.sample import load_values
 from portllm.checkpoint.tensors import torch_dtype
-from portllm.pipeline.one_thread import one_thread_each
+from portllm.pipeline.one_thread import one_thread
 from portllm.pipeline.pairs import Pair, pair_tensors
+from portllm.pipeline.side_by_side import default_threads
 from portllm.progress import Progress, silent
 
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 20
 """Elements of a weight that a thread takes at once."""
-
-MOST_THREADS = 8
-"""More only wait for the disk."""
 
 WAITING = 4
 """Blocks for each thread that are under way or done and not yet added up."""
@@ -68,7 +66,7 @@ class PairDrift:
 
 
 def measure_drift(
-    base: Checkpoint, evolved: Checkpoint, *, threads: int = MOST_THREADS, progress: Progress = silent
+    base: Checkpoint, evolved: Checkpoint, *, threads: int | None = None, progress: Progress = silent
 ) -> DriftReport:
     """Compare two models tensor by tensor, whatever the spelling of their names and the layout of their experts.
 
@@ -78,7 +76,8 @@ def measure_drift(
     Args:
         base: The earlier model; models of the hub are downloaded.
         evolved: The later one.
-        threads: At most so many blocks are read and measured side by side; the result is the same for any number.
+        threads: Blocks that are read and measured side by side; by default one for each processor. The result is the
+            same for any number.
         progress: Told of the bytes that were read of both.
 
     Raises:
@@ -95,10 +94,11 @@ def measure_pairs(
     pairs: Sequence[Pair],
     *,
     columns: Mapping[str, Sequence[int]] | None = None,
-    threads: int = MOST_THREADS,
+    threads: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, PairDrift]:
     """The drift of each pair, by name; of those in `columns`, also the drift of these columns."""
+    threads = default_threads() if threads is None else threads
     wanted = {name: torch.tensor(list(places)) for name, places in (columns or {}).items()}
     total = sum(pair.base.n_bytes + pair.evolved.n_bytes for pair in pairs)
     blocks = [(pair, start, stop) for pair in pairs for start, stop in _blocks(pair)]
@@ -120,7 +120,7 @@ def measure_pairs(
         old, new = (values.view(-1, pair.width)[:, wanted[pair.name]].float() for values in (base, evolved))
         return PairDrift(found, new - old)
 
-    with ExitStack() as opened, one_thread_each(threads) as pool:
+    with ExitStack() as opened, one_thread(), _workers(threads) as pool:
         for (pair, start, stop), drift in zip(blocks, _in_order(pool, measure, blocks, threads), strict=True):
             sums[pair.name] += drift.sums
             if drift.columns is not None:
@@ -130,6 +130,11 @@ def measure_pairs(
         if done < total:  # a tensor's bytes need not divide by its elements
             progress("drift", total, total, "bytes")
     return {name: PairDrift(found, torch.cat(parts[name]) if parts.get(name) else None) for name, found in sums.items()}
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads of one thread of arithmetic each; torch keeps that number for each thread by itself."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _load(reader: RowReader, info: TensorInfo, start: int, stop: int) -> Float[Tensor, " n"]:
