@@ -22,6 +22,7 @@
         OutputBusyError        another run is writing there
       SignatureError         a signature cannot be made or checked
       FleetFileError         the file that describes a fleet is wrong, or what it names is not there
+      StudyFileError         the file that describes a study is wrong
       WorkersError           no worker of a fleet can be started
       StorageError           a place that is reached by URL cannot be read or written
       DataError              rows of a data file do not fit the task
@@ -117,6 +118,10 @@ class SignatureError(PortLLMError):
 
 class FleetFileError(PortLLMError):
     """The file that describes a fleet breaks its schema, or what it names is not there."""
+
+
+class StudyFileError(PortLLMError):
+    """The file that describes a study is not TOML, or says what a study cannot be."""
 
 
 class WorkersError(PortLLMError):

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from portllm.errors import DataError, OutputExistsError, PortLLMError
-from portllm.live.evolve import EvolveSettings, _blocks, evolve
+from portllm.live.evolve import EvolveSettings, evolve
 from portllm.live.model import load_model, load_tokenizer
 from tests.live.language import TEXT, make_reader
 
@@ -76,17 +75,6 @@ def test_updates_too_small_for_the_stored_dtype_add_up(tmp_path):
     )
     assert report.drift == pytest.approx(twin.drift, rel=0.7)
     assert report.drift > 0.0
-
-
-def test_blocks_are_the_texts_one_after_another_without_a_gap():
-    texts = [(1, 2, 3), (4,), (5, 6, 7, 8, 9)]
-    settings = EvolveSettings(block_tokens=4, seed=5)
-    blocks = list(itertools.islice(_blocks(texts, settings), 9))
-    assert {len(block) for block in blocks} == {4}
-    stream = list(itertools.chain.from_iterable(blocks))
-    for start in range(0, 36, 9):
-        assert sorted(stream[start : start + 9]) == list(range(1, 10))
-    assert stream[:9] != stream[9:18] or stream[:9] != stream[18:27]
 
 
 def test_too_little_text_is_refused(reader, tmp_path):

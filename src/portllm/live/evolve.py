@@ -6,18 +6,16 @@ float32 masters: one AdamW step moves most weights by less than half a unit in t
 
 import itertools
 import math
-import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from portllm.checkpoint.writer import staged_folder
-from portllm.errors import DataError, PortLLMError
+from portllm.errors import PortLLMError
 from portllm.live.encoding import Encoder
 from portllm.live.model import (
     Device,
@@ -29,10 +27,9 @@ from portllm.live.model import (
 )
 from portllm.live.ranges import require_ranges
 from portllm.live.schedule import Decay, learning_rate_share
+from portllm.live.text_blocks import Block, batches_of_blocks, encode_texts, next_token_nats
 from portllm.output.side_files import side_files
 from portllm.progress import Progress, silent
-
-Block = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,14 +131,7 @@ def evolve(
     """
     with staged_folder(Path(out_folder), overwrite=overwrite) as staging:
         where = choose_device(device)
-        encoder = Encoder(load_tokenizer(base_folder))
-        encoded = [(*encoder.encode_text(text), encoder.eos) for text in texts]
-        n_tokens = sum(map(len, encoded))
-        if n_tokens < settings.block_tokens:
-            raise DataError(
-                f"evolution: {len(texts)} texts with {n_tokens} tokens do not fill one block of "
-                f"{settings.block_tokens}. Give more text, or a smaller 'block_tokens'."
-            )
+        encoded = encode_texts(Encoder(load_tokenizer(base_folder)), texts, block_tokens=settings.block_tokens)
         model = load_model(base_folder, device=where, longest=settings.block_tokens)
         report = _fit(model, encoded, settings, device=where, progress=progress)
         save_model(model, staging)
@@ -169,14 +159,12 @@ def _fit(
     losses: list[float] = []
     began = time.perf_counter()
     progress("evolve", 0, settings.steps, "steps")
-    for step, blocks in enumerate(itertools.islice(_batches(texts, settings), settings.steps)):
+    for step, blocks in enumerate(itertools.islice(batches_of_blocks(texts, settings), settings.steps)):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_share(
                 step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay
             )
-        ids = torch.tensor(blocks, device=device)
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss = next_token_nats(model, blocks, device=device)
         if not math.isfinite(loss.item()):
             raise PortLLMError(
                 f"evolution: the loss is {loss.item()} at step {step + 1} of {settings.steps}; nothing was written. "
@@ -205,25 +193,6 @@ def _fit(
         device=str(device),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
-
-
-def _batches(texts: Sequence[Block], settings: EvolveSettings) -> Iterator[list[Block]]:
-    blocks = _blocks(texts, settings)
-    while True:
-        yield list(itertools.islice(blocks, settings.batch_size))
-
-
-def _blocks(texts: Sequence[Block], settings: EvolveSettings) -> Iterator[Block]:
-    """Full blocks of the texts in one seeded order after another; no token is left out between two of them."""
-    rest: Block = ()
-    for epoch in itertools.count():
-        order = list(range(len(texts)))
-        random.Random(f"{settings.seed}/{epoch}").shuffle(order)
-        for index in order:
-            rest += texts[index]
-            while len(rest) >= settings.block_tokens:
-                yield rest[: settings.block_tokens]
-                rest = rest[settings.block_tokens :]
 
 
 def _drift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], *, stored: torch.dtype) -> float:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from portllm.checkpoint.writer import staged_folder
-from portllm.errors import DataError, PortLLMError
+from portllm.errors import DataError
+from portllm.live.descent import descend
 from portllm.live.encoding import Encoded, Encoder
 from portllm.live.examples import Example
 from portllm.live.loss import completion_nats
@@ -30,7 +31,7 @@ from portllm.live.model import (
     save_memory,
 )
 from portllm.live.ranges import require_ranges
-from portllm.live.schedule import Decay, bucketed_batches, learning_rate_share
+from portllm.live.schedule import Decay, bucketed_batches
 from portllm.progress import Progress, silent
 
 
@@ -205,43 +206,24 @@ def _fit(
 ) -> TrainReport:
     if settings.gradient_checkpointing:
         save_memory(model)
-    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(rows) / settings.batch_size))
+    ended = [replace(row, completion=(*row.completion, encoder.eos)) for row in rows]
+    batches = [[ended[index] for index in batch] for batch in itertools.islice(_batches(rows, settings), steps)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model.train()
-    losses: list[float] = []
-    n_tokens = 0
+
+    def mean_nats(batch: list[Encoded]) -> torch.Tensor:
+        return completion_nats(model, batch, device=device).sum() / sum(len(row.completion) for row in batch)
+
     began = time.perf_counter()
-    progress("train", 0, steps, "steps")
-    for step, batch in enumerate(itertools.islice(_batches(rows, settings), steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * learning_rate_share(
-                step, steps=steps, warmup=settings.warmup, decay=settings.decay
-            )
-        ended = [replace(rows[index], completion=(*rows[index].completion, encoder.eos)) for index in batch]
-        loss = completion_nats(model, ended, device=device).sum() / sum(len(row.completion) for row in ended)
-        if not math.isfinite(loss.item()):
-            raise PortLLMError(
-                f"training: the loss is {loss.item()} at step {step + 1} of {steps}; nothing was written. "
-                f"Lower the learning rate, now {settings.learning_rate:g}."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(factors, settings.max_grad_norm)
-        optimizer.step()
-        losses.append(loss.item())
-        n_tokens += sum(len(row.prompt) + len(row.completion) for row in ended)
-        progress("train", step + 1, steps, "steps")
-    model.eval()
+    losses = descend(model, batches, mean_nats, settings, label="train", progress=progress)
     return TrainReport(
-        losses=tuple(losses),
+        losses=losses,
         seconds=time.perf_counter() - began,
-        n_trained=sum(parameter.numel() for parameter in factors),
+        n_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         n_rows=len(rows),
         n_cut_rows=sum(row.n_cut > 0 for row in rows),
-        n_tokens=n_tokens,
+        n_tokens=sum(len(row.prompt) + len(row.completion) for batch in batches for row in batch),
         steps=steps,
         device=str(device),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

@@ -1,9 +1,7 @@
 """The TOML file that describes a fleet: read, checked against its schema, every problem with its line and key."""
 
-import difflib
 import importlib.resources
 import json
-import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +13,12 @@ import fastjsonschema
 
 from portllm.errors import FleetFileError, UnknownMethodError
 from portllm.methods.table import method_named
+from portllm.toml_text import line_of, meant
 
 Step: TypeAlias = Literal["check", "port", "merge"]
 
 STEPS: tuple[Step, ...] = ("check", "port", "merge")
 """What can be done for a patch and an evolved model, in the order in which it is done."""
-
-_TABLE = re.compile(r"\s*\[\s*([\w.\"' -]+?)\s*\]")
-_KEY = re.compile(r"\s*([\w.\"'-]+)\s*=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +91,7 @@ def problems_of(values: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...],
             if error.rule == "additionalProperties":
                 known = error.definition["properties"]
                 for key in sorted(set(error.value) - set(known)):
-                    yield (*path, key), f"is no key here. {_meant(key, known)}"
+                    yield (*path, key), f"is no key here. {meant(key, known)}"
                     del error.value[key]
             elif error.rule == "required":
                 for key in sorted(set(error.definition["required"]) - set(error.value)):
@@ -132,11 +128,6 @@ def _forget(values: dict[str, object], path: Sequence[str]) -> None:
         del values[top]
 
 
-def _meant(key: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
-
-
 def _place(text: str, path: Sequence[str]) -> str:
     """`, line 3, merge.dtype` for a key that stands on the third line."""
     if not path:
@@ -144,34 +135,6 @@ def _place(text: str, path: Sequence[str]) -> str:
     keys = path[:2] if path[0] in STEPS else path[:1]
     line = line_of(text, keys)
     return (f", line {line}" if line else "") + ", " + ".".join(keys)
-
-
-def line_of(text: str, keys: Sequence[str]) -> int | None:
-    """The line, counted from 1, on which a key of a TOML file stands, or its table where the key has no line.
-
-    Example:
-        >>> line_of(chr(10).join(["a = 1", "", "[merge]", "dtype = 'F32'"]), ["merge", "dtype"])
-        4
-    """
-    table: tuple[str, ...] = ()
-    found = None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := _TABLE.match(line):
-            table = _parts(header[1])
-            here = table
-        elif key := _KEY.match(line):
-            here = (*table, *_parts(key[1]))
-        else:
-            continue
-        if here == tuple(keys):
-            return number
-        if here and here == tuple(keys)[: len(here)]:
-            found = number
-    return found
-
-
-def _parts(dotted: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
 @cache

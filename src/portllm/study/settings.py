@@ -1,10 +1,17 @@
 """What a study's file says, as values: every field of a class is a key of its table."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from portllm.comparison.scoring import Kind
-from portllm.live.examples import ExampleFormat
+from portllm.live.evolve import EvolveSettings
+from portllm.live.evolve_lora import LoraEvolveSettings
+from portllm.live.examples import ExampleFormat, Template
 from portllm.live.ranges import require_ranges
+from portllm.live.train import TrainSettings
+
+Artefact: TypeAlias = Literal["patches", "checkpoints"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +49,34 @@ class RowsTask:
         _require_task_ranges(self)
 
 
-def _require_task_ranges(task: RowsTask) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessTask:
+    """A task of lm-evaluation-harness, scored zero-shot by its own rules.
+
+    Attributes:
+        name: As the harness calls it.
+        train_rows: How many rows of its training split to train on; None for all.
+        score_rows: How many rows of its scored split to score.
+        max_tokens: Most tokens of a scored row.
+        max_new_tokens: Most tokens written.
+        batch_size: Rows of a forward pass.
+    """
+
+    name: str
+    train_rows: int | None = None
+    score_rows: int | None = None
+    max_tokens: int = 2048
+    max_new_tokens: int = 256
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _require_task_ranges(self)
+
+
+TaskSettings: TypeAlias = RowsTask | HarnessTask
+
+
+def _require_task_ranges(task: TaskSettings) -> None:
     require_ranges(
         "task",
         ("train_rows", task.train_rows, "1 or more", task.train_rows is None or task.train_rows >= 1),
@@ -51,3 +85,85 @@ def _require_task_ranges(task: RowsTask) -> None:
         ("max_new_tokens", task.max_new_tokens, "1 or more", task.max_new_tokens >= 1),
         ("batch_size", task.batch_size, "1 or more", task.batch_size >= 1),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Plain text in a file.
+
+    Attributes:
+        file: JSONL, below the data folder.
+        template: What of a row is the text.
+        rows: How many rows, from the file's beginning; None for all.
+        block_tokens: Tokens that a model is given at a time when its loss on the text is measured.
+    """
+
+    file: str
+    template: str = "{text}"
+    rows: int | None = None
+    block_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        Template(self.template)
+        require_ranges(
+            "text",
+            ("rows", self.rows, "1 or more", self.rows is None or self.rows >= 1),
+            ("block_tokens", self.block_tokens, "2 or more", self.block_tokens >= 2),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evolution:
+    """How the base goes on to be trained, once or several times, each time from where it was.
+
+    Attributes:
+        text: What it reads; with several links, link `k` of `n` reads every `n`-th row from the `k`-th on.
+        template: What of a row is the text.
+        links: Updates, one after the other.
+        new_text: Text like it that is not trained on, for the loss before and after.
+        settings: Of the training; its kind is the kind of evolution.
+    """
+
+    text: str
+    template: str = "{text}"
+    links: int = 1
+    new_text: Text | None = None
+    settings: EvolveSettings
+
+    def __post_init__(self) -> None:
+        Template(self.template)
+        require_ranges("evolution", ("links", self.links, "1 or more", self.links >= 1))
+
+    @property
+    def kind(self) -> str:
+        """`lora`: factors are trained and merged. `full`: all weights are."""
+        return "lora" if isinstance(self.settings, LoraEvolveSettings) else "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """An experiment: patches for a base, updates of that base, and the tasks that all are scored on.
+
+    Attributes:
+        title: Of its page.
+        base: The model, by name; also in the results.
+        seeds: One patch is trained for each task and seed, on the base and on every evolved model.
+        methods: How patches are ported; rows of `METHODS`.
+        patch: How patches are trained.
+        tasks: By name.
+        evolutions: By name.
+        old_text: Text on which the loss of every model is measured, to see what an update forgets.
+        keep: Outputs that stay when no step that is left needs them.
+        compare: The published table to set the results beside, by name, where there is one.
+    """
+
+    title: str
+    base: str
+    seeds: tuple[int, ...] = (0,)
+    methods: tuple[str, ...] = ("add",)
+    patch: TrainSettings = field(default_factory=TrainSettings)
+    tasks: Mapping[str, TaskSettings]
+    evolutions: Mapping[str, Evolution]
+    old_text: Text | None = None
+    keep: tuple[Artefact, ...] = ("patches", "checkpoints")
+    compare: str | None = None

@@ -1,0 +1,137 @@
+"""A study's file: what is right becomes values, what is wrong is named with its line, all at once."""
+
+import pytest
+
+from portllm.errors import StudyFileError
+from portllm.live.evolve import EvolveSettings
+from portllm.live.evolve_lora import LoraEvolveSettings
+from portllm.study.file import read_study
+from portllm.study.settings import HarnessTask, RowsTask, Text
+
+WHOLE = """
+title = "A study"
+base = "base-v1"
+seeds = [0, 3]
+
+[patch]
+rank = 4
+learning_rate = 1
+
+[tasks.kinds]
+kind = "rows"
+train = "rows.jsonl"
+score = "held-out.jsonl"
+prompt = "{text}"
+completion = "kind"
+labels = ["a", "b"]
+
+[tasks.sst2]
+kind = "harness"
+name = "sst2"
+
+[evolutions.lora-wiki]
+kind = "lora"
+text = "wiki.jsonl"
+links = 3
+rank = 16
+target_modules = ["q_proj"]
+new_text = { file = "wiki-held-out.jsonl", rows = 4 }
+
+[evolutions.full-wiki]
+kind = "full"
+text = "wiki.jsonl"
+template = "{title}: {text}"
+steps = 7
+"""
+
+
+def read(tmp_path, text):
+    file = tmp_path / "study.toml"
+    file.write_text(text)
+    return read_study(file)
+
+
+def problems(tmp_path, text):
+    with pytest.raises(StudyFileError) as caught:
+        read(tmp_path, text)
+    return str(caught.value).replace(f"'{tmp_path}/study.toml'", "FILE").splitlines()
+
+
+def test_a_file_becomes_values(tmp_path):
+    study = read(tmp_path, WHOLE)
+    assert (study.title, study.base, study.seeds, study.methods) == ("A study", "base-v1", (0, 3), ("add",))
+    assert (study.patch.rank, study.patch.learning_rate, study.patch.alpha) == (4, 1.0, 16)
+    assert study.tasks == {
+        "kinds": RowsTask(
+            train="rows.jsonl", score="held-out.jsonl", prompt="{text}", completion="kind", labels=("a", "b")
+        ),
+        "sst2": HarnessTask(name="sst2"),
+    }
+    lora, full = study.evolutions["lora-wiki"], study.evolutions["full-wiki"]
+    assert (lora.kind, lora.links, lora.settings) == (
+        "lora", 3, LoraEvolveSettings(rank=16, target_modules=("q_proj",)),
+    )  # fmt: skip
+    assert lora.new_text == Text(file="wiki-held-out.jsonl", rows=4)
+    assert (full.kind, full.template, full.settings) == ("full", "{title}: {text}", EvolveSettings(steps=7))
+
+
+def test_every_problem_is_named_with_its_line_and_key(tmp_path):
+    text = (
+        WHOLE.replace('base = "base-v1"\n', "")
+        .replace("seeds = [0, 3]", "seeds = [0, 0]\nmethods = ['ad']")
+        .replace("rank = 4", "rnk = 4")
+        .replace("learning_rate = 1", 'learning_rate = "fast"')
+        .replace('name = "sst2"', "")
+        .replace("links = 3", "links = 0")
+        .replace("rank = 16", "rank = 0")
+        .replace("rows = 4", "row = 4")
+        .replace('kind = "full"', 'kind = "whole"')
+    )
+    assert problems(tmp_path, text) == [
+        "FILE, base: must be given.",
+        "FILE, line 3, seeds: is [0, 0]; expected one or more, each once.",
+        "FILE, line 4, methods: 'ad': is no port method. There are: add.",
+        "FILE, line 7, patch.rnk: is no key here. Did you mean rank?",
+        "FILE, line 8, patch.learning_rate: is 'fast'; expected a number.",
+        "FILE, line 18, tasks.sst2.name: must be given.",
+        "FILE, line 22, evolutions.lora-wiki: evolution settings: rank is 0; expected 1 or more.",
+        "FILE, line 22, evolutions.lora-wiki: evolution: links is 0; expected 1 or more.",
+        "FILE, line 28, evolutions.lora-wiki.new_text.row: is no key here. Did you mean rows?",
+        "FILE, line 31, evolutions.full-wiki.kind: is 'whole'; expected 'full' or 'lora'.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("seeds = [0, 3]", "seeds = [0, 0]"), "line 4, seeds: is [0, 0]; expected one or more, each once"),
+        (("seeds = [0, 3]", "seeds = []"), "line 4, seeds: is []; expected one or more, each once"),
+        (("seeds = [0, 3]", "seeds = [true]"), "seeds: is the list [True]; expected a list, each a whole"),
+        (("seeds = [0, 3]", "methods = ['ad']"), "line 4, methods: 'ad'"),
+        (("seeds = [0, 3]", "compare = 'x7b'"), "line 4, compare: is 'x7b', which is no published table. "),
+        (("rank = 4", "rank = true"), "line 7, patch.rank: is true; expected a whole number"),
+        (("rank = 4", "seed = 4"), "line 7, patch.seed: is no key here; patches are trained with each of 'seeds'"),
+        (("[tasks.kinds]", "[tasks.Kinds]"), "line 10, tasks.Kinds: is no name here; expected small letters, digits"),
+        (('prompt = "{text}"', 'prompt = "text"'), "tasks.kinds: template 'text': names no field"),
+        (("steps = 7", "rank = 7"), "line 34, evolutions.full-wiki.rank: is no key here."),
+        (("steps = 7", "steps = 7\n[old_text]\nfile = 3"), "line 36, old_text.file: is 3; expected a text"),
+    ],
+)  # fmt: skip
+def test_a_problem_is_named(tmp_path, change, problem):
+    told = problems(tmp_path, WHOLE.replace(*change))
+    assert len(told) == 1
+    assert problem in told[0]
+
+
+def test_a_study_without_tasks_or_evolutions_is_none(tmp_path):
+    told = problems(tmp_path, "title = 'A'\nbase = 'b'\n[evolutions]\n")
+    assert told == [
+        "FILE, tasks: must be given: one table or more, [tasks.NAME].",
+        "FILE, line 3, evolutions: must be given: one table or more, [evolutions.NAME].",
+    ]
+
+
+def test_what_is_no_toml_or_no_file_is_refused(tmp_path):
+    assert "is not TOML" in problems(tmp_path, "title = ")[0]
+    with pytest.raises(StudyFileError, match="cannot be read"):
+        read_study(tmp_path / "none.toml")
