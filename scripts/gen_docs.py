@@ -157,7 +157,17 @@ def render_family(family: Any) -> str:
 def render_adapters() -> str:
     """The page `adapters.md`, from the rows that the tests try one by one."""
     sys.path.insert(0, str(ROOT))  # the table is the tests'
-    from tests.adapter_matrix import CONVERSION, CONVERTED, INTRODUCTION, MATRIX, NOTES, ORACLES, REFUSED
+    from tests.adapter_matrix import (
+        CONVERSION,
+        CONVERTED,
+        INTRODUCTION,
+        LAYOUT_NOTE,
+        LAYOUTS,
+        MATRIX,
+        NOTES,
+        ORACLES,
+        REFUSED,
+    )
 
     kinds = ["| adapter | model | merged | ported |", "| --- | --- | --- | --- |"]
     kinds += [f"| {row.says} | {row.on} | {row.merge} | {row.port} |" for row in MATRIX.values()]
@@ -168,7 +178,10 @@ def render_adapters() -> str:
     refused = ["| adapter | why |", "| --- | --- |", *(f"| {what} | {why} |" for what, (_, why) in REFUSED.items())]
     meanings = [f"- **{name}**: {meaning}." for name, meaning in ORACLES.items()]
     parts = ["# Adapters", INTRODUCTION, "\n".join(kinds), "How merged weights are tested:", "\n".join(meanings)]
-    parts += [NOTES, "## Converted", CONVERSION, "\n".join(starts), "## Refused", "\n".join(refused)]
+    layouts = ["| keys | |", "| --- | --- |"]
+    layouts += [f"| {layout.says} | {'refused' if layout.why else 'read'} |" for layout in LAYOUTS.values()]
+    parts += [NOTES, "## Converted", CONVERSION, "\n".join(starts)]
+    parts += ["## Other layouts", LAYOUT_NOTE, "\n".join(layouts), "## Refused", "\n".join(refused)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -337,3 +337,58 @@ REFUSED: Mapping[str, tuple[Mapping[str, object], str]] = {
     "`megatron_config`": ({"megatron_config": {"a": 1}}, "modules of another library"),
     "a field that is not known": ({"newest_field": 1}, "may change the result"),
 }
+
+FACTORS = r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta)((?:\.weight|\.bias)?)$"
+SAVED = r"\.(lm_head|norm|input_layernorm|post_attention_layernorm)\.weight$"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Other names for the tensors of an adapter than PEFT writes.
+
+    Attributes:
+        says: What such keys look like, for the page.
+        rewrites: Expressions and what they are replaced by, in PEFT's keys.
+        why: A part of what is said where it is refused; empty where it is read.
+    """
+
+    says: str
+    rewrites: Mapping[str, str]
+    why: str = ""
+
+
+LAYOUT_KINDS = ("plain", "dora", "embedding", "saved norms", "saved head", "token rows", "bias of B")
+"""The rows of the matrix that each layout is tried with."""
+
+LAYOUTS: Mapping[str, Layout] = {
+    "named": Layout("`lora_A.default.weight`: the adapter's name", {FACTORS: r".\1.default\2"}),
+    "of another name": Layout("`lora_A.sql.weight`: any one name", {FACTORS: r".\1.sql\2"}),
+    "a running model's": Layout(
+        "`lm_head.modules_to_save.sql.weight`, `lora_magnitude_vector.sql.weight`",
+        {FACTORS: r".\1.sql\2", r"magnitude_vector\.sql$": "magnitude_vector.sql.weight",
+         SAVED: r".\1.modules_to_save.sql.weight"},
+    ),
+    "old": Layout("`lm_head.modules_to_save.weight`", {SAVED: r".\1.modules_to_save.weight"}),
+    "compiled": Layout("`base_model.model._orig_mod.`: `torch.compile`", {r"model\.": "model._orig_mod."}),
+    "sharded": Layout(
+        "`layers.0._fsdp_wrapped_module.`: FSDP", {r"(\.\d+\.)": r"\1_fsdp_wrapped_module._checkpoint_wrapped_module."}
+    ),
+    "without prefix": Layout("no `base_model.model.` before the name", {r"^base_model\.model\.": ""}, "without"),
+    "data parallel": Layout("`module.` before the name", {"^": "module."}, "without 'base_model.model.'"),
+    "twice": Layout("`base_model.model.` twice", {"^": "base_model.model."}, "around another adapter"),
+    "originals": Layout(
+        "`lm_head.original_module.weight`", {SAVED: r".\1.original_module.weight"}, "the base's own value"
+    ),
+    "kohya": Layout("`lora_down`, `lora_up`", {"lora_A": "lora_down", "lora_B": "lora_up"}, "kohya's names"),
+    "several": Layout(
+        "the names of several adapters", {r"(lora_A|embedding_A)": r"\1.one", r"(lora_B|embedding_B)": r"\1.two"},
+        "2 adapters",
+    ),
+}  # fmt: skip
+
+LAYOUT_NOTE = """\
+What training programs store of a running model has other keys than an adapter that PEFT saved; PEFT drops most such
+tensors without a word. Those below are read where what is meant is certain, and `portllm capture` writes them as PEFT
+does; the rest is refused by the name of a tensor. Also refused are the adapters of mlx-lm (`adapters.safetensors`),
+and a folder with trained values that PEFT does not load beside the adapter (`non_lora_trainables.bin`,
+`new_embeddings`)."""

@@ -162,21 +162,20 @@ def with_key(key, *, dtype="F32", shape=(2,)):
 
 
 UNEXPLAINED = "a weight of the model, which neither 'modules_to_save' nor 'bias' explains"
-UNKNOWN = "nothing that PEFT would load"
+WITHOUT = "without 'base_model.model.' before its name"
 FOREIGN_KEYS = {
     "base_model.model.lm_head.modules_to_save.default.weight": UNEXPLAINED,
     "base_model.model.model.layers.0.self_attn.k_proj.bias": UNEXPLAINED,
     "base_model.model.model.norm.weight": UNEXPLAINED,
     "base_model.model.lm_head.weight": UNEXPLAINED,
-    f"{PREFIX}.lora_A.default.weight": UNEXPLAINED,
     f"{PREFIX}.lora_C.weight": UNEXPLAINED,
     f"{PREFIX}.lora_diag": "a KaSA diagonal",
     f"{PREFIX}.base_layer.lora_A.weight": "a factor of a parameter, and 'target_parameters' names none",
-    "model.layers.0.self_attn.q_proj.lora_A.weight": UNKNOWN,
-    f"x.{PREFIX}.lora_A.weight": UNKNOWN,
-    "base_model.model..lora_A.weight": UNKNOWN,
-    "base_model.model.": UNKNOWN,
-    "": UNKNOWN,
+    "model.layers.0.self_attn.q_proj.lora_A.weight": WITHOUT,
+    f"x.{PREFIX}.lora_A.weight": WITHOUT,
+    "base_model.model..lora_A.weight": "of no module",
+    "base_model.model.": "of no module",
+    "": WITHOUT,
 }
 
 

@@ -1,6 +1,7 @@
 """Every supported kind of adapter against PEFT: merged, written back, carried over; and nothing of it left out."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from portllm.checkpoint.reader import open_checkpoint
 from portllm.checkpoint.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError
 from portllm.patch.adapter_config import NEUTRAL_VALUES
-from portllm.patch.adapter_folder import load_patch
+from portllm.patch.adapter_folder import folder_of, load_patch
 from portllm.patch.adapter_keys import Role, parse_key
 from portllm.pipeline.blocks import Stochastic
 from portllm.pipeline.capture import capture_adapter, plan_capture
@@ -21,7 +22,7 @@ from portllm.pipeline.capture_tuned import capture_tuned
 from portllm.pipeline.merge import merge
 from portllm.pipeline.plan import plan_port
 from portllm.pipeline.port import port
-from tests.adapter_matrix import BYTES, LOGITS, MATRIX, REFUSED
+from tests.adapter_matrix import BYTES, LAYOUT_KINDS, LAYOUTS, LOGITS, MATRIX, REFUSED
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
@@ -309,6 +310,77 @@ def test_every_other_kind_of_adapter_of_peft_is_refused_by_its_name(cell, tmp_pa
         if kind.value != "LORA":
             said = refusal(case, rewritten(case, tmp_path / kind.value, peft_type=kind.value))
             assert f"peft_type is '{kind.value}'" in said
+
+
+# ---- other layouts
+
+
+def in_layout(layout, key):
+    for expression, other in LAYOUTS[layout].rewrites.items():
+        key = re.sub(expression, other, key)
+    return key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_with_other_keys_is_captured_as_peft_writes_it_or_refused(layout, cell, tmp_path):
+    tried = 0
+    for kind in LAYOUT_KINDS:
+        case = cell(kind, "F32")
+        tensors = load_file(case.adapter / "adapter_model.safetensors")
+        others = {in_layout(layout, key): tensor for key, tensor in tensors.items()}
+        if set(others) == set(tensors):
+            continue
+        tried += 1
+        folder = rewritten(case, tmp_path / kind, tensors=others)
+        if LAYOUTS[layout].why:
+            assert LAYOUTS[layout].why in refusal(case, folder)
+            continue
+        base = open_checkpoint(case.base)
+        capture_adapter(load_patch(folder), base=base, out=tmp_path / f"{kind} captured")
+        capture_adapter(load_patch(case.adapter), base=base, out=tmp_path / f"{kind} expected")
+        captured, expected = (
+            tmp_path / f"{kind} {name}" / "adapter_model.safetensors" for name in ("captured", "expected")
+        )
+        assert captured.read_bytes() == expected.read_bytes()
+    assert tried
+
+
+def test_peft_reads_named_keys_of_a_default_adapter_as_they_are_read_here(cell, tmp_path):
+    from tests.models import load_tuned, logits
+
+    case = cell("plain", "F32")
+    tensors = load_file(case.adapter / "adapter_model.safetensors")
+    folder = rewritten(case, tmp_path / "named", tensors={in_layout("named", key): t for key, t in tensors.items()})
+    assert logits(load_tuned(case.base, folder)).equal(case.logits)
+
+
+def test_a_tensor_that_is_there_by_two_names_is_refused(cell, tmp_path):
+    case = cell("plain", "F32")
+    tensors = load_file(case.adapter / "adapter_model.safetensors")
+    key = next(key for key in tensors if ".lora_A." in key)
+    folder = rewritten(case, tmp_path / "twice", tensors={**tensors, in_layout("named", key): tensors[key].clone()})
+    assert "again, by another name" in refusal(case, folder)
+
+
+def test_a_program_that_loads_an_adapter_itself_is_not_given_one_that_it_would_drop(cell, tmp_path):
+    case = cell("plain", "F32")
+    assert folder_of(load_patch(case.adapter)) == case.adapter
+    tensors = load_file(case.adapter / "adapter_model.safetensors")
+    folder = rewritten(case, tmp_path / "sql", tensors={in_layout("of another name", k): t for k, t in tensors.items()})
+    with pytest.raises(AdapterFormatError, match="portllm capture"):
+        folder_of(load_patch(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "found"), [("non_lora_trainables.bin", "modules_to_save"), ("adapters.safetensors", "mlx-lm")]
+)
+def test_what_was_trained_and_lies_in_another_file_is_not_left_out(file, found, cell, tmp_path):
+    case = cell("plain", "F32")
+    folder = rewritten(case, tmp_path / "adapter")
+    (folder / file).write_bytes(b"trained")
+    if file == "adapters.safetensors":
+        (folder / "adapter_model.safetensors").unlink()
+    assert found in refusal(case, folder)
 
 
 # ---- what the table does not show

@@ -6,7 +6,7 @@ tensor of the file is accounted for: it becomes part of a delta, or the folder i
 
 import importlib.resources
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from portllm.checkpoint.source import Source
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import AdapterFormatError, PatchRecordError
 from portllm.patch.adapter_config import parse_adapter_config
-from portllm.patch.adapter_keys import INNER, Role, render_key
+from portllm.patch.adapter_keys import INNER, PREFIX, Role, plain_key, render_key
 from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.patch import Patch
@@ -33,6 +33,10 @@ TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 RECORD_FILE = "patch.json"
 COPY_BYTES = 1 << 24
+
+MLX_FILE = "adapters.safetensors"
+UNREAD_FILES = ("non_lora_trainables.bin", "new_embeddings.safetensors", "new_embeddings.bin")
+"""What some training programs put beside an adapter: trained values that PEFT does not load."""
 
 
 def load_patch(folder: str | Path) -> Patch[TensorInfo]:
@@ -199,7 +203,18 @@ def files_of(patch: Patch[TensorInfo]) -> tuple[Source, ...]:
 
 
 def folder_of(patch: Patch[TensorInfo]) -> Path:
-    """The folder that a patch was opened from, for programs that load it themselves."""
+    """The folder that a patch was opened from, for programs that load it themselves.
+
+    Raises:
+        AdapterFormatError: Its keys are not as PEFT writes them: a program would drop their tensors without a word.
+    """
+    keys = (info.name for info in stored_tensors(patch).values())
+    odd = next((key for key in keys if not key.startswith(PREFIX) or plain_key(key) != key), None)
+    if odd is not None:
+        raise AdapterFormatError(
+            f"'{patch.name}': tensor '{odd}' is not named as PEFT writes it, and PEFT would drop it. Write the patch "
+            f"anew: portllm capture --adapter {patch.name} --base BASE -o PATCH."
+        )
     return Path(str(files_of(patch)[0])).parent
 
 
@@ -227,6 +242,7 @@ def _fetch(name: str) -> tuple[Path, str]:
     files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE) if file in repository.files]
     if CONFIG_FILE not in files:
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the hub, so it is not an adapter.")
+    _require_read(repository.files, name)
     if TENSOR_FILE not in files:
         pickled = (
             f"; its {PICKLE_FILE}, a pickle, can run code and is never read" if PICKLE_FILE in repository.files else ""
@@ -245,6 +261,7 @@ def _require_files(path: Path, name: str) -> None:
         inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
         hint = f" Its subfolder '{inner}' is one: give that." if inner else ""
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE}, so it is not an adapter folder.{hint}")
+    _require_read([file.name for file in path.iterdir()], name)
     if (path / TENSOR_FILE).is_file():
         return
     if (path / PICKLE_FILE).is_file():
@@ -255,6 +272,21 @@ def _require_files(path: Path, name: str) -> None:
             f"weights_only=True), '{path / TENSOR_FILE}')\"."
         )
     raise AdapterFormatError(f"'{name}': has {CONFIG_FILE} but no {TENSOR_FILE}. Copy the whole folder.")
+
+
+def _require_read(files: Collection[str], name: str) -> None:
+    """See to it that nothing that was trained lies in a file that is not read."""
+    unread = next((file for file in UNREAD_FILES if file in files), None)
+    if unread is not None:
+        raise AdapterFormatError(
+            f"'{name}': a part of what was trained is in {unread}, which PEFT does not load. Save those modules with "
+            "the adapter (modules_to_save), or take the file away if they are not meant."
+        )
+    if MLX_FILE in files and TENSOR_FILE not in files:
+        raise AdapterFormatError(
+            f"'{name}': {MLX_FILE} is mlx-lm's layout, whose names and axes are other than PEFT's. Convert it into "
+            f"PEFT's, or merge it with mlx_lm.fuse and give the result: portllm capture --base BASE --tuned TUNED."
+        )
 
 
 @cache

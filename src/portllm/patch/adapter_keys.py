@@ -1,9 +1,12 @@
 """The names of PEFT's keys: what a tensor of an adapter file is, and what it is called. They live here alone. Pure.
 
-Source: files written by PEFT 0.21 (https://github.com/huggingface/peft); the adapter's own name never stands in a key.
+Source: files written by PEFT 0.21 (https://github.com/huggingface/peft), in which the adapter's own name never stands
+in a key. Where training programs store a running model's tensors themselves, it does, and so do names of wrappers;
+PEFT then drops tensors without a word, and what is meant is still certain: `plain_key` takes those names out.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 PREFIX = "base_model.model."
@@ -28,8 +31,49 @@ class Role(Enum):
 
 UNSUPPORTED: Mapping[str, str] = {
     "lora_diag": "a KaSA diagonal",
+    ".original_module.": "the base's own value, left beside the one that was trained",
+    PREFIX * 2: "of an adapter around another adapter",
+    ".lora_down.": "a factor by kohya's names",
+    ".lora_up.": "a factor by kohya's names",
 }
 """Parts of keys that mean something that is refused, and its name."""
+
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Names that PyTorch's `compile`, FSDP and activation checkpointing put between those of the modules."""
+
+_NAMED = re.compile(
+    r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta)"
+    r"\.(?!(?:weight|bias)$)([^.]+)(?=(?:\.weight|\.bias)?$)"
+)
+_SAVED = ".modules_to_save."
+_MAGNITUDE = re.compile(r"(?<=\.lora_magnitude_vector)\.weight$")
+
+
+def adapter_names(keys: Iterable[str]) -> tuple[str, ...]:
+    """The names of adapters that stand in keys, sorted.
+
+    Example:
+        >>> adapter_names(["base_model.model.h.0.q.lora_A.sql.weight", "base_model.model.h.0.q.lora_B.weight"])
+        ('sql',)
+    """
+    return tuple(sorted({match[2] for key in keys if (match := _NAMED.search(key))}))
+
+
+def plain_key(key: str, name: str = "default") -> str:
+    """A key as PEFT writes it: without the adapter's name, names of wrappers, and what stands for a running model.
+
+    Args:
+        key: As it stands in a file.
+        name: The adapter's name, to tell it from a module's inside a module that is saved whole.
+
+    Example:
+        >>> plain_key("base_model.model._orig_mod.h.0.q.lora_A.sql.weight")
+        'base_model.model.h.0.q.lora_A.weight'
+        >>> plain_key("base_model.model.lm_head.modules_to_save.sql.weight", "sql")
+        'base_model.model.lm_head.weight'
+    """
+    key = _NAMED.sub(r".\1", WRAPPERS.sub("", key))
+    return _MAGNITUDE.sub("", key.replace(f"{_SAVED}{name}.", ".").replace(_SAVED, "."))
 
 
 def parse_key(key: str) -> tuple[str, Role] | None:
@@ -43,12 +87,27 @@ def parse_key(key: str) -> tuple[str, Role] | None:
         >>> parse_key("base_model.model.norm.weight")
         ('norm.weight', <Role.WHOLE: ''>)
     """
-    if not key.startswith(PREFIX) or any(part in key for part in UNSUPPORTED):
+    if why_foreign(key) is not None:
         return None
     name = key.removeprefix(PREFIX)
     role = next(role for role in Role if name.endswith(role.value))
     module = name.removesuffix(role.value)
     return (module, role) if module else None
+
+
+def why_foreign(key: str) -> str | None:
+    """What a key that PEFT would not load is; None for one that it would.
+
+    Example:
+        >>> why_foreign("h.0.q.lora_A.weight")
+        "without 'base_model.model.' before its name, so PEFT would drop it without a word"
+    """
+    kind = next((kind for part, kind in UNSUPPORTED.items() if part in key), None)
+    if kind is not None:
+        return f"{kind}, which is not supported"
+    return (
+        None if key.startswith(PREFIX) else f"without '{PREFIX}' before its name, so PEFT would drop it without a word"
+    )
 
 
 def split_inner(module: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.ties import HEAD
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.adapter_keys import INNER, UNSUPPORTED, Role, parse_key, split_inner
+from portllm.patch.adapter_keys import INNER, Role, adapter_names, parse_key, plain_key, split_inner, why_foreign
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
@@ -56,15 +56,15 @@ def sort_out(
     config.check_effort(len(tensors))
     parts = _Parts()
     by_module: dict[str, dict[Role, TensorInfo]] = {}
-    for key in sorted(tensors):
+    keyed = _plain(parts, tensors)
+    for key in sorted(keyed):
         found = parse_key(key)
         if found is None:
-            kind = next((kind for part, kind in UNSUPPORTED.items() if part in key), "nothing that PEFT would load")
-            parts.problems.append(f"tensor '{key}' is {kind}, which is not supported")
+            parts.problems.append(f"tensor '{keyed[key].name}' is {why_foreign(key) or 'of no module'}")
         elif found[1] is Role.WHOLE:
-            _take_whole(parts, found[0], tensors[key], config)
+            _take_whole(parts, found[0], keyed[key], config)
         else:
-            by_module.setdefault(found[0], {})[found[1]] = tensors[key]
+            by_module.setdefault(found[0], {})[found[1]] = keyed[key]
     for module in [module for module in by_module if _is_inner(module, config)]:
         parts.problems += [
             f"tensor '{info.name}' is a factor of a parameter, and 'target_parameters' names none of its module"
@@ -99,6 +99,24 @@ def sort_out(
         experts=parts.experts,
         revision=revision,
     )
+
+
+def _plain(parts: _Parts, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by the keys that PEFT would write for them."""
+    names = adapter_names(tensors)
+    if len(names) > 1:
+        parts.problems.append(
+            f"there are tensors of {len(names)} adapters in it ({', '.join(names[:SHOWN])}); save each into a folder "
+            "of its own"
+        )
+        return {}
+    keyed: dict[str, TensorInfo] = {}
+    for key in sorted(tensors):
+        plain = plain_key(key, *names)
+        if plain in keyed:
+            parts.problems.append(f"tensor '{key}' is '{keyed[plain].name}' again, by another name")
+        keyed[plain] = tensors[key]
+    return keyed
 
 
 def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterConfig) -> None:
