@@ -110,6 +110,14 @@ def test_without_a_measure_of_drift_nothing_is_promised():
     assert judge(Measures()).answer is Answer.UNCERTAIN
 
 
+def test_a_quantization_that_dwarfs_the_patch_puts_it_in_doubt_and_a_small_one_is_a_remark():
+    large, small = (judge(Measures(fitted_to="nf4", quantization_gap=gap)) for gap in (12.0, 0.5))
+    assert any(reason.threshold is thresholds.QUANTIZATION_GAP for reason in large.reasons)
+    assert not any(reason.threshold is thresholds.QUANTIZATION_GAP for reason in small.reasons)
+    assert "0.5 times as large as the patch" in small.remarks[0]
+    assert "is not measured" in judge(Measures(fitted_to="Q4_K")).remarks[0]
+
+
 def test_every_threshold_names_its_source():
     assert all(threshold.source and threshold.divides for threshold in thresholds.ALL)
     assert len({threshold.name for threshold in thresholds.ALL}) == len(thresholds.ALL)

@@ -25,6 +25,9 @@ from portllm.pipeline.tuned_plan import plan_capture_tuned
 from tests.models import make_adapter
 from tests.quantized import quantize_model, write_gguf
 
+SAMPLED = 0.1
+"""Double quantization of the sampled blocks' scales alone, instead of all scales."""
+
 
 @pytest.fixture(scope="module")
 def models(tiny, tmp_path_factory):
@@ -135,6 +138,21 @@ def test_a_qlora_patch_says_what_it_was_fitted_to(models, tiny, tmp_path):
     base, evolved = portllm.open_checkpoint(models["plain"]), portllm.open_checkpoint(tiny("base", seed=5))
     ported = port(patch, base=base, evolved=evolved, out=tmp_path / "ported")
     assert ported.record.capture.fitted_to == patch.record.capture.fitted_to
+
+
+def test_check_estimates_the_gap_of_a_qlora_patch_from_samples(models, tiny, tmp_path):
+    from portllm.pipeline.check import check
+
+    patch = qlora_patch(models, tiny, tmp_path / "patch")
+    base, evolved = portllm.open_checkpoint(models["plain"]), portllm.open_checkpoint(tiny("base", seed=5))
+    found = check(patch, base=base, evolved=evolved).patches[0]
+    whole = merge(patch, into=base, out=tmp_path / "merged").quantization.total.ratio
+    assert found.quantization.ratio == pytest.approx(whole, rel=SAMPLED)
+    assert any("fitted to nf4-double weights" in remark for remark in found.verdict.remarks)
+    of_plain = capture_adapter(portllm.load_patch(tiny("adapter", of=models["plain"])), base=base, out=tmp_path / "p")
+    other = check(of_plain, base=base, evolved=evolved).patches[0]
+    assert other.quantization is None
+    assert not any("fitted to" in remark for remark in other.verdict.remarks)
 
 
 def qlora_patch(models, tiny, out, scheme="nf4-double"):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from portllm.assess.quantization_gap import BROKE_MODELS
+
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
@@ -60,4 +62,11 @@ KEPT_GAIN = Threshold(
     "weights; the measure is exact)",
 )  # fmt: skip
 
-ALL = (SHORT_DRIFT, CONTINUATION_COSINE, INDEPENDENT_COSINE, ALIGNED_COSINE, OVERLAP_SHARE, KEPT_GAIN)
+QUANTIZATION_GAP = Threshold(
+    "quantization gap", BROKE_MODELS,
+    "size of what quantization took of the weights, against the patch that was fitted without, from which merged "
+    "models were seen to break",
+    "unsloth-zoo pull request 810: ratios of 10 to 150 on Falcon-H1",
+)  # fmt: skip
+
+ALL = (SHORT_DRIFT, CONTINUATION_COSINE, INDEPENDENT_COSINE, ALIGNED_COSINE, OVERLAP_SHARE, KEPT_GAIN, QUANTIZATION_GAP)

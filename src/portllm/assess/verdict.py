@@ -20,6 +20,7 @@ from portllm.assess.thresholds import (
     INDEPENDENT_COSINE,
     KEPT_GAIN,
     OVERLAP_SHARE,
+    QUANTIZATION_GAP,
     SHORT_DRIFT,
     Threshold,
 )
@@ -83,6 +84,8 @@ class Measures:
         kept_gain: By storage dtype, the share of the patch that a merge would keep.
         stored_as: The dtype that the evolved model stores what the patch changes in.
         changes_vocabulary: Whether the patch changes rows that stand for tokens, and tokens have moved or are gone.
+        fitted_to: How the weights that the patch was fitted to are quantized (QLoRA); None where they are not.
+        quantization_gap: `|W - dequant(quant(W))| / |Δ|` of them; None where it was not measured.
     """
 
     refusals: tuple[Refusal, ...] = ()
@@ -95,6 +98,8 @@ class Measures:
     kept_gain: Mapping[str, float] | None = None
     stored_as: str | None = None
     changes_vocabulary: bool = False
+    fitted_to: str | None = None
+    quantization_gap: float | None = None
 
 
 def judge(measures: Measures) -> Verdict:
@@ -127,6 +132,21 @@ def _reasons(measures: Measures) -> Iterator[Reason]:
             "tokens have other rows in the evolved model, and the patch changes such rows. They follow their tokens; "
             "what belongs to tokens that are gone is left out.",
         )
+
+    if measures.quantization_gap is not None and measures.quantization_gap >= QUANTIZATION_GAP.value:
+        yield Reason(
+            Answer.UNCERTAIN,
+            f"{_of_quantization(measures)} Models merged so were seen to break: serve the patch as an adapter beside "
+            "the evolved model, quantized the same way.",
+            QUANTIZATION_GAP,
+        )
+
+
+def _of_quantization(measures: Measures) -> str:
+    return (
+        f"the patch was fitted to {measures.fitted_to} weights, and what quantization took of them, which it never "
+        f"saw, is {measures.quantization_gap:.3g} times as large as the patch."
+    )
 
 
 def _of_lineage(measures: Measures) -> Iterator[Reason]:
@@ -199,6 +219,14 @@ def _remarks(measures: Measures) -> Iterator[str]:
     for change in measures.config_changes:
         if change.effect is not Effect.FUNCTION:
             yield _change(change)
+    gap = measures.quantization_gap
+    if gap is not None and gap < QUANTIZATION_GAP.value:
+        yield _of_quantization(measures).removesuffix(".")
+    elif gap is None and measures.fitted_to is not None:
+        yield (
+            f"the patch was fitted to {measures.fitted_to} weights, and how much quantization took of them is not "
+            "measured; it is a part of the drift where the base is given as it was quantized"
+        )
     kept = (measures.kept_gain or {}).get(measures.stored_as or "")
     if kept is not None and kept < KEPT_GAIN.value:
         wider = next((name for name, gain in (measures.kept_gain or {}).items() if gain >= KEPT_GAIN.value), "F32")

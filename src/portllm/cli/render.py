@@ -8,6 +8,7 @@ from portllm.assess.quantization_gap import QuantizationGap
 from portllm.cli.plain import one_line
 from portllm.output.manifest import MergeReport
 from portllm.patch.record import PatchRecord
+from portllm.pipeline.fitted import quantization_of
 from portllm.pipeline.inspect import CheckpointSummary, PatchSummary
 from portllm.pipeline.plan import MergePlan, PortPlan
 from portllm.progress import Unit
@@ -80,6 +81,9 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         else "does not fit",
         "output": str(out),
     }
+    if (scheme := quantization_of(plan.patch)) is not None:
+        first = plan.patch.record.ports[0].source if plan.patch.record and plan.patch.record.ports else plan.source
+        rows["fitted to"] = f"the values of {first.name} in {scheme}; merging adds what quantization took of them"
     if plan.evidence:
         rows["drift"] = (
             f"{percent(plan.evidence['sampled_drift'], digits=2)} of the patched weights' norm, cosine "

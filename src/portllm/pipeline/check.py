@@ -27,9 +27,11 @@ from portllm.patch.rounding import MergeSums
 from portllm.pipeline.check_report import CheckReport, KindReport, PatchReport, UpdateReport
 from portllm.pipeline.drift_samples import DriftSample, drawn, sample_drift
 from portllm.pipeline.fit import changes_on, oriented, tensor_of
+from portllm.pipeline.fitted import quantization_of
 from portllm.pipeline.pairs import Pair, Pairing, pair_tensors
 from portllm.pipeline.patch_measures import ChangeMeasures, measure_change
 from portllm.pipeline.plan import plan_port_on
+from portllm.pipeline.sampled_gap import sample_gap
 from portllm.pipeline.token_rows import has_token_rows
 from portllm.pipeline.update import Update
 from portllm.progress import Progress, silent
@@ -223,6 +225,7 @@ def _check_patch(patch: Patch[TensorInfo], changes: Changes, known: _Known) -> P
     rounding = _total_rounding(measured.values())
     overlaps = _total_overlaps(measured.values())
     alignment = sum((found.alignment for found in measured.values()), Alignment())
+    gap = sample_gap(patch, measured, known.sample.rows)
     stored_as = Counter(pair.evolved.dtype for _, pair in changes.values()).most_common(1)
     verdict = judge(
         Measures(
@@ -238,6 +241,8 @@ def _check_patch(patch: Patch[TensorInfo], changes: Changes, known: _Known) -> P
             kept_gain={dtype: sums.kept_gain for dtype, sums in rounding.items()},
             stored_as=stored_as[0][0] if stored_as else None,
             changes_vocabulary=plan.tokens is not None,
+            fitted_to=quantization_of(patch),
+            quantization_gap=None if gap is None else gap.ratio,
         )
     )
     return PatchReport(
@@ -251,6 +256,7 @@ def _check_patch(patch: Patch[TensorInfo], changes: Changes, known: _Known) -> P
         stored_as[0][0] if stored_as else None,
         measured,
         sum(found.is_rescaled for found in measured.values()),
+        gap,
     )
 
 

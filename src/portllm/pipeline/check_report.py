@@ -9,6 +9,7 @@ from portllm.assess.estimate import DriftEstimate, Estimate
 from portllm.assess.lineage import Lineage
 from portllm.assess.overlap import Alignment, Share
 from portllm.assess.places import Place
+from portllm.assess.quantization_gap import GapSums
 from portllm.assess.verdict import Answer, Reason, Verdict
 from portllm.patch.record import ModelIdentity, identity_to_json
 from portllm.patch.rounding import MergeSums
@@ -82,6 +83,7 @@ class PatchReport:
         stored_as: The dtype that the evolved model stores most of what the patch changes in.
         changes: By tensor of the evolved model, what was measured of each.
         n_rescaled: How many of them have a DoRA magnitude.
+        quantization: What quantization took of the weights that it was fitted to (QLoRA); None where not measured.
     """
 
     name: str
@@ -94,6 +96,7 @@ class PatchReport:
     stored_as: str | None = None
     changes: Mapping[str, ChangeMeasures] | None = None
     n_rescaled: int = 0
+    quantization: GapSums | None = None
 
     @property
     def relative_size(self) -> float | None:
@@ -179,6 +182,7 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
         "overlap": {side: _share(share) for side, share in (patch.overlaps or {}).items()},
         "kept_gain": {dtype: _number(sums.kept_gain) for dtype, sums in (patch.rounding or {}).items()},
         "stored_as": patch.stored_as,
+        "quantization_gap": None if patch.quantization is None else _number(patch.quantization.ratio),
         "tensors": {name: _change(change) for name, change in (patch.changes or {}).items()},
     }
 

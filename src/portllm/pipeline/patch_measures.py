@@ -19,6 +19,7 @@ from portllm.pipeline.drift_samples import SampledRows
 
 Matrix = Float[np.ndarray, "_ _"]
 INPUT, OUTPUT = "input", "output"
+LOW_RANK = "low rank"
 LONGEST_ROWS = 256
 """Trained token rows that are measured at most."""
 
@@ -87,7 +88,7 @@ def _of_low_rank(
     if columns is not None:
         overlaps[along] = share_inside(np.ascontiguousarray(columns.T), left.T)
     return ChangeMeasures(
-        "low rank",
+        LOW_RANK,
         delta.rank,
         delta.scale**2 * product_square(b, a),
         align(added, drift),
@@ -129,7 +130,7 @@ def _of_experts(
         delta_sq += experts.scale**2 * product_square(b[start:stop], a)
         seen += stop - start
     return ChangeMeasures(
-        "low rank",
+        LOW_RANK,
         experts.rank,
         delta_sq * sampled.pair.rows / max(1, seen),
         align(added, drift),
@@ -169,12 +170,12 @@ def _matrix(info: TensorInfo) -> Float32[np.ndarray, "rows columns"]:
 def _rows_of(info: TensorInfo, sampled: SampledRows) -> Float32[np.ndarray, "rows width"]:
     """The sampled rows of a tensor of the patch that has the weight's shape."""
     width = sampled.pair.width
-    parts = [load_values(info, start * width, stop * width) for start, stop in _runs(sampled.rows)]
+    parts = [load_values(info, start * width, stop * width) for start, stop in runs_of(sampled.rows)]
     return np.concatenate(parts).reshape(-1, width)
 
 
-def _runs(rows: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that follow each other."""
+def runs_of(rows: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that follow each other; `rows` rise."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     for part in np.split(rows, breaks):
         yield int(part[0]), int(part[-1]) + 1
