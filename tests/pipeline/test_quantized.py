@@ -1,14 +1,18 @@
 """Quantized bases through the pipeline: captured, ported, refused as the place to merge into."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import portllm
+from portllm.checkpoint import identity
 from portllm.checkpoint.sample import load_values
 from portllm.checkpoint.tensors import load
 from portllm.errors import PlanRefusedError
@@ -22,7 +26,8 @@ from portllm.pipeline.merge import merge
 from portllm.pipeline.plan import plan_merge
 from portllm.pipeline.port import port
 from portllm.pipeline.tuned_plan import plan_capture_tuned
-from tests.models import make_adapter
+from portllm.pipeline.verify import verify
+from tests.models import load_tuned, make_adapter
 from tests.quantized import quantize_model, write_gguf
 
 SAMPLED = 0.1
@@ -78,9 +83,32 @@ def test_a_patch_is_ported_between_quantized_models_with_the_drift_of_their_valu
 
 
 def test_merging_into_quantized_weights_is_refused_with_the_way_out(patch, models, tmp_path):
-    with pytest.raises(PlanRefusedError, match="--into MODEL --quantized-base"):
+    with pytest.raises(PlanRefusedError, match="--dtype BF16.*--into MODEL --quantized-base"):
         merge(patch, into=portllm.open_checkpoint(models["base"]), out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_merging_with_a_dtype_stores_what_the_quantized_weights_stand_for(dtype, patch, models, tmp_path):
+    quantized = portllm.open_checkpoint(models["base"])
+    report = merge(patch, into=quantized, out=tmp_path / "merged", dtype=dtype)
+    assert report.quantization is None  # the patch meets the weights that it was fitted to
+    assert report.into.digest == identity.digest(quantized)
+    plain = tmp_path / "plain"
+    shutil.copytree(models["plain"], plain)
+    stored = {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
+    save_file(
+        {name: load(info).to(stored) for name, info in quantized.infos.items()},
+        plain / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    tuned = load_tuned(plain, tmp_path / "patch", dtype=stored)
+    expected = tuned.merge_and_unload().state_dict()
+    merged = portllm.open_checkpoint(tmp_path / "merged")
+    assert [name for name, info in merged.infos.items() if not load(info).equal(expected[name])] == []
+    assert "quantization_config" not in merged.config
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == stored
+    assert verify(tmp_path / "merged", base=quantized).verified
 
 
 def test_a_patch_is_not_taken_from_two_quantized_models(models):

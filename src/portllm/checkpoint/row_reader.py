@@ -9,7 +9,7 @@ from torch import Tensor
 
 from portllm.checkpoint import page_cache
 from portllm.checkpoint.header import TensorInfo, n_bytes_of
-from portllm.checkpoint.tensors import torch_dtype
+from portllm.checkpoint.tensors import load_rows, torch_dtype
 from portllm.errors import CheckpointError
 
 
@@ -29,12 +29,14 @@ class RowReader:
         self._fetched = 0
 
     def rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor, counted along its first axis; a scalar has one.
+        """Rows `start` to `stop` of a tensor, counted along its first axis; a scalar has one. Quantized ones: decoded.
 
         Raises:
             CheckpointError: The file is gone or became shorter since it was opened.
             UnsupportedDtypeError: torch has no such dtype.
         """
+        if info.encoding is not None:
+            return load_rows(info, start, stop)
         row_bytes = n_bytes_of(info.dtype, info.shape[1:])
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         return self.data(info, start * row_bytes, stop * row_bytes).view(torch_dtype(info.dtype)).reshape(shape)

@@ -150,8 +150,8 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
     if gap is not None and gap.dominates:
         lines += [
             "  warning: the merge adds far more of what quantization took than of the patch, and the patch was fitted",
-            "  without it. Models merged so were seen to break: evaluate the output, or serve the adapter unmerged",
-            "  beside the quantized model.",
+            "  without it. Models merged so were seen to break: evaluate the output, serve the adapter unmerged beside",
+            "  the quantized model, or merge into its own values: --into QUANTIZED --dtype BF16.",
         ]
     least = report.tensors[worst].kept_gain if worst is not None else 1.0
     if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:

@@ -41,9 +41,10 @@ def _roots(folder: Path) -> tuple[Path, ...]:
 
 
 def copy_side_files(source: Path, folder: Path, *, config_changes: Mapping[str, object]) -> None:
-    """Copy them, with the given fields of `config.json` changed; without changes its bytes stay as they are.
+    """Copy them, with the given fields of `config.json` changed, or taken out where they are None.
 
-    `dtype` goes where the file has it: under that name, or under the older `torch_dtype`.
+    Without changes its bytes stay as they are. `dtype` goes where the file has it: under that name, or under the older
+    `torch_dtype`.
 
     Raises:
         CheckpointError: As `side_files`.
@@ -54,5 +55,8 @@ def copy_side_files(source: Path, folder: Path, *, config_changes: Mapping[str, 
         return
     config = read_config(folder / CONFIG_FILE)
     for key, value in config_changes.items():
+        if value is None:
+            config.pop(key, None)
+            continue
         config["torch_dtype" if key == "dtype" and "torch_dtype" in config else key] = value
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

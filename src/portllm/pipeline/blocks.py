@@ -122,7 +122,7 @@ def blocks_of(step: MergeStep, bench: Bench) -> Iterator[Block]:
     """
     if step.change is not None:
         yield from _changed_blocks(step, bench)
-    elif step.entry.dtype != step.source.dtype:
+    elif not step.is_copy:
         yield from _cast_blocks(step, bench)
     else:
         for start in range(0, step.source.n_bytes, COPY_BYTES):

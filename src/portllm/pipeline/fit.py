@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
+from portllm.checkpoint.encoding import FourBit
 from portllm.checkpoint.equality import same_values
 from portllm.checkpoint.families import current_tensors, family_of, resolve
 from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
@@ -280,15 +281,23 @@ def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint
         )
 
 
-def unmergeable(into: Checkpoint) -> Iterator[Refusal]:
-    """Why a patch cannot be added to the weights of a model, whatever the patch: they are quantized."""
-    if into.quantization is not None:
-        yield Refusal(
-            "--into",
-            f"the weights of {into.name} are quantized ({into.quantization}): storing a sum so would round most of "
-            "the patch away. Serve the patch as an adapter beside it, or merge into the 16-bit model that it was made "
-            f"from: --into MODEL --quantized-base {into.name}.",
-        )
+def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
+    """Why a patch cannot be added to the weights of a model, whatever the patch: they are quantized.
+
+    What bitsandbytes stores in 4 bit can be stored as the values it stands for, where a dtype is asked for.
+    """
+    if into.quantization is None:
+        return
+    is_four_bit = all(isinstance(info.encoding, FourBit | None) for info in into.infos.values())
+    if is_four_bit and dtype is not None:
+        return
+    ways = "Store it in 16 bit (--dtype BF16), serve" if is_four_bit else "Serve"
+    yield Refusal(
+        "--into",
+        f"the weights of {into.name} are quantized ({into.quantization}): storing a sum so would round most of the "
+        f"patch away. {ways} the patch as an adapter beside it, or merge into the 16-bit model that it was made from: "
+        f"--into MODEL --quantized-base {into.name}.",
+    )
 
 
 def base_mismatch(

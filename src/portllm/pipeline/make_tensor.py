@@ -8,6 +8,7 @@ from queue import SimpleQueue
 import torch
 from blake3 import blake3
 
+from portllm.checkpoint.identity import digest_stored
 from portllm.errors import DeviceError
 from portllm.patch.rounding import MergeSums
 from portllm.pipeline.blocks import NEAREST, Bench, Rounding, blocks_of
@@ -82,10 +83,11 @@ def make_tensor(step: MergeStep, bench: Bench, write: Callable[[int, memoryview]
             sums += block.sums
         place += len(block.data)
         tell(len(block.data))
-    is_copy = step.change is None and step.entry.dtype == step.source.dtype
+    # What is decoded on the way has other bytes in its file, and more than one tensor of them.
+    source = step.source
     return Facts(
-        {step.source.name: read.hexdigest()},
-        {step.entry.name: (read if is_copy else written).hexdigest()},
+        {source.name: read.hexdigest()} if source.encoding is None else digest_stored(source, {}),
+        {step.entry.name: (read if step.is_copy else written).hexdigest()},
         {} if sums is None else {step.entry.name: sums},
     )
 

@@ -35,6 +35,9 @@ from portllm.pipeline.fitted import Fitted, fitted_of, misnamed, quantization_of
 from portllm.pipeline.token_rows import TokenMap, following, token_changes, unmovable
 from portllm.pipeline.update import Update, identify
 
+QUANTIZATION_FIELD = "quantization_config"
+"""Of `config.json`: how transformers loads the weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class PortPlan:
@@ -79,6 +82,11 @@ class MergeStep:
     source: TensorInfo
     change: Change[TensorInfo] | None
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the stored bytes are those of the output."""
+        return self.change is None and self.source.stored_as == self.entry.dtype
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
@@ -90,7 +98,7 @@ class MergePlan:
         identity: Its identity.
         steps: One for each tensor of the output, by name.
         shards: Which tensor goes into which file.
-        config_changes: Fields of `config.json` that the output needs otherwise.
+        config_changes: Fields of `config.json` that the output needs otherwise; None for one that it must not have.
         notes: What a user should know, though it is no reason to stop.
         refusals: Every reason not to run.
         fitted: The quantized weights that the patch was fitted to, where they can be had again.
@@ -228,12 +236,12 @@ def plan_merge(
     else:
         refusals += misnamed(patch, into, quantized_base)
     refusals += altered_copies(patch, into)
-    refusals += unmergeable(into)
+    refusals += unmergeable(into, dtype=dtype)
     notes = []
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")
-    fitted = fitted_of(patch, into, quantized_base)
-    if (scheme := quantization_of(patch)) is not None:
+    fitted = None if into.quantization is not None else fitted_of(patch, into, quantized_base)
+    if (scheme := quantization_of(patch)) is not None and into.quantization is None:
         measured = "the report says how large that is" if fitted else "how large that is, is not measured"
         notes.append(f"the patch was fitted to {scheme} weights, and {into.name} differs from them: {measured}.")
     changes, sources, unties = _untangle(changes_on(patch, into), into)
@@ -244,6 +252,9 @@ def plan_merge(
         if isinstance(text, dict) and "tie_word_embeddings" in text:  # a model of vision and text says it there too
             config_changes["text_config"] = {**text, "tie_word_embeddings": False}
         notes.append("the patch sets head and embedding apart, which were tied: the output has a head of its own.")
+    if into.quantization is not None:
+        config_changes[QUANTIZATION_FIELD] = None
+        notes.append(f"the output holds the values that the weights of {into.name} stand for, with the patch in them.")
     if dtype is not None:
         config_changes["dtype"] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
     steps = {
