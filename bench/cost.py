@@ -17,9 +17,9 @@ from pathlib import Path
 
 from bench.measure import Run, machine, measure, summarize
 from portllm import load_patch
-from portllm.demo.kept import versions
 from portllm.demo.settings import COMPLETION, PROMPT, TRAIN
 from portllm.demo.story import BASE, DATA, TRAINING_ROWS, tell
+from portllm.kept import versions
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of the short jobs")
     parser.add_argument("--train-runs", type=int, default=3, help="of fine-tuning")
     options = parser.parse_args()
-    described = {**machine(HERE), "versions": versions()}
+    described = {**machine(HERE), "versions": dict(versions())}
     results = []
     for job in jobs():
         runs = options.train_runs if job.n_trained else options.runs

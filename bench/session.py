@@ -15,7 +15,7 @@ from bench.contests import Contest, Job
 from bench.inputs import OUTPUTS
 from bench.measure import Run, machine, measure, summarize
 from bench.peers.mergekit import mergekit_version
-from portllm.demo.kept import versions
+from portllm.kept import versions
 
 Kept = dict[str, Any]
 

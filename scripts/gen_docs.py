@@ -35,6 +35,7 @@ def find_program() -> Any:
     import portllm.cli.model_commands
     import portllm.cli.patch_commands
     import portllm.cli.proof_commands
+    import portllm.cli.study_commands
 
     return typer.main.get_command(portllm.cli.main.app)
 
@@ -63,7 +64,10 @@ def render_commands() -> str:
     ]
     for name in program.list_commands(context):
         command = program.commands[name]
-        parts += [f"## portllm {name}", fence(render_help(open_context(command, name, context)))]
+        inner = open_context(command, name, context)
+        parts += [f"## portllm {name}", fence(render_help(inner))]
+        for part, below in getattr(command, "commands", {}).items():
+            parts += [f"### portllm {name} {part}", fence(render_help(open_context(below, part, inner)))]
     return "\n\n".join(parts) + "\n"
 
 

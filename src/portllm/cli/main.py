@@ -21,12 +21,14 @@ from portllm.errors import PortLLMError
 
 ORDER = (
     "demo", "inspect", "train", "capture", "check", "port", "merge", "combine", "evaluate", "verify", "sign", "fleet",
+    "study",
 )  # fmt: skip
 """The commands as `--help` lists them: in the order in which a patch goes through them."""
 
 RESUMED = {
     "demo": "the same command goes on after the last step that is finished",
     "fleet": "the same command does what is missing",
+    "study": "the same command goes on after the last step that is finished",
     "merge": "the same command goes on at the shard that it had reached",
 }
 """What becomes of what an interrupted command has done; the others begin anew."""
@@ -88,7 +90,8 @@ def main() -> None:
     import portllm.cli.merge_command
     import portllm.cli.model_commands
     import portllm.cli.patch_commands
-    import portllm.cli.proof_commands  # noqa: F401 (registers its commands)
+    import portllm.cli.proof_commands
+    import portllm.cli.study_commands  # noqa: F401 (registers its commands)
 
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -15,16 +15,17 @@ from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint, open_checkpoint
 from portllm.comparison.compare import Comparison, score_all, set_side_by_side
 from portllm.comparison.scoring import Scores, Task
-from portllm.demo.kept import Kept, keep
 from portllm.demo.settings import COMPLETION, EVOLUTION_TEMPLATE, EVOLVE, MAX_TOKENS, PROMPT, TRAIN
+from portllm.kept import Kept, keep
 from portllm.live.evolve import evolve
 from portllm.live.examples import ExampleFormat, read_examples, read_texts
-from portllm.patch.adapter_folder import digest_tensors, load_patch
+from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.drift import measure_drift
 from portllm.pipeline.evaluate import plan_evaluation
 from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
 from portllm.pipeline.train import model_folder, train
+from portllm.pipeline.written import checkpoint_identity, patch_identity
 from portllm.progress import Progress, silent
 
 BASE = "builtin:smollm2-135m"
@@ -210,16 +211,6 @@ class _Teller:
     ) -> None:
         self.steps[name] = keep(self._records / f"{name}.json", inputs=inputs, identify=identify, work=work)
         self._on_step(Step(name, self.steps[name]))
-
-
-def patch_identity(folder: Path) -> str:
-    """A digest over a patch's tensors."""
-    return blake3(repr(sorted(digest_tensors(load_patch(folder)).items())).encode()).hexdigest()
-
-
-def checkpoint_identity(folder: Path) -> str:
-    """A checkpoint's fingerprint, taken from its files."""
-    return fingerprint(open_checkpoint(folder))
 
 
 def _digest(name: str) -> str:

@@ -1,6 +1,7 @@
 """A first patch: LoRA fine-tuning on a JSONL file, captured with the record of what it was trained on."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import GGUF_SUFFIX, Checkpoint, on_disk
 from portllm.checkpoint.writer import check_free
 from portllm.errors import DataError, NotFoundError
-from portllm.live.examples import ExampleFormat, read_examples
+from portllm.live.examples import Example, ExampleFormat, read_examples
 from portllm.live.model import Device
 from portllm.live.train import TrainReport, TrainSettings, train_lora
 from portllm.patch.adapter_folder import load_patch
@@ -51,23 +52,60 @@ def train(
         OutputExistsError: `out` exists; said before any work is done.
     """
     check_free(out, overwrite=overwrite)
+    recorded = {
+        "prompt": fmt.prompt,
+        "completion": fmt.completion,
+        "data": f"blake3:{blake3(data.read_bytes()).hexdigest()}",
+    }
+    return train_on(
+        base,
+        read_examples(data, fmt),
+        out=out,
+        recorded=recorded,
+        settings=settings,
+        device=device,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def train_on(
+    base: Checkpoint,
+    examples: Sequence[Example],
+    *,
+    out: Path,
+    recorded: Mapping[str, object],
+    settings: TrainSettings | None = None,
+    device: Device = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> tuple[Patch[TensorInfo], TrainReport]:
+    """As `train`, on prompts and completions.
+
+    Args:
+        base: The model.
+        examples: Prompts and completions.
+        out: The patch's folder.
+        recorded: What the patch's record says of them.
+        settings: Rank, learning rate and the like.
+        device: Where to train.
+        overwrite: Replace `out` where it exists.
+        progress: Told of every step.
+    """
+    check_free(out, overwrite=overwrite)
     folder = model_folder(base, progress=progress)
     settings = settings or TrainSettings()
-    examples = read_examples(data, fmt)
     with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
         adapter = Path(scratch) / "adapter"
         report = train_lora(folder, examples, settings, adapter, device=device, progress=progress)
-        recorded = {
-            **asdict(settings),
-            "prompt": fmt.prompt,
-            "completion": fmt.completion,
-            "data": f"blake3:{blake3(data.read_bytes()).hexdigest()}",
-            "rows": report.n_rows,
-            "rows_cut": report.n_cut_rows,
-            "steps": report.steps,
-        }
+        ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
         patch = capture_adapter(
-            load_patch(adapter), base=base, out=out, method="train", settings=recorded, overwrite=overwrite
+            load_patch(adapter),
+            base=base,
+            out=out,
+            method="train",
+            settings={**asdict(settings), **recorded, **ran},
+            overwrite=overwrite,
         )
     return patch, report
 

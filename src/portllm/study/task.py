@@ -15,8 +15,12 @@ from portllm.live.model import PeftModel, PreTrainedModel
 class TaskSource(Protocol):
     """Rows to train a patch on, and a way to score a loaded model on others.
 
-    It is opened once for a run. Two sources of equal `identity` train and score alike.
+    It is opened once for a run. Two sources of equal `identity` score alike; those of equal examples train alike.
     """
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that are scored."""
 
     @property
     def longest(self) -> int:
@@ -24,9 +28,10 @@ class TaskSource(Protocol):
 
     @property
     def identity(self) -> Mapping[str, object]:
-        """All that its rows and scores depend on but the model, as JSON values: settings, digests of data, versions.
+        """All that its scores depend on but the model, as JSON values: settings, digests of the scored rows, versions.
 
-        Of no paths: a study goes on after its data has moved.
+        Of no paths: a study goes on after its data has moved. Of no row to train on: with others of them, models that
+        were not trained on them need not be scored again.
         """
 
     def train_examples(self) -> Sequence[Example]:

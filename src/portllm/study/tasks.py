@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from blake3 import blake3
@@ -13,11 +14,13 @@ from portllm.errors import DataError
 from portllm.live.encoding import Encoder
 from portllm.live.examples import Example, ExampleFormat, read_examples
 from portllm.live.model import PeftModel, PreTrainedModel
-from portllm.study.settings import RowsTask
+from portllm.study.settings import HarnessTask, RowsTask, TaskSettings
 from portllm.study.task import TaskSource
 
+Row = TypeVar("Row")
 
-def open_task(settings: RowsTask, data: Path | None) -> TaskSource:
+
+def open_task(settings: TaskSettings, data: Path | None) -> TaskSource:
     """The source of a task's rows; files are read here and now, so that a study does not fail hours later.
 
     Args:
@@ -27,6 +30,10 @@ def open_task(settings: RowsTask, data: Path | None) -> TaskSource:
     Raises:
         DataError: A file cannot be read, or its rows do not fit.
     """
+    if isinstance(settings, HarnessTask):
+        raise DataError(
+            f"task '{settings.name}': is of lm-evaluation-harness, which cannot be run here. Use kind 'rows'."
+        )
     return _Rows(settings, below(data, settings.train), below(data, settings.score))
 
 
@@ -43,7 +50,7 @@ def below(data: Path | None, name: str) -> Path:
     return file
 
 
-def first(values: Sequence[Example], rows: int | None, file: Path) -> tuple[Example, ...]:
+def first(values: Sequence[Row], rows: int | None, file: Path) -> tuple[Row, ...]:
     """The first so many rows.
 
     Raises:
@@ -71,14 +78,17 @@ class _Rows:
         )
 
     @property
+    def n_rows(self) -> int:
+        return len(self._task.examples)
+
+    @property
     def longest(self) -> int:
         return self._task.longest
 
     @cached_property
     def identity(self) -> Mapping[str, object]:
         task = {name: value for name, value in asdict(self._task).items() if name not in ("examples", "batch_size")}
-        rows = {"train": digest_examples(self._train), "score": digest_examples(self._task.examples)}
-        return {"kind": "rows", **rows, **task, "labels": list(self._task.labels)}
+        return {"kind": "rows", "rows": digest_examples(self._task.examples), **task, "labels": list(self._task.labels)}
 
     def train_examples(self) -> Sequence[Example]:
         return self._train

@@ -1,0 +1,188 @@
+"""Which steps a study has, and what the result of each depends on: values in, values out, nothing is touched."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, TypeAlias
+
+from portllm.study.settings import Evolution, Study, Text
+
+Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score"]
+Makes: TypeAlias = Literal["patches", "checkpoints"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identities:
+    """What a study's results come from.
+
+    Attributes:
+        base: Fingerprint of the base.
+        data: Identity of each piece of data, by the name that `data_of` gives it.
+    """
+
+    base: str
+    data: Mapping[str, object]
+
+
+BASE = "base"
+OLD_TEXT, NEW_TEXT = "old", "new."
+PATCHED, RETRAINED = "patched", "retrained"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A piece of work, done whole or not at all.
+
+    Attributes:
+        kind: `train` makes a patch for a model. `evolve` makes a model of the one before it. `drift` measures how far
+            a model is from the base. `read` measures a model's loss on a text. `port` carries the base's patch to a
+            model. `score` answers the rows of a task.
+        model: The model: `base`, or `EVOLUTION.LINK`; for `evolve` the one that is made.
+        task: Of `train`, `port` and `score`.
+        seed: Of a patch.
+        patch: Of `score`: none; `patched`, the base's own; `retrained`, the evolved model's own; or the method by
+            which it was ported. Of `port`: the method.
+        text: Of `read`: `old`, or `new.EVOLUTION`.
+        inputs: Names of the steps whose outputs it reads.
+    """
+
+    kind: Kind
+    model: str
+    task: str | None = None
+    seed: int | None = None
+    patch: str | None = None
+    text: str | None = None
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its own in the study, and that of its record; no part of it has an underscore."""
+        seed = None if self.seed is None else f"s{self.seed}"
+        return "_".join(part for part in (self.kind, self.model, self.task, seed, self.patch, self.text) if part)
+
+    @property
+    def makes(self) -> Makes | None:
+        """What it writes besides its record."""
+        return {"train": "patches", "port": "patches", "evolve": "checkpoints"}.get(self.kind)  # type: ignore[return-value]
+
+
+def model_name(evolution: str, link: int) -> str:
+    """The name of the model after so many updates.
+
+    Example:
+        >>> model_name("wiki", 2), model_name("wiki", 0)
+        ('wiki.2', 'base')
+    """
+    return f"{evolution}.{link}" if link else BASE
+
+
+def link_of(study: Study, model: str) -> tuple[str, Evolution, int]:
+    """The evolution that made a model, by name and value, and which of its links."""
+    name, _, link = model.partition(".")
+    return name, study.evolutions[name], int(link)
+
+
+def steps_of(study: Study) -> tuple[Step, ...]:
+    """All steps, each after those it needs; what one model needs stands together, so that it can be dropped early."""
+    return tuple(_steps(study))
+
+
+def _steps(study: Study) -> Iterator[Step]:
+    yield from _read(study, BASE, (), tuple(study.evolutions))
+    for task in study.tasks:
+        yield Step("score", BASE, task=task)
+        for seed in study.seeds:
+            train = Step("train", BASE, task=task, seed=seed)
+            yield train
+            yield Step("score", BASE, task=task, seed=seed, patch=PATCHED, inputs=(train.name,))
+    for name, evolution in study.evolutions.items():
+        before: tuple[str, ...] = ()
+        for link in range(1, evolution.links + 1):
+            model = model_name(name, link)
+            evolve = Step("evolve", model, inputs=before)
+            before = (evolve.name,)
+            yield evolve
+            yield Step("drift", model, inputs=before)
+            yield from _read(study, model, before, (name,))
+            for task in study.tasks:
+                yield Step("score", model, task=task, inputs=before)
+                for seed in study.seeds:
+                    yield from _on_evolved(study, model, task, seed, before)
+
+
+def _on_evolved(study: Study, model: str, task: str, seed: int, before: tuple[str, ...]) -> Iterator[Step]:
+    first = Step("train", BASE, task=task, seed=seed).name  # of a chain too it is the first patch that is ported
+    for method in study.methods:
+        port = Step("port", model, task=task, seed=seed, patch=method, inputs=(*before, first))
+        yield port
+        yield Step("score", model, task=task, seed=seed, patch=method, inputs=(*before, port.name))
+    retrain = Step("train", model, task=task, seed=seed, inputs=before)
+    yield retrain
+    yield Step("score", model, task=task, seed=seed, patch=RETRAINED, inputs=(*before, retrain.name))
+
+
+def _read(study: Study, model: str, inputs: tuple[str, ...], evolutions: tuple[str, ...]) -> Iterator[Step]:
+    if study.old_text is not None:
+        yield Step("read", model, text=OLD_TEXT, inputs=inputs)
+    for name in evolutions:
+        if study.evolutions[name].new_text is not None:
+            yield Step("read", model, text=f"{NEW_TEXT}{name}", inputs=inputs)
+
+
+def settings_of(step: Step, study: Study) -> Mapping[str, object]:
+    """What a step's result depends on besides models, patches and data, as JSON values."""
+    match step.kind:
+        case "train":
+            return asdict(replace(study.patch, seed=step.seed or 0))
+        case "evolve":
+            _, evolution, link = link_of(study, step.model)
+            # A later link reads in another order, too: the seed moves with the link.
+            settings = replace(evolution.settings, seed=evolution.settings.seed + link - 1)
+            return {"kind": evolution.kind, "link": link, "links": evolution.links, **asdict(settings)}
+        case "port":
+            return {"method": step.patch}
+        case "read":
+            return {"block_tokens": text_of(step, study).block_tokens}
+        case _:
+            return {}
+
+
+def data_of(step: Step) -> str | None:
+    """The name of the data that a step reads, in `Identities`."""
+    match step.kind:
+        case "train" | "score":
+            return f"{step.kind} {step.task}"
+        case "evolve":
+            return f"text {step.model.partition('.')[0]}"
+        case "read":
+            return f"text {step.text}"
+        case _:
+            return None
+
+
+def text_of(step: Step, study: Study) -> Text:
+    """The text that a model reads in a step."""
+    name = str(step.text)
+    text = study.old_text if name == OLD_TEXT else study.evolutions[name.removeprefix(NEW_TEXT)].new_text
+    if text is None:
+        raise AssertionError("a step reads only what the study has")
+    return text
+
+
+def needed(steps: tuple[Step, ...], done: Mapping[str, bool], there: Mapping[str, bool]) -> tuple[Step, ...]:
+    """The steps to do: those that are not done, and those whose output is gone and read by one of them.
+
+    Args:
+        steps: All, each after those it needs.
+        done: Whether a step's record is there and is of the inputs that it has now.
+        there: Whether what it wrote is still there.
+
+    Returns:
+        In the order of `steps`.
+    """
+    chosen: set[str] = set()
+    read: set[str] = set()
+    for step in reversed(steps):
+        if not done[step.name] or (step.name in read and not there[step.name]):
+            chosen.add(step.name)
+            read.update(step.inputs)
+    return tuple(step for step in steps if step.name in chosen)

@@ -1,0 +1,256 @@
+"""The study's table: what each model scored on each task, and how much of what retraining gains porting gains. Pure.
+
+Rows are paired: row `i` is the same row for every model and seed. A model's column is the mean over seeds, row by row;
+intervals are those of a bootstrap over rows, seeds show as a spread of their own.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from portllm.comparison.metrics import Estimate, Retention, flips, paired_change, retention
+from portllm.study.plan import BASE, NEW_TEXT, OLD_TEXT, PATCHED, RETRAINED, Step, model_name, steps_of
+from portllm.study.settings import Study
+
+Found = Mapping[Step, Mapping[str, Any]]
+
+EVOLVED, PORTED = "evolved", "ported"
+VARIANTS = (BASE, PATCHED, EVOLVED, PORTED, RETRAINED)
+"""The five models of a row, in the order in which they are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one of the five models scored on a task.
+
+    Attributes:
+        accuracy: Share of right answers, mean over seeds, with its interval over rows.
+        loss: Nats per token of the right completion, the same.
+        by_seed: Accuracy of each seed; one value where there is no patch.
+        spread: Standard deviation of these; None for one.
+    """
+
+    accuracy: Estimate
+    loss: Estimate
+    by_seed: tuple[float, ...]
+    spread: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """One task on one evolved model, by one method.
+
+    Attributes:
+        evolution: By name.
+        link: How many updates.
+        task: By name.
+        method: How the patch was ported.
+        seeds: Those of which everything was scored.
+        scored: The five models, as far as they have been scored.
+        change: Accuracy of ported minus patched.
+        behind: Accuracy of ported minus retrained.
+        accuracy_retention: Share of retraining's gain in accuracy.
+        loss_retention: The same for the loss.
+        negative_flips: Rows that the patched base answers right and the ported patch wrong; mean over seeds.
+    """
+
+    evolution: str
+    link: int
+    task: str
+    method: str
+    seeds: tuple[int, ...]
+    scored: Mapping[str, Scored]
+    change: Estimate | None
+    behind: Estimate | None
+    accuracy_retention: Retention | None
+    loss_retention: Retention | None
+    negative_flips: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """An evolved model.
+
+    Attributes:
+        evolution: By name.
+        link: How many updates.
+        kind: `lora` or `full`.
+        drift: `|W1 - W0| / |W0|` against the base.
+        cosine: Of base and evolved weights.
+        old_loss: Of the base and of this model on the old text, in nats per token.
+        new_loss: The same on the evolution's new text.
+    """
+
+    evolution: str
+    link: int
+    kind: str
+    drift: float | None
+    cosine: float | None
+    old_loss: tuple[float, float] | None
+    new_loss: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that a study has found so far.
+
+    Attributes:
+        title: The study's.
+        base: Its base.
+        seeds: Its seeds.
+        n_steps: Its steps.
+        n_done: Of these, those that are done.
+        models: Evolved models.
+        tasks: Tasks on them.
+        compare: The published table to set beside, by name.
+    """
+
+    title: str
+    base: str
+    seeds: tuple[int, ...]
+    n_steps: int
+    n_done: int
+    models: tuple[ModelRow, ...]
+    tasks: tuple[TaskRow, ...]
+    compare: str | None
+
+    def to_json(self) -> dict[str, object]:
+        """Every number, in types that JSON has: an end of an interval that is infinite is null."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+
+def tabulate(study: Study, found: Found) -> Results:
+    """The table that follows from what the steps found.
+
+    Args:
+        study: The study.
+        found: What the steps found that are done, as their kinds return it.
+    """
+    return Results(
+        title=study.title,
+        base=study.base,
+        seeds=study.seeds,
+        n_steps=len(steps_of(study)),
+        n_done=len(found),
+        models=tuple(_models(study, found)),
+        tasks=tuple(_tasks(study, found)),
+        compare=study.compare,
+    )
+
+
+def _models(study: Study, found: Found) -> Iterator[ModelRow]:
+    by_name = {step.name: result for step, result in found.items()}
+
+    def losses(model: str, text: str) -> tuple[float, float] | None:
+        before, after = (by_name.get(Step("read", name, text=text).name) for name in (BASE, model))
+        return None if before is None or after is None else (before["nats"], after["nats"])
+
+    for name, evolution in study.evolutions.items():
+        for link in range(1, evolution.links + 1):
+            model = model_name(name, link)
+            drift = by_name.get(Step("drift", model).name, {})
+            yield ModelRow(
+                evolution=name,
+                link=link,
+                kind=evolution.kind,
+                drift=drift.get("relative"),
+                cosine=drift.get("cosine"),
+                old_loss=losses(model, OLD_TEXT),
+                new_loss=losses(model, f"{NEW_TEXT}{name}"),
+            )
+
+
+def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
+    by_name = {step.name: result for step, result in found.items() if step.kind == "score"}
+
+    def scores(model: str, task: str, patch: str | None) -> dict[int, Mapping[str, Any]]:
+        """By seed; a model without a patch counts as one seed, which is nobody's."""
+        seeds = [None] if patch is None else study.seeds
+        steps = {seed: Step("score", model, task=task, seed=seed, patch=patch).name for seed in seeds}
+        return {-1 if seed is None else seed: by_name[name] for seed, name in steps.items() if name in by_name}
+
+    for name, evolution in study.evolutions.items():
+        for task in study.tasks:
+            for method in study.methods:
+                for link in range(1, evolution.links + 1):
+                    model = model_name(name, link)
+                    columns = {
+                        BASE: scores(BASE, task, None),
+                        PATCHED: scores(BASE, task, PATCHED),
+                        EVOLVED: scores(model, task, None),
+                        PORTED: scores(model, task, method),
+                        RETRAINED: scores(model, task, RETRAINED),
+                    }
+                    yield _row(name, link, task, method, columns)
+
+
+def _row(
+    evolution: str, link: int, task: str, method: str, columns: Mapping[str, Mapping[int, Mapping[str, Any]]]
+) -> TaskRow:
+    patched, ported, retrained = (columns[variant] for variant in (PATCHED, PORTED, RETRAINED))
+    seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
+    evolved = columns[EVOLVED]
+    compared = bool(seeds) and bool(evolved)
+    change = behind = in_accuracy = in_loss = lost = None
+    if compared:
+        of = {PATCHED: patched, PORTED: ported, RETRAINED: retrained}
+        right = {name: mean_rows([by_seed[seed]["correct"] for seed in seeds]) for name, by_seed in of.items()}
+        nats = {name: mean_rows([by_seed[seed]["losses"] for seed in seeds]) for name, by_seed in of.items()}
+        change, behind = (paired_change(right[PORTED], right[other]) for other in (PATCHED, RETRAINED))
+        in_accuracy = retention(evolved=evolved[-1]["correct"], ported=right[PORTED], retrained=right[RETRAINED])
+        in_loss = retention(
+            evolved=evolved[-1]["losses"], ported=nats[PORTED], retrained=nats[RETRAINED], lower_is_better=True
+        )
+        lost = fmean(len(flips(patched[seed]["correct"], ported[seed]["correct"]).negative) for seed in seeds)
+    return TaskRow(
+        evolution=evolution,
+        link=link,
+        task=task,
+        method=method,
+        seeds=seeds,
+        scored={name: _scored(list(by_seed.values())) for name, by_seed in columns.items() if by_seed},
+        change=change,
+        behind=behind,
+        accuracy_retention=in_accuracy,
+        loss_retention=in_loss,
+        negative_flips=lost,
+    )
+
+
+def _scored(by_seed: Sequence[Mapping[str, Any]]) -> Scored:
+    shares = tuple(fmean(scores["correct"]) for scores in by_seed)
+    return Scored(
+        accuracy=_mean([scores["correct"] for scores in by_seed]),
+        loss=_mean([scores["losses"] for scores in by_seed]),
+        by_seed=shares,
+        spread=stdev(shares) if len(shares) > 1 else None,
+    )
+
+
+def _mean(columns: Sequence[Sequence[float]]) -> Estimate:
+    rows = mean_rows(columns)
+    return paired_change(rows, [0.0] * len(rows))
+
+
+def mean_rows(columns: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of several columns, row by row.
+
+    Example:
+        >>> mean_rows([[True, False], [True, True]])
+        [1.0, 0.5]
+    """
+    return [fmean(values) for values in zip(*columns, strict=True)]
+
+
+def _finite(value: object) -> object:
+    match value:
+        case dict():
+            return {key: _finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case _:
+            return value

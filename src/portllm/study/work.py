@@ -1,0 +1,195 @@
+"""What the steps of a study do: each function is one kind, and returns what it found as JSON values."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm.checkpoint.identity import fingerprint
+from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint
+from portllm.live.encoding import Encoder
+from portllm.live.evolve import evolve
+from portllm.live.evolve_lora import LoraEvolveSettings, train_on_text
+from portllm.live.examples import read_texts
+from portllm.live.model import Device, attach_adapter, choose_device, load_model, load_tokenizer
+from portllm.live.text_loss import measure_text_loss
+from portllm.patch.adapter_folder import load_patch
+from portllm.pipeline.drift import measure_drift
+from portllm.pipeline.merge import merge
+from portllm.pipeline.port import port
+from portllm.pipeline.train import check_runnable, model_folder, train_on
+from portllm.progress import Progress, silent
+from portllm.study.ledger import Ledger
+from portllm.study.plan import BASE, NEW_TEXT, OLD_TEXT, Identities, Step, link_of, model_name, text_of
+from portllm.study.settings import Study, Text
+from portllm.study.task import TaskSource
+from portllm.study.tasks import below, digest_examples, first, open_task
+
+Found = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a study reads: opened before the first step, so that nothing is missing hours later.
+
+    Attributes:
+        base: The base.
+        tasks: Sources of the tasks, by name.
+        texts: What each evolution reads, by `text NAME`, and the texts that losses are measured on, by `text old` and
+            `text new.NAME`.
+    """
+
+    base: Checkpoint
+    tasks: Mapping[str, TaskSource]
+    texts: Mapping[str, tuple[str, ...]]
+
+    def identities(self) -> Identities:
+        """What the results will come from."""
+        data: dict[str, object] = {name: _digest(texts) for name, texts in self.texts.items()}
+        data |= {f"train {name}": digest_examples(task.train_examples()) for name, task in self.tasks.items()}
+        data |= {f"score {name}": task.identity for name, task in self.tasks.items()}
+        return Identities(fingerprint(self.base), data)
+
+
+def open_inputs(study: Study, data: Path | None, *, progress: Progress = silent) -> Inputs:
+    """Open everything that a study reads.
+
+    Raises:
+        CheckpointError: The base is not there, or cannot be run.
+        DataError: A file is not there, or its rows do not fit.
+        MissingExtraError: A task needs lm-evaluation-harness.
+    """
+    tasks = {name: open_task(settings, data) for name, settings in study.tasks.items()}
+    texts = {
+        f"text {name}": _read(Text(file=evolution.text, template=evolution.template), data)
+        for name, evolution in study.evolutions.items()
+    }
+    texts |= {
+        f"text {NEW_TEXT}{name}": _read(evolution.new_text, data)
+        for name, evolution in study.evolutions.items()
+        if evolution.new_text is not None
+    }
+    if study.old_text is not None:
+        texts[f"text {OLD_TEXT}"] = _read(study.old_text, data)
+    base = open_checkpoint(study.base, progress=progress)
+    check_runnable(base)
+    return Inputs(on_disk(base, progress=progress), tasks, texts)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Does the steps of a study.
+
+    Attributes:
+        study: The study.
+        inputs: What it reads.
+        ledger: Where outputs of steps lie.
+        device: Where models run.
+        progress: Told of what goes on within a step.
+    """
+
+    study: Study
+    inputs: Inputs
+    ledger: Ledger
+    device: Device
+    progress: Progress
+
+    def do(self, step: Step) -> Found:
+        """What a step finds; its output lies where the ledger says."""
+        match step.kind:
+            case "train":
+                return self._train(step)
+            case "evolve":
+                return self._evolve(step)
+            case "drift":
+                return self._drift(step)
+            case "read":
+                return self._read(step)
+            case "port":
+                return self._port(step)
+            case "score":
+                return self._score(step)
+
+    def _model(self, name: str) -> Checkpoint:
+        return self.inputs.base if name == BASE else open_checkpoint(self.ledger.folder(f"evolve_{name}"))
+
+    def _train(self, step: Step) -> Found:
+        examples = self.inputs.tasks[str(step.task)].train_examples()
+        _, report = train_on(
+            self._model(step.model),
+            examples,
+            out=self.ledger.folder(step.name),
+            recorded={"task": step.task, "data": f"blake3:{digest_examples(examples)}"},
+            settings=replace(self.study.patch, seed=step.seed or 0),
+            device=self.device,
+            overwrite=True,
+            progress=self.progress,
+        )
+        return asdict(report)
+
+    def _evolve(self, step: Step) -> Found:
+        name, evolution, link = link_of(self.study, step.model)
+        before, out = self._model(model_name(name, link - 1)), self.ledger.folder(step.name)
+        folder = model_folder(before)
+        texts = self.inputs.texts[f"text {name}"][link - 1 :: evolution.links]
+        settings = replace(evolution.settings, seed=evolution.settings.seed + link - 1)
+        if not isinstance(settings, LoraEvolveSettings):
+            report = evolve(folder, texts, settings, out, device=self.device, overwrite=True, progress=self.progress)
+            return asdict(report)
+        with tempfile.TemporaryDirectory(prefix="portllm-evolve-") as scratch:
+            adapter = Path(scratch) / "adapter"
+            losses = train_on_text(folder, texts, settings, adapter, device=self.device, progress=self.progress)
+            merged = merge(load_patch(adapter), into=before, out=out, overwrite=True, progress=self.progress)
+        return {"losses": losses, "kept_gain": merged.total.kept_gain, "relative_size": merged.total.relative_size}
+
+    def _drift(self, step: Step) -> Found:
+        drift = measure_drift(self.inputs.base, self._model(step.model), progress=self.progress).total
+        return {"relative": drift.relative, "cosine": drift.cosine}
+
+    def _read(self, step: Step) -> Found:
+        loss = measure_text_loss(
+            model_folder(self._model(step.model)),
+            self.inputs.texts[f"text {step.text}"],
+            block_tokens=text_of(step, self.study).block_tokens,
+            device=self.device,
+            progress=self.progress,
+        )
+        return {"nats": loss.nats, "perplexity": loss.perplexity, "n_tokens": loss.n_tokens}
+
+    def _port(self, step: Step) -> Found:
+        ported = port(
+            load_patch(self.ledger.folder(step.inputs[-1])),
+            evolved=self._model(step.model),
+            base=self.inputs.base,
+            method=str(step.patch),
+            out=self.ledger.folder(step.name),
+            overwrite=True,
+        )
+        return dict(ported.record.ports[-1].evidence) if ported.record else {}
+
+    def _score(self, step: Step) -> Found:
+        task = self.inputs.tasks[str(step.task)]
+        device = choose_device(self.device)
+        folder = model_folder(self._model(step.model))
+        model = load_model(folder, device=device, longest=task.longest)
+        patched = attach_adapter(model, self.ledger.folder(step.inputs[-1]), name="patch") if step.patch else model
+        done = 0
+
+        def tick(rows: int) -> None:
+            nonlocal done
+            done += rows
+            self.progress(f"score: {step.model} {step.patch or ''}".rstrip(), done, task.n_rows, "rows")
+
+        patched.eval()
+        return asdict(task.score(patched, Encoder(load_tokenizer(folder)), device=device, tick=tick))
+
+
+def _read(text: Text, data: Path | None) -> tuple[str, ...]:
+    file = below(data, text.file)
+    return first(read_texts(file, text.template), text.rows, file)
+
+
+def _digest(texts: tuple[str, ...]) -> str:
+    return blake3(repr(texts).encode()).hexdigest()

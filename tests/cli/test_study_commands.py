@@ -1,0 +1,43 @@
+"""The commands of a study: what a user sees, and the exit status."""
+
+import json
+
+import pytest
+
+from tests.live.language import make_reader
+from tests.study.small import write_study
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A small study's file, beside its data."""
+    folder = tmp_path_factory.mktemp("study")
+    changes = {"seeds = [0, 1]": "seeds = [0]", "links = 2": "links = 1"}
+    return write_study(folder, make_reader(folder / "reader"), replace=changes)
+
+
+def test_a_study_is_planned_run_and_reported(portllm, small):
+    where = ("--output", small.parent / "out")
+    dry = portllm("study", "run", small, *where, "--dry-run")
+    assert dry.status == 0
+    assert "0 of 22 steps done" in dry.out
+    assert "  port_whole.1_kinds_s0_add" in dry.out.splitlines()
+    assert not (small.parent / "out").exists()
+    done = portllm("study", "run", small, *where, "--data", small.parent, "--device", "cpu")
+    assert done.status == 0
+    assert "score_whole.1_kinds_s0_retrained: " in done.err
+    assert done.err.rstrip().endswith("nothing left")
+    assert done.out.startswith("# A small study\n")
+    assert "| chain 1, add |" in done.out
+    assert portllm("study", "report", small, *where).out == done.out
+    assert "22 of 22 steps done" in portllm("study", "status", small, *where).out
+    results = json.loads(portllm("study", "report", small, *where, "--json").out)
+    assert results == json.loads((small.parent / "out" / "results.json").read_text())
+    assert json.loads(portllm("study", "status", small, *where, "--json").out)["left"] == []
+
+
+def test_a_wrong_file_is_refused_with_line_and_key(portllm, small, tmp_path):
+    (tmp_path / "wrong.toml").write_text(small.read_text().replace("rank = 2", "rnk = 2"))
+    result = portllm("study", "run", tmp_path / "wrong.toml", "--dry-run")
+    assert result.status == 1
+    assert "patch.rnk: is no key here. Did you mean rank?" in result.err

@@ -1,0 +1,188 @@
+"""A study is run, killed, gone on with and changed, and the table is always that of its file."""
+
+import functools
+import json
+import shutil
+import signal
+
+import pytest
+
+from portllm.errors import DataError, OutputBusyError, OutputExistsError
+from portllm.study.run import _locked, run_study, study_results, study_status
+from portllm.study.work import Work
+from tests.processes import die, in_child
+from tests.study.small import write_study
+
+
+@pytest.fixture(scope="module")
+def folder(reader, tmp_path_factory):
+    """A study that has been run; read it, do not write to it."""
+    folder = tmp_path_factory.mktemp("study")
+    file = write_study(folder, reader)
+    names = []
+    run_study(file, out=folder / "out", data=folder, device="cpu", on_step=lambda told: names.append(told.step.name))
+    (folder / "names.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.fixture
+def again(folder, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(folder, tmp_path / "again")
+
+
+def run(folder, **options):
+    """The names of the steps that were done, and the results."""
+    names = []
+    results = run_study(
+        folder / "small.toml",
+        out=folder / "out",
+        data=folder,
+        device="cpu",
+        on_step=lambda told: names.append(told.step.name),
+        **options,
+    )
+    return names, results
+
+
+def table(folder):
+    return (folder / "out" / "results.json").read_text()
+
+
+def test_every_step_is_done_once_and_the_table_is_whole(folder):
+    names = json.loads((folder / "names.json").read_text())
+    assert len(names) == len(set(names)) == study_status(folder / "small.toml", out=folder / "out").n_steps
+    results = json.loads(table(folder))
+    assert results["n_done"] == results["n_steps"] == len(names)
+    assert [(row["evolution"], row["link"]) for row in results["tasks"]] == [("chain", 1), ("chain", 2), ("whole", 1)]
+    for row in results["tasks"]:
+        assert list(row["scored"]) == ["base", "patched", "evolved", "ported", "retrained"]
+        assert row["seeds"] == [0, 1]
+        assert len(row["scored"]["ported"]["by_seed"]) == 2
+        assert row["scored"]["patched"] == results["tasks"][0]["scored"]["patched"]
+    for row in results["models"]:
+        assert 0 < row["drift"] < 1
+        assert row["old_loss"][0] != row["old_loss"][1]
+    assert results["models"][1]["drift"] > results["models"][0]["drift"]
+
+
+def test_a_second_run_does_nothing_and_status_and_report_agree(again):
+    before = table(again)
+    assert run(again)[0] == []
+    assert table(again) == before
+    status = study_status(again / "small.toml", out=again / "out")
+    assert (status.left.steps, status.left.seconds) == ((), 0.0)
+    assert status.seconds > 0
+    assert study_results(again / "small.toml", out=again / "out").to_json() == json.loads(before)
+
+
+def test_a_run_that_is_killed_three_times_gives_the_same_table(folder, reader, tmp_path):
+    file = write_study(tmp_path, reader)
+    counts = []
+    for number, moment in ((4, "after"), (9, "within"), (13, "after")):
+        assert in_child(functools.partial(run_and_die, tmp_path, number, moment)) == -signal.SIGKILL
+        status = study_status(file, out=tmp_path / "out")
+        counts.append(status.n_steps - len(status.left.steps))
+        assert status.left.seconds > 0
+    assert counts == [3, 11, 23]  # the step in which a run dies is not done
+    run(tmp_path)
+    assert table(tmp_path) == table(folder)
+
+
+def run_and_die(folder, number, moment):
+    """Run, and die in a step: within its work, or when its output is there and its record is not."""
+    work, begun = Work.do, 0
+
+    def do(self, step):
+        nonlocal begun
+        begun += 1
+        result = work(self, step)
+        if begun == number:
+            die()
+        return result
+
+    def within(label, done, total, unit):
+        if moment == "within" and begun == number:
+            die()
+
+    Work.do = do
+    run(folder, progress=within)
+
+
+@pytest.mark.slow
+def test_what_a_change_touches_is_done_again_and_nothing_else(again, reader):
+    write_study(again, reader, replace={"score_rows = 9": "score_rows = 8"})
+    names, results = run(again)
+    assert {name.partition("_")[0] for name in names} == {"score"}
+    assert results.tasks[0].scored["base"].accuracy.n_rows == 8
+    write_study(again, reader, replace={"score_rows = 9": "score_rows = 8", "links = 2": "links = 3"})
+    names, _ = run(again)
+    assert all("chain" in name for name in names)  # each link now reads every third text
+    write_study(
+        again,
+        reader,
+        replace={"score_rows = 9": "score_rows = 8", "links = 2": "links = 3", "seeds = [0, 1]": "seeds = [0, 1, 2]"},
+    )
+    names, _ = run(again)
+    assert all("_s2" in name for name in names)
+
+
+def test_damaged_outputs_are_made_again(again):
+    shutil.rmtree(again / "out" / "port" / "port_whole.1_kinds_s0_add")
+    assert run(again)[0] == []  # nothing that is left needs it
+    file = next((again / "out" / "train" / "train_base_kinds_s1").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    names, _ = run(again)
+    assert names == ["train_base_kinds_s1"]  # and what depends on it proved to be the same
+    (again / "out" / "steps" / "drift_whole.1.json").write_text("{")
+    assert run(again)[0] == ["drift_whole.1"]
+
+
+@pytest.mark.slow
+def test_outputs_that_no_step_needs_are_dropped_where_the_study_says_so(reader, tmp_path, folder):
+    file = write_study(tmp_path, reader, top="keep = []")
+    most = []
+    run_study(
+        file,
+        out=tmp_path / "out",
+        data=tmp_path,
+        device="cpu",
+        on_step=lambda told: most.append(len(list((tmp_path / "out" / "evolve").glob("*/model.safetensors")))),
+    )
+    assert max(most) == 1  # a link is gone when the next one is made
+    assert [path.name for path in (tmp_path / "out").rglob("*.safetensors")] == []
+    assert table(tmp_path) == table(folder)
+    write_study(tmp_path, reader, top="keep = []", replace={"seeds = [0, 1]": "seeds = [0, 1, 2]"})
+    names, _ = run(tmp_path)
+    assert {name for name in names if "_s2" not in name} == {"evolve_chain.1", "evolve_chain.2", "evolve_whole.1"}
+
+
+def test_a_report_is_made_of_what_is_done(again):
+    for name in ("score_chain.2_kinds_s1_add", "drift_whole.1"):
+        (again / "out" / "steps" / f"{name}.json").unlink()
+    results = study_results(again / "small.toml", out=again / "out")
+    assert results.n_steps - results.n_done == 2
+    assert [row.seeds for row in results.tasks] == [(0, 1), (0,), (0, 1)]
+    assert results.models[2].drift is None
+
+
+def test_data_that_is_not_there_is_told_before_any_step(again):
+    with pytest.raises(DataError, match="rows.jsonl': is not there. Name the folder that holds it with --data"):
+        run_study(again / "small.toml", out=again / "new", device="cpu")
+    assert not (again / "new" / "steps").exists()
+
+
+def test_two_runs_to_one_folder_exclude_each_other(again):
+    with _locked(again / "out"), pytest.raises(OutputBusyError):
+        run(again)
+
+
+def test_a_folder_of_something_else_is_left_alone(again):
+    other = again / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="is no study's folder"):
+        run_study(again / "small.toml", out=other, data=again, device="cpu")
+    assert [file.name for file in other.iterdir()] == ["notes.txt"]
