@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.patch.merge import add, delta_rows, measure_merge, round_nearest, round_stochastic
+from portllm.patch.merge import add, delta_rows, fold_scale, measure_merge, round_nearest, round_stochastic
 from portllm.patch.noise import rounding_noise
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNIT_ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-MEASURE_TOLERANCE = 1e-5  # the sums are taken in float32 along a row, see measure_merge
+MEASURE_TOLERANCE = 1e-5  # the sums of a block are taken in float32, see measure_merge
 
 
 def draw(*shape, seed, size=1.0):
@@ -38,6 +38,35 @@ def test_a_factor_in_float64_is_not_rounded_first():
     assert delta_rows(b, a, scale=1.0).item() == 1.0 + 2.0**-40
     weight = torch.zeros(1, 1)
     assert round_nearest(add(weight, delta_rows(b, a, scale=1.0)), dtype=torch.float64).item() == 1.0 + 2.0**-40
+
+
+TINY, HUGE = 2.0**-60, 2.0**60
+
+
+@given(
+    st.sampled_from([0.25, 0.5, 1.0, 2.0, 64.0, 2.0**40, 2.0**-40]),
+    st.sampled_from([TINY, 1e-3, 1.0, HUGE]),
+    st.sampled_from([TINY, 1e-3, 1.0, HUGE]),
+    st.integers(0, 100),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_scale_that_is_folded_into_a_factor_changes_no_bit(scale, b_size, a_size, seed):
+    b, a = draw(20, 4, seed=seed, size=b_size), draw(4, 12, seed=seed + 1, size=a_size)
+    folded, rest = fold_scale(b, a, scale)
+    left, right = delta_rows(folded, a, scale=rest), delta_rows(b, a, scale=scale)
+    assert left.view(torch.int32).equal(right.view(torch.int32))
+
+
+def test_a_scale_is_folded_only_where_that_is_exact():
+    b, a = draw(20, 4, seed=1, size=0.01), draw(4, 12, seed=2)
+    folded, rest = fold_scale(b, a, 2.0)
+    assert (rest, folded.equal(b * 2)) == (1.0, True)
+    assert fold_scale(torch.zeros(20, 4), a, 2.0)[1] == 1.0
+    kept = [(b, a, 0.7), (b, a, -2.0), (b, a, 0.0), (b.double(), a, 2.0), (b * TINY, a * TINY, 2.0)]
+    kept += [(b * HUGE, a * HUGE, 2.0**20), (b * math.nan, a, 2.0), (b * math.inf, a, 2.0), (b, a, math.inf)]
+    for left, right, scale in kept:
+        same, rest = fold_scale(left, right, scale)
+        assert (same is left, rest) == (True, scale)
 
 
 def test_by_hand_ties_go_to_even_and_the_sum_is_rounded_once():
@@ -115,7 +144,7 @@ def test_the_sums_of_blocks_of_rows_are_the_sums_of_the_whole(rows, d_in, data):
     parts = [measure_merge(weight[part], delta[part], merged[part]) for part in (slice(cut), slice(cut, None))]
     total = parts[0] + parts[1]
     for field in ("delta_sq", "gain", "lost_sq", "weight_sq"):
-        assert getattr(total, field) == pytest.approx(getattr(whole, field), rel=1e-12, abs=1e-30)
+        assert getattr(total, field) == pytest.approx(getattr(whole, field), rel=MEASURE_TOLERANCE, abs=1e-30)
 
 
 def test_a_small_delta_on_large_weights_is_lost_in_bfloat16_and_kept_in_float32():

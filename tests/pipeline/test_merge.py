@@ -28,6 +28,8 @@ from portllm.pipeline.capture import capture_adapter
 from portllm.pipeline.merge import merge
 from tests.files import contents, write_tensors
 
+MEASURE_TOLERANCE = 1e-5  # the sums of a block are taken in float32, see measure_merge
+
 ignore_head_warnings = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`", "ignore:.*tied.*"
 )
@@ -109,8 +111,8 @@ def test_the_size_of_blocks_changes_no_byte(shape, elements, dtype, rounding, ca
     blocks = merge(patch, into=into, out=tmp_path / "blocks", rounding=rounding)
     name = "model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "blocks" / name).read_bytes()
-    assert blocks.total.kept_gain == pytest.approx(whole.total.kept_gain, rel=1e-9)
-    assert blocks.total.rounding_loss == pytest.approx(whole.total.rounding_loss, rel=1e-9, abs=1e-12)
+    assert blocks.total.kept_gain == pytest.approx(whole.total.kept_gain, rel=MEASURE_TOLERANCE)
+    assert blocks.total.rounding_loss == pytest.approx(whole.total.rounding_loss, rel=MEASURE_TOLERANCE)
     assert (blocks.into, blocks.output.digest) == (whole.into, whole.output.digest)
 
 

@@ -31,14 +31,18 @@ class Scratch:
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory of this shape, with whatever it held before."""
-        size = math.prod(shape)
-        held = self._held.get((name, dtype))
-        if held is None or held.numel() < size:
-            held = self._held[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
-        return held[:size].view(shape)
+        view = self._views.get((name, dtype))
+        if view is None or view.shape != shape:
+            size = math.prod(shape)
+            held = self._held.get((name, dtype))
+            if held is None or held.numel() < size:
+                held = self._held[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+            view = self._views[name, dtype] = held[:size].view(shape)
+        return view
 
     def wide(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
         """The same values in `dtype`, on this device; the tensor itself where it is so already."""
@@ -63,7 +67,37 @@ def delta_rows(
     """
     dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     product = (scratch or Scratch(b.device.type)).array("delta", (b.shape[0], a.shape[1]), dtype)
-    return torch.mm(b.to(dtype), a.to(dtype), out=product).mul_(scale)
+    torch.mm(b.to(dtype), a.to(dtype), out=product)
+    return product if scale == 1.0 else product.mul_(scale)
+
+
+def fold_scale(
+    b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"], scale: float
+) -> tuple[Float[Tensor, "d_out rank"], float]:
+    """B and the scale, or `scale · B` and 1 where `delta_rows` gives the same bits for both.
+
+    A power of two commutes with every rounding but that of a number which is too small or too large for all its bits.
+    None is too large where the greatest sum is not. None is too small where the smallest last bits of both factors have
+    a product that is a number: all products and sums are multiples of it.
+
+    Example:
+        >>> fold_scale(torch.tensor([[1.0]]), torch.tensor([[3.0]]), 2.0)
+        (tensor([[2.]]), 1.0)
+        >>> fold_scale(torch.tensor([[1.0]]), torch.tensor([[3.0]]), 0.7)
+        (tensor([[1.]]), 0.7)
+    """
+    if math.frexp(scale)[0] != 0.5 or {b.dtype, a.dtype} != {torch.float32}:  # no power of two, or wider sums
+        return b, scale
+    number = torch.finfo(torch.float32)
+    sizes = [factor.abs() for factor in (b, a)]
+    greatest = [size.max().item() for size in sizes]
+    greatest_sum = math.prod(greatest) * b.shape[1] * max(1.0, scale)
+    if not math.isfinite(greatest_sum):
+        return b, scale
+    last_bits = [number.eps / 2 * size[size > 0].min().item() if size.any() else 1.0 for size in sizes]
+    smallest = min(math.prod(last_bits) * min(1.0, scale), last_bits[0] * scale)
+    is_exact = greatest_sum < number.max / 2 and greatest[0] * scale < number.max and smallest >= 2.0**-149
+    return (b * scale, 1.0) if is_exact else (b, scale)
 
 
 def add(
@@ -129,7 +163,11 @@ def measure_merge(
     *,
     scratch: Scratch | None = None,
 ) -> MergeSums:
-    """The sums of one block of rows: each row's in float32 (float64 where a tensor is), over rows in float64.
+    """The sums of one block of rows, each a dot product in float32 (float64 where a tensor is).
+
+    Error: the terms are formed element by element, so nothing is lost where the change is small beside the weight. A
+    dot product of n terms in k lanes errs by at most (n/k + k)·2^-24 of the sum of the terms' sizes; the tests hold the
+    measures to 1e-5 of float64.
 
     Example:
         >>> weight, delta = torch.ones(1, 2), torch.full((1, 2), 0.25)
@@ -138,13 +176,11 @@ def measure_merge(
     """
     working = torch.promote_types(delta.dtype, torch.promote_types(weight.dtype, torch.float32))
     scratch = scratch or Scratch(delta.device.type)
-    shape = tuple(delta.shape)
-    before = scratch.wide("weight", weight, working)
-    change = scratch.array("change", shape, working).copy_(merged).sub_(before)
-    product = scratch.array("product", shape, working)
-    sums = scratch.array("sums", (4, shape[0]), working)
-    for row, left, right in ((0, delta, delta), (1, change, delta), (3, before, before)):
-        torch.sum(torch.mul(left, right, out=product), dim=1, out=sums[row])
-    lost = change.sub_(delta)
-    torch.sum(torch.mul(lost, lost, out=product), dim=1, out=sums[2])
-    return MergeSums(*sums.sum(dim=1, dtype=torch.float64).tolist())
+    before, added = scratch.wide("weight", weight, working).reshape(-1), delta.reshape(-1)
+    # The exact sum is not needed any more when it was rounded to something else than itself.
+    room = "change" if merged.dtype == working else "sum"
+    change = scratch.array(room, tuple(delta.shape), working).copy_(merged).reshape(-1).sub_(before)
+    gain, delta_sq = torch.dot(change, added), torch.dot(added, added)
+    lost = change.sub_(added)
+    sums = torch.stack((delta_sq, gain, torch.dot(lost, lost), torch.dot(before, before)))
+    return MergeSums(*sums.tolist())

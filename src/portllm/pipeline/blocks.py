@@ -20,6 +20,7 @@ from portllm.patch.merge import (
     Scratch,
     add,
     delta_rows,
+    fold_scale,
     measure_merge,
     renormalize,
     round_nearest,
@@ -30,7 +31,7 @@ from portllm.patch.rounding import MergeSums
 from portllm.pipeline.plan import MergeStep
 
 BLOCK_ELEMENTS = 1 << 17
-"""Elements of a weight in memory at once: half a MiB in float32, and a few times that while it is measured."""
+"""Elements of a weight in memory at once: half a MiB in float32, and four times that with all that it becomes."""
 
 GPU_BLOCK_ELEMENTS = 1 << 23
 """The same where a GPU computes, which is slow to begin and quick to end."""
@@ -218,6 +219,7 @@ def _products(
     """The rows of `scale · B A` for one block of rows of a matrix after the other, with the rows' numbers."""
     blocks = list(bench.row_blocks(matrix))
     height = blocks[0][1]
+    b, scale = fold_scale(b, a, scale)
     for start, stop in blocks:
         # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
         # block is multiplied at full height, from rows that the block before it has had already.

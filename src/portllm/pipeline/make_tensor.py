@@ -15,6 +15,9 @@ from portllm.pipeline.blocks import NEAREST, Bench, Rounding, blocks_of
 from portllm.pipeline.plan import MergeStep
 from portllm.pipeline.side_by_side import Tell, default_threads
 
+TELL_BYTES = 1 << 23
+"""So much is made between two words to the thread that keeps the books, which has to wake up for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class How:
@@ -73,7 +76,7 @@ def make_tensor(step: MergeStep, bench: Bench, write: Callable[[int, memoryview]
     """
     read, written = blake3(), blake3()
     sums = None if step.change is None else MergeSums()
-    place = 0
+    place = told = 0
     for block in blocks_of(step, bench):
         write(place, block.data)
         read.update(block.source)
@@ -82,7 +85,10 @@ def make_tensor(step: MergeStep, bench: Bench, write: Callable[[int, memoryview]
         if sums is not None and block.sums is not None:
             sums += block.sums
         place += len(block.data)
-        tell(len(block.data))
+        if place - told >= TELL_BYTES:
+            tell(place - told)
+            told = place
+    tell(place - told)
     # What is decoded on the way has other bytes in its file, and more than one tensor of them.
     source = step.source
     return Facts(
