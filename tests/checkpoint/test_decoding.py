@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from portllm.checkpoint.decoding import decoded, spans_of, stored_rows, unpack_nibbles
 from portllm.checkpoint.encoding import GGML_TYPES, UNREADABLE, GGMLBlocks
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import read_bytes
+from portllm.checkpoint.raw_files import read_bytes
 from portllm.checkpoint.sample import load_values
 from portllm.checkpoint.tensors import load, load_rows
 from tests.quantized import BLOCKS, random_blocks

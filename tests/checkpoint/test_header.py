@@ -18,7 +18,7 @@ from portllm.checkpoint.header import (
     parse_header_length,
     render_header,
 )
-from portllm.checkpoint.reader import read_header
+from portllm.checkpoint.raw_files import read_header
 from portllm.checkpoint.tensors import TORCH_DTYPES
 from portllm.errors import HeaderError
 from tests.files import file_bytes
@@ -46,8 +46,8 @@ TEXT = json.dumps({"w": GOOD}).encode()
 HOSTILE = {
     "empty file": (b"", "has 0 bytes"),
     "shorter than a length": (b"\x02\0\0", "has 3 bytes"),
-    "length over the cap": (file_bytes(b"{}", length=MAX_HEADER_BYTES + 1), "the limit is 100000000"),
-    "length of all ones": (file_bytes(b"{}", length=2**64 - 1), "the limit is 100000000"),
+    "length over the cap": (file_bytes(b"{}", length=MAX_HEADER_BYTES + 1), "the limit is 32000000"),
+    "length of all ones": (file_bytes(b"{}", length=2**64 - 1), "the limit is 32000000"),
     "length over the file": (file_bytes(b"{}", length=3), "the file has 10"),
     "no JSON": (file_bytes(b""), "does not begin with '{'"),
     "a list": (file_bytes(b"[1]"), "does not begin with '{'"),
@@ -120,7 +120,7 @@ def test_a_file_that_breaks_a_rule_is_refused(rule, tmp_path):
 
 OF_THE_LIBRARY = {
     "the header cut by its length": (file_bytes({"w": GOOD}, bytes(24), length=30), "not valid JSON"),
-    "a length in another byte order": ((60).to_bytes(8, "big") + TEXT + bytes(24), "the limit is 100000000"),
+    "a length in another byte order": ((60).to_bytes(8, "big") + TEXT + bytes(24), "the limit is 32000000"),
     "ten tensors at one place": (
         file_bytes({f"w{index}": GOOD for index in range(10)}, bytes(24)),
         "tensor 'w1': starts at byte .* and overlaps",

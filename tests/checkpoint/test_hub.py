@@ -11,9 +11,10 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from portllm.checkpoint.hub import look_up
+from portllm.checkpoint.hub import fetch, look_up
 from portllm.checkpoint.identity import digest, fingerprint, sample_window
-from portllm.checkpoint.reader import INDEX_FILE, on_disk, open_checkpoint, read_bytes, side_file
+from portllm.checkpoint.raw_files import read_bytes
+from portllm.checkpoint.reader import INDEX_FILE, on_disk, open_checkpoint, side_file
 from portllm.checkpoint.ties import tied_embedding
 from portllm.cli.render import render_summary
 from portllm.errors import (
@@ -456,6 +457,17 @@ def test_an_index_too_large_to_read_is_not_fetched(hub, tiny, tmp_path):
     with pytest.raises(CheckpointError, match="at most 64000000 are read"):
         open_checkpoint("org/model")
     assert hub.n_bytes < 10_000
+
+
+def test_a_file_that_goes_on_after_its_end_is_not_fetched_whole(hub, tiny, tmp_path):
+    served = shutil.copytree(tiny("adapter"), tmp_path / "served")
+    hub.add("org/adapter", served)
+    repository = look_up("org/adapter")
+    size = (served / "adapter_config.json").stat().st_size
+    with open(served / "adapter_config.json", "ab") as stream:
+        stream.truncate(50_000_000)
+    with pytest.raises(RemoteError, match=f"more than the {size} bytes that it lists"):
+        fetch(repository, ["adapter_config.json"])
 
 
 def test_pickled_weights_of_the_hub_are_refused(hub, tmp_path):

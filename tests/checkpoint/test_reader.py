@@ -7,9 +7,11 @@ import shutil
 import pytest
 from safetensors import safe_open
 
-from portllm.checkpoint import reader
-from portllm.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint, read_bytes, read_json
+from portllm.checkpoint import raw_files
+from portllm.checkpoint.raw_files import read_bytes, read_json
+from portllm.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint
 from portllm.errors import (
+    AdapterFormatError,
     CheckpointError,
     HeaderError,
     IndexFileError,
@@ -17,6 +19,7 @@ from portllm.errors import (
     MissingTensorError,
     NotFoundError,
 )
+from portllm.patch.adapter_folder import load_patch
 from tests.files import file_bytes, rewrite_header, write_tensors
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -93,7 +96,7 @@ def test_opening_reads_no_byte_of_a_tensor(sharded, monkeypatch):
         raise AssertionError("bytes of a tensor were read")
 
     monkeypatch.setattr(os, "pread", refuse)
-    monkeypatch.setattr(reader, "read_bytes", refuse)
+    monkeypatch.setattr(raw_files, "read_bytes", refuse)
     assert len(open_checkpoint(sharded).infos) == 3
 
 
@@ -207,9 +210,17 @@ def test_a_config_that_is_not_an_object_is_refused(sharded):
 
 
 def test_a_json_file_that_is_too_large_is_not_read(sharded, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(raw_files, "MAX_JSON_BYTES", 10)
     with pytest.raises(IndexFileError, match="at most 10 are read"):
         read_json(sharded / INDEX_FILE, error=IndexFileError)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "org/" + "a" * 5000, "a" * 300 + "/b", "org/name@" + "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("opener", [open_checkpoint, load_patch])
+def test_a_name_that_no_system_has_is_told_and_cut_short(opener, name):
+    with pytest.raises((NotFoundError, AdapterFormatError), match="no such f") as told:
+        opener(name)
+    assert len(str(told.value)) < 500
 
 
 def test_one_shard_alone_is_refused(sharded):

@@ -226,7 +226,7 @@ def test_an_error_leaves_nothing(tmp_path):
 
 def test_an_interruption_right_after_the_swap_leaves_the_new_output_alone(swap, tmp_path, monkeypatch):
     make_old(tmp_path / "out")
-    sync, calls = staging._sync_entries, []
+    sync, calls = staging.sync_entries, []
 
     def interrupt(folder):
         calls.append(folder)
@@ -234,7 +234,7 @@ def test_an_interruption_right_after_the_swap_leaves_the_new_output_alone(swap, 
             raise KeyboardInterrupt
         sync(folder)
 
-    monkeypatch.setattr(staging, "_sync_entries", interrupt)
+    monkeypatch.setattr(staging, "sync_entries", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out")
     assert contents(tmp_path) == {f"out/{name}": data for name, data in NEW.items()}

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from portllm.checkpoint import page_cache
 from portllm.checkpoint.header import DTYPE_BITS
-from portllm.checkpoint.reader import INDEX_FILE, open_checkpoint, read_bytes
+from portllm.checkpoint.raw_files import read_bytes
+from portllm.checkpoint.reader import INDEX_FILE, open_checkpoint
 from portllm.checkpoint.writer import (
     Entry,
     ShardWriter,

@@ -20,3 +20,13 @@ def test_every_command_has_its_place_in_the_order_of_the_help():
 )
 def test_what_the_same_command_does_after_an_interruption_is_said_of_that_command(arguments, said):
     assert said in after_interruption(arguments)
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["merge", "--into", "x", "-o", "y"]])
+@pytest.mark.parametrize("name", ["a" * 5000, "org/" + "a" * 5000])
+def test_a_name_too_long_for_any_file_is_told_in_one_line(command, name, portllm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = portllm(*command, name)
+    assert told.status == 1
+    assert told.err.startswith("portllm: ")
+    assert len(told.err) < 400

@@ -9,7 +9,8 @@ import pytest
 from blake3 import blake3
 from safetensors import safe_open
 
-from portllm.checkpoint.reader import open_checkpoint, read_bytes
+from portllm.checkpoint.raw_files import read_bytes
+from portllm.checkpoint.reader import open_checkpoint
 from portllm.checkpoint.seal import render_sealed
 from portllm.errors import AdapterFormatError, HeaderError, PatchRecordError
 from portllm.patch.adapter_folder import (

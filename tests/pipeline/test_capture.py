@@ -5,11 +5,15 @@ import shutil
 import pytest
 
 from portllm import __version__
+from portllm.assess.verdict import Answer
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import open_checkpoint
-from portllm.errors import OutputError, OutputExistsError, PlanRefusedError
-from portllm.patch.adapter_folder import digest_tensors, load_patch
+from portllm.errors import NonFiniteError, OutputError, OutputExistsError, PlanRefusedError
+from portllm.patch.adapter_folder import TENSOR_FILE, digest_tensors, load_patch
 from portllm.pipeline.capture import capture_adapter, plan_capture
+from portllm.pipeline.check import check
+from portllm.pipeline.merge import merge
+from portllm.pipeline.port import port
 from tests.files import contents
 
 
@@ -72,6 +76,32 @@ def test_an_adapter_of_the_head_of_another_base_is_refused(tied, tiny, tmp_path)
     reasons = refused(adapter, open_checkpoint(tiny("base", tied=tied, seed=5)), tmp_path)
     assert set(reasons) == {"lm_head"}
     assert plan_capture(adapter, base=open_checkpoint(base)) == ()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_number_that_is_none_is_refused_by_its_name_wherever_a_patch_goes(value, dtype, tiny, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    adapter = shutil.copytree(tiny("adapter"), tmp_path / "adapter")
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(adapter / TENSOR_FILE).items()}
+    name = sorted(tensors)[-1]
+    tensors[name][-1, -1] = value
+    save_file(tensors, adapter / TENSOR_FILE)
+    base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved"))
+    ways = (
+        lambda: capture_adapter(load_patch(adapter), base=base, out=tmp_path / "out"),
+        lambda: port(load_patch(adapter), base=base, evolved=evolved, out=tmp_path / "out"),
+        lambda: merge(load_patch(adapter), into=base, out=tmp_path / "out"),
+    )
+    for way in ways:
+        with pytest.raises(NonFiniteError, match=name.removeprefix("base_model.model.").rpartition(".lora")[0]):
+            way()
+        assert not (tmp_path / "out").exists()
+    found = check(load_patch(adapter), base=base, evolved=evolved).patches[0].verdict
+    assert found.answer is Answer.WILL_NOT_HOLD
+    assert "holds an infinity or NaN" in found.reasons[0].text
 
 
 def test_an_output_that_exists_is_refused_and_kept(tiny, tmp_path):

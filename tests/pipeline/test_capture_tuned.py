@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint.reader import read_bytes
+from portllm.checkpoint.raw_files import read_bytes
 from portllm.checkpoint.row_reader import RowReader
 from portllm.errors import NonFiniteError, OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import read_record

@@ -47,7 +47,7 @@ def weights(folder):
 
 
 def tensors(folder):
-    from portllm.checkpoint.reader import read_bytes
+    from portllm.checkpoint.raw_files import read_bytes
 
     return {name: read_bytes(info) for name, info in open_checkpoint(folder).infos.items()}
 

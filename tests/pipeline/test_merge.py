@@ -10,7 +10,8 @@ import torch
 import portllm
 from portllm.checkpoint import page_cache
 from portllm.checkpoint.identity import digest, fingerprint
-from portllm.checkpoint.reader import open_checkpoint, read_bytes
+from portllm.checkpoint.raw_files import read_bytes
+from portllm.checkpoint.reader import open_checkpoint
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load
 from portllm.errors import (
     DeviceError,

@@ -199,6 +199,14 @@ def test_damaged_signatures_hold_nothing(copy, keys):
         assert wrong(verify(folder, trust=PublicKey(keys / "mine.pub"))) == ["signature"]
 
 
+def test_a_signature_too_large_to_be_one_is_not_read(copy, keys):
+    folder = copy()
+    with open(sign(folder, KeySigner(keys / "mine.key")), "ab") as stream:
+        stream.truncate(10**12)
+    found = verify(folder, trust=PublicKey(keys / "mine.pub"))
+    assert "no signature has more" in next(check for check in found.checks if check.subject == "signature").finding
+
+
 def test_a_signature_nobody_asked_about_is_noted(copy, keys):
     folder = copy()
     sign(folder, KeySigner(keys / "mine.key"))

@@ -161,7 +161,7 @@ def test_a_changed_tensor_is_named(copy):
 
 
 def load_info(file, key):
-    from portllm.checkpoint.reader import read_header
+    from portllm.checkpoint.raw_files import read_header
 
     return read_header(file).tensors[key]
 

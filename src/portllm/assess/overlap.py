@@ -117,7 +117,7 @@ def product_square(b: Float[np.ndarray, "m rank"], a: Float[np.ndarray, "rank n"
         100.0
     """
     left, right = b.astype(np.float64), a.astype(np.float64)
-    return max(0.0, _dot(left.T @ left, right @ right.T))
+    return max(_dot(left.T @ left, right @ right.T), 0.0)  # in this order, NaN stays
 
 
 def _dot(one: Float[np.ndarray, "k d"], other: Float[np.ndarray, "k d"]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from portllm.checkpoint.decoding import decode_floats
 from portllm.checkpoint.header import TensorInfo, n_bytes_of
-from portllm.checkpoint.reader import read_bytes, read_spans
+from portllm.checkpoint.raw_files import read_bytes, read_spans
 from portllm.checkpoint.source import Source
 
 BLOCK_ELEMENTS = 1 << 23

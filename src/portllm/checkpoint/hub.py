@@ -37,15 +37,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from portllm import __version__
+from portllm.checkpoint.raw_files import MAX_JSON_BYTES, read_config
 from portllm.checkpoint.reader import (
     CONFIG_FILE,
     INDEX_FILE,
-    MAX_JSON_BYTES,
     SINGLE_FILE,
     Checkpoint,
     join_shards,
     open_folder,
-    read_config,
     read_weight_map,
     require_shards,
     tensors_of,
@@ -237,13 +236,19 @@ class _Tally:
     def __init__(self, sizes: Mapping[str, int], label: str, progress: Progress) -> None:
         self._sizes = sizes
         self._done = dict.fromkeys(sizes, 0)
+        self._name = label
         self._label = f"download {label}"
         self._progress = progress
         self._lock = threading.Lock()
 
     def count(self, name: str, done: int) -> None:
+        if done > self._sizes[name]:
+            raise RemoteError(
+                f"'{self._name}/{name}': the hub sends more than the {self._sizes[name]} bytes that it lists. The file "
+                "changed, or the server is not to be trusted: try again later."
+            )
         with self._lock:
-            self._done[name] = max(self._done[name], min(done, self._sizes[name]))
+            self._done[name] = max(self._done[name], done)
             self._progress(self._label, sum(self._done.values()), sum(self._sizes.values()), "bytes")
 
     def finish(self, name: str) -> None:

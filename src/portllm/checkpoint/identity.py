@@ -19,7 +19,8 @@ from blake3 import blake3
 from portllm.checkpoint.cache import cache_root
 from portllm.checkpoint.families import current_tensors
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import Checkpoint, read_bytes, read_spans
+from portllm.checkpoint.raw_files import read_bytes, read_spans
+from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.source import Source
 from portllm.checkpoint.ties import stored_head, tied_embedding
 from portllm.progress import Progress, silent

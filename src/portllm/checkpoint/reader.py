@@ -1,22 +1,22 @@
 """Open a model: a folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the Hugging Face Hub.
 
 A folder holds one file, or shards with an index; a model of the hub is `org/name` or `org/name@revision`.
-Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for. What lives
-here knows nothing of arithmetic: `portllm.checkpoint.tensors` turns bytes into arrays. The network is touched for a
-model of the hub only.
+Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for:
+`portllm.checkpoint.raw_files` reads them, `portllm.checkpoint.tensors` turns them into arrays. The network is touched
+for a model of the hub only.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from portllm.checkpoint.bitsandbytes import joined
 from portllm.checkpoint.builtin import builtin_folder
 from portllm.checkpoint.encoding import schemes_of
-from portllm.checkpoint.header import Header, TensorInfo, parse_header, parse_header_length
-from portllm.checkpoint.json_text import parse_json
+from portllm.checkpoint.header import Header, TensorInfo
+from portllm.checkpoint.raw_files import read_config, read_header, read_json, read_spans
 from portllm.checkpoint.source import RemoteFile, Source
 from portllm.checkpoint.unfinished import require_finished
 from portllm.errors import CheckpointError, IndexFileError, MissingShardError, MissingTensorError, NotFoundError
@@ -27,11 +27,11 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 GGUF_SUFFIX = ".gguf"
 BUILTIN_PREFIX = "builtin:"
-MAX_JSON_BYTES = 64_000_000
+MAX_NAME_LENGTH = 250
+"""Of a model of the hub, with its revision; a name there has 96 characters at most."""
 
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.\.)\w[\w./-]*)?")
-_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,103 +99,6 @@ class Checkpoint:
         return self.infos[name]
 
 
-def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes `start` to `stop` of one tensor, counted from its first byte.
-
-    Raises:
-        CheckpointError: The file is gone or became shorter since it was opened.
-        RemoteError: A file on a server cannot be read.
-    """
-    stop = info.n_bytes if stop is None else stop
-    if isinstance(info.file, RemoteFile):
-        from portllm.checkpoint.remote import read_range  # loads an HTTP client, which few runs need
-
-        return read_range(info.file, info.start + start, info.start + stop)
-    try:
-        with open(info.file, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), stop - start, info.start + start)
-            while len(data) < stop - start:  # one call returns at most 2 GiB, and may return less
-                more = os.pread(file.fileno(), stop - start - len(data), info.start + start + len(data))
-                if not more:
-                    raise CheckpointError(
-                        f"'{info.name}': '{info.file}' ended at {len(data)} of {stop - start} bytes; "
-                        "it changed while it was read. Run again when nothing writes to it."
-                    )
-                data += more
-    except OSError as error:
-        raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
-    return data
-
-
-def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
-    """What `read_bytes` gives for each tensor, start and stop, in order; slices of remote files are read side by side.
-
-    Errors as `read_bytes`.
-    """
-    for first in range(0, len(spans), _BATCH):
-        batch = spans[first : first + _BATCH]
-        if any(isinstance(info.file, RemoteFile) for info, _, _ in batch):
-            from portllm.checkpoint.remote import concurrently
-
-            yield from concurrently(lambda span: read_bytes(*span), batch)
-        else:
-            yield from (read_bytes(*span) for span in batch)
-
-
-def read_header(file: Path) -> Header:
-    """The header of one safetensors file.
-
-    Raises:
-        HeaderError: It breaks a rule of the format.
-        CheckpointError: The file cannot be read.
-    """
-    try:
-        file_bytes = file.stat().st_size
-        with open(file, "rb") as stream:
-            length = parse_header_length(stream.read(8), file=file, file_bytes=file_bytes)
-            text = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"'{file}': cannot be read: {error.strerror}.") from error
-    return parse_header(text, file=file, file_bytes=file_bytes)
-
-
-def read_json(
-    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, infinities: bool = False
-) -> dict[str, object]:
-    """A JSON object from a file that nobody vouches for; `infinities` as for `json_text.parse_json`.
-
-    Raises:
-        error: The file is none (a pipe could be waited for forever), is too large, is not
-            JSON that every reader reads alike, or is not an object.
-    """
-    try:
-        if file.exists() and not file.is_file():
-            raise error(f"'{file}': is not a file. Fetch or write it again.")
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            text = stream.read(min(size, MAX_JSON_BYTES) + 1)  # as much room is made as is asked for
-    except OSError as problem:
-        raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
-    if len(text) > MAX_JSON_BYTES:
-        raise error(f"'{file}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
-    try:
-        value = parse_json(text, infinities=infinities)
-    except ValueError as problem:
-        raise error(f"'{file}': is not valid JSON ({problem}). Fetch or write it again.") from problem
-    if not isinstance(value, dict):
-        raise error(f"'{file}': must hold a JSON object, holds a {type(value).__name__}.")
-    return value
-
-
-def read_config(file: Path) -> dict[str, object]:
-    """A model's `config.json`, in which transformers writes infinities as Python does.
-
-    Raises:
-        CheckpointError: As `read_json`.
-    """
-    return read_json(file, infinities=True)
-
-
 def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkpoint:
     """Open a model lazily.
 
@@ -213,19 +116,20 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
     if name.startswith(BUILTIN_PREFIX):
         return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
     path = Path(where)
-    if path.is_dir():
+    if os.path.isdir(path):  # which is no error for a name that no system has, however long
         require_finished(path)
         return open_folder(path, name=name)
-    if path.is_file():
+    if os.path.isfile(path):
         return _open_file(path, name=name)
     if names_hub(name):
         from portllm.checkpoint.hub import open_remote
 
         return open_remote(name)
-    hint = f" For the model of the Hugging Face Hub, write {name}@main." if _HUB_ID.fullmatch(name) else ""
+    could_be = len(name) <= MAX_NAME_LENGTH and _HUB_ID.fullmatch(name)
+    hint = f" For the model of the Hugging Face Hub, write {name}@main." if could_be else ""
     raise NotFoundError(
-        f"'{name}': no such file or folder. Give a folder, a .safetensors or .gguf file, a model of the Hugging Face "
-        f"Hub (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
+        f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Give a folder, a .safetensors or .gguf file, a model of "
+        f"the Hugging Face Hub (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
     )
 
 
@@ -266,9 +170,11 @@ def names_hub(where: str | Path) -> bool:
         [True, True, False, False]
     """
     match = _HUB_ID.fullmatch(str(where))
-    if match is None or Path(where).exists() or str(where).endswith(".safetensors"):
+    if match is None or len(str(where)) > MAX_NAME_LENGTH:
         return False
-    return match["revision"] is not None or not Path(where).parent.exists()
+    if os.path.exists(where) or str(where).endswith(".safetensors"):
+        return False
+    return match["revision"] is not None or not os.path.exists(Path(where).parent)
 
 
 def _open_file(path: Path, *, name: str) -> Checkpoint:

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 from portllm.checkpoint.decoding import decoded, spans_of
 from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, n_bytes_of
 from portllm.checkpoint.identity import sample_window
-from portllm.checkpoint.reader import read_spans
+from portllm.checkpoint.raw_files import read_spans
 
 
 def sample_span(info: TensorInfo) -> tuple[int, int]:

@@ -27,4 +27,4 @@ class RemoteFile:
 
 
 Source = Path | RemoteFile
-"""What holds a tensor's bytes; `portllm.checkpoint.reader.read_bytes` reads either."""
+"""What holds a tensor's bytes; `portllm.checkpoint.raw_files.read_bytes` reads either."""

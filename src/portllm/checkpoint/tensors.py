@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from portllm.checkpoint.header import TensorInfo, n_bytes_of
-from portllm.checkpoint.reader import read_bytes
+from portllm.checkpoint.raw_files import read_bytes
 from portllm.checkpoint.sample import load_values
 from portllm.errors import UnsupportedDtypeError
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import SINGLE_FILE, Checkpoint, open_folder, read_header, read_json
+from portllm.checkpoint.raw_files import read_header, read_json
+from portllm.checkpoint.reader import SINGLE_FILE, Checkpoint, open_folder
 from portllm.checkpoint.seal import render_sealed, seal_problem
 from portllm.checkpoint.staging import remove, sync_entries
 from portllm.checkpoint.unfinished import UNFINISHED_FILE

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from portllm.checkpoint.reader import Checkpoint, read_json, side_file
+from portllm.checkpoint.raw_files import read_json
+from portllm.checkpoint.reader import Checkpoint, side_file
 from portllm.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -4,6 +4,7 @@ Modules that cost time to import are imported inside the commands that need them
 once. Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 done, and the verdict is no.
 """
 
+import errno
 import gc
 import os
 import signal
@@ -102,6 +103,11 @@ def main() -> None:
     except PortLLMError as error:
         # Further lines are indented: none that a file had a hand in looks like one of the program's own.
         say(f"portllm: {error}".replace("\n", "\n  "), err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        say(f"portllm: '{str(error.filename)[:80]}...': a name too long for any file or model.", err=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code in INTERRUPTED:

@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from portllm.checkpoint.reader import CONFIG_FILE, read_config
+from portllm.checkpoint.raw_files import read_config
+from portllm.checkpoint.reader import CONFIG_FILE
 from portllm.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")

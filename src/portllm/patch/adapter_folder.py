@@ -6,6 +6,7 @@ tensor of the file is accounted for: it becomes part of a delta, or the folder i
 
 import importlib.resources
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,8 @@ from blake3 import blake3
 
 from portllm.checkpoint.families import order_of
 from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, render_header
-from portllm.checkpoint.reader import names_hub, read_bytes, read_header, read_json
+from portllm.checkpoint.raw_files import read_bytes, read_header, read_json
+from portllm.checkpoint.reader import MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.seal import digest_file, render_sealed, seal_problem
 from portllm.checkpoint.source import Source
 from portllm.checkpoint.writer import METADATA
@@ -255,8 +257,10 @@ def _fetch(name: str) -> tuple[Path, str]:
 
 
 def _require_files(path: Path, name: str) -> None:
-    if not path.is_dir():
-        raise AdapterFormatError(f"'{name}': no such folder. A patch is a folder with {CONFIG_FILE} and {TENSOR_FILE}.")
+    if not os.path.isdir(path):
+        raise AdapterFormatError(
+            f"'{name[:MAX_NAME_LENGTH]}': no such folder. A patch is a folder with {CONFIG_FILE} and {TENSOR_FILE}."
+        )
     if not (path / CONFIG_FILE).is_file():
         inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
         hint = f" Its subfolder '{inner}' is one: give that." if inner else ""

@@ -10,6 +10,7 @@ from portllm.checkpoint.writer import check_apart, staged_folder
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
+from portllm.patch.finite import require_finite
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, FittedTo, PatchRecord
 from portllm.pipeline.convertible import needs_conversion, unconvertible
@@ -81,12 +82,14 @@ def capture_adapter(
         PlanRefusedError: The adapter does not fit the base, or cannot be converted, with every reason.
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written, or holds what is read.
+        NonFiniteError: A tensor of the adapter holds an infinity or NaN.
     """
     refusals = plan_capture(adapter, base=base, initial=initial, fitted_to=fitted_to)
     if refusals:
         raise PlanRefusedError(refusals)
     files = (*base.files, *files_of(adapter), *(() if initial is None else files_of(initial)))
     check_apart(out, files)
+    require_finite(adapter)
     if not needs_conversion(adapter, initial):
         with staged_folder(out, overwrite=overwrite) as folder:
             _write(folder, adapter, base, Capture(method, dict(settings or {}), fitted_to))

@@ -218,7 +218,8 @@ def _check_patch(patch: Patch[TensorInfo], changes: Changes, known: _Known) -> P
         follows_tokens = plan.tokens is not None and has_token_rows(pair.evolved.name, known.update.evolved)
         sampled = known.sample.rows.get(name)
         if sampled is not None and not follows_tokens:
-            measured[name] = measure_change(change, sampled, known.columns.get(name))
+            with np.errstate(invalid="ignore", over="ignore"):  # what is no number is named below
+                measured[name] = measure_change(change, sampled, known.columns.get(name))
     matrices = {pair.place for _, pair in changes.values() if len(pair.base.shape) > 1}
     places = frozenset(matrices or {pair.place for _, pair in changes.values()})
     drift = known.drift_of(places)
@@ -234,7 +235,7 @@ def _check_patch(patch: Patch[TensorInfo], changes: Changes, known: _Known) -> P
                 for kind in sorted({place.kind for place in places} & known.report.kinds.keys())
             },
             drift=drift,
-            broken=known.report.broken,
+            broken=(*known.report.broken, *(name for name, found in measured.items() if not found.is_finite)),
             config_changes=known.report.config_changes,
             alignment=alignment.cosine,
             overlaps=overlaps,

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from portllm.checkpoint.equality import same_bytes
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import READ_BYTES
-from portllm.checkpoint.reader import Checkpoint, read_bytes
+from portllm.checkpoint.raw_files import read_bytes
+from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.ties import HEAD_MODULE, tied_embedding
 from portllm.errors import Refusal
 from portllm.patch.adapter_folder import why_unconverted

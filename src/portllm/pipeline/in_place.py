@@ -20,7 +20,8 @@ from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors
 from portllm.checkpoint.page_cache import is_large
-from portllm.checkpoint.reader import open_folder, read_bytes, read_json
+from portllm.checkpoint.raw_files import read_bytes, read_json
+from portllm.checkpoint.reader import open_folder
 from portllm.checkpoint.seal import digest_header
 from portllm.checkpoint.undo import (
     UNDO_FOLDER,

@@ -19,7 +19,8 @@ from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors, remember_digests
 from portllm.checkpoint.page_cache import is_large
-from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint, read_header
+from portllm.checkpoint.raw_files import read_header
+from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint
 from portllm.checkpoint.staging import Staged
 from portllm.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,

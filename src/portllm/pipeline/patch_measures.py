@@ -3,6 +3,7 @@
 Works on what `drift_samples` read once for all patches; of each patch its own tensors are read, one module at a time.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -45,6 +46,11 @@ class ChangeMeasures:
     overlaps: Mapping[str, Share] = field(default_factory=dict)
     rounding: Mapping[str, MergeSums] = field(default_factory=dict)
     is_rescaled: bool = False
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no infinity or NaN came out."""
+        return math.isfinite(self.delta_sq)
 
 
 def measure_change(

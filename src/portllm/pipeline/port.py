@@ -9,6 +9,7 @@ from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint, on_disk
 from portllm.checkpoint.writer import check_apart, staged_folder
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
+from portllm.patch.finite import require_finite
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.pipeline.plan import PortPlan, plan_port, require
@@ -46,6 +47,7 @@ def port(
         PlanRefusedError: The patch does not fit, with every reason.
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written, or holds what is read.
+        NonFiniteError: A tensor of the patch, or what becomes of it, holds an infinity or NaN.
     """
     plan = plan_port(patch, evolved=evolved, base=base, method=method, allow_other_base=allow_other_base)
     return run_port(plan, out, overwrite=overwrite)
@@ -55,6 +57,7 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     """Carry out a plan; see `port`."""
     require(plan)
     check_apart(out, plan.files)
+    require_finite(plan.patch)
     patch = plan.patch
     deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
     ported = replace(patch, name=str(out), deltas=deltas)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from model_signing.verifying import Config as VerifyingConfig
 
 SIGNATURE_FILE = "model.sig"
+MAX_SIGNATURE_BYTES = 16_000_000
 """Its usual name, in the folder that it signs."""
 
 
@@ -174,6 +175,8 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
         config = _verifying_config(model_signing, trust)
     if not file.is_file():
         return f"there is no '{file}'"
+    if (size := file.stat().st_size) > MAX_SIGNATURE_BYTES:
+        return f"'{file}' has {size} bytes, and no signature has more than {MAX_SIGNATURE_BYTES}"
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config.verify(folder, file)

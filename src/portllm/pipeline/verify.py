@@ -12,7 +12,8 @@ from typing import Literal
 
 from portllm.checkpoint.header import TensorInfo, render_header
 from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors
-from portllm.checkpoint.reader import Checkpoint, names_hub, open_checkpoint, read_header, read_json
+from portllm.checkpoint.raw_files import read_header, read_json
+from portllm.checkpoint.reader import Checkpoint, names_hub, open_checkpoint
 from portllm.checkpoint.seal import digest_file, digest_header, render_sealed, seal_problem
 from portllm.checkpoint.writer import METADATA
 from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError

@@ -1,0 +1,114 @@
+"""What lies in a model's files: spans of bytes, headers, and JSON that nobody vouches for. No arithmetic.
+
+The network is touched for a file of the hub only.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from portllm.checkpoint.header import Header, TensorInfo, parse_header, parse_header_length
+from portllm.checkpoint.json_text import parse_json
+from portllm.checkpoint.source import RemoteFile
+from portllm.errors import CheckpointError
+
+MAX_JSON_BYTES = 64_000_000
+
+_BATCH = 512
+
+
+def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes `start` to `stop` of one tensor, counted from its first byte.
+
+    Raises:
+        CheckpointError: The file is gone or became shorter since it was opened.
+        RemoteError: A file on a server cannot be read.
+    """
+    stop = info.n_bytes if stop is None else stop
+    if isinstance(info.file, RemoteFile):
+        from portllm.checkpoint.remote import read_range  # loads an HTTP client, which few runs need
+
+        return read_range(info.file, info.start + start, info.start + stop)
+    try:
+        with open(info.file, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), stop - start, info.start + start)
+            while len(data) < stop - start:  # one call returns at most 2 GiB, and may return less
+                more = os.pread(file.fileno(), stop - start - len(data), info.start + start + len(data))
+                if not more:
+                    raise CheckpointError(
+                        f"'{info.name}': '{info.file}' ended at {len(data)} of {stop - start} bytes; "
+                        "it changed while it was read. Run again when nothing writes to it."
+                    )
+                data += more
+    except OSError as error:
+        raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
+    return data
+
+
+def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
+    """What `read_bytes` gives for each tensor, start and stop, in order; slices of remote files are read side by side.
+
+    Errors as `read_bytes`.
+    """
+    for first in range(0, len(spans), _BATCH):
+        batch = spans[first : first + _BATCH]
+        if any(isinstance(info.file, RemoteFile) for info, _, _ in batch):
+            from portllm.checkpoint.remote import concurrently
+
+            yield from concurrently(lambda span: read_bytes(*span), batch)
+        else:
+            yield from (read_bytes(*span) for span in batch)
+
+
+def read_header(file: Path) -> Header:
+    """The header of one safetensors file.
+
+    Raises:
+        HeaderError: It breaks a rule of the format.
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        file_bytes = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = parse_header_length(stream.read(8), file=file, file_bytes=file_bytes)
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"'{file}': cannot be read: {error.strerror}.") from error
+    return parse_header(text, file=file, file_bytes=file_bytes)
+
+
+def read_json(
+    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, infinities: bool = False
+) -> dict[str, object]:
+    """A JSON object from a file that nobody vouches for; `infinities` as for `json_text.parse_json`.
+
+    Raises:
+        error: The file is none (a pipe could be waited for forever), is too large, is not
+            JSON that every reader reads alike, or is not an object.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise error(f"'{file}': is not a file. Fetch or write it again.")
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            text = stream.read(min(size, MAX_JSON_BYTES) + 1)  # as much room is made as is asked for
+    except OSError as problem:
+        raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
+    if len(text) > MAX_JSON_BYTES:
+        raise error(f"'{file}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+    try:
+        value = parse_json(text, infinities=infinities)
+    except ValueError as problem:
+        raise error(f"'{file}': is not valid JSON ({problem}). Fetch or write it again.") from problem
+    if not isinstance(value, dict):
+        raise error(f"'{file}': must hold a JSON object, holds a {type(value).__name__}.")
+    return value
+
+
+def read_config(file: Path) -> dict[str, object]:
+    """A model's `config.json`, in which transformers writes infinities as Python does.
+
+    Raises:
+        CheckpointError: As `read_json`.
+    """
+    return read_json(file, infinities=True)
