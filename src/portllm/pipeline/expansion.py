@@ -1,0 +1,243 @@
+"""Why addition works or stops working: the loss around the base, in the patch Δ, the drift D and both at once.
+
+    L(W0 + D + Δ) - L(W0 + D) = <g0, Δ> + ½ <Δ, HΔ> + <D, HΔ> + third order,    g0, H at W0
+
+Addition is safe while the interference `<D, HΔ>` is small against what the patch gains. It is measured twice. As
+`<g1, Δ> - <g0, Δ>`, with g1 the gradient at `W0 + D`: exact to second order, all modules and layers together, and what
+the whole drift does, patched modules or not. And weight by weight, with the Kronecker-factored Fisher `Σ_x ⊗ Σ_δ` in
+the place of H (K-FAC: Martens and Grosse, 2015, arXiv 1503.05671; one factor over the tokens of a sequence: Eschenhagen
+et al., 2023, arXiv 2311.00636):
+
+    <D, HΔ> ≈ tr(Σ_δ D Σ_x Δᵀ) = s tr((Σ_δ B)ᵀ D (Σ_x Aᵀ)),    a product of thin matrices with D read in row blocks
+
+with `Σ_x = E[x xᵀ]` over tokens and `Σ_δ = E[Σ_t δ_t δ_tᵀ]` over completion tokens. Its cosine divides by
+`√(tr(Σ_δ D Σ_x Dᵀ) tr(Σ_δ Δ Σ_x Δᵀ))`, whose first factor is estimated from random sketches.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.tensors import load_rows
+from portllm.errors import PlanRefusedError, Refusal
+from portllm.linalg import square_sum
+from portllm.live.encoding import Encoded, Encoder
+from portllm.live.examples import Example
+from portllm.live.loss import completion_nats
+from portllm.live.model import Device, PeftModel, attach_adapter, choose_device, load_model, load_tokenizer
+from portllm.live.moments import ModuleMoments, Moments, gather_moments
+from portllm.live.train import encode_all
+from portllm.patch.adapter_folder import folder_of
+from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.patch import Patch
+from portllm.pipeline.fit import misfits, oriented, tensor_of
+from portllm.pipeline.port_residual import is_plain, load_delta
+from portllm.pipeline.train import model_folder
+from portllm.progress import Progress, silent
+
+Rows = tuple[slice, slice, Float32[Tensor, "rows columns"]]
+"""A block of a matrix, and where it lies."""
+
+BLOCK_ELEMENTS = 1 << 22
+SKETCH = 32
+"""Columns of a sketch: the drift's own curvature is off by at most `√(4 / SKETCH)`, one standard error, a module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The terms of one module, or their sums over modules; nats per completion token.
+
+    Attributes:
+        first_order_base: `<g0, Δ>`: below 0 where the patch lowers the loss of the base.
+        first_order_evolved: `<g1, Δ>`.
+        interference: `tr(Σ_δ D Σ_x Δᵀ)`: above 0 where drift and patch hinder each other.
+        patch_curvature: `tr(Σ_δ Δ Σ_x Δᵀ)`.
+        drift_curvature: `tr(Σ_δ D Σ_x Dᵀ)`, estimated.
+    """
+
+    first_order_base: float = 0.0
+    first_order_evolved: float = 0.0
+    interference: float = 0.0
+    patch_curvature: float = 0.0
+    drift_curvature: float = 0.0
+
+    def __add__(self, other: "Terms") -> "Terms":
+        return Terms(
+            self.first_order_base + other.first_order_base,
+            self.first_order_evolved + other.first_order_evolved,
+            self.interference + other.interference,
+            self.patch_curvature + other.patch_curvature,
+            self.drift_curvature + other.drift_curvature,
+        )
+
+    @property
+    def cosine(self) -> float | None:
+        """The interference as a cosine in the metric of the curvature; None where patch or drift do nothing."""
+        norms = math.sqrt(self.patch_curvature * self.drift_curvature)
+        return self.interference / norms if norms else None
+
+    def to_json(self) -> dict[str, float | None]:
+        """The terms; gains are first-order, with the sign that more is better."""
+        return {
+            "gain_on_base": -self.first_order_base,
+            "gain_on_evolved": -self.first_order_evolved,
+            "lost_gain": self.first_order_evolved - self.first_order_base,
+            "interference": self.interference,
+            "interference_cosine": self.cosine,
+            "patch_curvature": self.patch_curvature,
+            "drift_curvature": self.drift_curvature,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """All modules, and the losses that the expansion is about.
+
+    Attributes:
+        modules: By name.
+        losses: Of `base`, `base_patched`, `evolved`, `evolved_patched` on the same rows, nats per completion token.
+        rows: How many there were.
+    """
+
+    modules: Mapping[str, Terms]
+    losses: Mapping[str, float]
+    rows: int
+
+    def to_json(self) -> dict[str, object]:
+        """Modules, their sums and the losses."""
+        return {
+            "total": sum(self.modules.values(), Terms()).to_json(),
+            "modules": {name: terms.to_json() for name, terms in self.modules.items()},
+            "losses": dict(self.losses),
+            "rows": self.rows,
+        }
+
+
+def expand(
+    base: Checkpoint,
+    evolved: Checkpoint,
+    patch: Patch[TensorInfo],
+    examples: Sequence[Example],
+    *,
+    max_tokens: int = 512,
+    batch_size: int = 4,
+    sketch: int = SKETCH,
+    seed: int = 0,
+    device: Device = "auto",
+    progress: Progress = silent,
+) -> Expansion:
+    """Measure the terms of the loss around the base; models run in float32, one after the other.
+
+    Args:
+        base: The model that the patch was made on.
+        evolved: A later version of the same shapes.
+        patch: Of plain LoRA deltas of linear modules.
+        examples: Prompts and completions; best of the task, and not the rows that the patch was trained on.
+        max_tokens: Most tokens of a row; longer prompts are cut from the left.
+        batch_size: Rows of a pass.
+        sketch: Columns of the sketches.
+        seed: Of the sketches and of drawn labels.
+        device: Where models run.
+        progress: Told of the batches done.
+
+    Raises:
+        PlanRefusedError: The patch does not fit a model, or holds more than LoRA deltas of linear modules.
+        NotFoundError: A model is a single file, without configuration and tokenizer.
+        DataError: Rows do not fit.
+    """
+    refusals = sorted({*misfits(patch, base), *misfits(patch, evolved), *_unhooked(patch)})
+    if refusals:
+        raise PlanRefusedError(refusals)
+    patch = oriented(patch, base)
+    deltas = {module: load_delta(delta) for module, delta in patch.deltas.items()}
+    where = choose_device(device)
+    losses: dict[str, float] = {}
+    found: list[Moments] = []
+    for name, checkpoint in (("base", base), ("evolved", evolved)):
+        folder = model_folder(checkpoint, progress=progress)
+        rows = encode_all(Encoder(load_tokenizer(folder)), examples, max_tokens=max_tokens)
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        model = load_model(folder, device=where, dtype=torch.float32, longest=max_tokens)
+        moments = gather_moments(
+            model,
+            deltas,
+            batches,
+            device=where,
+            curvature=checkpoint is base,
+            sketch=sketch,
+            seed=seed,
+            progress=progress,
+        )
+        found.append(moments)
+        losses[name] = moments.nats
+        patched = attach_adapter(model, folder_of(patch), name="patch")
+        losses[f"{name}_patched"] = _mean_nats(patched, batches, device=where)
+    at_base, at_evolved = found
+    terms = {
+        module: replace(
+            _terms(delta, at_base.modules[module], at_base, _drift(module, delta, base, evolved)),
+            first_order_evolved=at_evolved.modules[module].first_order / at_evolved.n_targets,
+        )
+        for module, delta in deltas.items()
+    }
+    return Expansion(terms, losses, len(examples))
+
+
+def _unhooked(patch: Patch[TensorInfo]) -> Iterator[Refusal]:
+    if not is_plain(patch) or any(delta.is_embedding for delta in patch.deltas.values()):
+        yield Refusal(
+            patch.name,
+            "holds more than LoRA deltas of linear modules (a DoRA magnitude, experts, embeddings, saved tensors, "
+            "token rows or biases), whose inputs are no vectors that a hook sees. Use a patch of plain LoRA.",
+        )
+
+
+@torch.inference_mode()
+def _mean_nats(model: PeftModel, batches: Sequence[Sequence[Encoded]], *, device: torch.device) -> float:
+    total = sum(completion_nats(model, rows, device=device).sum().item() for rows in batches)
+    return total / sum(len(row.completion) for rows in batches for row in rows)
+
+
+def _terms(delta: LowRankDelta[Tensor], moments: ModuleMoments, seen: Moments, drift: Iterator[Rows]) -> Terms:
+    """The terms at the base; `first_order_evolved` is left at 0.
+
+    Args:
+        delta: Of the module.
+        moments: Of the module at the base.
+        seen: What they are sums over.
+        drift: The drift of its weight, as (d_out, d_in), in blocks of rows or of columns.
+    """
+    rank = delta.rank
+    inputs, gradients = moments.inputs.cpu(), moments.gradients.cpu()
+    inner = torch.zeros(gradients.shape[1], inputs.shape[1])
+    for rows, columns, block in drift:
+        inner += gradients[rows].T @ (block @ inputs[columns])
+    both = seen.n_tokens * seen.n_targets
+    read, written = delta.a.float() @ inputs[:, :rank], delta.b.float().T @ gradients[:, :rank]
+    sketched = inner[rank:, rank:]
+    return Terms(
+        first_order_base=moments.first_order / seen.n_targets,
+        interference=delta.scale * float(inner[:rank, :rank].trace().item()) / both,
+        patch_curvature=delta.scale**2 * float((written * read.T).sum().item()) / both,
+        drift_curvature=square_sum(sketched) / sketched.numel() / both,
+    )
+
+
+def _drift(module: str, delta: LowRankDelta[Tensor], base: Checkpoint, evolved: Checkpoint) -> Iterator[Rows]:
+    """`W1 - W0` of a module, as (d_out, d_in) whichever way it is stored."""
+    old, new = tensor_of(module + WEIGHT, base), tensor_of(module + WEIGHT, evolved)
+    if old is None or new is None:
+        raise AssertionError("the patch fits both models")
+    step = max(1, BLOCK_ELEMENTS // old.shape[1])
+    for start in range(0, old.shape[0], step):
+        stop = min(start + step, old.shape[0])
+        block = load_rows(new, start, stop).float() - load_rows(old, start, stop).float()
+        here, across = slice(start, stop), slice(None)
+        yield (across, here, block.T) if delta.transposed else (here, across, block)
