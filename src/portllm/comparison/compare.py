@@ -17,7 +17,7 @@ from portllm.comparison.metrics import (
     paired_change,
     retention,
 )
-from portllm.comparison.scoring import Scores, Task, score
+from portllm.comparison.scoring import Scored, Scores
 from portllm.errors import PortLLMError
 from portllm.live.encoding import Encoder
 from portllm.live.model import (
@@ -107,6 +107,7 @@ class ComparisonRow:
             "score_retention": self.score_retention.to_json() if self.score_retention else None,
             "loss_retention": self.loss_retention.to_json() if self.loss_retention else None,
             "seconds": self.scores.seconds,
+            "metrics": dict(self.scores.metrics),
         }
 
 
@@ -116,7 +117,7 @@ class Comparison:
 
     Attributes:
         rows: In the order base, base + patch, evolved, ported, merged, retrained, as far as they were given.
-        kind: How answers were judged, as in `Task`.
+        kind: How answers were judged, as in `Scored`.
         labels: The possible answers, for `labels`.
         n_rows: Rows of the task.
         n_cut_rows: Rows whose prompt was too long and lost its beginning.
@@ -148,7 +149,7 @@ class Comparison:
 
 def compare(
     contestants: Contestants,
-    task: Task,
+    task: Scored,
     *,
     device: Device = "auto",
     seed: int = 0,
@@ -172,7 +173,7 @@ def compare(
 
 
 def score_all(
-    contestants: Contestants, task: Task, *, device: Device = "auto", progress: Progress = silent
+    contestants: Contestants, task: Scored, *, device: Device = "auto", progress: Progress = silent
 ) -> dict[str, Scores]:
     """What each model makes of the task, by the name of its row; arguments and errors as for `compare`.
 
@@ -180,7 +181,7 @@ def score_all(
     """
     where = choose_device(device)
     parts = (contestants.base, contestants.patch, contestants.evolved, contestants.ported)
-    total = len(task.examples) * sum(part is not None for part in (*parts, contestants.merged, contestants.retrained))
+    total = task.n_rows * sum(part is not None for part in (*parts, contestants.merged, contestants.retrained))
     done = 0
     scores: dict[str, Scores] = {}
 
@@ -191,7 +192,7 @@ def score_all(
             progress(f"evaluate: {name}", done, total, "rows")
 
         progress(f"evaluate: {name}", done, total, "rows")
-        scores[name] = score(model, encoder, task, device=where, tick=tick)
+        scores[name] = task.score(model, encoder, device=where, tick=tick)
 
     def run_family(folder: Path, name: str, adapters: dict[str, Path | None]) -> None:
         encoder = Encoder(load_tokenizer(folder))
@@ -208,7 +209,7 @@ def score_all(
     return scores
 
 
-def set_side_by_side(scores: Mapping[str, Scores], task: Task, *, seed: int = 0) -> Comparison:
+def set_side_by_side(scores: Mapping[str, Scores], task: Scored, *, seed: int = 0) -> Comparison:
     """The comparison that follows from the scores of each model, by the name of its row. Pure.
 
     Args:
@@ -220,7 +221,7 @@ def set_side_by_side(scores: Mapping[str, Scores], task: Task, *, seed: int = 0)
         rows=tuple(_row(name, scores, seed=seed) for name in ORDER if name in scores),
         kind=task.kind,
         labels=task.labels if task.kind == "labels" else (),
-        n_rows=len(task.examples),
+        n_rows=task.n_rows,
         n_cut_rows=scores[BASE].n_cut_rows,
         seed=seed,
     )

@@ -7,9 +7,9 @@ its cache.
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float32
@@ -25,6 +25,41 @@ Tick = Callable[[int], None]
 
 CONTINUATIONS = 64
 """Sequences that go on from a cache together: more would need memory for logits over the whole vocabulary."""
+
+
+class Scored(Protocol):
+    """Rows that a model can be scored on, whoever asks the questions: rows of one's own, or a benchmark's.
+
+    Row `i` is the same row whatever the model: rows of two models are compared in pairs.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Who judges answers, and how: `labels` and `text` as in `Task`, or the name of a benchmark."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The possible answers, where all rows have the same and one of them is chosen."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows it has."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest input that scoring gives a model."""
+
+    def score(
+        self, model: PreTrainedModel | PeftModel, encoder: Encoder, *, device: torch.device, tick: Tick
+    ) -> "Scores":
+        """Answers every row with a model.
+
+        Args:
+            model: In evaluation mode, with the adapter that counts switched on, or without any.
+            encoder: Of the model.
+            device: Where the model is.
+            tick: Told how many rows each batch had.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +113,17 @@ class Task:
         """Tokens of the longest input that a model can be given."""
         return self.max_tokens + (self.max_new_tokens if self.kind == "text" else 0)
 
+    @property
+    def n_rows(self) -> int:
+        """How many rows it has."""
+        return len(self.examples)
+
+    def score(
+        self, model: PreTrainedModel | PeftModel, encoder: Encoder, *, device: torch.device, tick: Tick
+    ) -> "Scores":
+        """The function `score`, as a method: what `Scored` asks for."""
+        return score(model, encoder, self, device=device, tick=tick)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
@@ -89,6 +135,7 @@ class Scores:
         losses: What the right completion costs it, in nats per token, the end mark apart.
         n_cut_rows: Rows whose prompt was too long and lost its beginning.
         seconds: Of the forward passes.
+        metrics: What a benchmark makes of the same rows by its own rules, by name; empty for rows of one's own.
     """
 
     answers: tuple[str, ...]
@@ -96,6 +143,7 @@ class Scores:
     losses: tuple[float, ...]
     n_cut_rows: int
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def score(

@@ -1,0 +1,45 @@
+"""What is used of lm-evaluation-harness: the only module that imports lm_eval and datasets."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from portllm.errors import MissingExtraError
+
+try:
+    import datasets
+    import lm_eval.tasks
+    from datasets import Dataset
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CacheHook
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as missing:
+    raise MissingExtraError(
+        f"'{missing.name}': not installed; tasks of lm-evaluation-harness need it. Run: pip install 'portllm[eval]'"
+    ) from missing
+
+__all__ = ["HFLM", "TASK_FILES", "CacheHook", "ConfigurableTask", "Dataset", "Instance", "TaskManager", "quiet_harness"]
+
+TASK_FILES = Path(lm_eval.tasks.__file__).parent
+"""The folder of the harness's task files."""
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """The messages, warnings and progress bars of lm_eval and datasets are off inside the block."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
