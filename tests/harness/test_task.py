@@ -125,5 +125,5 @@ def test_two_texts_without_whitespace_between_are_no_example(context, continuati
 
 
 def test_names_near_the_one_given_are_told(data):
-    with pytest.raises(DataError, match="Near it are .*winogrande"):
+    with pytest.raises(DataError, match="Near it: .*winogrande"):
         HarnessTask("winogrand", data=data)

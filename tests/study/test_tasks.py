@@ -11,7 +11,7 @@ from portllm.errors import DataError
 from portllm.live.encoding import Encoder
 from portllm.live.examples import Example
 from portllm.live.model import load_model, load_tokenizer
-from portllm.study.settings import RowsTask
+from portllm.study.settings import HarnessTask, RowsTask
 from portllm.study.tasks import open_task
 
 KINDS = ("cause", "treatment", "symptoms")
@@ -52,3 +52,16 @@ def test_missing_files_and_rows_are_refused(data):
         open_task(replace(SETTINGS, train="no.jsonl"), data)
     with pytest.raises(DataError, match="has 9 rows; the study asks for 10"):
         open_task(replace(SETTINGS, train_rows=10), data)
+
+
+def test_a_task_of_the_harness_comes_from_its_folder(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
+    rows = [{"sentence": f"a cold {n}", "label": n % 2} for n in range(5)]
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "sst2" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_task(HarnessTask(name="sst2", train_rows=3, score_rows=4), tmp_path)
+    assert source.identity["kind"] == "harness"
+    assert [example.completion for example in source.train_examples()] == ["negative", "positive", "negative"]
+    with pytest.raises(DataError, match="has 5 rows to score; 6 are asked for"):
+        open_task(HarnessTask(name="sst2", score_rows=6), tmp_path)

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,11 @@ from portllm.cli.main import (
     app,
 )
 from portllm.cli.plain import print_json, say
+
+if TYPE_CHECKING:
+    from portllm.checkpoint.header import TensorInfo
+    from portllm.comparison.scoring import Scored, Task
+    from portllm.patch.patch import Patch
 
 
 class DeviceName(StrEnum):
@@ -122,7 +127,12 @@ def evaluate(
     patch: Annotated[Path, typer.Option("--patch", help="The patch.")],
     evolved: Annotated[str, typer.Option("--evolved", help="The later version of the base.")],
     ported: Annotated[Path, typer.Option("--ported", help="The patch carried over to it.")],
-    data: DataOption,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A JSONL file, one row an object; with --task, a folder of tasks.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Of lm-evaluation-harness, such as sst2; without --data from the hub.")
+    ] = None,
     retrained: Annotated[
         Path | None, typer.Option("--retrained", help="A patch trained on the evolved model; retention needs it.")
     ] = None,
@@ -131,10 +141,12 @@ def evaluate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Template; as in training where the patch says.")] = None,
     completion: Annotated[str | None, typer.Option(help="Field of the right answer; likewise.")] = None,
-    judge: Annotated[Judging, typer.Option(help="labels: the likeliest; text: written and compared.")] = Judging.LABELS,
+    judge: Annotated[Judging | None, typer.Option(help="labels, if not given: the likeliest; text: written.")] = None,
     labels: Annotated[str | None, typer.Option(help="Between commas; else the answers that occur.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning.")] = 512,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Written at most, for text.")] = 32,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning. 512, or a --task's.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Written at most. 32, or a --task's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")] = None,
     seed: Annotated[int, typer.Option(help="Of the intervals' resampling.")] = 0,
@@ -147,25 +159,25 @@ def evaluate(
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_models import render_comparison
-    from portllm.comparison.scoring import Task
-    from portllm.live.examples import read_examples
     from portllm.patch.adapter_folder import load_patch
     from portllm.pipeline.evaluate import evaluate as evaluate_patch
-    from portllm.pipeline.train import recorded_format
 
     old = load_patch(patch)
-    examples = read_examples(data, recorded_format(old, prompt=prompt, completion=completion))
-    task = Task(
-        examples=tuple(examples[:limit]),
-        kind=judge.value,
-        labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
-        max_tokens=max_tokens,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
+    bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    if task is not None:
+        if any(option is not None for option in (prompt, completion, judge, labels)):
+            raise typer.BadParameter("--task has its own --prompt, --completion, --judge and --labels.")
+        from portllm.harness.source import HarnessRows
+
+        rows: Scored = HarnessRows(task, data=data, score_rows=limit, batch_size=batch_size, **given)
+    elif data is not None:
+        rows = _rows_of_a_file(old, data, prompt, completion, judge, labels, limit, batch_size=batch_size, **given)
+    else:
+        raise typer.BadParameter("give --data, or --task.")
     with shown_progress(quiet=quiet) as progress:
         comparison = evaluate_patch(
-            task,
+            rows,
             base=open_checkpoint(base),
             patch=old,
             evolved=open_checkpoint(evolved),
@@ -181,6 +193,29 @@ def evaluate(
         print_json(comparison.to_json())
     else:
         say(render_comparison(comparison))
+
+
+def _rows_of_a_file(
+    patch: "Patch[TensorInfo]",
+    data: Path,
+    prompt: str | None,
+    completion: str | None,
+    judge: Judging | None,
+    labels: str | None,
+    limit: int | None,
+    **bounds: int,
+) -> "Task":
+    from portllm.comparison.scoring import Task
+    from portllm.live.examples import read_examples
+    from portllm.pipeline.train import recorded_format
+
+    examples = read_examples(data, recorded_format(patch, prompt=prompt, completion=completion))
+    return Task(
+        examples=tuple(examples[:limit]),
+        kind=(judge or Judging.LABELS).value,
+        labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
+        **bounds,
+    )
 
 
 @app.command()

@@ -24,7 +24,7 @@ def render_training(summary: PatchSummary, report: TrainReport) -> str:
 
 def render_comparison(comparison: Comparison) -> str:
     """What `evaluate` prints: a line for each model, then what it means."""
-    judged = "the likeliest label" if comparison.kind == "labels" else "the written text"
+    judged = {"labels": "the likeliest label", "text": "the written text"}.get(comparison.kind, comparison.kind)
     header = ("", "score", "95 % interval", "loss", "95 % interval", "negative flips", "retention: score", "loss")
     rows = [header, *(_comparison_row(row) for row in comparison.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -34,8 +34,15 @@ def render_comparison(comparison: Comparison) -> str:
         "right with base + patch, wrong now.",
         "retention: what the ported patch gains over the evolved model, as a share of what retraining gains.",
     ]
+    notes += [
+        f"{metric} of {comparison.kind}: "
+        + ", ".join(f"{row.name} {row.scores.metrics[metric]:.4f}" for row in comparison.rows)
+        for metric in comparison.rows[0].scores.metrics
+    ]
     if comparison.n_cut_rows:
-        notes.append(f"{comparison.n_cut_rows} prompts were longer than --max-tokens and lost their beginning.")
+        notes.append(
+            f"{comparison.n_cut_rows} prompts were longer than may be, and lost their beginning: --max-tokens."
+        )
     reasons = {
         kept.reason
         for row in comparison.rows

@@ -9,7 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32
@@ -27,6 +27,7 @@ CONTINUATIONS = 64
 """Sequences that go on from a cache together: more would need memory for logits over the whole vocabulary."""
 
 
+@runtime_checkable
 class Scored(Protocol):
     """Rows that a model can be scored on, whoever asks the questions: rows of one's own, or a benchmark's.
 

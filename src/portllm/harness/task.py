@@ -202,8 +202,9 @@ def _load(name: str, data: Path | None) -> ConfigurableTask:
             where = "the hub" if data is None else f"'{data / name}'"
             raise DataError(
                 f"task '{name}': lm-evaluation-harness cannot load it with rows from {where}: "
-                f"{type(error).__name__}: {error} "
-                + ("Without network, name a folder of JSONL files with --data." if data is None else "")
+                f"{type(error).__name__}: {error}. "
+                + ("Without network, name a" if data is None else "Correct the rows, or name another")
+                + " folder of JSONL files with --data."
             ) from error
 
 
@@ -213,8 +214,8 @@ def _task_file(name: str) -> Path:
         near = difflib.get_close_matches(name, files, n=3)
         raise DataError(
             f"task '{name}': lm-evaluation-harness has no task file of that name; groups of tasks are not taken. "
-            + (f"Near it are {', '.join(near)}; `" if near else "`")
-            + "lm-eval ls subtasks` lists all."
+            + (f"Near it: {', '.join(near)}. " if near else "")
+            + "`lm-eval ls subtasks` lists all."
         )
     return files[name]
 

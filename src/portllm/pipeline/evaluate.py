@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.comparison.compare import Comparison, Contestants, compare
-from portllm.comparison.scoring import Task
+from portllm.comparison.scoring import Scored
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.live.model import Device
 from portllm.patch.adapter_folder import folder_of
@@ -22,7 +22,7 @@ from portllm.progress import Progress, silent
 
 
 def evaluate(
-    task: Task,
+    task: Scored,
     *,
     base: Checkpoint,
     patch: Patch[TensorInfo],

@@ -57,16 +57,16 @@ class HarnessTask:
         name: As the harness calls it.
         train_rows: How many rows of its training split to train on; None for all.
         score_rows: How many rows of its scored split to score.
-        max_tokens: Most tokens of a scored row.
-        max_new_tokens: Most tokens written.
+        max_tokens: Most tokens of a scored row; None for what the model takes.
+        max_new_tokens: Most tokens written; None for what the task says.
         batch_size: Rows of a forward pass.
     """
 
     name: str
     train_rows: int | None = None
     score_rows: int | None = None
-    max_tokens: int = 2048
-    max_new_tokens: int = 256
+    max_tokens: int | None = None
+    max_new_tokens: int | None = None
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -81,8 +81,8 @@ def _require_task_ranges(task: TaskSettings) -> None:
         "task",
         ("train_rows", task.train_rows, "1 or more", task.train_rows is None or task.train_rows >= 1),
         ("score_rows", task.score_rows, "1 or more", task.score_rows is None or task.score_rows >= 1),
-        ("max_tokens", task.max_tokens, "2 or more", task.max_tokens >= 2),
-        ("max_new_tokens", task.max_new_tokens, "1 or more", task.max_new_tokens >= 1),
+        ("max_tokens", task.max_tokens, "2 or more", task.max_tokens is None or task.max_tokens >= 2),
+        ("max_new_tokens", task.max_new_tokens, "1 or more", task.max_new_tokens is None or task.max_new_tokens >= 1),
         ("batch_size", task.batch_size, "1 or more", task.batch_size >= 1),
     )
 

@@ -25,15 +25,17 @@ def open_task(settings: TaskSettings, data: Path | None) -> TaskSource:
 
     Args:
         settings: The task.
-        data: The folder that its files lie in.
+        data: The folder that its files lie in. A task of the harness whose name is no folder there comes from the hub.
 
     Raises:
         DataError: A file cannot be read, or its rows do not fit.
+        MissingExtraError: The task is of lm-evaluation-harness, and that is not installed.
     """
     if isinstance(settings, HarnessTask):
-        raise DataError(
-            f"task '{settings.name}': is of lm-evaluation-harness, which cannot be run here. Use kind 'rows'."
-        )
+        from portllm.harness.source import HarnessRows
+
+        here = data is not None and (data / settings.name).is_dir()
+        return HarnessRows(**asdict(settings), data=data if here else None)
     return _Rows(settings, below(data, settings.train), below(data, settings.score))
 
 
