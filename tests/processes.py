@@ -1,9 +1,14 @@
 """Work in a process of its own, which may die: forked, so that it costs milliseconds, and killed where a test says."""
 
 import os
+import resource
 import signal
 import sys
 import traceback
+
+import pytest
+
+from portllm.errors import OutputError
 
 
 def in_child(work):
@@ -45,3 +50,14 @@ def die_at_event(number, *, below):
             seen += 1
 
     sys.addaudithook(watch)
+
+
+def limited(n_bytes, work):
+    """In a child that can write no file beyond so many bytes, as on a disk that is full; 0 if it is told rightly."""
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+        with pytest.raises(OutputError, match="(cannot write into|could not be written).*File too large"):
+            work()
+
+    return in_child(run)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from portllm.errors import OutputBusyError, OutputError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.merge import merge
 from tests.files import contents
-from tests.processes import die, die_at_event, in_child
+from tests.processes import die, die_at_event, in_child, limited
 
 SHARD_BYTES = 1600
 
@@ -258,17 +257,6 @@ def test_a_signal_stops_the_program_and_the_next_run_goes_on(sent, status, case,
 
 
 # ---- no room, no right, no place
-
-
-def limited(n_bytes, work):
-    """In a child that can write no file beyond so many bytes, as on a disk that is full."""
-
-    def run():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
-        with pytest.raises(OutputError, match="(cannot write into|could not be written).*File too large"):
-            work()
-
-    return in_child(run)
 
 
 @pytest.mark.parametrize("n_bytes", [100, 1000, 3000])
