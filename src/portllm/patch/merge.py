@@ -94,7 +94,7 @@ def fold_scale(
     greatest_sum = math.prod(greatest) * b.shape[1] * max(1.0, scale)
     if not math.isfinite(greatest_sum):
         return b, scale
-    last_bits = [number.eps / 2 * size[size > 0].min().item() if size.any() else 1.0 for size in sizes]
+    last_bits = [number.eps / 2 * size.masked_fill_(size == 0, number.max).min().item() for size in sizes]
     smallest = min(math.prod(last_bits) * min(1.0, scale), last_bits[0] * scale)
     is_exact = greatest_sum < number.max / 2 and greatest[0] * scale < number.max and smallest >= 2.0**-149
     return (b * scale, 1.0) if is_exact else (b, scale)
