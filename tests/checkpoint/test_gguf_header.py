@@ -115,7 +115,7 @@ def test_the_helpers_of_these_tests_write_what_is_read(tmp_path):
     assert found.fields == {"k": 0.5}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 15_000), data=st.binary(min_size=1, max_size=9))
 def test_bytes_that_change_are_refused_or_read_and_never_a_crash(file, tmp_path, place, data):
     whole = bytearray(file.read_bytes())

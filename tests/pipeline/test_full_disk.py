@@ -32,7 +32,7 @@ def ways(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["capture", "capture tuned", "port", "port, re-based", "combine"])
-@pytest.mark.parametrize("n_bytes", [100, 1000, 2000])
+@pytest.mark.parametrize("n_bytes", [100, 1500])
 def test_a_disk_that_fills_up_leaves_the_old_patch_and_nothing_else(way, n_bytes, ways, tmp_path, monkeypatch):
     monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path / "no cache"))
     place = tmp_path / "place"

@@ -1,5 +1,6 @@
 """Merged bytes equal PEFT's, tensor for tensor, over LoRA configurations, dtypes and shard layouts."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -73,7 +74,7 @@ def cases(draw):
 
 @given(case=cases())
 @settings(
-    max_examples=25,
+    max_examples=int(os.environ.get("PORTLLM_FUZZ_EXAMPLES", "12")),
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # an example costs half a second, and the first failing one says enough
