@@ -1,11 +1,14 @@
 """The commands of a study: what a user sees, and the exit status."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.live.language import make_reader
-from tests.study.small import write_study
+from tests.study.small import WHOLE, write_study
+
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +16,7 @@ def small(tmp_path_factory):
     """A small study's file, beside its data."""
     folder = tmp_path_factory.mktemp("study")
     changes = {"seeds = [0, 1]": "seeds = [0]", "links = 2": "links = 1"}
-    return write_study(folder, make_reader(folder / "reader"), replace=changes)
+    return write_study(folder, make_reader(folder / "reader"), more=WHOLE, replace=changes)
 
 
 def test_a_study_is_planned_run_and_reported(portllm, small):
@@ -41,3 +44,13 @@ def test_a_wrong_file_is_refused_with_line_and_key(portllm, small, tmp_path):
     result = portllm("study", "run", tmp_path / "wrong.toml", "--dry-run")
     assert result.status == 1
     assert "patch.rnk: is no key here. Did you mean rank?" in result.err
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_shipped_studies_are_valid_and_need_no_weights_to_say_so(portllm, file, tmp_path):
+    result = portllm("study", "run", file, "--dry-run", "--json", "-o", tmp_path / "out")
+    assert result.status == 0
+    plan = json.loads(result.out)
+    assert plan["n_done"] == 0
+    assert {name.partition("_")[0] for name in plan["left"]} >= {"train", "evolve", "drift", "read", "port", "score"}
+    assert not (tmp_path / "out").exists()

@@ -36,6 +36,12 @@ batch_size = 1
 block_tokens = 16
 new_text = {{ file = "text.jsonl", rows = 4, block_tokens = 16 }}
 
+[old_text]
+file = "text.jsonl"
+block_tokens = 16
+"""
+
+WHOLE = """
 [evolutions.whole]
 kind = "full"
 text = "text.jsonl"
@@ -43,21 +49,20 @@ steps = 2
 learning_rate = 0.001
 batch_size = 1
 block_tokens = 16
-
-[old_text]
-file = "text.jsonl"
-block_tokens = 16
 """
 
 
-def write_study(folder, base, *, top="", **changes):
-    """Writes file and data of a study to a folder; returns the file. `changes` are texts to replace."""
+def write_study(folder, base, *, top="", more="", replace=None):
+    """Writes file and data of a study to a folder and returns the file.
+
+    `top` and `more` are lines for its beginning and end, `replace` texts to replace.
+    """
     rows = [{"text": f"what helps against a cold {n}?", "kind": KINDS[n % 3]} for n in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [{"text": line} for line in TEXT.strip().splitlines() * 2]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    text = FILE.format(base=base, top=top)
-    for old, new in changes.get("replace", {}).items():
+    text = FILE.format(base=base, top=top) + more
+    for old, new in (replace or {}).items():
         assert old in text
         text = text.replace(old, new)
     (folder / "small.toml").write_text(text)

@@ -54,7 +54,7 @@ def test_every_step_is_done_once_and_the_table_is_whole(folder):
     assert len(names) == len(set(names)) == study_status(folder / "small.toml", out=folder / "out").n_steps
     results = json.loads(table(folder))
     assert results["n_done"] == results["n_steps"] == len(names)
-    assert [(row["evolution"], row["link"]) for row in results["tasks"]] == [("chain", 1), ("chain", 2), ("whole", 1)]
+    assert [(row["evolution"], row["link"]) for row in results["tasks"]] == [("chain", 1), ("chain", 2)]
     for row in results["tasks"]:
         assert list(row["scored"]) == ["base", "patched", "evolved", "ported", "retrained"]
         assert row["seeds"] == [0, 1]
@@ -76,17 +76,22 @@ def test_a_second_run_does_nothing_and_status_and_report_agree(again):
     assert study_results(again / "small.toml", out=again / "out").to_json() == json.loads(before)
 
 
-def test_a_run_that_is_killed_three_times_gives_the_same_table(folder, reader, tmp_path):
-    file = write_study(tmp_path, reader)
+def test_a_run_that_is_killed_three_times_gives_the_same_table(reader, tmp_path):
+    short = {"seeds = [0, 1]": "seeds = [0]", "links = 2": "links = 1"}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    write_study(tmp_path / "whole", reader, replace=short)
+    file = write_study(tmp_path / "killed", reader, replace=short)
+    run(tmp_path / "whole")
     counts = []
-    for number, moment in ((4, "after"), (9, "within"), (13, "after")):
-        assert in_child(functools.partial(run_and_die, tmp_path, number, moment)) == -signal.SIGKILL
-        status = study_status(file, out=tmp_path / "out")
+    for number, moment in ((4, "after"), (3, "within"), (7, "after")):
+        assert in_child(functools.partial(run_and_die, tmp_path / "killed", number, moment)) == -signal.SIGKILL
+        status = study_status(file, out=tmp_path / "killed" / "out")
         counts.append(status.n_steps - len(status.left.steps))
         assert status.left.seconds > 0
-    assert counts == [3, 11, 23]  # the step in which a run dies is not done
-    run(tmp_path)
-    assert table(tmp_path) == table(folder)
+    assert counts == [3, 5, 11]  # the step in which a run dies is not done
+    run(tmp_path / "killed")
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 
 def run_and_die(folder, number, moment):
@@ -128,7 +133,7 @@ def test_what_a_change_touches_is_done_again_and_nothing_else(again, reader):
 
 
 def test_damaged_outputs_are_made_again(again):
-    shutil.rmtree(again / "out" / "port" / "port_whole.1_kinds_s0_add")
+    shutil.rmtree(again / "out" / "port" / "port_chain.2_kinds_s0_add")
     assert run(again)[0] == []  # nothing that is left needs it
     file = next((again / "out" / "train" / "train_base_kinds_s1").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
@@ -136,8 +141,8 @@ def test_damaged_outputs_are_made_again(again):
     file.write_bytes(data)
     names, _ = run(again)
     assert names == ["train_base_kinds_s1"]  # and what depends on it proved to be the same
-    (again / "out" / "steps" / "drift_whole.1.json").write_text("{")
-    assert run(again)[0] == ["drift_whole.1"]
+    (again / "out" / "steps" / "drift_chain.2.json").write_text("{")
+    assert run(again)[0] == ["drift_chain.2"]
 
 
 @pytest.mark.slow
@@ -156,16 +161,16 @@ def test_outputs_that_no_step_needs_are_dropped_where_the_study_says_so(reader, 
     assert table(tmp_path) == table(folder)
     write_study(tmp_path, reader, top="keep = []", replace={"seeds = [0, 1]": "seeds = [0, 1, 2]"})
     names, _ = run(tmp_path)
-    assert {name for name in names if "_s2" not in name} == {"evolve_chain.1", "evolve_chain.2", "evolve_whole.1"}
+    assert {name for name in names if "_s2" not in name} == {"evolve_chain.1", "evolve_chain.2"}
 
 
 def test_a_report_is_made_of_what_is_done(again):
-    for name in ("score_chain.2_kinds_s1_add", "drift_whole.1"):
+    for name in ("score_chain.2_kinds_s1_add", "drift_chain.2"):
         (again / "out" / "steps" / f"{name}.json").unlink()
     results = study_results(again / "small.toml", out=again / "out")
     assert results.n_steps - results.n_done == 2
-    assert [row.seeds for row in results.tasks] == [(0, 1), (0,), (0, 1)]
-    assert results.models[2].drift is None
+    assert [row.seeds for row in results.tasks] == [(0, 1), (0,)]
+    assert results.models[1].drift is None
 
 
 def test_data_that_is_not_there_is_told_before_any_step(again):

@@ -17,10 +17,10 @@ HEADS = {
 }
 COMPARED = ("ported - retrained", "retention, accuracy", "retention, loss", "negative flips")
 LEGEND = """\
-Accuracy in percent, mean over seeds; ± is the standard deviation over seeds, brackets hold the 95 % interval of a
-bootstrap over rows, the same rows for all models. Retention is the share of retraining's gain over the evolved model
-that the ported patch has; it is no number where that gain is not told apart from nothing. A negative flip is a row that
-base + patch answers right and evolved + ported answers wrong."""
+Accuracy in percent, mean over seeds; ± is the standard deviation over seeds, brackets hold the 95 % interval over rows:
+of differences and retention by a bootstrap that draws the same rows for all models. Retention is the share of
+retraining's gain over the evolved model that the ported patch has; it is no number where that gain is not told apart
+from nothing. A negative flip is a row that base + patch answers right and evolved + ported answers wrong."""
 
 
 def render_page(results: Results) -> str:

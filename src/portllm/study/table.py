@@ -1,7 +1,8 @@
 """The study's table: what each model scored on each task, and how much of what retraining gains porting gains. Pure.
 
-Rows are paired: row `i` is the same row for every model and seed. A model's column is the mean over seeds, row by row;
-intervals are those of a bootstrap over rows, seeds show as a spread of their own.
+Rows are paired: row `i` is the same row for every model and seed. A model's column is the mean over seeds, row by row.
+Intervals are over rows, those of differences and ratios by a bootstrap that draws the same rows for all models; seeds
+show as a spread of their own.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from portllm.comparison.metrics import Estimate, Retention, flips, paired_change, retention
+from portllm.comparison.metrics import Estimate, Retention, accuracy, flips, mean_loss, paired_change, retention
 from portllm.study.plan import BASE, NEW_TEXT, OLD_TEXT, PATCHED, RETRAINED, Step, model_name, steps_of
 from portllm.study.settings import Study
 
@@ -220,18 +221,14 @@ def _row(
 
 
 def _scored(by_seed: Sequence[Mapping[str, Any]]) -> Scored:
-    shares = tuple(fmean(scores["correct"]) for scores in by_seed)
+    columns = [scores["correct"] for scores in by_seed]
+    shares = tuple(map(fmean, columns))
     return Scored(
-        accuracy=_mean([scores["correct"] for scores in by_seed]),
-        loss=_mean([scores["losses"] for scores in by_seed]),
+        accuracy=accuracy(columns[0]) if len(columns) == 1 else mean_loss(mean_rows(columns)),
+        loss=mean_loss(mean_rows([scores["losses"] for scores in by_seed])),
         by_seed=shares,
         spread=stdev(shares) if len(shares) > 1 else None,
     )
-
-
-def _mean(columns: Sequence[Sequence[float]]) -> Estimate:
-    rows = mean_rows(columns)
-    return paired_change(rows, [0.0] * len(rows))
 
 
 def mean_rows(columns: Sequence[Sequence[float]]) -> list[float]:

@@ -1,0 +1,83 @@
+"""The steps of a study: each once, after what it needs, and no more of them done than must be."""
+
+from dataclasses import replace
+
+import pytest
+
+from portllm.live.evolve import EvolveSettings
+from portllm.live.evolve_lora import LoraEvolveSettings
+from portllm.study.plan import Step, data_of, needed, settings_of, steps_of
+from portllm.study.settings import Evolution, HarnessTask, Study, Text
+
+STUDY = Study(
+    title="A study",
+    base="base-v1",
+    seeds=(0, 5),
+    methods=("add",),
+    tasks={"a": HarnessTask(name="a"), "b-c": HarnessTask(name="b")},
+    evolutions={
+        "chain": Evolution(text="t.jsonl", links=3, settings=LoraEvolveSettings(seed=7), new_text=Text(file="n.jsonl")),
+        "old": Evolution(text="t.jsonl", settings=EvolveSettings(), new_text=Text(file="n.jsonl")),
+    },
+    old_text=Text(file="o.jsonl"),
+)
+STEPS = steps_of(STUDY)
+BY_NAME = {step.name: step for step in STEPS}
+
+
+def test_every_step_has_a_name_of_its_own_and_comes_after_what_it_needs():
+    assert len(BY_NAME) == len(STEPS)
+    seen = set()
+    for step in STEPS:
+        assert set(step.inputs) <= seen, step.name
+        seen.add(step.name)
+
+
+def test_every_evolved_model_has_every_step_of_every_task_and_seed():
+    models, per_model = 4, 2 + 1 + 2 * (1 + 2 * 4)  # evolve and drift, old text, and per task
+    texts = 1 + 2 + models  # the base reads old and both new texts
+    assert len(STEPS) == texts + 2 * (1 + 2 * 2) + models * per_model
+
+
+def test_each_link_follows_the_last_and_the_first_patch_is_ported_to_all():
+    assert BY_NAME["evolve_chain.1"].inputs == ()
+    assert BY_NAME["evolve_chain.3"].inputs == ("evolve_chain.2",)
+    assert BY_NAME["port_chain.3_a_s5_add"].inputs == ("evolve_chain.3", "train_base_a_s5")
+    assert BY_NAME["train_chain.3_a_s5"].inputs == ("evolve_chain.3",)
+
+
+def test_settings_hold_the_seed_and_the_link():
+    assert settings_of(BY_NAME["train_base_a_s5"], STUDY)["seed"] == 5
+    link = settings_of(BY_NAME["evolve_chain.3"], STUDY)
+    assert (link["kind"], link["link"], link["links"], link["seed"], link["rank"]) == ("lora", 3, 3, 9, 64)
+    other = replace(STUDY, patch=replace(STUDY.patch, rank=4))
+    assert [name for name, step in BY_NAME.items() if settings_of(step, other) != settings_of(step, STUDY)] == [
+        name for name in BY_NAME if name.startswith("train_")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("train_chain.1_b-c_s0", "train b-c"),
+        ("score_base_a", "score a"),
+        ("evolve_chain.2", "text chain"),
+        ("read_base_old", "text old"),
+        ("read_base_new.old", "text new.old"),
+        ("drift_chain.1", None),
+    ],
+)
+def test_a_step_reads_its_own_data(name, data):
+    assert data_of(BY_NAME[name]) == data
+
+
+def test_outputs_that_are_gone_are_made_again_only_for_steps_to_do():
+    train, port = Step("train", "base", task="a", seed=0), Step("port", "e.1", inputs=("evolve_e.1", "train_base_a_s0"))
+    evolve, score = Step("evolve", "e.1"), Step("score", "e.1", inputs=("evolve_e.1", "port_e.1"))
+    steps = (train, evolve, port, score)
+    names = [step.name for step in steps]
+    done, there = dict.fromkeys(names, True), dict.fromkeys(names, False)
+    assert needed(steps, done, there) == ()
+    assert needed(steps, {**done, "score_e.1": False}, there) == steps
+    assert needed(steps, {**done, "score_e.1": False}, {**there, "port_e.1": True}) == (evolve, score)
+    assert needed(steps, {**done, "train_base_a_s0": False}, there) == (train,)

@@ -1,0 +1,117 @@
+"""The table follows from the rows: means, spreads, intervals, retention and flips, and a page of them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from portllm.comparison.metrics import retention
+from portllm.study.estimate import estimate
+from portllm.study.page import render_page
+from portllm.study.plan import Step, steps_of
+from portllm.study.table import tabulate
+from tests.study.test_plan import STUDY
+
+RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "retrained": 0.9}
+"""Share of rows that are right, by the patch that is on."""
+
+
+def results_of(step):
+    """What a step found: rows seeded by its name."""
+    generator = np.random.default_rng(list(step.name.encode()))
+    match step.kind:
+        case "score":
+            right = (generator.random(60) < RIGHT[step.patch]).tolist()
+            return {"correct": right, "losses": (2 - np.array(right) + generator.random(60) / 9).tolist()}
+        case "drift":
+            return {"relative": 0.01, "cosine": 0.9999}
+        case "read":
+            return {"nats": float(generator.random()), "perplexity": 1.0, "n_tokens": 10}
+        case _:
+            return {}
+
+
+FOUND = {step: results_of(step) for step in steps_of(STUDY)}
+
+RESULTS = tabulate(STUDY, FOUND)
+
+
+def column(model, task, patch, field, seeds=(0, 5)):
+    names = [Step("score", model, task=task, seed=seed, patch=patch) for seed in (seeds if patch else (None,))]
+    by_name = {step.name: found for step, found in FOUND.items()}
+    return np.array([by_name[name.name][field] for name in names], dtype=float)
+
+
+def test_means_are_over_rows_and_seeds_and_the_spread_is_over_seeds():
+    row = RESULTS.tasks[1]
+    assert (row.evolution, row.link, row.task, row.method, row.seeds) == ("chain", 2, "a", "add", (0, 5))
+    ported = column("chain.2", "a", "add", "correct")
+    assert row.scored["ported"].accuracy.value == pytest.approx(ported.mean())
+    assert row.scored["ported"].by_seed == pytest.approx(ported.mean(axis=1))
+    assert row.scored["ported"].spread == pytest.approx(ported.mean(axis=1).std(ddof=1))
+    assert row.scored["ported"].accuracy.low < ported.mean() < row.scored["ported"].accuracy.high
+    assert row.scored["base"].spread is None
+    assert row.scored["evolved"].loss.value == pytest.approx(column("chain.2", "a", None, "losses").mean())
+
+
+def test_differences_retention_and_flips_are_of_the_same_rows():
+    row = RESULTS.tasks[1]
+    patched, ported = column("base", "a", "patched", "correct"), column("chain.2", "a", "add", "correct")
+    retrained, evolved = column("chain.2", "a", "retrained", "correct"), column("chain.2", "a", None, "correct")
+    assert row.change.value == pytest.approx((ported - patched).mean())
+    assert row.behind.value == pytest.approx((ported - retrained).mean())
+    assert row.negative_flips == pytest.approx(((patched > ported).sum(axis=1)).mean())
+    means = {"ported": ported.mean(axis=0).tolist(), "retrained": retrained.mean(axis=0).tolist()}
+    assert row.accuracy_retention == retention(evolved=evolved[0].tolist(), **means)
+    gain = (ported.mean() - evolved.mean()) / (retrained.mean() - evolved.mean())
+    assert row.accuracy_retention.value == pytest.approx(gain)
+    assert row.loss_retention.value == pytest.approx(gain, abs=0.1)
+
+
+def test_seeds_that_are_not_done_are_left_out_and_nothing_is_invented():
+    some = {step: found for step, found in FOUND.items() if step.name != "score_chain.1_a_s5_retrained"}
+    row = tabulate(STUDY, some).tasks[0]
+    assert (row.seeds, len(row.scored["retrained"].by_seed)) == ((0,), 1)
+    nothing = tabulate(STUDY, {})
+    assert nothing.n_done == 0
+    assert {row.change for row in nothing.tasks} == {row.drift for row in nothing.models} == {None}
+    assert {len(row.scored) for row in nothing.tasks} == {0}
+
+
+def test_results_are_json_without_infinities():
+    same = {step: {**found, "correct": [True] * 30 + [False] * 30} if "correct" in found else found
+            for step, found in FOUND.items()}  # fmt: skip
+    flat = tabulate(STUDY, same)
+    for results in (RESULTS, flat, tabulate(STUDY, {})):
+        assert json.loads(json.dumps(results.to_json(), allow_nan=False))["n_done"] == results.n_done
+    assert flat.tasks[0].accuracy_retention.value is None
+
+
+def test_the_page_has_a_line_for_every_row_and_a_curve_for_every_chain():
+    page = render_page(RESULTS).splitlines()
+    assert page[0] == "# A study"
+    assert sum(line.startswith("| chain 2, add |") for line in page) == 2 * 2  # accuracy and loss of two tasks
+    assert sum(line.startswith("| chain | b-c, add | loss |") for line in page) == 1
+    assert not any(line.startswith("| old | a, add |") for line in page)  # one link is no chain
+    tables = [line for line in page if line.startswith("|")]
+    assert not any("nan" in line or "inf" in line or "None" in line for line in tables)
+    assert not any("Published" in line for line in page)
+
+
+def test_a_page_of_a_study_that_is_not_finished_says_so():
+    page = render_page(tabulate(STUDY, {}))
+    assert f"Not finished: 0 of {len(FOUND)} steps are done." in page
+
+
+def test_published_numbers_stand_beside_with_their_provenance():
+    page = render_page(replace(RESULTS, compare="paper-mistral-7b"))
+    assert "second-hand" in page
+    assert "| gsm8k |  |  | 15.16 | 41.32 | 34.95 |" in page
+
+
+def test_steps_are_estimated_by_those_of_their_kind_and_task():
+    done = {Step("score", "base", task="a"): 1.0, Step("score", "base", task="b-c"): 5.0}
+    left = [Step("score", "chain.1", task="a"), Step("score", "chain.1", task="c"), Step("drift", "chain.1")]
+    estimated = estimate(left, done)
+    assert (estimated.seconds, estimated.n_unknown) == (1.0 + 3.0, 1)
