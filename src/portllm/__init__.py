@@ -30,6 +30,7 @@ _HOMES = {
     "check": "portllm.pipeline.check",
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
+    "merge_each": "portllm.pipeline.merge",
     "merge_in_place": "portllm.pipeline.in_place",
     "undo_merge": "portllm.pipeline.in_place",
     "evaluate": "portllm.pipeline.evaluate",

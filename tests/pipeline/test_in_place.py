@@ -197,12 +197,12 @@ def test_a_merge_that_fails_restores_what_it_has_overwritten(model, patch, monke
     before = contents(model)
     whole, seen = in_place.make_tensor, []
 
-    def fail(step, *rest):
-        if step.change is not None:
-            seen.append(step)
+    def fail(targets, *rest):
+        if targets[0].step.change is not None:
+            seen.append(targets)
         if len(seen) == 5:
-            raise NonFiniteError("here")
-        return whole(step, *rest)
+            return [NonFiniteError("here")]
+        return whole(targets, *rest)
 
     monkeypatch.setattr(in_place, "make_tensor", fail)
     with pytest.raises(NonFiniteError, match="here"):

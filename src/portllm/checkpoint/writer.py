@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,16 +276,36 @@ def check_apart(final: Path, inputs: Iterable[Source]) -> None:
             raise OutputError(f"'{final}': holds '{file}', which is read for the output. Write to another folder.")
 
 
-def space_refusals(final: Path, n_bytes: int) -> tuple[Refusal, ...]:
-    """Why an output of so many bytes cannot be written: the disk has no room for it.
+class Room:
+    """What disks have free, less what is promised to outputs that are yet to be written."""
 
-    What an interrupted run has written already does not count again; what is replaced stays until the end, and does.
-    """
+    def __init__(self) -> None:
+        self._promised: Counter[int] = Counter()
+
+    def refusals(self, final: Path, n_bytes: int) -> tuple[Refusal, ...]:
+        """Why an output of so many bytes cannot be written: the disk has no room for it.
+
+        What an interrupted run has written already does not count again; what is replaced stays until the end, and
+        does.
+        """
+        parent = _existing_parent(final)
+        needed = _missing_bytes(final, n_bytes)
+        free = shutil.disk_usage(parent).free - self._promised[parent.stat().st_dev]
+        if needed <= free:
+            return ()
+        found = f"{needed:,} bytes are to be written, '{parent}' has {max(0, free):,} free."
+        return (Refusal(str(final), f"{found} Make room, or write to another disk."),)
+
+    def promise(self, final: Path, n_bytes: int) -> None:
+        """Set room aside for an output."""
+        self._promised[_existing_parent(final).stat().st_dev] += _missing_bytes(final, n_bytes)
+
+
+def _missing_bytes(final: Path, n_bytes: int) -> int:
+    """What is left to write of an output of so many bytes."""
     part = Place(final.resolve()).part
-    there = sum(file.stat().st_size for file in part.glob("*") if file.is_file())
-    parent = next(folder for folder in final.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if n_bytes - there <= free:
-        return ()
-    found = f"{n_bytes - there:,} bytes are to be written, '{parent}' has {free:,} free."
-    return (Refusal(str(final), f"{found} Make room, or write to another disk."),)
+    return n_bytes - sum(file.stat().st_size for file in part.glob("*") if file.is_file())
+
+
+def _existing_parent(final: Path) -> Path:
+    return next(folder for folder in final.absolute().parents if folder.is_dir())

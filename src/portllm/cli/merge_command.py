@@ -20,8 +20,13 @@ from portllm.cli.main import (
 from portllm.cli.plain import print_json, say
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from portllm.checkpoint.header import TensorInfo
+    from portllm.cli.render_several import Merged
+    from portllm.errors import PortLLMError
     from portllm.output.manifest import MergeReport
+    from portllm.patch.folders import Outcome
     from portllm.patch.patch import Patch
     from portllm.pipeline.blocks import Rounding
     from portllm.pipeline.plan import MergePlan
@@ -83,7 +88,7 @@ def merge(
     """Add a patch to a model's weights, streamed; says what rounding takes of it.
 
     Several patches go each into weights of its own, in a subfolder of the output that is named like the patch's folder;
-    one that fails does not stop the others.
+    the model is read once for all of them, and one that fails does not stop the others.
     """
     if undo is not None:
         if patches or into is not None or output is not None or in_place or dry_run:
@@ -103,11 +108,10 @@ def merge(
         )  # fmt: skip
         return
     from portllm.checkpoint.reader import open_checkpoint
-    from portllm.checkpoint.writer import check_free, space_refusals
+    from portllm.checkpoint.writer import Room, check_free
     from portllm.cli.progress import shown_progress
     from portllm.cli.render import render_merge_plan
     from portllm.cli.render_several import merge_outcomes_to_json, render_merge_outcomes
-    from portllm.patch.adapter_folder import load_patch
     from portllm.patch.folders import find_patches, open_each
     from portllm.pipeline.plan import plan_merge, require
 
@@ -115,8 +119,9 @@ def merge(
     quantized = None if quantized_base is None else open_checkpoint(quantized_base)
     found = find_patches(patches)
     outputs = found.outputs(output)
+    room = Room()
 
-    def add(patch: "Patch[TensorInfo]", number: int) -> "tuple[MergePlan, MergeReport | None]":
+    def plan(patch: "Patch[TensorInfo]", number: int) -> "MergePlan":
         plan = plan_merge(
             patch,
             into=model,
@@ -125,33 +130,50 @@ def merge(
             quantized_base=quantized,
             allow_other_base=allow_other_base,
         )
-        plan = replace(plan, refusals=(*plan.refusals, *space_refusals(outputs[number], plan.n_bytes)))
+        plan = replace(plan, refusals=(*plan.refusals, *room.refusals(outputs[number], plan.n_bytes)))
         if dry_run and found.is_single:
             say(render_merge_plan(plan, output))
         require(plan)
         check_free(outputs[number], overwrite=overwrite)
-        if dry_run:
-            return plan, None
-        from portllm.pipeline.merge import run_merge
+        room.promise(outputs[number], plan.n_bytes)
+        return plan
+
+    def run(plans: "Mapping[Path, MergePlan]") -> "Mapping[Path, MergeReport | PortLLMError]":
+        if dry_run or not plans:
+            return {}
+        from portllm.pipeline.merge import run_merges
 
         with shown_progress(quiet=quiet) as progress:
             how = _rounding(rounding, seed)
-            return plan, run_merge(
-                plan, outputs[number], rounding=how, device=device.value, overwrite=overwrite, progress=progress
-            )
+            return run_merges(plans, rounding=how, device=device.value, overwrite=overwrite, progress=progress)
 
+    planned = open_each(found, plan)
+    done = run({out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None})
+    outcomes = [_outcome(outcome, done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
     if found.is_single:
-        plan, report = add(load_patch(found.folders[0]), 0)
-        if report is not None:
-            _show(report, output, plan.notes, as_json=as_json)
+        if outcomes[0].error is not None:
+            raise outcomes[0].error
+        if outcomes[0].value is not None and outcomes[0].value[1] is not None:
+            _show(outcomes[0].value[1], output, outcomes[0].value[0].notes, as_json=as_json)
         return
-    outcomes = open_each(found, add)
     if as_json:
         print_json(merge_outcomes_to_json(outcomes, outputs))
     else:
         say(render_merge_outcomes(outcomes, outputs))
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _outcome(planned: "Outcome[MergePlan]", done: "MergeReport | PortLLMError | None") -> "Outcome[Merged]":
+    """What became of a patch that was planned, and of the plan where it was carried out."""
+    from portllm.errors import PortLLMError
+    from portllm.patch.folders import Outcome
+
+    if isinstance(done, PortLLMError):
+        return Outcome(planned.folder, None, done)
+    if planned.value is None:
+        return Outcome(planned.folder, None, planned.error)
+    return Outcome(planned.folder, (planned.value, done))
 
 
 def _merge_in_place(

@@ -1,10 +1,11 @@
-"""The bytes of one output tensor, block by block: read, change, round, measure. Memory holds one block at a time.
+"""A tensor block by block: read once, and for each patch changed, rounded, measured. Memory holds one block at a time.
 
 A block is small enough for a processor's cache, and the values of one block after the other lie in the same memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from types import TracebackType
 
 import torch
@@ -15,7 +16,7 @@ from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.row_reader import RowReader
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load, load_rows
 from portllm.errors import NonFiniteError
-from portllm.patch.delta import ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.merge import (
     Scratch,
     add,
@@ -66,17 +67,37 @@ NEAREST = Nearest()
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of one tensor on its way; its bytes lie in memory that the next block of the same bench takes.
+    """A part of one output tensor; its bytes lie in memory that the next block of the same bench takes.
 
     Attributes:
-        source: The bytes as they were read.
-        data: The bytes to write; `source` itself for a tensor that is copied.
+        data: The bytes to write.
         sums: What rounding took of the change; None for a tensor that the patch does not touch.
     """
 
-    source: memoryview
     data: memoryview
-    sums: MergeSums | None
+    sums: MergeSums | None = None
+
+
+Make = Callable[[int, Tensor], Block]
+"""What one output gets for some rows of a tensor: the first row's number, and the rows as they were read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a tensor is cut into blocks, whatever becomes of them.
+
+    Attributes:
+        matrix: The tensor as it is read: its rows are what the blocks count.
+        ranges: The first row of each block, and the one after its last.
+    """
+
+    matrix: TensorInfo
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def height(self) -> int:
+        """Rows of the largest block."""
+        return self.ranges[0][1] if self.ranges else 0
 
 
 class Bench:
@@ -115,45 +136,76 @@ class Bench:
         self.reader.__exit__(kind, error, trace)
 
 
-def blocks_of(step: MergeStep, bench: Bench) -> Iterator[Block]:
-    """The blocks of one output tensor, in order.
+def cut_for(steps: Sequence[MergeStep], bench: Bench) -> Cut:
+    """Cut the source of some steps so that each of them can do with one block at a time."""
+    source = steps[0].source
+    if all(step.is_copy for step in steps):
+        ranges = ((start, min(start + COPY_BYTES, source.n_bytes)) for start in range(0, source.n_bytes, COPY_BYTES))
+        return Cut(replace(source, dtype="U8", shape=(source.n_bytes,)), tuple(ranges))
+    changes = [step.change for step in steps if step.change is not None]
+    if any(
+        isinstance(change, LowRankDelta) and change.transposed and change.magnitude is not None for change in changes
+    ):
+        return Cut(source, ((0, source.shape[0]),))  # a norm runs over all rows, so all of them are needed at once
+    if any(isinstance(change, ExpertsDelta) for change in changes):
+        n_experts, d_out, d_in = source.shape
+        blocks = list(bench.row_blocks(replace(source, shape=(d_out, d_in))))
+        return Cut(
+            replace(source, shape=(n_experts * d_out, d_in)),
+            tuple(
+                (number * d_out + start, number * d_out + stop) for number in range(n_experts) for start, stop in blocks
+            ),
+        )
+    return Cut(source, tuple(bench.row_blocks(source)))
+
+
+def read_blocks(cut: Cut, bench: Bench) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of a tensor as they are stored, each with the number of its first row."""
+    for start, stop in cut.ranges:
+        yield start, bench.reader.rows(cut.matrix, start, stop)
+
+
+def maker_of(step: MergeStep, cut: Cut, bench: Bench) -> Make:
+    """What makes the blocks of one output tensor; it keeps the patch's factors for the tensor.
+
+    The function that it returns raises NonFiniteError where a value is infinite or not a number, or becomes so in the
+    storage dtype.
 
     Raises:
-        NonFiniteError: A value is infinite or not a number, or becomes so in the storage dtype.
+        CheckpointError: The patch cannot be read.
     """
     if step.change is not None:
-        yield from _changed_blocks(step, bench)
-    elif not step.is_copy:
-        yield from _cast_blocks(step, bench)
-    else:
-        for start in range(0, step.source.n_bytes, COPY_BYTES):
-            data = encode(bench.reader.data(step.source, start, min(start + COPY_BYTES, step.source.n_bytes)))
-            yield Block(data, data, None)
+        return partial(_changed, step, _changer_of(step.change, cut, bench), bench)
+    return _copied if step.is_copy else partial(_cast, step)
 
 
-def _cast_blocks(step: MergeStep, bench: Bench) -> Iterator[Block]:
-    for start, stop in bench.row_blocks(step.source):
-        weight = bench.reader.rows(step.source, start, stop)
-        stored = weight.to(TORCH_DTYPES[step.entry.dtype])
-        if not stored.isfinite().all() and (weight.isfinite() & ~stored.isfinite()).any():
-            raise NonFiniteError(
-                f"'{step.entry.name}': rows {start} to {stop} hold a value that does not fit into {step.entry.dtype}. "
-                "Store a wider dtype."
-            )
-        yield Block(encode(weight), encode(stored), None)
+def _copied(start: int, stored: Tensor) -> Block:
+    del start
+    return Block(encode(stored))
 
 
-def _changed_blocks(step: MergeStep, bench: Bench) -> Iterator[Block]:
-    for rows in _changed_rows(step, bench):
-        merged = _round(rows, step, bench)
-        sums = measure_merge(rows.weight, rows.change, merged, scratch=bench.scratch)
-        if not sums.is_finite:
-            raise NonFiniteError(
-                f"'{step.entry.name}': rows {rows.start} to {rows.start + len(rows.stored)} hold an infinity or NaN in "
-                f"the weight, in the patch or in what they become as {step.entry.dtype}. Look for a diverged training "
-                "run, or store a wider dtype."
-            )
-        yield Block(encode(rows.stored), encode(merged), sums)
+def _cast(step: MergeStep, start: int, stored: Tensor) -> Block:
+    cast = stored.to(TORCH_DTYPES[step.entry.dtype])
+    if not cast.isfinite().all() and (stored.isfinite() & ~cast.isfinite()).any():
+        stop = start + (len(stored) if stored.ndim else 1)
+        raise NonFiniteError(
+            f"'{step.entry.name}': rows {start} to {stop} hold a value that does not fit into {step.entry.dtype}. "
+            "Store a wider dtype."
+        )
+    return Block(encode(cast))
+
+
+def _changed(step: MergeStep, change: "Changer", bench: Bench, start: int, stored: Tensor) -> Block:
+    rows = change(start, stored)
+    merged = _round(rows, step, bench)
+    sums = measure_merge(rows.weight, rows.change, merged, scratch=bench.scratch)
+    if not sums.is_finite:
+        raise NonFiniteError(
+            f"'{step.entry.name}': rows {start} to {start + len(stored)} hold an infinity or NaN in the weight, in the "
+            f"patch or in what they become as {step.entry.dtype}. Look for a diverged training run, or store a wider "
+            "dtype."
+        )
+    return Block(encode(merged), sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,82 +214,89 @@ class Rows:
 
     Attributes:
         start: The first row.
-        stored: As they were read.
-        weight: The same on the device, in the dtype that is computed with.
+        weight: As they were read, on the device, in the dtype that is computed with.
         change: What is added to them.
         exact: What they become, not rounded yet.
     """
 
     start: int
-    stored: Float[Tensor, "rows d"]
     weight: Float[Tensor, "rows d"]
     change: Float[Tensor, "rows d"]
     exact: Float[Tensor, "rows d"]
 
 
-def _changed_rows(step: MergeStep, bench: Bench) -> Iterator[Rows]:
-    match step.change:
+Changer = Callable[[int, Tensor], Rows]
+"""What a patch does to some rows of a weight: the first row's number, and the rows as they were read."""
+
+
+def _changer_of(change: Change[TensorInfo], cut: Cut, bench: Bench) -> Changer:
+    match change:
         case LowRankDelta(transposed=False) as delta:
-            yield from _low_rank_rows(step, delta, bench)
+            return _low_rank(delta, cut, bench)
         case LowRankDelta() as delta:
-            yield from _transposed_rows(step, delta, bench)
+            return _transposed(delta, cut, bench)
         case WholeValue(values=info):
-            for start, stop in bench.row_blocks(step.source):
-                stored = _matrix(bench.reader.rows(step.source, start, stop))
-                yield _replaced(start, stored, _wide(_matrix(load_rows(info, start, stop).to(bench.device))), bench)
+            values = replace(info, shape=cut.matrix.shape)
+            return lambda start, stored: _replaced(
+                start,
+                _matrix(stored),
+                _wide(_matrix(load_rows(values, start, start + len(stored)).to(bench.device))),
+                bench,
+            )
         case RowValues(values=info, rows=rows):
-            yield from _with_row_values(step, bench.load(info), rows, bench)
+            return _row_values(bench.load(info), rows, bench)
         case VectorDelta(values=info, scale=scale):
-            stored = _matrix(bench.reader.rows(step.source, 0, step.source.shape[0]))
-            yield _added(0, stored, bench.load(info)[:, None] * scale, bench)
+            added = bench.load(info)[:, None] * scale
+            return lambda start, stored: _added(start, _matrix(stored), added[start : start + len(stored)], bench)
         case ExpertsDelta() as experts:
-            yield from _experts_rows(step, experts, bench)
+            return _experts(experts, cut, bench)
         case ExpertDelta(experts=experts, number=number) as part:
-            a, b = _stacked(experts, bench)
-            factors = _of_expert(a, b, experts, number)
-            for start, stop, change in _products(
-                factors[1][part.start : part.stop], factors[0], experts.scale, step.source, bench
-            ):
-                yield _added(start, bench.reader.rows(step.source, start, stop), change, bench)
+            a, b = _of_expert(*_stacked(experts, bench), experts, number)
+            b, scale = fold_scale(b[part.start : part.stop], a, experts.scale)
+            return lambda start, stored: _added(
+                start, stored, _product(b, a, scale, start, len(stored), cut, bench), bench
+            )
 
 
-def _low_rank_rows(step: MergeStep, delta: LowRankDelta[TensorInfo], bench: Bench) -> Iterator[Rows]:
+def _low_rank(delta: LowRankDelta[TensorInfo], cut: Cut, bench: Bench) -> Changer:
     a, b = bench.load(delta.a), bench.load(delta.b)
+    b, scale = fold_scale(b, a, delta.scale)
     magnitude = None if delta.magnitude is None else bench.load(delta.magnitude)
-    for start, stop, change in _products(b, a, delta.scale, step.source, bench):
-        stored = bench.reader.rows(step.source, start, stop)
-        rows = _added(start, stored, change, bench)
+
+    def change(start: int, stored: Tensor) -> Rows:
+        rows = _added(start, stored, _product(b, a, scale, start, len(stored), cut, bench), bench)
         if magnitude is None:
-            yield rows
-        else:
-            yield _replaced(start, stored, renormalize(rows.exact, magnitude[start:stop]), bench)
+            return rows
+        return _replaced(start, stored, renormalize(rows.exact, magnitude[start : start + len(stored)]), bench)
+
+    return change
 
 
-def _products(
-    b: Tensor, a: Tensor, scale: float, matrix: TensorInfo, bench: Bench
-) -> Iterator[tuple[int, int, Tensor]]:
-    """The rows of `scale · B A` for one block of rows of a matrix after the other, with the rows' numbers."""
-    blocks = list(bench.row_blocks(matrix))
-    height = blocks[0][1]
-    b, scale = fold_scale(b, a, scale)
-    for start, stop in blocks:
-        # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
-        # block is multiplied at full height, from rows that the block before it has had already.
-        first = max(0, stop - height)
-        change = delta_rows(b[first:stop], a, scale=scale, scratch=bench.scratch)
-        yield start, stop, change[start - first :]
+def _product(b: Tensor, a: Tensor, scale: float, start: int, count: int, cut: Cut, bench: Bench) -> Tensor:
+    """`count` rows of `scale · B A` from row `start` on."""
+    # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
+    # block is multiplied at full height, from rows that the block before it has had already.
+    first = max(0, start + count - cut.height)
+    return delta_rows(b[first : start + count], a, scale=scale, scratch=bench.scratch)[start - first :]
 
 
-def _experts_rows(step: MergeStep, delta: ExpertsDelta[TensorInfo], bench: Bench) -> Iterator[Rows]:
-    """For a weight of shape (n_experts, d_out, d_in): the rows of one expert after the other."""
-    n_experts, d_out, d_in = step.source.shape
-    rows, matrix = (replace(step.source, shape=(height, d_in)) for height in (n_experts * d_out, d_out))
-    a, b = _stacked(delta, bench)
-    for number in range(n_experts):
-        factors = _of_expert(a, b, delta, number)
-        for start, stop, change in _products(factors[1], factors[0], delta.scale, matrix, bench):
-            first = number * d_out + start
-            yield _added(first, bench.reader.rows(rows, first, first + stop - start), change, bench)
+def _experts(delta: ExpertsDelta[TensorInfo], cut: Cut, bench: Bench) -> Changer:
+    """For a weight of shape (n_experts, d_out, d_in), which is read as the rows of one expert after the other."""
+    stacked = _stacked(delta, bench)
+    d_out = cut.matrix.shape[0] // delta.n_experts
+
+    @lru_cache(maxsize=1)
+    def factors(number: int) -> tuple[Tensor, Tensor, float]:
+        a, b = _of_expert(*stacked, delta, number)
+        return a, *fold_scale(b, a, delta.scale)
+
+    def change(start: int, stored: Tensor) -> Rows:
+        number, first = divmod(start, d_out)
+        a, b, scale = factors(number)
+        added = _product(b, a, scale, first, len(stored), cut, bench)
+        return _added(start, stored, added, bench)
+
+    return change
 
 
 def _stacked(delta: ExpertsDelta[TensorInfo], bench: Bench) -> tuple[Tensor, Tensor]:
@@ -250,44 +309,51 @@ def _of_expert(a: Tensor, b: Tensor, delta: ExpertsDelta[TensorInfo], number: in
     return a[number * delta.rank : (number + 1) * delta.rank], b[:, number :: delta.n_experts].contiguous()
 
 
-def _transposed_rows(step: MergeStep, delta: LowRankDelta[TensorInfo], bench: Bench) -> Iterator[Rows]:
+def _transposed(delta: LowRankDelta[TensorInfo], cut: Cut, bench: Bench) -> Changer:
     """For a weight stored as (d_in, d_out): its rows are columns of A."""
     a, b = bench.load(delta.a), bench.load(delta.b)
-    if delta.magnitude is not None:  # a norm runs over all rows, so all of them are needed at once
-        stored = bench.reader.rows(step.source, 0, step.source.shape[0])
-        # A norm of rows that lie in memory as columns is summed in their order, and rounds as PEFT's does.
-        tuned = _wide(stored.to(bench.device)).T + delta_rows(b, a, scale=delta.scale)
-        exact = renormalize(tuned, bench.load(delta.magnitude))
-        yield _replaced(0, stored, exact.T.contiguous(), bench)
-        return
-    blocks = list(bench.row_blocks(step.source))
-    height = blocks[0][1]
-    for start, stop in blocks:
-        first = max(0, stop - height)  # see `_products`
+
+    def change(start: int, stored: Tensor) -> Rows:
+        stop = start + len(stored)
+        first = max(0, stop - cut.height)  # see `_product`
         product = delta_rows(b, a[:, first:stop].contiguous(), scale=delta.scale, scratch=bench.scratch)
-        change = product[:, start - first :].T.contiguous()
-        yield _added(start, bench.reader.rows(step.source, start, stop), change, bench)
+        return _added(start, stored, product[:, start - first :].T.contiguous(), bench)
+
+    return change if delta.magnitude is None else _renormalized_columns(a, b, delta.scale, delta.magnitude, bench)
 
 
-def _with_row_values(step: MergeStep, values: Tensor, rows: tuple[int, ...], bench: Bench) -> Iterator[Rows]:
+def _renormalized_columns(a: Tensor, b: Tensor, scale: float, magnitude: TensorInfo, bench: Bench) -> Changer:
+    norms = bench.load(magnitude)
+
+    def change(start: int, stored: Tensor) -> Rows:
+        # A norm of rows that lie in memory as columns is summed in their order, and rounds as PEFT's does.
+        tuned = _wide(stored.to(bench.device)).T + delta_rows(b, a, scale=scale)
+        return _replaced(start, stored, renormalize(tuned, norms).T.contiguous(), bench)
+
+    return change
+
+
+def _row_values(values: Tensor, rows: tuple[int, ...], bench: Bench) -> Changer:
     places = torch.tensor(rows)
-    for start, stop in bench.row_blocks(step.source):
-        stored = bench.reader.rows(step.source, start, stop)
+
+    def change(start: int, stored: Tensor) -> Rows:
         exact = _wide(stored.to(bench.device)).clone()
-        inside = (places >= start) & (places < stop)
+        inside = (places >= start) & (places < start + len(stored))
         exact[places[inside] - start] = values[inside].to(exact.dtype)
-        yield _replaced(start, stored, exact, bench)
+        return _replaced(start, stored, exact, bench)
+
+    return change
 
 
 def _added(start: int, stored: Tensor, change: Tensor, bench: Bench) -> Rows:
     working = torch.promote_types(change.dtype, torch.promote_types(stored.dtype, torch.float32))
     weight = bench.scratch.wide("weight", stored, working)
-    return Rows(start, stored, weight, change, add(weight, change, scratch=bench.scratch))
+    return Rows(start, weight, change, add(weight, change, scratch=bench.scratch))
 
 
 def _replaced(start: int, stored: Tensor, exact: Tensor, bench: Bench) -> Rows:
     weight = bench.scratch.wide("weight", stored, exact.dtype)
-    return Rows(start, stored, weight, exact - weight, exact)
+    return Rows(start, weight, exact - weight, exact)
 
 
 def _round(rows: Rows, step: MergeStep, bench: Bench) -> Tensor:

@@ -41,7 +41,7 @@ from portllm.output.manifest import MANIFEST_FILE, MergeReport, digest_side_file
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic
-from portllm.pipeline.make_tensor import Facts, How, benches, make_tensor, require_device
+from portllm.pipeline.make_tensor import Facts, How, Target, benches, make_tensor, require_device
 from portllm.pipeline.merge import digest_inputs, require_bfloat16
 from portllm.pipeline.one_thread import one_thread
 from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
@@ -276,9 +276,12 @@ def _overwrite(plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> F
         write = _nowhere if step.change is None else partial(_write, files[str(place.file)], place.start)
         bench = free.get()
         try:
-            return make_tensor(step, bench, write, tell)
+            (made,) = make_tensor([Target(step, write)], bench, tell)
         finally:
             free.put(bench)
+        if not isinstance(made, Facts):
+            raise made
+        return made
 
     with ExitStack() as opened, one_thread(), benches(how) as free:
         files = {str(file): _open(Path(str(file)), opened) for file in {info.file for info in places.values()}}

@@ -1,17 +1,20 @@
-"""One output tensor from the first block to the last: read, changed, written, and both digests taken on the way."""
+"""One tensor from the first block to the last: read once, and for each output changed, written and digested."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from queue import SimpleQueue
 
 import torch
 from blake3 import blake3
+from torch import Tensor
 
 from portllm.checkpoint.identity import digest_stored
-from portllm.errors import DeviceError
+from portllm.checkpoint.tensors import encode
+from portllm.errors import DeviceError, PortLLMError
 from portllm.patch.rounding import MergeSums
-from portllm.pipeline.blocks import NEAREST, Bench, Rounding, blocks_of
+from portllm.pipeline.blocks import NEAREST, Bench, Cut, Rounding, cut_for, maker_of, read_blocks
 from portllm.pipeline.plan import MergeStep
 from portllm.pipeline.side_by_side import Tell, default_threads
 
@@ -68,34 +71,119 @@ class Facts:
                 raise ValueError("these are not the facts of a merge")
 
 
-def make_tensor(step: MergeStep, bench: Bench, write: Callable[[int, memoryview], None], tell: Tell) -> Facts:
-    """Hand a tensor's bytes to `write`, with the place of each part in the tensor; `tell` hears how many they were.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An output tensor: what is done to its source, and what takes its bytes, with the place of each part in it."""
+
+    step: MergeStep
+    write: Callable[[int, memoryview], None]
+
+
+Failure = PortLLMError | OSError
+"""Why an output has no tensor; the others have theirs all the same."""
+
+
+def make_tensor(targets: Sequence[Target], bench: Bench, tell: Tell) -> list[Facts | Failure]:
+    """Read a tensor once and hand every target its bytes; `tell` hears how many they were.
+
+    What patches leave alone is rounded and digested once, however many targets take it.
+
+    Args:
+        targets: What becomes of the tensor: steps of one source.
+        bench: Where the blocks are made.
+        tell: Told of the bytes that were written.
+
+    Returns:
+        For each target what is known of its tensor, or why it could not be made or written.
 
     Raises:
-        NonFiniteError: As `blocks_of`.
+        CheckpointError: The source cannot be read.
     """
-    read, written = blake3(), blake3()
-    sums = None if step.change is None else MergeSums()
-    place = told = 0
-    for block in blocks_of(step, bench):
-        write(place, block.data)
-        read.update(block.source)
-        if block.data is not block.source:
-            written.update(block.data)
-        if sums is not None and block.sums is not None:
-            sums += block.sums
-        place += len(block.data)
-        if place - told >= TELL_BYTES:
-            tell(place - told)
-            told = place
-    tell(place - told)
+    source = targets[0].step.source
+    cut = cut_for([target.step for target in targets], bench)
+    makings = _makings(targets)
+    for making in makings:
+        making.begin(cut, bench)
+    read, n_bytes = blake3(), 0
+    for start, stored in read_blocks(cut, bench):
+        read.update(encode(stored))
+        for making in makings:
+            n_bytes += making.make(start, stored)
+        if n_bytes >= TELL_BYTES:
+            tell(n_bytes)
+            n_bytes = 0
+        if not any(making.left for making in makings):
+            break
+    tell(n_bytes)
     # What is decoded on the way has other bytes in its file, and more than one tensor of them.
-    source = step.source
-    return Facts(
-        {source.name: read.hexdigest()} if source.encoding is None else digest_stored(source, {}),
-        {step.entry.name: (read if step.is_copy else written).hexdigest()},
-        {} if sums is None else {step.entry.name: sums},
-    )
+    digests = {source.name: read.hexdigest()} if source.encoding is None else digest_stored(source, {})
+    made = {number: result for making in makings for number, result in making.results(digests)}
+    return [made[number] for number in range(len(targets))]
+
+
+class _Making:
+    """What some targets get alike, block by block; it ends for a target that cannot be written.
+
+    Attributes:
+        left: The targets that are still written, by their numbers.
+    """
+
+    def __init__(self, targets: Mapping[int, Target]) -> None:
+        self.left = dict(targets)
+        self._step = next(iter(targets.values())).step
+        self._digest = blake3()
+        self._sums = None if self._step.change is None else MergeSums()
+        self._failed: dict[int, Failure] = {}
+        self._place = 0
+
+    def begin(self, cut: Cut, bench: Bench) -> None:
+        """Read what the patch has for this tensor."""
+        try:
+            self._maker = maker_of(self._step, cut, bench)
+        except PortLLMError as error:
+            self._fail(error, *self.left)
+
+    def make(self, start: int, stored: Tensor) -> int:
+        """Make a block and hand it to the targets; how many bytes they took together."""
+        if not self.left:
+            return 0
+        try:
+            block = self._maker(start, stored)
+        except PortLLMError as error:
+            self._fail(error, *self.left)
+            return 0
+        for number, target in list(self.left.items()):
+            try:
+                target.write(self._place, block.data)
+            except OSError as error:
+                self._fail(error, number)
+        if not self._step.is_copy:
+            self._digest.update(block.data)
+        if self._sums is not None and block.sums is not None:
+            self._sums += block.sums
+        self._place += len(block.data)
+        return len(self.left) * len(block.data)
+
+    def results(self, read: Mapping[str, str]) -> Iterator[tuple[int, Facts | Failure]]:
+        """What became of each target, with the digests of what was read."""
+        yield from self._failed.items()
+        for number, target in self.left.items():
+            name, source = target.step.entry.name, target.step.source.name
+            written = read[source] if self._step.is_copy else self._digest.hexdigest()
+            yield number, Facts(dict(read), {name: written}, {} if self._sums is None else {name: self._sums})
+
+    def _fail(self, error: Failure, *numbers: int) -> None:
+        for number in numbers:
+            self._failed[number] = error
+            del self.left[number]
+
+
+def _makings(targets: Sequence[Target]) -> list[_Making]:
+    """The targets by what they get: each change is made for itself, all else once for each storage dtype."""
+    alike: dict[int | str, dict[int, Target]] = defaultdict(dict)
+    for number, target in enumerate(targets):
+        alike[target.step.entry.dtype if target.step.change is None else number][number] = target
+    return [_Making(found) for found in alike.values()]
 
 
 def require_device(device: str) -> str:

@@ -1,50 +1,42 @@
-"""Add a patch to a model's weights, streamed: plan, then the tensors, in blocks of rows.
+"""Add patches to a model's weights, streamed, each for itself: plan, then the tensors, in blocks of rows.
 
 Each thread takes a tensor through reading, arithmetic, digests and writing, so that disk and processors work at the
-same time. Memory holds one block a thread, whatever the size of the model. What the patch does not touch is copied as
-bytes. A run that was interrupted or died is gone on with by the next run of the same plan, from the file it had
-reached.
+same time. The model is read once, however many patches there are. Memory holds one block a thread, whatever the size of
+the model. What a patch does not touch is copied as bytes. A run that was interrupted or died is gone on with by the
+next run of the same plans, from the files it had reached.
 """
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
 
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.identity import digest_of, digest_tensor, fingerprint, own_tensors, remember_digests
+from portllm.checkpoint.identity import digest_of, fingerprint, own_tensors, remember_digests
 from portllm.checkpoint.page_cache import is_large
-from portllm.checkpoint.raw_files import read_header
 from portllm.checkpoint.reader import Checkpoint, on_disk, open_checkpoint
-from portllm.checkpoint.staging import Staged
-from portllm.checkpoint.writer import (
-    DEFAULT_SHARD_BYTES,
-    Shard,
-    ShardWriter,
-    check_apart,
-    check_free,
-    resumable_folder,
-    space_refusals,
-    write_index,
-)
-from portllm.errors import CheckpointError, RemoteError, UnsupportedDtypeError
+from portllm.checkpoint.writer import DEFAULT_SHARD_BYTES, Room, check_apart, check_free, write_index
+from portllm.errors import OutputError, PortLLMError, RemoteError, UnsupportedDtypeError
 from portllm.output.manifest import MergeReport, digest_side_files, write_manifest
 from portllm.output.side_files import copy_side_files, side_files
 from portllm.patch.adapter_folder import digest_tensors, files_of
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic
-from portllm.pipeline.make_tensor import Facts, How, benches, make_tensor, require_device
-from portllm.pipeline.one_thread import one_thread
-from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
+from portllm.pipeline.make_tensor import Facts, How, require_device
+from portllm.pipeline.merge_outputs import Output, good, write_outputs
+from portllm.pipeline.plan import MergePlan, plan_merge, require
 from portllm.pipeline.quantization_gap import measure_gap
-from portllm.pipeline.side_by_side import Tell, run_side_by_side
 from portllm.progress import Progress, silent
+
+MOST_AT_ONCE = 32
+"""Outputs that are written side by side: the model is read once for so many. Each has files open, and threads hold what
+all their patches have for a tensor."""
 
 
 def merge(
@@ -103,6 +95,47 @@ def merge(
     return run_merge(plan, out, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
 
 
+def merge_each(
+    patches: Mapping[Path, Patch[TensorInfo]],
+    *,
+    into: Checkpoint,
+    dtype: str | None = None,
+    rounding: Rounding = NEAREST,
+    device: str = "cpu",
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[Path, MergeReport | PortLLMError]:
+    """Write the model `into` once for each of some patches, reading it once for all of them.
+
+    Each output has the bytes that `merge` writes, and one that fails stops no other.
+
+    Args:
+        patches: What to add, by the folder of the new model.
+        into: The model that the patches belong to.
+        dtype: As for `merge`.
+        rounding: As for `merge`.
+        device: As for `merge`.
+        shard_bytes: As for `merge`.
+        allow_other_base: As for `merge`.
+        overwrite: As for `merge`.
+        progress: Told of the bytes written, of all outputs together.
+
+    Returns:
+        For each folder what was done, or the error that `merge` would have raised.
+
+    Raises:
+        UnsupportedDtypeError: `dtype` is not one that weights are stored in.
+        DeviceError: There is no such device here.
+    """
+    plans = {
+        out: plan_merge(patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base)
+        for out, patch in patches.items()
+    }
+    return run_merges(plans, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
+
+
 def run_merge(
     plan: MergePlan,
     out: Path,
@@ -113,83 +146,94 @@ def run_merge(
     progress: Progress = silent,
 ) -> MergeReport:
     """Carry out a plan; see `merge`."""
-    how = How(rounding, require_device(device), keep_cached=not is_large(plan.n_bytes))
-    require(replace(plan, refusals=(*plan.refusals, *space_refusals(out, plan.n_bytes))))
-    if isinstance(rounding, Stochastic):
-        require_bfloat16(plan)
-    check_free(out, overwrite=overwrite)
-    plan = _on_disk(plan, progress)
-    check_apart(out, (*plan.into.files, *files_of(plan.patch)))
+    results = run_merges({out: plan}, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
+    result = results[out]
+    if isinstance(result, PortLLMError):
+        raise result
+    return result
+
+
+def run_merges(
+    plans: Mapping[Path, MergePlan],
+    *,
+    rounding: Rounding = NEAREST,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[Path, MergeReport | PortLLMError]:
+    """Carry out plans that are all for one model, which is opened once; see `merge_each`."""
+    n_bytes = sum(plan.n_bytes for plan in plans.values())
+    how = How(rounding, require_device(device), keep_cached=not is_large(n_bytes))
+    outputs = [Output(out, plan) for out, plan in plans.items()]
+    room = Room()
+    for output in outputs:
+        with output.alone():
+            _require(output.plan, output.out, room, how, overwrite=overwrite)
+    _bring_to_disk(good(outputs), progress)
+    for output in good(outputs):
+        with output.alone():
+            _require_apart(output, outputs)
+    reports: dict[Path, MergeReport] = {}
+    left = good(outputs)
+    for start in range(0, len(left), MOST_AT_ONCE):
+        reports |= _run(left[start : start + MOST_AT_ONCE], how, overwrite=overwrite, progress=progress)
+    return {output.out: output.error or reports[output.out] for output in outputs}
+
+
+def _run(outputs: Sequence[Output], how: How, *, overwrite: bool, progress: Progress) -> dict[Path, MergeReport]:
+    """Write outputs side by side; the reports of those that have not failed."""
+    reports: dict[Path, MergeReport] = {}
+    with ExitStack() as opened:
+        for output in outputs:
+            opened.push(output.opened)
+            with output.alone():
+                output.begin(overwrite=overwrite, digest=_digest_plan(output.plan, how))
+        begun = good(outputs)
+        total = sum(output.plan.n_bytes for output in begun)
+        n_left = sum(entry.n_bytes for output in begun for shard in output.left for entry in shard.entries)
+        write_outputs(begun, how, _count(total, n_left, progress))
+        for output in outputs:
+            with output.alone(), output.ending() as folder:
+                reports[output.out] = _finish(output, folder, how, progress)
+    for output in good(outputs):
+        # A stored copy of a tied embedding is not read when the patch gives the output a head of its own.
+        remember_digests(output.plan.into, output.known.read)
+        remember_digests(open_checkpoint(output.out), output.known.written)
+    return reports
+
+
+def _finish(output: Output, folder: Path, how: How, progress: Progress) -> MergeReport:
+    """Write what goes beside the weights."""
+    plan = output.plan
+    write_index(folder, plan.shards)
     if plan.into.folder is not None:
-        side_files(plan.into.folder)  # refuses what must not be copied, before there is any work to lose
-    total = Facts()
-    with resumable_folder(out, overwrite=overwrite, plan=_digest_plan(plan, how)) as staged:
-        known = {shard.file: facts for shard in plan.shards if (facts := _finished(staged, shard)) is not None}
-        staged.keep(known)
-        for facts in known.values():
-            total.add(facts)
-        left = [shard for shard in plan.shards if shard.file not in known]
-        wrote = _count(plan.n_bytes, sum(entry.n_bytes for shard in left for entry in shard.entries), progress)
-        total.add(_write_shards(plan, left, staged, how, wrote))
-        write_index(staged.folder, plan.shards)
-        if plan.into.folder is not None:
-            copy_side_files(plan.into.folder, staged.folder, config_changes=plan.config_changes)
-        report = _report(plan, out, staged.folder, how, total)
-        if plan.fitted is not None:
-            report = replace(report, quantization=measure_gap(plan, plan.fitted, total.sums, progress=progress))
-        write_manifest(staged.folder, report, program=__version__)
-    # A stored copy of a tied embedding is not read when the patch gives the output a head of its own.
-    remember_digests(plan.into, total.read)
-    remember_digests(open_checkpoint(out), total.written)
+        copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes)
+    report = _report(plan, output.out, folder, how, output.known)
+    if plan.fitted is not None:
+        gap = measure_gap(plan, plan.fitted, output.known.sums, progress=progress)
+        report = replace(report, quantization=gap)
+    write_manifest(folder, report, program=__version__)
     return report
 
 
-@dataclass(slots=True)
-class _File:
-    """A file that is being written, by threads that take a tensor each."""
+def _require(plan: MergePlan, out: Path, room: Room, how: How, *, overwrite: bool) -> None:
+    """Raise if a plan cannot be carried out, else set room aside for its output."""
+    require(replace(plan, refusals=(*plan.refusals, *room.refusals(out, plan.n_bytes))))
+    if isinstance(how.rounding, Stochastic):
+        require_bfloat16(plan)
+    check_free(out, overwrite=overwrite)
+    room.promise(out, plan.n_bytes)
 
-    name: str
-    writer: ShardWriter
-    missing: int
-    facts: Facts = field(default_factory=Facts)
 
-
-def _write_shards(
-    plan: MergePlan, shards: Sequence[Shard], staged: Staged, how: How, told: Callable[[int], None]
-) -> Facts:
-    """Write files; what is known of a file is noted as soon as it is on the disk, while the next ones are written."""
-    total = Facts()
-    files: list[_File] = []
-
-    def job(file: _File, step: MergeStep, tell: Tell) -> tuple[_File, Facts]:
-        bench = free.get()
-        try:
-            return file, make_tensor(step, bench, partial(file.writer.write, step.entry.name), tell)
-        finally:
-            free.put(bench)
-
-    def jobs() -> Iterator[Callable[[Tell], tuple[_File, Facts]]]:
-        for shard in shards:
-            writer = ShardWriter(staged.folder, shard, keep_cached=how.keep_cached)
-            files.append(_File(shard.file, writer, len(shard.entries)))
-            yield from (partial(job, files[-1], plan.steps[entry.name]) for entry in shard.entries)
-
-    def done(made: tuple[_File, Facts]) -> None:
-        file, facts = made
-        file.facts.add(facts)
-        file.missing -= 1
-        if not file.missing:
-            file.writer.close()
-            staged.finish(file.name, file.facts.to_json())
-            total.add(file.facts)
-
-    with one_thread(), benches(how) as free:
-        try:
-            run_side_by_side(jobs(), threads=how.threads, told=told, done=done)
-        finally:
-            for file in files:
-                file.writer.abandon()
-    return total
+def _require_apart(output: Output, outputs: Sequence[Output]) -> None:
+    """Raise if an output would replace what is read for any of them, or copy what must not be."""
+    patches = [file for other in outputs for file in files_of(other.plan.patch)]
+    check_apart(output.out, (*output.plan.into.files, *patches))
+    inner = next((other.out for other in outputs if output.out.resolve() in other.out.resolve().parents), None)
+    if inner is not None:
+        raise OutputError(f"'{output.out}': would hold '{inner}', another output. Write to another folder.")
+    if output.plan.into.folder is not None:
+        side_files(output.plan.into.folder)  # refuses what must not be copied, before there is any work to lose
 
 
 def _count(total: int, left: int, progress: Progress) -> Callable[[int], None]:
@@ -204,22 +248,6 @@ def _count(total: int, left: int, progress: Progress) -> Callable[[int], None]:
     if done:
         wrote(0)
     return wrote
-
-
-def _finished(staged: Staged, shard: Shard) -> Facts | None:
-    """What an earlier run noted about a file, if the file still has every byte that the run wrote."""
-    if shard.file not in staged.finished:
-        return None
-    file = staged.folder / shard.file
-    try:
-        with open(file, "rb") as stream:
-            if stream.read(len(shard.header)) != shard.header:
-                return None
-        written = {name: digest_tensor(info) for name, info in read_header(file).tensors.items()}
-    except (OSError, CheckpointError):
-        return None
-    facts = Facts.from_json(staged.finished[shard.file])
-    return facts if facts.written == written else None
 
 
 def _digest_plan(plan: MergePlan, how: How) -> str:
@@ -241,18 +269,29 @@ def digest_inputs(plan: MergePlan, how: How) -> dict[str, object]:
     }
 
 
-def _on_disk(plan: MergePlan, progress: Progress) -> MergePlan:
-    """The same plan with the weights to read on disk."""
-    into = on_disk(plan.into, progress=progress)
-    if into is plan.into:
-        return plan
-    if fingerprint(into) != plan.identity.fingerprint:
-        raise RemoteError(
-            f"'{into.folder}': is not what {into.name} is on the hub: its fingerprint differs from "
-            f"{plan.identity.fingerprint}. Delete it and run again."
-        )
-    steps = {name: replace(step, source=into.infos[step.source.name]) for name, step in plan.steps.items()}
-    return replace(plan, into=into, steps=steps)
+def _bring_to_disk(outputs: Sequence[Output], progress: Progress) -> None:
+    """Download the model that all plans are for, where it is not on disk."""
+    if not outputs:
+        return
+    model = outputs[0].plan.into
+    if any(output.plan.into is not model for output in outputs):
+        raise ValueError("the plans are for several models")
+    try:
+        into = on_disk(model, progress=progress)
+        if into is not model and fingerprint(into) != outputs[0].plan.identity.fingerprint:
+            raise RemoteError(
+                f"'{into.folder}': is not what {into.name} is on the hub: its fingerprint differs from "
+                f"{outputs[0].plan.identity.fingerprint}. Delete it and run again."
+            )
+    except PortLLMError as error:
+        for output in outputs:
+            output.fail(error)
+        return
+    if into is not model:
+        for output in outputs:
+            steps = output.plan.steps.items()
+            moved = {name: replace(step, source=into.infos[step.source.name]) for name, step in steps}
+            output.plan = replace(output.plan, into=into, steps=moved)
 
 
 def _report(
