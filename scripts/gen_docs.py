@@ -27,6 +27,7 @@ EXAMPLE_END = "<!-- end of example -->"
 
 def find_program() -> Any:
     """The command line as typer sees it, with every command registered."""
+    import portllm.cli.certify_command
     import portllm.cli.check_commands
     import portllm.cli.fleet_commands
     import portllm.cli.main

@@ -16,6 +16,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Certificate": "portllm.output.certificate",
     "Checkpoint": "portllm.checkpoint.reader",
     "open_checkpoint": "portllm.checkpoint.reader",
     "fingerprint": "portllm.checkpoint.identity",
@@ -27,6 +28,7 @@ _HOMES = {
     "capture_adapter": "portllm.pipeline.capture",
     "capture_tuned": "portllm.pipeline.capture_tuned",
     "combine": "portllm.pipeline.combine",
+    "certify": "portllm.pipeline.certify",
     "check": "portllm.pipeline.check",
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
@@ -37,6 +39,7 @@ _HOMES = {
     "fleet": "portllm.many.fleet",
     "inspect": "portllm.pipeline.inspect",
     "port": "portllm.pipeline.port",
+    "read_certificate": "portllm.output.certificate",
     "run_study": "portllm.study.run",
     "sign": "portllm.pipeline.sign",
     "study_results": "portllm.study.run",

@@ -20,6 +20,7 @@
       OutputError            the output cannot be written
         OutputExistsError      something is there already
         OutputBusyError        another run is writing there
+      CertificateError       certificate.json is missing, breaks its schema, or does not add up
       SignatureError         a signature cannot be made or checked
       FleetFileError         the file that describes a fleet is wrong, or what it names is not there
       StudyFileError         the file that describes a study is wrong
@@ -110,6 +111,10 @@ class OutputExistsError(OutputError):
 
 class OutputBusyError(OutputError):
     """Another run is writing to the same place."""
+
+
+class CertificateError(PortLLMError):
+    """`certificate.json` is missing where it is needed, breaks its schema or its seal, or does not add up."""
 
 
 class SignatureError(PortLLMError):

@@ -11,20 +11,25 @@ import random
 import signal
 import tracemalloc
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from portllm.assess.certificate import upper_bound
 from portllm.checkpoint.gguf_file import open_gguf
 from portllm.checkpoint.reader import INDEX_FILE, open_checkpoint
 from portllm.checkpoint.seal import render_sealed
 from portllm.checkpoint.vocabulary import read_vocabulary
+from portllm.cli.render_certificate import render_certificate
 from portllm.errors import PortLLMError
+from portllm.output.certificate import count_labels, read_certificate
 from portllm.patch.adapter_folder import load_patch, parse_record, stored_tensors, write_patch
 from portllm.patch.record import record_to_json
 from portllm.pipeline.inspect import inspect, summary_to_json
-from portllm.pipeline.verify import verification_to_json, verify
+from portllm.pipeline.verification import verification_to_json
+from portllm.pipeline.verify import verify
 from tests.files import file_bytes, write_tensors
 
 EXAMPLES = int(os.environ.get("PORTLLM_FUZZ_EXAMPLES", "400"))
@@ -74,6 +79,18 @@ RECORD = {
 MANIFEST = {
     "output": MARK, "into": MARK, "files": {"config.json": "6" * 64}, "dtype": ["BF16"], "rounding": "nearest",
     "patch": None, "tensors": {"model.norm.weight": {"kept_gain": 0.99}},
+}  # fmt: skip
+
+CERTIFICATE = {
+    "format": 1, "program": "0.1.0", "assumes": "independent draws", "specialist": {"model": MARK, "patch": {
+        "name": "patch", "files": {"adapter_config.json": "4" * 64, "adapter_model.safetensors": "5" * 64}}},
+    "ported": {"model": MARK, "patch": None},
+    "inputs": {"digest": "blake3:" + "7" * 64, "rows": 24, "prompt": "{q}", "completion": "a", "sample": None,
+               "seed": None, "repeated": 0, "cut": 0},
+    "answers": {"kind": "choices", "choices": ["a", "b"], "choices_from": "given", "one_line": False, "max_tokens": 512,
+                "max_new_tokens": 32, "batch_size": 16},
+    "confidence": 0.95, "n": 24, "k": 2, "differing": [3, 7], "bound": upper_bound(2, 24), "wanted": 0.5,
+    "labels": asdict(count_labels(1, 1, 20, 24, confidence=0.95)), "tokens": None, "device": "cpu",
 }  # fmt: skip
 
 STRINGS = (
@@ -243,9 +260,9 @@ def adapter_at(folder):
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    """An adapter, a model, a model in shards, a patch and a merged model, one file of which a target writes anew."""
+    """Adapters, models, a patch, a merged model and a certificate, one file of which a target writes anew."""
     folder = tmp_path_factory.mktemp("fuzz")
-    for name in ("adapter", "model", "sharded", "patch", "merged"):
+    for name in ("adapter", "model", "sharded", "patch", "merged", "certified"):
         (folder / name).mkdir()
     for name in ("adapter", "patch"):
         (folder / name / "adapter_config.json").write_text(json.dumps(CONFIG))
@@ -323,6 +340,16 @@ def manifest(folder, changes):
     return lambda: verification_to_json(verify(folder / "merged")), content
 
 
+def certificate(folder, changes):
+    (folder / "certified" / "certificate.json").write_bytes(content := sealed(CERTIFICATE, changes))
+
+    def read():
+        verification_to_json(verify(folder / "certified"))
+        render_certificate(read_certificate(folder / "certified"), folder)
+
+    return read, content
+
+
 def gguf(folder, changes):
     (folder / "m.gguf").write_bytes(content := changed_bytes(whole_gguf(folder), changes))
 
@@ -366,7 +393,7 @@ def whole_gguf(folder):
 
 TARGETS = (
     header_of_a_model, index, configuration_of_a_model, vocabulary, configuration_of_an_adapter, header_of_an_adapter,
-    record, manifest, gguf,
+    record, manifest, certificate, gguf,
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from portllm.live.examples import (
     Template,
     completion_text,
     read_examples,
+    read_prompts,
     read_texts,
 )
 
@@ -182,3 +183,29 @@ def test_a_blank_text_is_refused(write):
 def test_reading_examples_does_not_import_torch():
     code = "import sys, portllm.live.examples; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- prompts without completions
+
+
+def test_prompts_need_no_completion(write):
+    path = write('{"question": "why?"}\n\n{"question": 7, "other": null}\n')
+    assert read_prompts(path, "{question}", completion="type") == (["why?", "7"], None)
+    assert read_prompts(path, "{question}", completion=None) == (["why?", "7"], None)
+
+
+def test_completions_are_read_where_all_rows_have_one(write):
+    path = write('{"question": "why?", "type": " cause "}\n{"question": "how?", "type": "means"}\n')
+    assert read_prompts(path, "{question}", completion="type") == (["why?", "how?"], ["cause", "means"])
+    assert read_prompts(path, "{question}", completion=None) == (["why?", "how?"], None)
+
+
+def test_completions_of_some_rows_alone_are_refused(write):
+    path = write('{"question": "why?", "type": "cause"}\n{"question": "how?", "type": ""}\n{"question": "who?"}\n')
+    with pytest.raises(DataError, match="1 of 3 rows have a completion in 'type'"):
+        read_prompts(path, "{question}", completion="type")
+
+
+def test_a_prompt_that_shows_the_answer_is_refused_here_too(write):
+    with pytest.raises(DataError, match="leaves nothing to learn"):
+        read_prompts(write('{"type": "cause"}'), "{type}", completion="type")

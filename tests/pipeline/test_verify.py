@@ -14,7 +14,8 @@ from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.capture import capture_adapter
 from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
-from portllm.pipeline.verify import verification_to_json, verify
+from portllm.pipeline.verification import verification_to_json
+from portllm.pipeline.verify import verify
 from tests.files import rewrite_header, write_tensors
 
 SEED = 20

@@ -23,8 +23,8 @@ from portllm.cli.plain import say
 from portllm.errors import PortLLMError
 
 ORDER = (
-    "demo", "inspect", "train", "capture", "check", "port", "merge", "combine", "evaluate", "verify", "sign", "fleet",
-    "study",
+    "demo", "inspect", "train", "capture", "check", "port", "merge", "combine", "evaluate", "certify", "verify", "sign",
+    "fleet", "study",
 )  # fmt: skip
 """The commands as `--help` lists them: in the order in which a patch goes through them."""
 
@@ -91,6 +91,7 @@ def main() -> None:
     # end, takes a third as long as that import.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
+    import portllm.cli.certify_command
     import portllm.cli.check_commands
     import portllm.cli.fleet_commands
     import portllm.cli.make_commands

@@ -11,7 +11,7 @@ from portllm.cli.plain import print_json, say
 if TYPE_CHECKING:
     from portllm.pipeline.signature import Signer, Trust
 
-PathArgument = Annotated[Path, typer.Argument(help="A patch, or a model that merge wrote.")]
+PathArgument = Annotated[Path, typer.Argument(help="A patch, a model that merge wrote, or a certificate.")]
 SignatureOption = Annotated[
     Path | None, typer.Option("--signature", help="The signature's file, if not model.sig in the folder.")
 ]
@@ -24,6 +24,13 @@ def verify(
     base: Annotated[
         str | None, typer.Option("--base", help=f"The model that it must belong to, or be merged into. {MODEL}")
     ] = None,
+    evolved: Annotated[
+        str | None,
+        typer.Option("--evolved", help="Of a certificate: the model, evolved or merged, that it must be about."),
+    ] = None,
+    patch: Annotated[Path | None, typer.Option("--patch", help="Likewise: the old specialist's patch.")] = None,
+    ported: Annotated[Path | None, typer.Option("--ported", help="Likewise: the ported patch.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Likewise: the file of inputs.")] = None,
     public_key: Annotated[
         Path | None, typer.Option("--public-key", help="Who must have signed it: a PEM file.")
     ] = None,
@@ -47,7 +54,8 @@ def verify(
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_proof import render_verification
-    from portllm.pipeline.verify import verification_to_json
+    from portllm.pipeline.certificate_checks import Certified
+    from portllm.pipeline.verification import verification_to_json
     from portllm.pipeline.verify import verify as verify_folder
 
     with shown_progress(quiet=quiet) as progress:
@@ -56,6 +64,9 @@ def verify(
             base=None if base is None else open_checkpoint(base),
             trust=trust,
             signature=signature,
+            certified=Certified(None if evolved is None else open_checkpoint(evolved), patch, ported, data)
+            if any((evolved, patch, ported, data))
+            else None,
             progress=progress,
         )
     if as_json:

@@ -2,7 +2,7 @@
 
 from portllm.cli.plain import one_line
 from portllm.cli.render import items
-from portllm.pipeline.verify import Verification
+from portllm.pipeline.verification import Verification
 
 
 def render_verification(verification: Verification) -> str:

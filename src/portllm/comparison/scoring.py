@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float32
 
 from portllm.errors import DataError
-from portllm.live.encoding import Encoded, Encoder, PaddedBatch, pad_left
+from portllm.live.encoding import Encoder, PaddedBatch, pad_left
 from portllm.live.examples import Example
 from portllm.live.loss import completion_nats
 from portllm.live.model import PeftModel, PreTrainedModel
@@ -181,6 +181,26 @@ def score(
     )
 
 
+def encode_labels(
+    encoder: Encoder, texts: Sequence[str], labels: Sequence[str], *, max_tokens: int
+) -> tuple[list[tuple[int, ...]], list[list[tuple[int, ...]]], int]:
+    """The ids of each prompt, the ids of every label after it, and how many prompts lost their beginning.
+
+    Raises:
+        DataError: A label leaves no room for a prompt.
+    """
+    prompts, rows, n_cut_rows = [], [], 0
+    for text in texts:
+        encoded = [encoder.encode(text, label) for label in labels]
+        # All labels of a row are asked of the same prompt: what the longest of them, and an end mark, leave room for.
+        room = max_tokens - 1 - max(len(each.completion) for each in encoded)
+        prompt, n_cut = encoder.cut_prompt(encoded[0].prompt, room=room)
+        prompts.append(prompt)
+        rows.append([each.completion for each in encoded])
+        n_cut_rows += n_cut > 0
+    return prompts, rows, n_cut_rows
+
+
 def label_log_probs(
     model: PreTrainedModel | PeftModel,
     prompts: Sequence[tuple[int, ...]],
@@ -253,17 +273,10 @@ def _continue(
 def _score_labels(
     model: PreTrainedModel | PeftModel, encoder: Encoder, task: Task, device: torch.device, tick: Tick
 ) -> tuple[list[str], list[float], int]:
-    prompts, labels, n_cut_rows = [], [], 0
-    for example in task.examples:
-        encoded = [encoder.encode(example.prompt, label) for label in task.labels]
-        # All labels of a row are asked of the same prompt: what the longest of them, and an end mark, leave room for.
-        room = task.max_tokens - 1 - max(len(each.completion) for each in encoded)
-        prompt, n_cut = encoder.cut_prompt(encoded[0].prompt, room=room)
-        prompts.append(prompt)
-        labels.append([each.completion for each in encoded])
-        n_cut_rows += n_cut > 0
+    texts = [example.prompt for example in task.examples]
+    prompts, labels, n_cut_rows = encode_labels(encoder, texts, task.labels, max_tokens=task.max_tokens)
     answers, losses = [""] * len(prompts), [0.0] * len(prompts)
-    for batch in _batches(list(map(len, prompts)), batch_size=task.batch_size):
+    for batch in batches(list(map(len, prompts)), batch_size=task.batch_size):
         sums = label_log_probs(model, [prompts[row] for row in batch], [labels[row] for row in batch], device=device)
         for row, log_probs in zip(batch, sums.cpu(), strict=True):
             right = task.labels.index(task.examples[row].completion)
@@ -282,31 +295,32 @@ def _score_text(
     ]
     one_line = not any("\n" in example.completion for example in task.examples)
     answers, losses = [""] * len(rows), [0.0] * len(rows)
-    for batch in _batches([len(row.prompt) for row in rows], batch_size=task.batch_size):
+    for batch in batches([len(row.prompt) for row in rows], batch_size=task.batch_size):
         chosen = [rows[index] for index in batch]
         nats = completion_nats(model, chosen, device=device).sum(dim=1).tolist()
-        written = _write(model, encoder, chosen, max_new_tokens=task.max_new_tokens, one_line=one_line, device=device)
+        prompts = [row.prompt for row in chosen]
+        written = write(model, encoder, prompts, max_new_tokens=task.max_new_tokens, one_line=one_line, device=device)
         for position, index in enumerate(batch):
-            answers[index] = written[position]
+            answers[index] = answer_text(encoder, written[position], one_line=one_line)
             losses[index] = nats[position] / len(rows[index].completion)
         tick(len(batch))
     return answers, losses, sum(row.n_cut > 0 for row in rows)
 
 
-def _write(
+def write(
     model: PreTrainedModel | PeftModel,
     encoder: Encoder,
-    rows: Sequence[Encoded],
+    prompts: Sequence[tuple[int, ...]],
     *,
     max_new_tokens: int,
     one_line: bool,
     device: torch.device,
-) -> list[str]:
-    """What the model writes after each prompt, always taking the likeliest token."""
-    batch = pad_left([row.prompt for row in rows], device=device)
+) -> list[tuple[int, ...]]:
+    """What the model writes after each prompt, always taking the likeliest token; with the end mark, where it ends."""
+    batch = pad_left(prompts, device=device)
     ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
-    written: list[list[int]] = [[] for _ in rows]
-    open_rows = set(range(len(rows)))
+    written: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
     for _ in range(max_new_tokens):
         output = model(
             input_ids=ids,
@@ -326,11 +340,16 @@ def _write(
             break
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         positions = positions[:, -1:] + 1
-    texts = [encoder.decode(tokens).strip() for tokens in written]
-    return [text.splitlines()[0].strip() if one_line and text else text for text in texts]
+    return [tuple(tokens) for tokens in written]
 
 
-def _batches(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
+def answer_text(encoder: Encoder, tokens: Sequence[int], *, one_line: bool) -> str:
+    """The answer of written tokens, without marks and whitespace around it; its first line, if asked for."""
+    text = encoder.decode(tokens).strip()
+    return text.splitlines()[0].strip() if one_line and text else text
+
+
+def batches(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
     """All rows in batches of similar length: little padding, and the longest first, so that memory runs out at once."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for start in range(0, len(order), batch_size):

@@ -147,6 +147,39 @@ def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
     return _read(path, make, what=f"the prompt '{fmt.prompt}' and the completion '{fmt.completion}'")
 
 
+def read_prompts(path: str | Path, template: str, *, completion: str | None) -> tuple[list[str], list[str] | None]:
+    r"""The prompts in a JSONL file, and their completions if the rows have them; otherwise as `read_examples`.
+
+    Args:
+        path: The file.
+        template: For instance `"Question: {question}\nType:"`.
+        completion: Field of the completion, or None: none is looked for.
+
+    Raises:
+        DataError: As for `read_examples`; or some rows have a completion and others not.
+    """
+    if completion is not None:
+        ExampleFormat(prompt=template, completion=completion)  # refuses a prompt that shows the answer
+    parsed = Template(template)
+
+    def make(row: Row) -> tuple[str, str]:
+        asked = completion is not None and row.get(completion) not in (None, "")
+        texts = _texts(row, (*parsed.fields, completion) if asked and completion else parsed.fields)
+        prompt = parsed.fill(texts)
+        if not prompt.strip():
+            raise _RowError("the prompt is blank; a model needs at least a word to go on")
+        return prompt, texts[completion].strip() if asked and completion else ""
+
+    made = _read(path, make, what=f"the prompt '{template}'")
+    n_completed = sum(bool(text) for _, text in made)
+    if 0 < n_completed < len(made):
+        raise DataError(
+            f"'{path}': {n_completed} of {len(made)} rows have a completion in '{completion}', the others have none. "
+            "Give all of them one, or none."
+        )
+    return [prompt for prompt, _ in made], [text for _, text in made] if n_completed else None
+
+
 def read_texts(path: str | Path, template: str) -> list[str]:
     r"""The texts that a template makes of the rows of a JSONL file; as `read_examples`, without a completion.
 

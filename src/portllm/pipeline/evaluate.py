@@ -83,7 +83,7 @@ def plan_evaluation(
     old, new = identify(base), identify(evolved)
     pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
     pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
-    refusals = [refusal for pair in pairs for refusal in _unfit(*pair, allow_other_base=allow_other_base)]
+    refusals = [refusal for pair in pairs for refusal in unfit(*pair, allow_other_base=allow_other_base)]
     if refusals:
         raise PlanRefusedError(refusals)
     return Contestants(
@@ -96,7 +96,7 @@ def plan_evaluation(
     )
 
 
-def _unfit(
+def unfit(
     option: str,
     patch: Patch[TensorInfo],
     model: Checkpoint,
@@ -104,6 +104,7 @@ def _unfit(
     *,
     allow_other_base: bool,
 ) -> Iterator[Refusal]:
+    """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
     if patch.config.is_costly_elsewhere:
         yield Refusal(
             option,
