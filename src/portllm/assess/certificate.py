@@ -48,8 +48,8 @@ def upper_bound(k: int, n: int, *, confidence: float = CONFIDENCE) -> float:
     """The one-sided upper bound of a share of which k in n draws were seen.
 
     It is the p with `P(X <= k) = 1 - confidence` for X binomial in n and p, and 1 for k = n: whatever the true share,
-    at least `confidence` of all samples give a bound that is not below it. Found by bisection; within 1e-12 for up to ten
-    thousand draws, and within 1e-11 for up to a million, where `lgamma` has lost as many digits.
+    at least `confidence` of all samples give a bound that is not below it. Found by bisection; within 1e-12 for up to
+    ten thousand draws, and within 1e-11 for up to a million, where `lgamma` has lost as many digits.
 
     Args:
         k: How often it was seen.
