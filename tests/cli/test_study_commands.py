@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.live.language import make_reader
-from tests.study.small import WHOLE, write_study
+from tests.study.small import THEORY, WHOLE, write_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 
@@ -16,14 +16,19 @@ def small(tmp_path_factory):
     """A small study's file, beside its data."""
     folder = tmp_path_factory.mktemp("study")
     changes = {"seeds = [0, 1]": "seeds = [0]", "links = 2": "links = 1"}
-    return write_study(folder, make_reader(folder / "reader"), more=WHOLE, replace=changes)
+    return write_study(
+        folder,
+        make_reader(folder / "reader"),
+        more=WHOLE + THEORY,
+        replace=changes,
+    )
 
 
 def test_a_study_is_planned_run_and_reported(portllm, small):
     where = ("--output", small.parent / "out")
     dry = portllm("study", "run", small, *where, "--dry-run")
     assert dry.status == 0
-    assert "0 of 22 steps done" in dry.out
+    assert "0 of 24 steps done" in dry.out
     assert "  port_whole.1_kinds_s0_add" in dry.out.splitlines()
     assert not (small.parent / "out").exists()
     done = portllm("study", "run", small, *where, "--data", small.parent, "--device", "cpu")
@@ -32,8 +37,9 @@ def test_a_study_is_planned_run_and_reported(portllm, small):
     assert done.err.rstrip().endswith("nothing left")
     assert done.out.startswith("# A small study\n")
     assert "| chain 1, add |" in done.out
+    assert "## Port residual" in done.out
     assert portllm("study", "report", small, *where).out == done.out
-    assert "22 of 22 steps done" in portllm("study", "status", small, *where).out
+    assert "24 of 24 steps done" in portllm("study", "status", small, *where).out
     results = json.loads(portllm("study", "report", small, *where, "--json").out)
     assert results == json.loads((small.parent / "out" / "results.json").read_text())
     assert json.loads(portllm("study", "status", small, *where, "--json").out)["left"] == []

@@ -51,6 +51,14 @@ batch_size = 1
 block_tokens = 16
 """
 
+THEORY = """
+[theory]
+gradient_rows = 2
+max_tokens = 48
+points = [0.0, 1.0]
+sketch = 2
+"""
+
 
 def write_study(folder, base, *, top="", more="", replace=None):
     """Writes file and data of a study to a folder and returns the file.

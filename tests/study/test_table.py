@@ -11,6 +11,7 @@ from portllm.study.estimate import estimate
 from portllm.study.page import render_page
 from portllm.study.plan import Step, steps_of
 from portllm.study.table import tabulate
+from portllm.study.theory import TheorySettings
 from tests.study.test_plan import STUDY
 
 RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "retrained": 0.9}
@@ -28,6 +29,10 @@ def results_of(step):
             return {"relative": 0.01, "cosine": 0.9999}
         case "read":
             return {"nats": float(generator.random()), "perplexity": 1.0, "n_tokens": 10}
+        case "theory":
+            ratio = 0.5 + (step.seed or 0) / 10
+            total = {"of_delta": {"frobenius": ratio}, "of_update": {"frobenius": ratio / 100}}
+            return {"residual": {"total": total}}
         case _:
             return {}
 
@@ -67,6 +72,18 @@ def test_differences_retention_and_flips_are_of_the_same_rows():
     gain = (ported.mean() - evolved.mean()) / (retrained.mean() - evolved.mean())
     assert row.accuracy_retention.value == pytest.approx(gain)
     assert row.loss_retention.value == pytest.approx(gain, abs=0.1)
+
+
+def test_residuals_are_means_over_seeds_where_theory_is_measured():
+    assert {row.residual_of_delta for row in RESULTS.tasks} == {None}
+    study = replace(STUDY, theory=TheorySettings())
+    some = {step: results_of(step) for step in steps_of(study) if step.kind == "theory" and step.model == "chain.2"}
+    results = tabulate(study, some)
+    assert results.tasks[1].residual_of_delta == pytest.approx((0.5 + 1.0) / 2)
+    assert results.tasks[1].residual_of_update == pytest.approx((0.5 + 1.0) / 200)
+    assert results.tasks[0].residual_of_delta is None
+    assert "| chain 2 | a | 0.750 | 7.50e-03 |" in render_page(results)
+    assert "Port residual" not in render_page(RESULTS)
 
 
 def test_seeds_that_are_not_done_are_left_out_and_nothing_is_invented():

@@ -14,6 +14,7 @@ from portllm.live.train import TrainSettings
 from portllm.methods.table import method_named
 from portllm.study.paper import published
 from portllm.study.settings import Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
+from portllm.study.theory import TheorySettings
 from portllm.study.typed import Tell, read_table
 from portllm.toml_text import line_of, meant
 
@@ -57,11 +58,13 @@ def _read(values: Mapping[str, Any], tell: Tell) -> Study | None:
         name: _read_evolution(table, ("evolutions", name), tell) for name, table in _named(values, "evolutions", tell)
     }
     old_text = None if "old_text" not in values else read_table(Text, values["old_text"], ("old_text",), tell)
+    theory = None if "theory" not in values else read_table(TheorySettings, values["theory"], ("theory",), tell)
     parts = {
         "patch": _read_patch(values.get("patch", {}), tell) or TrainSettings(),
         "tasks": {name: task for name, task in tasks.items() if task is not None},
         "evolutions": {name: evolution for name, evolution in evolutions.items() if evolution is not None},
         "old_text": old_text,
+        "theory": theory,
     }
     _check(values, tell)
     return read_table(Study, {key: value for key, value in values.items() if key not in parts}, (), tell, **parts)

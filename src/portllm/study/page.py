@@ -22,6 +22,10 @@ of differences and retention by a bootstrap that draws the same rows for all mod
 retraining's gain over the evolved model that the ported patch has; it is no number where that gain is not told apart
 from nothing. A negative flip is a row that base + patch answers right and evolved + ported answers wrong."""
 
+RESIDUAL = """\
+Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
+weights with the patch in them, which is the paper's yardstick."""
+
 
 def render_page(results: Results) -> str:
     """The page: models, tasks, chains, and what others have published."""
@@ -29,6 +33,9 @@ def render_page(results: Results) -> str:
     if results.n_done < results.n_steps:
         lines += [f"Not finished: {results.n_done} of {results.n_steps} steps are done.", ""]
     lines += ["## Updates", "", *_models(results.models), "", "## Tasks", "", LEGEND, "", *_tasks(results.tasks)]
+    residuals = list(_residuals(results.tasks))
+    if residuals:
+        lines += ["", "## Port residual", "", RESIDUAL, "", *residuals]
     chains = list(_chains(results.tasks))
     if chains:
         lines += [
@@ -81,6 +88,15 @@ def _losses(rows: Iterator[TaskRow]) -> Iterator[str]:
     for row in rows:
         losses = [row.scored[name].loss if name in row.scored else None for name in VARIANTS]
         yield _line(_update(row), *("" if loss is None else f"{loss.value:.4f}" for loss in losses))
+
+
+def _residuals(rows: Sequence[TaskRow]) -> Iterator[str]:
+    measured = [row for row in rows if row.residual_of_delta is not None]
+    if measured:
+        yield from _head("update", "task", "of the delta", "of the updated weights")
+    for row in measured:
+        of_update = "" if row.residual_of_update is None else f"{row.residual_of_update:.2e}"
+        yield _line(f"{row.evolution} {row.link}", row.task, f"{row.residual_of_delta:.3f}", of_update)
 
 
 def _chains(rows: Sequence[TaskRow]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from portllm.study.settings import Evolution, Study, Text
 
-Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score"]
+Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score", "theory"]
 Makes: TypeAlias = Literal["patches", "checkpoints"]
 
 
@@ -35,9 +35,9 @@ class Step:
     Attributes:
         kind: `train` makes a patch for a model. `evolve` makes a model of the one before it. `drift` measures how far
             a model is from the base. `read` measures a model's loss on a text. `port` carries the base's patch to a
-            model. `score` answers the rows of a task.
+            model. `score` answers the rows of a task. `theory` measures what separates ported and retrained patch.
         model: The model: `base`, or `EVOLUTION.LINK`; for `evolve` the one that is made.
-        task: Of `train`, `port` and `score`.
+        task: Of `train`, `port`, `score` and `theory`.
         seed: Of a patch.
         patch: Of `score`: none; `patched`, the base's own; `retrained`, the evolved model's own; or the method by
             which it was ported. Of `port`: the method.
@@ -118,6 +118,8 @@ def _on_evolved(study: Study, model: str, task: str, seed: int, before: tuple[st
     retrain = Step("train", model, task=task, seed=seed, inputs=before)
     yield retrain
     yield Step("score", model, task=task, seed=seed, patch=RETRAINED, inputs=(*before, retrain.name))
+    if study.theory is not None:
+        yield Step("theory", model, task=task, seed=seed, inputs=(*before, first, retrain.name))
 
 
 def _read(study: Study, model: str, inputs: tuple[str, ...], evolutions: tuple[str, ...]) -> Iterator[Step]:
@@ -140,6 +142,8 @@ def settings_of(step: Step, study: Study) -> Mapping[str, object]:
             return {"kind": evolution.kind, "link": link, "links": evolution.links, **asdict(settings)}
         case "port":
             return {"method": step.patch}
+        case "theory" if study.theory is not None:
+            return asdict(study.theory)
         case "read":
             return {"block_tokens": text_of(step, study).block_tokens}
         case _:
@@ -149,7 +153,7 @@ def settings_of(step: Step, study: Study) -> Mapping[str, object]:
 def data_of(step: Step) -> str | None:
     """The name of the data that a step reads, in `Identities`."""
     match step.kind:
-        case "train" | "score":
+        case "train" | "score" | "theory":
             return f"{step.kind} {step.task}"
         case "evolve":
             return f"text {step.model.partition('.')[0]}"

@@ -55,6 +55,9 @@ class TaskRow:
         accuracy_retention: Share of retraining's gain in accuracy.
         loss_retention: The same for the loss.
         negative_flips: Rows that the patched base answers right and the ported patch wrong; mean over seeds.
+        residual_of_delta: The port residual's norm against that of the retrained delta, mean over seeds; None where the
+            study measures no theory.
+        residual_of_update: The same against the updated weights with the patch in them, the paper's yardstick.
     """
 
     evolution: str
@@ -68,6 +71,8 @@ class TaskRow:
     accuracy_retention: Retention | None
     loss_retention: Retention | None
     negative_flips: float | None
+    residual_of_delta: float | None
+    residual_of_update: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +189,24 @@ def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
                         PORTED: scores(model, task, method),
                         RETRAINED: scores(model, task, RETRAINED),
                     }
-                    yield _row(name, link, task, method, columns)
+                    yield _row(name, link, task, method, columns, _residuals(study, found, model, task))
+
+
+def _residuals(study: Study, found: Found, model: str, task: str) -> Mapping[str, float]:
+    """Means over seeds of the residual's Frobenius norm against each yardstick; empty where none was measured."""
+    names = {Step("theory", model, task=task, seed=seed).name for seed in study.seeds}
+    totals = [result["residual"]["total"] for step, result in found.items() if step.name in names]
+    by_yardstick = {name: [total[name]["frobenius"] for total in totals] for name in ("of_delta", "of_update")}
+    return {name: fmean(ratios) for name, ratios in by_yardstick.items() if ratios and None not in ratios}
 
 
 def _row(
-    evolution: str, link: int, task: str, method: str, columns: Mapping[str, Mapping[int, Mapping[str, Any]]]
+    evolution: str,
+    link: int,
+    task: str,
+    method: str,
+    columns: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    residuals: Mapping[str, float],
 ) -> TaskRow:
     patched, ported, retrained = (columns[variant] for variant in (PATCHED, PORTED, RETRAINED))
     seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
@@ -217,6 +235,8 @@ def _row(
         accuracy_retention=in_accuracy,
         loss_retention=in_loss,
         negative_flips=lost,
+        residual_of_delta=residuals.get("of_delta"),
+        residual_of_update=residuals.get("of_update"),
     )
 
 

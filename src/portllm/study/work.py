@@ -26,6 +26,7 @@ from portllm.study.plan import BASE, NEW_TEXT, OLD_TEXT, Identities, Step, link_
 from portllm.study.settings import Study, Text
 from portllm.study.task import TaskSource
 from portllm.study.tasks import below, digest_examples, first, open_task
+from portllm.study.theory import measure_theory
 
 Found = Mapping[str, object]
 
@@ -50,6 +51,7 @@ class Inputs:
         data: dict[str, object] = {name: _digest(texts) for name, texts in self.texts.items()}
         data |= {f"train {name}": digest_examples(task.train_examples()) for name, task in self.tasks.items()}
         data |= {f"score {name}": task.identity for name, task in self.tasks.items()}
+        data |= {f"theory {name}": [data[f"train {name}"], data[f"score {name}"]] for name in self.tasks}
         return Identities(fingerprint(self.base), data)
 
 
@@ -111,6 +113,8 @@ class Work:
                 return self._port(step)
             case "score":
                 return self._score(step)
+            case "theory":
+                return self._theory(step)
 
     def _model(self, name: str) -> Checkpoint:
         return self.inputs.base if name == BASE else open_checkpoint(self.ledger.folder(f"evolve_{name}"))
@@ -168,6 +172,19 @@ class Work:
             overwrite=True,
         )
         return dict(ported.record.ports[-1].evidence) if ported.record else {}
+
+    def _theory(self, step: Step) -> Found:
+        patch, retrained = (load_patch(self.ledger.folder(name)) for name in step.inputs[-2:])
+        return measure_theory(
+            self.inputs.base,
+            self._model(step.model),
+            patch,
+            retrained,
+            source=self.inputs.tasks[str(step.task)],
+            settings=self.study.theory,
+            device=self.device,
+            progress=self.progress,
+        )
 
     def _score(self, step: Step) -> Found:
         task = self.inputs.tasks[str(step.task)]
