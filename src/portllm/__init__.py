@@ -30,6 +30,7 @@ _HOMES = {
     "combine": "portllm.pipeline.combine",
     "certify": "portllm.pipeline.certify",
     "check": "portllm.pipeline.check",
+    "distil": "portllm.pipeline.distil",
     "measure_drift": "portllm.pipeline.drift",
     "merge": "portllm.pipeline.merge",
     "merge_each": "portllm.pipeline.merge",

@@ -40,13 +40,30 @@ DataOption = Annotated[Path, typer.Option("--data", help="A JSONL file, one row 
 def train(
     base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {MODEL}")],
     data: DataOption,
-    prompt: Annotated[str, typer.Option("--prompt", help="Template such as 'Question: {question} Type:'.")],
-    completion: Annotated[str, typer.Option("--completion", help="The field that holds what to answer.")],
     output: OutOption,
-    rank: Annotated[int, typer.Option(min=1, help="Inner size of the factors.")] = 8,
-    alpha: Annotated[int, typer.Option(min=1, help="The scale is alpha / rank.")] = 16,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="Template such as 'Question: {question} Type:'; else as another patch says."),
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option("--completion", help="The field that holds what to answer; likewise.")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option("--init-from", help="A patch of --base to train on, such as a ported one.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="An older patch; it answers the prompts, in place of --completion.")
+    ] = None,
+    teacher_base: Annotated[
+        str | None, typer.Option("--teacher-base", help="The model that the older patch belongs to.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="That the teacher writes at most; 32.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Inner size of the factors; 8.")] = None,
+    alpha: Annotated[int | None, typer.Option(min=1, help="The scale is alpha / rank; 16.")] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="The scale is alpha / sqrt(rank).")] = False,
-    target_modules: Annotated[str, typer.Option(help="Names between commas, or all-linear.")] = "all-linear",
+    target_modules: Annotated[str | None, typer.Option(help="Names between commas, or all-linear, as else.")] = None,
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-4,
     epochs: Annotated[float, typer.Option(help="Times that every row is seen.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates, instead of --epochs.")] = None,
@@ -63,22 +80,37 @@ def train(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """A first patch by LoRA fine-tuning; the loss counts the completion only."""
+    """A first patch by LoRA fine-tuning, or a patch refreshed on an evolved model; the loss counts completions only."""
     from portllm.checkpoint.reader import open_checkpoint
-    from portllm.checkpoint.writer import check_free
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_models import render_training
-    from portllm.live.examples import ExampleFormat, read_examples
+    from portllm.cli.training import Training
     from portllm.live.train import TrainSettings
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.pipeline.distil import Teacher
     from portllm.pipeline.inspect import summarize_patch, summary_to_json
-    from portllm.pipeline.train import check_runnable
-    from portllm.pipeline.train import train as train_patch
 
+    if (teacher is None) != (teacher_base is None):
+        raise typer.BadParameter("--teacher and --teacher-base go together.")
+    if teacher is None and max_new_tokens is not None:
+        raise typer.BadParameter("--max-new-tokens goes with --teacher.")
+    if teacher is not None and completion is not None:
+        raise typer.BadParameter("--completion names answers to learn; with --teacher these are the teacher's.")
+    shape: dict[str, object] = {
+        "rank": rank,
+        "alpha": alpha,
+        "target_modules": target_modules,
+        "use_rslora": use_rslora or None,
+    }
+    given = {name: value for name, value in shape.items() if value is not None}
+    if init_from is not None and given:
+        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')}: is that of --init-from. Leave it out.")
+    if init_from is None and teacher is None and (prompt is None or completion is None):
+        raise typer.BadParameter("give --prompt and --completion.")
+    if target_modules is not None and "," in target_modules:
+        given["target_modules"] = tuple(target_modules.split(","))
     settings = TrainSettings(
-        rank=rank,
-        alpha=alpha,
-        use_rslora=use_rslora,
-        target_modules=tuple(target_modules.split(",")) if "," in target_modules else target_modules,
+        **given,  # type: ignore[arg-type]
         learning_rate=learning_rate,
         epochs=epochs,
         steps=steps,
@@ -88,25 +120,24 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
-    fmt = ExampleFormat(prompt=prompt, completion=completion)
-    model = open_checkpoint(base)
+    training = Training(
+        base=open_checkpoint(base),
+        data=data,
+        prompt=prompt,
+        completion=completion,
+        start=None if init_from is None else load_patch(init_from),
+        teacher=None
+        if teacher is None or teacher_base is None
+        else Teacher(open_checkpoint(teacher_base), load_patch(teacher), max_new_tokens or 32),
+        settings=settings,
+        out=output,
+        overwrite=overwrite,
+    )
     if dry_run:
-        rows = read_examples(data, fmt)
-        check_runnable(model)
-        check_free(output, overwrite=overwrite)
-        say(f"would train a patch of {model.name} on {len(rows)} rows; the first:\n{rows[0]}\nto {output}")
+        say(training.preview())
         return
     with shown_progress(quiet=quiet) as progress:
-        _, report = train_patch(
-            model,
-            data=data,
-            fmt=fmt,
-            out=output,
-            settings=settings,
-            device=device.value,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        report = training.run(device=device.value, progress=progress)
     summary = summarize_patch(output)
     if as_json:
         print_json({"patch": summary_to_json(summary), "training": {n: getattr(report, n) for n in report.__slots__}})

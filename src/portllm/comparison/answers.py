@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 
-from portllm.comparison.scoring import Tick, answer_text, batches, encode_labels, label_log_probs, write
+from portllm.comparison.scoring import Tick, answer_text, batches, encode_labels, label_log_probs
 from portllm.errors import DataError
 from portllm.live.encoding import Encoder, pad_left
 from portllm.live.model import PeftModel, PreTrainedModel
+from portllm.live.writing import write
 
 AnswerKind = Literal["choices", "exact", "free"]
 

@@ -19,6 +19,7 @@ from portllm.live.encoding import Encoder, PaddedBatch, pad_left
 from portllm.live.examples import Example
 from portllm.live.loss import completion_nats
 from portllm.live.model import PeftModel, PreTrainedModel
+from portllm.live.writing import write
 
 Kind = Literal["labels", "text"]
 Tick = Callable[[int], None]
@@ -305,42 +306,6 @@ def _score_text(
             losses[index] = nats[position] / len(rows[index].completion)
         tick(len(batch))
     return answers, losses, sum(row.n_cut > 0 for row in rows)
-
-
-def write(
-    model: PreTrainedModel | PeftModel,
-    encoder: Encoder,
-    prompts: Sequence[tuple[int, ...]],
-    *,
-    max_new_tokens: int,
-    one_line: bool,
-    device: torch.device,
-) -> list[tuple[int, ...]]:
-    """What the model writes after each prompt, always taking the likeliest token; with the end mark, where it ends."""
-    batch = pad_left(prompts, device=device)
-    ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
-    written: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-        ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-        for row in sorted(open_rows):
-            written[row].append(int(ids[row, 0]))
-            if written[row][-1] == encoder.eos or (one_line and "\n" in encoder.decode(written[row]).lstrip()):
-                open_rows.remove(row)
-        if not open_rows:
-            break
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        positions = positions[:, -1:] + 1
-    return [tuple(tokens) for tokens in written]
 
 
 def answer_text(encoder: Encoder, tokens: Sequence[int], *, one_line: bool) -> str:

@@ -38,6 +38,7 @@ __all__ = [
     "attach_adapter",
     "choose_device",
     "compute_dtype",
+    "continue_lora",
     "load_model",
     "load_tokenizer",
     "quiet",
@@ -200,6 +201,23 @@ def add_fresh_lora(
             f"target modules {target_modules!r}: peft cannot put LoRA there: {_first_line(error)} "
             "Name linear modules of the model, or use 'all-linear'."
         ) from error
+
+
+def continue_lora(model: PreTrainedModel, folder: str | Path, *, dropout: float) -> PeftModel:
+    """The model with the adapter in a folder on it, to be trained on: its factors float32, all else frozen.
+
+    Raises:
+        AdapterFormatError: peft cannot load it, or not all of it lands on the model.
+    """
+    where = _existing_adapter(folder)
+    with _translated(folder):
+        config = LoraConfig.from_pretrained(where)
+        config.lora_dropout = dropout
+        model = PeftModel.from_pretrained(
+            model, where, config=config, is_trainable=True, local_files_only=True, torch_device=str(model.device)
+        )
+    _check_landed(model, where, name="default")
+    return model
 
 
 def save_memory(model: PeftModel) -> None:

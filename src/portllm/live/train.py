@@ -8,8 +8,9 @@ does.
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from portllm.live.loss import completion_nats
 from portllm.live.model import (
     Device,
     PeftModel,
+    PreTrainedModel,
     add_fresh_lora,
     choose_device,
+    continue_lora,
     load_model,
     load_tokenizer,
     save_adapter,
@@ -95,6 +98,10 @@ class TrainSettings:
         )
 
 
+BatchLoss = Callable[[PeftModel, Sequence[Encoded]], torch.Tensor]
+"""The mean loss of a model on a batch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
     """What a training run did.
@@ -129,6 +136,7 @@ def train_lora(
     adapter_folder: str | Path,
     *,
     device: Device = "auto",
+    start: Path | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> TrainReport:
@@ -144,12 +152,14 @@ def train_lora(
         settings: Everything else.
         adapter_folder: The folder to be; a failed run leaves nothing there.
         device: Where to train.
+        start: An adapter folder whose factors are trained on, instead of new ones; its rank, alpha and modules count,
+            and not those of the settings.
         overwrite: Replace what is at `adapter_folder`.
         progress: Told of every step.
 
     Raises:
         CheckpointError: The base cannot be loaded.
-        AdapterFormatError: The target modules are not in the base.
+        AdapterFormatError: The target modules are not in the base, or `start` does not fit it.
         DataError: There are no examples, or completions that do not fit into `max_tokens`.
         OutputError: The adapter cannot be written; `OutputExistsError` if something is there.
         PortLLMError: The loss is not finite.
@@ -160,20 +170,58 @@ def train_lora(
         where = choose_device(device)
         encoder = Encoder(load_tokenizer(base_folder))
         rows = encode_all(encoder, examples, max_tokens=settings.max_tokens)
-        # LoRA's factors and dropout draw from torch's global generator; the caller's state is put back afterwards.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(settings.seed)
-            model = add_fresh_lora(
-                load_model(base_folder, device=where, longest=settings.max_tokens),
-                rank=settings.rank,
-                alpha=settings.alpha,
-                target_modules=settings.target_modules,
-                use_rslora=settings.use_rslora,
-                dropout=settings.dropout,
-            )
-            report = _fit(model, rows, settings, encoder=encoder, device=where, progress=progress)
-        save_adapter(model, staging)
+        ended = [replace(row, completion=(*row.completion, encoder.eos)) for row in rows]
+
+        def mean_nats(model: PeftModel, batch: Sequence[Encoded]) -> torch.Tensor:
+            return completion_nats(model, batch, device=where).sum() / sum(len(row.completion) for row in batch)
+
+        return fit_adapter(
+            base_folder, ended, mean_nats, settings, staging, device=where, start=start, progress=progress
+        )
+
+
+def fit_adapter(
+    base_folder: str | Path,
+    rows: Sequence[Encoded],
+    loss_of: BatchLoss,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    device: torch.device,
+    start: Path | None,
+    progress: Progress,
+) -> TrainReport:
+    """Trains an adapter on encoded rows and writes it into a folder.
+
+    Args:
+        base_folder: Checkpoint folder of the base.
+        rows: Prompts and completions, the end mark with them.
+        loss_of: The mean loss of the model on a batch of rows.
+        settings: Everything else.
+        folder: Takes the adapter's files.
+        device: Where to train.
+        start: An adapter to go on from, or None for a new one.
+        progress: Told of every step.
+    """
+    # LoRA's factors and dropout draw from torch's global generator; the caller's state is put back afterwards.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(settings.seed)
+        base = load_model(base_folder, device=device, longest=settings.max_tokens)
+        model = _fresh(base, settings) if start is None else continue_lora(base, start, dropout=settings.dropout)
+        report = _fit(model, rows, loss_of, settings, device=device, progress=progress)
+    save_adapter(model, folder)
     return report
+
+
+def _fresh(base: PreTrainedModel, settings: TrainSettings) -> PeftModel:
+    return add_fresh_lora(
+        base,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        dropout=settings.dropout,
+    )
 
 
 def encode_all(encoder: Encoder, examples: Sequence[Example], *, max_tokens: int) -> list[Encoded]:
@@ -198,25 +246,20 @@ def encode_all(encoder: Encoder, examples: Sequence[Example], *, max_tokens: int
 def _fit(
     model: PeftModel,
     rows: Sequence[Encoded],
+    loss_of: BatchLoss,
     settings: TrainSettings,
     *,
-    encoder: Encoder,
     device: torch.device,
     progress: Progress,
 ) -> TrainReport:
     if settings.gradient_checkpointing:
         save_memory(model)
     steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(rows) / settings.batch_size))
-    ended = [replace(row, completion=(*row.completion, encoder.eos)) for row in rows]
-    batches = [[ended[index] for index in batch] for batch in itertools.islice(_batches(rows, settings), steps)]
+    batches = [[rows[index] for index in batch] for batch in itertools.islice(_batches(rows, settings), steps)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-    def mean_nats(batch: list[Encoded]) -> torch.Tensor:
-        return completion_nats(model, batch, device=device).sum() / sum(len(row.completion) for row in batch)
-
     began = time.perf_counter()
-    losses = descend(model, batches, mean_nats, settings, label="train", progress=progress)
+    losses = descend(model, batches, partial(loss_of, model), settings, label="train", progress=progress)
     return TrainReport(
         losses=losses,
         seconds=time.perf_counter() - began,

@@ -1,7 +1,7 @@
 """A first patch: LoRA fine-tuning on a JSONL file, captured with the record of what it was trained on."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,13 +10,17 @@ from blake3 import blake3
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import GGUF_SUFFIX, Checkpoint, on_disk
 from portllm.checkpoint.writer import check_free
-from portllm.errors import DataError, NotFoundError
+from portllm.errors import DataError, NotFoundError, PlanRefusedError, Refusal
 from portllm.live.examples import Example, ExampleFormat, read_examples
 from portllm.live.model import Device
 from portllm.live.train import TrainReport, TrainSettings, train_lora
-from portllm.patch.adapter_folder import load_patch
+from portllm.patch.adapter_folder import digest_tensors, folder_of, load_patch
 from portllm.patch.patch import Patch
+from portllm.patch.record import record_to_json
 from portllm.pipeline.capture import capture_adapter
+from portllm.pipeline.fit import misfits
+from portllm.pipeline.port_residual import is_plain
+from portllm.pipeline.update import identify
 from portllm.progress import Progress, silent
 
 
@@ -27,6 +31,7 @@ def train(
     fmt: ExampleFormat,
     out: Path,
     settings: TrainSettings | None = None,
+    start: Patch[TensorInfo] | None = None,
     device: Device = "auto",
     overwrite: bool = False,
     progress: Progress = silent,
@@ -39,6 +44,7 @@ def train(
         fmt: What of a row is prompt and what completion; recorded, so that `evaluate` asks the same way.
         out: The patch's folder.
         settings: Rank, learning rate and the like.
+        start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
         device: Where to train.
         overwrite: Replace `out` where it exists.
         progress: Told of every step.
@@ -48,6 +54,7 @@ def train(
 
     Raises:
         DataError: Rows do not fit.
+        PlanRefusedError: `start` cannot be trained on.
         NotFoundError: The base is a single file, without configuration and tokenizer.
         OutputExistsError: `out` exists; said before any work is done.
     """
@@ -63,6 +70,7 @@ def train(
         out=out,
         recorded=recorded,
         settings=settings,
+        start=start,
         device=device,
         overwrite=overwrite,
         progress=progress,
@@ -76,6 +84,7 @@ def train_on(
     out: Path,
     recorded: Mapping[str, object],
     settings: TrainSettings | None = None,
+    start: Patch[TensorInfo] | None = None,
     device: Device = "auto",
     overwrite: bool = False,
     progress: Progress = silent,
@@ -88,26 +97,116 @@ def train_on(
         out: The patch's folder.
         recorded: What the patch's record says of them.
         settings: Rank, learning rate and the like.
+        start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
         device: Where to train.
         overwrite: Replace `out` where it exists.
         progress: Told of every step.
     """
-    check_free(out, overwrite=overwrite)
-    folder = model_folder(base, progress=progress)
     settings = settings or TrainSettings()
+
+    def run(model: Path, adapter: Path) -> TrainReport:
+        first = None if start is None else folder_of(start)
+        return train_lora(model, examples, settings, adapter, device=device, start=first, progress=progress)
+
+    return capture_training(
+        base, run, out=out, recorded=recorded, settings=settings, start=start, overwrite=overwrite, progress=progress
+    )
+
+
+def capture_training(
+    base: Checkpoint,
+    run: Callable[[Path, Path], TrainReport],
+    *,
+    out: Path,
+    recorded: Mapping[str, object],
+    settings: TrainSettings,
+    start: Patch[TensorInfo] | None,
+    overwrite: bool,
+    progress: Progress,
+) -> tuple[Patch[TensorInfo], TrainReport]:
+    """Run a training of an adapter and write what came of it as a patch.
+
+    Args:
+        base: The model.
+        run: Given its folder, and the adapter's to be.
+        out: The patch's folder.
+        recorded: What the record says of the rows and the loss.
+        settings: What else shaped the patch.
+        start: What the adapter began with, or None.
+        overwrite: Replace `out` where it exists.
+        progress: Told of a download.
+
+    Raises:
+        PlanRefusedError: `start` cannot be trained on.
+        OutputExistsError: `out` exists; said before any work is done.
+    """
+    check_free(out, overwrite=overwrite)
+    if start is not None and (refusals := sorted(set(unfit_start(start, base)))):
+        raise PlanRefusedError(refusals)
+    folder = model_folder(base, progress=progress)
     with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
         adapter = Path(scratch) / "adapter"
-        report = train_lora(folder, examples, settings, adapter, device=device, progress=progress)
+        report = run(folder, adapter)
         ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
+        began = {} if start is None else _began_with(start)
         patch = capture_adapter(
             load_patch(adapter),
             base=base,
             out=out,
             method="train",
-            settings={**asdict(settings), **recorded, **ran},
+            settings={**asdict(settings), **began, **recorded, **ran},
             overwrite=overwrite,
         )
     return patch, report
+
+
+def unfit_start(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
+    """Why a patch cannot be trained on with a base."""
+    yield from misfits(start, base)
+    yield from strangers(start, base, option="--init-from")
+    if not is_plain(start):
+        yield Refusal(
+            "--init-from",
+            f"{start.name} holds more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or "
+            "biases), and training goes on with LoRA factors alone. Train a new patch.",
+        )
+
+
+def strangers(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Iterator[Refusal]:
+    """Why a patch is not one of a model: it says so, or PEFT could take forever to find its modules."""
+    given = identify(base)
+    if patch.record is not None and patch.record.base.fingerprint != given.fingerprint:
+        belongs = patch.record.base
+        yield Refusal(
+            option,
+            f"{patch.name} belongs to {belongs.name} ({belongs.fingerprint}), not to {base.name} "
+            f"({given.fingerprint}). Name that model, or carry the patch over first with 'portllm port'.",
+        )
+    if patch.config.is_costly_elsewhere:
+        yield Refusal(
+            option,
+            f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
+            "modules in a list in its adapter_config.json.",
+        )
+
+
+def origin_of(patch: Patch[TensorInfo]) -> dict[str, object]:
+    """What a record says of another patch: its name, its tensors, and where it comes from and was ported to."""
+    record = {} if patch.record is None else record_to_json(patch.record)
+    known: dict[str, object] = {name: record[name] for name in ("base", "capture", "ports") if name in record}
+    return {"name": patch.name, "tensors": dict(sorted(digest_tensors(patch).items())), **known}
+
+
+def _began_with(start: Patch[TensorInfo]) -> dict[str, object]:
+    """What of the settings is the first patch's, and which that was."""
+    fields = start.config.fields
+    return {
+        "rank": fields["r"],
+        "alpha": fields.get("lora_alpha", 8),
+        "target_modules": fields["target_modules"],
+        "use_rslora": bool(fields.get("use_rslora")),
+        "init_from": origin_of(start),
+    }
 
 
 def recorded_format(patch: Patch[TensorInfo], *, prompt: str | None, completion: str | None) -> ExampleFormat:
@@ -125,6 +224,21 @@ def recorded_format(patch: Patch[TensorInfo], *, prompt: str | None, completion:
             "Pass --prompt and --completion."
         )
     return ExampleFormat(prompt=prompt, completion=completion)
+
+
+def recorded_prompt(patch: Patch[TensorInfo]) -> str:
+    """The template of the prompts that a patch was trained on.
+
+    Raises:
+        DataError: It is not known.
+    """
+    prompt = _text((patch.record.capture.settings if patch.record else {}).get("prompt"))
+    if prompt is None:
+        raise DataError(
+            f"'{patch.name}': does not say how its prompts were made, as it was not trained with 'portllm train'. "
+            "Pass --prompt."
+        )
+    return prompt
 
 
 def _text(value: object) -> str | None:
