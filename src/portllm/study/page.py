@@ -58,7 +58,7 @@ def _models(rows: Sequence[ModelRow]) -> Iterator[str]:
             f"{row.evolution} {row.link}",
             row.kind,
             "" if row.drift is None else f"{100 * row.drift:.3f} %",
-            "" if row.cosine is None else f"{row.cosine:.6f}",
+            "" if row.cosine is None else f"{row.cosine:.8f}",
             _before_after(row.old_loss),
             _before_after(row.new_loss),
         )
