@@ -1,6 +1,7 @@
 """A fleet from its file to its outputs, with the worker in this process."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,30 @@ def test_what_will_not_hold_is_not_ported(run, write, folder, misfit, tiny):
     assert "nothing in common" in rows["stranger/a"].reason
     assert [path.name for path in (folder / "out/stranger/a").iterdir()] == ["check"]
     assert run(file)[1] == []
+
+
+@pytest.mark.parametrize("full", ["false", "true"])
+def test_several_patches_are_checked_with_the_reading_of_one(run, write, folder, monkeypatch, full):
+    read = {}
+    models = {file.stat().st_ino for name in ("base", "v2") for file in (folder / name).glob("*.safetensors")}
+
+    def counted(name, real):
+        def call(descriptor, *rest):
+            found = real(descriptor, *rest)
+            if os.fstat(descriptor).st_ino in models:
+                read[output] = read.get(output, 0) + (len(found) if name == "pread" else found)
+            return found
+
+        return call
+
+    for name in ("pread", "preadv"):
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    for output, patches in (("one", '["adapters/a"]'), ("two", '["adapters"]')):
+        how = {"output": output, "patches": patches, "evolved": '["v2"]', "more": f"[check]\nfull = {full}"}
+        rows, _ = run(write(do='["check"]', **how))
+        assert set(statuses(rows).values()) == {"done"}
+    assert len(rows) == 2
+    assert read["two"] == read["one"] > 0
 
 
 def test_one_that_does_not_fit_stops_no_other(run, write, misfit):
@@ -166,6 +191,15 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(here, write, folde
     assert [row.status for row in rows] == ["done", "done", "refused"]
     assert rows[0].facts["merge"]["bytes"] > 0
     assert not (folder / "out").exists()
+
+
+def test_a_dry_run_says_of_a_patch_that_does_not_fit_what_the_check_will_say(here, run, write, misfit):
+    file = write(do='["check", "port"]', evolved='["v2"]')
+    forecast = {row.folder: row for row in forecast_fleet(plan_fleet(file), here())}
+    rows, _ = run(file)
+    said, done = forecast["v2/misfit"], rows["v2/misfit"]
+    assert done.facts["check"]["verdict"] == "cannot be ported"
+    assert (said.status, said.reason, said.facts) == (done.status, done.reason, done.facts)
 
 
 def test_everything_that_is_not_there_is_named_at_once(write, folder):

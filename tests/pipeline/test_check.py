@@ -13,6 +13,7 @@ from portllm.assess.verdict import Answer
 from portllm.checkpoint.reader import open_checkpoint
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline import check as check_module
+from portllm.pipeline import measured_update
 from portllm.pipeline.check import check
 from portllm.pipeline.check_report import patch_to_json, update_to_json
 
@@ -261,11 +262,12 @@ def test_a_weight_that_is_not_a_number_is_named(tiny, changed):
 @pytest.mark.parametrize("full", [False, True])
 def test_each_patch_is_judged_as_if_it_were_alone_and_the_models_are_read_once(tiny, full, monkeypatch):
     base, evolved = tiny("base"), tiny("evolved", drift=SHORT)
-    adapters = [tiny("adapter", seed=seed) for seed in (1, 2, 3)]
+    adapters = [tiny("adapter", target_modules=[kind]) for kind in ("q_proj", "up_proj", "down_proj")]
+    monkeypatch.setattr(measured_update, "COLUMN_ELEMENTS", 1000)  # fewer than `MOST_COLUMNS` of each weight
     alone = [checked(adapter, base, evolved, full=full) for adapter in adapters]
     read = []
-    sample_drift = check_module.sample_drift
-    monkeypatch.setattr(check_module, "sample_drift", lambda pairs: read.append(len(pairs)) or sample_drift(pairs))
+    sample_drift = measured_update.sample_drift
+    monkeypatch.setattr(measured_update, "sample_drift", lambda pairs: read.append(len(pairs)) or sample_drift(pairs))
     models = {"base": open_checkpoint(base), "evolved": open_checkpoint(evolved)}
     together = check(*map(load_patch, adapters), **models, full=full)
     assert len(read) == 1

@@ -45,5 +45,5 @@ def fleet(
         say(render_fleet(plan, rows, dry=dry_run))
     if any(row.status in ("refused", "failed") for row in rows):
         raise typer.Exit(1)
-    if not dry_run and not all(row.holds for row in rows):
+    if not all(row.holds for row in rows):
         raise typer.Exit(3)

@@ -9,8 +9,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.identity import fingerprint
@@ -25,6 +26,10 @@ from portllm.patch.patch import Patch
 from portllm.pipeline.plan import PortPlan, plan_merge, plan_port_on, require
 from portllm.pipeline.port import run_port
 from portllm.pipeline.update import Update
+
+if TYPE_CHECKING:
+    from portllm.pipeline.check_report import PatchReport
+    from portllm.pipeline.measured_update import MeasuredUpdate
 
 Job = Mapping[str, Any]
 Result = dict[str, Any]
@@ -46,8 +51,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._update: Update | None = None
-        self._of: tuple[object, object] | None = None
+        self._models: _Models | None = None
 
     def do(self, job: Job) -> Result:
         """What became of a cell; an error becomes a status, a reason, and whether it may pass."""
@@ -65,39 +69,67 @@ class Worker:
         return {**result, "seconds": round(time.monotonic() - began, 3)}
 
     def _do(self, job: Job) -> Result:
-        update = self._open(job)
+        models = self._open(job)
         place = join(job["output"], job["folder"])
         with tempfile.TemporaryDirectory(prefix="portllm-fleet-") as name:
             scratch = Path(name)
             patch = load_patch(fetch_patch(job["patch"]["place"], scratch / "patch"))
             patch = replace(patch, name=job["patch"]["place"])
-            plan = plan_port_on(patch, update, **job["options"].get("port", {}))
+            plan = plan_port_on(patch, models.update, **job["options"].get("port", {}))
             if job["dry"]:
-                require(plan)
-                return {"status": "done", "facts": _forecast(plan, job)}
+                return _forecast(plan, job)
             facts: dict[str, Any] = {}
             if "check" in job["steps"]:
-                facts["check"] = _check(patch, update, job, place, scratch)
+                facts["check"] = _check(plan, models.measured, place, scratch)
                 if facts["check"]["verdict"] in NO:
                     for step in ("port", "merge"):
                         remove(join(place, step), records=[RECORDS[step]])
-                    reason = "\n".join(str(reason["text"]) for reason in facts["check"]["reasons"])
-                    return {"status": "no", "facts": facts, "reason": reason, **_written(["check"], place)}
+                    return {**_no(facts["check"]), **_written(["check"], place)}
             require(plan)
             for step in RECORDS.keys() - set(job["steps"]):  # of an earlier run that was asked for more
                 remove(join(place, step), records=[RECORDS[step]])
             facts |= _run(plan, job, place, scratch)
         return {"status": "done", "facts": facts, **_written(job["steps"], place)}
 
-    def _open(self, job: Job) -> Update:
+    def _open(self, job: Job) -> "_Models":
         """The two models; opened again only where the last cell had others."""
-        of = (job["base"], job["evolved"])
-        if self._update is None or self._of != of:
-            base = None if job["base"] is None else _open(job["base"])
-            evolved = _open(job["evolved"])
-            self._update = Update(base, on_disk(evolved) if "merge" in job["steps"] and not job["dry"] else evolved)
-            self._of = of
-        return self._update
+        if self._models is None or not self._models.serve(job):
+            self._models = _Models(job)
+        return self._models
+
+
+class _Models:
+    """The models of a cell, and what a check reads of them, for all cells that have the same ones."""
+
+    def __init__(self, job: Job) -> None:
+        self._of, self._full = _models_of(job), _is_full(job)
+        base = None if job["base"] is None else _open(job["base"])
+        evolved = _open(job["evolved"])
+        reads_base = self._full and not job["dry"]
+        reads_evolved = not job["dry"] and (self._full or "merge" in job["steps"])
+        self.update = Update(
+            on_disk(base) if base is not None and reads_base else base, on_disk(evolved) if reads_evolved else evolved
+        )
+
+    def serve(self, job: Job) -> bool:
+        """Whether a cell has the same models, to be read in the same way."""
+        return self._of == _models_of(job)
+
+    @cached_property
+    def measured(self) -> "MeasuredUpdate":
+        """What the update did; read for the first cell that is checked."""
+        from portllm.pipeline.measured_update import measure_update  # loads torch for `full`
+
+        return measure_update(self.update, full=self._full)
+
+
+def _models_of(job: Job) -> tuple[object, ...]:
+    return job["base"], job["evolved"], "merge" in job["steps"], _is_full(job), job["dry"]
+
+
+def _is_full(job: Job) -> bool:
+    """Whether a check reads every weight."""
+    return "check" in job["steps"] and bool(job["options"].get("check", {}).get("full", False))
 
 
 def _open(model: Mapping[str, Any]) -> Checkpoint:
@@ -116,15 +148,22 @@ def _open(model: Mapping[str, Any]) -> Checkpoint:
     return checkpoint
 
 
-def _forecast(plan: PortPlan, job: Job) -> dict[str, Any]:
-    """What a dry run says of a cell."""
+def _forecast(plan: PortPlan, job: Job) -> Result:
+    """What a dry run says of a cell: a patch that does not fit is found as a check would find it."""
+    if "check" in job["steps"]:
+        from portllm.pipeline.check import refused  # loads numpy's parts, which porting does without
+
+        report = refused(plan)
+        if report is not None:
+            return _no(_told(report))
+    require(plan)
     facts: dict[str, Any] = {"port": _port_facts(plan)}
     if "merge" in job["steps"]:
         # The ported patch does not exist yet; the patch itself has the same shapes, and belongs to another model.
         merged = plan_merge(plan.patch, into=plan.evolved, allow_other_base=True, **_layout(job))
         require(merged)
         facts["merge"] = {"bytes": merged.n_bytes}
-    return facts
+    return {"status": "done", "facts": facts}
 
 
 def _run(plan: PortPlan, job: Job, place: str, scratch: Path) -> dict[str, Any]:
@@ -149,25 +188,34 @@ def _run(plan: PortPlan, job: Job, place: str, scratch: Path) -> dict[str, Any]:
     return facts
 
 
-def _check(patch: Patch[TensorInfo], update: Update, job: Job, place: str, scratch: Path) -> dict[str, object]:
+def _check(plan: PortPlan, known: "MeasuredUpdate", place: str, scratch: Path) -> dict[str, object]:
     """The verdict, whose whole report is written to its place."""
-    from portllm.pipeline.check import check  # loads numpy's parts and torch, which porting does without
+    from portllm.pipeline.check import check_patch
     from portllm.pipeline.check_report import patch_to_json, update_to_json
 
-    if update.base is None:
-        raise TypeError("a fleet's file that asks for a check names the base")
-    allowed = bool(job["options"].get("port", {}).get("allow_other_base", False))
-    full = bool(job["options"].get("check", {}).get("full", False))
-    report = check(patch, base=update.base, evolved=update.evolved, full=full, allow_other_base=allowed)
-    told = patch_to_json(report.patches[0])
+    report = check_patch(plan, known)
 
     def write(out: Path) -> None:
         with staged_folder(out, overwrite=True) as folder:
-            text = render_sealed({"update": update_to_json(report.update), **told})
+            text = render_sealed({"update": update_to_json(known.report), **patch_to_json(report)})
             (folder / CHECK_FILE).write_text(text, encoding="utf-8")
 
     _place(write, join(place, "check"), scratch / "check", "check")
+    return _told(report)
+
+
+def _told(report: "PatchReport") -> dict[str, object]:
+    """What the table of a fleet keeps of a check."""
+    from portllm.pipeline.check_report import patch_to_json
+
+    told = patch_to_json(report)
     return {name: told[name] for name in ("verdict", "reasons")}
+
+
+def _no(check: Mapping[str, Any]) -> Result:
+    """The result of a cell whose patch is not carried over, for what its check says."""
+    reason = "\n".join(str(reason["text"]) for reason in check["reasons"])
+    return {"status": "no", "facts": {"check": check}, "reason": reason}
 
 
 def _place(write: Callable[[Path], None], place: str | None, staged: Path, step: str) -> None:

@@ -1,52 +1,38 @@
 """Will a patch hold on the evolved model? From weights alone: no data, no forward pass.
 
-What concerns the update is read once, however many patches there are: windows of every weight, or with `full` every
-byte of both models. Each patch is then held against what was read; of its own tensors every byte is read.
+What concerns the update is read once, however many patches there are (`measured_update`). Each patch is then held
+against what was read; of its own tensors every byte is read, of at most `MOST_TENSORS` of them.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-from jaxtyping import Float32
 
-from portllm.assess.config_changes import compare_configs
-from portllm.assess.estimate import DriftEstimate, Stratum, estimate_drift
-from portllm.assess.lineage import lineage_of
 from portllm.assess.overlap import Alignment, Share
-from portllm.assess.places import Place
 from portllm.assess.verdict import Measures, judge
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import Checkpoint, on_disk, side_file
-from portllm.checkpoint.ties import HEAD, embedding
-from portllm.checkpoint.vocabulary import TOKENIZER_FILE
-from portllm.patch.delta import Change, LowRankDelta
+from portllm.checkpoint.reader import Checkpoint, on_disk
+from portllm.patch.delta import Change
 from portllm.patch.patch import Patch
 from portllm.patch.rounding import MergeSums
-from portllm.pipeline.check_report import CheckReport, KindReport, PatchReport, UpdateReport
-from portllm.pipeline.drift_samples import DriftSample, drawn, sample_drift
-from portllm.pipeline.fit import changes_on, oriented, tensor_of
+from portllm.pipeline.check_report import CheckReport, PatchReport
+from portllm.pipeline.fit import changes_on, tensor_of
 from portllm.pipeline.fitted import quantization_of
-from portllm.pipeline.pairs import Pair, Pairing, pair_tensors
+from portllm.pipeline.measured_update import MeasuredUpdate, measure_update
+from portllm.pipeline.pairs import Pair
 from portllm.pipeline.patch_measures import ChangeMeasures, measure_change
-from portllm.pipeline.plan import plan_port_on
+from portllm.pipeline.plan import PortPlan, plan_port_on
 from portllm.pipeline.sampled_gap import sample_gap
 from portllm.pipeline.token_rows import has_token_rows
 from portllm.pipeline.update import Update
 from portllm.progress import Progress, silent
 
-COLUMN_ELEMENTS = 1 << 24
-"""Elements of columns of the drift that are kept at most, for all weights together: 64 MB."""
-
-MOST_COLUMNS = 16
-"""Of one weight."""
-
 MOST_TENSORS = 32
 """Tensors of one patch that are read: enough for its angle, its size and what rounding takes of it."""
 
-Strata = Mapping[Place, tuple[Stratum, ...]]
-Columns = Mapping[str, Float32[np.ndarray, "rows some"]]
+Changes = Mapping[str, tuple[Change[TensorInfo], Pair]]
+"""What a patch does, by the name of a pair."""
 
 
 def check(
@@ -75,144 +61,27 @@ def check(
     """
     if full:
         base, evolved = (on_disk(model, progress=progress) for model in (base, evolved))
-    update = Update(base, evolved)
-    pairing = pair_tensors(base, evolved)
-    changes = [_changes_of(patch, update, pairing) for patch in patches]
-    sample = sample_drift(list(pairing.pairs.values()))
-    strata: Strata = sample.strata
-    columns: Columns = {}
-    if full:
-        strata, columns = _measure_all(pairing, changes, progress)
-    report = _update_report(update, pairing, strata, sample, is_full=full)
-    known = _Known(update, report, strata, sample, columns, allow_other_base)
-    return CheckReport(
-        report, tuple(_check_patch(patch, found, known) for patch, found in zip(patches, changes, strict=True))
-    )
+    known = measure_update(Update(base, evolved), full=full, progress=progress)
+    plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
+    return CheckReport(known.report, tuple(check_patch(plan, known) for plan in plans))
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What every patch is held against."""
-
-    update: Update
-    report: UpdateReport
-    strata: Strata
-    sample: DriftSample
-    columns: Columns
-    allow_other_base: bool
-    estimates: dict[frozenset[Place], DriftEstimate | None] = field(default_factory=dict)
-    """Those that were asked for: most patches of a base change the same modules."""
-
-    def drift_of(self, places: frozenset[Place]) -> DriftEstimate | None:
-        """The drift of some places."""
-        if places not in self.estimates:
-            self.estimates[places] = _estimate(self.strata, sorted(places))
-        return self.estimates[places]
+def refused(plan: PortPlan) -> PatchReport | None:
+    """What is found of a patch whose plan has refusals, from headers alone; None where it has none."""
+    return PatchReport(plan.patch.name, judge(Measures(refusals=plan.refusals))) if plan.refusals else None
 
 
-Changes = Mapping[str, tuple[Change[TensorInfo], Pair]]
-"""What a patch does, by the name of a pair."""
+def check_patch(plan: PortPlan, known: MeasuredUpdate) -> PatchReport:
+    """Hold one patch against an update.
 
-
-def _changes_of(patch: Patch[TensorInfo], update: Update, pairing: Pairing) -> Changes:
-    """What a patch does to weights that both models have; whether it fits is the plan's to say."""
-    evolved = update.evolved
-    by_tensor: dict[str, list[Pair]] = defaultdict(list)
-    for pair in pairing.pairs.values():
-        by_tensor[pair.evolved.name].append(pair)
-    found: dict[str, tuple[Change[TensorInfo], Pair]] = {}
-    for name, change in changes_on(oriented(patch, evolved), evolved).items():
-        tensor = tensor_of(name, evolved)
-        for pair in by_tensor.get(name if tensor is None else tensor.name, ()):
-            found[pair.name] = (change, pair)
-    return found
-
-
-def _measure_all(pairing: Pairing, changes: Sequence[Changes], progress: Progress) -> tuple[Strata, Columns]:
-    """The sums of every weight, and the drift of some columns of what a low-rank delta changes."""
-    from portllm.pipeline.drift import measure_pairs  # needs torch, which the samples do without
-
-    low_rank = {
-        name: pair
-        for found in changes
-        for name, (change, pair) in found.items()
-        if isinstance(change, LowRankDelta) and len(pair.base.shape) == 2
-    }
-    n_columns = min(MOST_COLUMNS, COLUMN_ELEMENTS // max(1, sum(pair.rows for pair in low_rank.values())))
-    wanted = {name: drawn(name, pair.width, min(n_columns, pair.width)) for name, pair in low_rank.items()}
-    drifts = measure_pairs(
-        list(pairing.pairs.values()),
-        columns={name: found for name, found in wanted.items() if found},
-        progress=progress,
-    )
-    strata: dict[Place, tuple[Stratum, ...]] = defaultdict(tuple)
-    for name, drift in drifts.items():
-        strata[pairing.pairs[name].place] += (Stratum((drift.sums,)),)
-    columns = {name: drift.columns.numpy() for name, drift in drifts.items() if drift.columns is not None}
-    return dict(strata), columns
-
-
-def _update_report(
-    update: Update, pairing: Pairing, strata: Strata, sample: DriftSample, *, is_full: bool
-) -> UpdateReport:
-    if update.base is None or update.source is None:
-        raise AssertionError("an update is checked from its base")
-    matrices = _matrices(pairing, update.base)
-    places: dict[str, list[Place]] = defaultdict(list)
-    for place in strata:
-        places[place.kind].append(place)
-    counts = Counter(pair.place.kind for pair in pairing.pairs.values())
-    kinds = {}
-    for kind in sorted(places):
-        drift = _estimate(strata, places[kind])
-        if drift is not None:
-            kinds[kind] = KindReport(drift, lineage_of(drift), counts[kind])
-    drift = _estimate(strata, sorted({pair.place for pair in matrices}))
-    cells = {place: cell for place in sorted(strata) if (cell := _estimate(strata, [place])) is not None}
-    has_vocabularies = all(side_file(model, TOKENIZER_FILE) is not None for model in (update.base, update.evolved))
-    return UpdateReport(
-        base=update.source,
-        evolved=update.target,
-        is_full=is_full,
-        n_elements=sum(pair.base.n_params for pair in pairing.pairs.values()) if is_full else sample.n_elements,
-        drift=drift,
-        lineage=lineage_of(drift),
-        kinds=kinds,
-        cells=cells,
-        pairing=pairing,
-        config_changes=compare_configs(update.base.config, update.evolved.config),
-        tokens=update.tokens,
-        has_vocabularies=has_vocabularies,
-        broken=_broken(pairing, strata),
-    )
-
-
-def _matrices(pairing: Pairing, base: Checkpoint) -> list[Pair]:
-    """The weights that tell lineage: neither vectors, whose values lie around one, nor rows of tokens."""
-    shared = embedding(base)
-    by_token = {HEAD, *(() if shared is None else (shared.name,))}
-    return [
-        pair
-        for pair in pairing.pairs.values()
-        if len(pair.base.shape) > 1 and pair.base.name not in by_token and pair.name != HEAD
-    ]
-
-
-def _estimate(strata: Strata, places: Iterable[Place]) -> DriftEstimate | None:
-    found = [stratum for place in places for stratum in strata.get(place, ())]
-    finite = [stratum for stratum in found if stratum.total.is_finite]
-    return estimate_drift(finite) if finite else None
-
-
-def _broken(pairing: Pairing, strata: Strata) -> tuple[str, ...]:
-    places = {place for place, found in strata.items() if not all(stratum.total.is_finite for stratum in found)}
-    return tuple(name for name, pair in pairing.pairs.items() if pair.place in places)
-
-
-def _check_patch(patch: Patch[TensorInfo], changes: Changes, known: _Known) -> PatchReport:
-    plan = plan_port_on(patch, known.update, allow_other_base=known.allow_other_base)
-    if plan.refusals:
-        return PatchReport(patch.name, judge(Measures(refusals=plan.refusals)))
+    Args:
+        plan: To carry it through that update; where it has refusals, they are what is found.
+        known: What was read of the update.
+    """
+    if (found := refused(plan)) is not None:
+        return found
+    patch = plan.patch
+    changes = _changes_of(patch, known)
     measured: dict[str, ChangeMeasures] = {}
     for name, (change, pair) in _spread(changes).items():
         follows_tokens = plan.tokens is not None and has_token_rows(pair.evolved.name, known.update.evolved)
@@ -259,6 +128,17 @@ def _check_patch(patch: Patch[TensorInfo], changes: Changes, known: _Known) -> P
         sum(found.is_rescaled for found in measured.values()),
         gap,
     )
+
+
+def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:
+    """What a patch that fits does to weights that both models have."""
+    evolved = known.update.evolved
+    found: dict[str, tuple[Change[TensorInfo], Pair]] = {}
+    for name, change in changes_on(patch, evolved).items():
+        tensor = tensor_of(name, evolved)
+        for pair in known.pairs_of.get(name if tensor is None else tensor.name, ()):
+            found[pair.name] = (change, pair)
+    return found
 
 
 def _spread(changes: Changes) -> Changes:
