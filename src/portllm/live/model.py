@@ -17,9 +17,12 @@ import torch
 from safetensors import safe_open
 
 from portllm.errors import AdapterFormatError, CheckpointError, MissingExtraError, PortLLMError
+from portllm.live.messages import errors_only
 
 try:
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    # Where bitsandbytes is installed, peft loads it, and it warns of a kernel for 4-bit weights that it lacks.
+    with errors_only("bitsandbytes"):
+        from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils import logging as transformers_logging
 except ImportError as missing:
