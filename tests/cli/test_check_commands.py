@@ -1,6 +1,7 @@
 """`check` as a user calls it: the verdict first, its exit status, JSON, several patches, a model of the hub."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -35,6 +36,13 @@ def test_the_tables_name_every_kind_of_module_and_every_layer(run, tiny):
         assert f"\n  {kind} " in result.out
     assert "\n  model.layers.1 " in result.out
     assert "every weight of both" in result.out
+
+
+def test_every_percentage_of_the_tables_has_three_digits(run, tiny):
+    tables = run(tiny("adapter"), more=("--by-layer", "--full", "--quiet")).out.split("drift by kind of module")[1]
+    shown = re.findall(r"([0-9.]+) %", tables)
+    assert any(number.endswith("0") for number in shown)
+    assert {len(number.replace(".", "").lstrip("0")) for number in shown} == {3}
 
 
 def test_as_json_it_is_the_whole_report(run, tiny):

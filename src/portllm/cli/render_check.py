@@ -71,7 +71,7 @@ def _patch_rows(patch: PatchReport) -> dict[str, str]:
     against = patch.size_against_drift
     rows = {
         "size": f"{_share(patch.relative_size)} of the norm of the weights it changes"
-        + ("" if against is None else f", {against:.3g} times their drift"),
+        + ("" if against is None else f", {_three_digits(against)} times their drift"),
     }
     if patch.n_rescaled:
         rows["size"] += f"; without the rescaling of {patch.n_rescaled} DoRA modules"
@@ -156,7 +156,7 @@ def _with_error(estimate: Estimate) -> str:
     if not estimate.error:
         return _share(estimate.value)
     error = "?" if math.isinf(estimate.error) else f"{100 * estimate.error:.1g}"
-    return f"{100 * estimate.value:.3g} ± {error} %"
+    return f"{_three_digits(100 * estimate.value)} ± {error} %"
 
 
 def _plain_with_error(estimate: Estimate) -> str:
@@ -164,7 +164,17 @@ def _plain_with_error(estimate: Estimate) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else "infinite" if math.isinf(value) else f"{100 * value:.3g} %"
+    return "" if value is None else "infinite" if math.isinf(value) else f"{_three_digits(100 * value)} %"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, zeros at the end with them, so that the numbers of a column can be compared.
+
+    Example:
+        >>> [_three_digits(value) for value in (1.0, 0.9984, 100.2, 0.0)]
+        ['1.00', '0.998', '100', '0']
+    """
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
 
 
 def _named(names: Iterable[str]) -> str:
