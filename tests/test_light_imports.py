@@ -75,9 +75,10 @@ def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
     assert (tmp_path / "ported" / "patch.json").exists()
 
 
-def test_checking_by_windows_loads_no_heavy_library(tiny):
+@pytest.mark.parametrize("extent", [(), ("--full",)])
+def test_checking_loads_no_heavy_library(extent, tiny):
     models = ("--base", str(tiny("base")), "--evolved", str(tiny("evolved", drift=0.002)))
-    assert heavy_modules_after(command("check", str(tiny("adapter")), *models)) == []
+    assert heavy_modules_after(command("check", str(tiny("adapter")), *models, *extent)) == []
 
 
 def test_verifying_loads_no_heavy_library(tiny, tmp_path):

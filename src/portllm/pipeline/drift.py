@@ -1,6 +1,6 @@
 """How far an evolved model moved from its base: every weight of both is read once, in blocks, as fast as they come.
 
-Blocks are shared among threads, which read and compute side by side: reading, and torch, leave Python's lock. What a
+Blocks are shared among threads, which read and compute side by side: reading, and numpy, leave Python's lock. What a
 block is does not depend on the number of threads, and sums are added in the order of the blocks, so neither do they.
 """
 
@@ -11,24 +11,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float32, Shaped
 
 from portllm.assess.drift import DriftSums
-from portllm.assess.drift_kernel import DriftKernel
+from portllm.assess.drift_kernel import DriftKernel, widen
 from portllm.checkpoint.header import TensorInfo, n_bytes_of
 from portllm.checkpoint.reader import Checkpoint, on_disk
-from portllm.checkpoint.row_reader import RowReader
 from portllm.checkpoint.sample import load_values
-from portllm.checkpoint.tensors import torch_dtype
-from portllm.pipeline.one_thread import one_thread
+from portllm.checkpoint.span_reader import SpanReader
 from portllm.pipeline.pairs import Pair, pair_tensors
 from portllm.pipeline.side_by_side import default_threads
 from portllm.progress import Progress, silent
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a weight that a thread takes at once."""
+
+STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+"""How numpy holds the dtypes that weights are stored in; bfloat16, which it does not have, as its bits."""
 
 WAITING = 4
 """Blocks for each thread that are under way or done and not yet added up."""
@@ -62,7 +62,7 @@ class PairDrift:
     """
 
     sums: DriftSums
-    columns: Float[Tensor, "rows columns"] | None = None
+    columns: Float32[np.ndarray, "rows columns"] | None = None
 
 
 def measure_drift(
@@ -99,28 +99,28 @@ def measure_pairs(
 ) -> dict[str, PairDrift]:
     """The drift of each pair, by name; of those in `columns`, also the drift of these columns."""
     threads = default_threads() if threads is None else threads
-    wanted = {name: torch.tensor(list(places)) for name, places in (columns or {}).items()}
+    wanted = {name: np.array(places, np.intp) for name, places in (columns or {}).items()}
     total = sum(pair.base.n_bytes + pair.evolved.n_bytes for pair in pairs)
     blocks = [(pair, start, stop) for pair in pairs for start, stop in _blocks(pair)]
     done = 0
     sums: dict[str, DriftSums] = {pair.name: DriftSums() for pair in pairs}
-    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    parts: dict[str, list[Float32[np.ndarray, "rows columns"]]] = {name: [] for name in wanted}
     own = threading.local()
 
     def measure(block: tuple[Pair, int, int]) -> PairDrift:
         if not hasattr(own, "kernel"):
             own.kernel = DriftKernel()
-            own.readers = tuple(opened.enter_context(RowReader()) for _ in range(2))
+            own.readers = tuple(opened.enter_context(SpanReader()) for _ in range(2))
         pair, start, stop = block
         infos = (pair.base, pair.evolved)
         base, evolved = (_load(reader, info, start, stop) for reader, info in zip(own.readers, infos, strict=True))
         found = own.kernel.measure(base, evolved)
         if pair.name not in wanted:
             return PairDrift(found)
-        old, new = (values.view(-1, pair.width)[:, wanted[pair.name]].float() for values in (base, evolved))
+        old, new = (_columns(values, pair.width, wanted[pair.name]) for values in (base, evolved))
         return PairDrift(found, new - old)
 
-    with ExitStack() as opened, one_thread(), _workers(threads) as pool:
+    with ExitStack() as opened, ThreadPoolExecutor(threads) as pool:
         for (pair, start, stop), drift in zip(blocks, _in_order(pool, measure, blocks, threads), strict=True):
             sums[pair.name] += drift.sums
             if drift.columns is not None:
@@ -129,20 +129,26 @@ def measure_pairs(
             progress("drift", min(done, total), total, "bytes")
         if done < total:  # a tensor's bytes need not divide by its elements
             progress("drift", total, total, "bytes")
-    return {name: PairDrift(found, torch.cat(parts[name]) if parts.get(name) else None) for name, found in sums.items()}
+    return {
+        name: PairDrift(found, np.concatenate(parts[name]) if parts.get(name) else None) for name, found in sums.items()
+    }
 
 
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads of one thread of arithmetic each; torch keeps that number for each thread by itself."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _load(reader: RowReader, info: TensorInfo, start: int, stop: int) -> Float[Tensor, " n"]:
-    """Elements `start` to `stop` of a tensor in row-major order; good until the reader's next call."""
+def _load(reader: SpanReader, info: TensorInfo, start: int, stop: int) -> Shaped[np.ndarray, " n"]:
+    """Elements `start` to `stop` of a tensor in row-major order, as `STORED`; good until the reader's next call."""
     if info.encoding is not None:
-        return torch.from_numpy(load_values(info, start, stop))
+        return load_values(info, start, stop)
     first, last = (n_bytes_of(info.dtype, (place,)) for place in (start, stop))
-    return reader.data(info, first, last).view(torch_dtype(info.dtype))
+    return np.frombuffer(reader.span(info, first, last), STORED[info.dtype])
+
+
+def _columns(
+    values: Shaped[np.ndarray, " n"], width: int, places: Shaped[np.ndarray, " columns"]
+) -> Float32[np.ndarray, "rows columns"]:
+    picked = values.reshape(-1, width)[:, places]
+    wide = np.empty(picked.shape, np.float32)
+    widen(picked, wide)
+    return wide
 
 
 def _blocks(pair: Pair) -> Iterator[tuple[int, int]]:

@@ -19,6 +19,7 @@ from portllm.checkpoint.reader import Checkpoint, side_file
 from portllm.checkpoint.ties import HEAD, embedding
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.pipeline.check_report import KindReport, UpdateReport
+from portllm.pipeline.drift import measure_pairs
 from portllm.pipeline.drift_samples import DriftSample, drawn, sample_drift
 from portllm.pipeline.pairs import Pair, Pairing, pair_tensors
 from portllm.pipeline.update import Update
@@ -97,8 +98,6 @@ def measure_update(update: Update, *, full: bool = False, progress: Progress = s
 
 def _measure_all(pairing: Pairing, progress: Progress) -> tuple[Strata, Columns]:
     """The sums of every weight, and the drift of some columns of each matrix but those of experts."""
-    from portllm.pipeline.drift import measure_pairs  # needs torch, which the samples do without
-
     matrices = {
         name: pair for name, pair in pairing.pairs.items() if len(pair.base.shape) == 2 and not pair.place.is_expert
     }
@@ -112,7 +111,7 @@ def _measure_all(pairing: Pairing, progress: Progress) -> tuple[Strata, Columns]
     strata: dict[Place, tuple[Stratum, ...]] = defaultdict(tuple)
     for name, drift in drifts.items():
         strata[pairing.pairs[name].place] += (Stratum((drift.sums,)),)
-    columns = {name: drift.columns.numpy() for name, drift in drifts.items() if drift.columns is not None}
+    columns = {name: drift.columns for name, drift in drifts.items() if drift.columns is not None}
     return dict(strata), columns
 
 
