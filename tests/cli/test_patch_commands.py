@@ -165,3 +165,39 @@ def test_what_is_not_there_is_said_without_a_traceback(portllm, tmp_path):
     result = portllm("inspect", tmp_path / "nothing")
     assert result.status == 1
     assert "no such file or folder" in result.err
+
+
+def port_by_auto(portllm, tiny, patch, out, *more, **evolved):
+    to = tiny("base", **evolved) if "seed" in evolved else tiny("evolved", **evolved)
+    return portllm("port", patch, "--base", tiny("base"), "--evolved", to, "--method", "auto", "-o", out, *more)
+
+
+def test_port_by_auto_shows_the_verdict_and_inspect_remembers_it(portllm, tiny, patch, tmp_path):
+    result = port_by_auto(portllm, tiny, patch, tmp_path / "ported", drift=0.002)
+    assert (result.status, result.err) == (0, "")
+    assert "holds; addition is known to hold: the weights that the patch changes drifted by" in result.out
+    assert "chosen: the verdict was 'holds'" in portllm("inspect", tmp_path / "ported").out
+
+
+def test_port_by_auto_warns_of_what_is_uncertain(portllm, tiny, patch, tmp_path):
+    result = port_by_auto(portllm, tiny, patch, tmp_path / "ported", drift=0.02)
+    assert result.status == 0
+    assert "uncertain; measure the ported patch with portllm evaluate" in result.err
+
+
+def test_port_by_auto_refuses_what_will_not_hold_unless_forced(portllm, tiny, patch, tmp_path):
+    refused = port_by_auto(portllm, tiny, patch, tmp_path / "ported", seed=7)
+    assert refused.status == 1
+    assert "docs/refresh.md" in refused.err
+    assert "14 modules, every tensor accounted for" in refused.out
+    assert not (tmp_path / "ported").exists()
+    forced = port_by_auto(portllm, tiny, patch, tmp_path / "ported", "--force", seed=7)
+    assert forced.status == 0
+    assert "warning" in forced.err
+    assert "by force: the verdict was 'will not hold'" in portllm("inspect", tmp_path / "ported").out
+
+
+def test_force_without_auto_is_a_wrong_call(portllm, tiny, patch, tmp_path):
+    result = portllm("port", patch, "--evolved", tiny("evolved"), "--force", "-o", tmp_path / "ported")
+    assert result.status == 2
+    assert "--method auto" in result.err

@@ -1,8 +1,18 @@
 """The record as JSON values, and what is no record."""
 
+from dataclasses import replace
+
 import pytest
 
-from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep, record_from_json, record_to_json
+from portllm.patch.record import (
+    Capture,
+    Choice,
+    ModelIdentity,
+    PatchRecord,
+    PortStep,
+    record_from_json,
+    record_to_json,
+)
 
 COMMIT = "0123456789" * 4
 BASE = ModelIdentity("base", "s4k1:1", "blake3:1")
@@ -32,6 +42,19 @@ def test_by_hand_a_record_in_json():
     }
     assert (list(value["tensors"]), list(value["files"])) == (["a", "b"], ["f", "g"])
     assert record_from_json(value) == RECORD
+
+
+def test_a_method_that_was_chosen_keeps_its_reason_in_json():
+    choice = Choice("uncertain", "addition may hold", ("a cosine", "a drift"))
+    record = replace(RECORD, ports=(replace(RECORD.ports[0], choice=choice),))
+    value = record_to_json(record)
+    assert value["ports"][0]["choice"] == {
+        "verdict": "uncertain",
+        "reason": "addition may hold",
+        "findings": ["a cosine", "a drift"],
+        "forced": False,
+    }
+    assert record_from_json(value) == record
 
 
 def test_a_record_from_before_revisions_were_kept_is_one_without():

@@ -53,7 +53,10 @@ def port(
     evolved: Annotated[str, typer.Option("--evolved", help=f"The model to carry it to. {MODEL}")],
     output: OutOption,
     base: Annotated[str | None, typer.Option("--base", help="The model the patch belongs to.")] = None,
-    method: Annotated[str, typer.Option("--method", help="How to carry it; 'add' takes the delta as it is.")] = "add",
+    method: Annotated[
+        str, typer.Option("--method", help="'add' takes the delta as it is; 'auto' asks check, needs --base.")
+    ] = "add",
+    force: Annotated[bool, typer.Option("--force", help="With --method auto: port what will not hold.")] = False,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -61,25 +64,32 @@ def port(
 ) -> None:
     """Carry patches over to an evolved model; they stay adapters. Reads headers and samples.
 
-    Weights are read only of tensors that a patch holds whole; these need --base. Several patches go each to a subfolder
-    of the output, named like its own folder; one that fails does not stop the others.
+    Weights are read only of tensors that a patch holds whole; these need --base. With --method auto a few megabytes of
+    both models are read as by check: what will not hold is refused, what is uncertain is ported with a warning. Several
+    patches go each to a subfolder of the output, named like its own folder; one that fails does not stop the others.
     """
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.checkpoint.writer import check_free
-    from portllm.cli.render import render_port_plan
+    from portllm.cli.render import port_warning, render_port_plan
     from portllm.cli.render_several import port_outcomes_to_json, ported_to_json, render_port_outcomes
     from portllm.patch.adapter_folder import load_patch
     from portllm.patch.folders import find_patches, open_each
-    from portllm.pipeline.plan import plan_port_on, require
+    from portllm.pipeline.plan import require
     from portllm.pipeline.port import run_port
+    from portllm.pipeline.route import AUTO, Route
     from portllm.pipeline.update import Update
 
+    if force and method != AUTO:
+        raise typer.BadParameter("--force goes with --method auto; a method that is named ports whatever fits.")
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
+    route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
     found = find_patches(patches)
     outputs = found.outputs(output)
 
     def carry(patch: "Patch[TensorInfo]", number: int) -> "tuple[PortPlan, Patch[TensorInfo] | None]":
-        plan = plan_port_on(patch, update, method=method, allow_other_base=allow_other_base)
+        plan = route.plan(patch)
+        if warning := port_warning(plan):
+            say(warning, err=True)
         if found.is_single and not as_json:
             say(render_port_plan(plan, output))
         if not dry_run:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.assess.quantization_gap import QuantizationGap
+from portllm.assess.verdict import Answer
 from portllm.cli.plain import one_line
 from portllm.output.manifest import MergeReport
-from portllm.patch.record import PatchRecord
+from portllm.patch.record import Choice, PatchRecord
 from portllm.pipeline.fitted import quantization_of
 from portllm.pipeline.inspect import CheckpointSummary, PatchSummary
 from portllm.pipeline.plan import MergePlan, PortPlan
@@ -77,14 +78,16 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         "from": f"{plan.source.name} ({plan.source.fingerprint})",
         "to": f"{plan.target.name} ({plan.target.fingerprint})",
         "fit": f"{len(plan.patch.deltas) + len(plan.patch.experts)} modules, every tensor accounted for"
-        if not plan.refusals
+        if not plan.refusals or plan.choice is not None  # what was measured has been found to fit
         else "does not fit",
         "output": str(out),
     }
     if (scheme := quantization_of(plan.patch)) is not None:
         first = plan.patch.record.ports[0].source if plan.patch.record and plan.patch.record.ports else plan.source
         rows["fitted to"] = f"the values of {first.name} in {scheme}; merging adds what quantization took of them"
-    if plan.evidence:
+    if plan.choice is not None:
+        rows["verdict"] = f"{plan.choice.verdict}; {plan.choice.reason}"
+    if "sampled_drift" in plan.evidence:
         rows["drift"] = (
             f"{percent(plan.evidence['sampled_drift'], digits=2)} of the patched weights' norm, cosine "
             f"{plan.evidence['sampled_cosine']:.5f} (estimated from samples)"
@@ -100,6 +103,13 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
             f"{_count(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is gone'}"
         )
     return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
+
+
+def port_warning(plan: PortPlan) -> str | None:
+    """What to say on stderr of a port whose method was chosen though nothing says that it holds."""
+    if plan.refusals or plan.choice is None or plan.choice.verdict == Answer.HOLDS:
+        return None
+    return f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with portllm evaluate."
 
 
 def render_merge_plan(plan: MergePlan, out: Path) -> str:
@@ -227,8 +237,16 @@ def _origin(record: PatchRecord) -> dict[str, str]:
         told = record.capture.fitted_to
         rows["fitted to"] = f"the base quantized to {told.scheme}, all but {', '.join(told.left_alone) or 'nothing'}"
     for number, step in enumerate(record.ports, start=1):
-        rows[f"port {number}"] = f"by '{step.method}' from {step.source.name} to {step.target.name}"
+        rows[f"port {number}"] = (
+            f"by '{step.method}' from {step.source.name} to {step.target.name}{_chosen(step.choice)}"
+        )
     return rows
+
+
+def _chosen(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    return f", {'by force' if choice.is_forced else 'chosen'}: the verdict was '{choice.verdict}'"
 
 
 def _setting(value: object) -> str:

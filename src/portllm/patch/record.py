@@ -55,6 +55,23 @@ class Capture:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """Why a port went by its method, where that was not named but chosen by what `check` found.
+
+    Attributes:
+        verdict: Whether the patch will hold: an `Answer`.
+        reason: What led from it to the method.
+        findings: Everything that spoke for or against the patch, the gravest first.
+        is_forced: Whether it was ported against the verdict.
+    """
+
+    verdict: str
+    reason: str
+    findings: tuple[str, ...]
+    is_forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PortStep:
     """One port: from which model, to which, by which method, and what was measured on the way.
 
@@ -64,6 +81,7 @@ class PortStep:
         method: Its id.
         evidence: What was measured.
         left_out: By tensor, tokens whose change was dropped, for the target does not have them.
+        choice: Why this method, where it was chosen; None where it was named.
     """
 
     source: ModelIdentity
@@ -71,6 +89,7 @@ class PortStep:
     method: str
     evidence: Mapping[str, float] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +127,7 @@ def record_to_json(record: PatchRecord) -> dict[str, object]:
                 "method": step.method,
                 "evidence": dict(step.evidence),
                 **({"left_out": {name: list(lost) for name, lost in step.left_out.items()}} if step.left_out else {}),
+                **({} if step.choice is None else {"choice": _choice_to_json(step.choice)}),
             }
             for step in record.ports
         ],
@@ -134,6 +154,7 @@ def record_from_json(value: Mapping[str, object]) -> PatchRecord:
                     p["method"],
                     p["evidence"],
                     {name: tuple(lost) for name, lost in p.get("left_out", {}).items()},
+                    _choice(p),
                 )
                 for p in ports
             )
@@ -142,6 +163,30 @@ def record_from_json(value: Mapping[str, object]) -> PatchRecord:
             )
         case _:
             raise ValueError("the values do not fit the schema of patch.json")
+
+
+def _choice_to_json(choice: Choice) -> dict[str, object]:
+    return {
+        "verdict": choice.verdict,
+        "reason": choice.reason,
+        "findings": list(choice.findings),
+        "forced": choice.is_forced,
+    }
+
+
+def _choice(step: object) -> Choice | None:
+    match step:
+        case {
+            "choice": {
+                "verdict": str(verdict),
+                "reason": str(reason),
+                "findings": list(findings),
+                "forced": bool(forced),
+            }
+        }:
+            return Choice(verdict, reason, tuple(findings), forced)
+        case _:
+            return None
 
 
 def _capture_to_json(capture: Capture) -> dict[str, object]:

@@ -21,7 +21,7 @@ from portllm.patch.adapter_folder import files_of
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.patch import Patch
-from portllm.patch.record import ModelIdentity
+from portllm.patch.record import Choice, ModelIdentity
 from portllm.pipeline.fit import (
     altered_copies,
     base_mismatch,
@@ -52,8 +52,9 @@ class PortPlan:
         evolved: The evolved model, opened.
         tokens: Where tokens have other rows in the evolved model and the patch changes such rows; else None.
         files: What is read; the output lies elsewhere.
-        evidence: What was measured from the fingerprints' samples.
+        evidence: What was measured from the fingerprints' samples, and by `check` where the method was chosen by it.
         refusals: Every reason not to run.
+        choice: Why this method, where it was chosen; None where it was named.
     """
 
     patch: Patch[TensorInfo]
@@ -66,6 +67,7 @@ class PortPlan:
     files: tuple[Source, ...]
     evidence: Mapping[str, float]
     refusals: tuple[Refusal, ...]
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch
 from portllm.patch.finite import require_finite
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
-from portllm.pipeline.plan import PortPlan, plan_port, require
+from portllm.pipeline.plan import PortPlan, require
+from portllm.pipeline.route import Route
+from portllm.pipeline.update import Update
 
 
 def port(
@@ -22,6 +24,7 @@ def port(
     out: Path,
     base: Checkpoint | None = None,
     method: str = "add",
+    force: bool = False,
     allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> Patch[TensorInfo]:
@@ -36,7 +39,8 @@ def port(
         evolved: Where to.
         out: The new patch's folder.
         base: The model the patch belongs to; needed where the patch does not say.
-        method: A row of `METHODS`.
+        method: A row of `METHODS`, or `auto`: the one that the verdict of `check` leads to, which needs `base`.
+        force: With `auto`, port what will not hold.
         allow_other_base: Go on though `base` is not the one that the patch names.
         overwrite: Replace `out` where it exists.
 
@@ -44,13 +48,14 @@ def port(
         The ported patch, opened from `out`.
 
     Raises:
-        PlanRefusedError: The patch does not fit, with every reason.
+        PlanRefusedError: The patch does not fit, with every reason; by `auto`, also where it will not hold.
+        PortError: There is no such method, or `force` is given with another than `auto`.
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written, or holds what is read.
         NonFiniteError: A tensor of the patch, or what becomes of it, holds an infinity or NaN.
     """
-    plan = plan_port(patch, evolved=evolved, base=base, method=method, allow_other_base=allow_other_base)
-    return run_port(plan, out, overwrite=overwrite)
+    route = Route(Update(base, evolved), method=method, force=force, allow_other_base=allow_other_base)
+    return run_port(route.plan(patch), out, overwrite=overwrite)
 
 
 def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
@@ -89,7 +94,7 @@ def _write(
         capture=before.capture if before else Capture("adapter"),
         ports=(
             *(before.ports if before else ()),
-            PortStep(plan.source, plan.target, plan.method.id, plan.evidence, left_out or {}),
+            PortStep(plan.source, plan.target, plan.method.id, plan.evidence, left_out or {}, plan.choice),
         ),
         tensors=digest_tensors(ported),
         program=__version__,
