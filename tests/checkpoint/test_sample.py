@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from portllm.checkpoint import raw_files
 from portllm.checkpoint.decoding import decode_floats
 from portllm.checkpoint.identity import SAMPLE_BYTES
 from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.sample import load_values, sample_span
+from portllm.checkpoint.sample import load_spans, load_values, sample_span
 from portllm.checkpoint.tensors import TORCH_DTYPES, encode
-from portllm.errors import UnsupportedDtypeError
+from portllm.errors import CheckpointError, UnsupportedDtypeError
 from tests.files import BYTES_OF, write_tensors
 
 
@@ -36,3 +37,23 @@ def test_the_span_of_a_sample_is_its_window_in_elements(dtype, tmp_path):
     assert (stop - start) * BYTES_OF[dtype] == SAMPLE_BYTES
     assert np.array_equal(load_values(info, start, stop), values[start:stop].float().numpy())
     assert load_values(info, 3, 3).size == 0
+
+
+def test_spans_of_one_file_are_read_with_one_opening_and_an_error_names_the_tensor(tmp_path, monkeypatch):
+    opened = []
+
+    def counted(*how, **more):
+        opened.append(how)
+        return open(*how, **more)
+
+    monkeypatch.setattr(raw_files, "open", counted, raising=False)
+    values = {name: ("F32", (4,), np.full(4, number, "<f4").tobytes()) for number, name in enumerate("abc")}
+    file = write_tensors(tmp_path / "m.safetensors", values)
+    infos = open_checkpoint(file).infos
+    opened.clear()
+    spans = [(infos[name], 1, 3) for name in "cab"]
+    assert [found.tolist() for found in load_spans(spans)] == [[2.0, 2.0], [0.0, 0.0], [1.0, 1.0]]
+    assert len(opened) == 1
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="'c': .* ended at 0 of 8 bytes"):
+        list(load_spans([(infos[name], 1, 3) for name in "abc"]))

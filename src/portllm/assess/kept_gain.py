@@ -10,26 +10,25 @@ STORED_AS = ("BF16", "F16", "F32")
 """The dtypes that a model is stored in for use."""
 
 
-def measure_rounding(weight: Float32[np.ndarray, "k d"], delta: Float[np.ndarray, "k d"], dtype: str) -> MergeSums:
-    """The sums of one part of a weight W and of what is added to it, for `Q(W + Δ)` in a storage dtype.
+def measure_rounding(weight: Float32[np.ndarray, "k d"], delta: Float[np.ndarray, "k d"]) -> dict[str, MergeSums]:
+    """The sums of one part of a weight W and of what is added to it, for `Q(W + Δ)` in each storage dtype.
 
     The sum is formed in float32, as in a merge, and rounded once.
 
     Example:
         >>> weight, delta = np.ones((1, 2), np.float32), np.array([[0.001, 0.01]])
-        >>> [round(measure_rounding(weight, delta, dtype).kept_gain, 2) for dtype in STORED_AS]
+        >>> [round(sums.kept_gain, 2) for sums in measure_rounding(weight, delta).values()]
         [0.77, 0.98, 1.0]
     """
-    change = delta.astype(np.float64)
-    stored = round_to(weight + change.astype(np.float32), dtype).astype(np.float64)
-    before = weight.astype(np.float64)
-    lost = stored - before - change
-    return MergeSums(
-        delta_sq=_dot(change, change),
-        gain=_dot(stored - before, change),
-        lost_sq=_dot(lost, lost),
-        weight_sq=_dot(before, before),
-    )
+    change, before = delta.astype(np.float64), weight.astype(np.float64)
+    merged = weight + delta.astype(np.float32)
+    delta_sq, weight_sq = _dot(change, change), _dot(before, before)
+    found = {}
+    for dtype in STORED_AS:
+        moved = round_to(merged, dtype) - before
+        lost = moved - change
+        found[dtype] = MergeSums(delta_sq, _dot(moved, change), _dot(lost, lost), weight_sq)
+    return found
 
 
 def _dot(one: Float[np.ndarray, "k d"], other: Float[np.ndarray, "k d"]) -> float:

@@ -90,7 +90,7 @@ def share_inside(drift: Float[np.ndarray, "k d"], spanning: Float[np.ndarray, "r
         >>> share_inside(np.array([[3.0, 4.0, 0.0]]), np.array([[2.0, 0.0, 0.0]])).share
         0.36
     """
-    basis, rows = spanning.astype(np.float64), drift.astype(np.float64)
+    basis, rows = spanning.astype(np.float64), drift.astype(np.float64, copy=False)
     values, vectors = np.linalg.eigh(basis @ basis.T)
     kept = values > GRAM_FLOOR * max(float(values[-1]), 0.0) if len(values) else np.zeros(0, bool)
     inner = vectors[:, kept].T @ (basis @ rows.T) / np.sqrt(values[kept])[:, None]
@@ -105,7 +105,7 @@ def align(delta: Float[np.ndarray, "k d"], drift: Float[np.ndarray, "k d"]) -> A
         >>> align(np.array([[1.0, 0.0]]), np.array([[2.0, 2.0]])).cosine
         0.7071067811865475
     """
-    one, other = delta.astype(np.float64), drift.astype(np.float64)
+    one, other = delta.astype(np.float64), drift.astype(np.float64, copy=False)
     return Alignment(_dot(one, other), _dot(one, one), _dot(other, other))
 
 

@@ -4,7 +4,8 @@ The network is touched for a file of the hub only.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from portllm.checkpoint.header import Header, TensorInfo, parse_header, parse_header_length
@@ -29,19 +30,31 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> byt
         from portllm.checkpoint.remote import read_range  # loads an HTTP client, which few runs need
 
         return read_range(info.file, info.start + start, info.start + stop)
+    return next(_read_local([(info, start, stop)]))
+
+
+def _read_local(spans: Iterable[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
+    """Spans of one file on this disk, which is opened once."""
+    spans = list(spans)
+    info = spans[0][0]
     try:
-        with open(info.file, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), stop - start, info.start + start)
-            while len(data) < stop - start:  # one call returns at most 2 GiB, and may return less
-                more = os.pread(file.fileno(), stop - start - len(data), info.start + start + len(data))
-                if not more:
-                    raise CheckpointError(
-                        f"'{info.name}': '{info.file}' ended at {len(data)} of {stop - start} bytes; "
-                        "it changed while it was read. Run again when nothing writes to it."
-                    )
-                data += more
+        with open(str(info.file), "rb", buffering=0) as file:
+            for info, start, stop in spans:
+                yield _read_span(file.fileno(), info, start, stop)
     except OSError as error:
         raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
+
+
+def _read_span(file: int, info: TensorInfo, start: int, stop: int) -> bytes:
+    data = os.pread(file, stop - start, info.start + start)
+    while len(data) < stop - start:  # one call returns at most 2 GiB, and may return less
+        more = os.pread(file, stop - start - len(data), info.start + start + len(data))
+        if not more:
+            raise CheckpointError(
+                f"'{info.name}': '{info.file}' ended at {len(data)} of {stop - start} bytes; "
+                "it changed while it was read. Run again when nothing writes to it."
+            )
+        data += more
     return data
 
 
@@ -57,7 +70,8 @@ def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
 
             yield from concurrently(lambda span: read_bytes(*span), batch)
         else:
-            yield from (read_bytes(*span) for span in batch)
+            for _, spans_of_file in groupby(batch, key=lambda span: span[0].file):
+                yield from _read_local(spans_of_file)
 
 
 def read_header(file: Path) -> Header:

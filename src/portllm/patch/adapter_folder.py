@@ -265,7 +265,7 @@ def _require_files(path: Path, name: str) -> None:
         inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
         hint = f" Its subfolder '{inner}' is one: give that." if inner else ""
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE}, so it is not an adapter folder.{hint}")
-    _require_read([file.name for file in path.iterdir()], name)
+    _require_read(os.listdir(path), name)
     if (path / TENSOR_FILE).is_file():
         return
     if (path / PICKLE_FILE).is_file():

@@ -161,7 +161,7 @@ def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], c
 def _has_parameters(module: str, config: AdapterConfig) -> bool:
     """Whether a module's factors belong to parameters of it that are adapted by their own names."""
     module, depth = split_inner(module)
-    return depth > 0 or (not config.targets([module]) and bool(_parameters(module, config)))
+    return depth > 0 or (bool(_parameters(module, config)) and not config.targets([module]))
 
 
 def _is_inner(module: str, config: AdapterConfig) -> bool:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 from blake3 import blake3
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from portllm.assess.drift import DriftSums, measure_drift
 from portllm.assess.estimate import Stratum
@@ -54,9 +54,9 @@ class SampledRows:
     n_first: int
 
     @cached_property
-    def drift(self) -> Float32[np.ndarray, "rows width"]:
-        """What the update added to these rows; kept for every patch that changes them."""
-        drift: Float32[np.ndarray, "rows width"] = self.evolved - self.base
+    def drift(self) -> Float64[np.ndarray, "rows width"]:
+        """What the update added to these rows; kept as it is used, for every patch that changes them."""
+        drift: Float64[np.ndarray, "rows width"] = (self.evolved - self.base).astype(np.float64)
         return drift
 
 

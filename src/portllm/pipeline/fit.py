@@ -42,12 +42,6 @@ def _matrices(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return weights if shared is None else {**weights, HEAD_MODULE: shared}
 
 
-def _current(name: str, checkpoint: Checkpoint) -> str:
-    """The name that PEFT has for a tensor or module, however a file spells it."""
-    family = family_of(checkpoint.config)
-    return name if family is None else family.current_name(name)
-
-
 def tensor_of(name: str, checkpoint: Checkpoint) -> TensorInfo | None:
     """The tensor that a patch means by a name; a tied head is the embedding."""
     if name == HEAD and (shared := tied_embedding(checkpoint)) is not None:
@@ -64,11 +58,12 @@ def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorIn
     family = family_of(checkpoint.config)
     if family is None:
         return patch
-    deltas = {
-        module: replace(delta, transposed=delta.is_embedding or family.is_transposed(module))
+    turned = {
+        module: replace(delta, transposed=not delta.transposed)
         for module, delta in patch.deltas.items()
+        if delta.transposed != (delta.is_embedding or family.is_transposed(module))
     }
-    return replace(patch, deltas=deltas)
+    return replace(patch, deltas={**patch.deltas, **turned}) if turned else patch
 
 
 def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Change[TensorInfo]]:
@@ -217,8 +212,10 @@ def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     if named.tied is not None:
         infos[HEAD] = named.tied
     family = family_of(named.checkpoint.config)
-    deltas, values = ({_current(name, named.checkpoint) for name in part} for part in (patch.deltas, patch.values))
-    targets = {_current(module, named.checkpoint) for module in named.targets}
+    deltas, values, targets = (
+        set(part) if family is None else set(map(family.current_name, part))
+        for part in (patch.deltas, patch.values, named.targets)
+    )
     if family is not None and not any(map(family.is_of_expert, deltas)):
         # One expert is a module of its own in a file, and in the model that transformers 4 builds; not in today's.
         targets = {module for module in targets if not family.is_of_expert(module)}

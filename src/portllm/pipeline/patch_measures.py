@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from portllm.assess.kept_gain import STORED_AS, measure_rounding
+from portllm.assess.kept_gain import measure_rounding
 from portllm.assess.overlap import Alignment, Share, align, product_square, share_inside
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.sample import load_values
+from portllm.checkpoint.sample import load_spans, load_values
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.rounding import MergeSums
 from portllm.pipeline.drift_samples import SampledRows
@@ -66,7 +66,9 @@ def measure_change(
     drift = sampled.drift
     match change:
         case LowRankDelta() as delta:
-            a, b = _matrix(delta.a), _matrix(delta.b)
+            infos = (delta.a, delta.b)
+            values = load_spans([(info, 0, info.n_params) for info in infos])
+            a, b = (found.reshape(info.shape) for info, found in zip(infos, values, strict=True))
             return _of_low_rank(delta, a, b, sampled, drift, columns)
         case ExpertsDelta() | ExpertDelta():
             return _of_experts(change, sampled, drift)
@@ -124,7 +126,7 @@ def _of_experts(
     if isinstance(change, ExpertDelta):
         stored = stored + change.number * height + change.start
     stacked = load_values(experts.b, 0, experts.b.n_params).reshape(height, experts.rank, n_experts)
-    added, overlap, delta_sq, seen = np.zeros_like(drift), Share(), 0.0, 0
+    added, overlap, delta_sq, seen = np.zeros_like(sampled.base), Share(), 0.0, 0
     for number in np.unique(stored // height):
         first = int(number) * experts.rank * width
         a = load_values(experts.a, first, first + experts.rank * width).reshape(experts.rank, width)
@@ -166,11 +168,7 @@ def _of_token_rows(change: RowValues[TensorInfo], sampled: SampledRows) -> Chang
 def _rounding(added: Matrix, sampled: SampledRows) -> dict[str, MergeSums]:
     """What each storage dtype would keep, from the rows of the first window."""
     first = slice(0, sampled.n_first)
-    return {dtype: measure_rounding(sampled.evolved[first], added[first], dtype) for dtype in STORED_AS}
-
-
-def _matrix(info: TensorInfo) -> Float32[np.ndarray, "rows columns"]:
-    return load_values(info, 0, info.n_params).reshape(info.shape)
+    return measure_rounding(sampled.evolved[first], added[first])
 
 
 def _rows_of(info: TensorInfo, sampled: SampledRows) -> Float32[np.ndarray, "rows width"]:
