@@ -118,7 +118,7 @@ class _Models:
     @cached_property
     def measured(self) -> "MeasuredUpdate":
         """What the update did; read for the first cell that is checked."""
-        from portllm.pipeline.measured_update import measure_update  # loads torch for `full`
+        from portllm.pipeline.measured_update import measure_update  # loads what porting does without
 
         return measure_update(self.update, full=self._full)
 
