@@ -10,7 +10,14 @@ from portllm.many import processes
 from portllm.many.pool import Finished, Lost
 from portllm.many.processes import Processes, fitting_workers
 
-NOWHERE = {"folder": "v2/a", "base": None, "evolved": {"place": "nowhere", "said": "nowhere"}}
+NOWHERE = {
+    "folder": "v2/a",
+    "base": None,
+    "evolved": {"place": "nowhere", "said": "nowhere"},
+    "steps": ["port"],
+    "options": {},
+    "dry": False,
+}
 SOURCE = str(Path(portllm.__file__).parents[1])
 
 

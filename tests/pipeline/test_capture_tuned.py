@@ -221,7 +221,7 @@ def test_every_byte_is_read_once_and_what_is_known_to_be_equal_not_again(tiny, t
 
         return count
 
-    monkeypatch.setattr(RowReader, "data", counted(RowReader.data))
+    monkeypatch.setattr(RowReader, "span", counted(RowReader.span))
     for module in ("tensors", "identity"):
         monkeypatch.setattr(f"portllm.checkpoint.{module}.read_bytes", counted(read_bytes))
     capture_tuned(*models, out=tmp_path / "first", rank=1)

@@ -46,8 +46,9 @@ class Worker:
     """Does one cell after another; the models of the last one stay open for the next.
 
     Example:
-        >>> Worker().do({"folder": "v2/a", "evolved": {"place": "nowhere"}, "base": None})["status"]
-        'failed'
+        >>> job = {"folder": "v2/a", "base": None, "steps": ["port"], "options": {}, "dry": False}
+        >>> Worker().do({**job, "evolved": {"place": "nowhere", "said": "nowhere"}})["reason"]
+        "'nowhere': no such file or folder. ..."
     """
 
     def __init__(self) -> None:
