@@ -27,7 +27,7 @@ bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside
 	@$(BIN)/python -m bench.speed $(BENCH)
 
 clean: ## remove the environment and everything that the tools left behind
-	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) build dist site src/*.egg-info src/portllm/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		.import_linter_cache bench/work
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -67,7 +67,7 @@ $(BIN)/python:
 	@echo 'creating $(VENV)'
 	@$(PYTHON) -m venv $(VENV)
 
-$(LIVE): pyproject.toml constraints.txt | $(BIN)/python
+$(LIVE): pyproject.toml constraints.txt $(wildcard src/portllm/native/*.[ch]) | $(BIN)/python
 	@echo 'installing torch (a large download, once)'
 	@$(PIP) torch setuptools
 	@echo 'installing PortLLM and what it needs'

@@ -34,11 +34,11 @@ SEVERAL_SHARDS = "3KB"
 """A `max_shard_size` that splits a tiny checkpoint into more than two files, whatever its dtype."""
 
 
-def llama_config(*, tied=True, layers=LAYERS, inner=INNER, attention_bias=False):
+def llama_config(*, tied=True, layers=LAYERS, hidden=HIDDEN, inner=INNER, attention_bias=False):
     """The configuration of a tiny Llama."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
+        hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=HEADS,

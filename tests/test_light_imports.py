@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from portllm.native import kernels
+
 HEAVY = ("torch", "transformers", "peft", "scipy", "gguf", "accelerate", "huggingface_hub", "httpx2")
 
 REPORT = f"""
@@ -47,6 +49,7 @@ except SystemExit as end:
         "portllm.patch.adapter_folder",
         "portllm.pipeline.capture",
         "portllm.pipeline.check",
+        "portllm.pipeline.merge",
         "portllm.pipeline.plan",
         "portllm.pipeline.port",
     ],
@@ -79,6 +82,13 @@ def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
 def test_checking_loads_no_heavy_library(extent, tiny):
     models = ("--base", str(tiny("base")), "--evolved", str(tiny("evolved", drift=0.002)))
     assert heavy_modules_after(command("check", str(tiny("adapter")), *models, *extent)) == []
+
+
+@pytest.mark.skipif(kernels is None, reason="without the loops in C, torch merges")
+def test_merging_a_plain_patch_loads_no_heavy_library(tiny, tmp_path):
+    base = tiny("base", hidden=24, inner=40)
+    patch = tiny("adapter", of=base, target_modules=["q_proj", "up_proj", "down_proj"])
+    assert heavy_modules_after(command("merge", str(patch), "--into", str(base), "-o", "merged"), cwd=tmp_path) == []
 
 
 def test_verifying_loads_no_heavy_library(tiny, tmp_path):

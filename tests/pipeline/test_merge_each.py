@@ -10,7 +10,7 @@ import torch
 
 from portllm.checkpoint import writer
 from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.row_reader import RowReader
+from portllm.checkpoint.span_reader import SpanReader
 from portllm.checkpoint.writer import ShardWriter
 from portllm.errors import (
     CheckpointError,
@@ -22,7 +22,7 @@ from portllm.errors import (
 )
 from portllm.output.manifest import MergeReport
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import blocks
+from portllm.pipeline import blocks, changes
 from portllm.pipeline import merge as merging
 from portllm.pipeline.blocks import Stochastic
 from portllm.pipeline.merge import merge, merge_each
@@ -63,13 +63,13 @@ def patches(tiny):
 @pytest.fixture
 def read(monkeypatch):
     """Bytes that are read of each tensor of a model, by file and name."""
-    counts, fill = Counter(), RowReader._fill
+    counts, fill = Counter(), SpanReader._fill
 
     def count(self, memory, info, start):
         counts[str(info.file), info.name] += len(memory)
         fill(self, memory, info, start)
 
-    monkeypatch.setattr(RowReader, "_fill", count)
+    monkeypatch.setattr(SpanReader, "_fill", count)
     return counts
 
 
@@ -114,8 +114,8 @@ def test_a_norm_that_runs_over_all_rows_changes_no_byte_of_the_patches_beside_it
 
 
 def test_what_no_patch_touches_is_rounded_once_for_all(patches, tiny, tmp_path, monkeypatch):
-    rounded, cast = [], blocks._cast
-    monkeypatch.setattr(blocks, "_cast", lambda step, *rest: rounded.append(step.entry.name) or cast(step, *rest))
+    rounded, cast = [], changes._cast
+    monkeypatch.setattr(changes, "_cast", lambda step, *rest: rounded.append(step.entry.name) or cast(step, *rest))
     given = {name: patches()["another"] for name in "abc"}
     merge_each(under(tmp_path, given), into=open_checkpoint(tiny("base")), dtype="F32")
     assert rounded
@@ -187,7 +187,7 @@ def test_a_model_that_cannot_be_read_leaves_no_output(patches, tiny, tmp_path, m
     def fail(self, memory, info, start):
         raise CheckpointError("the disk fails")
 
-    monkeypatch.setattr(RowReader, "_fill", fail)
+    monkeypatch.setattr(SpanReader, "_fill", fail)
     given = {name: patches()["plain"] for name in "ab"}
     found = merge_each(under(tmp_path, given), into=open_checkpoint(tiny("base")))
     assert [str(error) for error in found.values()] == ["the disk fails"] * 2

@@ -1,11 +1,13 @@
 """The sums of drift over whole tensors, at the speed of memory. Pure: numpy arrays in, sums out.
 
-A block of both weights is brought to float32 in buffers that stay in the processor's cache, and the three sums
+Of weights in bfloat16 a loop in C takes the sums in one pass, where it was built (`portllm.native`). All others are
+brought to float32 block by block, in buffers that stay in the processor's cache. The three sums
 
     |W0|²,   |D|²,   <W0, D>      with D = W1 - W0
 
-are float32 dot products over `DOT` elements, which are added in float64, in their order. `<W0, W1>` and `|W1|²` follow
-from them, so that nothing is lost where the drift is small: D is formed element by element, not from sums.
+are float32 dot products over `DOT` elements (in C over half as many), which are added in float64, in their order.
+`<W0, W1>` and `|W1|²` follow from them, so that nothing is lost where the drift is small: D is formed element by
+element, not from sums.
 
 Error: bfloat16 and float16 are exact in float32, and the difference of two of them is rounded once, by 2^-24 at most. A
 dot product of n terms in k lanes errs by at most (n/k + k)·2^-24 of the sum of the terms' sizes: 3.1·10^-5 for n = 2^13
@@ -20,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from portllm.assess.drift import DriftSums
+from portllm.native import kernels
 
 BLOCK = 1 << 17
 """Elements that are brought to float32 at once: two buffers of this size fit into a core's cache."""
@@ -59,6 +62,8 @@ class DriftKernel:
             >>> DriftKernel().measure(np.array([3.0, 4.0]), np.array([3.0, 4.5])).drift_sq
             0.25
         """
+        if kernels is not None and base.dtype == evolved.dtype == np.uint16:
+            return _sums(*kernels.drift(base, evolved))
         base_sq = drift_sq = cross = 0.0
         with np.errstate(invalid="ignore", over="ignore"):  # what is no number shows in the sums
             for start in range(0, len(base), BLOCK):
@@ -66,7 +71,7 @@ class DriftKernel:
                 base_sq += _dot(w0, w0)
                 drift_sq += _dot(drift, drift)
                 cross += _dot(w0, drift)
-        return DriftSums(base_sq, drift_sq, base_sq + cross, base_sq + 2 * cross + drift_sq)
+        return _sums(base_sq, drift_sq, cross)
 
     def _block(
         self, base: Shaped[np.ndarray, " n"], evolved: Shaped[np.ndarray, " n"]
@@ -76,6 +81,10 @@ class DriftKernel:
         widen(evolved, drift)
         np.subtract(drift, w0, out=drift)
         return w0, drift
+
+
+def _sums(base_sq: float, drift_sq: float, cross: float) -> DriftSums:
+    return DriftSums(base_sq, drift_sq, base_sq + cross, base_sq + 2 * cross + drift_sq)
 
 
 def _dot(a: Float32[np.ndarray, " n"], b: Float32[np.ndarray, " n"]) -> float:

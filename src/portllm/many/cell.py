@@ -231,7 +231,7 @@ def _place(write: Callable[[Path], None], place: str | None, staged: Path, step:
 
 
 def _merge(ported: Patch[TensorInfo], evolved: Checkpoint, job: Job, out: Path) -> dict[str, object]:
-    from portllm.pipeline.blocks import Nearest, Stochastic  # loads torch, which porting does without
+    from portllm.pipeline.blocks import Nearest, Stochastic
     from portllm.pipeline.merge import run_merge
 
     options = job["options"].get("merge", {})

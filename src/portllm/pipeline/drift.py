@@ -145,7 +145,7 @@ def _load(reader: SpanReader, info: TensorInfo, start: int, stop: int) -> Shaped
 def _columns(
     values: Shaped[np.ndarray, " n"], width: int, places: Shaped[np.ndarray, " columns"]
 ) -> Float32[np.ndarray, "rows columns"]:
-    picked = values.reshape(-1, width)[:, places]
+    picked = np.take(values.reshape(-1, width), places, axis=1)  # and not [:, places], which keeps the lock
     wide = np.empty(picked.shape, np.float32)
     widen(picked, wide)
     return wide

@@ -43,7 +43,6 @@ from portllm.patch.record import ModelIdentity
 from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic
 from portllm.pipeline.make_tensor import Facts, How, Target, benches, make_tensor, require_device
 from portllm.pipeline.merge import digest_inputs, require_bfloat16
-from portllm.pipeline.one_thread import one_thread
 from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
 from portllm.pipeline.side_by_side import Tell, run_side_by_side
 from portllm.progress import Progress, silent
@@ -283,7 +282,7 @@ def _overwrite(plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> F
             raise made
         return made
 
-    with ExitStack() as opened, one_thread(), benches(how) as free:
+    with ExitStack() as opened, benches(how, plan.merge.steps.values()) as free:
         files = {str(file): _open(Path(str(file)), opened) for file in {info.file for info in places.values()}}
         steps = (
             replace(step, source=undo.tensors[name]) if step.change is not None else step

@@ -1,20 +1,18 @@
 """One tensor from the first block to the last: read once, and for each output changed, written and digested."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from queue import SimpleQueue
 
-import torch
 from blake3 import blake3
-from torch import Tensor
 
 from portllm.checkpoint.identity import digest_stored
-from portllm.checkpoint.tensors import encode
 from portllm.errors import DeviceError, PortLLMError
 from portllm.patch.rounding import MergeSums
-from portllm.pipeline.blocks import NEAREST, Bench, Cut, Rounding, cut_for, maker_of, read_blocks
+from portllm.pipeline.blocks import NEAREST, Bench, Cut, Make, Rounding, Stored, copied, cut_for, read_blocks
+from portllm.pipeline.fused import can_fuse, fused
 from portllm.pipeline.plan import MergeStep
 from portllm.pipeline.side_by_side import Tell, default_threads
 
@@ -105,10 +103,10 @@ def make_tensor(targets: Sequence[Target], bench: Bench, tell: Tell) -> list[Fac
     for making in makings:
         making.begin(cut, bench)
     read, n_bytes = blake3(), 0
-    for start, stored in read_blocks(cut, bench):
-        read.update(encode(stored))
+    for stored in read_blocks(cut, bench):
+        read.update(stored.data)
         for making in makings:
-            n_bytes += making.make(start, stored)
+            n_bytes += making.make(stored)
         if n_bytes >= TELL_BYTES:
             tell(n_bytes)
             n_bytes = 0
@@ -139,16 +137,16 @@ class _Making:
     def begin(self, cut: Cut, bench: Bench) -> None:
         """Read what the patch has for this tensor."""
         try:
-            self._maker = maker_of(self._step, cut, bench)
+            self._maker = _maker_of(self._step, cut, bench)
         except PortLLMError as error:
             self._fail(error, *self.left)
 
-    def make(self, start: int, stored: Tensor) -> int:
+    def make(self, stored: Stored) -> int:
         """Make a block and hand it to the targets; how many bytes they took together."""
         if not self.left:
             return 0
         try:
-            block = self._maker(start, stored)
+            block = self._maker(stored)
         except PortLLMError as error:
             self._fail(error, *self.left)
             return 0
@@ -178,6 +176,16 @@ class _Making:
             del self.left[number]
 
 
+def _maker_of(step: MergeStep, cut: Cut, bench: Bench) -> Make:
+    if step.is_copy:
+        return copied
+    if can_fuse(step, bench.rounding, bench.device):
+        return fused(step, bench)
+    from portllm.pipeline.changes import change_of  # loads torch
+
+    return change_of(step, cut, bench)
+
+
 def _makings(targets: Sequence[Target]) -> list[_Making]:
     """The targets by what they get: each change is made for itself, all else once for each storage dtype."""
     alike: dict[int | str, dict[int, Target]] = defaultdict(dict)
@@ -192,16 +200,23 @@ def require_device(device: str) -> str:
     Raises:
         DeviceError: It does not.
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise DeviceError(f"--device {device}: torch finds none here. Leave the option out to compute on the CPU.")
+    if device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise DeviceError(f"--device {device}: torch finds none here. Leave the option out to compute on the CPU.")
     return device
 
 
 @contextmanager
-def benches(how: How) -> Iterator["SimpleQueue[Bench]"]:
-    """A bench for each thread, to be taken and put back."""
+def benches(how: How, steps: Iterable[MergeStep]) -> Iterator["SimpleQueue[Bench]"]:
+    """A bench for each thread, to be taken and put back; where the steps need torch, it computes on one thread each."""
     free: SimpleQueue[Bench] = SimpleQueue()
     with ExitStack() as made:
+        if not all(step.is_copy or can_fuse(step, how.rounding, how.device) for step in steps):
+            from portllm.pipeline.one_thread import one_thread  # loads torch
+
+            made.enter_context(one_thread())
         for _ in range(how.threads):
             free.put(made.enter_context(Bench(how.rounding, device=how.device, keep_cached=how.keep_cached)))
         yield free

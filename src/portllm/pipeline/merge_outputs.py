@@ -16,7 +16,6 @@ from portllm.checkpoint.staging import Staged
 from portllm.checkpoint.writer import Shard, ShardWriter, resumable_folder
 from portllm.errors import CheckpointError, OutputError, PortLLMError
 from portllm.pipeline.make_tensor import Facts, Failure, How, Target, benches, make_tensor
-from portllm.pipeline.one_thread import one_thread
 from portllm.pipeline.plan import MergePlan, MergeStep
 from portllm.pipeline.side_by_side import Tell, run_side_by_side
 
@@ -169,7 +168,7 @@ def write_outputs(outputs: Sequence[Output], how: How, told: Callable[[int], Non
             raise _NothingLeftError
 
     try:
-        with one_thread(), benches(how) as free:
+        with benches(how, (step for output in outputs for step in output.plan.steps.values())) as free:
             run_side_by_side(jobs(), threads=how.threads, told=told, done=done)
     except _NothingLeftError:
         pass
