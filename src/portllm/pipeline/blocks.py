@@ -22,8 +22,8 @@ from portllm.pipeline.plan import MergeStep
 if TYPE_CHECKING:
     from portllm.patch.merge import Scratch
 
-BLOCK_ELEMENTS = 1 << 17
-"""Elements of a weight in memory at once: half a MiB in float32, and four times that with all that it becomes."""
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of a weight in memory at once: half a MiB in bfloat16, a MiB in float32."""
 
 GPU_BLOCK_ELEMENTS = 1 << 23
 """The same where a GPU computes, which is slow to begin and quick to end."""
