@@ -117,7 +117,7 @@ def study_status(file: Path, *, out: Path | None = None) -> Status:
         StudyFileError: The file is wrong.
     """
     study, out = read_study(file), out or default_folder(file)
-    ledger = Ledger(study, out, _identities(out))
+    ledger = Ledger(study, out, study_identities(out))
     seconds = ledger.seconds()
     return Status(study, out, len(ledger.steps), sum(seconds.values()), estimate(ledger.left(), seconds))
 
@@ -129,7 +129,7 @@ def study_results(file: Path, *, out: Path | None = None) -> Results:
         StudyFileError: The file is wrong.
     """
     study, out = read_study(file), out or default_folder(file)
-    return tabulate(study, Ledger(study, out, _identities(out), any_version=True).results())
+    return tabulate(study, Ledger(study, out, study_identities(out), any_version=True).results())
 
 
 def default_folder(file: Path) -> Path:
@@ -142,7 +142,8 @@ def default_folder(file: Path) -> Path:
     return Path(f"{file.stem}.study")
 
 
-def _identities(out: Path) -> Identities:
+def study_identities(out: Path) -> Identities:
+    """What the results in a folder came from, as its last run noted it; of nothing where none did."""
     try:
         values = json.loads((out / IDENTITIES).read_text(encoding="utf-8"))
         return Identities(values["base"], values["data"])
