@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from portllm.assess import kept_gain
 from portllm.assess.kept_gain import STORED_AS, measure_rounding
 from portllm.checkpoint.tensors import TORCH_DTYPES
 from portllm.patch.merge import measure_merge
 
 SAME_SUMS = 1e-5
-"""Sums in float64 here, row by row in float32 in a merge."""
+"""Products in float32 on both sides, over other rows."""
 
 
 @pytest.mark.parametrize("dtype", STORED_AS)
@@ -20,12 +21,20 @@ def test_the_measures_are_those_of_a_merge(dtype, size):
     delta = size * torch.randn(8, 40, generator=generator)
     merged = (weight.float() + delta).to(TORCH_DTYPES[dtype])
     theirs = measure_merge(weight, delta, merged)
-    ours = measure_rounding(weight.float().numpy(), delta.numpy())[dtype]
+    ours = measure_rounding(weight.float().numpy().reshape(1, -1), delta.numpy().reshape(1, -1))[0][dtype]
     assert (ours.delta_sq, ours.gain, ours.weight_sq) == pytest.approx(
         (theirs.delta_sq, theirs.gain, theirs.weight_sq), rel=SAME_SUMS
     )
 
 
+def test_what_is_found_of_a_weight_does_not_depend_on_those_beside_it(monkeypatch):
+    rng = np.random.default_rng(0)
+    weights, deltas = (rng.normal(size=(7, 300)).astype(np.float32) for _ in range(2))
+    monkeypatch.setattr(kept_gain, "TILE", 2 * 300)
+    alone = [measure_rounding(weights[[row]], deltas[[row]])[0] for row in range(7)]
+    assert measure_rounding(weights, deltas) == alone
+
+
 def test_what_does_not_fit_is_not_finite():
-    found = measure_rounding(np.full((1, 1), 65000.0, np.float32), np.full((1, 1), 1000.0))
+    (found,) = measure_rounding(np.full((1, 1), 65000.0, np.float32), np.full((1, 1), 1000.0, np.float32))
     assert {dtype: sums.is_finite for dtype, sums in found.items()} == {"BF16": True, "F16": False, "F32": True}

@@ -1,11 +1,26 @@
 """Shares of the drift in a patch's spaces, against projections by SVD; sizes of products, against the product."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.assess.overlap import Alignment, Share, align, product_square, share_inside
+from portllm.assess.overlap import (
+    BLOCK,
+    Alignment,
+    Share,
+    align,
+    gram,
+    product_squares,
+    products,
+    shares_inside,
+    square,
+)
+
+FLOAT32 = 1e-5
+"""What the module says of its products."""
 
 
 def by_svd(drift, spanning):
@@ -13,6 +28,12 @@ def by_svd(drift, spanning):
     _, s, vt = np.linalg.svd(spanning, full_matrices=False)
     basis = vt[s > 1e-6 * s[0]]
     return np.square(drift @ basis.T).sum() / np.square(drift).sum(), len(basis) / drift.shape[1]
+
+
+def share_inside(drift, spanning):
+    """Of one drift in one space."""
+    inner, total, width = products(spanning, drift)[None], square(drift), drift.shape[1]
+    return shares_inside(inner, gram(spanning)[None], totals=[total], width=width)[0]
 
 
 @given(st.integers(1, 5), st.integers(6, 20), st.integers(1, 7), st.integers(0, 10**6))
@@ -30,6 +51,18 @@ def test_rows_that_repeat_each_other_count_once():
     twice = share_inside(drift, np.concatenate([one, -3 * one, 0 * one]))
     assert twice.by_chance == pytest.approx(1 / 9)
     assert twice.share == pytest.approx(share_inside(drift, one).share)
+
+
+@pytest.mark.parametrize("beside", [0.0, np.nan, np.inf, 1e30])
+def test_a_space_that_cannot_be_measured_changes_no_other(beside):
+    rng = np.random.default_rng(4)
+    spanning, drift = rng.normal(size=(3, 9)).astype(np.float32), rng.normal(size=(2, 9)).astype(np.float32)
+    spaces, drifts = np.stack([spanning, np.full_like(spanning, beside)]), np.stack([drift, drift])
+    with np.errstate(all="ignore"):
+        found = shares_inside(products(spaces, drifts), gram(spaces), totals=[square(drift)] * 2, width=9)
+    assert found[0].share == pytest.approx(share_inside(drift, spanning).share)
+    assert (found[0].by_chance, found[1].chance) == (pytest.approx(3 / 9), 0.0)
+    assert math.isfinite(found[1].inside) is (beside == 0.0)
 
 
 def test_drift_made_of_the_rows_lies_inside_wholly():
@@ -58,10 +91,22 @@ def test_shares_of_parts_weigh_by_the_drift():
     assert (Share(1.0, 0.1, 2.0) + Share(0.0, 0.1, 8.0)).share == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, 3 * BLOCK + 7])
+def test_products_are_those_of_float64_whatever_the_width(width):
+    rng = np.random.default_rng(2)
+    one, other = rng.normal(size=(4, 3, width)).astype(np.float32), rng.normal(size=(4, 5, width)).astype(np.float32)
+    exact = np.einsum("nrd,nkd->nrk", one, other, dtype=np.float64)
+    lengths = np.linalg.norm(one, axis=2)[:, :, None] * np.linalg.norm(other, axis=2)[:, None]
+    assert np.abs(products(one, other) - exact).max() <= FLOAT32 * lengths.max()
+    assert np.array_equal(products(one, other)[1], products(one[1], other[1]))
+    assert np.array_equal(gram(one.swapaxes(1, 2).copy().swapaxes(1, 2)), gram(one))
+
+
 def test_the_size_of_a_product_is_that_of_the_product():
     rng = np.random.default_rng(2)
-    b, a = rng.normal(size=(17, 4)).astype(np.float32), rng.normal(size=(4, 9)).astype(np.float32)
-    assert product_square(b, a) == pytest.approx(np.square(b.astype(float) @ a.astype(float)).sum(), rel=1e-12)
+    b, a = rng.normal(size=(2, 17, 4)).astype(np.float32), rng.normal(size=(2, 4, 9)).astype(np.float32)
+    exact = np.square(b.astype(float) @ a.astype(float)).sum(axis=(1, 2))
+    assert product_squares(gram(b.swapaxes(1, 2)), gram(a)) == pytest.approx(exact, rel=FLOAT32)
 
 
 def test_alignment_is_the_cosine():

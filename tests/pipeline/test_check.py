@@ -12,8 +12,9 @@ from portllm.assess.lineage import Lineage
 from portllm.assess.verdict import Answer
 from portllm.checkpoint.reader import open_checkpoint
 from portllm.patch.adapter_folder import load_patch
+from portllm.patch.folders import find_patches, open_each
 from portllm.pipeline import check as check_module
-from portllm.pipeline import measured_update
+from portllm.pipeline import measured_update, patch_measures
 from portllm.pipeline.check import check
 from portllm.pipeline.check_report import patch_to_json, update_to_json
 
@@ -274,6 +275,48 @@ def test_each_patch_is_judged_as_if_it_were_alone_and_the_models_are_read_once(t
     for one, other in zip(alone, together.patches, strict=True):
         assert patch_to_json(one.patches[0]) == patch_to_json(other)
         assert update_to_json(one.update) == update_to_json(together.update)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_patches_of_one_recipe_are_judged_as_if_each_were_alone(tmp_path, full):
+    from tests import models
+
+    base = models.make_base(tmp_path / "base")
+    evolved = models.make_evolved(base, tmp_path / "evolved", drift=SHORT)
+    adapters = [models.make_adapter(base, tmp_path / f"{seed}", seed=seed, size=0.1 * seed) for seed in (1, 2, 3)]
+    alone = [checked(adapter, base, evolved, full=full) for adapter in adapters]
+    patches = [outcome.value for outcome in open_each(find_patches(adapters), lambda patch, _: patch)]
+    together = check(*patches, base=open_checkpoint(base), evolved=open_checkpoint(evolved), full=full)
+    assert [patch_to_json(one.patches[0]) for one in alone] == [patch_to_json(patch) for patch in together.patches]
+    assert len({patch.delta_sq for patch in together.patches}) == len(adapters)
+
+
+def test_few_factors_at_once_and_many_are_measured_alike(tiny, monkeypatch):
+    whole = checked(tiny("adapter"), tiny("base"), tiny("evolved", drift=SHORT), full=True)
+    monkeypatch.setattr(patch_measures, "MOST_ELEMENTS", 1)
+    apart = checked(tiny("adapter"), tiny("base"), tiny("evolved", drift=SHORT), full=True)
+    one, other = (patch_to_json(report.patches[0])["tensors"] for report in (whole, apart))
+    for name, found in one.items():
+        for number in ("norm", "cosine_with_drift"):
+            assert found[number] == pytest.approx(other[name][number], rel=FLOAT32)
+        for side, share in found["overlap"].items():
+            assert share == pytest.approx(other[name]["overlap"][side], rel=FLOAT32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_patch_that_is_not_of_numbers_is_named(tmp_path, value):
+    from tests import models
+
+    base = models.make_base(tmp_path / "base")
+    adapter = models.make_adapter(base, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    tensors[key][0, 0] = value
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (patch,) = checked(adapter, base, models.make_evolved(base, tmp_path / "evolved", drift=SHORT)).patches
+    assert patch.verdict.answer is Answer.WILL_NOT_HOLD
+    assert "model.layers.1.mlp.up_proj.weight" in patch.verdict.reasons[0].text
+    assert patch.changes["model.layers.0.mlp.up_proj.weight"].is_finite
 
 
 def test_the_report_is_json_whatever_was_found(tiny):

@@ -4,18 +4,29 @@ A low-rank delta `Δ = s·B·A` reads its input by the rows of A and writes by t
 that lies there is `|D P_A|² / |D|²` and `|P_B D|² / |D|²`, with `P` the orthogonal projections on those spaces. Drift
 that knows nothing of the patch has `rank / d_in` and `rank / d_out` of itself there, by chance.
 
-With rows v_i that span a space and their Gram matrix `G = V Vᵀ = Q Λ Qᵀ`, the squared length of what of `X` lies in it
-is `|Λ^(-1/2) Qᵀ V Xᵀ|²`; directions with an eigenvalue of rounding are left out. No basis is formed: the work is that
-of a thin product. Factors are taken in float64.
+With rows v_i that span a space and their Gram matrix `G = V Vᵀ`, brought to a diagonal of ones so that a row counts
+whatever its length, `G = Q Λ Qᵀ`, the squared length of what of `X` lies in it is `|Λ^(-1/2) Qᵀ V Xᵀ|²`; directions
+with an eigenvalue of rounding are left out. No basis is formed, and the product of the factors neither: the Gram
+matrices of both and what `V` makes of a few rows give sizes, angles and shares.
+
+Products of rows are float32 products over blocks of columns that are added in float64: within 1e-5 of float64
+throughout.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 
-GRAM_FLOOR = 1e-12
+BLOCK = 1 << 10
+"""Columns of a product that is added up in float64: so few that one thread of the BLAS makes it, at usual ranks."""
+
+EPSILON = 1e-12
+"""So much of a direction lets a matrix have an inverse, and changes nothing that counts."""
+
+GRAM_FLOOR = 1e-5
 """Eigenvalues of a Gram matrix below this share of the largest are rounding of the factors."""
 
 
@@ -83,19 +94,73 @@ class Alignment:
         return self.product / norms if norms else None
 
 
-def share_inside(drift: Float[np.ndarray, "k d"], spanning: Float[np.ndarray, "rank d"]) -> Share:
-    """How much of some rows of the drift lies in the space that other rows span.
+def products(one: Float[np.ndarray, "*n r d"], other: Float[np.ndarray, "*n k d"]) -> Float64[np.ndarray, "*n r k"]:
+    """The products of rows with rows, `X Yᵀ`, of one pair of matrices or of many.
 
     Example:
-        >>> share_inside(np.array([[3.0, 4.0, 0.0]]), np.array([[2.0, 0.0, 0.0]])).share
+        >>> products(np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[1.0, 1.0]])).tolist()
+        [[7.0], [1.0]]
+    """
+    width = one.shape[-1]
+    whole = width // BLOCK * BLOCK
+    left, right = (_blocks(rows[..., :whole]) for rows in (one, other))
+    found: Float64[np.ndarray, "*n r k"] = (left @ right.swapaxes(-1, -2)).sum(axis=-3, dtype=np.float64)
+    return found if whole == width else found + one[..., whole:] @ other[..., whole:].swapaxes(-1, -2)
+
+
+def _blocks(rows: Float[np.ndarray, "*n r d"]) -> Float[np.ndarray, "*n blocks r block"]:
+    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // BLOCK, BLOCK).swapaxes(-2, -3)
+
+
+def gram(rows: Float[np.ndarray, "*n rank d"]) -> Float64[np.ndarray, "*n rank rank"]:
+    """The products of rows with each other, `V Vᵀ`.
+
+    Example:
+        >>> gram(np.array([[3.0, 4.0], [1.0, 0.0]])).tolist()
+        [[25.0, 3.0], [3.0, 1.0]]
+    """
+    return products(rows, rows)
+
+
+def shares_inside(
+    inner: Float[np.ndarray, "n rank k"],
+    grams: Float64[np.ndarray, "n rank rank"],
+    *,
+    totals: Sequence[float],
+    width: int,
+) -> list[Share]:
+    """How much of some rows `X` of the drift lies in the space that the rows of `V` span, for several of both.
+
+    Args:
+        inner: `V Xᵀ`.
+        grams: `gram(V)`; where one is not finite, neither is its share.
+        totals: `|X|²`.
+        width: Columns of all.
+
+    Example:
+        >>> rows, drift = np.array([[[2.0, 0.0, 0.0]]]), np.array([[[3.0, 4.0, 0.0]]])
+        >>> round(shares_inside(products(rows, drift), gram(rows), totals=[25.0], width=3)[0].share, 6)
         0.36
     """
-    basis, rows = spanning.astype(np.float64), drift.astype(np.float64, copy=False)
-    values, vectors = np.linalg.eigh(basis @ basis.T)
-    kept = values > GRAM_FLOOR * max(float(values[-1]), 0.0) if len(values) else np.zeros(0, bool)
-    inner = vectors[:, kept].T @ (basis @ rows.T) / np.sqrt(values[kept])[:, None]
-    total = _dot(rows, rows)
-    return Share(_dot(inner, inner), total * int(kept.sum()) / basis.shape[1], total)
+    lengths = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))[..., None]
+    lengths = np.where(lengths > 0, lengths, 1.0)  # a row of zeros spans nothing
+    angles = grams / (lengths * lengths.swapaxes(-1, -2))
+    inner = inner / lengths
+    rank = grams.shape[-1]
+    inverse = np.linalg.inv(angles + EPSILON * np.eye(rank))
+    # No eigenvalue is smaller than one through the trace, and none larger than the rank.
+    if (GRAM_FLOOR * rank * np.trace(inverse, axis1=-2, axis2=-1) < 1).all():
+        inside, counts = _dots(inner, inverse @ inner), [rank] * len(grams)
+    else:
+        is_finite = np.isfinite(angles).all(axis=(-1, -2))[:, None]
+        values, vectors = np.linalg.eigh(np.where(is_finite[..., None], angles, 0.0))
+        kept = values > GRAM_FLOOR * values[:, -1:]
+        weights = np.divide(1.0, values, out=np.where(is_finite, 0.0, np.full_like(values, np.nan)), where=kept)
+        found = vectors.swapaxes(-1, -2) @ inner
+        inside, counts = _dots(found, weights[..., None] * found), kept.sum(axis=-1).tolist()
+    return [
+        Share(part, total * count / width, total) for part, count, total in zip(inside, counts, totals, strict=True)
+    ]
 
 
 def align(delta: Float[np.ndarray, "k d"], drift: Float[np.ndarray, "k d"]) -> Alignment:
@@ -106,18 +171,30 @@ def align(delta: Float[np.ndarray, "k d"], drift: Float[np.ndarray, "k d"]) -> A
         0.7071067811865475
     """
     one, other = delta.astype(np.float64), drift.astype(np.float64, copy=False)
-    return Alignment(_dot(one, other), _dot(one, one), _dot(other, other))
+    return Alignment(_dot(one, other), square(one), square(other))
 
 
-def product_square(b: Float[np.ndarray, "m rank"], a: Float[np.ndarray, "rank n"]) -> float:
-    """`|B A|²` without the product: `tr((Bᵀ B)(A Aᵀ))`, in float64.
+def product_squares(
+    left: Float64[np.ndarray, "n rank rank"], right: Float64[np.ndarray, "n rank rank"]
+) -> Float64[np.ndarray, " n"]:
+    """`|B A|²` without the products, from the Gram matrices of B's columns and A's rows: `tr((Bᵀ B)(A Aᵀ))`.
 
     Example:
-        >>> product_square(np.array([[3.0], [4.0]]), np.array([[0.0, 2.0]]))
-        100.0
+        >>> product_squares(gram(np.array([[[3.0, 4.0]]])), gram(np.array([[[0.0, 2.0]]]))).tolist()
+        [100.0]
     """
-    left, right = b.astype(np.float64), a.astype(np.float64)
-    return max(_dot(left.T @ left, right @ right.T), 0.0)  # in this order, NaN stays
+    return np.maximum(_dots(left, right), 0.0)  # NaN stays
+
+
+def square(values: Float[np.ndarray, "k d"]) -> float:
+    """`|X|²`, in float64."""
+    wide = values.astype(np.float64, copy=False)
+    return _dot(wide, wide)
+
+
+def _dots(one: Float[np.ndarray, "n r k"], other: Float[np.ndarray, "n r k"]) -> list[float]:
+    dots: list[float] = np.vecdot(one.reshape(len(one), -1), other.reshape(len(other), -1)).tolist()
+    return dots
 
 
 def _dot(one: Float[np.ndarray, "k d"], other: Float[np.ndarray, "k d"]) -> float:

@@ -58,7 +58,7 @@ def decoded(info: TensorInfo, start: int, stop: int, data: Sequence[bytes]) -> F
             return _from_four_bit(info, four_bit, start, stop, data)
 
 
-def decode_floats(data: bytes, dtype: str) -> Float32[np.ndarray, " n"]:
+def decode_floats(data: bytes | memoryview, dtype: str) -> Float32[np.ndarray, " n"]:
     """Bytes of a checkpoint as float32 numbers.
 
     Example:
@@ -69,7 +69,7 @@ def decode_floats(data: bytes, dtype: str) -> Float32[np.ndarray, " n"]:
         case "BF16":  # the upper half of a float32
             return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
         case "F16" | "F32" | "F64":
-            return np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32)
+            return np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32, copy=False)
         case _:
             raise UnsupportedDtypeError(f"dtype {dtype}: holds no numbers that can be sampled.")
 

@@ -17,6 +17,9 @@ MAX_JSON_BYTES = 64_000_000
 
 _BATCH = 512
 
+MOST_PIECES = 1024
+"""Pieces of memory that one call of the kernel fills (IOV_MAX)."""
+
 
 def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytes:
     """Bytes `start` to `stop` of one tensor, counted from its first byte.
@@ -58,6 +61,43 @@ def _read_span(file: int, info: TensorInfo, start: int, stop: int) -> bytes:
     return data
 
 
+def read_into(spans: Iterable[tuple[TensorInfo, memoryview]]) -> None:
+    """Fill memory with whole tensors of one file on this disk; those that follow each other are read by one call.
+
+    Errors as `read_bytes`.
+    """
+    runs: list[list[tuple[TensorInfo, memoryview]]] = []
+    for info, memory in sorted((span for span in spans if len(span[1])), key=lambda span: span[0].start):
+        if not runs or runs[-1][-1][0].stop != info.start:
+            runs.append([])
+        runs[-1].append((info, memory))
+    if not runs:
+        return
+    info = runs[0][0][0]
+    try:
+        with open(str(info.file), "rb", buffering=0) as file:
+            for run in runs:
+                _fill(file.fileno(), run)
+    except OSError as error:
+        raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
+
+
+def _fill(file: int, run: Sequence[tuple[TensorInfo, memoryview]]) -> None:
+    place, waiting = run[0][0].start, [memory for _, memory in run]
+    while waiting:  # one call reads at most 2 GiB, and may read less
+        count = os.preadv(file, waiting[:MOST_PIECES], place)
+        place += count
+        if not count:
+            info = next(info for info, _ in run if place < info.stop)
+            raise CheckpointError(
+                f"'{info.name}': '{info.file}' became shorter while it was read. Run again when nothing writes to it."
+            )
+        while waiting and count >= len(waiting[0]):
+            count -= len(waiting.pop(0))
+        if count:
+            waiting[0] = waiting[0][count:]
+
+
 def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
     """What `read_bytes` gives for each tensor, start and stop, in order; slices of remote files are read side by side.
 
@@ -81,14 +121,19 @@ def read_header(file: Path) -> Header:
         HeaderError: It breaks a rule of the format.
         CheckpointError: The file cannot be read.
     """
+    text, file_bytes = read_header_text(file)
+    return parse_header(text, file=file, file_bytes=file_bytes)
+
+
+def read_header_text(file: Path) -> tuple[bytes, int]:
+    """The JSON part of one safetensors file's header, and the size of the file; errors as `read_header`."""
     try:
         file_bytes = file.stat().st_size
         with open(file, "rb") as stream:
             length = parse_header_length(stream.read(8), file=file, file_bytes=file_bytes)
-            text = stream.read(length)
+            return stream.read(length), file_bytes
     except OSError as error:
         raise CheckpointError(f"'{file}': cannot be read: {error.strerror}.") from error
-    return parse_header(text, file=file, file_bytes=file_bytes)
 
 
 def read_json(

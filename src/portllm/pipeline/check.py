@@ -11,6 +11,7 @@ import numpy as np
 
 from portllm.assess.overlap import Alignment, Share
 from portllm.assess.verdict import Measures, judge
+from portllm.checkpoint.alike_reader import AlikeReader
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint, on_disk
 from portllm.patch.delta import Change
@@ -21,7 +22,7 @@ from portllm.pipeline.fit import changes_on, tensor_of
 from portllm.pipeline.fitted import quantization_of
 from portllm.pipeline.measured_update import MeasuredUpdate, measure_update
 from portllm.pipeline.pairs import Pair
-from portllm.pipeline.patch_measures import ChangeMeasures, measure_change
+from portllm.pipeline.patch_measures import ChangeMeasures, measure_changes
 from portllm.pipeline.plan import PortPlan, plan_port_on
 from portllm.pipeline.sampled_gap import sample_gap
 from portllm.pipeline.token_rows import has_token_rows
@@ -63,7 +64,8 @@ def check(
         base, evolved = (on_disk(model, progress=progress) for model in (base, evolved))
     known = measure_update(Update(base, evolved), full=full, progress=progress)
     plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
-    return CheckReport(known.report, tuple(check_patch(plan, known) for plan in plans))
+    reader = AlikeReader()
+    return CheckReport(known.report, tuple(check_patch(plan, known, reader) for plan in plans))
 
 
 def refused(plan: PortPlan) -> PatchReport | None:
@@ -71,24 +73,26 @@ def refused(plan: PortPlan) -> PatchReport | None:
     return PatchReport(plan.patch.name, judge(Measures(refusals=plan.refusals))) if plan.refusals else None
 
 
-def check_patch(plan: PortPlan, known: MeasuredUpdate) -> PatchReport:
+def check_patch(plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | None = None) -> PatchReport:
     """Hold one patch against an update.
 
     Args:
         plan: To carry it through that update; where it has refusals, they are what is found.
         known: What was read of the update.
+        reader: Keeps its memory from patch to patch, where several are checked.
     """
     if (found := refused(plan)) is not None:
         return found
     patch = plan.patch
     changes = _changes_of(patch, known)
-    measured: dict[str, ChangeMeasures] = {}
-    for name, (change, pair) in _spread(changes).items():
-        follows_tokens = plan.tokens is not None and has_token_rows(pair.evolved.name, known.update.evolved)
-        sampled = known.sample.rows.get(name)
-        if sampled is not None and not follows_tokens:
-            with np.errstate(invalid="ignore", over="ignore"):  # what is no number is named below
-                measured[name] = measure_change(change, sampled, known.columns.get(name))
+    read = {
+        name: change
+        for name, (change, pair) in _spread(changes, known).items()
+        if name in known.sample.rows
+        and not (plan.tokens is not None and has_token_rows(pair.evolved.name, known.update.evolved))
+    }
+    with np.errstate(invalid="ignore", over="ignore"):  # what is no number is named below
+        measured = measure_changes(read, known.sample, known.columns, reader or AlikeReader())
     matrices = {pair.place for _, pair in changes.values() if len(pair.base.shape) > 1}
     places = frozenset(matrices or {pair.place for _, pair in changes.values()})
     drift = known.drift_of(places)
@@ -141,9 +145,9 @@ def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:
     return found
 
 
-def _spread(changes: Changes) -> Changes:
+def _spread(changes: Changes, known: MeasuredUpdate) -> Changes:
     """At most `MOST_TENSORS` of the changes, evenly spaced over kinds of modules and layers."""
-    names = sorted(changes, key=lambda name: (changes[name][1].place.kind, changes[name][1].place, name))
+    names = sorted(changes, key=known.position.__getitem__)
     count = min(MOST_TENSORS, len(names))
     return {name: changes[name] for name in (names[number * len(names) // count] for number in range(count))}
 

@@ -14,10 +14,11 @@ from functools import cached_property
 
 import numpy as np
 from blake3 import blake3
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Int64
 
 from portllm.assess.drift import DriftSums, measure_drift
 from portllm.assess.estimate import Stratum
+from portllm.assess.overlap import square
 from portllm.assess.places import Place
 from portllm.checkpoint.sample import load_spans
 from portllm.pipeline.pairs import Pair
@@ -54,13 +55,51 @@ class SampledRows:
     n_first: int
 
     @cached_property
-    def drift(self) -> Float64[np.ndarray, "rows width"]:
+    def drift(self) -> Float32[np.ndarray, "rows width"]:
         """What the update added to these rows; kept as it is used, for every patch that changes them."""
-        drift: Float64[np.ndarray, "rows width"] = (self.evolved - self.base).astype(np.float64)
+        drift: Float32[np.ndarray, "rows width"] = self.evolved - self.base
         return drift
+
+    @cached_property
+    def drift_sq(self) -> float:
+        """|D|² of these rows."""
+        return square(self.drift)
+
+    @property
+    def first(self) -> Float32[np.ndarray, "rows width"]:
+        """The rows of the first window in the evolved model."""
+        return self.evolved[: self.n_first]
 
 
 @dataclass(frozen=True, slots=True)
+class AlikeRows:
+    """Some rows of several weights of one shape, the same number of each.
+
+    Attributes:
+        each: Of one weight after the other.
+        drift: What the update added to them.
+        first: The rows of each weight's first window in the evolved model, one after the other.
+    """
+
+    each: tuple[SampledRows, ...]
+    drift: Float32[np.ndarray, "n rows width"]
+    first: Float32[np.ndarray, "n elements"]
+
+
+@dataclass(frozen=True, slots=True)
+class DriftColumns:
+    """The drift of some columns of one weight.
+
+    Attributes:
+        values: As rows, shape (columns, rows of the weight).
+        square: Their squared norm.
+    """
+
+    values: Float32[np.ndarray, "columns rows"]
+    square: float
+
+
+@dataclass(frozen=True)
 class DriftSample:
     """What was read of two models.
 
@@ -73,6 +112,19 @@ class DriftSample:
     strata: Mapping[Place, tuple[Stratum, ...]]
     rows: Mapping[str, SampledRows]
     n_elements: int
+
+    def alike(self, names: tuple[str, ...]) -> AlikeRows:
+        """The rows of some weights of one shape; kept, for most patches of a base change the same modules."""
+        if names not in self._alike:
+            each = tuple(self.rows[name] for name in names)
+            first = np.stack([rows.first.reshape(-1) for rows in each])
+            self._alike[names] = AlikeRows(each, np.stack([rows.drift for rows in each]), first)
+        return self._alike[names]
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, ...], AlikeRows]:
+        """Those that were asked for."""
+        return {}
 
 
 def sample_drift(pairs: Sequence[Pair]) -> DriftSample:

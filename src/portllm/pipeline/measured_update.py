@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float32
 
 from portllm.assess.config_changes import compare_configs
 from portllm.assess.estimate import DriftEstimate, Stratum, estimate_drift
 from portllm.assess.lineage import lineage_of
+from portllm.assess.overlap import square
 from portllm.assess.places import Place
 from portllm.checkpoint.reader import Checkpoint, side_file
 from portllm.checkpoint.ties import HEAD, embedding
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.pipeline.check_report import KindReport, UpdateReport
 from portllm.pipeline.drift import measure_pairs
-from portllm.pipeline.drift_samples import DriftSample, drawn, sample_drift
+from portllm.pipeline.drift_samples import DriftColumns, DriftSample, drawn, sample_drift
 from portllm.pipeline.pairs import Pair, Pairing, pair_tensors
 from portllm.pipeline.update import Update
 from portllm.progress import Progress, silent
@@ -32,7 +32,7 @@ MOST_COLUMNS = 16
 """Of one weight."""
 
 Strata = Mapping[Place, tuple[Stratum, ...]]
-Columns = Mapping[str, Float32[np.ndarray, "rows some"]]
+Columns = Mapping[str, DriftColumns]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ class MeasuredUpdate:
         for pair in self.report.pairing.pairs.values():
             found[pair.evolved.name] += (pair,)
         return dict(found)
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        """Where each pair stands, by its name, when those of a kind of module follow each other from layer to layer."""
+        pairs = sorted(self.report.pairing.pairs.values(), key=lambda pair: (pair.place.kind, pair.place, pair.name))
+        return {pair.name: number for number, pair in enumerate(pairs)}
 
     @cached_property
     def _estimates(self) -> dict[frozenset[Place], DriftEstimate | None]:
@@ -111,8 +117,10 @@ def _measure_all(pairing: Pairing, progress: Progress) -> tuple[Strata, Columns]
     strata: dict[Place, tuple[Stratum, ...]] = defaultdict(tuple)
     for name, drift in drifts.items():
         strata[pairing.pairs[name].place] += (Stratum((drift.sums,)),)
-    columns = {name: drift.columns for name, drift in drifts.items() if drift.columns is not None}
-    return dict(strata), columns
+    columns = {
+        name: np.ascontiguousarray(drift.columns.T) for name, drift in drifts.items() if drift.columns is not None
+    }
+    return dict(strata), {name: DriftColumns(values, square(values)) for name, values in columns.items()}
 
 
 def _update_report(

@@ -1,26 +1,34 @@
 """What a patch does to the rows that were sampled: its size, its angle to the drift, what a merge would keep of it.
 
 Works on what `drift_samples` read once for all patches; of each patch its own tensors are read, one module at a time.
+Neither delta nor drift is formed whole: with `Δ = s·B·A` and sampled rows S of the drift `D`, all but the rounding
+follows from `A Aᵀ`, `Bᵀ B`, `A D_Sᵀ` and `B_S`, matrices with as many rows or columns as the rank.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from portllm.assess.kept_gain import measure_rounding
-from portllm.assess.overlap import Alignment, Share, align, product_square, share_inside
+from portllm.assess.overlap import Alignment, Share, align, gram, product_squares, products, shares_inside, square
+from portllm.checkpoint.alike_reader import AlikeReader
 from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.sample import load_spans, load_values
+from portllm.checkpoint.sample import load_values
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.rounding import MergeSums
-from portllm.pipeline.drift_samples import SampledRows
+from portllm.pipeline.drift_samples import AlikeRows, DriftColumns, DriftSample, SampledRows
 
 Matrix = Float[np.ndarray, "_ _"]
+Columns = Mapping[str, DriftColumns]
 INPUT, OUTPUT = "input", "output"
 LOW_RANK = "low rank"
+MOST_ELEMENTS = 1 << 21
+"""Of factors that are read at once: 8 MB."""
+
 LONGEST_ROWS = 256
 """Trained token rows that are measured at most."""
 
@@ -53,72 +61,110 @@ class ChangeMeasures:
         return math.isfinite(self.delta_sq)
 
 
-def measure_change(
-    change: Change[TensorInfo], sampled: SampledRows, columns: Float32[np.ndarray, "rows some"] | None
-) -> ChangeMeasures:
-    """Measure what a patch does to one weight.
+def measure_changes(
+    changes: Mapping[str, Change[TensorInfo]], sample: DriftSample, columns: Columns, reader: AlikeReader
+) -> dict[str, ChangeMeasures]:
+    """Measure what one patch does to some weights.
 
     Args:
-        change: Of the tensor that `sampled.pair.evolved` is, or is a part of.
-        sampled: Rows of that weight in both models.
-        columns: The drift of some columns of the whole weight, where all of it was read.
+        changes: By weight, what is done to the tensor that its `pair.evolved` is, or is a part of.
+        sample: Rows of these weights in both models.
+        columns: The drift of some columns of whole weights, where all of them was read.
+        reader: Of the factors.
+
+    Raises:
+        CheckpointError: A tensor of the patch cannot be read.
     """
-    drift = sampled.drift
-    match change:
-        case LowRankDelta() as delta:
-            infos = (delta.a, delta.b)
-            values = load_spans([(info, 0, info.n_params) for info in infos])
-            a, b = (found.reshape(info.shape) for info, found in zip(infos, values, strict=True))
-            return _of_low_rank(delta, a, b, sampled, drift, columns)
-        case ExpertsDelta() | ExpertDelta():
-            return _of_experts(change, sampled, drift)
-        case WholeValue(values=info):
-            return _of_values(_rows_of(info, sampled) - sampled.base, sampled, drift, "value")
-        case VectorDelta(values=info, scale=scale):
-            return _of_values(np.float32(scale) * _rows_of(info, sampled), sampled, drift, "bias")
-        case RowValues() as rows:
-            return _of_token_rows(rows, sampled)
+    found: dict[str, ChangeMeasures] = {}
+    low_rank: dict[str, LowRankDelta[TensorInfo]] = {}
+    for name, change in changes.items():
+        sampled = sample.rows[name]
+        match change:
+            case LowRankDelta():
+                low_rank[name] = change
+            case ExpertsDelta() | ExpertDelta():
+                found[name] = _of_experts(change, sampled)
+            case WholeValue(values=info):
+                found[name] = _of_values(_rows_of(info, sampled) - sampled.base, sampled, "value")
+            case VectorDelta(values=info, scale=scale):
+                found[name] = _of_values(np.float32(scale) * _rows_of(info, sampled), sampled, "bias")
+            case RowValues():
+                found[name] = _of_token_rows(change, sampled)
+    for names in _alike(low_rank, sample.rows):
+        deltas = [low_rank[name] for name in names]
+        a, b = reader.read([delta.a for delta in deltas], [delta.b for delta in deltas])
+        some = [columns[name] for name in names] if all(name in columns for name in names) else []
+        found |= zip(names, _of_low_rank(deltas, a, b, sample.alike(names), some), strict=True)
+    return {name: found[name] for name in changes}
+
+
+def _alike(
+    deltas: Mapping[str, LowRankDelta[TensorInfo]], rows: Mapping[str, SampledRows]
+) -> Iterator[tuple[str, ...]]:
+    """Names of deltas of one shape, for whose weights the same number of rows was read; not too many at once."""
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name, delta in deltas.items():
+        sampled = rows[name]
+        factors = (delta.a.shape, delta.a.dtype, delta.b.shape, delta.b.dtype, delta.transposed)
+        groups[factors, sampled.base.shape, sampled.n_first].append(name)
+    for names in groups.values():
+        delta = deltas[names[0]]
+        step = max(1, MOST_ELEMENTS // max(1, delta.a.n_params, delta.b.n_params))
+        yield from (tuple(names[start : start + step]) for start in range(0, len(names), step))
 
 
 def _of_low_rank(
-    delta: LowRankDelta[TensorInfo],
-    a: Matrix,
-    b: Matrix,
-    sampled: SampledRows,
-    drift: Matrix,
-    columns: Float32[np.ndarray, "rows some"] | None,
-) -> ChangeMeasures:
+    deltas: Sequence[LowRankDelta[TensorInfo]],
+    a: Float32[np.ndarray, "n rank d_in"],
+    b: Float32[np.ndarray, "n d_out rank"],
+    sampled: AlikeRows,
+    columns: Sequence[DriftColumns],
+) -> Iterator[ChangeMeasures]:
     # A weight that is stored as (d_in, d_out) is the transposed one with its factors in each other's place.
-    left, right = (a.T, b.T) if delta.transposed else (b, a)
-    across, along = (OUTPUT, INPUT) if delta.transposed else (INPUT, OUTPUT)
-    added = np.float32(delta.scale) * (left[sampled.rows] @ right)
-    overlaps = {across: share_inside(drift, right)}
-    if columns is not None:
-        overlaps[along] = share_inside(np.ascontiguousarray(columns.T), left.T)
-    return ChangeMeasures(
-        LOW_RANK,
-        delta.rank,
-        delta.scale**2 * product_square(b, a),
-        align(added, drift),
-        overlaps,
-        _rounding(_rescaled(delta, added, sampled), sampled),
-        is_rescaled=delta.magnitude is not None,
-    )
+    is_turned = deltas[0].transposed
+    (left, right), (across, along) = ((a, b), (OUTPUT, INPUT)) if is_turned else ((b, a), (INPUT, OUTPUT))
+    left, right = (left, right.swapaxes(1, 2)) if is_turned else (left.swapaxes(1, 2), right)
+    of_left, of_right = gram(left), gram(right)
+    picked = np.stack([factor[rows.rows] for factor, rows in zip(left.swapaxes(1, 2), sampled.each, strict=True)])
+    inner = np.vecdot(right[:, :, None], sampled.drift[:, None]).astype(np.float64)
+    drift_sq = [rows.drift_sq for rows in sampled.each]
+    overlaps = {across: shares_inside(inner, of_right, totals=drift_sq, width=right.shape[2])}
+    if columns:
+        inner_along = np.stack([products(factor, drift.values) for factor, drift in zip(left, columns, strict=True)])
+        totals = [drift.square for drift in columns]
+        overlaps[along] = shares_inside(inner_along, of_left, totals=totals, width=left.shape[2])
+    scales = np.array([delta.scale for delta in deltas])
+    sizes = (scales**2 * product_squares(of_left, of_right)).tolist()
+    sampled_sizes = (scales**2 * product_squares(gram(picked.swapaxes(1, 2)), of_right)).tolist()
+    along_drift = (scales * np.einsum("nkr,nrk->n", picked, inner)).tolist()
+    n_first = sampled.each[0].n_first
+    added = scales.astype(np.float32)[:, None, None] * (picked[:, :n_first] @ right)
+    merged = [_merged(*each) for each in zip(deltas, added, sampled.each, strict=True)]
+    rounding = measure_rounding(sampled.first, np.stack(merged).reshape(len(merged), -1))
+    for number, delta in enumerate(deltas):
+        yield ChangeMeasures(
+            LOW_RANK,
+            delta.rank,
+            sizes[number],
+            Alignment(along_drift[number], sampled_sizes[number], drift_sq[number]),
+            {side: shares[number] for side, shares in overlaps.items()},
+            rounding[number],
+            is_rescaled=delta.magnitude is not None,
+        )
 
 
-def _rescaled(delta: LowRankDelta[TensorInfo], added: Matrix, sampled: SampledRows) -> Matrix:
-    """What a merge would add to the sampled rows: with a DoRA magnitude, rows are rescaled by `m / |W0 + Δ|`."""
+def _merged(delta: LowRankDelta[TensorInfo], added: Matrix, sampled: SampledRows) -> Matrix:
+    """What a merge would add to the first rows: with a DoRA magnitude, rows are rescaled by `m / |W0 + Δ|`."""
     if delta.magnitude is None or delta.transposed:
         return added
-    magnitude = load_values(delta.magnitude, 0, delta.magnitude.n_params)[sampled.rows]
-    factor = magnitude / np.linalg.norm(sampled.base + added, axis=1)
-    merged: Matrix = factor[:, None] * (sampled.evolved + added) - sampled.evolved
+    first = slice(0, sampled.n_first)
+    magnitude = load_values(delta.magnitude, 0, delta.magnitude.n_params)[sampled.rows[first]]
+    factor = magnitude / np.linalg.norm(sampled.base[first] + added, axis=1)
+    merged: Matrix = factor[:, None] * (sampled.first + added) - sampled.first
     return merged
 
 
-def _of_experts(
-    change: ExpertsDelta[TensorInfo] | ExpertDelta[TensorInfo], sampled: SampledRows, drift: Matrix
-) -> ChangeMeasures:
+def _of_experts(change: ExpertsDelta[TensorInfo] | ExpertDelta[TensorInfo], sampled: SampledRows) -> ChangeMeasures:
     """The sampled rows of one expert after the other; the size is that of the experts in the sample, for all."""
     experts = change if isinstance(change, ExpertsDelta) else change.experts
     n_experts, height, width = experts.shape
@@ -133,22 +179,23 @@ def _of_experts(
         b = np.ascontiguousarray(stacked[:, :, number])
         mine = stored // height == number
         added[mine] = np.float32(experts.scale) * (b[stored[mine] % height] @ a)
-        overlap += share_inside(drift[mine], a)
+        of_a, drift = gram(a)[None], sampled.drift[mine]
+        overlap += shares_inside(products(a, drift)[None], of_a, totals=[square(drift)], width=width)[0]
         start, stop = (change.start, change.stop) if isinstance(change, ExpertDelta) else (0, height)
-        delta_sq += experts.scale**2 * product_square(b[start:stop], a)
+        delta_sq += experts.scale**2 * float(product_squares(gram(b[start:stop].T)[None], of_a)[0])
         seen += stop - start
     return ChangeMeasures(
         LOW_RANK,
         experts.rank,
         delta_sq * sampled.pair.rows / max(1, seen),
-        align(added, drift),
+        align(added, sampled.drift),
         {INPUT: overlap},
         _rounding(added, sampled),
     )
 
 
-def _of_values(added: Matrix, sampled: SampledRows, drift: Matrix, kind: str) -> ChangeMeasures:
-    alignment = align(added, drift)
+def _of_values(added: Matrix, sampled: SampledRows, kind: str) -> ChangeMeasures:
+    alignment = align(added, sampled.drift)
     whole = sampled.pair.base.n_params / max(1, sampled.base.size)
     return ChangeMeasures(kind, None, whole * alignment.delta_sq, alignment, {}, _rounding(added, sampled))
 
@@ -167,8 +214,8 @@ def _of_token_rows(change: RowValues[TensorInfo], sampled: SampledRows) -> Chang
 
 def _rounding(added: Matrix, sampled: SampledRows) -> dict[str, MergeSums]:
     """What each storage dtype would keep, from the rows of the first window."""
-    first = slice(0, sampled.n_first)
-    return measure_rounding(sampled.evolved[first], added[first])
+    first = sampled.first.reshape(1, -1)
+    return measure_rounding(first, added[: sampled.n_first].reshape(1, -1).astype(np.float32, copy=False))[0]
 
 
 def _rows_of(info: TensorInfo, sampled: SampledRows) -> Float32[np.ndarray, "rows width"]:
