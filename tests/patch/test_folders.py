@@ -1,11 +1,14 @@
 """Several patches: which folders the arguments stand for, where each one's output goes, and what a failure stops."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from portllm.errors import AdapterFormatError, PatchError
+from portllm.patch.adapter_folder import load_patch
 from portllm.patch.folders import find_patches, open_each
+from tests import models
 
 
 @pytest.fixture
@@ -76,3 +79,21 @@ def test_one_that_cannot_be_opened_does_not_stop_the_others(tiny, tmp_path):
 def test_a_bug_is_not_an_outcome(tiny):
     with pytest.raises(ZeroDivisionError):
         open_each(find_patches([tiny("adapter")]), lambda patch, number: 1 / number)
+
+
+def test_adapters_of_one_recipe_are_those_that_are_opened_alone(tmp_path):
+    base = models.make_base(tmp_path / "base")
+    recipes = [{}, {}, {"lora_alpha": 12}, {"target_modules": ["q_proj"]}, {}]
+    folders = [models.make_adapter(base, tmp_path / f"{n}", seed=n, **how) for n, how in enumerate(recipes)]
+    opened = open_each(find_patches(folders), lambda patch, _: patch)
+    assert [outcome.value for outcome in opened] == [load_patch(folder) for folder in folders]
+
+
+def test_a_rank_that_is_no_number_is_refused_after_one_that_is(tmp_path):
+    base = models.make_base(tmp_path / "base")
+    folders = [models.make_adapter(base, tmp_path / f"{n}", r=1) for n in range(2)]
+    config = folders[1] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": True}))
+    good, bad = open_each(find_patches(folders), lambda patch, _: patch)
+    assert good.error is None
+    assert isinstance(bad.error, AdapterFormatError)

@@ -83,6 +83,10 @@ class TensorInfo:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def in_file(self, file: Source) -> "TensorInfo":
+        """The tensor at the same place of another file with the same header."""
+        return TensorInfo(self.name, self.dtype, self.shape, file, self.start, self.stop, self.encoding, self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Header:

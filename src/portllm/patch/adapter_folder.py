@@ -16,8 +16,8 @@ import fastjsonschema
 from blake3 import blake3
 
 from portllm.checkpoint.families import order_of
-from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, render_header
-from portllm.checkpoint.raw_files import read_bytes, read_header, read_json
+from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, parse_header, render_header
+from portllm.checkpoint.raw_files import read_bytes, read_header_text, read_json
 from portllm.checkpoint.reader import MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.seal import digest_file, render_sealed, seal_problem
 from portllm.checkpoint.source import Source
@@ -41,6 +41,44 @@ UNREAD_FILES = ("non_lora_trainables.bin", "new_embeddings.safetensors", "new_em
 """What some training programs put beside an adapter: trained values that PEFT does not load."""
 
 
+class AdapterOpener:
+    """Opens adapter folders one after the other.
+
+    Adapters of one recipe have the same header, byte for byte, and the same configuration. What these mean is found
+    once: the next such adapter is the last one with its tensors in another file.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[bytes, int, str], Patch[TensorInfo]] | None = None
+
+    def load(self, folder: str | Path) -> Patch[TensorInfo]:
+        """As `load_patch`."""
+        patch = self.open(folder)
+        if patch.config.changed_base is not None:
+            raise AdapterFormatError(f"'{patch.name}': {why_unconverted(patch)}")
+        return patch
+
+    def open(self, folder: str | Path) -> Patch[TensorInfo]:
+        """As `open_adapter`."""
+        path = Path(folder)
+        name = str(folder)
+        revision = None
+        if names_hub(name):
+            path, revision = _fetch(name)
+        _require_files(path, name)
+        fields, file = read_json(path / CONFIG_FILE, error=AdapterFormatError), path / TENSOR_FILE
+        header, file_bytes = read_header_text(file)
+        recipe = header, file_bytes, repr(fields)  # as text: 1 and True are equal, and only one of them is a rank
+        if self._last is not None and self._last[0] == recipe:
+            patch = self._last[1].mapped(lambda info: info.in_file(file))
+            return replace(patch, name=name, record=read_record(path), revision=revision)
+        config = parse_adapter_config(fields, where=name)
+        tensors = parse_header(header, file=file, file_bytes=file_bytes).tensors
+        patch = sort_out(tensors, config, name=name, record=read_record(path), revision=revision)
+        self._last = recipe, patch
+        return patch
+
+
 def load_patch(folder: str | Path) -> Patch[TensorInfo]:
     """Open an adapter folder that fits its base as it is, with its `patch.json` where it has one; no tensor is read.
 
@@ -54,10 +92,12 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
         PatchRecordError: Its `patch.json` breaks the schema or its seal.
         HeaderError: Its tensor file is damaged.
     """
-    patch = open_adapter(folder)
-    if patch.config.changed_base is not None:
-        raise AdapterFormatError(f"'{patch.name}': {why_unconverted(patch)}")
-    return patch
+    return AdapterOpener().load(folder)
+
+
+def open_adapter(folder: str | Path) -> Patch[TensorInfo]:
+    """Open an adapter folder as it is, though it may belong to a base that PEFT changed; otherwise as `load_patch`."""
+    return AdapterOpener().open(folder)
 
 
 def why_unconverted(patch: Patch[TensorInfo]) -> str:
@@ -77,20 +117,6 @@ def why_unconverted(patch: Patch[TensorInfo]) -> str:
     return (
         f"{said}: PEFT took a part out of the base's weights before training, and the adapter belongs to what was "
         f"left. Convert it once: {way}.{again}"
-    )
-
-
-def open_adapter(folder: str | Path) -> Patch[TensorInfo]:
-    """Open an adapter folder as it is, though it may belong to a base that PEFT changed; otherwise as `load_patch`."""
-    path = Path(folder)
-    name = str(folder)
-    revision = None
-    if names_hub(name):
-        path, revision = _fetch(name)
-    _require_files(path, name)
-    config = parse_adapter_config(read_json(path / CONFIG_FILE, error=AdapterFormatError), where=name)
-    return sort_out(
-        read_header(path / TENSOR_FILE).tensors, config, name=name, record=read_record(path), revision=revision
     )
 
 

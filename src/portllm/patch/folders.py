@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import names_hub
 from portllm.errors import PatchError, PortLLMError
-from portllm.patch.adapter_folder import CONFIG_FILE, load_patch
+from portllm.patch.adapter_folder import CONFIG_FILE, AdapterOpener
 from portllm.patch.patch import Patch
 
 T = TypeVar("T")
@@ -84,9 +84,10 @@ def find_patches(given: Sequence[str | Path]) -> PatchFolders:
 def open_each(folders: PatchFolders, work: Callable[[Patch[TensorInfo], int], T]) -> list[Outcome[T]]:
     """Open each patch and do `work(patch, number)` on it; one that fails does not stop the others."""
     outcomes: list[Outcome[T]] = []
+    opener = AdapterOpener()
     for number, folder in enumerate(folders.folders):
         try:
-            outcomes.append(Outcome(folder, work(load_patch(folder), number)))
+            outcomes.append(Outcome(folder, work(opener.load(folder), number)))
         except PortLLMError as error:
             outcomes.append(Outcome(folder, None, error))
     return outcomes

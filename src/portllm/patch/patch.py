@@ -1,13 +1,15 @@
 """A patch as a value: deltas by the module they change, PEFT's configuration, and the record of its origin."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Generic, TypeVar
 
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.delta import ExpertsDelta, F, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import ExpertsDelta, F, Factor, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.record import PatchRecord
+
+G = TypeVar("G", bound=Factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,31 @@ class Patch(Generic[F]):
     bias_deltas: Mapping[str, VectorDelta[F]] = field(default_factory=dict)
     experts: Mapping[str, ExpertsDelta[F]] = field(default_factory=dict)
     revision: str | None = None
+
+    def mapped(self, change: Callable[[F], G]) -> "Patch[G]":
+        """The same patch with each of its tensors changed into something else."""
+        return Patch(
+            self.name,
+            {
+                module: LowRankDelta(
+                    change(delta.a),
+                    change(delta.b),
+                    delta.scale,
+                    delta.transposed,
+                    None if delta.magnitude is None else change(delta.magnitude),
+                    delta.is_embedding,
+                )
+                for module, delta in self.deltas.items()
+            },
+            self.config,
+            self.record,
+            {module: change(copy) for module, copy in self.base_copies.items()},
+            {tensor: WholeValue(change(value.values)) for tensor, value in self.values.items()},
+            {tensor: RowValues(change(rows.values), rows.rows) for tensor, rows in self.rows.items()},
+            {tensor: VectorDelta(change(bias.values), bias.scale) for tensor, bias in self.bias_deltas.items()},
+            {tensor: ExpertsDelta(change(e.a), change(e.b), e.scale, e.rank) for tensor, e in self.experts.items()},
+            self.revision,
+        )
 
     @property
     def n_params(self) -> int:

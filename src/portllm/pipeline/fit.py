@@ -1,6 +1,6 @@
 """Does a patch fit a model? From headers and fingerprints; every reason why not is gathered, none is raised."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import replace
 
 from portllm.checkpoint.encoding import FourBit
@@ -105,6 +105,27 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
     yield from _missing(patch, named)
     yield from expert_misfits(patch, checkpoint)
     yield from _shared_rows(patch, named)
+
+
+def outline(patch: Patch[TensorInfo]) -> Hashable:
+    """All that `misfits` asks of a patch: the same for patches of one recipe, however they were trained."""
+    return (
+        repr(patch.config.fields),
+        tuple((name, _outline(change)) for name, change in changes_of(patch).items()),
+        tuple((name, delta.a.shape, delta.b.shape, delta.rank) for name, delta in patch.experts.items()),
+    )
+
+
+def _outline(change: Change[TensorInfo]) -> Hashable:
+    match change:
+        case LowRankDelta():
+            return change.a.shape, change.b.shape, change.transposed, change.is_embedding
+        case RowValues(values, rows):
+            return values.shape, rows
+        case WholeValue(values) | VectorDelta(values):
+            return type(change), values.shape
+        case _:
+            raise TypeError(f"{change} is of an expert")
 
 
 def _kind(change: Change[TensorInfo]) -> str:

@@ -51,7 +51,6 @@ class PortPlan:
         base: The base, where it is given; its weights are read for what the patch holds whole.
         evolved: The evolved model, opened.
         tokens: Where tokens have other rows in the evolved model and the patch changes such rows; else None.
-        files: What is read; the output lies elsewhere.
         evidence: What was measured from the fingerprints' samples, and by `check` where the method was chosen by it.
         refusals: Every reason not to run.
         choice: Why this method, where it was chosen; None where it was named.
@@ -64,10 +63,14 @@ class PortPlan:
     base: Checkpoint | None
     evolved: Checkpoint
     tokens: TokenMap | None
-    files: tuple[Source, ...]
     evidence: Mapping[str, float]
     refusals: tuple[Refusal, ...]
     choice: Choice | None = None
+
+    @property
+    def files(self) -> tuple[Source, ...]:
+        """What is read; the output lies elsewhere."""
+        return (*files_of(self.patch), *self.evolved.files, *(() if self.base is None else self.base.files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,7 @@ def plan_port_on(
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
     tokens = update.tokens if by_token else None
-    refusals = list(misfits(patch if tokens is None else following(patch, by_token, tokens), evolved))
+    refusals = list(update.misfits(patch if tokens is None else following(patch, by_token, tokens)))
     refusals += () if tokens is None else unmovable(patch, by_token)
     given = update.source
     source = patch.record.base if patch.record else given
@@ -202,8 +205,7 @@ def plan_port_on(
             )
         )
     evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}
-    files = (*files_of(patch), *evolved.files, *(base.files if base is not None else ()))
-    return PortPlan(patch, chosen, source, target, base, evolved, tokens, files, evidence, tuple(sorted(refusals)))
+    return PortPlan(patch, chosen, source, target, base, evolved, tokens, evidence, tuple(sorted(refusals)))
 
 
 def plan_merge(

@@ -4,7 +4,7 @@ From tokenizers and headers alone. An embedding's row, a head's row and the colu
 token go where the evolved tokenizer has that token; what belongs to a token that is gone is left out and named.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
@@ -81,15 +81,21 @@ def map_tokens(old: Mapping[str, int], new: Mapping[str, int], *, n_base: int, n
 
 def has_token_rows(name: str, checkpoint: Checkpoint) -> bool:
     """Whether the rows of a tensor stand for tokens."""
-    if name in (HEAD, HEAD_MODULE + BIAS):
-        return True
-    shared = embedding(checkpoint)
-    return shared is not None and tensor_of(name, checkpoint) is shared
+    return bool(_with_token_rows([name], checkpoint))
 
 
 def token_changes(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> list[str]:
     """The tensors with a row for each token that a patch changes."""
-    return [name for name in changes_of(patch) if has_token_rows(name, checkpoint)]
+    return _with_token_rows(changes_of(patch), checkpoint)
+
+
+def _with_token_rows(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    shared = embedding(checkpoint)
+    return [
+        name
+        for name in names
+        if name in (HEAD, HEAD_MODULE + BIAS) or (shared is not None and tensor_of(name, checkpoint) is shared)
+    ]
 
 
 def unmovable(patch: Patch[TensorInfo], names: Sequence[str]) -> Iterator[Refusal]:

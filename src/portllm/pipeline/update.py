@@ -1,16 +1,18 @@
 """An update of a base model: what is read of it once, however many patches go through it."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from portllm.assess.drift import DriftSums, measure_drift
-from portllm.checkpoint.header import FLOAT_DTYPES
+from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.sample import load_spans, sample_span
+from portllm.errors import Refusal
+from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
-from portllm.pipeline.fit import tensor_of
+from portllm.pipeline.fit import misfits, outline, tensor_of
 from portllm.pipeline.token_rows import TokenMap, match_tokens
 
 
@@ -41,6 +43,13 @@ class Update:
         """Which rows follow which tokens; None where they are the same in both, or a model does not say."""
         return None if self.base is None else match_tokens(self.base, self.evolved)
 
+    def misfits(self, patch: Patch[TensorInfo]) -> tuple[Refusal, ...]:
+        """Why a patch cannot be put on the evolved model; found once for all patches of the same outline."""
+        asked = outline(patch)
+        if asked not in self._misfits:
+            self._misfits[asked] = tuple(misfits(patch, self.evolved))
+        return self._misfits[asked]
+
     def window_sums(self, names: Iterable[str]) -> DriftSums:
         """The drift of some tensors that both models have, in the windows that the fingerprints read."""
         names = list(names)
@@ -62,6 +71,11 @@ class Update:
         for name, old, new in zip(missing, values, values, strict=True):
             known[name] = measure_drift(old, new)
         return sum((known[name] for name in names), DriftSums())
+
+    @cached_property
+    def _misfits(self) -> dict[Hashable, tuple[Refusal, ...]]:
+        """What has been found so far."""
+        return {}
 
     @cached_property
     def _windows(self) -> dict[str, DriftSums]:
