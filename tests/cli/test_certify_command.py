@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from portllm.assess.certificate import upper_bound
-from portllm.cli.render_certificate import upper_percent
+from portllm.report.numbers import upper_percent
 from tests.pipeline.certified import CHOICES, make_story, write_questions
 
 

@@ -8,22 +8,11 @@ import sys
 import pytest
 
 from portllm.checkpoint.seal import render_sealed
-from portllm.cli.plain import one_line, print_json, say
+from portllm.cli.plain import print_json, say
 from tests.files import write_tensors
 
 EVIL = "\x1b[2J\x1b]0;title\x07\r\n  ok  signature  by the key of mine\nverified\u202e\x9b1A\x7f\u2028"
 SPOKEN = re.compile(r"[^\x20-\x7e\n]")
-
-
-@pytest.mark.parametrize("sign", [chr(code) for code in (*range(32), *range(127, 160), 0x2028, 0x202E, 0x2066, 0xD800)])
-def test_a_control_character_is_escaped(sign):
-    assert one_line(f"a{sign}b").isprintable()
-    assert one_line(f"a{sign}b") == f"a{sign.encode('unicode_escape').decode()}b"
-
-
-def test_letters_of_every_script_stay():
-    for text in ("é", "模型", "модель", "😀", "q_proj"):
-        assert one_line(text) == text
 
 
 def test_what_a_terminal_of_another_encoding_lacks_is_escaped(monkeypatch):

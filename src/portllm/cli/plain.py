@@ -1,26 +1,11 @@
-"""Text on its way to a terminal: what files say can neither move the cursor nor begin a line of its own.
-
-Names of models, modules and tokens come from files of strangers. A terminal obeys control characters in them: they
-could clear a verdict and write another one. Here they are written as escapes; so is what turns the direction of
-writing, and half of a surrogate pair, which no terminal can be sent.
-"""
+"""Text on its way to a terminal: what files say can neither move the cursor nor begin a line of its own."""
 
 import json
 import sys
 
 import typer
 
-
-def one_line(text: str) -> str:
-    r"""A text that a file may have had a hand in, on one line, with every character that cannot be printed escaped.
-
-    Example:
-        >>> print(one_line("q_proj\x1b[2J\nverified"))
-        q_proj\x1b[2J\nverified
-    """
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+from portllm.printable import one_line
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Values to text for people. Percent and rounding live here; the library's numbers are shares and stay whole."""
+"""Values to text for people."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from portllm.assess.quantization_gap import QuantizationGap
 from portllm.assess.verdict import Answer
-from portllm.cli.plain import one_line
 from portllm.output.manifest import MergeReport
 from portllm.patch.record import Choice, PatchRecord
 from portllm.pipeline.fitted import quantization_of
 from portllm.pipeline.inspect import CheckpointSummary, PatchSummary
 from portllm.pipeline.plan import MergePlan, PortPlan
+from portllm.printable import one_line
 from portllm.progress import Unit
+from portllm.report.numbers import counted, n_params, percent
 
 if TYPE_CHECKING:
     from portllm.pipeline.in_place import InPlacePlan
@@ -42,28 +43,6 @@ def n_bytes(value: int) -> str:
         if value >= factor:
             return f"{value / factor:.1f} {unit}"
     return f"{value} B"
-
-
-def n_params(value: int) -> str:
-    """A number of parameters.
-
-    Example:
-        >>> n_params(134_515_008), n_params(8_030_000_000)
-        ('134.5 M', '8.03 B')
-    """
-    if value >= 10**9:
-        return f"{value / 10**9:.2f} B"
-    return f"{value / 10**6:.1f} M" if value >= 10**6 else f"{value:,}"
-
-
-def percent(share: float, *, digits: int = 1) -> str:
-    """A share in percent.
-
-    Example:
-        >>> percent(0.8512)
-        '85.1 %'
-    """
-    return f"{100 * share:.{digits}f} %"
 
 
 def render_summary(summary: CheckpointSummary | PatchSummary) -> str:
@@ -98,9 +77,9 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         gone = list(plan.tokens.gone.values())
         shown = ", ".join(repr(token) for token in gone[:SHOWN_TOKENS])
         more = f" and {len(gone) - SHOWN_TOKENS} more" if len(gone) > SHOWN_TOKENS else ""
-        lost = f"{_count(len(gone), 'token')} of the base {'is' if len(gone) == 1 else 'are'} gone: {shown}{more}"
+        lost = f"{counted(len(gone), 'token')} of the base {'is' if len(gone) == 1 else 'are'} gone: {shown}{more}"
         rows["tokens"] = (
-            f"{_count(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is gone'}"
+            f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is gone'}"
         )
     return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
 
@@ -114,7 +93,7 @@ def port_warning(plan: PortPlan) -> str | None:
 
 def render_merge_plan(plan: MergePlan, out: Path) -> str:
     """What `merge --dry-run` prints."""
-    size = f"{n_bytes(plan.n_bytes)} in {_count(len(plan.shards), 'file')}"
+    size = f"{n_bytes(plan.n_bytes)} in {counted(len(plan.shards), 'file')}"
     return _merge_plan(plan, {"output": f"{out}: {size}"})
 
 
@@ -195,7 +174,8 @@ def _checkpoint(summary: CheckpointSummary) -> str:
         "family": summary.family or "not known: names are taken as they are stored",
         "fingerprint": summary.fingerprint,
         "digest": summary.digest or "not taken (--digest reads all bytes)",
-        "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}, {_count(summary.files, 'file')}",
+        "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}, "
+        f"{counted(summary.files, 'file')}",
         **({"quantized": summary.quantization} if summary.quantization else {}),
         "tensors": f"{summary.n_tensors}: {_counts(summary.dtypes)}",
         "head": "tied to the embedding" if summary.tied_head else "its own matrix, or none",
@@ -275,7 +255,3 @@ def _by_module(counts: Mapping[int, int] | Mapping[float, int]) -> str:
     if len(counts) == 1:
         return f"{next(iter(counts)):g}"
     return ", ".join(f"{value:g} ({count} modules)" for value, count in counts.items())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from portllm.cli.render import n_bytes, percent
+from portllm.cli.render import n_bytes
 from portllm.cli.render_models import render_comparison
 from portllm.demo.settings import EVOLVE, TRAIN
 from portllm.demo.story import BASE, Step, Story
 from portllm.kept import Kept
+from portllm.report.numbers import percent
 
 TITLES: Mapping[str, str] = {
     "train": f"train     the clinic fine-tunes a patch (LoRA, rank {TRAIN.rank}) on its leaflets",

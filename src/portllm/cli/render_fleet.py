@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from portllm.cli.plain import one_line
-from portllm.cli.render import n_bytes, percent
+from portllm.cli.render import n_bytes
 from portllm.cli.render_several import columns
 from portllm.many.fleet import FleetPlan
 from portllm.many.plan import Row
 from portllm.many.state import row_to_json
+from portllm.printable import one_line
+from portllm.report.numbers import percent
 
 TRACEBACK = "Traceback (most recent call last):"
 

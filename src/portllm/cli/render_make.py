@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.cli.plain import one_line
-from portllm.cli.render import items, percent, table
+from portllm.cli.render import items, table
 from portllm.patch.record import record_to_json
 from portllm.pipeline.tuned_plan import TunedPlan
+from portllm.printable import one_line
+from portllm.report.numbers import percent
 
 if TYPE_CHECKING:
     from portllm.pipeline.capture_tuned import TunedReport

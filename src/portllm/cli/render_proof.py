@@ -1,8 +1,8 @@
 """Verdicts to text for people: what `verify` found."""
 
-from portllm.cli.plain import one_line
 from portllm.cli.render import items
 from portllm.pipeline.verification import Verification
+from portllm.printable import one_line
 
 
 def render_verification(verification: Verification) -> str:

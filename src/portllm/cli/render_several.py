@@ -5,13 +5,13 @@ from pathlib import Path
 
 from portllm import __version__
 from portllm.checkpoint.header import TensorInfo
-from portllm.cli.plain import one_line
-from portllm.cli.render import percent
 from portllm.output.manifest import MergeReport, report_to_json
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.patch.record import record_to_json
 from portllm.pipeline.plan import MergePlan, PortPlan
+from portllm.printable import one_line
+from portllm.report.numbers import percent
 
 Carried = tuple[PortPlan, Patch[TensorInfo] | None]
 """A plan, and the ported patch where the plan was carried out."""
