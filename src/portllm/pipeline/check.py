@@ -23,6 +23,7 @@ from portllm.pipeline.fitted import quantization_of
 from portllm.pipeline.measured_update import MeasuredUpdate, measure_update
 from portllm.pipeline.pairs import Pair
 from portllm.pipeline.patch_measures import ChangeMeasures, measure_changes
+from portllm.pipeline.patch_places import place_patch
 from portllm.pipeline.plan import PortPlan, plan_port_on
 from portllm.pipeline.sampled_gap import sample_gap
 from portllm.pipeline.token_rows import has_token_rows
@@ -41,6 +42,7 @@ def check(
     base: Checkpoint,
     evolved: Checkpoint,
     full: bool = False,
+    places: bool = False,
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> CheckReport:
@@ -54,6 +56,7 @@ def check(
         base: The model that they belong to.
         evolved: The later version of it.
         full: Read every weight of both, instead of a few megabytes spread over all of them.
+        places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
         allow_other_base: Go on though `base` is not the one that a patch names.
         progress: Told of the bytes that `full` reads.
 
@@ -65,7 +68,7 @@ def check(
     known = measure_update(Update(base, evolved), full=full, progress=progress)
     plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
     reader = AlikeReader()
-    return CheckReport(known.report, tuple(check_patch(plan, known, reader) for plan in plans))
+    return CheckReport(known.report, tuple(check_patch(plan, known, reader, places=places) for plan in plans))
 
 
 def refused(plan: PortPlan) -> PatchReport | None:
@@ -73,13 +76,16 @@ def refused(plan: PortPlan) -> PatchReport | None:
     return PatchReport(plan.patch.name, judge(Measures(refusals=plan.refusals))) if plan.refusals else None
 
 
-def check_patch(plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | None = None) -> PatchReport:
+def check_patch(
+    plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | None = None, *, places: bool = False
+) -> PatchReport:
     """Hold one patch against an update.
 
     Args:
         plan: To carry it through that update; where it has refusals, they are what is found.
         known: What was read of the update.
         reader: Keeps its memory from patch to patch, where several are checked.
+        places: As for `check`.
     """
     if (found := refused(plan)) is not None:
         return found
@@ -94,8 +100,8 @@ def check_patch(plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | Non
     with np.errstate(invalid="ignore", over="ignore"):  # what is no number is named below
         measured = measure_changes(read, known.sample, known.columns, reader or AlikeReader())
     matrices = {pair.place for _, pair in changes.values() if len(pair.base.shape) > 1}
-    places = frozenset(matrices or {pair.place for _, pair in changes.values()})
-    drift = known.drift_of(places)
+    changed = frozenset(matrices or {pair.place for _, pair in changes.values()})
+    drift = known.drift_of(changed)
     rounding = _total_rounding(measured.values())
     overlaps = _total_overlaps(measured.values())
     alignment = sum((found.alignment for found in measured.values()), Alignment())
@@ -105,7 +111,7 @@ def check_patch(plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | Non
         Measures(
             lineage={
                 kind: known.report.kinds[kind].lineage
-                for kind in sorted({place.kind for place in places} & known.report.kinds.keys())
+                for kind in sorted({place.kind for place in changed} & known.report.kinds.keys())
             },
             drift=drift,
             broken=(*known.report.broken, *(name for name, found in measured.items() if not found.is_finite)),
@@ -131,6 +137,7 @@ def check_patch(plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | Non
         measured,
         sum(found.is_rescaled for found in measured.values()),
         gap,
+        place_patch(changes, measured, known.report.cells) if places else None,
     )
 
 

@@ -15,6 +15,7 @@ from portllm.patch.record import ModelIdentity, identity_to_json
 from portllm.patch.rounding import MergeSums
 from portllm.pipeline.pairs import Pairing
 from portllm.pipeline.patch_measures import ChangeMeasures
+from portllm.pipeline.patch_places import PlacedDelta
 from portllm.pipeline.token_rows import TokenMap
 
 
@@ -84,6 +85,7 @@ class PatchReport:
         changes: By tensor of the evolved model, what was measured of each.
         n_rescaled: How many of them have a DoRA magnitude.
         quantization: What quantization took of the weights that it was fitted to (QLoRA); None where not measured.
+        places: Where in the model it sits; None where that was not asked for.
     """
 
     name: str
@@ -97,6 +99,7 @@ class PatchReport:
     changes: Mapping[str, ChangeMeasures] | None = None
     n_rescaled: int = 0
     quantization: GapSums | None = None
+    places: Mapping[Place, PlacedDelta] | None = None
 
     @property
     def relative_size(self) -> float | None:
@@ -141,11 +144,7 @@ def update_to_json(update: UpdateReport) -> dict[str, object]:
             kind: {"lineage": str(found.lineage), "tensors": found.n_tensors, **(_drift(found.drift) or {})}
             for kind, found in update.kinds.items()
         },
-        "layers": [
-            {"stack": place.stack, "layer": None if place.layer < 0 else place.layer, "kind": place.kind}
-            | (_drift(drift) or {})
-            for place, drift in update.cells.items()
-        ],
+        "layers": [_place(place) | (_drift(drift) or {}) for place, drift in update.cells.items()],
         "tensors": {
             "compared": len(pairing.pairs),
             "added": list(pairing.added),
@@ -184,7 +183,18 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
         "stored_as": patch.stored_as,
         "quantization_gap": None if patch.quantization is None else _number(patch.quantization.ratio),
         "tensors": {name: _change(change) for name, change in (patch.changes or {}).items()},
+        "layers": None
+        if patch.places is None
+        else [
+            _place(place)
+            | {"relative_size": _number(found.relative_size), "spectrum": list(map(_number, found.spectrum))}
+            for place, found in patch.places.items()
+        ],
     }
+
+
+def _place(place: Place) -> dict[str, object]:
+    return {"stack": place.stack, "layer": None if place.layer < 0 else place.layer, "kind": place.kind}
 
 
 def _change(change: ChangeMeasures) -> dict[str, object]:
