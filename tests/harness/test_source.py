@@ -37,6 +37,15 @@ def test_it_scores_as_the_harness_does_and_counts_its_rows(data, reader):
     assert [example.completion for example in source.train_examples()] == ["False", "True", "True"]
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_can_be_read_with_its_right_answer(data, name):
+    source = HarnessRows(name, data=data)
+    assert len(source.examples) == source.n_rows
+    for example, question in zip(source.examples, HarnessTask(name, data=data).scored_questions(), strict=True):
+        context, continuation = question.pairs[question.right]
+        assert (example.prompt, example.completion) == (context, continuation.strip())
+
+
 def test_the_identity_depends_on_rows_and_settings_and_not_on_the_place(data, tmp_path):
     known = HarnessRows("sst2", data=data).identity
     shutil.copytree(data, tmp_path / "moved")

@@ -17,7 +17,7 @@ from portllm.live.examples import Example
 from portllm.live.model import attach_adapter, load_model, load_tokenizer
 from portllm.output.certificate import read_certificate
 from portllm.patch.adapter_folder import load_patch, read_record, write_record
-from portllm.pipeline.certify import certify
+from portllm.pipeline.certify import certify, plan_certify, run_certify
 from portllm.pipeline.certify_inputs import CertifySettings, draw_rows
 from tests.pipeline.certified import CHOICES, PROMPT, make_story, write_questions
 
@@ -112,6 +112,18 @@ def test_right_answers_add_flips_and_an_interval(story, labeled, run):
     assert (labels.negative_flips, labels.positive_flips) == (negative, positive)
     assert labels.bound == upper_bound(negative, 30)
     assert (labels.change_low, labels.change_high) == change_interval(negative, positive, 30)
+
+
+def test_the_rows_that_differ_are_handed_on_as_text_and_stand_in_no_certificate(story, labeled, tmp_path):
+    plan = plan_certify(load_patch(story.patch), data=labeled, settings=BY_CHOICE, **story.models())
+    found = run_certify(plan, tmp_path / "certificate", device="cpu")
+    rows = [json.loads(line) for line in labeled.read_text().splitlines()]
+    assert tuple(one.row for one in found.disagreements) == found.certificate.differing
+    for one in found.disagreements:
+        row = rows[one.row - 1]
+        assert (one.prompt, one.right) == (PROMPT.format(**row), row["kind"])
+        assert one.before != one.after
+    assert "measles" not in (tmp_path / "certificate" / "certificate.json").read_text()
 
 
 def test_with_right_answers_the_flips_decide_whether_the_bound_is_met(labeled, run):

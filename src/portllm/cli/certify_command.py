@@ -110,7 +110,9 @@ def certify(
         if dry_run:
             say(render_certify_plan(planned, output))
             return
-        certificate = run_certify(planned, output, device=device.value, overwrite=overwrite, progress=progress)
+        certificate = run_certify(
+            planned, output, device=device.value, overwrite=overwrite, progress=progress
+        ).certificate
     if as_json:
         print_json(certificate_to_json(certificate))
     else:

@@ -4,7 +4,7 @@ Each base is loaded once; adapters are put on it one beside the other and switch
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from portllm.comparison.metrics import (
@@ -17,9 +17,11 @@ from portllm.comparison.metrics import (
     paired_change,
     retention,
 )
+from portllm.comparison.names import BASE, EVOLVED, MERGED, ORDER, PATCHED, PORTED, PORTS, RETRAINED
 from portllm.comparison.scoring import Scored, Scores
 from portllm.errors import PortLLMError
 from portllm.live.encoding import Encoder
+from portllm.live.examples import Example
 from portllm.live.model import (
     Device,
     PeftModel,
@@ -31,14 +33,6 @@ from portllm.live.model import (
     load_tokenizer,
 )
 from portllm.progress import Progress, silent
-
-BASE = "base"
-PATCHED = "base + patch"
-EVOLVED = "evolved"
-PORTED = "evolved + ported"
-RETRAINED = "evolved + retrained"
-MERGED = "evolved + ported, merged"
-ORDER = (BASE, PATCHED, EVOLVED, PORTED, MERGED, RETRAINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +71,7 @@ class ComparisonRow:
     """One model of a comparison.
 
     Attributes:
-        name: Which of them, one of the names in this module.
+        name: Which of them, one of `portllm.comparison.names`.
         score: Share of right answers.
         loss: Nats per token of the right completions.
         score_change: Change of the score against base + patch, row by row; None where that was not run.
@@ -112,6 +106,25 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnedRow:
+    """A row that base + patch answers right and another model wrong, to be read.
+
+    Attributes:
+        row: Its index.
+        prompt: What was asked.
+        right: The right answer.
+        before: What base + patch answers.
+        after: What the other model answers.
+    """
+
+    row: int
+    prompt: str
+    right: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Models side by side on the same rows.
 
@@ -122,6 +135,7 @@ class Comparison:
         n_rows: Rows of the task.
         n_cut_rows: Rows whose prompt was too long and lost its beginning.
         seed: Of the resampling behind the intervals of changes and retention.
+        examples: What each row asks, and the right answer.
     """
 
     rows: tuple[ComparisonRow, ...]
@@ -130,15 +144,37 @@ class Comparison:
     n_rows: int
     n_cut_rows: int
     seed: int
+    examples: tuple[Example, ...] = field(repr=False)
 
     def row(self, name: str) -> ComparisonRow | None:
         """The row of that name, or None where it was not run."""
         return next((row for row in self.rows if row.name == name), None)
 
+    def turned_wrong(self, name: str) -> tuple[TurnedRow, ...]:
+        """The negative flips of a model, as text; none where it or base + patch was not run."""
+        before, after = self.row(PATCHED), self.row(name)
+        if before is None or after is None or after.flips is None:
+            return ()
+        return tuple(
+            TurnedRow(
+                row=index,
+                prompt=self.examples[index].prompt,
+                right=self.examples[index].completion,
+                before=before.scores.answers[index],
+                after=after.scores.answers[index],
+            )
+            for index in after.flips.negative
+        )
+
     def to_json(self) -> dict[str, object]:
-        """Everything but the single rows, in types that JSON has."""
+        """In types that JSON has: everything but the single rows, of which those are there that a port turned wrong."""
         return {
-            "rows": [row.to_json() for row in self.rows],
+            "rows": [
+                {**row.to_json(), "turned_wrong": list(map(asdict, self.turned_wrong(row.name)))}
+                if row.name in PORTS
+                else row.to_json()
+                for row in self.rows
+            ],
             "kind": self.kind,
             "labels": list(self.labels),
             "n_rows": self.n_rows,
@@ -224,6 +260,7 @@ def set_side_by_side(scores: Mapping[str, Scores], task: Scored, *, seed: int = 
         n_rows=task.n_rows,
         n_cut_rows=scores[BASE].n_cut_rows,
         seed=seed,
+        examples=tuple(task.examples),
     )
 
 
@@ -249,7 +286,7 @@ def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow
     evolved, retrained = scores.get(EVOLVED), scores.get(RETRAINED)
 
     def kept(of: Callable[[Scores], tuple[float, ...]], *, lower_is_better: bool) -> Retention | None:
-        if name not in (PORTED, MERGED) or evolved is None:
+        if name not in PORTS or evolved is None:
             return None
         if retrained is None:
             return Retention(value=None, low=None, high=None, reason="no retrained patch was given")

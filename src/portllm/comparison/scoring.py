@@ -48,6 +48,10 @@ class Scored(Protocol):
         """How many rows it has."""
 
     @property
+    def examples(self) -> Sequence[Example]:
+        """What each row asks, and the right answer: for people, not for a model."""
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest input that scoring gives a model."""
 

@@ -69,6 +69,12 @@ class HarnessRows:
         return len(self._questions)
 
     @cached_property
+    def examples(self) -> Sequence[Example]:
+        """What each row asks, and the right answer, whatever stands between the two."""
+        pairs = (question.pairs[question.right] for question in self._questions)
+        return tuple(Example(context, continuation.strip()) for context, continuation in pairs)
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest input that scoring gives a model; no text has more tokens than bytes."""
         texts = [context + continuation for question in self._questions for context, continuation in question.pairs]

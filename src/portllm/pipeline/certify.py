@@ -56,6 +56,38 @@ class CertifyPlan:
     settings: CertifySettings
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disagreement:
+    """An input that the two models answer otherwise, to be read; no certificate holds what was asked.
+
+    Attributes:
+        row: Of the file, from 1.
+        prompt: What was asked.
+        before: What the old specialist answers.
+        after: What the ported model answers.
+        right: The right answer, where the inputs have them.
+    """
+
+    row: int
+    prompt: str
+    before: str
+    after: str
+    right: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certification:
+    """What came of asking.
+
+    Attributes:
+        certificate: As it was written.
+        disagreements: Its rows that differ, in their order; none for free text, which is compared token by token.
+    """
+
+    certificate: Certificate
+    disagreements: tuple[Disagreement, ...]
+
+
 def certify(
     patch: Patch[TensorInfo],
     *,
@@ -105,18 +137,18 @@ def certify(
         allow_other_base=allow_other_base,
         progress=progress,
     )
-    return run_certify(plan, out, device=device, overwrite=overwrite, progress=progress)
+    return run_certify(plan, out, device=device, overwrite=overwrite, progress=progress).certificate
 
 
 def run_certify(
     plan: CertifyPlan, out: Path, *, device: Device = "auto", overwrite: bool = False, progress: Progress = silent
-) -> Certificate:
+) -> Certification:
     """Carry out a plan; see `certify`."""
     agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
     certificate = conclude(plan, agreement, device=choose_device(device).type)
     with staged_folder(out, overwrite=overwrite) as folder:
         write_certificate(folder, certificate)
-    return certificate
+    return Certification(certificate=certificate, disagreements=tuple(_disagreements(plan.asked, agreement)))
 
 
 def plan_certify(
@@ -199,6 +231,19 @@ def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certifi
         tokens=_tokens(agreement),
         device=device,
     )
+
+
+def _disagreements(asked: Asked, agreement: Agreement) -> Iterator[Disagreement]:
+    if agreement.second is None or agreement.differing is None:
+        return
+    for index in agreement.differing:
+        yield Disagreement(
+            row=asked.rows[index],
+            prompt=asked.questions.prompts[index],
+            before=agreement.first.texts[index],
+            after=agreement.second.texts[index],
+            right=None if asked.completions is None else asked.completions[index],
+        )
 
 
 def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:
