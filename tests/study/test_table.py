@@ -32,7 +32,8 @@ def results_of(step):
         case "theory":
             ratio = 0.5 + (step.seed or 0) / 10
             total = {"of_delta": {"frobenius": ratio}, "of_update": {"frobenius": ratio / 100}}
-            return {"residual": {"total": total}}
+            module = {kind: {"singular_values": [3.0 * ratio, ratio]} for kind in ("ported", "retrained", "residual")}
+            return {"residual": {"total": total, "modules": {"q": module, "k": module}}}
         case _:
             return {}
 
@@ -84,6 +85,14 @@ def test_residuals_are_means_over_seeds_where_theory_is_measured():
     assert results.tasks[0].residual_of_delta is None
     assert "| chain 2 | a | 0.750 | 7.50e-03 |" in render_page(results)
     assert "Port residual" not in render_page(RESULTS)
+
+
+def test_spectra_are_mean_squares_over_modules_and_seeds():
+    study = replace(STUDY, theory=TheorySettings())
+    found = {step: results_of(step) for step in steps_of(study) if step.kind == "theory" and step.model == "chain.2"}
+    row = tabulate(study, found).tasks[1]
+    assert row.spectra.residual == pytest.approx((3 * (0.625**0.5), 0.625**0.5))  # seeds 0 and 5: ratios 0.5 and 1.0
+    assert RESULTS.tasks[1].spectra is None
 
 
 def test_seeds_that_are_not_done_are_left_out_and_nothing_is_invented():

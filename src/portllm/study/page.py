@@ -1,20 +1,17 @@
-"""A study's results as a page of Markdown. Pure."""
+"""A study's results as headings, texts and tables, and those as a page of Markdown. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING, Literal
 
 from portllm.comparison.metrics import Estimate, Retention
 from portllm.study.paper import published
-from portllm.study.plan import BASE, PATCHED, RETRAINED
-from portllm.study.table import EVOLVED, PORTED, VARIANTS, ModelRow, Results, Scored, TaskRow
+from portllm.study.variants import HEADS, VARIANTS
 
-HEADS = {
-    BASE: "base",
-    PATCHED: "base + patch",
-    EVOLVED: "evolved",
-    PORTED: "evolved + ported",
-    RETRAINED: "evolved + retrained",
-}
+if TYPE_CHECKING:
+    from portllm.study.table import ModelRow, Results, Scored, TaskRow
+
 COMPARED = ("ported - retrained", "retention, accuracy", "retention, loss", "negative flips")
 LEGEND = """\
 Accuracy in percent, mean over seeds; ± is the standard deviation over seeds, brackets hold the 95 % interval over rows:
@@ -26,35 +23,113 @@ RESIDUAL = """\
 Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
 weights with the patch in them, which is the paper's yardstick."""
 
+CHAINS = "Retention after each update; the first patch is ported every time."
 
-def render_page(results: Results) -> str:
-    """The page: models, tasks, chains, and what others have published."""
-    lines = [f"# {results.title}", "", f"Base: {results.base}. Seeds: {', '.join(map(str, results.seeds))}.", ""]
-    if results.n_done < results.n_steps:
-        lines += [f"Not finished: {results.n_done} of {results.n_steps} steps are done.", ""]
-    lines += ["## Updates", "", *_models(results.models), "", "## Tasks", "", LEGEND, "", *_tasks(results.tasks)]
-    residuals = list(_residuals(results.tasks))
-    if residuals:
-        lines += ["", "## Port residual", "", RESIDUAL, "", *residuals]
-    chains = list(_chains(results.tasks))
+Subject = Literal["study", "updates", "tasks", "task", "residual", "chains", "published"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        head: Names of the columns.
+        rows: As many cells each.
+    """
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A heading and what stands under it.
+
+    Attributes:
+        subject: What it is about.
+        title: The heading; of a task, its name.
+        level: Of the heading; 1 is that of the page.
+        blocks: Texts and tables, in order.
+    """
+
+    subject: Subject
+    title: str
+    level: int
+    blocks: tuple[str | Table, ...]
+
+
+def parts_of(results: "Results") -> Iterator[Part]:
+    """The page in order: models, tasks, residuals, chains, and what others have published."""
+    about = f"Base: {results.base}. Seeds: {', '.join(map(str, results.seeds))}."
+    unfinished = not_finished(results)
+    yield Part("study", results.title, 1, (about,) if unfinished is None else (about, f"{unfinished}."))
+    yield Part("updates", "Updates", 2, (_models(results.models),))
+    yield Part("tasks", "Tasks", 2, (LEGEND,))
+    for task, rows in groupby(sorted(results.tasks, key=lambda row: row.task), key=lambda row: row.task):
+        of_task = list(rows)
+        yield Part("task", task, 3, (_scores(of_task), _losses(of_task)))
+    measured = [row for row in results.tasks if row.residual_of_delta is not None]
+    if measured:
+        yield Part("residual", "Port residual", 2, (RESIDUAL, _residuals(measured)))
+    chains = chains_of(results.tasks)
     if chains:
-        lines += [
-            "",
-            "## Chains",
-            "",
-            "Retention after each update; the first patch is ported every time.",
-            "",
-            *chains,
-        ]
+        yield Part("chains", "Chains", 2, (CHAINS, _chains(chains)))
     if results.compare is not None:
-        lines += ["", "## Published numbers", "", *_published(results.compare)]
-    return "\n".join(lines) + "\n"
+        yield Part("published", "Published numbers", 2, tuple(_published(results.compare)))
 
 
-def _models(rows: Sequence[ModelRow]) -> Iterator[str]:
-    yield from _head("update", "kind", "drift", "cosine", "old text, nats", "new text, nats")
-    for row in rows:
-        yield _line(
+def render_page(results: "Results") -> str:
+    """The page as Markdown."""
+    blocks: list[str] = []
+    for part in parts_of(results):
+        blocks.append(f"{'#' * part.level} {part.title}")
+        blocks += [block if isinstance(block, str) else "\n".join(_markdown(block)) for block in part.blocks]
+    return "\n\n".join(blocks) + "\n"
+
+
+def not_finished(results: "Results") -> str | None:
+    """How far a study is that is not finished; None where it is."""
+    if results.n_done >= results.n_steps:
+        return None
+    return f"Not finished: {results.n_done} of {results.n_steps} steps are done"
+
+
+def chains_of(rows: "Sequence[TaskRow]") -> "list[list[TaskRow]]":
+    """The rows of each chain of updates that has more than one, by evolution, task and method."""
+    groups = (list(chain) for _, chain in groupby(rows, key=lambda row: (row.evolution, row.task, row.method)))
+    return [chain for chain in groups if len(chain) > 1]
+
+
+def update_name(row: "TaskRow") -> str:
+    """Evolution, number of updates and method."""
+    return f"{row.evolution} {row.link}, {row.method}"
+
+
+def retention_text(value: Retention | None) -> str:
+    """A retention and its interval.
+
+    Example:
+        >>> retention_text(Retention(0.948, 0.89, 1.01)), retention_text(Retention(None, None, None, "why"))
+        ('0.95 [0.89, 1.01]', 'no number')
+    """
+    if value is None:
+        return ""
+    if value.value is None or value.low is None or value.high is None:
+        return "no number"
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def accuracy_text(scored: "Scored | None") -> str:
+    """An accuracy in percent, its spread over seeds and its interval over rows; empty where it was not scored."""
+    if scored is None:
+        return ""
+    spread = "" if scored.spread is None else f" ± {100 * scored.spread:.1f}"
+    return f"{100 * scored.accuracy.value:.1f}{spread} {_interval(scored.accuracy, digits=1)}"
+
+
+def _models(rows: "Sequence[ModelRow]") -> Table:
+    lines = (
+        (
             f"{row.evolution} {row.link}",
             row.kind,
             "" if row.drift is None else f"{100 * row.drift:.3f} %",
@@ -62,75 +137,67 @@ def _models(rows: Sequence[ModelRow]) -> Iterator[str]:
             _before_after(row.old_loss),
             _before_after(row.new_loss),
         )
+        for row in rows
+    )
+    return Table(("update", "kind", "drift", "cosine", "old text, nats", "new text, nats"), tuple(lines))
 
 
-def _tasks(rows: Sequence[TaskRow]) -> Iterator[str]:
-    """A table for each task."""
-    for task, of_task in groupby(sorted(rows, key=lambda row: row.task), key=lambda row: row.task):
-        yield from (f"### {task}", "")
-        yield from _head("update", *(HEADS[name] for name in VARIANTS), *COMPARED)
-        for row in of_task:
-            yield _line(
-                _update(row),
-                *(_accuracy(row.scored.get(name)) for name in VARIANTS),
-                _points(row.behind),
-                _retention(row.accuracy_retention),
-                _retention(row.loss_retention),
-                "" if row.negative_flips is None else f"{row.negative_flips:g}",
-            )
-        yield ""
-        yield from _losses(row for row in rows if row.task == task)
-        yield ""
+def _scores(rows: "Sequence[TaskRow]") -> Table:
+    lines = (
+        (
+            update_name(row),
+            *(accuracy_text(row.scored.get(name)) for name in VARIANTS),
+            _points(row.behind),
+            retention_text(row.accuracy_retention),
+            retention_text(row.loss_retention),
+            "" if row.negative_flips is None else f"{row.negative_flips:g}",
+        )
+        for row in rows
+    )
+    return Table(("update", *(HEADS[name] for name in VARIANTS), *COMPARED), tuple(lines))
 
 
-def _losses(rows: Iterator[TaskRow]) -> Iterator[str]:
-    yield from _head("loss, nats a token", *(HEADS[name] for name in VARIANTS))
+def _losses(rows: "Sequence[TaskRow]") -> Table:
+    lines = []
     for row in rows:
         losses = [row.scored[name].loss if name in row.scored else None for name in VARIANTS]
-        yield _line(_update(row), *("" if loss is None else f"{loss.value:.4f}" for loss in losses))
+        lines.append((update_name(row), *("" if loss is None else f"{loss.value:.4f}" for loss in losses)))
+    return Table(("loss, nats a token", *(HEADS[name] for name in VARIANTS)), tuple(lines))
 
 
-def _residuals(rows: Sequence[TaskRow]) -> Iterator[str]:
-    measured = [row for row in rows if row.residual_of_delta is not None]
-    if measured:
-        yield from _head("update", "task", "of the delta", "of the updated weights")
-    for row in measured:
-        of_update = "" if row.residual_of_update is None else f"{row.residual_of_update:.2e}"
-        yield _line(f"{row.evolution} {row.link}", row.task, f"{row.residual_of_delta:.3f}", of_update)
+def _residuals(rows: "Sequence[TaskRow]") -> Table:
+    lines = (
+        (
+            f"{row.evolution} {row.link}",
+            row.task,
+            f"{row.residual_of_delta:.3f}",
+            "" if row.residual_of_update is None else f"{row.residual_of_update:.2e}",
+        )
+        for row in rows
+    )
+    return Table(("update", "task", "of the delta", "of the updated weights"), tuple(lines))
 
 
-def _chains(rows: Sequence[TaskRow]) -> Iterator[str]:
-    longest = max((row.link for row in rows), default=1)
-    if longest == 1:
-        return
-    yield from _head("evolution", "task", "score", *(f"{link}" for link in range(1, longest + 1)))
-    for (evolution, task, method), chain in groupby(rows, key=lambda row: (row.evolution, row.task, row.method)):
-        links = list(chain)
-        if len(links) > 1:
-            empty = [""] * (longest - len(links))
-            for score in ("accuracy", "loss"):
-                kept = [row.accuracy_retention if score == "accuracy" else row.loss_retention for row in links]
-                yield _line(evolution, f"{task}, {method}", score, *map(_retention, kept), *empty)
+def _chains(chains: "Sequence[Sequence[TaskRow]]") -> Table:
+    longest = max(map(len, chains))
+    lines = []
+    for links in chains:
+        first, empty = links[0], [""] * (longest - len(links))
+        for score in ("accuracy", "loss"):
+            kept = [row.accuracy_retention if score == "accuracy" else row.loss_retention for row in links]
+            lines.append((first.evolution, f"{first.task}, {first.method}", score, *map(retention_text, kept), *empty))
+    return Table(("evolution", "task", "score", *(f"{link}" for link in range(1, longest + 1))), tuple(lines))
 
 
-def _published(name: str) -> Iterator[str]:
+def _published(name: str) -> Iterator[str | Table]:
     table = published()[name]
-    yield from (f"{table.title}; {table.provenance}", "")
-    yield from _head("task", *(HEADS[variant] for variant in VARIANTS))
-    for row in table.rows:
-        cells = (row.pretrained, row.tuned, row.evolved, row.ported, row.retrained)
-        yield _line(row.task, *("" if cell is None else f"{cell:.2f}" for cell in cells))
-
-
-def _update(row: TaskRow) -> str:
-    return f"{row.evolution} {row.link}, {row.method}"
-
-
-def _accuracy(scored: Scored | None) -> str:
-    if scored is None:
-        return ""
-    spread = "" if scored.spread is None else f" ± {100 * scored.spread:.1f}"
-    return f"{100 * scored.accuracy.value:.1f}{spread} {_interval(scored.accuracy, digits=1)}"
+    yield f"{table.title}; {table.provenance}"
+    lines = (
+        (row.task, *("" if cell is None else f"{cell:.2f}" for cell in cells))
+        for row in table.rows
+        for cells in [(row.pretrained, row.tuned, row.evolved, row.ported, row.retrained)]
+    )
+    yield Table(("task", *(HEADS[variant] for variant in VARIANTS)), tuple(lines))
 
 
 def _points(change: Estimate | None) -> str:
@@ -143,22 +210,15 @@ def _interval(estimate: Estimate, *, digits: int) -> str:
     return f"[{100 * estimate.low:.{digits}f}, {100 * estimate.high:.{digits}f}]"
 
 
-def _retention(value: Retention | None) -> str:
-    if value is None:
-        return ""
-    if value.value is None or value.low is None or value.high is None:
-        return "no number"
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
-
-
 def _before_after(losses: tuple[float, float] | None) -> str:
     return "" if losses is None else f"{losses[0]:.4f} to {losses[1]:.4f}"
 
 
-def _head(*names: str) -> Iterator[str]:
-    yield _line(*names)
-    yield _line(*("---" for _ in names))
+def _markdown(table: Table) -> Iterator[str]:
+    yield _line(table.head)
+    yield _line("---" for _ in table.head)
+    yield from map(_line, table.rows)
 
 
-def _line(*cells: str) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeAlias
 
 from portllm.study.settings import Evolution, Study, Text
+from portllm.study.variants import BASE, PATCHED, RETRAINED
 
 Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score", "theory"]
 Makes: TypeAlias = Literal["patches", "checkpoints"]
@@ -23,9 +24,7 @@ class Identities:
     data: Mapping[str, object]
 
 
-BASE = "base"
 OLD_TEXT, NEW_TEXT = "old", "new."
-PATCHED, RETRAINED = "patched", "retrained"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,16 @@ show as a spread of their own.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from statistics import fmean, stdev
 from typing import Any
 
 from portllm.comparison.metrics import Estimate, Retention, accuracy, flips, mean_loss, paired_change, retention
-from portllm.study.plan import BASE, NEW_TEXT, OLD_TEXT, PATCHED, RETRAINED, Step, model_name, steps_of
+from portllm.study.plan import NEW_TEXT, OLD_TEXT, Step, model_name, steps_of
 from portllm.study.settings import Study
+from portllm.study.variants import BASE, EVOLVED, PATCHED, PORTED, RETRAINED
 
 Found = Mapping[Step, Mapping[str, Any]]
-
-EVOLVED, PORTED = "evolved", "ported"
-VARIANTS = (BASE, PATCHED, EVOLVED, PORTED, RETRAINED)
-"""The five models of a row, in the order in which they are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,23 @@ class Scored:
     loss: Estimate
     by_seed: tuple[float, ...]
     spread: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spectra:
+    """Singular values of three deltas, falling: the root of the mean square over modules and seeds of each.
+
+    The squares of all, times the number of modules, add up to the mean over seeds of the squared Frobenius norm.
+
+    Attributes:
+        ported: Of the ported delta.
+        retrained: Of the retrained one.
+        residual: Of the port residual, retrained minus ported.
+    """
+
+    ported: tuple[float, ...]
+    retrained: tuple[float, ...]
+    residual: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +73,7 @@ class TaskRow:
         residual_of_delta: The port residual's norm against that of the retrained delta, mean over seeds; None where the
             study measures no theory.
         residual_of_update: The same against the updated weights with the patch in them, the paper's yardstick.
+        spectra: Singular values of the deltas and of the residual; None likewise.
     """
 
     evolution: str
@@ -73,6 +89,7 @@ class TaskRow:
     negative_flips: float | None
     residual_of_delta: float | None
     residual_of_update: float | None
+    spectra: Spectra | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +206,39 @@ def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
                         PORTED: scores(model, task, method),
                         RETRAINED: scores(model, task, RETRAINED),
                     }
-                    yield _row(name, link, task, method, columns, _residuals(study, found, model, task))
+                    theory = _theory(study, found, model, task)
+                    yield _row(name, link, task, method, columns, theory)
 
 
-def _residuals(study: Study, found: Found, model: str, task: str) -> Mapping[str, float]:
-    """Means over seeds of the residual's Frobenius norm against each yardstick; empty where none was measured."""
+def _theory(study: Study, found: Found, model: str, task: str) -> list[Mapping[str, Any]]:
+    """The port residual of each seed of which it was measured."""
     names = {Step("theory", model, task=task, seed=seed).name for seed in study.seeds}
-    totals = [result["residual"]["total"] for step, result in found.items() if step.name in names]
-    by_yardstick = {name: [total[name]["frobenius"] for total in totals] for name in ("of_delta", "of_update")}
-    return {name: fmean(ratios) for name, ratios in by_yardstick.items() if ratios and None not in ratios}
+    return [result["residual"] for step, result in found.items() if step.name in names]
+
+
+def _residual(by_seed: Sequence[Mapping[str, Any]], yardstick: str) -> float | None:
+    """Mean over seeds of the residual's Frobenius norm against a yardstick; None where none was measured."""
+    ratios = [residual["total"][yardstick]["frobenius"] for residual in by_seed]
+    return fmean(ratios) if ratios and None not in ratios else None
+
+
+def _spectra(by_seed: Sequence[Mapping[str, Any]]) -> Spectra | None:
+    modules = [module for residual in by_seed for module in residual["modules"].values()]
+    if not modules:
+        return None
+    kinds = ("ported", "retrained", "residual")
+    return Spectra(*(mean_squares([module[kind]["singular_values"] for module in modules]) for kind in kinds))
+
+
+def mean_squares(spectra: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The root of the mean square, value by value; one that has fewer values has zeros.
+
+    Example:
+        >>> mean_squares([[5.0, 1.0], [1.0]])
+        (3.605551275463989, 0.7071067811865476)
+    """
+    columns = zip_longest(*spectra, fillvalue=0.0)
+    return tuple(math.sqrt(fmean(value**2 for value in column)) for column in columns)
 
 
 def _row(
@@ -206,7 +247,7 @@ def _row(
     task: str,
     method: str,
     columns: Mapping[str, Mapping[int, Mapping[str, Any]]],
-    residuals: Mapping[str, float],
+    theory: Sequence[Mapping[str, Any]],
 ) -> TaskRow:
     patched, ported, retrained = (columns[variant] for variant in (PATCHED, PORTED, RETRAINED))
     seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
@@ -235,8 +276,9 @@ def _row(
         accuracy_retention=in_accuracy,
         loss_retention=in_loss,
         negative_flips=lost,
-        residual_of_delta=residuals.get("of_delta"),
-        residual_of_update=residuals.get("of_update"),
+        residual_of_delta=_residual(theory, "of_delta"),
+        residual_of_update=_residual(theory, "of_update"),
+        spectra=_spectra(theory),
     )
 
 

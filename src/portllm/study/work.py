@@ -22,11 +22,12 @@ from portllm.pipeline.port import port
 from portllm.pipeline.train import check_runnable, model_folder, train_on
 from portllm.progress import Progress, silent
 from portllm.study.ledger import Ledger
-from portllm.study.plan import BASE, NEW_TEXT, OLD_TEXT, Identities, Step, link_of, model_name, text_of
+from portllm.study.plan import NEW_TEXT, OLD_TEXT, Identities, Step, link_of, model_name, text_of
 from portllm.study.settings import Study, Text
 from portllm.study.task import TaskSource
 from portllm.study.tasks import below, digest_examples, first, open_task
 from portllm.study.theory import measure_theory
+from portllm.study.variants import BASE
 
 Found = Mapping[str, object]
 

@@ -1,0 +1,14 @@
+"""The five models that a study compares: their keys in its results, and what they are called."""
+
+BASE, PATCHED, EVOLVED, PORTED, RETRAINED = "base", "patched", "evolved", "ported", "retrained"
+
+VARIANTS = (BASE, PATCHED, EVOLVED, PORTED, RETRAINED)
+"""In the order in which they are shown."""
+
+HEADS = {
+    BASE: "base",
+    PATCHED: "base + patch",
+    EVOLVED: "evolved",
+    PORTED: "evolved + ported",
+    RETRAINED: "evolved + retrained",
+}
