@@ -52,6 +52,10 @@ except SystemExit as end:
         "portllm.pipeline.merge",
         "portllm.pipeline.plan",
         "portllm.pipeline.port",
+        "portllm.report.certify_page",
+        "portllm.report.check_page",
+        "portllm.report.evaluate_page",
+        "portllm.report.study_page",
     ],
 )
 def test_the_module_loads_no_heavy_library(module):
@@ -78,10 +82,10 @@ def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
     assert (tmp_path / "ported" / "patch.json").exists()
 
 
-@pytest.mark.parametrize("extent", [(), ("--full",)])
-def test_checking_loads_no_heavy_library(extent, tiny):
+@pytest.mark.parametrize("extent", [(), ("--full", "--html", "page.html")])
+def test_checking_loads_no_heavy_library(extent, tiny, tmp_path):
     models = ("--base", str(tiny("base")), "--evolved", str(tiny("evolved", drift=0.002)))
-    assert heavy_modules_after(command("check", str(tiny("adapter")), *models, *extent)) == []
+    assert heavy_modules_after(command("check", str(tiny("adapter")), *models, *extent), cwd=tmp_path) == []
 
 
 @pytest.mark.skipif(kernels is None, reason="without the loops in C, torch merges")

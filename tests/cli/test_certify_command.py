@@ -80,10 +80,26 @@ def test_a_plan_needs_no_model(portllm):
     assert (told["n_inputs"], told["n_allowed"]) == (149, 0)
 
 
+def test_the_page_has_the_answers_that_differ(certify, tmp_path):
+    result = certify("--html", tmp_path / "page.html", "--json")
+    assert result.status == 0, result.err
+    told, page = json.loads(result.out), (tmp_path / "page.html").read_text()
+    assert f"{told['k']} of 30; at most {upper_percent(told['bound'])}" in page
+    assert f">Row {told['differing'][0]}<" in page
+
+
+def test_a_page_that_is_there_is_refused_before_a_model_is_loaded(certify, tmp_path):
+    (tmp_path / "page.html").write_text("old")
+    result = certify("--html", tmp_path / "page.html")
+    assert (result.status, (tmp_path / "certificate").exists()) == (1, False)
+    assert "page.html': is there already" in result.err
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ("--plan",),
+        ("--plan", "--bound", "0.02", "--html", "page.html"),
         ("--plan", "--bound", "2"),
         ("--plan", "--bound", "0.02", "--expected-disagreement", "0.02"),
         ("--base", "b", "--patch", "p", "--data", "d"),

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from portllm.report.numbers import three_percent
+
 SHORT = 0.002
 
 
@@ -52,6 +54,38 @@ def test_as_json_it_is_the_whole_report(run, tiny):
     assert patch["verdict"] == "holds"
     assert patch["reasons"][0]["threshold"]["source"].startswith("Shadow-FT")
     assert len(patch["tensors"]) == 14
+
+
+def test_a_page_changes_neither_what_is_printed_nor_the_status(run, tiny, tmp_path):
+    uncertain = tiny("evolved")
+    plain, paged = run(tiny("adapter"), evolved=uncertain), run(
+        tiny("adapter"), evolved=uncertain, more=("--html", tmp_path / "page.html")
+    )  # fmt: skip
+    assert (paged.status, paged.out) == (plain.status, plain.out) == (3, plain.out)
+    assert paged.err == f"page {tmp_path / 'page.html'}\n"
+    assert "<!DOCTYPE html>" in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_and_json_come_from_the_same_values(run, tiny, tmp_path):
+    told = json.loads(run(tiny("adapter"), more=("--json", "--html", tmp_path / "page.html")).out)
+    (patch,) = told["patches"]
+    page = (tmp_path / "page.html").read_text()
+    assert len(patch["layers"]) == 14
+    assert all(f">{three_percent(cell['relative_size'])}</td>" in page for cell in patch["layers"])
+
+
+def test_a_page_that_is_there_is_refused_before_anything_is_read(portllm, tmp_path):
+    (tmp_path / "page.html").write_text("old")
+    asked = ("check", "nothing", "--base", "none", "--evolved", "none", "--html", tmp_path / "page.html")
+    result = portllm(*asked)
+    assert result.status == 1
+    assert "page.html': is there already" in result.err
+    assert "no such folder" in portllm(*asked, "--overwrite").err
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_overwriting_nothing_is_wrong_usage(run, tiny):
+    assert run(tiny("adapter"), more=("--overwrite",)).status == 2
 
 
 def test_several_patches_are_one_table_and_one_that_cannot_be_opened_does_not_stop_the_others(run, tiny, tmp_path):

@@ -35,6 +35,18 @@ def test_the_rows_of_a_file_are_judged_as_the_patch_was_trained(portllm, models,
     assert (told["kind"], told["labels"], told["n_rows"]) == ("labels", ["0", "1"], 4)
 
 
+def test_the_page_shows_the_scores_that_json_has(portllm, models, rows, tmp_path):
+    asked = ("--data", rows / "sst2" / "validation.jsonl", "--json", "--html", tmp_path / "page.html")
+    result = portllm("evaluate", *models, *asked)
+    assert result.status == 0, result.err
+    page = (tmp_path / "page.html").read_text()
+    for row in json.loads(result.out)["rows"]:
+        assert f">{row['name']}</th><td>{100 * row['score']['value']:.1f} %</td>" in page
+    assert portllm("evaluate", *models, *asked).status == 1
+    assert portllm("evaluate", *models, *asked, "--overwrite").status == 0
+    assert (tmp_path / "page.html").read_text() == page
+
+
 def test_a_task_of_the_harness_is_set_side_by_side_with_its_own_metrics(portllm, models, rows):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
     task = ("--task", "sst2", "--data", rows)

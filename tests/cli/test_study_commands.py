@@ -39,6 +39,10 @@ def test_a_study_is_planned_run_and_reported(portllm, small):
     assert "| chain 1, add |" in done.out
     assert "## Port residual" in done.out
     assert portllm("study", "report", small, *where).out == done.out
+    assert portllm("study", "report", small, *where, "--html", small.parent / "page.html").out == done.out
+    page = (small.parent / "page.html").read_text()
+    assert "Not finished" not in page
+    assert page.count("<svg") >= 3
     assert "24 of 24 steps done" in portllm("study", "status", small, *where).out
     results = json.loads(portllm("study", "report", small, *where, "--json").out)
     assert results == json.loads((small.parent / "out" / "results.json").read_text())

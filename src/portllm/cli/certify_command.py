@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.main import MODEL, DryRunOption, JsonOption, OtherBaseOption, OverwriteOption, QuietOption, app
+from portllm.cli.main import (
+    MODEL,
+    DryRunOption,
+    HtmlOption,
+    JsonOption,
+    OtherBaseOption,
+    OverwriteOption,
+    QuietOption,
+    app,
+)
 from portllm.cli.model_commands import DeviceName, DeviceOption
 from portllm.cli.plain import print_json, say
 
@@ -56,6 +65,7 @@ def certify(
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
+    html: HtmlOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -64,6 +74,8 @@ def certify(
 
     Ends with 3 if the --bound is not met. docs/certify.md says what is claimed and what is not.
     """
+    if plan and html is not None:
+        raise typer.BadParameter("--html goes with a certificate, not with --plan.")
     if plan:
         _print_plan(bound, confidence, expected, power, as_json=as_json)
         return
@@ -73,6 +85,7 @@ def certify(
         raise typer.BadParameter("give --evolved and --ported, or --merged in place of both.")
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.checkpoint.writer import check_free
+    from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_certificate import render_certificate, render_certify_plan
     from portllm.output.certificate import certificate_to_json
@@ -95,6 +108,7 @@ def certify(
         seed=seed,
     )
     check_free(output, overwrite=overwrite)
+    page = Page(html, overwrite=overwrite, alone=False)
     with shown_progress(quiet=quiet) as progress:
         planned = plan_certify(
             load_patch(patch),
@@ -110,9 +124,12 @@ def certify(
         if dry_run:
             say(render_certify_plan(planned, output))
             return
-        certificate = run_certify(
-            planned, output, device=device.value, overwrite=overwrite, progress=progress
-        ).certificate
+        found = run_certify(planned, output, device=device.value, overwrite=overwrite, progress=progress)
+    certificate = found.certificate
+    if page.is_wanted:
+        from portllm.report.certify_page import certify_page
+
+        page.write(certify_page(certificate, found.disagreements))
     if as_json:
         print_json(certificate_to_json(certificate))
     else:

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.main import MODEL, PATCHES, JsonOption, OtherBaseOption, QuietOption, app
+from portllm.cli.main import (
+    MODEL,
+    PATCHES,
+    HtmlOption,
+    JsonOption,
+    OtherBaseOption,
+    OverwriteOption,
+    QuietOption,
+    app,
+)
 from portllm.cli.plain import print_json, say
 
 
@@ -19,6 +28,8 @@ def check(
     ] = False,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Show the drift of every layer, too.")] = False,
     allow_other_base: OtherBaseOption = False,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -27,11 +38,13 @@ def check(
     Ends with 3 unless every patch holds. docs/check.md says what each number means and where the thresholds come from.
     """
     from portllm.checkpoint.reader import open_checkpoint
+    from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_check import check_to_json, render_check
     from portllm.patch.folders import find_patches, open_each
     from portllm.pipeline.check import check as check_patches
 
+    page = Page(html, overwrite=overwrite)
     opened = open_each(find_patches(patches), lambda patch, _: patch)
     there = [outcome.value for outcome in opened if outcome.value is not None]
     failed = [outcome for outcome in opened if outcome.error is not None]
@@ -43,9 +56,14 @@ def check(
             base=open_checkpoint(base),
             evolved=open_checkpoint(evolved),
             full=full,
+            places=html is not None,
             allow_other_base=allow_other_base,
             progress=progress,
         )
+    if page.is_wanted:
+        from portllm.report.check_page import check_page
+
+        page.write(check_page(report, [(str(outcome.folder), str(outcome.error)) for outcome in failed]))
     if as_json:
         print_json(check_to_json(report, failed))
     else:

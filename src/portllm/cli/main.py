@@ -64,6 +64,9 @@ OutOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to w
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and every reason not to.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists.")]
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page: one file, for a browser.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 OtherBaseOption = Annotated[
     bool, typer.Option("--allow-other-base", help="Go on though the patch belongs to another model.")

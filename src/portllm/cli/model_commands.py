@@ -9,6 +9,7 @@ import typer
 from portllm.cli.main import (
     MODEL,
     DryRunOption,
+    HtmlOption,
     JsonOption,
     OtherBaseOption,
     OutOption,
@@ -183,16 +184,20 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the intervals' resampling.")] = 0,
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Base, base + patch, evolved, evolved + ported (and retrained) on the same rows: score, loss, retention."""
     from portllm.checkpoint.reader import open_checkpoint
+    from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_models import render_comparison
     from portllm.patch.adapter_folder import load_patch
     from portllm.pipeline.evaluate import evaluate as evaluate_patch
 
+    page = Page(html, overwrite=overwrite)
     old = load_patch(patch)
     bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
     given = {name: value for name, value in bounds.items() if value is not None}
@@ -220,6 +225,10 @@ def evaluate(
             seed=seed,
             progress=progress,
         )
+    if page.is_wanted:
+        from portllm.report.evaluate_page import evaluate_page
+
+        page.write(evaluate_page(comparison, title=f"{patch} from {base} to {evolved}"))
     if as_json:
         print_json(comparison.to_json())
     else:

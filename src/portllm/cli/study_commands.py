@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.main import JsonOption, QuietOption, app
+from portllm.cli.main import HtmlOption, JsonOption, OverwriteOption, QuietOption, app
 from portllm.cli.model_commands import DeviceName, DeviceOption
 from portllm.cli.plain import print_json, say
 
@@ -81,12 +81,24 @@ def status(file: FileArgument, out: OutOption = None, as_json: JsonOption = Fals
 
 
 @study.command()
-def report(file: FileArgument, out: OutOption = None, as_json: JsonOption = False) -> None:
+def report(
+    file: FileArgument,
+    out: OutOption = None,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """The tables of a study, of the steps that are done, as Markdown."""
+    from portllm.cli.pages import Page
     from portllm.study.page import render_page
     from portllm.study.run import study_results
 
+    page = Page(html, overwrite=overwrite)
     results = study_results(file, out=out)
+    if page.is_wanted:
+        from portllm.report.study_page import study_page
+
+        page.write(study_page(results))
     if as_json:
         print_json(results.to_json())
     else:

@@ -1,0 +1,40 @@
+"""Where a command's page goes, if one is asked for: refused before any work, written when the result is there."""
+
+from pathlib import Path
+
+import typer
+
+from portllm.cli.plain import say
+from portllm.output.page_file import check_page_free, write_page
+
+
+class Page:
+    """What `--html` and `--overwrite` ask for.
+
+    Args:
+        file: Where, or None.
+        overwrite: Whether a file there may be replaced.
+        alone: Whether the page is all that `--overwrite` could mean.
+
+    Raises:
+        OutputExistsError: Something is there that may not be replaced.
+    """
+
+    def __init__(self, file: Path | None, *, overwrite: bool, alone: bool = True) -> None:
+        if alone and overwrite and file is None:
+            raise typer.BadParameter("--overwrite goes with --html.")
+        self._file, self._overwrite = file, overwrite
+        if file is not None:
+            check_page_free(file, overwrite=overwrite)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is to be one."""
+        return self._file is not None
+
+    def write(self, text: str) -> None:
+        """Write it, and say where."""
+        if self._file is None:
+            raise AssertionError("a page is written where one is asked for")
+        write_page(self._file, text, overwrite=self._overwrite)
+        say(f"page {self._file}", err=True)

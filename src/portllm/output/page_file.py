@@ -1,0 +1,52 @@
+"""A page on disk: whole or not at all, and never in the place of something else unless that is meant."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from portllm.errors import OutputError, OutputExistsError
+
+
+def check_page_free(file: Path, *, overwrite: bool) -> None:
+    """Refuse a place for a page, before the work that fills it.
+
+    Args:
+        file: Where it is to be.
+        overwrite: Whether a file there may be replaced.
+
+    Raises:
+        OutputExistsError: Something is there that may not be replaced.
+    """
+    if not os.path.lexists(file):
+        return
+    if file.is_dir():
+        raise OutputExistsError(f"'{file}': is a folder; the page is a file. Name another place.")
+    if not overwrite:
+        raise OutputExistsError(f"'{file}': is there already. Choose another place, or pass --overwrite to replace it.")
+
+
+def write_page(file: Path, text: str, *, overwrite: bool) -> None:
+    """Write a page; it takes its name when all of it is on the disk.
+
+    Args:
+        file: Where; its folder is made where it is missing.
+        text: The page.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        OutputExistsError: As `check_page_free`.
+        OutputError: It cannot be written; nothing is left.
+    """
+    check_page_free(file, overwrite=overwrite)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OutputError(f"'{file}': cannot be written: {error.strerror}. Nothing was left there.") from error
