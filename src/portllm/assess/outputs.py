@@ -1,0 +1,103 @@
+"""How far what a model says is from what another says to the same prompts. Pure numpy, in float64.
+
+    KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v))    of one prompt; in nats, over the tokens that both models have
+
+With the old specialist's answer p, that of the evolved model without a patch q and with the ported patch q', the share
+of the specialist's effect that the port keeps is `1 - Σ KL(p ‖ q') / Σ KL(p ‖ q)`, sums over prompts: 1 where the
+ported model says what the specialist said, 0 where the port is no nearer to it than the evolved model alone, and below
+0 where it leads away.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """From one model's answers to another's.
+
+    Attributes:
+        nats: `KL(first ‖ second)` of each prompt.
+        agreement: The share of prompts to which both give the same likeliest token.
+    """
+
+    nats: tuple[float, ...]
+    agreement: float
+
+    @property
+    def mean(self) -> float:
+        """The mean of `nats`."""
+        return math.fsum(self.nats) / len(self.nats)
+
+
+def measure_distance(
+    first: Float[np.ndarray, "prompts vocabulary"], second: Float[np.ndarray, "prompts other_vocabulary"]
+) -> Distance:
+    """Compare what two models say, from their logits for the next token.
+
+    Where one has more rows of tokens than the other, what stands in the rows that both have is compared.
+
+    Args:
+        first: Of the model whose answers are the measure; one row a prompt.
+        second: Of the other.
+
+    Example:
+        >>> logits = np.log(np.array([[0.5, 0.5], [0.9, 0.1]]))
+        >>> found = measure_distance(logits, np.zeros((2, 2)))
+        >>> [round(nats, 3) for nats in found.nats], found.agreement
+        ([0.0, 0.368], 1.0)
+    """
+    width = min(first.shape[1], second.shape[1])
+    nats, agreed = [], 0
+    for one, other in zip(first[:, :width], second[:, :width], strict=True):
+        log_p, log_q = _log_softmax(one), _log_softmax(other)
+        nats.append(max(0.0, float(np.vdot(np.exp(log_p), log_p - log_q))))
+        agreed += int(log_p.argmax() == log_q.argmax())
+    return Distance(tuple(nats), agreed / len(nats))
+
+
+def _log_softmax(logits: Float[np.ndarray, " vocabulary"]) -> Float64[np.ndarray, " vocabulary"]:
+    shifted = logits.astype(np.float64) - float(logits.max())
+    found: Float64[np.ndarray, " vocabulary"] = shifted - math.log(float(np.exp(shifted).sum()))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A share, and its standard error over prompts.
+
+    Attributes:
+        value: The share.
+        error: Its standard error; infinite for a single prompt.
+    """
+
+    value: float
+    error: float
+
+
+def effect_kept(ported: Distance, evolved: Distance) -> Kept | None:
+    """The share of the old specialist's effect that a port keeps: `1 - Σ ported / Σ evolved`.
+
+    Its error is that of a ratio of two sums over the same prompts (the delta method):
+    `√(n / (n - 1) Σ (ported_i - R evolved_i)²) / Σ evolved_i` with the ratio R.
+
+    Args:
+        ported: From the specialist to the evolved model with the ported patch.
+        evolved: From the specialist to the evolved model without it.
+
+    Returns:
+        None where the evolved model says what the specialist says without a patch.
+
+    Example:
+        >>> effect_kept(Distance((0.1, 0.2), 1.0), Distance((1.0, 2.0), 0.0))
+        Kept(value=0.9, error=0.0)
+    """
+    n, total = len(evolved.nats), math.fsum(evolved.nats)
+    if not total:
+        return None
+    ratio = math.fsum(ported.nats) / total
+    rest = math.fsum((one - ratio * other) ** 2 for one, other in zip(ported.nats, evolved.nats, strict=True))
+    return Kept(1.0 - ratio, math.sqrt(n / (n - 1) * rest) / total if n > 1 else math.inf)

@@ -1,0 +1,393 @@
+"""What a patch does on the evolved model, from unlabelled prompts: forward passes, and a backward pass if asked.
+
+Each model is loaded once, one after the other, and run once without a patch however many patches there are; each patch
+adds a pass on each model. What is kept between the two is small: what deltas read at a few tokens of each prompt, the
+last token's states, and one row of logits for each prompt and patch.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from portllm.assess.fidelity import Fidelity, measure_fidelity
+from portllm.assess.outputs import measure_distance
+from portllm.assess.similarity import linear_cka
+from portllm.assess.terms import Terms
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.tensors import load
+from portllm.checkpoint.vocabulary import has_same_tokenizer
+from portllm.errors import DataError, NonFiniteError, PlanRefusedError
+from portllm.live.distil import mean_divergence
+from portllm.live.encoding import Encoded, Encoder, batches, encode_prompts
+from portllm.live.loss import completion_targets
+from portllm.live.model import (
+    Device,
+    PeftModel,
+    PreTrainedModel,
+    attach_adapter,
+    choose_device,
+    detach_adapter,
+    load_model,
+    load_tokenizer,
+)
+from portllm.live.moments import Moments, gather_moments
+from portllm.live.observation import Observation, observe, spread_positions
+from portllm.live.ranges import require_ranges
+from portllm.patch.adapter_folder import folder_of
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.patch import Patch
+from portllm.pipeline.expansion import SKETCH, has_terms, terms_of
+from portllm.pipeline.fit import oriented, unmatchable
+from portllm.pipeline.plan import plan_port_on
+from portllm.pipeline.port import run_port
+from portllm.pipeline.port_residual import is_plain, load_delta
+from portllm.pipeline.text_measures import Outputs, TextMeasures
+from portllm.pipeline.train import model_folder
+from portllm.pipeline.update import Update
+from portllm.progress import Progress, silent
+
+Logits = Float32[np.ndarray, "prompts vocabulary"]
+
+GRADIENT_SHARE = 4
+"""A pass with gradients keeps the activations of its batch: so many times fewer prompts are run together."""
+
+LEAST_PROMPTS = 2
+"""One prompt says nothing of how far answers differ from prompt to prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSettings:
+    """Everything that the measures depend on but models, patches and prompts.
+
+    Attributes:
+        max_tokens: Most tokens of a prompt; longer ones lose their beginning.
+        positions: Tokens of a prompt at which modules are looked at, at most: evenly spaced, the last one among them.
+        batch_size: Prompts of a pass; a quarter of it where gradients are taken.
+        gradients: Measure the terms of the loss, too: backward passes.
+        sketch: Columns of the sketches of curvature.
+        seed: Of the sketches and of labels that are drawn for them.
+
+    Raises:
+        PortLLMError: A value is out of its range; all of them are named.
+    """
+
+    max_tokens: int = 512
+    positions: int = 16
+    batch_size: int = 16
+    gradients: bool = False
+    sketch: int = SKETCH
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_ranges(
+            "text settings",
+            ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
+            ("positions", self.positions, "1 or more", self.positions >= 1),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+            ("sketch", self.sketch, "1 or more", self.sketch >= 1),
+        )
+
+
+def measure_text(
+    base: Checkpoint,
+    evolved: Checkpoint,
+    patches: Sequence[Patch[TensorInfo]],
+    prompts: Sequence[str],
+    *,
+    settings: TextSettings | None = None,
+    allow_other_base: bool = False,
+    device: Device = "auto",
+    progress: Progress = silent,
+) -> tuple[TextMeasures, ...]:
+    """Measure what patches do on the evolved model, carried over by plain addition, beside what they did on the base.
+
+    Args:
+        base: The model that the patches were made on.
+        evolved: A later version of it, with the same tokenizer.
+        patches: What may be ported.
+        prompts: Of the domain that the patches are for, as they would be given to the model; nobody has to answer them.
+        settings: How much is looked at.
+        allow_other_base: Go on though `base` is not the one that a patch names.
+        device: Where models run.
+        progress: Told of the prompts that were run.
+
+    Returns:
+        What was measured of each patch, in their order.
+
+    Raises:
+        PlanRefusedError: A patch does not fit, with every reason.
+        NotFoundError: A model is a single file, without configuration and tokenizer.
+        DataError: There are fewer than two prompts, one has no tokens, or the models have different tokenizers.
+        NonFiniteError: A model answers with an infinity or NaN.
+    """
+    settings = settings or TextSettings()
+    if len(prompts) < LEAST_PROMPTS:
+        raise DataError(
+            f"prompts: {len(prompts)} were given; expected at least {LEAST_PROMPTS}, better a few hundred: what is measured "
+            "are means over them. Give more of what the model will be asked."
+        )
+    if not has_same_tokenizer(base, evolved):
+        raise DataError(
+            f"{base.name} and {evolved.name} have different tokenizers, so that what they make of a prompt cannot be "
+            "compared token by token. Measure answers instead: portllm evaluate or certify."
+        )
+    update = Update(base, evolved)
+    plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
+    refusals = [refusal for plan in plans for refusal in (*plan.refusals, *unmatchable(plan.patch, option="PATCH"))]
+    if refusals:
+        raise PlanRefusedError(refusals)
+    with tempfile.TemporaryDirectory(prefix="portllm-check-") as scratch:
+        carried = [
+            Carried(plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base)))
+            for number, plan in enumerate(plans)
+        ]
+        return _measure(base, evolved, carried, prompts, settings, device=device, progress=progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A patch on its way.
+
+    Attributes:
+        patch: As it was made.
+        ported: As it is for the evolved model.
+        deltas: Its low-rank deltas of linear modules, by module.
+    """
+
+    patch: Patch[TensorInfo]
+    ported: Patch[TensorInfo]
+    deltas: Mapping[str, LowRankDelta[TensorInfo]]
+
+
+def _linear_deltas(patch: Patch[TensorInfo]) -> dict[str, LowRankDelta[TensorInfo]]:
+    """Those whose inputs are vectors; an embedding's are tokens, the same in both models."""
+    return {module: delta for module, delta in patch.deltas.items() if not delta.is_embedding}
+
+
+def _measure(
+    base: Checkpoint,
+    evolved: Checkpoint,
+    carried: Sequence[Carried],
+    prompts: Sequence[str],
+    settings: TextSettings,
+    *,
+    device: Device,
+    progress: Progress,
+) -> tuple[TextMeasures, ...]:
+    where = choose_device(device)
+    before, after = (
+        _Host(model.name, model_folder(model, progress=progress), device=where, settings=settings)
+        for model in (base, evolved)
+    )
+    rows, n_cut = encode_prompts(Encoder(load_tokenizer(before.folder)), prompts, room=settings.max_tokens)
+    passes = _Passes(rows, settings, where, n_passes=2 + 2 * len(carried), progress=progress)
+    factors = _stacked(carried)
+    old = passes.bare(before, factors)
+    taught = [passes.patched(before, each.patch) for each in carried]
+    at_base = [
+        passes.moments(before, each, logits, curvature=True) for each, logits in zip(carried, taught, strict=True)
+    ]
+    before.release()
+    new = passes.bare(after, factors)
+    said = []
+    for each, specialist in zip(carried, taught, strict=True):
+        ported = passes.patched(after, each.ported)
+        said.append(_outputs(specialist.numpy(), old.logits.numpy(), new.logits.numpy(), ported.numpy()))
+    at_evolved = [
+        passes.moments(after, each, logits, curvature=False) for each, logits in zip(carried, taught, strict=True)
+    ]
+    similarity = [linear_cka(*states) for states in zip(_arrays(old.states), _arrays(new.states), strict=True)]
+    return tuple(
+        TextMeasures(
+            patch=each.patch.name,
+            n_prompts=len(rows),
+            n_cut=n_cut,
+            n_tokens=sum(len(spread_positions(len(row), settings.positions)) for row in rows),
+            outputs=outputs,
+            modules=_fidelities(number, carried, old, new),
+            similarity=tuple(value for value in similarity if value is not None),
+            terms=_terms(each, *moments, base=base, evolved=evolved),
+        )
+        for number, (each, outputs, moments) in enumerate(
+            zip(carried, said, zip(at_base, at_evolved, strict=True), strict=True)
+        )
+    )
+
+
+class _Host:
+    """A model that carries one patch after another; it is loaded when needed, and again where a patch left traces."""
+
+    def __init__(self, name: str, folder: Path, *, device: torch.device, settings: TextSettings) -> None:
+        self.name, self.folder = name, folder
+        self._device, self._settings = device, settings
+        self._model: PreTrainedModel | None = None
+
+    def bare(self) -> PreTrainedModel:
+        """The model without a patch."""
+        if self._model is None:
+            dtype = torch.float32 if self._settings.gradients else None
+            self._model = load_model(self.folder, device=self._device, dtype=dtype, longest=self._settings.max_tokens)
+        return self._model
+
+    @contextmanager
+    def carrying(self, patch: Patch[TensorInfo]) -> Iterator[PeftModel]:
+        """Inside the block, the model with a patch on it."""
+        patched = attach_adapter(self.bare(), folder_of(patch), name="patch").eval()
+        self._model = None
+        yield patched
+        if is_plain(patch):
+            self._model = detach_adapter(patched)
+
+    def release(self) -> None:
+        """Makes room for another model."""
+        self._model = None
+
+
+class _Passes:
+    """Runs models over the same prompts."""
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        settings: TextSettings,
+        device: torch.device,
+        *,
+        n_passes: int,
+        progress: Progress,
+    ) -> None:
+        self._rows, self._settings, self._device, self._progress = rows, settings, device, progress
+        self._done, self._total = 0, n_passes * len(rows)
+
+    def bare(self, host: _Host, factors: Mapping[str, Sequence[Tensor]]) -> Observation:
+        """What is seen of a model without a patch."""
+        return self._observe(host, host.bare(), factors, states=True)
+
+    def patched(self, host: _Host, patch: Patch[TensorInfo]) -> Float32[Tensor, "prompts vocabulary"]:
+        """The logits of a model with a patch."""
+        with host.carrying(patch) as model:
+            return self._observe(host, model).logits
+
+    def moments(
+        self, host: _Host, carried: Carried, taught: Float32[Tensor, "prompts vocabulary"], *, curvature: bool
+    ) -> Moments | None:
+        """What the divergence of a model from the old specialist says of a patch, where that is asked for."""
+        if not (self._settings.gradients and has_terms(carried.patch)):
+            return None
+        # The specialist's likeliest token marks the place that is asked about; what counts is all of its distribution.
+        answered = {
+            Encoded(row, (int(logits.argmax()),)): logits for row, logits in zip(self._rows, taught, strict=True)
+        }
+        rows = list(answered)
+        size = max(1, self._settings.batch_size // GRADIENT_SHARE)
+        return gather_moments(
+            host.bare(),
+            {module: load_delta(delta) for module, delta in carried.deltas.items()},
+            [
+                [rows[number] for number in batch]
+                for batch in batches([len(row.prompt) for row in rows], batch_size=size)
+            ],
+            device=self._device,
+            curvature=curvature,
+            sketch=self._settings.sketch,
+            seed=self._settings.seed,
+            loss_of=partial(_divergence, answered),
+            progress=self._progress,
+        )
+
+    def _observe(
+        self,
+        host: _Host,
+        model: PreTrainedModel | PeftModel,
+        factors: Mapping[str, Sequence[Tensor]] | None = None,
+        *,
+        states: bool = False,
+    ) -> Observation:
+        def tick(n_rows: int) -> None:
+            self._done += n_rows
+            self._progress("read prompts", self._done, self._total, "rows")
+
+        seen = observe(
+            model,
+            self._rows,
+            device=self._device,
+            batch_size=self._settings.batch_size,
+            factors=factors,
+            positions=self._settings.positions,
+            states=states,
+            tick=tick,
+        )
+        if not bool(seen.logits.isfinite().all()):
+            raise NonFiniteError(
+                f"'{host.name}': answers a prompt with an infinity or NaN. Its weights or the patch's are damaged, or "
+                "too large for its dtype. Check the files; 'portllm check' names a tensor that is not finite."
+            )
+        return seen
+
+
+def _divergence(
+    answered: Mapping[Encoded, Float32[Tensor, " vocabulary"]],
+    rows: Sequence[Encoded],
+    logits: Float32[Tensor, "rows width vocabulary"],
+) -> Float32[Tensor, ""]:
+    """`Σ KL(old specialist ‖ model)` over rows."""
+    taught = torch.stack([answered[row] for row in rows])[:, None].to(logits.device)
+    width = min(taught.shape[-1], logits.shape[-1])
+    targets = completion_targets(rows, device=logits.device)
+    return len(rows) * mean_divergence(taught[..., :width], logits[..., :width], targets)
+
+
+def _stacked(carried: Sequence[Carried]) -> dict[str, list[Tensor]]:
+    """By module, the factors A of all patches that change it, in the order of the patches."""
+    found: dict[str, list[Tensor]] = {}
+    for each in carried:
+        for module, delta in each.deltas.items():
+            found.setdefault(module, []).append(load(delta.a))
+    return found
+
+
+def _fidelities(number: int, carried: Sequence[Carried], old: Observation, new: Observation) -> dict[str, Fidelity]:
+    """By module, the fidelity of one of the patches."""
+    found = {}
+    for module, delta in carried[number].deltas.items():
+        if module not in old.reads or module not in new.reads:
+            continue
+        place = sum(module in other.deltas for other in carried[:number])
+        b = load(delta.b).double().numpy()
+        fidelity = measure_fidelity(
+            old.reads[module][place].numpy(), new.reads[module][place].numpy(), delta.scale**2 * (b.T @ b)
+        )
+        if fidelity is not None:
+            found[module] = fidelity
+    return found
+
+
+def _outputs(specialist: Logits, base: Logits, evolved: Logits, ported: Logits) -> Outputs:
+    return Outputs(
+        specialist_to_base=measure_distance(specialist, base),
+        specialist_to_evolved=measure_distance(specialist, evolved),
+        specialist_to_ported=measure_distance(specialist, ported),
+        ported_to_evolved=measure_distance(ported, evolved),
+        base_to_evolved=measure_distance(base, evolved),
+    )
+
+
+def _terms(
+    carried: Carried, at_base: Moments | None, at_evolved: Moments | None, *, base: Checkpoint, evolved: Checkpoint
+) -> dict[str, Terms] | None:
+    if at_base is None or at_evolved is None:
+        return None
+    deltas = {module: load_delta(delta) for module, delta in carried.deltas.items()}
+    return terms_of(deltas, at_base, at_evolved, base=base, evolved=evolved)
+
+
+def _arrays(states: Sequence[Float32[Tensor, "prompts width"]]) -> list[Float[np.ndarray, "prompts width"]]:
+    return [state.numpy() for state in states]
