@@ -59,6 +59,53 @@ def measure_distance(
     return Distance(tuple(nats), agreed / len(nats))
 
 
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """What a patch does to log-probabilities in two models, beside each other.
+
+    With `a = log p_specialist - log p_base` and `b = log p_ported - log p_evolved`, each without its mean, products are
+    `<a, b> = Σ_v w(v) a(v) b(v)` under the weights `w = (p_specialist + p_base) / 2`, and add up over prompts. What the
+    update does to both evolved models falls out.
+
+    Attributes:
+        cosine: `<a, b> / √(<a, a> <b, b>)`: 1 where the patch moves the evolved model's answers as it moved the base's.
+        ratio: `√(<b, b> / <a, a>)`: how much as far.
+    """
+
+    cosine: float
+    ratio: float
+
+
+def measure_shift(
+    base: Float[np.ndarray, "prompts vocabulary"],
+    specialist: Float[np.ndarray, "prompts vocabulary"],
+    evolved: Float[np.ndarray, "prompts other_vocabulary"],
+    ported: Float[np.ndarray, "prompts other_vocabulary"],
+) -> Shift | None:
+    """Compare what a patch does to answers in two models, from their logits for the next token.
+
+    Returns:
+        None where the patch does nothing to the answers of one of the models.
+
+    Example:
+        >>> base, evolved = np.zeros((1, 2)), np.array([[3.0, 0.0]])
+        >>> measure_shift(base, base + [1.0, 0.0], evolved, evolved + [2.0, 0.0])
+        Shift(cosine=1.0, ratio=2.0)
+    """
+    width = min(base.shape[1], evolved.shape[1])
+    product = old_sq = new_sq = 0.0
+    for prompt in range(len(base)):
+        was, is_, stays, becomes = (_log_softmax(side[prompt, :width]) for side in (base, specialist, evolved, ported))
+        weights = (np.exp(was) + np.exp(is_)) / 2
+        old, new = (moved - float(np.vdot(weights, moved)) for moved in (is_ - was, becomes - stays))
+        product += float(np.vdot(weights * old, new))
+        old_sq += float(np.vdot(weights * old, old))
+        new_sq += float(np.vdot(weights * new, new))
+    if not old_sq or not new_sq:
+        return None
+    return Shift(min(1.0, max(-1.0, product / math.sqrt(old_sq * new_sq))), math.sqrt(new_sq / old_sq))
+
+
 def _log_softmax(logits: Float[np.ndarray, " vocabulary"]) -> Float64[np.ndarray, " vocabulary"]:
     shifted = logits.astype(np.float64) - float(logits.max())
     found: Float64[np.ndarray, " vocabulary"] = shifted - math.log(float(np.exp(shifted).sum()))
@@ -92,8 +139,8 @@ def effect_kept(ported: Distance, evolved: Distance) -> Kept | None:
         None where the evolved model says what the specialist says without a patch.
 
     Example:
-        >>> effect_kept(Distance((0.1, 0.2), 1.0), Distance((1.0, 2.0), 0.0))
-        Kept(value=0.9, error=0.0)
+        >>> effect_kept(Distance((0.25, 0.5), 1.0), Distance((1.0, 2.0), 0.0))
+        Kept(value=0.75, error=0.0)
     """
     n, total = len(evolved.nats), math.fsum(evolved.nats)
     if not total:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from portllm.assess.fidelity import Fidelity, measure_fidelity
-from portllm.assess.outputs import measure_distance
+from portllm.assess.outputs import measure_distance, measure_shift
 from portllm.assess.similarity import linear_cka
 from portllm.assess.terms import Terms
 from portllm.checkpoint.header import TensorInfo
@@ -132,8 +132,8 @@ def measure_text(
     settings = settings or TextSettings()
     if len(prompts) < LEAST_PROMPTS:
         raise DataError(
-            f"prompts: {len(prompts)} were given; expected at least {LEAST_PROMPTS}, better a few hundred: what is measured "
-            "are means over them. Give more of what the model will be asked."
+            f"prompts: {len(prompts)} were given; expected at least {LEAST_PROMPTS}, better a few hundred: what is "
+            "measured are means over them. Give more of what the model will be asked."
         )
     if not has_same_tokenizer(base, evolved):
         raise DataError(
@@ -377,6 +377,7 @@ def _outputs(specialist: Logits, base: Logits, evolved: Logits, ported: Logits) 
         specialist_to_ported=measure_distance(specialist, ported),
         ported_to_evolved=measure_distance(ported, evolved),
         base_to_evolved=measure_distance(base, evolved),
+        shift=measure_shift(base, specialist, evolved, ported),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from portllm.assess.fidelity import Fidelity
-from portllm.assess.outputs import Distance, Kept, effect_kept
+from portllm.assess.outputs import Distance, Kept, Shift, effect_kept
 from portllm.assess.terms import Terms
 
 WORST = 0.1
@@ -24,6 +24,7 @@ class Outputs:
         specialist_to_ported: How far it is with the ported one.
         ported_to_evolved: What the ported patch does on the evolved model.
         base_to_evolved: What the update does.
+        shift: What the patch does to log-probabilities in both models; None where it does nothing in one of them.
     """
 
     specialist_to_base: Distance
@@ -31,6 +32,7 @@ class Outputs:
     specialist_to_ported: Distance
     ported_to_evolved: Distance
     base_to_evolved: Distance
+    shift: Shift | None
 
     @property
     def kept(self) -> Kept | None:
@@ -109,6 +111,8 @@ def _of_outputs(outputs: Outputs) -> dict[str, float]:
         "evolved_agreement": outputs.specialist_to_evolved.agreement,
         "ported_agreement": outputs.specialist_to_ported.agreement,
     }
+    if outputs.shift is not None:
+        found |= {"shift_cosine": outputs.shift.cosine, "shift_ratio": outputs.shift.ratio}
     if (kept := outputs.kept) is not None:
         found["effect_kept"] = kept.value
         if math.isfinite(kept.error):
