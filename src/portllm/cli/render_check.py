@@ -7,6 +7,7 @@ from portllm.assess.estimate import Estimate
 from portllm.checkpoint.header import TensorInfo
 from portllm.cli.render import n_params, percent, table
 from portllm.cli.render_several import columns
+from portllm.cli.render_text import render_text, render_texts
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.pipeline.check_report import CheckReport, PatchReport, UpdateReport, patch_to_json, update_to_json
@@ -39,7 +40,9 @@ def _one_patch(patch: PatchReport, update: UpdateReport) -> list[str]:
     lines += [f"  - {reason.text}" for reason in patch.verdict.reasons]
     lines += [f"  note: {remark}" for remark in patch.verdict.remarks]
     rows = _patch_rows(patch)
-    return [*lines, "", "patch", *table(rows)] if rows else lines
+    if rows:
+        lines += ["", "patch", *table(rows)]
+    return lines if patch.text is None else [*lines, "", *render_text(patch.text)]
 
 
 def _several_patches(report: CheckReport) -> list[str]:
@@ -62,7 +65,9 @@ def _several_patches(report: CheckReport) -> list[str]:
             )
         )
     total = ", ".join(f"{count} {answer}" for answer, count in counts.items())
-    return [f"{len(report.patches)} patches on {report.update.evolved.name}: {total}", *columns(rows)]
+    lines = [f"{len(report.patches)} patches on {report.update.evolved.name}: {total}", *columns(rows)]
+    texts = [patch.text for patch in report.patches if patch.text is not None]
+    return [*lines, "", *render_texts(texts)] if texts else lines
 
 
 def _patch_rows(patch: PatchReport) -> dict[str, str]:

@@ -15,6 +15,7 @@ from portllm.patch.record import ModelIdentity, identity_to_json
 from portllm.patch.rounding import MergeSums
 from portllm.pipeline.pairs import Pairing
 from portllm.pipeline.patch_measures import ChangeMeasures
+from portllm.pipeline.text_measures import TextMeasures, text_to_json
 from portllm.pipeline.token_rows import TokenMap
 
 
@@ -84,6 +85,7 @@ class PatchReport:
         changes: By tensor of the evolved model, what was measured of each.
         n_rescaled: How many of them have a DoRA magnitude.
         quantization: What quantization took of the weights that it was fitted to (QLoRA); None where not measured.
+        text: What prompts say of it; None where none were given, or it does not fit.
     """
 
     name: str
@@ -97,6 +99,7 @@ class PatchReport:
     changes: Mapping[str, ChangeMeasures] | None = None
     n_rescaled: int = 0
     quantization: GapSums | None = None
+    text: TextMeasures | None = None
 
     @property
     def relative_size(self) -> float | None:
@@ -183,6 +186,7 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
         "kept_gain": {dtype: _number(sums.kept_gain) for dtype, sums in (patch.rounding or {}).items()},
         "stored_as": patch.stored_as,
         "quantization_gap": None if patch.quantization is None else _number(patch.quantization.ratio),
+        "text": None if patch.text is None else text_to_json(patch.text),
         "tensors": {name: _change(change) for name, change in (patch.changes or {}).items()},
     }
 

@@ -5,10 +5,11 @@ adds a pass on each model. What is kept between the two is small: what deltas re
 last token's states, and one row of logits for each prompt and patch.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from portllm.assess.fidelity import Fidelity, measure_fidelity
 from portllm.assess.outputs import measure_distance, measure_shift
 from portllm.assess.similarity import linear_cka
 from portllm.assess.terms import Terms
+from portllm.assess.verdict import Answer
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.tensors import load
@@ -28,6 +30,7 @@ from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import DataError, NonFiniteError, PlanRefusedError
 from portllm.live.distil import mean_divergence
 from portllm.live.encoding import Encoded, Encoder, batches, encode_prompts
+from portllm.live.examples import read_lines, read_prompts
 from portllm.live.loss import completion_targets
 from portllm.live.model import (
     Device,
@@ -45,17 +48,20 @@ from portllm.live.ranges import require_ranges
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
+from portllm.pipeline.check_report import CheckReport
 from portllm.pipeline.expansion import SKETCH, has_terms, terms_of
 from portllm.pipeline.fit import oriented, unmatchable
 from portllm.pipeline.plan import plan_port_on
 from portllm.pipeline.port import run_port
 from portllm.pipeline.port_residual import is_plain, load_delta
 from portllm.pipeline.text_measures import Outputs, TextMeasures
-from portllm.pipeline.train import model_folder
+from portllm.pipeline.train import model_folder, recorded_prompt
 from portllm.pipeline.update import Update
 from portllm.progress import Progress, silent
 
 Logits = Float32[np.ndarray, "prompts vocabulary"]
+
+PLAIN_SUFFIX = ".txt"
 
 GRADIENT_SHARE = 4
 """A pass with gradients keeps the activations of its batch: so many times fewer prompts are run together."""
@@ -151,6 +157,77 @@ def measure_text(
             for number, plan in enumerate(plans)
         ]
         return _measure(base, evolved, carried, prompts, settings, device=device, progress=progress)
+
+
+def add_text(
+    report: CheckReport,
+    patches: Sequence[Patch[TensorInfo]],
+    *,
+    base: Checkpoint,
+    evolved: Checkpoint,
+    prompts: Sequence[str],
+    settings: TextSettings | None = None,
+    allow_other_base: bool = False,
+    device: Device = "auto",
+    progress: Progress = silent,
+) -> CheckReport:
+    """The report with what prompts say of each patch that can be ported; verdicts stay as they are.
+
+    Args:
+        report: What `check` found.
+        patches: What it was asked about.
+        base: As for `measure_text`, and so are the others.
+        evolved: Likewise.
+        prompts: Likewise.
+        settings: Likewise.
+        allow_other_base: Likewise.
+        device: Likewise.
+        progress: Likewise.
+
+    Raises:
+        PlanRefusedError, NotFoundError, DataError, NonFiniteError: As `measure_text`.
+    """
+    fits = [found.verdict.answer is not Answer.CANNOT_BE_PORTED for found in report.patches]
+    if not any(fits):
+        return report
+    measured = iter(
+        measure_text(
+            base,
+            evolved,
+            list(itertools.compress(patches, fits)),
+            prompts,
+            settings=settings,
+            allow_other_base=allow_other_base,
+            device=device,
+            progress=progress,
+        )
+    )
+    found = zip(report.patches, fits, strict=True)
+    return replace(report, patches=tuple(replace(one, text=next(measured)) if fit else one for one, fit in found))
+
+
+def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: str | None = None) -> list[str]:
+    """The prompts in a file: the lines of a `.txt` file as they are, or rows of a JSONL file through a template.
+
+    Args:
+        file: The file.
+        patches: Their records say how prompts are made, where `template` does not.
+        template: For instance `"Question: {question}"`.
+
+    Raises:
+        DataError: Rows do not fit, or patches were trained on different prompts, or do not say on which.
+    """
+    if file.suffix == PLAIN_SUFFIX:
+        if template is not None:
+            raise DataError(f"'{file}': is plain text, a prompt a line; a template is for rows of JSONL. Leave it out.")
+        return read_lines(file)
+    templates = [template] if template is not None else sorted({recorded_prompt(patch) for patch in patches})
+    if len(templates) > 1:
+        raise DataError(
+            f"the patches were trained on {len(templates)} different prompts: {', '.join(map(repr, templates[:3]))}. "
+            "Check them apart, or pass one --prompt for all."
+        )
+    return read_prompts(file, templates[0], completion=None)[0]
 
 
 @dataclass(frozen=True, slots=True)
