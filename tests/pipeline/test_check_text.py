@@ -1,8 +1,10 @@
 """Every feature against whole activations and autograd in float64, and the laws that they keep."""
 
+import gc
 import json
 import math
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from portllm.assess.similarity import linear_cka
 from portllm.checkpoint.reader import open_checkpoint
 from portllm.errors import DataError, NonFiniteError, PlanRefusedError, PortLLMError
 from portllm.live.encoding import Encoder
-from portllm.live.model import load_tokenizer
+from portllm.live.model import load_model, load_tokenizer
 from portllm.live.observation import spread_positions
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.capture import capture_adapter
@@ -258,17 +260,47 @@ def test_the_order_of_the_prompts_does_not_matter(story, measured):
 
 
 def test_patches_together_are_measured_as_if_alone_and_models_run_bare_once(story, measured, monkeypatch):
-    from portllm.pipeline import check_text
-
-    loaded = []
-    load = check_text.load_model
-    monkeypatch.setattr(check_text, "load_model", lambda folder, **how: loaded.append(folder) or load(folder, **how))
+    loads = watch_loads(monkeypatch)
     rows = []
     together = measure(story, "other", "patch", progress=lambda label, done, total, unit: rows.append((done, total)))
+    assert len(loads) == 2
     assert together[1].features() == measured.features()
     assert together[0].features() == measure(story, "other")[0].features()
     assert rows[-1] == (6 * len(PROMPTS), 6 * len(PROMPTS))  # two models without a patch, and with either of two
-    assert loaded[:2] == [story["base"], story["evolved"]]
+
+
+def watch_loads(monkeypatch):
+    """Weak references to the models that are loaded; no other may be alive when one is."""
+    loads = []
+
+    def load(*arguments, **options):
+        gc.collect()
+        assert [model for model in loads if model() is not None] == []
+        model = load_model(*arguments, **options)
+        loads.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("portllm.pipeline.check_text.load_model", load)
+    return loads
+
+
+def test_prompts_that_come_twice_count_twice(story, with_gradients):
+    settings = TextSettings(positions=5, batch_size=4, gradients=True)
+    (twice,), (more,) = (measure(story, prompts=PROMPTS + extra, settings=settings) for extra in (PROMPTS, PROMPTS[:1]))
+    gain = with_gradients.features()["gain_on_evolved"]
+    assert twice.features()["gain_on_evolved"] == pytest.approx(gain, rel=FLOAT32)
+    assert abs(more.features()["gain_on_evolved"] - gain) > FLOAT32 * abs(gain)
+
+
+def test_rows_of_the_vocabulary_that_were_added_to_the_evolved_model_do_not_count(story, measured, tmp_path):
+    wider = shutil.copytree(story["evolved"], tmp_path / "wider")
+    model = AutoModelForCausalLM.from_pretrained(wider)
+    model.resize_token_embeddings(model.config.vocab_size + 7, mean_resizing=False)
+    model.save_pretrained(wider)
+    settings = TextSettings(positions=5, batch_size=4, sketch=400, gradients=True)
+    (found,) = measure({**story, "wider": wider}, evolved="wider", settings=settings)
+    expected = measured.features()
+    assert {name: found.features()[name] for name in expected} == pytest.approx(expected, rel=FLOAT32)
 
 
 def test_longer_prompts_are_cut_from_the_left_and_counted(story):
@@ -289,7 +321,8 @@ def test_longer_prompts_are_cut_from_the_left_and_counted(story):
     ids=lambda lora: "-".join(lora),
 )
 @pytest.mark.filterwarnings("ignore")  # peft warns of shapes that it wrote itself, and of tied embeddings
-def test_every_kind_of_patch_is_measured_and_leaves_the_model_as_it_was(lora, story, tmp_path):
+def test_every_kind_of_patch_is_measured_and_leaves_the_model_as_it_was(lora, story, tmp_path, monkeypatch):
+    watch_loads(monkeypatch)
     odd = make_adapter(story["base"], tmp_path / "odd", size=0.2, **lora)
     settings = TextSettings(positions=5, batch_size=4, sketch=4000, gradients=True)
     found, after = measure({**story, "odd": odd}, "odd", "patch", settings=settings)

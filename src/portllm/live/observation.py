@@ -34,7 +34,7 @@ class Observation:
     reads: Mapping[str, tuple[Float32[Tensor, "tokens rank"], ...]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def observe(
     model: PreTrainedModel | PeftModel,
     prompts: Sequence[Ids],

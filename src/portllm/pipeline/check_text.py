@@ -1,4 +1,4 @@
-"""What a patch does on the evolved model, from unlabelled prompts: forward passes, and a backward pass if asked.
+"""What a patch does on the evolved model, from unlabeled prompts: forward passes, and a backward pass if asked.
 
 Each model is loaded once, one after the other, and run once without a patch however many patches there are; each patch
 adds a pass on each model. What is kept between the two is small: what deltas read at a few tokens of each prompt, the
@@ -58,8 +58,6 @@ from portllm.pipeline.text_measures import Outputs, TextMeasures
 from portllm.pipeline.train import model_folder, recorded_prompt
 from portllm.pipeline.update import Update
 from portllm.progress import Progress, silent
-
-Logits = Float32[np.ndarray, "prompts vocabulary"]
 
 PLAIN_SUFFIX = ".txt"
 
@@ -153,7 +151,9 @@ def measure_text(
         raise PlanRefusedError(refusals)
     with tempfile.TemporaryDirectory(prefix="portllm-check-") as scratch:
         carried = [
-            Carried(plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base)))
+            _Carried(
+                plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base))
+            )
             for number, plan in enumerate(plans)
         ]
         return _measure(base, evolved, carried, prompts, settings, device=device, progress=progress)
@@ -231,7 +231,7 @@ def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: s
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class _Carried:
     """A patch on its way.
 
     Attributes:
@@ -253,7 +253,7 @@ def _linear_deltas(patch: Patch[TensorInfo]) -> dict[str, LowRankDelta[TensorInf
 def _measure(
     base: Checkpoint,
     evolved: Checkpoint,
-    carried: Sequence[Carried],
+    carried: Sequence[_Carried],
     prompts: Sequence[str],
     settings: TextSettings,
     *,
@@ -354,16 +354,13 @@ class _Passes:
             return self._observe(host, model).logits
 
     def moments(
-        self, host: _Host, carried: Carried, taught: Float32[Tensor, "prompts vocabulary"], *, curvature: bool
+        self, host: _Host, carried: _Carried, taught: Float32[Tensor, "prompts vocabulary"], *, curvature: bool
     ) -> Moments | None:
         """What the divergence of a model from the old specialist says of a patch, where that is asked for."""
         if not (self._settings.gradients and has_terms(carried.patch)):
             return None
         # The specialist's likeliest token marks the place that is asked about; what counts is all of its distribution.
-        answered = {
-            Encoded(row, (int(logits.argmax()),)): logits for row, logits in zip(self._rows, taught, strict=True)
-        }
-        rows = list(answered)
+        rows = [Encoded(row, (int(logits.argmax()),)) for row, logits in zip(self._rows, taught, strict=True)]
         size = max(1, self._settings.batch_size // GRADIENT_SHARE)
         return gather_moments(
             host.bare(),
@@ -376,7 +373,7 @@ class _Passes:
             curvature=curvature,
             sketch=self._settings.sketch,
             seed=self._settings.seed,
-            loss_of=partial(_divergence, answered),
+            loss_of=partial(_divergence, dict(zip(rows, taught, strict=True))),
             progress=self._progress,
         )
 
@@ -422,7 +419,7 @@ def _divergence(
     return len(rows) * mean_divergence(taught[..., :width], logits[..., :width], targets)
 
 
-def _stacked(carried: Sequence[Carried]) -> dict[str, list[Tensor]]:
+def _stacked(carried: Sequence[_Carried]) -> dict[str, list[Tensor]]:
     """By module, the factors A of all patches that change it, in the order of the patches."""
     found: dict[str, list[Tensor]] = {}
     for each in carried:
@@ -431,7 +428,7 @@ def _stacked(carried: Sequence[Carried]) -> dict[str, list[Tensor]]:
     return found
 
 
-def _fidelities(number: int, carried: Sequence[Carried], old: Observation, new: Observation) -> dict[str, Fidelity]:
+def _fidelities(number: int, carried: Sequence[_Carried], old: Observation, new: Observation) -> dict[str, Fidelity]:
     """By module, the fidelity of one of the patches."""
     found = {}
     for module, delta in carried[number].deltas.items():
@@ -447,7 +444,12 @@ def _fidelities(number: int, carried: Sequence[Carried], old: Observation, new: 
     return found
 
 
-def _outputs(specialist: Logits, base: Logits, evolved: Logits, ported: Logits) -> Outputs:
+def _outputs(
+    specialist: Float32[np.ndarray, "prompts vocabulary"],
+    base: Float32[np.ndarray, "prompts vocabulary"],
+    evolved: Float32[np.ndarray, "prompts other_vocabulary"],
+    ported: Float32[np.ndarray, "prompts other_vocabulary"],
+) -> Outputs:
     return Outputs(
         specialist_to_base=measure_distance(specialist, base),
         specialist_to_evolved=measure_distance(specialist, evolved),
@@ -459,7 +461,7 @@ def _outputs(specialist: Logits, base: Logits, evolved: Logits, ported: Logits) 
 
 
 def _terms(
-    carried: Carried, at_base: Moments | None, at_evolved: Moments | None, *, base: Checkpoint, evolved: Checkpoint
+    carried: _Carried, at_base: Moments | None, at_evolved: Moments | None, *, base: Checkpoint, evolved: Checkpoint
 ) -> dict[str, Terms] | None:
     if at_base is None or at_evolved is None:
         return None

@@ -1,4 +1,4 @@
-"""What unlabelled prompts say of a patch on an evolved model, as values; `docs/check.md` has the formulas."""
+"""What unlabeled prompts say of a patch on an evolved model, as values; `docs/check.md` has the formulas."""
 
 import math
 from collections.abc import Callable, Mapping
