@@ -31,7 +31,7 @@ class Observation:
 
     logits: Float32[Tensor, "prompts vocabulary"]
     states: tuple[Float32[Tensor, "prompts width"], ...]
-    reads: Mapping[str, tuple[Float32[Tensor, "tokens rank"], ...]]
+    reads: Mapping[str, tuple[Float32[Tensor, "tokens _"], ...]]
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def observe(
     *,
     device: torch.device,
     batch_size: int,
-    factors: Mapping[str, Sequence[Float[Tensor, "rank d_in"]]] | None = None,
+    factors: Mapping[str, Sequence[Float[Tensor, "_ _"]]] | None = None,
     positions: int = 1,
     states: bool = False,
     tick: Callable[[int], None] = lambda _: None,
@@ -97,7 +97,7 @@ class _Watch:
         self,
         model: PreTrainedModel | PeftModel,
         prompts: Sequence[Ids],
-        factors: Mapping[str, Sequence[Float[Tensor, "rank d_in"]]],
+        factors: Mapping[str, Sequence[Float[Tensor, "_ _"]]],
         *,
         positions: int,
         states: bool,

@@ -410,7 +410,7 @@ class _Passes:
 def _divergence(
     answered: Mapping[Encoded, Float32[Tensor, " vocabulary"]],
     rows: Sequence[Encoded],
-    logits: Float32[Tensor, "rows width vocabulary"],
+    logits: Float32[Tensor, "rows width other_vocabulary"],
 ) -> Float32[Tensor, ""]:
     """`Σ KL(old specialist ‖ model)` over rows."""
     taught = torch.stack([answered[row] for row in rows])[:, None].to(logits.device)
