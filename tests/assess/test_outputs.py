@@ -31,11 +31,6 @@ def test_a_model_is_no_distance_from_itself_and_a_constant_in_the_logits_says_no
     assert measure_distance(one, one + np.float32(4)).mean == pytest.approx(0.0, abs=1e-9)
 
 
-def test_rows_of_the_vocabulary_that_one_model_lacks_are_left_out():
-    one, other = drawn(0), drawn(1, vocabulary=40)
-    assert measure_distance(one, other) == measure_distance(one, other[:, :31])
-
-
 def test_the_effect_is_kept_whole_by_the_specialist_and_not_at_all_by_the_evolved_model():
     specialist, evolved = drawn(0), drawn(1)
     without = measure_distance(specialist, evolved)

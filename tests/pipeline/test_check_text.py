@@ -40,7 +40,7 @@ PROMPTS = [
     "tea",
     "What are the symptoms of measles? What are the treatments for measles? Answer:",
 ]
-SETTINGS = TextSettings(positions=5, batch_size=4, sketch=400)
+SETTINGS = TextSettings(positions=5, batch_size=4, sketch=8)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def measured(story):
 
 @pytest.fixture(scope="module")
 def with_gradients(story):
-    return measure(story, settings=TextSettings(positions=5, batch_size=4, sketch=4000, gradients=True))[0]
+    return measure(story, settings=TextSettings(positions=5, batch_size=4, sketch=8, gradients=True))[0]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_batches_and_threads_change_nothing_but_rounding(story, with_gradients):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        (other,) = measure(story, settings=TextSettings(positions=5, batch_size=1, sketch=4000, gradients=True))
+        (other,) = measure(story, settings=TextSettings(positions=5, batch_size=1, sketch=8, gradients=True))
     finally:
         torch.set_num_threads(threads)
     one, other = with_gradients.features(), other.features()
@@ -297,7 +297,7 @@ def test_rows_of_the_vocabulary_that_were_added_to_the_evolved_model_do_not_coun
     model = AutoModelForCausalLM.from_pretrained(wider)
     model.resize_token_embeddings(model.config.vocab_size + 7, mean_resizing=False)
     model.save_pretrained(wider)
-    settings = TextSettings(positions=5, batch_size=4, sketch=400, gradients=True)
+    settings = TextSettings(positions=5, batch_size=4, sketch=8, gradients=True)
     (found,) = measure({**story, "wider": wider}, evolved="wider", settings=settings)
     expected = measured.features()
     assert {name: found.features()[name] for name in expected} == pytest.approx(expected, rel=FLOAT32)
@@ -323,8 +323,9 @@ def test_longer_prompts_are_cut_from_the_left_and_counted(story):
 @pytest.mark.filterwarnings("ignore")  # peft warns of shapes that it wrote itself, and of tied embeddings
 def test_every_kind_of_patch_is_measured_and_leaves_the_model_as_it_was(lora, story, tmp_path, monkeypatch):
     watch_loads(monkeypatch)
-    odd = make_adapter(story["base"], tmp_path / "odd", size=0.2, **lora)
-    settings = TextSettings(positions=5, batch_size=4, sketch=4000, gradients=True)
+    adapter, odd = make_adapter(story["base"], tmp_path / "adapter", size=0.2, **lora), tmp_path / "odd"
+    capture_adapter(load_patch(adapter), base=open_checkpoint(story["base"]), out=odd)
+    settings = TextSettings(positions=5, batch_size=4, sketch=8, gradients=True)
     found, after = measure({**story, "odd": odd}, "odd", "patch", settings=settings)
     assert found.features()["patch_kl"] > 0
     assert found.modules

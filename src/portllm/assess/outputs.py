@@ -1,6 +1,6 @@
 """How far what a model says is from what another says to the same prompts. Pure numpy, in float64.
 
-    KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v))    of one prompt; in nats, over the tokens that both models have
+    KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v))    of one prompt, in nats
 
 With the old specialist's answer p, that of the evolved model without a patch q and with the ported patch q', the share
 of the specialist's effect that the port keeps is `1 - Σ KL(p ‖ q') / Σ KL(p ‖ q)`, sums over prompts: 1 where the
@@ -34,11 +34,9 @@ class Distance:
 
 
 def measure_distance(
-    first: Float[np.ndarray, "prompts vocabulary"], second: Float[np.ndarray, "prompts other_vocabulary"]
+    first: Float[np.ndarray, "prompts vocabulary"], second: Float[np.ndarray, "prompts vocabulary"]
 ) -> Distance:
     """Compare what two models say, from their logits for the next token.
-
-    Where one has more rows of tokens than the other, what stands in the rows that both have is compared.
 
     Args:
         first: Of the model whose answers are the measure; one row a prompt.
@@ -50,9 +48,8 @@ def measure_distance(
         >>> [round(nats, 3) for nats in found.nats], found.agreement
         ([0.0, 0.368], 1.0)
     """
-    width = min(first.shape[1], second.shape[1])
     nats, agreed = [], 0
-    for one, other in zip(first[:, :width], second[:, :width], strict=True):
+    for one, other in zip(first, second, strict=True):
         log_p, log_q = _log_softmax(one), _log_softmax(other)
         nats.append(max(0.0, float(np.vdot(np.exp(log_p), log_p - log_q))))
         agreed += int(log_p.argmax() == log_q.argmax())
@@ -79,8 +76,8 @@ class Shift:
 def measure_shift(
     base: Float[np.ndarray, "prompts vocabulary"],
     specialist: Float[np.ndarray, "prompts vocabulary"],
-    evolved: Float[np.ndarray, "prompts other_vocabulary"],
-    ported: Float[np.ndarray, "prompts other_vocabulary"],
+    evolved: Float[np.ndarray, "prompts vocabulary"],
+    ported: Float[np.ndarray, "prompts vocabulary"],
 ) -> Shift | None:
     """Compare what a patch does to answers in two models, from their logits for the next token.
 
@@ -92,10 +89,9 @@ def measure_shift(
         >>> measure_shift(base, base + [1.0, 0.0], evolved, evolved + [2.0, 0.0])
         Shift(cosine=1.0, ratio=2.0)
     """
-    width = min(base.shape[1], evolved.shape[1])
     product = old_sq = new_sq = 0.0
-    for prompt in range(len(base)):
-        was, is_, stays, becomes = (_log_softmax(side[prompt, :width]) for side in (base, specialist, evolved, ported))
+    for logits in zip(base, specialist, evolved, ported, strict=True):
+        was, is_, stays, becomes = map(_log_softmax, logits)
         weights = (np.exp(was) + np.exp(is_)) / 2
         old, new = (moved - float(np.vdot(weights, moved)) for moved in (is_ - was, becomes - stays))
         product += float(np.vdot(weights * old, new))

@@ -59,6 +59,9 @@ from portllm.pipeline.train import model_folder, recorded_prompt
 from portllm.pipeline.update import Update
 from portllm.progress import Progress, silent
 
+Logits = Float32[Tensor, "prompts _"]
+"""Base and evolved model may have different numbers of tokens."""
+
 PLAIN_SUFFIX = ".txt"
 
 GRADIENT_SHARE = 4
@@ -278,7 +281,7 @@ def _measure(
     said = []
     for each, specialist in zip(carried, taught, strict=True):
         ported = passes.patched(after, each.ported)
-        said.append(_outputs(specialist.numpy(), old.logits.numpy(), new.logits.numpy(), ported.numpy()))
+        said.append(_outputs(specialist=specialist, base=old.logits, evolved=new.logits, ported=ported))
     at_evolved = [
         passes.moments(after, each, logits, curvature=False) for each, logits in zip(carried, taught, strict=True)
     ]
@@ -444,19 +447,17 @@ def _fidelities(number: int, carried: Sequence[_Carried], old: Observation, new:
     return found
 
 
-def _outputs(
-    specialist: Float32[np.ndarray, "prompts vocabulary"],
-    base: Float32[np.ndarray, "prompts vocabulary"],
-    evolved: Float32[np.ndarray, "prompts other_vocabulary"],
-    ported: Float32[np.ndarray, "prompts other_vocabulary"],
-) -> Outputs:
+def _outputs(*, specialist: Logits, base: Logits, evolved: Logits, ported: Logits) -> Outputs:
+    """What the four say of the tokens that both models have a row for."""
+    width = min(base.shape[1], evolved.shape[1])
+    tuned, old, new, carried = (side[:, :width].numpy() for side in (specialist, base, evolved, ported))
     return Outputs(
-        specialist_to_base=measure_distance(specialist, base),
-        specialist_to_evolved=measure_distance(specialist, evolved),
-        specialist_to_ported=measure_distance(specialist, ported),
-        ported_to_evolved=measure_distance(ported, evolved),
-        base_to_evolved=measure_distance(base, evolved),
-        shift=measure_shift(base, specialist, evolved, ported),
+        specialist_to_base=measure_distance(tuned, old),
+        specialist_to_evolved=measure_distance(tuned, new),
+        specialist_to_ported=measure_distance(tuned, carried),
+        ported_to_evolved=measure_distance(carried, new),
+        base_to_evolved=measure_distance(old, new),
+        shift=measure_shift(old, tuned, new, carried),
     )
 
 
