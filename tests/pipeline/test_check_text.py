@@ -280,7 +280,7 @@ def watch_loads(monkeypatch):
         loads.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("portllm.pipeline.check_text.load_model", load)
+    monkeypatch.setattr("portllm.pipeline.text_passes.load_model", load)
     return loads
 
 

@@ -7,14 +7,11 @@ last token's states, and one row of logits for each prompt and patch.
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
@@ -27,81 +24,35 @@ from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.tensors import load
 from portllm.checkpoint.vocabulary import has_same_tokenizer
-from portllm.errors import DataError, NonFiniteError, PlanRefusedError
-from portllm.live.distil import mean_divergence
-from portllm.live.encoding import Encoded, Encoder, batches, encode_prompts
+from portllm.errors import DataError, PlanRefusedError
+from portllm.live.encoding import Encoder, encode_prompts
 from portllm.live.examples import read_lines, read_prompts
-from portllm.live.loss import completion_targets
-from portllm.live.model import (
-    Device,
-    PeftModel,
-    PreTrainedModel,
-    attach_adapter,
-    choose_device,
-    detach_adapter,
-    load_model,
-    load_tokenizer,
-)
-from portllm.live.moments import Moments, gather_moments
-from portllm.live.observation import Observation, observe, spread_positions
-from portllm.live.ranges import require_ranges
-from portllm.patch.adapter_folder import folder_of
+from portllm.live.model import Device, choose_device, load_tokenizer
+from portllm.live.moments import Moments
+from portllm.live.observation import Observation, spread_positions
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 from portllm.pipeline.check_report import CheckReport
-from portllm.pipeline.expansion import SKETCH, has_terms, terms_of
+from portllm.pipeline.expansion import terms_of
 from portllm.pipeline.fit import oriented, unmatchable
 from portllm.pipeline.plan import plan_port_on
 from portllm.pipeline.port import run_port
-from portllm.pipeline.port_residual import is_plain, load_delta
+from portllm.pipeline.port_residual import load_delta
 from portllm.pipeline.text_measures import Outputs, TextMeasures
+from portllm.pipeline.text_passes import Carried, Host, Passes, TextSettings
 from portllm.pipeline.train import model_folder, recorded_prompt
 from portllm.pipeline.update import Update
 from portllm.progress import Progress, silent
+
+__all__ = ["LEAST_PROMPTS", "TextSettings", "add_text", "measure_text", "read_domain"]
 
 Logits = Float32[Tensor, "prompts _"]
 """Base and evolved model may have different numbers of tokens."""
 
 PLAIN_SUFFIX = ".txt"
 
-GRADIENT_SHARE = 4
-"""A pass with gradients keeps the activations of its batch: so many times fewer prompts are run together."""
-
 LEAST_PROMPTS = 2
 """One prompt says nothing of how far answers differ from prompt to prompt."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSettings:
-    """Everything that the measures depend on but models, patches and prompts.
-
-    Attributes:
-        max_tokens: Most tokens of a prompt; longer ones lose their beginning.
-        positions: Tokens of a prompt at which modules are looked at, at most: evenly spaced, the last one among them.
-        batch_size: Prompts of a pass; a quarter of it where gradients are taken.
-        gradients: Measure the terms of the loss, too: backward passes.
-        sketch: Columns of the sketches of curvature.
-        seed: Of the sketches and of labels that are drawn for them.
-
-    Raises:
-        PortLLMError: A value is out of its range; all of them are named.
-    """
-
-    max_tokens: int = 512
-    positions: int = 16
-    batch_size: int = 16
-    gradients: bool = False
-    sketch: int = SKETCH
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_ranges(
-            "text settings",
-            ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
-            ("positions", self.positions, "1 or more", self.positions >= 1),
-            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
-            ("sketch", self.sketch, "1 or more", self.sketch >= 1),
-        )
 
 
 def measure_text(
@@ -154,9 +105,7 @@ def measure_text(
         raise PlanRefusedError(refusals)
     with tempfile.TemporaryDirectory(prefix="portllm-check-") as scratch:
         carried = [
-            _Carried(
-                plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base))
-            )
+            Carried(plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base)))
             for number, plan in enumerate(plans)
         ]
         return _measure(base, evolved, carried, prompts, settings, device=device, progress=progress)
@@ -233,21 +182,6 @@ def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: s
     return read_prompts(file, templates[0], completion=None)[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Carried:
-    """A patch on its way.
-
-    Attributes:
-        patch: As it was made.
-        ported: As it is for the evolved model.
-        deltas: Its low-rank deltas of linear modules, by module.
-    """
-
-    patch: Patch[TensorInfo]
-    ported: Patch[TensorInfo]
-    deltas: Mapping[str, LowRankDelta[TensorInfo]]
-
-
 def _linear_deltas(patch: Patch[TensorInfo]) -> dict[str, LowRankDelta[TensorInfo]]:
     """Those whose inputs are vectors; an embedding's are tokens, the same in both models."""
     return {module: delta for module, delta in patch.deltas.items() if not delta.is_embedding}
@@ -256,7 +190,7 @@ def _linear_deltas(patch: Patch[TensorInfo]) -> dict[str, LowRankDelta[TensorInf
 def _measure(
     base: Checkpoint,
     evolved: Checkpoint,
-    carried: Sequence[_Carried],
+    carried: Sequence[Carried],
     prompts: Sequence[str],
     settings: TextSettings,
     *,
@@ -265,11 +199,11 @@ def _measure(
 ) -> tuple[TextMeasures, ...]:
     where = choose_device(device)
     before, after = (
-        _Host(model.name, model_folder(model, progress=progress), device=where, settings=settings)
+        Host(model.name, model_folder(model, progress=progress), device=where, settings=settings)
         for model in (base, evolved)
     )
     rows, n_cut = encode_prompts(Encoder(load_tokenizer(before.folder)), prompts, room=settings.max_tokens)
-    passes = _Passes(rows, settings, where, n_passes=2 + 2 * len(carried), progress=progress)
+    passes = Passes(rows, settings, where, n_passes=2 + 2 * len(carried), progress=progress)
     factors = _stacked(carried)
     old = passes.bare(before, factors)
     taught = [passes.patched(before, each.patch) for each in carried]
@@ -303,126 +237,7 @@ def _measure(
     )
 
 
-class _Host:
-    """A model that carries one patch after another; it is loaded when needed, and again where a patch left traces."""
-
-    def __init__(self, name: str, folder: Path, *, device: torch.device, settings: TextSettings) -> None:
-        self.name, self.folder = name, folder
-        self._device, self._settings = device, settings
-        self._model: PreTrainedModel | None = None
-
-    def bare(self) -> PreTrainedModel:
-        """The model without a patch."""
-        if self._model is None:
-            dtype = torch.float32 if self._settings.gradients else None
-            self._model = load_model(self.folder, device=self._device, dtype=dtype, longest=self._settings.max_tokens)
-        return self._model
-
-    @contextmanager
-    def carrying(self, patch: Patch[TensorInfo]) -> Iterator[PeftModel]:
-        """Inside the block, the model with a patch on it."""
-        patched = attach_adapter(self.bare(), folder_of(patch), name="patch").eval()
-        self._model = None
-        yield patched
-        if is_plain(patch):
-            self._model = detach_adapter(patched)
-
-    def release(self) -> None:
-        """Makes room for another model."""
-        self._model = None
-
-
-class _Passes:
-    """Runs models over the same prompts."""
-
-    def __init__(
-        self,
-        rows: Sequence[tuple[int, ...]],
-        settings: TextSettings,
-        device: torch.device,
-        *,
-        n_passes: int,
-        progress: Progress,
-    ) -> None:
-        self._rows, self._settings, self._device, self._progress = rows, settings, device, progress
-        self._done, self._total = 0, n_passes * len(rows)
-
-    def bare(self, host: _Host, factors: Mapping[str, Sequence[Tensor]]) -> Observation:
-        """What is seen of a model without a patch."""
-        return self._observe(host, host.bare(), factors, states=True)
-
-    def patched(self, host: _Host, patch: Patch[TensorInfo]) -> Float32[Tensor, "prompts vocabulary"]:
-        """The logits of a model with a patch."""
-        with host.carrying(patch) as model:
-            return self._observe(host, model).logits
-
-    def moments(
-        self, host: _Host, carried: _Carried, taught: Float32[Tensor, "prompts vocabulary"], *, curvature: bool
-    ) -> Moments | None:
-        """What the divergence of a model from the old specialist says of a patch, where that is asked for."""
-        if not (self._settings.gradients and has_terms(carried.patch)):
-            return None
-        # The specialist's likeliest token marks the place that is asked about; what counts is all of its distribution.
-        rows = [Encoded(row, (int(logits.argmax()),)) for row, logits in zip(self._rows, taught, strict=True)]
-        size = max(1, self._settings.batch_size // GRADIENT_SHARE)
-        return gather_moments(
-            host.bare(),
-            {module: load_delta(delta) for module, delta in carried.deltas.items()},
-            [
-                [rows[number] for number in batch]
-                for batch in batches([len(row.prompt) for row in rows], batch_size=size)
-            ],
-            device=self._device,
-            curvature=curvature,
-            sketch=self._settings.sketch,
-            seed=self._settings.seed,
-            loss_of=partial(_divergence, dict(zip(rows, taught, strict=True))),
-            progress=self._progress,
-        )
-
-    def _observe(
-        self,
-        host: _Host,
-        model: PreTrainedModel | PeftModel,
-        factors: Mapping[str, Sequence[Tensor]] | None = None,
-        *,
-        states: bool = False,
-    ) -> Observation:
-        def tick(n_rows: int) -> None:
-            self._done += n_rows
-            self._progress("read prompts", self._done, self._total, "rows")
-
-        seen = observe(
-            model,
-            self._rows,
-            device=self._device,
-            batch_size=self._settings.batch_size,
-            factors=factors,
-            positions=self._settings.positions,
-            states=states,
-            tick=tick,
-        )
-        if not bool(seen.logits.isfinite().all()):
-            raise NonFiniteError(
-                f"'{host.name}': answers a prompt with an infinity or NaN. Its weights or the patch's are damaged, or "
-                "too large for its dtype. Check the files; 'portllm check' names a tensor that is not finite."
-            )
-        return seen
-
-
-def _divergence(
-    answered: Mapping[Encoded, Float32[Tensor, " vocabulary"]],
-    rows: Sequence[Encoded],
-    logits: Float32[Tensor, "rows width other_vocabulary"],
-) -> Float32[Tensor, ""]:
-    """`Σ KL(old specialist ‖ model)` over rows."""
-    taught = torch.stack([answered[row] for row in rows])[:, None].to(logits.device)
-    width = min(taught.shape[-1], logits.shape[-1])
-    targets = completion_targets(rows, device=logits.device)
-    return len(rows) * mean_divergence(taught[..., :width], logits[..., :width], targets)
-
-
-def _stacked(carried: Sequence[_Carried]) -> dict[str, list[Tensor]]:
+def _stacked(carried: Sequence[Carried]) -> dict[str, list[Tensor]]:
     """By module, the factors A of all patches that change it, in the order of the patches."""
     found: dict[str, list[Tensor]] = {}
     for each in carried:
@@ -431,7 +246,7 @@ def _stacked(carried: Sequence[_Carried]) -> dict[str, list[Tensor]]:
     return found
 
 
-def _fidelities(number: int, carried: Sequence[_Carried], old: Observation, new: Observation) -> dict[str, Fidelity]:
+def _fidelities(number: int, carried: Sequence[Carried], old: Observation, new: Observation) -> dict[str, Fidelity]:
     """By module, the fidelity of one of the patches."""
     found = {}
     for module, delta in carried[number].deltas.items():
@@ -462,7 +277,7 @@ def _outputs(*, specialist: Logits, base: Logits, evolved: Logits, ported: Logit
 
 
 def _terms(
-    carried: _Carried, at_base: Moments | None, at_evolved: Moments | None, *, base: Checkpoint, evolved: Checkpoint
+    carried: Carried, at_base: Moments | None, at_evolved: Moments | None, *, base: Checkpoint, evolved: Checkpoint
 ) -> dict[str, Terms] | None:
     if at_base is None or at_evolved is None:
         return None
