@@ -32,6 +32,7 @@ _HOMES = {
     "check": "portllm.pipeline.check",
     "distil": "portllm.pipeline.distil",
     "measure_drift": "portllm.pipeline.drift",
+    "measure_text": "portllm.pipeline.check_text",
     "merge": "portllm.pipeline.merge",
     "merge_each": "portllm.pipeline.merge",
     "merge_in_place": "portllm.pipeline.in_place",

@@ -113,3 +113,71 @@ def test_a_patch_of_another_base_is_refused_unless_it_is_meant(portllm, tiny, tm
     refused = portllm("check", tmp_path / "patch", *models)
     assert (refused.status, refused.out.split(":")[0]) == (3, "cannot be ported")
     assert portllm("check", tmp_path / "patch", *models, "--allow-other-base").status == 0
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    from tests.pipeline.certified import make_story, write_questions
+
+    folder = tmp_path_factory.mktemp("story")
+    return make_story(folder), write_questions(folder / "questions.jsonl")
+
+
+@pytest.fixture
+def read(portllm, story):
+    """Checks the story's patch on prompts."""
+    folders, questions = story
+    models = ("--base", folders.base, "--evolved", folders.evolved)
+
+    def read(*more, patches=(folders.patch,)):
+        return portllm("check", *patches, *models, "--text", questions, "--quiet", "--device", "cpu", *more)
+
+    return read
+
+
+def test_prompts_add_a_section_and_leave_the_verdict_as_it_is(portllm, story, read):
+    folders, _ = story
+    without = portllm("check", folders.patch, "--base", folders.base, "--evolved", folders.evolved)
+    result = read()
+    assert (result.status, result.out.split("\n\n")[0]) == (without.status, without.out.split("\n\n")[0])
+    section = next(part for part in result.out.split("\n\n") if part.startswith("on 30 prompts"))
+    shown = [line.split("  ")[1] for line in section.splitlines()[1:]]
+    assert shown == ["effect kept", "agreement", "moved by", "shift", "reads", "adds", "hidden states"]
+    assert section not in without.out
+
+
+def test_gradients_add_two_lines_and_json_has_every_feature(read):
+    shown = read("--gradients").out
+    assert "\n  first order " in shown
+    assert "\n  interference " in shown
+    found = json.loads(read("--gradients", "--json").out)["patches"][0]["text"]
+    assert {"effect_kept", "effect_change", "cka", "gain_on_evolved", "interference_cosine"} <= found["features"].keys()
+    assert len(found["terms"]) == len(found["modules"]) == 14
+
+
+def test_several_patches_are_a_table_of_the_same_prompts(read, story):
+    folders, _ = story
+    shown = read(patches=(folders.patch, folders.patch)).out
+    (title,) = [line for line in shown.splitlines() if line.startswith("on 30 prompts")]
+    rows = shown.split(title)[1].splitlines()[2:4]
+    assert rows[0] == rows[1]
+    assert str(folders.patch) in rows[0]
+
+
+def test_what_belongs_to_prompts_needs_them(portllm, story):
+    folders, _ = story
+    models = ("--base", folders.base, "--evolved", folders.evolved)
+    for option in (("--gradients",), ("--prompt", "{question}")):
+        result = portllm("check", folders.patch, *models, *option)
+        assert result.status == 2
+        assert "go with --text" in result.err
+
+
+def test_rows_that_do_not_fit_end_it_before_anything_is_measured(portllm, story, tmp_path):
+    folders, _ = story
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "who?"}\n{"question": ["who?"]}\n')
+    models = ("--base", folders.base, "--evolved", folders.evolved)
+    result = portllm("check", folders.patch, *models, "--text", rows)
+    assert (result.status, result.out) == (1, "")
+    assert "line 2: field 'question' is a list" in result.err

@@ -1,5 +1,6 @@
 """The command that says whether patches will hold: check."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from portllm.cli.main import (
     QuietOption,
     app,
 )
+from portllm.cli.model_commands import DeviceName, DeviceOption
 from portllm.cli.plain import print_json, say
 
 
@@ -26,6 +28,24 @@ def check(
     full: Annotated[
         bool, typer.Option("--full", help="Read every weight of both models, instead of a few megabytes of each.")
     ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            help="Unlabeled prompts of the patches' domain (.jsonl, or .txt with one a line): run both models.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="For --text: template of the rows; as in training where patches say.")
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="For --text: first-order gain and interference, by backward passes.")
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="For --text: of a prompt; a longer one loses its beginning.")
+    ] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="For --text: prompts of a forward pass.")] = 16,
+    device: DeviceOption = DeviceName.AUTO,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Show the drift of every layer, too.")] = False,
     allow_other_base: OtherBaseOption = False,
     html: HtmlOption = None,
@@ -35,8 +55,12 @@ def check(
 ) -> None:
     """Say whether patches will hold on an evolved model, from weights alone: the verdict before porting.
 
-    Ends with 3 unless every patch holds. docs/check.md says what each number means and where the thresholds come from.
+    With --text, models are run on prompts too, and the report says what the patches do there; the verdict stays that of
+    the weights. Ends with 3 unless every patch holds. docs/check.md says what each number means and where the
+    thresholds come from.
     """
+    if text is None and (prompt is not None or gradients):
+        raise typer.BadParameter("--prompt and --gradients go with --text.")
     from portllm.checkpoint.reader import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
@@ -50,16 +74,33 @@ def check(
     failed = [outcome for outcome in opened if outcome.error is not None]
     if failed and not there:
         raise failed[0].error or AssertionError("an outcome without a value has an error")
+    models = {"base": open_checkpoint(base), "evolved": open_checkpoint(evolved)}
     with shown_progress(quiet=quiet) as progress:
-        report = check_patches(
+        checked = partial(
+            check_patches,
             *there,
-            base=open_checkpoint(base),
-            evolved=open_checkpoint(evolved),
+            **models,
             full=full,
             places=html is not None,
             allow_other_base=allow_other_base,
             progress=progress,
         )
+        if text is None:
+            report = checked()
+        else:
+            from portllm.pipeline.check_text import TextSettings, add_text, read_domain
+
+            prompts = read_domain(text, there, template=prompt)
+            report = add_text(
+                checked(),
+                there,
+                **models,
+                prompts=prompts,
+                settings=TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients),
+                allow_other_base=allow_other_base,
+                device=device.value,
+                progress=progress,
+            )
     if page.is_wanted:
         from portllm.report.check_page import check_page
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from portllm.checkpoint.header import TensorInfo
 from portllm.cli.render import table
 from portllm.cli.render_several import columns
+from portllm.cli.render_text import render_text, render_texts
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.pipeline.check_report import CheckReport, PatchReport, UpdateReport, patch_to_json, update_to_json
@@ -38,11 +39,15 @@ def _one_patch(patch: PatchReport, update: UpdateReport) -> list[str]:
     lines += [f"  - {reason.text}" for reason in patch.verdict.reasons]
     lines += [f"  note: {remark}" for remark in patch.verdict.remarks]
     facts = patch_facts(patch)
-    return [*lines, "", "patch", *table(facts)] if facts else lines
+    if facts:
+        lines += ["", "patch", *table(facts)]
+    return lines if patch.text is None else [*lines, "", *render_text(patch.text)]
 
 
 def _several_patches(report: CheckReport) -> list[str]:
     rows = [
         (*row, why if len(why) <= LONGEST_WHY else f"{why[: LONGEST_WHY - 3]}...") for *row, why in patch_rows(report)
     ]
-    return [verdict_counts(report), *columns(rows)]
+    texts = [patch.text for patch in report.patches if patch.text is not None]
+    lines = [verdict_counts(report), *columns(rows)]
+    return [*lines, "", *render_texts(texts)] if texts else lines

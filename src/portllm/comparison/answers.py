@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from portllm.comparison.scoring import Tick, answer_text, batches, encode_labels, label_log_probs
+from portllm.comparison.scoring import Tick, answer_text, encode_labels, label_log_probs
 from portllm.errors import DataError
-from portllm.live.encoding import Encoder, pad_left
+from portllm.live.encoding import Encoder, batches, encode_prompts, pad_left
 from portllm.live.model import PeftModel, PreTrainedModel
 from portllm.live.writing import write
 
@@ -102,7 +102,7 @@ def answer(
                 texts[i] = questions.choices[best]
             tick(len(batch))
         return Answers(texts=tuple(texts), tokens=(), n_cut_rows=n_cut_rows)
-    rows, n_cut_rows = encode_prompts(encoder, questions)
+    rows, n_cut_rows = encode_prompts(encoder, questions.prompts, room=questions.max_tokens - 1)
     tokens: list[tuple[int, ...]] = [()] * len(rows)
     for batch in batches(list(map(len, rows)), batch_size=questions.batch_size):
         written = write(
@@ -143,7 +143,7 @@ def count_same_tokens(
         device: Where the model is.
         tick: Told how many rows each batch had.
     """
-    rows, _ = encode_prompts(encoder, questions)
+    rows, _ = encode_prompts(encoder, questions.prompts, room=questions.max_tokens - 1)
     same = [0] * len(rows)
     for batch in batches(
         [len(row) + len(ids) for row, ids in zip(rows, tokens, strict=True)], batch_size=questions.batch_size
@@ -161,20 +161,3 @@ def count_same_tokens(
             same[i] = sum(map(int.__eq__, likeliest[width - len(tokens[i]) :], tokens[i]))
         tick(len(batch))
     return tuple(same)
-
-
-def encode_prompts(encoder: Encoder, questions: Questions) -> tuple[list[tuple[int, ...]], int]:
-    """The ids of each prompt, cut to leave room for an end mark, and how many lost their beginning.
-
-    Raises:
-        DataError: A prompt has no tokens.
-    """
-    rows, n_cut_rows = [], 0
-    for number, prompt in enumerate(questions.prompts, start=1):
-        ids = encoder.encode_text(prompt)
-        if not ids:
-            raise DataError(f"prompt {number}: has no tokens; a model needs at least one to go on.")
-        kept, n_cut = encoder.cut_prompt(ids, room=questions.max_tokens - 1)
-        rows.append(kept)
-        n_cut_rows += n_cut > 0
-    return rows, n_cut_rows

@@ -7,7 +7,7 @@ its cache.
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float32
 
 from portllm.errors import DataError
-from portllm.live.encoding import Encoder, PaddedBatch, pad_left
+from portllm.live.encoding import Encoder, PaddedBatch, batches, pad_left
 from portllm.live.examples import Example
 from portllm.live.loss import completion_nats
 from portllm.live.model import PeftModel, PreTrainedModel
@@ -316,10 +316,3 @@ def answer_text(encoder: Encoder, tokens: Sequence[int], *, one_line: bool) -> s
     """The answer of written tokens, without marks and whitespace around it; its first line, if asked for."""
     text = encoder.decode(tokens).strip()
     return text.splitlines()[0].strip() if one_line and text else text
-
-
-def batches(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
-    """All rows in batches of similar length: little padding, and the longest first, so that memory runs out at once."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

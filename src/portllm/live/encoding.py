@@ -3,7 +3,7 @@
 Training and scoring cut at the same place, so a label is scored on the very tokens that it was learned as.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,23 @@ class Encoder:
         return head + prompt[len(head) + n_cut :], n_cut
 
 
+def encode_prompts(encoder: Encoder, prompts: Sequence[str], *, room: int) -> tuple[list[tuple[int, ...]], int]:
+    """The ids of each prompt, cut from the left to `room` of them, and how many prompts were.
+
+    Raises:
+        DataError: A prompt has no tokens.
+    """
+    rows, n_cut_rows = [], 0
+    for number, prompt in enumerate(prompts, start=1):
+        ids = encoder.encode_text(prompt)
+        if not ids:
+            raise DataError(f"prompt {number}: has no tokens; a model needs at least one to go on.")
+        kept, n_cut = encoder.cut_prompt(ids, room=room)
+        rows.append(kept)
+        n_cut_rows += n_cut > 0
+    return rows, n_cut_rows
+
+
 def pad_left(rows: Sequence[Sequence[int]], *, device: torch.device) -> PaddedBatch:
     """The rows in one rectangle, each at the right edge.
 
@@ -142,6 +159,13 @@ def pad_left(rows: Sequence[Sequence[int]], *, device: torch.device) -> PaddedBa
         mask[index, width - len(row) :] = 1
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return PaddedBatch(ids=ids.to(device), mask=mask.to(device), positions=positions.to(device))
+
+
+def batches(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
+    """All rows in batches of similar length: little padding, and the longest first, so that memory runs out at once."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def _shorten(text: str, *, width: int = 60) -> str:

@@ -7,7 +7,7 @@ Every row that does not fit is gathered and told of at once.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -201,20 +201,37 @@ def read_texts(path: str | Path, template: str) -> list[str]:
     return _read(path, make, what=f"the text '{template}'")
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank, as they are but for what ends them; UTF-8.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: The file cannot be read, has no such lines, or some are not UTF-8 or hold a zero byte.
+    """
+    lines: list[str] = []
+    problems: list[str] = []
+    for number, line in _numbered_lines(path, what="Name a text file."):
+        try:
+            lines.append(_decoded(line).rstrip("\r"))
+        except _RowError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise DataError(_render_problems(str(path), problems, n_rows=len(lines) + len(problems), what="plain text"))
+    if not lines:
+        raise DataError(f"'{path}': has no lines of text; expected one prompt a line.")
+    return lines
+
+
 class _RowError(Exception):
     """Why one row does not fit; gathered by `_read`."""
 
 
 def _read(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[Made]:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"'{path}': cannot be read: {error.strerror}. Name a JSONL file.") from error
     made: list[Made] = []
     problems: list[str] = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in _numbered_lines(path, what="Name a JSONL file."):
         try:
             made.append(make(_parse_row(line)))
         except _RowError as error:
@@ -224,6 +241,26 @@ def _read(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[M
     if not made:
         raise DataError(f"'{path}': has no rows; expected one JSON object a line for {what}.")
     return made
+
+
+def _numbered_lines(path: str | Path, *, what: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers, without a byte order mark."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"'{path}': cannot be read: {error.strerror}. {what}") from error
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _decoded(line: bytes) -> str:
+    if b"\0" in line:
+        raise _RowError(f"byte {line.index(0) + 1} is zero, which no text has")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _RowError(f"byte {error.start + 1} is not UTF-8") from error
 
 
 def _render_problems(path: str, problems: Sequence[str], *, n_rows: int, what: str) -> str:

@@ -42,6 +42,7 @@ __all__ = [
     "choose_device",
     "compute_dtype",
     "continue_lora",
+    "detach_adapter",
     "load_model",
     "load_tokenizer",
     "quiet",
@@ -293,6 +294,12 @@ def add_adapter(model: PeftModel, folder: str | Path, *, name: str) -> None:
             where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
         )
     _check_landed(model, where, name=name)
+
+
+def detach_adapter(model: PeftModel) -> PreTrainedModel:
+    """The model as it was before an adapter of LoRA layers alone was put on it; what else one changes stays changed."""
+    with quiet():
+        return model.unload()
 
 
 def _check_landed(model: PeftModel, folder: str, *, name: str) -> None:

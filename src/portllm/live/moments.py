@@ -9,10 +9,10 @@ Of each module with the delta `Δ = s·B·A`, inputs `x_t` and gradients `δ_t` 
 with random signs ω, η: the sketch's columns have the second moments of x and of δ as their expected squares. No
 gradient of a weight is formed, and memory does not grow with rows. The gradients of the second line are those of labels
 that the model draws itself, which makes their second moment the Fisher's (Martens, 2020, arXiv 1412.1193, section 5);
-the first line takes the labels of the rows.
+the first line takes the loss that is asked about.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,14 @@ from portllm.live.loss import IGNORED, completion_logits, completion_targets, to
 from portllm.live.model import PreTrainedModel
 from portllm.patch.delta import LowRankDelta
 from portllm.progress import Progress, silent
+
+LossOf = Callable[[Sequence[Encoded], Float32[Tensor, "rows width vocabulary"]], Float32[Tensor, ""]]
+"""The summed loss of rows, from the logits at the places of their completions."""
+
+
+def completion_loss(rows: Sequence[Encoded], logits: Float32[Tensor, "rows width vocabulary"]) -> Float32[Tensor, ""]:
+    """What the rows' own completions cost: `Σ -log p(token | all before it)`."""
+    return token_nats(logits, completion_targets(rows, device=logits.device)).sum()
 
 
 @dataclass(slots=True)
@@ -70,6 +78,7 @@ def gather_moments(
     curvature: bool,
     sketch: int,
     seed: int = 0,
+    loss_of: LossOf = completion_loss,
     progress: Progress = silent,
 ) -> Moments:
     """Runs a model forward and backward on rows, without a patch on it.
@@ -82,6 +91,7 @@ def gather_moments(
         curvature: Gather gradients' second moments, too: a second backward pass.
         sketch: Columns of the sketches.
         seed: Of the sketches and of the labels that are drawn.
+        loss_of: What the first order is of.
         progress: Told of the batches done.
     """
     model.requires_grad_(requires_grad=False)
@@ -92,7 +102,7 @@ def gather_moments(
             gatherer.mask = _token_mask(rows).to(device)
             logits = completion_logits(model, rows, device=device)
             targets = completion_targets(rows, device=device)
-            loss = token_nats(logits, targets).sum()
+            loss = loss_of(rows, logits)
             gatherer.is_drawn = False
             torch.autograd.backward(loss, retain_graph=curvature)
             if curvature:

@@ -16,6 +16,7 @@ from portllm.patch.rounding import MergeSums
 from portllm.pipeline.pairs import Pairing
 from portllm.pipeline.patch_measures import ChangeMeasures
 from portllm.pipeline.patch_places import PlacedDelta
+from portllm.pipeline.text_measures import TextMeasures, text_to_json
 from portllm.pipeline.token_rows import TokenMap
 
 
@@ -86,6 +87,7 @@ class PatchReport:
         n_rescaled: How many of them have a DoRA magnitude.
         quantization: What quantization took of the weights that it was fitted to (QLoRA); None where not measured.
         places: Where in the model it sits; None where that was not asked for.
+        text: What prompts say of it; None where none were given, or it does not fit.
     """
 
     name: str
@@ -100,6 +102,7 @@ class PatchReport:
     n_rescaled: int = 0
     quantization: GapSums | None = None
     places: Mapping[Place, PlacedDelta] | None = None
+    text: TextMeasures | None = None
 
     @property
     def relative_size(self) -> float | None:
@@ -182,6 +185,7 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
         "kept_gain": {dtype: _number(sums.kept_gain) for dtype, sums in (patch.rounding or {}).items()},
         "stored_as": patch.stored_as,
         "quantization_gap": None if patch.quantization is None else _number(patch.quantization.ratio),
+        "text": None if patch.text is None else text_to_json(patch.text),
         "tensors": {name: _change(change) for name, change in (patch.changes or {}).items()},
         "layers": None
         if patch.places is None

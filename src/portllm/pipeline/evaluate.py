@@ -15,7 +15,7 @@ from portllm.live.model import Device
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
-from portllm.pipeline.fit import base_mismatch, misfits
+from portllm.pipeline.fit import base_mismatch, misfits, unmatchable
 from portllm.pipeline.train import model_folder
 from portllm.pipeline.update import identify
 from portllm.progress import Progress, silent
@@ -105,11 +105,6 @@ def unfit(
     allow_other_base: bool,
 ) -> Iterator[Refusal]:
     """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
-    if patch.config.is_costly_elsewhere:
-        yield Refusal(
-            option,
-            f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
-            "modules in a list in its adapter_config.json.",
-        )
+    yield from unmatchable(patch, option=option)
     yield from misfits(patch, model)
     yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)

@@ -14,7 +14,6 @@ with `Σ_x = E[x xᵀ]` over tokens and `Σ_δ = E[Σ_t δ_t δ_tᵀ]` over comp
 `√(tr(Σ_δ D Σ_x Dᵀ) tr(Σ_δ Δ Σ_x Δᵀ))`, whose first factor is estimated from random sketches.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from portllm.assess.terms import Terms
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.tensors import load_rows
@@ -48,52 +48,6 @@ Rows = tuple[slice, slice, Float32[Tensor, "rows columns"]]
 BLOCK_ELEMENTS = 1 << 22
 SKETCH = 32
 """Columns of a sketch: the drift's own curvature is off by at most `√(4 / SKETCH)`, one standard error, a module."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The terms of one module, or their sums over modules; nats per completion token.
-
-    Attributes:
-        first_order_base: `<g0, Δ>`: below 0 where the patch lowers the loss of the base.
-        first_order_evolved: `<g1, Δ>`.
-        interference: `tr(Σ_δ D Σ_x Δᵀ)`: above 0 where drift and patch hinder each other.
-        patch_curvature: `tr(Σ_δ Δ Σ_x Δᵀ)`.
-        drift_curvature: `tr(Σ_δ D Σ_x Dᵀ)`, estimated.
-    """
-
-    first_order_base: float = 0.0
-    first_order_evolved: float = 0.0
-    interference: float = 0.0
-    patch_curvature: float = 0.0
-    drift_curvature: float = 0.0
-
-    def __add__(self, other: "Terms") -> "Terms":
-        return Terms(
-            self.first_order_base + other.first_order_base,
-            self.first_order_evolved + other.first_order_evolved,
-            self.interference + other.interference,
-            self.patch_curvature + other.patch_curvature,
-            self.drift_curvature + other.drift_curvature,
-        )
-
-    @property
-    def cosine(self) -> float | None:
-        """The interference as a cosine in the metric of the curvature; None where patch or drift do nothing."""
-        norms = math.sqrt(self.patch_curvature * self.drift_curvature)
-        return self.interference / norms if norms else None
-
-    def to_json(self) -> dict[str, float | None]:
-        """The terms; gains are first-order, with the sign that more is better."""
-        return {
-            "gain_on_base": -self.first_order_base,
-            "gain_on_evolved": -self.first_order_evolved,
-            "lost_gain": self.first_order_evolved - self.first_order_base,
-            "interference": self.interference,
-            "interference_cosine": self.cosine,
-            "patch_curvature": self.patch_curvature,
-            "drift_curvature": self.drift_curvature,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,19 +133,42 @@ def expand(
         losses[name] = moments.nats
         patched = attach_adapter(model, folder_of(patch), name="patch")
         losses[f"{name}_patched"] = _mean_nats(patched, batches, device=where)
-    at_base, at_evolved = found
-    terms = {
+    return Expansion(terms_of(deltas, *found, base=base, evolved=evolved), losses, len(examples))
+
+
+def terms_of(
+    deltas: Mapping[str, LowRankDelta[Tensor]],
+    at_base: Moments,
+    at_evolved: Moments,
+    *,
+    base: Checkpoint,
+    evolved: Checkpoint,
+) -> dict[str, Terms]:
+    """The terms of each module, from what was gathered at both models; the drift is read here.
+
+    Args:
+        deltas: By module, oriented as the models store their weights.
+        at_base: Gathered with curvature.
+        at_evolved: Of the same loss.
+        base: The earlier model.
+        evolved: The later one.
+    """
+    return {
         module: replace(
             _terms(delta, at_base.modules[module], at_base, _drift(module, delta, base, evolved)),
             first_order_evolved=at_evolved.modules[module].first_order / at_evolved.n_targets,
         )
         for module, delta in deltas.items()
     }
-    return Expansion(terms, losses, len(examples))
+
+
+def has_terms(patch: Patch[TensorInfo]) -> bool:
+    """Whether a patch is made of LoRA deltas of linear modules alone, whose terms can be gathered."""
+    return is_plain(patch) and not any(delta.is_embedding for delta in patch.deltas.values())
 
 
 def _unhooked(patch: Patch[TensorInfo]) -> Iterator[Refusal]:
-    if not is_plain(patch) or any(delta.is_embedding for delta in patch.deltas.values()):
+    if not has_terms(patch):
         yield Refusal(
             patch.name,
             "holds more than LoRA deltas of linear modules (a DoRA magnitude, experts, embeddings, saved tensors, "

@@ -318,6 +318,16 @@ def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
     )
 
 
+def unmatchable(patch: Patch[TensorInfo], *, option: str) -> Iterator[Refusal]:
+    """Why PEFT must not put a patch on any model: it could take forever to find the modules."""
+    if patch.config.is_costly_elsewhere:
+        yield Refusal(
+            option,
+            f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
+            "modules in a list in its adapter_config.json.",
+        )
+
+
 def base_mismatch(
     patch: Patch[TensorInfo],
     given: ModelIdentity,

@@ -18,7 +18,7 @@ from portllm.patch.adapter_folder import digest_tensors, folder_of, load_patch
 from portllm.patch.patch import Patch
 from portllm.patch.record import record_to_json
 from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.fit import misfits
+from portllm.pipeline.fit import misfits, unmatchable
 from portllm.pipeline.port_residual import is_plain
 from portllm.pipeline.update import identify
 from portllm.progress import Progress, silent
@@ -182,12 +182,7 @@ def strangers(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Ite
             f"{patch.name} belongs to {belongs.name} ({belongs.fingerprint}), not to {base.name} "
             f"({given.fingerprint}). Name that model, or carry the patch over first with 'portllm port'.",
         )
-    if patch.config.is_costly_elsewhere:
-        yield Refusal(
-            option,
-            f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
-            "modules in a list in its adapter_config.json.",
-        )
+    yield from unmatchable(patch, option=option)
 
 
 def origin_of(patch: Patch[TensorInfo]) -> dict[str, object]:
