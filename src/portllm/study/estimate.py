@@ -32,8 +32,9 @@ def estimate(left: Sequence[Step], done: Mapping[Step, float], *, workers: int =
 
     Example:
         >>> score = Step("score", "base", task="a")
-        >>> estimate([Step("score", "wiki.1", task="a"), Step("drift", "wiki.1")], {score: 2.0}).seconds
-        2.0
+        >>> left = [Step("score", "wiki.1", task="a"), Step("drift", "wiki.1")]
+        >>> estimate(left, {score: 2.0}).seconds, estimate(left, {score: 2.0}, workers=2).seconds
+        (2.0, 1.0)
     """
     total, n_unknown = 0.0, 0
     for step in left:

@@ -95,8 +95,10 @@ def run_study(
         ledger.drop()  # a run that was killed may not have come to it
 
         def note(step: Step, record: Record, n_workers: int = 1) -> None:
-            dropped = tuple(ledger.drop())
-            on_step(Told(step, record, dropped, estimate(ledger.left(), ledger.seconds(), workers=n_workers)))
+            dropped, left = tuple(ledger.drop()), ledger.left()
+            on_step(Told(step, record, dropped, estimate(left, ledger.seconds(), workers=n_workers)))
+            if ray is not None:  # what goes on within a step is told to nobody here
+                progress("study", len(ledger.steps) - len(left), len(ledger.steps), "steps")
 
         if ray is None:
             _do_in_turn(ledger, Work(study, inputs, ledger.places, device, progress), note)
