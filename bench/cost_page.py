@@ -19,11 +19,12 @@ HEAD = """# What porting costs
 Written by `python -m bench.cost`; change the program, not this page.
 
 Each job is a process of its own, started as a user would start it, and measured from outside: wall time and memory
-include the interpreter and its imports. Numbers are medians over the runs. Page cache warm. Private memory is what the
-kernel cannot take back, at its peak; resident memory counts pages of mapped files too. CUDA memory is torch's own count
-of its peak: allocated to tensors, and reserved from the device. Energy is what the machine's own meters counted while
-the job ran, idle draw included; most virtual machines have none. Ratios are to fine-tuning again on the same model and
-machine; that of memory takes private and reserved CUDA memory together.
+include the interpreter and its imports. Numbers are medians over the runs. What a job reads was read just before, and
+is in the page cache as far as memory holds it. Private memory is what the kernel cannot take back, at its peak;
+resident memory counts pages of mapped files too. CUDA memory is torch's own count of its peak: allocated to tensors,
+and reserved from the device. Energy is what the machine's own meters counted while the job ran, idle draw included;
+most virtual machines have none. Ratios are to fine-tuning again on the same model and machine; that of memory takes
+private and reserved CUDA memory together.
 
 Fine-tuning again is what one user would run: one process on one device, LoRA on all seven linear layers. Where its
 steps are counted, the weights are random values of a real model's shapes, in bfloat16, with gradient checkpointing; the
