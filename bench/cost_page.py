@@ -23,7 +23,11 @@ include the interpreter and its imports. Numbers are medians over the runs. What
 is in the page cache as far as memory holds it. Private memory is what the kernel cannot take back, at its peak;
 resident memory counts pages of mapped files too. CUDA memory is torch's own count of its peak: allocated to tensors,
 and reserved from the device. Energy is what the machine's own meters counted while the job ran, idle draw included;
-most virtual machines have none. Ratios are to fine-tuning again on the same model and machine; that of memory takes
+most virtual machines have none.
+
+Ratios are to fine-tuning again on the same model and machine. That of memory is of resident memory on a CPU:
+transformers maps a model's files, so that weights which are not trained are no private memory, but every step reads
+all of them. Of a merge, resident memory holds the libraries too, which is to its disadvantage. On a GPU the ratio is of
 private and reserved CUDA memory together.
 
 Fine-tuning again is what one user would run: one process on one device, LoRA on all seven linear layers. Where its
@@ -84,7 +88,7 @@ def _model(record: Mapping[str, Any]) -> Iterator[str]:
     compared = contest["jobs"].get(BASELINE)
     for name, job in contest["jobs"].items():
         is_another_way = compared is not None and job["facts"].get("n_trained") == 0  # to have the patch on the model
-        yield _row(job, _spent(record, compared) if is_another_way else None)
+        yield _row(job, _saved(record, compared, job) if is_another_way else ("", ""))
         if name == BASELINE and (epoch := epoch_seconds(record)):
             batches = math.ceil(SST2_ROWS / baseline["batch"])
             yield f"| an epoch of SST-2, extrapolated: {batches:,} steps | | | {_lasting(epoch)} | | | | | | | |"
@@ -112,13 +116,9 @@ def _fine_tuning(record: Mapping[str, Any]) -> str:
     )
 
 
-def _row(job: Mapping[str, Any], compared: tuple[float, float] | None) -> str:
+def _row(job: Mapping[str, Any], saved: tuple[str, str]) -> str:
     middle, facts = job["median"], job["facts"]
     joules = middle.get("joules")
-    saved = ("", "")
-    if compared is not None:
-        seconds, memory = compared
-        saved = (f"{seconds / middle['seconds']:,.0f} x", f"{memory / _memory(job):.1f} x")
     cells = [
         job["label"],
         str(len(job["runs"])),
@@ -134,13 +134,18 @@ def _row(job: Mapping[str, Any], compared: tuple[float, float] | None) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _spent(record: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[float, float]:
-    """Seconds and bytes of fine-tuning again: the whole of it, or an epoch where only some steps were run."""
-    return epoch_seconds(record) or job["median"]["seconds"], _memory(job)
+def _saved(record: Mapping[str, Any], baseline: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]:
+    """How much less time and memory a job takes than fine-tuning: all of it, or an epoch where only steps were run."""
+    seconds = epoch_seconds(record) or baseline["median"]["seconds"]
+    memory = _memory(record, baseline) / _memory(record, job)
+    return f"{seconds / job['median']['seconds']:,.0f} x", f"{memory:.1f} x"
 
 
-def _memory(job: Mapping[str, Any]) -> float:
-    return job["median"]["private_bytes"] + (job["facts"].get("cuda_reserved_bytes") or 0)
+def _memory(record: Mapping[str, Any], job: Mapping[str, Any]) -> float:
+    """What counts of a job in the ratio; on a GPU, pages that were mapped while a model was loaded do not."""
+    if record["baseline"]["device"] == "cuda":
+        return job["median"]["private_bytes"] + (job["facts"].get("cuda_reserved_bytes") or 0)
+    return job["median"]["resident_bytes"]
 
 
 def _size(n_bytes: float | None) -> str:

@@ -59,7 +59,8 @@ def test_memory_of_a_gpu_counts_beside_that_of_the_process():
     on_gpu = job(
         "LoRA", 60.0, 2e9, n_trained=5, cuda_allocated_bytes=17e9, cuda_reserved_bytes=18e9, step_seconds=[1.0]
     )
-    page = render({"m": record(lora=on_gpu, port=PORT)})
+    measured = record(lora=on_gpu, port=PORT)
+    page = render({"m": {**measured, "baseline": {**measured["baseline"], "device": "cuda"}}})
     assert "| 17,000 MB | 18,000 MB |" in page
     assert page.count("| 20.0 x |") == 1
 
