@@ -36,9 +36,6 @@ first step is not timed, and an epoch of SST-2 is extrapolated from the others:
 
     seconds = ceil(67,349 / rows of a batch) x median seconds of a step
 
-Importing torch takes about 150 MB of private memory by itself: on a small model that is most of what a merge needs.
-What fine-tuning needs grows with the model, what a merge needs does not.
-
 The paper reports, for Mistral-7B on SST-2, 350.61 GB against 28.71 GB (12.2 x) and 40.65 against 0.0083 GPU hours
 (arXiv 2410.10870, table 6, quoted second-hand). Its baseline can only be a sum over several GPUs, of a batch size and
 length of training that we do not know: these numbers here are no measurement of the same thing.
