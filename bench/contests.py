@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.inputs import Inputs
 from bench.peers.mergekit import install_mergekit
@@ -16,7 +17,8 @@ CHECKED = 100
 FLEET = 200
 VERDICT_IS_NO = 3
 
-Facts = Mapping[str, float | str]
+Facts = Mapping[str, Any]
+"""JSON values."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Job:
         facts: What is found out about the output of the last run, untimed.
         is_slow: Takes minutes: fewer runs are made.
         good: Exit statuses of a run that did its work.
+        memory: A device, `cpu` or `cuda`, and the bytes that must be free in its memory.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Job:
     facts: Callable[[Path], Facts] | None = None
     is_slow: bool = False
     good: tuple[int, ...] = (0,)
+    memory: tuple[str, int] = ("cpu", 0)
 
     @property
     def is_ours(self) -> bool:

@@ -1,171 +1,129 @@
-"""What porting costs beside fine-tuning again, on the same model, data and machine: memory, time, trained parameters.
+"""What porting costs beside fine-tuning again: trained parameters, peak memory, time, energy. Linux only.
 
-    python -m bench.cost [--runs 5] [--train-runs 3]
+    python -m bench.cost                                         # SmolLM2-135M, the demo's weights and fine-tuning
+    python -m bench.cost --shapes mistral-7b [--device cuda]     # random weights of a real model's shapes
+    python -m bench.cost --shapes mistral-7b --layers 4 --results /tmp/results   # does it work?
 
-Each job is a process of its own, started as a user would start it; wall time and peak memory include the interpreter
-and its imports. Fine-tuning is the demo's: SmolLM2-135M, LoRA on all seven linear layers, the rows and steps that made
-the patch. Page cache warm. Writes `results/cost.json`, with the machine described, and the table `results/cost.md`.
+Each job is a process of its own, started as a user would start it; page cache warm. Writes `cost-SHAPE.json`, with the
+machine described, and from all that are there the page `cost.md` and its pictures. Models of a shape are made, and
+removed when it has been measured. What disk or memory have no room for is skipped, with a line.
 """
 
 import argparse
 import json
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from bench.measure import Run, machine, measure, summarize
-from portllm import load_patch
-from portllm.demo.settings import COMPLETION, PROMPT, TRAIN
-from portllm.demo.story import BASE, DATA, TRAINING_ROWS, tell
-from portllm.kept import versions
+from bench.contests import Contest
+from bench.cost_jobs import Baseline, on_demo, on_shape
+from bench.cost_page import write_page
+from bench.inputs import OUTPUTS, Inputs, NoRoomError
+from bench.room import fitting
+from bench.session import Session
+from bench.shapes import PAPER, SHAPES, Shape
+from portllm.checkpoint.reader import open_checkpoint
+from portllm.demo.settings import TRAIN
+from portllm.demo.story import BASE
 
 HERE = Path(__file__).parent
-WORK = HERE / "work"
-PORTLLM = (sys.executable, "-m", "portllm")
-PEFT_MERGE = """
-import sys
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, adapter, out = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
-model.merge_and_unload().save_pretrained(out)
-"""
-
-
-PAGE = """# What porting costs
-
-{base} on {processor}, {cores} cores, no GPU. Medians over runs ({counts}), each a process
-of its own with its imports, page cache warm; written by `make bench`. Fine-tuning again is the demo's: LoRA of rank
-{rank} on all seven linear layers, batches of {batch_size} short rows. Ratios are to fine-tuning and use private memory;
-memory is the peak. Load of the machine when it began: {load:.1f}.
-
-{table}
-
-Importing torch takes about 150 MB of private memory by itself: on a model as small as this one that is most of what a
-merge needs. Fine-tuning's share grows with the model, a merge's does not.
-
-The paper reports, for Mistral-7B on SST-2, 350.61 GB against 28.71 GB (12.2 x) and 40.65 against 0.0083 GPU hours
-(arXiv 2410.10870, table 6, quoted second-hand). Its baseline sums the memory of several GPUs; this one is a single
-process at a batch size that a user of this machine would take.
-"""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One way to have the patch on the evolved model.
-
-    Attributes:
-        name: Stands in the table.
-        command: The process.
-        output: What it writes; removed before each run.
-        n_trained: Parameters that it trains.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    output: Path
-    n_trained: int
-
-
-def jobs() -> list[Job]:
-    """The jobs, on the files of a demo that is run first where it has not been."""
-    tell(WORK, on_step=lambda step: print(f"{step.name}: {step.kept.seconds:.1f} s"))
-    patch, evolved, ported = WORK / "patch", WORK / "evolved", WORK / "ported"
-    train = ("train", "--base", evolved, "--data", DATA / TRAINING_ROWS, "--prompt", PROMPT, "--completion", COMPLETION)
-    settings = {
-        "rank": TRAIN.rank, "alpha": TRAIN.alpha, "learning-rate": TRAIN.learning_rate, "epochs": TRAIN.epochs,
-        "steps": TRAIN.steps, "batch-size": TRAIN.batch_size, "max-tokens": TRAIN.max_tokens, "seed": TRAIN.seed,
-    }  # fmt: skip
-    options = [part for name, value in settings.items() if value is not None for part in (f"--{name}", value)]
-    out = WORK / "out"
-    n_trained = load_patch(patch).n_params
-    return [
-        Job("fine-tune again (LoRA)", _portllm(*train, *options, "--device", "cpu", "-o", out), out, n_trained),
-        Job("port, stays an adapter", _portllm("port", patch, "--evolved", evolved, "-o", out), out, 0),
-        Job("merge the ported patch", _portllm("merge", ported, "--into", evolved, "-o", out), out, 0),
-        Job(
-            "the same with PEFT's merge_and_unload",
-            (sys.executable, "-c", PEFT_MERGE, str(evolved), str(ported), str(out)),
-            out,
-            0,
-        ),
-    ]
-
-
-def render(results: Sequence[dict[str, object]], described: dict[str, object]) -> str:
-    """The table as Markdown; ratios are to fine-tuning again, medians of the same session."""
-    first = _medians(results[0])
-    lines = [
-        "| job | trained parameters | wall time | private memory | resident memory | less time | less memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for result in results:
-        own = _medians(result)
-        saved = ["", ""] if result is results[0] else [
-            f"{first['seconds'] / own['seconds']:.0f} x", f"{first['private_bytes'] / own['private_bytes']:.1f} x"
-        ]  # fmt: skip
-        cells = [
-            str(result["name"]),
-            f"{result['n_trained']:,}",
-            f"{own['seconds']:.2f} s",
-            f"{own['private_bytes'] / 1e6:.0f} MB",
-            f"{own['resident_bytes'] / 1e6:.0f} MB",
-            *saved,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    counts = ", ".join(f"{result['name']} {len(_runs(result))}" for result in results)
-    return PAGE.format(
-        base=BASE,
-        processor=described["processor"],
-        cores=described["cores"],
-        counts=counts,
-        rank=TRAIN.rank,
-        batch_size=TRAIN.batch_size,
-        load=described["load_before"],
-        table="\n".join(lines),
-    )
+DEMO = "smollm2"
+CHOICES = {"tiny": SHAPES["tiny"], **PAPER}
 
 
 def main() -> None:
-    """Run every job and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="of the short jobs")
-    parser.add_argument("--train-runs", type=int, default=3, help="of fine-tuning")
-    options = parser.parse_args()
-    described = {**machine(HERE), "versions": dict(versions())}
-    results = []
-    for job in jobs():
-        runs = options.train_runs if job.n_trained else options.runs
-        measured = [_run(job) for _ in range(runs)]
-        results.append({"name": job.name, "n_trained": job.n_trained, **summarize(measured)})
-        print(f"{job.name}: {_medians(results[-1])}")
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    content = {"machine": described, "model": BASE, "cache": "warm", "jobs": results}
-    (folder / "cost.json").write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "cost.md").write_text(render(results, described))
-    print(render(results, described))
+    """Measure, one shape after another, and write records and page."""
+    options = _options()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for name in options.shapes:
+        measured = measure_demo(options) if name == DEMO else measure_shape(_shape(name, options.layers), options)
+        if measured is None:
+            continue
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / f"cost-{measured['name']}.json").write_text(json.dumps(measured, indent=1) + "\n")
+        write_page(options.results)
 
 
-def _run(job: Job) -> Run:
-    shutil.rmtree(job.output, ignore_errors=True)
-    return measure(job.command)
+def measure_demo(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of the demo's model."""
+    work = options.work.resolve()
+    contest = on_demo(work)
+    described = {
+        "name": DEMO,
+        "like": f"{BASE}, trained weights",
+        "n_params": open_checkpoint(str(work / "evolved")).n_params,
+        "baseline": {"rank": TRAIN.rank, "batch": TRAIN.batch_size, "device": "cpu"},
+    }
+    return described | _measure(contest, work, options)
 
 
-def _portllm(*arguments: object) -> tuple[str, ...]:
-    return (*PORTLLM, *map(str, arguments))
+def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The record of a shape; None where the disk has no room for its models."""
+    folder = options.work.resolve() / "cost" / shape.name
+    baseline = Baseline(options.rank, options.batch, options.tokens, options.steps, options.device)
+    inputs = Inputs(shape, folder, rank=baseline.rank)
+    try:
+        contest = on_shape(inputs, baseline)
+        inputs.require_room(0)
+        described = {
+            "name": shape.name,
+            "like": f"{shape.like}, random weights",
+            "n_params": shape.n_params,
+            "baseline": {**asdict(baseline), "n_trained": shape.n_factors(baseline.rank)},
+        }
+        return described | _measure(contest, folder, options)
+    except NoRoomError as error:
+        print(f"{shape.name} is skipped: {error}", flush=True)
+        return None
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder)
 
 
-def _medians(result: dict[str, object]) -> dict[str, float]:
-    medians = result["median"]
-    return medians if isinstance(medians, dict) else {}
+def _measure(contest: Contest, folder: Path, options: argparse.Namespace) -> Mapping[str, Any]:
+    """The results of the jobs that there is memory for, and a line for each of the others."""
+    jobs, skipped = fitting(contest.jobs)
+    for line in skipped:
+        print(f"skipped: {line}", flush=True)
+    session = Session(folder, peers={})
+    runs = {"runs": options.runs, "slow_runs": options.train_runs}
+    result = session.measure("cost", replace(contest, jobs=jobs), **runs)
+    session.end()
+    shutil.rmtree(folder / OUTPUTS, ignore_errors=True)
+    return {"contest": result, "skipped": list(skipped)}
 
 
-def _runs(result: dict[str, object]) -> list[object]:
-    runs = result["runs"]
-    return runs if isinstance(runs, list) else []
+def _shape(name: str, layers: int | None) -> Shape:
+    """A shape, or that many of its blocks only."""
+    whole = CHOICES[name]
+    if layers is None:
+        return whole
+    like = f"{layers} of the {whole.layers} blocks of {whole.like}"
+    return replace(whole, name=f"{name}-{layers}-layers", like=like, layers=layers)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    usual = Baseline()
+    parser.add_argument("--shapes", nargs="+", choices=sorted((DEMO, *CHOICES)), default=[DEMO])
+    parser.add_argument("--layers", type=int, help="blocks of each shape; all, without it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=usual.device, help="to fine-tune and load on")
+    parser.add_argument("--rank", type=int, default=usual.rank, help="of the patch of a shape")
+    parser.add_argument("--batch", type=int, default=usual.batch, help="rows of a step of fine-tuning on a shape")
+    parser.add_argument("--tokens", type=int, default=usual.tokens, help="of such a row")
+    parser.add_argument("--steps", type=int, default=usual.steps, help="that are timed, after one that is not")
+    parser.add_argument("--runs", type=int, default=3, help="of the short jobs")
+    parser.add_argument("--train-runs", type=int, default=1, help="of fine-tuning")
+    parser.add_argument("--keep", action="store_true", help="leave a shape's models on the disk")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="for models")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="for records and page")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ class NoRoomError(Exception):
 class Inputs:
     """Checkpoints, an adapter and a patch of one shape, in a folder of their own."""
 
-    def __init__(self, shape: Shape, folder: Path) -> None:
+    def __init__(self, shape: Shape, folder: Path, *, rank: int = 16) -> None:
         self.shape = shape
         self.folder = folder
+        self.rank = rank
         made_by = folder / "made-by"
-        if not made_by.exists() or made_by.read_text() != _maker(shape):
+        if not made_by.exists() or made_by.read_text() != _maker(shape, rank):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            made_by.write_text(_maker(shape))
+            made_by.write_text(_maker(shape, rank))
 
     @property
     def model_bytes(self) -> int:
@@ -56,10 +57,10 @@ class Inputs:
 
     @cached_property
     def adapter(self) -> Path:
-        """A PEFT adapter of rank 16 on all seven linear layers."""
+        """A PEFT adapter on all seven linear layers."""
         from bench.synthetic import write_adapter
 
-        return self._made("adapter", lambda folder: write_adapter(self.shape, folder))
+        return self._made("adapter", lambda folder: write_adapter(self.shape, folder, rank=self.rank))
 
     def adapters(self, n: int) -> Path:
         """A folder of so many adapters; the first one's delta is that of `adapter`."""
@@ -110,7 +111,7 @@ class Inputs:
         return folder
 
 
-def _maker(shape: Shape) -> str:
-    """All that the models depend on: their shape, and the code that makes them."""
+def _maker(shape: Shape, rank: int) -> str:
+    """All that the models depend on: their shape, the adapter's rank, and the code that makes them."""
     source = Path(__file__).with_name("synthetic.py").read_text()
-    return hashlib.sha256(f"{source} {shape.shard_bytes} {shape.config}".encode()).hexdigest()
+    return hashlib.sha256(f"{source} {shape.shard_bytes} {shape.config} {rank}".encode()).hexdigest()

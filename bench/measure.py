@@ -1,4 +1,4 @@
-"""Run a command in its own process and measure it from outside: time, memory, bytes from and to the disk.
+"""Run a command in its own process and measure it from outside: time, memory, bytes from and to the disk, energy.
 
 Resident memory (VmHWM, the kernel's high-water mark) counts pages of mapped files too, which the kernel can take back;
 private memory (RssAnon and RssShmem, sampled) is what the process truly needs. Children count with their parent, and
@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from bench.energy import Meter
 
 SAMPLE_SECONDS = 0.005
 SAMPLES_BETWEEN_CHILDREN = 20
@@ -34,6 +36,7 @@ class Run:
         private_bytes: Peak private memory, sampled.
         disk_read_bytes: Fetched from the disk; what the page cache held does not count.
         disk_written_bytes: Handed to the disk, at once or later.
+        joules: What the machine took in the meantime, as far as its meters tell; None where it has none.
     """
 
     seconds: float
@@ -42,11 +45,12 @@ class Run:
     private_bytes: int
     disk_read_bytes: int
     disk_written_bytes: int
+    joules: float | None = None
 
 
 def measure(command: Sequence[str], *, env: Mapping[str, str] | None = None, good: Sequence[int] = (0,)) -> Run:
     """Run a command to its end; one whose exit status is not `good` ends the benchmark with what it said."""
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+") as output, Meter() as meter:
         began = time.perf_counter()
         process = subprocess.Popen(
             command,
@@ -56,7 +60,7 @@ def measure(command: Sequence[str], *, env: Mapping[str, str] | None = None, goo
             env={**os.environ, **(env or {})},
         )
         try:
-            resident, private = _watch(process.pid)
+            resident, private = _watch(process.pid, meter.read)
         except BaseException:  # whoever stops the benchmark stops what it measures
             process.terminate()
             process.wait()
@@ -75,12 +79,14 @@ def measure(command: Sequence[str], *, env: Mapping[str, str] | None = None, goo
         private_bytes=private,
         disk_read_bytes=disk.get("read_bytes", 0),
         disk_written_bytes=disk.get("write_bytes", 0),
+        joules=meter.joules,
     )
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, object]:
-    """Medians and ranges of several runs of the same command, with the runs themselves."""
+    """Medians and ranges of several runs of the same command, with the runs themselves; of what was told of all."""
     columns = {field.name: [getattr(run, field.name) for run in runs] for field in fields(Run)}
+    columns = {name: values for name, values in columns.items() if None not in values}
     return {
         "runs": [asdict(run) for run in runs],
         "median": {name: statistics.median(values) for name, values in columns.items()},
@@ -101,13 +107,14 @@ def machine(folder: Path) -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
+        "meters": list(Meter().names),
     }
 
 
-def _watch(pid: int) -> tuple[int, int]:
+def _watch(pid: int, now_and_then: Callable[[], None]) -> tuple[int, int]:
     """Peaks of resident and private memory of a process and its children, until it ends; it is not waited for."""
     resident = private = 0
-    for family in _families(pid):
+    for family in _families(pid, now_and_then):
         now = [_memory(member) for member in family]
         peak = sum(memory.get("VmHWM", 0) for memory in now)
         resident = max(resident, peak)
@@ -117,13 +124,14 @@ def _watch(pid: int) -> tuple[int, int]:
     return resident, private
 
 
-def _families(pid: int) -> Iterator[list[int]]:
+def _families(pid: int, now_and_then: Callable[[], None]) -> Iterator[list[int]]:
     """A process and all below it, again and again until it ends."""
     family = [pid]
     n_samples = 0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if n_samples % SAMPLES_BETWEEN_CHILDREN == 0:
             family = _with_children(pid)
+            now_and_then()
         n_samples += 1
         yield family
         time.sleep(SAMPLE_SECONDS)

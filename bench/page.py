@@ -65,6 +65,18 @@ def table(contests: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def describe_machine(it: Mapping[str, Any]) -> str:
+    """What `bench.measure.machine` found, with the versions of programs, as text; an early record lacks some of it."""
+    versions = ", ".join(f"{name} {version}" for name, version in it["versions"].items())
+    parts = (
+        f"{it['processor']}, {it['cores']} cores, {it['memory_bytes'] / 2**30:.0f} GiB",
+        it.get("disk"),
+        f"{it['system']} {it['kernel']}" if "kernel" in it else it["system"],
+        f"Python {it['python']}, {versions}",
+    )
+    return ", ".join(part for part in parts if part)
+
+
 def _shape(name: str, contests: Mapping[str, Any]) -> Iterator[str]:
     shape = SHAPES[name]
     yield f"## {name}: {shape.like}\n"
@@ -101,10 +113,6 @@ def _machines(contests: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for result in contests.values():
         it = result["machine"]
-        versions = ", ".join(f"{name} {version}" for name, version in it["versions"].items())
-        text = (
-            f"{it['processor']}, {it['cores']} cores, {it['memory_bytes'] / 2**30:.0f} GiB, {it['disk']}, "
-            f"{it['system']} {it['kernel']}, Python {it['python']}, {versions}"
-        )
+        text = describe_machine(it)
         found.setdefault(text, []).append(f"{result['title']} ({result['cache']}, load {it['load_before']:.1f})")
     return found

@@ -14,7 +14,6 @@ from bench.cache import cool, settle, warm
 from bench.contests import Contest, Job
 from bench.inputs import OUTPUTS
 from bench.measure import Run, machine, measure, summarize
-from bench.peers.mergekit import mergekit_version
 from portllm.kept import versions
 
 Kept = dict[str, Any]
@@ -23,15 +22,22 @@ Kept = dict[str, Any]
 class Session:
     """The runs so far on one shape, in a file; those of another state of the program do not count."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, peers: Mapping[str, str]) -> None:
+        """Look for runs in a folder.
+
+        Args:
+            folder: Where jobs write, too.
+            peers: Versions of programs of others that take part.
+        """
         self.folder = folder
+        self._peers = peers
         self._file = folder / "session.json"
         kept = json.loads(self._file.read_text()) if self._file.exists() else {}
         self._kept: Kept = kept if kept.get("program") == digest_program() else {"program": digest_program()}
 
     def measure(self, name: str, contest: Contest, *, runs: int, slow_runs: int) -> dict[str, Any]:
         """The results of a contest: of each job its runs, and what was found out about its output."""
-        kept = self._kept.setdefault(name, {"machine": _described(self.folder), "jobs": {}})
+        kept = self._kept.setdefault(name, {"machine": _described(self.folder, self._peers), "jobs": {}})
         wanted = {job.name: slow_runs if job.is_slow else runs for job in contest.jobs}
         for turn in range(max(wanted.values())):
             first = turn % len(contest.jobs)  # another one begins each time
@@ -75,8 +81,8 @@ def digest_program() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    programs = {**versions(), "safetensors": importlib.metadata.version("safetensors"), "mergekit": mergekit_version()}
+def _described(folder: Path, peers: Mapping[str, str]) -> dict[str, Any]:
+    programs = {**versions(), "safetensors": importlib.metadata.version("safetensors"), **peers}
     return {**machine(folder), "versions": programs}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from bench.contests import CONTESTS
 from bench.inputs import Inputs, NoRoomError
 from bench.page import table, write_page
+from bench.peers.mergekit import mergekit_version
 from bench.rows import ROWS, Row, Value, evaluate, is_worse, show
 from bench.session import Session
 from bench.shapes import SHAPES
@@ -41,7 +42,7 @@ def main() -> None:
         file = options.results / f"speed-{shape.name}.json"
         recorded = json.loads(file.read_text())["contests"] if file.exists() else {}
         inputs = Inputs(shape, options.work.resolve() / "speed" / shape.name)
-        session = Session(inputs.folder)
+        session = Session(inputs.folder, peers={"mergekit": mergekit_version()})
         now = measure_shape(inputs, session, options)
         print("\n".join(table(now)))
         worse += [f"{shape.name}: {line}" for line in fallen_behind(recorded, now)]

@@ -23,7 +23,7 @@ DRIFT = 0.01
 SMALLEST_DELTA, LARGEST_DELTA = 0.003, 0.005
 """|Δ| / |W0|, drawn anew for each layer."""
 
-RANK, ALPHA = 16, 32
+RANK, SCALE = 16, 2
 DECAY = 0.85
 """Of one direction of a delta to the next: the spectrum falls, as a trained one's does."""
 
@@ -43,15 +43,15 @@ def write_checkpoint(shape: Shape, folder: Path, *, delta: bool = False, drift: 
         (part / "config.json").write_text(json.dumps(shape.config, indent=2) + "\n")
 
 
-def write_adapter(shape: Shape, folder: Path, *, seed: int = 0) -> None:
-    """Write a LoRA adapter as PEFT does, in float32; seed 0 is the delta that a tuned checkpoint holds."""
+def write_adapter(shape: Shape, folder: Path, *, seed: int = 0, rank: int = RANK) -> None:
+    """Write a LoRA adapter as PEFT does, in float32; seed 0 of rank 16 is the delta that a tuned checkpoint holds."""
     tensors = {}
     for module, (d_out, d_in) in shape.modules.items():
-        a, b = _factors(module, d_out, d_in, seed)
+        a, b = _factors(module, d_out, d_in, seed, rank)
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": SCALE * rank, "lora_dropout": 0.0,
         "bias": "none", "target_modules": list(SEVEN), "base_model_name_or_path": None, "inference_mode": True,
     }  # fmt: skip
     with staged_folder(folder, overwrite=False) as part:
@@ -64,7 +64,7 @@ def _write_tensor(file: ShardWriter, shape: Shape, entry: Entry, *, delta: bool,
     is_norm = len(entry.shape) == 1  # its values lie around one
     module = entry.name.removesuffix(".weight")
     adapted = delta and module in shape.modules
-    a, b = _factors(module, rows, columns, 0) if adapted else (torch.empty(0), torch.empty(0))
+    a, b = _factors(module, rows, columns, 0, RANK) if adapted else (torch.empty(0), torch.empty(0))
     step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -72,20 +72,20 @@ def _write_tensor(file: ShardWriter, shape: Shape, entry: Entry, *, delta: bool,
         block = _normal(f"base {entry.name} {start}", size) * WEIGHT_SIZE
         block = (block + is_norm).bfloat16()
         if adapted:
-            block = (block.float() + ALPHA / RANK * (b[start:stop] @ a)).bfloat16()
+            block = (block.float() + SCALE * (b[start:stop] @ a)).bfloat16()
         if drift:
             moved = _normal(f"drift {entry.name} {start}", size) * (DRIFT * (1 if is_norm else WEIGHT_SIZE))
             block = (block.float() + moved).bfloat16()
         file.append(memoryview(block.view(torch.int16).numpy().reshape(-1)))
 
 
-def _factors(module: str, d_out: int, d_in: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(module: str, d_out: int, d_in: int, seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A of shape (rank, d_in) and B of shape (d_out, rank), such that scale·B·A has the size of a trained delta."""
     share = SMALLEST_DELTA + (LARGEST_DELTA - SMALLEST_DELTA) * (_seed(f"share {module} {seed}") / 2**32)
-    falling = DECAY ** torch.arange(RANK)
-    a = _normal(f"A {module} {seed}", (RANK, d_in)) * d_in**-0.5
-    b = _normal(f"B {module} {seed}", (d_out, RANK)) * (falling / falling.norm())
-    return a, b * (share * WEIGHT_SIZE * d_in**0.5 * RANK / ALPHA)
+    falling = DECAY ** torch.arange(rank)
+    a = _normal(f"A {module} {seed}", (rank, d_in)) * d_in**-0.5
+    b = _normal(f"B {module} {seed}", (d_out, rank)) * (falling / falling.norm())
+    return a, b * (share * WEIGHT_SIZE * d_in**0.5 / SCALE)
 
 
 def _normal(name: str, size: tuple[int, int]) -> torch.Tensor:

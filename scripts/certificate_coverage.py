@@ -21,8 +21,9 @@ import numpy as np
 from portllm.assess.certificate import CONFIDENCE, upper_bound
 from portllm.study.file import read_study
 from portllm.study.ledger import Ledger
-from portllm.study.plan import BASE, PATCHED
+from portllm.study.places import Places
 from portllm.study.run import default_folder, study_identities
+from portllm.study.variants import BASE, PATCHED
 
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 DRAWS = 200
@@ -84,7 +85,7 @@ def _bounds(other: np.ndarray, rows: np.ndarray, generator: np.random.Generator)
 
 def read_cells(file: Path, out: Path, seed: int) -> Iterator[Cell]:
     """The ported patches of a study that are scored, in the order of its steps."""
-    results = Ledger(read_study(file), out, study_identities(out), any_version=True).results()
+    results = Ledger(read_study(file), Places(out), study_identities(out), any_version=True).results()
     patched = {(step.task, step.seed): found for step, found in results.items() if step.patch == PATCHED}
     for step, found in results.items():
         is_ported = step.kind == "score" and step.model != BASE and step.inputs[-1].startswith("port_")

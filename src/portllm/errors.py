@@ -24,7 +24,8 @@
       SignatureError         a signature cannot be made or checked
       FleetFileError         the file that describes a fleet is wrong, or what it names is not there
       StudyFileError         the file that describes a study is wrong
-      WorkersError           no worker of a fleet can be started
+      StudyStepError         a step of a study failed on a worker
+      WorkersError           no worker of a fleet or a study can be started
       StorageError           a place that is reached by URL cannot be read or written
       DataError              rows of a data file do not fit the task
       MissingExtraError      an optional dependency is not installed
@@ -129,8 +130,12 @@ class StudyFileError(PortLLMError):
     """The file that describes a study is not TOML, or says what a study cannot be."""
 
 
+class StudyStepError(PortLLMError):
+    """A step of a study failed on a worker; the message begins with its name."""
+
+
 class WorkersError(PortLLMError):
-    """No worker of a fleet can be started: Ray cannot be reached, or its nodes lack this program."""
+    """No worker of a fleet or a study can be started: Ray cannot be reached, or its nodes lack this program."""
 
 
 class StorageError(PortLLMError):

@@ -61,7 +61,7 @@ def test_a_shape_for_which_the_disk_has_no_room_is_refused(tmp_path):
 def test_what_the_disk_has_no_room_for_is_skipped_with_a_line(tiny, monkeypatch, capsys):
     monkeypatch.setattr("bench.inputs.RESERVE_BYTES", 10**18)
     options = argparse.Namespace(contests=["port"], runs=1, slow_runs=1)
-    assert measure_shape(tiny, Session(tiny.folder), options) == {}
+    assert measure_shape(tiny, Session(tiny.folder, peers={}), options) == {}
     assert "tiny: port is skipped" in capsys.readouterr().out
 
 

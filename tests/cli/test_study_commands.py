@@ -56,6 +56,12 @@ def test_a_wrong_file_is_refused_with_line_and_key(portllm, small, tmp_path):
     assert "patch.rnk: is no key here. Did you mean rank?" in result.err
 
 
+def test_workers_without_ray_are_wrong_usage(portllm, small):
+    result = portllm("study", "run", small, "--workers", 2)
+    assert result.status == 2
+    assert "--workers needs --ray" in result.err
+
+
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_the_shipped_studies_are_valid_and_need_no_weights_to_say_so(portllm, file, tmp_path):
     result = portllm("study", "run", file, "--dry-run", "--json", "-o", tmp_path / "out")

@@ -8,7 +8,8 @@ import pytest
 
 import portllm
 from portllm.many.cell import Worker
-from portllm.many.pool import Finished, Lost, Pool
+from portllm.workers.pool import Finished, Lost, Pool
+from tests.clusters import cluster, environment, spring_once  # noqa: F401 (fixtures)
 
 
 class Here(Pool):
@@ -81,16 +82,7 @@ def trap(folder, monkeypatch):
     """The first worker process, of ours or of Ray's, that opens a file of patch b is killed as it does."""
     place = folder / "trap"
     place.mkdir()
-    (place / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        f"sprung = {str(place / 'sprung')!r}\n"
-        "def watch(event, arguments):\n"
-        "    if event == 'open' and '/adapters/b/' in str(arguments[0]) and not os.path.exists(sprung):\n"
-        "        os.close(os.open(sprung, os.O_CREAT | os.O_WRONLY))\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if 'worker' in ' '.join(sys.orig_argv):\n"
-        "    sys.addaudithook(watch)\n"
-    )
+    (place / "sitecustomize.py").write_text(spring_once(place, "'/adapters/b/' in name"))
     monkeypatch.setenv("PYTHONPATH", f"{place}:{Path(portllm.__file__).parents[1]}")
 
 

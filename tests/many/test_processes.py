@@ -7,8 +7,8 @@ import pytest
 
 import portllm
 from portllm.many import processes
-from portllm.many.pool import Finished, Lost
 from portllm.many.processes import Processes, fitting_workers
+from portllm.workers.pool import Finished, Lost
 
 NOWHERE = {
     "folder": "v2/a",

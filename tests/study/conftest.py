@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.clusters import cluster, environment  # noqa: F401 (fixtures)
 from tests.live.language import make_reader
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from portllm.live.evolve import EvolveSettings
 from portllm.live.evolve_lora import LoraEvolveSettings
-from portllm.study.plan import Step, data_of, needed, settings_of, steps_of
+from portllm.study.plan import Step, data_of, needed, settings_of, startable, steps_of
 from portllm.study.settings import Evolution, HarnessTask, Study, Text
 
 STUDY = Study(
@@ -81,3 +81,15 @@ def test_outputs_that_are_gone_are_made_again_only_for_steps_to_do():
     assert needed(steps, {**done, "score_e.1": False}, there) == steps
     assert needed(steps, {**done, "score_e.1": False}, {**there, "port_e.1": True}) == (evolve, score)
     assert needed(steps, {**done, "train_base_a_s0": False}, there) == (train,)
+
+
+def test_a_step_can_be_begun_when_no_step_that_is_left_makes_what_it_reads():
+    evolve, drift = BY_NAME["evolve_chain.1"], BY_NAME["drift_chain.1"]
+    assert startable((evolve, drift), ()) == (evolve,)
+    assert startable((evolve, drift), (evolve,)) == ()
+    assert startable((drift,), ()) == (drift,)
+
+
+def test_what_a_running_step_reads_is_not_made_again_before_it_has_ended():
+    evolve, drift = BY_NAME["evolve_chain.1"], BY_NAME["drift_chain.1"]
+    assert startable((evolve, drift), (drift,)) == ()

@@ -29,6 +29,13 @@ def run(
     out: OutOption = None,
     data: Annotated[Path | None, typer.Option("--data", help="The folder that the study's data files lie in.")] = None,
     device: DeviceOption = DeviceName.AUTO,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="Side by side on Ray, one a device: auto, local, host:port or ray://host:port."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="With --ray, how many; else one a GPU, or one a machine.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the file and print the steps that are left; needs no weights.")
     ] = False,
@@ -40,6 +47,8 @@ def run(
     A run that is interrupted or dies is gone on with by the same command. A step is done again where what its result
     depends on has changed.
     """
+    if workers is not None and ray is None:
+        raise typer.BadParameter("--workers needs --ray.")
     from portllm.cli.progress import shown_progress
     from portllm.cli.render_study import render_status, render_told, status_to_json
     from portllm.study.page import render_page
@@ -58,6 +67,8 @@ def run(
             out=out,
             data=data,
             device=device.value,
+            ray=ray,
+            workers=workers,
             on_step=lambda told: None if quiet else say(render_told(told), err=True),
             progress=progress,
         )

@@ -1,6 +1,6 @@
 """A fleet: many patches, each carried to many evolved models; planned from its file, run, and gone on with.
 
-The work is done by processes of this machine or by Ray; see `portllm.many.pool`.
+The work is done by processes of this machine or by Ray; see `portllm.workers.pool`.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ from typing import TypeVar
 
 from portllm.checkpoint.staging import open_locked
 from portllm.errors import OutputError
-from portllm.many.cell import RECORDS
+from portllm.many.cell import RECORDS, Worker
 from portllm.many.fleet_file import read_fleet_file
 from portllm.many.inputs import find_inputs
 from portllm.many.plan import Cell, Row, Todo, Work, cells_of, decide, stranger
-from portllm.many.pool import Pool
 from portllm.many.processes import MEMORY, Processes, fitting_workers
 from portllm.many.run import run_cells
 from portllm.many.state import State, read_state
 from portllm.many.storage import digests, is_url, join, resolve, sizes
 from portllm.progress import Progress, silent
+from portllm.workers.pool import Pool
 
 T = TypeVar("T")
 
@@ -163,10 +163,15 @@ def open_pool(plan: FleetPlan, *, workers: int | None, ray: str | None) -> Pool:
     n_jobs = len(plan.chosen("run"))
     if ray is None:
         return Processes(workers or fitting_workers(plan.work.steps, n_jobs))
-    from portllm.many.on_ray import OnRay
+    from portllm.workers.on_ray import Machine, OnRay, Share
 
-    memory = max(MEMORY[step] for step in plan.work.steps)
-    return OnRay(ray, workers=workers, memory=memory, n_jobs=n_jobs)
+    def share(machines: Sequence[Machine]) -> Share:
+        """A core for each."""
+        cores = sum(machine.cores for machine in machines)
+        memory = max(MEMORY[step] for step in plan.work.steps)
+        return Share(max(1, min(workers or cores, n_jobs)), memory=memory)
+
+    return OnRay(ray, Worker, share, own_cores=workers)
 
 
 def _records(files: Mapping[str, Mapping[str, int]], steps: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from portllm.many.pool import Finished, Lost, Pool
+from portllm.workers.pool import Finished, Lost, Pool
 
 MEMORY = {"check": 1_000_000_000, "port": 250_000_000, "merge": 1_000_000_000}
 """Bytes that a worker needs for a step, with room to spare."""

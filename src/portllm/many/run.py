@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from portllm.many.plan import Cell, Row
-from portllm.many.pool import Finished, Lost, Pool
 from portllm.many.storage import is_url, join
+from portllm.workers.pool import Finished, Lost, Pool
 
 
 def run_cells(

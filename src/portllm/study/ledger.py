@@ -3,11 +3,10 @@
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from portllm.kept import Record, do, identity_or_none, read_record, with_versions
-from portllm.pipeline.written import checkpoint_identity, patch_identity
+from portllm.study.places import Places
 from portllm.study.plan import Identities, Step, data_of, needed, settings_of, steps_of
 from portllm.study.settings import Study
 
@@ -22,13 +21,13 @@ class Ledger:
 
     Attributes:
         study: The study.
-        out: Its folder.
+        places: Where records and outputs are.
         identities: Of base and data.
         any_version: Whether records of other versions of the programs count, as they do for a report.
     """
 
     study: Study
-    out: Path
+    places: Places
     identities: Identities
     any_version: bool = False
     steps: tuple[Step, ...] = field(init=False)
@@ -38,30 +37,12 @@ class Ledger:
     def __post_init__(self) -> None:
         self.steps = steps_of(self.study)
         for step in self.steps:
-            self._records[step.name] = read_record(self.record_file(step))
-            found = identity_or_none(lambda step=step: self.identify(step))  # type: ignore[misc]
+            self._records[step.name] = read_record(self.places.record_file(step))
+            found = identity_or_none(lambda step=step: self.places.identify(step))  # type: ignore[misc]
             known = self._records[step.name]
             self._there[step.name] = known is not None and found == known.files
             if found is not None and not self._there[step.name]:
                 self._records[step.name] = None  # other files than the record's: nobody knows what they are
-
-    def record_file(self, step: Step) -> Path:
-        """Where a step's record is."""
-        return self.out / "steps" / f"{step.name}.json"
-
-    def folder(self, name: str) -> Path:
-        """Where the output of the step of a name is."""
-        return self.out / name.partition("_")[0] / name
-
-    def identify(self, step: Step) -> str:
-        """The identity of what a step wrote; empty where it writes nothing but its record."""
-        match step.makes:
-            case "patches":
-                return patch_identity(self.folder(step.name))
-            case "checkpoints":
-                return checkpoint_identity(self.folder(step.name))
-            case _:
-                return ""
 
     def done(self) -> dict[str, Record]:
         """The records that count, by their steps' names."""
@@ -95,24 +76,35 @@ class Ledger:
     def do(self, step: Step, work: Callable[[], Mapping[str, object]]) -> Record:
         """Do a step, and note it; the steps that it reads are done."""
         record = do(
-            self.record_file(step),
-            inputs=self._inputs(step, self.done()),
-            identify=lambda: self.identify(step),
+            self.places.record_file(step),
+            inputs=self.inputs_of(step),
+            identify=lambda: self.places.identify(step),
             work=work,
         )
-        self._records[step.name] = record
-        self._there[step.name] = True
+        self.note(step, record)
         return record
 
+    def inputs_of(self, step: Step) -> dict[str, object]:
+        """All that the result of a step depends on now but versions; the steps that it reads are done."""
+        return self._inputs(step, self.done())
+
+    def note(self, step: Step, record: Record) -> None:
+        """Take in what has been written for a step: its record, and the output that it stands for."""
+        self._records[step.name] = record
+        self._there[step.name] = True
+
     def drop(self) -> list[str]:
-        """Remove what no step that is left reads and the study does not keep; returns the names of its steps."""
+        """Remove what no step that is left reads and the study does not keep; returns the names of its steps.
+
+        A step that is running is left, as long as it has not been noted: what it reads stays.
+        """
         read = {name for step in self.left() for name in step.inputs}
         gone = []
         for step in self.steps:
             if step.makes is None or step.makes in self.study.keep or step.name in read:
                 continue
             if self._there[step.name]:
-                shutil.rmtree(self.folder(step.name))
+                shutil.rmtree(self.places.folder(step.name))
                 self._there[step.name] = False
                 gone.append(step.name)
         return gone

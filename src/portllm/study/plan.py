@@ -1,6 +1,6 @@
 """Which steps a study has, and what the result of each depends on: values in, values out, nothing is touched."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -189,3 +189,28 @@ def needed(steps: tuple[Step, ...], done: Mapping[str, bool], there: Mapping[str
             chosen.add(step.name)
             read.update(step.inputs)
     return tuple(step for step in steps if step.name in chosen)
+
+
+def startable(left: tuple[Step, ...], running: Collection[Step]) -> tuple[Step, ...]:
+    """The steps that can be begun beside those that run.
+
+    What a step reads is there when no step that is left makes it. A step that makes again what one that runs is reading
+    has to wait for that one: an evolved model that was removed may come back in other bits on a GPU, and what was made
+    of it then is made again too.
+
+    Args:
+        left: The steps to do, as `needed` gives them; those that run are among them.
+        running: Of these, those that have been begun.
+
+    Returns:
+        In the order of `left`.
+
+    Example:
+        >>> evolve, score = Step("evolve", "wiki.1"), Step("score", "wiki.1", inputs=("evolve_wiki.1",))
+        >>> startable((evolve, score), ()) == (evolve,), startable((evolve, score), (evolve,)), startable((score,), ())
+        (True, (), (Step(kind='score', model='wiki.1', ...),))
+    """
+    to_come = {step.name for step in left}
+    begun = {step.name for step in running}
+    read = {name for step in running for name in step.inputs}
+    return tuple(step for step in left if step.name not in begun | read and to_come.isdisjoint(step.inputs))

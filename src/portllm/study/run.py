@@ -1,4 +1,4 @@
-"""Run a study: what is missing is done, one step after another, and noted as soon as it is whole."""
+"""Run a study: what is missing is done, in turn or side by side on Ray, and noted as soon as it is whole."""
 
 import contextlib
 import json
@@ -12,11 +12,14 @@ from portllm.errors import OutputError, OutputExistsError
 from portllm.kept import Record
 from portllm.live.model import Device
 from portllm.progress import Progress, silent
+from portllm.study.cluster import open_cluster
 from portllm.study.estimate import Estimated, estimate
 from portllm.study.file import read_study
 from portllm.study.ledger import Ledger
+from portllm.study.places import Places
 from portllm.study.plan import Identities, Step
 from portllm.study.settings import Study
+from portllm.study.side_by_side import do_side_by_side
 from portllm.study.table import Results, tabulate
 from portllm.study.work import Work, open_inputs
 
@@ -48,6 +51,8 @@ def run_study(
     out: Path | None = None,
     data: Path | None = None,
     device: Device = "auto",
+    ray: str | None = None,
+    workers: int | None = None,
     on_step: Callable[[Told], None] = lambda _: None,
     progress: Progress = silent,
 ) -> Results:
@@ -56,11 +61,16 @@ def run_study(
     A step is done whole or not at all; the next run of the same file begins with the first that is missing. One is done
     again where anything that its result depends on has changed: settings, base, data, versions of programs.
 
+    On Ray, steps that do not need each other are done side by side, each on a device of its own. The folder must then
+    be one that all workers reach under the same name.
+
     Args:
         file: A TOML file; see `docs/study.md`.
         out: The folder of the results; without it, `default_folder(file)`.
         data: The folder that the study's data files lie in.
         device: Where models are trained and run.
+        ray: The address of a Ray cluster, as `ray.init` takes it, or None for this process alone.
+        workers: How many of them, on Ray; None for one a GPU, or where there is none one a machine.
         on_step: Told of each step when it is done.
         progress: Told of what goes on within a step.
 
@@ -72,23 +82,39 @@ def run_study(
         CheckpointError, DataError: The base or the data are not there, or do not fit.
         OutputExistsError: The folder is there and holds something else.
         OutputBusyError: Another run writes to the same folder.
-        OutputError: The folder cannot be written to.
+        OutputError: The folder cannot be written to, or on Ray not be seen from a worker.
+        StudyStepError: A step failed on a worker.
+        MissingExtraError, WorkersError: There is no Ray, or no worker can be started.
     """
     study = read_study(file)
     out = out or default_folder(file)
     with _locked(out):
         inputs = open_inputs(study, data, progress=progress)
-        ledger = Ledger(study, out, inputs.identities())
+        ledger = Ledger(study, Places(out), inputs.identities())
         _write(out / IDENTITIES, asdict(ledger.identities))
-        work = Work(study, inputs, ledger, device, progress)
         ledger.drop()  # a run that was killed may not have come to it
-        while left := ledger.left():
-            record = ledger.do(left[0], lambda step=left[0]: work.do(step))  # type: ignore[misc]
-            dropped = tuple(ledger.drop())
-            on_step(Told(left[0], record, dropped, estimate(ledger.left(), ledger.seconds())))
+
+        def note(step: Step, record: Record, n_workers: int = 1) -> None:
+            dropped, left = tuple(ledger.drop()), ledger.left()
+            on_step(Told(step, record, dropped, estimate(left, ledger.seconds(), workers=n_workers)))
+            if ray is not None:  # what goes on within a step is told to nobody here
+                progress("study", len(ledger.steps) - len(left), len(ledger.steps), "steps")
+
+        if ray is None:
+            _do_in_turn(ledger, Work(study, inputs, ledger.places, device, progress), note)
+        elif ledger.left():
+            with open_cluster(ray, ledger, data=data, device=device, workers=workers) as pool:
+                do_side_by_side(ledger, pool, note=note)
         results = tabulate(study, ledger.results())
         _write(out / RESULTS, results.to_json())
     return results
+
+
+def _do_in_turn(ledger: Ledger, work: Work, note: Callable[[Step, Record], None]) -> None:
+    """Do what is left in this process, one step after another."""
+    while left := ledger.left():
+        step = left[0]
+        note(step, ledger.do(step, lambda step=step: work.do(step)))  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +143,7 @@ def study_status(file: Path, *, out: Path | None = None) -> Status:
         StudyFileError: The file is wrong.
     """
     study, out = read_study(file), out or default_folder(file)
-    ledger = Ledger(study, out, study_identities(out))
+    ledger = Ledger(study, Places(out), study_identities(out))
     seconds = ledger.seconds()
     return Status(study, out, len(ledger.steps), sum(seconds.values()), estimate(ledger.left(), seconds))
 
@@ -129,7 +155,7 @@ def study_results(file: Path, *, out: Path | None = None) -> Results:
         StudyFileError: The file is wrong.
     """
     study, out = read_study(file), out or default_folder(file)
-    return tabulate(study, Ledger(study, out, study_identities(out), any_version=True).results())
+    return tabulate(study, Ledger(study, Places(out), study_identities(out), any_version=True).results())
 
 
 def default_folder(file: Path) -> Path:

@@ -21,7 +21,7 @@ from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
 from portllm.pipeline.train import check_runnable, model_folder, train_on
 from portllm.progress import Progress, silent
-from portllm.study.ledger import Ledger
+from portllm.study.places import Places
 from portllm.study.plan import NEW_TEXT, OLD_TEXT, Identities, Step, link_of, model_name, text_of
 from portllm.study.settings import Study, Text
 from portllm.study.task import TaskSource
@@ -88,19 +88,19 @@ class Work:
     Attributes:
         study: The study.
         inputs: What it reads.
-        ledger: Where outputs of steps lie.
+        places: Where outputs of steps lie.
         device: Where models run.
         progress: Told of what goes on within a step.
     """
 
     study: Study
     inputs: Inputs
-    ledger: Ledger
+    places: Places
     device: Device
     progress: Progress
 
     def do(self, step: Step) -> Found:
-        """What a step finds; its output lies where the ledger says."""
+        """What a step finds; its output lies where the places say."""
         match step.kind:
             case "train":
                 return self._train(step)
@@ -118,14 +118,14 @@ class Work:
                 return self._theory(step)
 
     def _model(self, name: str) -> Checkpoint:
-        return self.inputs.base if name == BASE else open_checkpoint(self.ledger.folder(f"evolve_{name}"))
+        return self.inputs.base if name == BASE else open_checkpoint(self.places.folder(f"evolve_{name}"))
 
     def _train(self, step: Step) -> Found:
         examples = self.inputs.tasks[str(step.task)].train_examples()
         _, report = train_on(
             self._model(step.model),
             examples,
-            out=self.ledger.folder(step.name),
+            out=self.places.folder(step.name),
             recorded={"task": step.task, "data": f"blake3:{digest_examples(examples)}"},
             settings=replace(self.study.patch, seed=step.seed or 0),
             device=self.device,
@@ -136,7 +136,7 @@ class Work:
 
     def _evolve(self, step: Step) -> Found:
         name, evolution, link = link_of(self.study, step.model)
-        before, out = self._model(model_name(name, link - 1)), self.ledger.folder(step.name)
+        before, out = self._model(model_name(name, link - 1)), self.places.folder(step.name)
         folder = model_folder(before)
         texts = self.inputs.texts[f"text {name}"][link - 1 :: evolution.links]
         settings = replace(evolution.settings, seed=evolution.settings.seed + link - 1)
@@ -165,17 +165,17 @@ class Work:
 
     def _port(self, step: Step) -> Found:
         ported = port(
-            load_patch(self.ledger.folder(step.inputs[-1])),
+            load_patch(self.places.folder(step.inputs[-1])),
             evolved=self._model(step.model),
             base=self.inputs.base,
             method=str(step.patch),
-            out=self.ledger.folder(step.name),
+            out=self.places.folder(step.name),
             overwrite=True,
         )
         return dict(ported.record.ports[-1].evidence) if ported.record else {}
 
     def _theory(self, step: Step) -> Found:
-        patch, retrained = (load_patch(self.ledger.folder(name)) for name in step.inputs[-2:])
+        patch, retrained = (load_patch(self.places.folder(name)) for name in step.inputs[-2:])
         return measure_theory(
             self.inputs.base,
             self._model(step.model),
@@ -192,7 +192,7 @@ class Work:
         device = choose_device(self.device)
         folder = model_folder(self._model(step.model))
         model = load_model(folder, device=device, longest=task.longest)
-        patched = attach_adapter(model, self.ledger.folder(step.inputs[-1]), name="patch") if step.patch else model
+        patched = attach_adapter(model, self.places.folder(step.inputs[-1]), name="patch") if step.patch else model
         done = 0
 
         def tick(rows: int) -> None:

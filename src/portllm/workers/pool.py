@@ -1,4 +1,4 @@
-"""What does the work of a fleet: so many workers, each with one job at a time, any of which may die."""
+"""So many workers, each with one job at a time, any of which may die."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ class Finished:
 
     Attributes:
         number: The job's.
-        result: What became of it; see `portllm.many.cell`.
+        result: What became of it, as the worker says it.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Lost:
 
 
 class Pool(ABC):
-    """Workers. What they are is another module's job: `processes` has those of this machine, `on_ray` those of Ray."""
+    """Workers. What they are is another module's job: `on_ray` has those of Ray, a fleet has processes of its own."""
 
     @property
     @abstractmethod

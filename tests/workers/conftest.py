@@ -1,0 +1,3 @@
+"""Clusters of this machine's own."""
+
+from tests.clusters import cluster, environment  # noqa: F401 (fixtures)
