@@ -5,6 +5,7 @@ import pytest
 from portllm.errors import StudyFileError
 from portllm.live.evolve import EvolveSettings
 from portllm.live.evolve_lora import LoraEvolveSettings
+from portllm.study.control import ReinitSettings, TwinSettings
 from portllm.study.file import read_study
 from portllm.study.settings import HarnessTask, RowsTask, Text
 
@@ -42,6 +43,14 @@ kind = "full"
 text = "wiki.jsonl"
 template = "{title}: {text}"
 steps = 7
+
+[evolutions.other-order]
+kind = "twin"
+seed = 5
+
+[evolutions.two-new-layers]
+kind = "reinit"
+layers = [3, 4]
 """
 
 
@@ -73,6 +82,9 @@ def test_a_file_becomes_values(tmp_path):
     )  # fmt: skip
     assert lora.new_text == Text(file="wiki-held-out.jsonl", rows=4)
     assert (full.kind, full.template, full.settings) == ("full", "{title}: {text}", EvolveSettings(steps=7))
+    twin, new = study.evolutions["other-order"], study.evolutions["two-new-layers"]
+    assert (twin.kind, twin.text, twin.settings) == ("twin", None, TwinSettings(seed=5))
+    assert (new.kind, new.settings) == ("reinit", ReinitSettings(layers=(3, 4)))
 
 
 def test_every_problem_is_named_with_its_line_and_key(tmp_path):
@@ -97,7 +109,7 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
         "FILE, line 22, evolutions.lora-wiki: evolution settings: rank is 0; expected 1 or more.",
         "FILE, line 22, evolutions.lora-wiki: evolution: links is 0; expected 1 or more.",
         "FILE, line 28, evolutions.lora-wiki.new_text.row: is no key here. Did you mean rows?",
-        "FILE, line 31, evolutions.full-wiki.kind: is 'whole'; expected 'full' or 'lora'.",
+        "FILE, line 31, evolutions.full-wiki.kind: is 'whole'; expected 'full' or 'lora' or 'twin' or 'reinit'.",
     ]
 
 
@@ -114,6 +126,9 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
         (("[tasks.kinds]", "[tasks.Kinds]"), "line 10, tasks.Kinds: is no name here; expected small letters, digits"),
         (('prompt = "{text}"', 'prompt = "text"'), "tasks.kinds: template 'text': names no field"),
         (("steps = 7", "rank = 7"), "line 34, evolutions.full-wiki.rank: is no key here."),
+        (('kind = "full"\ntext = "wiki.jsonl"', 'kind = "full"'), "text is None; expected a file, which this"),
+        (("steps = 7", "steps = 7\n[evolutions.t]\nkind = 'twin'\ntext = 'a'"), "evolutions.t: evolution: text is a"),
+        (("steps = 7", "steps = 7\n[evolutions.t]\nkind = 'reinit'\nsteps = 2"), "line 37, evolutions.t.steps: is no"),
         (("steps = 7", "steps = 7\n[old_text]\nfile = 3"), "line 36, old_text.file: is 3; expected a text"),
     ],
 )  # fmt: skip

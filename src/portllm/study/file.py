@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import StudyFileError, UnknownMethodError
-from portllm.live.evolve import EvolveSettings
-from portllm.live.evolve_lora import LoraEvolveSettings
 from portllm.live.train import TrainSettings
 from portllm.methods.table import method_named
 from portllm.study.paper import published
-from portllm.study.settings import Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
+from portllm.study.settings import EVOLUTIONS, Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
 from portllm.study.theory import TheorySettings
 from portllm.study.typed import Tell, read_table
 from portllm.toml_text import line_of, meant
 
 TASKS: Mapping[str, type[TaskSettings]] = {"rows": RowsTask, "harness": HarnessTask}
-EVOLUTIONS: Mapping[str, type[EvolveSettings]] = {"full": EvolveSettings, "lora": LoraEvolveSettings}
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 

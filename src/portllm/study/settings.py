@@ -10,9 +10,21 @@ from portllm.live.evolve_lora import LoraEvolveSettings
 from portllm.live.examples import ExampleFormat, Template
 from portllm.live.ranges import require_ranges
 from portllm.live.train import TrainSettings
+from portllm.study.control import ControlSettings, ReinitSettings, TwinSettings
 from portllm.study.theory import TheorySettings
 
 Artefact: TypeAlias = Literal["patches", "checkpoints"]
+EvolutionSettings: TypeAlias = EvolveSettings | ControlSettings
+
+EVOLUTIONS: Mapping[str, type[EvolutionSettings]] = {
+    "full": EvolveSettings,
+    "lora": LoraEvolveSettings,
+    "twin": TwinSettings,
+    "reinit": ReinitSettings,
+}
+"""The settings of each kind of evolution."""
+
+WHOLE_ROW = "{text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +112,7 @@ class Text:
     """
 
     file: str
-    template: str = "{text}"
+    template: str = WHOLE_ROW
     rows: int | None = None
     block_tokens: int = 256
 
@@ -115,30 +127,38 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evolution:
-    """How the base goes on to be trained, once or several times, each time from where it was.
+    """What becomes of the base, once or several times, each time from where it was.
 
     Attributes:
-        text: What it reads; with several links, link `k` of `n` reads every `n`-th row from the `k`-th on.
+        text: What a model that is trained reads; with several links, link `k` of `n` reads every `n`-th row from the
+            `k`-th on. None for a control, which reads nothing.
         template: What of a row is the text.
         links: Updates, one after the other.
         new_text: Text like it that is not trained on, for the loss before and after.
-        settings: Of the training; its kind is the kind of evolution.
+        settings: Of the training, or of the control; its kind is the kind of evolution.
     """
 
-    text: str
-    template: str = "{text}"
+    text: str | None = None
+    template: str = WHOLE_ROW
     links: int = 1
     new_text: Text | None = None
-    settings: EvolveSettings
+    settings: EvolutionSettings
 
     def __post_init__(self) -> None:
         Template(self.template)
-        require_ranges("evolution", ("links", self.links, "1 or more", self.links >= 1))
+        reads = isinstance(self.settings, EvolveSettings)
+        expected = "a file, which this kind reads" if reads else "none, since this kind reads nothing"
+        require_ranges(
+            "evolution",
+            ("links", self.links, "1 or more", self.links >= 1),
+            ("text", self.text, expected, (self.text is not None) == reads),
+            ("template", self.template, "none without text", reads or self.template == WHOLE_ROW),
+        )
 
     @property
     def kind(self) -> str:
-        """`lora`: factors are trained and merged. `full`: all weights are."""
-        return "lora" if isinstance(self.settings, LoraEvolveSettings) else "full"
+        """`lora`: factors are trained and merged. `full`: all weights are. `twin` and `reinit` are controls."""
+        return next(kind for kind, cls in EVOLUTIONS.items() if type(self.settings) is cls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,7 @@ class ModelRow:
     Attributes:
         evolution: By name.
         link: How many updates.
-        kind: `lora` or `full`.
+        kind: Of evolution: `lora`, `full`, `twin` or `reinit`.
         drift: `|W1 - W0| / |W0|` against the base.
         cosine: Of base and evolved weights.
         old_loss: Of the base and of this model on the old text, in nats per token.

@@ -21,6 +21,7 @@ from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
 from portllm.pipeline.train import check_runnable, model_folder, train_on
 from portllm.progress import Progress, silent
+from portllm.study.control import ControlSettings, make_control
 from portllm.study.places import Places
 from portllm.study.plan import NEW_TEXT, OLD_TEXT, Identities, Step, link_of, model_name, text_of
 from portllm.study.settings import Study, Text
@@ -68,6 +69,7 @@ def open_inputs(study: Study, data: Path | None, *, progress: Progress = silent)
     texts = {
         f"text {name}": _read(Text(file=evolution.text, template=evolution.template), data)
         for name, evolution in study.evolutions.items()
+        if evolution.text is not None
     }
     texts |= {
         f"text {NEW_TEXT}{name}": _read(evolution.new_text, data)
@@ -137,9 +139,12 @@ class Work:
     def _evolve(self, step: Step) -> Found:
         name, evolution, link = link_of(self.study, step.model)
         before, out = self._model(model_name(name, link - 1)), self.places.folder(step.name)
+        settings = replace(evolution.settings, seed=evolution.settings.seed + link - 1)
+        if isinstance(settings, ControlSettings):
+            make_control(before, settings, out, overwrite=True, progress=self.progress)
+            return {}
         folder = model_folder(before)
         texts = self.inputs.texts[f"text {name}"][link - 1 :: evolution.links]
-        settings = replace(evolution.settings, seed=evolution.settings.seed + link - 1)
         if not isinstance(settings, LoraEvolveSettings):
             report = evolve(folder, texts, settings, out, device=self.device, overwrite=True, progress=self.progress)
             return asdict(report)
