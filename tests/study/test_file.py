@@ -5,6 +5,7 @@ import pytest
 from portllm.errors import StudyFileError
 from portllm.live.evolve import EvolveSettings
 from portllm.live.evolve_lora import LoraEvolveSettings
+from portllm.study.check import CheckSettings
 from portllm.study.control import ReinitSettings, TwinSettings
 from portllm.study.file import read_study
 from portllm.study.settings import HarnessTask, RowsTask, Text
@@ -70,6 +71,7 @@ def test_a_file_becomes_values(tmp_path):
     study = read(tmp_path, WHOLE)
     assert (study.title, study.base, study.seeds, study.methods) == ("A study", "base-v1", (0, 3), ("add",))
     assert (study.patch.rank, study.patch.learning_rate, study.patch.alpha) == (4, 1.0, 16)
+    assert study.check is None
     assert study.tasks == {
         "kinds": RowsTask(
             train="rows.jsonl", score="held-out.jsonl", prompt="{text}", completion="kind", labels=("a", "b")
@@ -85,6 +87,13 @@ def test_a_file_becomes_values(tmp_path):
     twin, new = study.evolutions["other-order"], study.evolutions["two-new-layers"]
     assert (twin.kind, twin.text, twin.settings) == ("twin", None, TwinSettings(seed=5))
     assert (new.kind, new.settings) == ("reinit", ReinitSettings(layers=(3, 4)))
+
+
+def test_a_study_may_ask_for_checks(tmp_path):
+    assert read(tmp_path, WHOLE + "[check]\n").check == CheckSettings()
+    assert read(tmp_path, WHOLE + "[check]\nprompts = 8\nfull = true\n").check == CheckSettings(prompts=8, full=True)
+    told = problems(tmp_path, WHOLE + "[check]\nprompts = 1\n")
+    assert told == ["FILE, line 43, check: check settings: prompts is 1; expected 0, or 2 or more."]
 
 
 def test_every_problem_is_named_with_its_line_and_key(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from portllm.live.evolve import EvolveSettings
 from portllm.live.evolve_lora import LoraEvolveSettings
+from portllm.study.check import CheckSettings
 from portllm.study.plan import Step, data_of, needed, settings_of, startable, steps_of
 from portllm.study.settings import Evolution, HarnessTask, Study, Text
 
@@ -69,6 +70,18 @@ def test_settings_hold_the_seed_and_the_link():
 )
 def test_a_step_reads_its_own_data(name, data):
     assert data_of(BY_NAME[name]) == data
+
+
+def test_a_patch_is_checked_before_what_became_of_it_is_known_where_the_study_asks():
+    study = replace(STUDY, check=CheckSettings(prompts=4))
+    added = [step for step in steps_of(study) if step.name not in BY_NAME]
+    assert {step.kind for step in added} == {"check"}
+    assert len(added) == 4 * 2 * 2
+    step = next(step for step in added if step.name == "check_chain.2_a_s5")
+    assert step.inputs == ("evolve_chain.2", "train_base_a_s5")
+    assert data_of(step) == "train a"
+    assert settings_of(step, study)["prompts"] == 4
+    assert all(settings_of(BY_NAME[name], study) == settings_of(BY_NAME[name], STUDY) for name in BY_NAME)
 
 
 def test_outputs_that_are_gone_are_made_again_only_for_steps_to_do():

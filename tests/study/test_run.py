@@ -132,6 +132,23 @@ def test_what_a_change_touches_is_done_again_and_nothing_else(again, reader):
     assert all("_s2" in name for name in names)
 
 
+@pytest.mark.slow
+def test_a_control_is_made_and_patches_are_checked_where_a_study_that_goes_on_asks_for_it(again, reader):
+    write_study(again, reader, more='[evolutions.twin]\nkind = "twin"\n[check]\nprompts = 4\nmax_tokens = 48\n')
+    names, results = run(again)
+    kinds = {name.partition("_")[0] for name in names if "twin" not in name}
+    assert kinds == {"check"}
+    twin = next(row for row in results.tasks if row.evolution == "twin")
+    base, same = twin.scored["base"].loss.value, twin.scored["evolved"].loss.value
+    assert same == pytest.approx(base, abs=0.02)
+    assert twin.scored["ported"].loss.value > twin.scored["patched"].loss.value
+    assert set(twin.checked.verdicts) == {"will not hold"}
+    assert twin.checked.weights["drift"] == pytest.approx(2**0.5, rel=0.2)
+    assert twin.checked.text["update_kl"] < 1e-3
+    near = next(row for row in results.tasks if row.evolution == "chain")
+    assert near.checked.weights["drift"] < 0.5 < near.checked.text["ported_agreement"]
+
+
 def test_damaged_outputs_are_made_again(again):
     shutil.rmtree(again / "out" / "port" / "port_chain.2_kinds_s0_add")
     assert run(again)[0] == []  # nothing that is left needs it

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from portllm.comparison.metrics import retention
+from portllm.study.check import CheckSettings
 from portllm.study.estimate import estimate
 from portllm.study.page import render_page
 from portllm.study.plan import Step, steps_of
@@ -29,6 +30,10 @@ def results_of(step):
             return {"relative": 0.01, "cosine": 0.9999}
         case "read":
             return {"nats": float(generator.random()), "perplexity": 1.0, "n_tokens": 10}
+        case "check":
+            seed = step.seed or 0
+            text = {"cka": 0.5} if seed else {}
+            return {"verdict": "holds", "reasons": [], "weights": {"drift": 0.1 + seed / 100}, "text": text}
         case "theory":
             ratio = 0.5 + (step.seed or 0) / 10
             total = {"of_delta": {"frobenius": ratio}, "of_update": {"frobenius": ratio / 100}}
@@ -73,6 +78,15 @@ def test_differences_retention_and_flips_are_of_the_same_rows():
     gain = (ported.mean() - evolved.mean()) / (retrained.mean() - evolved.mean())
     assert row.accuracy_retention.value == pytest.approx(gain)
     assert row.loss_retention.value == pytest.approx(gain, abs=0.1)
+
+
+def test_checks_are_means_over_seeds_of_what_all_of_them_measured():
+    assert {row.checked for row in RESULTS.tasks} == {None}
+    study = replace(STUDY, check=CheckSettings())
+    row = tabulate(study, {step: results_of(step) for step in steps_of(study)}).tasks[0]
+    assert row.checked.verdicts == ("holds", "holds")
+    assert row.checked.weights == {"drift": pytest.approx(0.125)}
+    assert row.checked.text == {}
 
 
 def test_residuals_are_means_over_seeds_where_theory_is_measured():

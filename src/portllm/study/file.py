@@ -10,6 +10,7 @@ from typing import Any
 from portllm.errors import StudyFileError, UnknownMethodError
 from portllm.live.train import TrainSettings
 from portllm.methods.table import method_named
+from portllm.study.check import CheckSettings
 from portllm.study.paper import published
 from portllm.study.settings import EVOLUTIONS, Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
 from portllm.study.theory import TheorySettings
@@ -55,12 +56,14 @@ def _read(values: Mapping[str, Any], tell: Tell) -> Study | None:
         name: _read_evolution(table, ("evolutions", name), tell) for name, table in _named(values, "evolutions", tell)
     }
     old_text = None if "old_text" not in values else read_table(Text, values["old_text"], ("old_text",), tell)
+    check = None if "check" not in values else read_table(CheckSettings, values["check"], ("check",), tell)
     theory = None if "theory" not in values else read_table(TheorySettings, values["theory"], ("theory",), tell)
     parts = {
         "patch": _read_patch(values.get("patch", {}), tell) or TrainSettings(),
         "tasks": {name: task for name, task in tasks.items() if task is not None},
         "evolutions": {name: evolution for name, evolution in evolutions.items() if evolution is not None},
         "old_text": old_text,
+        "check": check,
         "theory": theory,
     }
     _check(values, tell)

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from portllm.study.settings import Evolution, Study, Text
 from portllm.study.variants import BASE, PATCHED, RETRAINED
 
-Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score", "theory"]
+Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score", "check", "theory"]
 Makes: TypeAlias = Literal["patches", "checkpoints"]
 
 
@@ -34,9 +34,10 @@ class Step:
     Attributes:
         kind: `train` makes a patch for a model. `evolve` makes a model of the one before it. `drift` measures how far
             a model is from the base. `read` measures a model's loss on a text. `port` carries the base's patch to a
-            model. `score` answers the rows of a task. `theory` measures what separates ported and retrained patch.
+            model. `score` answers the rows of a task. `check` measures what is known of the patch before it is ported.
+            `theory` measures what separates ported and retrained patch.
         model: The model: `base`, or `EVOLUTION.LINK`; for `evolve` the one that is made.
-        task: Of `train`, `port`, `score` and `theory`.
+        task: Of `train`, `port`, `score`, `check` and `theory`.
         seed: Of a patch.
         patch: Of `score`: none; `patched`, the base's own; `retrained`, the evolved model's own; or the method by
             which it was ported. Of `port`: the method.
@@ -117,6 +118,8 @@ def _on_evolved(study: Study, model: str, task: str, seed: int, before: tuple[st
     retrain = Step("train", model, task=task, seed=seed, inputs=before)
     yield retrain
     yield Step("score", model, task=task, seed=seed, patch=RETRAINED, inputs=(*before, retrain.name))
+    if study.check is not None:
+        yield Step("check", model, task=task, seed=seed, inputs=(*before, first))
     if study.theory is not None:
         yield Step("theory", model, task=task, seed=seed, inputs=(*before, first, retrain.name))
 
@@ -141,6 +144,8 @@ def settings_of(step: Step, study: Study) -> Mapping[str, object]:
             return {"kind": evolution.kind, "link": link, "links": evolution.links, **asdict(settings)}
         case "port":
             return {"method": step.patch}
+        case "check" if study.check is not None:
+            return asdict(study.check)
         case "theory" if study.theory is not None:
             return asdict(study.theory)
         case "read":
@@ -154,6 +159,8 @@ def data_of(step: Step) -> str | None:
     match step.kind:
         case "train" | "score" | "theory":
             return f"{step.kind} {step.task}"
+        case "check":
+            return f"train {step.task}"  # whose prompts it reads
         case "evolve":
             return f"text {step.model.partition('.')[0]}"
         case "read":

@@ -10,6 +10,7 @@ from portllm.live.evolve_lora import LoraEvolveSettings
 from portllm.live.examples import ExampleFormat, Template
 from portllm.live.ranges import require_ranges
 from portllm.live.train import TrainSettings
+from portllm.study.check import CheckSettings
 from portllm.study.control import ControlSettings, ReinitSettings, TwinSettings
 from portllm.study.theory import TheorySettings
 
@@ -174,6 +175,7 @@ class Study:
         tasks: By name.
         evolutions: By name.
         old_text: Text on which the loss of every model is measured, to see what an update forgets.
+        check: What `check` measures of each patch on each evolved model; None to leave that out.
         theory: What the paper's theory is measured with, for each ported patch; None to leave that out.
         keep: Outputs that stay when no step that is left needs them.
         compare: The published table to set the results beside, by name, where there is one.
@@ -187,6 +189,7 @@ class Study:
     tasks: Mapping[str, TaskSettings]
     evolutions: Mapping[str, Evolution]
     old_text: Text | None = None
+    check: CheckSettings | None = None
     theory: TheorySettings | None = None
     keep: tuple[Artefact, ...] = ("patches", "checkpoints")
     compare: str | None = None

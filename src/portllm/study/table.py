@@ -55,6 +55,21 @@ class Spectra:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """What `check` said of the patches of a task on an evolved model.
+
+    Attributes:
+        verdicts: Of each seed's patch.
+        weights: Measures of weights by name, means over seeds.
+        text: The same of prompts; empty where the study gives none.
+    """
+
+    verdicts: tuple[str, ...]
+    weights: Mapping[str, float]
+    text: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class TaskRow:
     """One task on one evolved model, by one method.
 
@@ -74,6 +89,7 @@ class TaskRow:
             study measures no theory.
         residual_of_update: The same against the updated weights with the patch in them, the paper's yardstick.
         spectra: Singular values of the deltas and of the residual; None likewise.
+        checked: What `check` said before the patch was ported; None where the study does not ask.
     """
 
     evolution: str
@@ -90,6 +106,7 @@ class TaskRow:
     residual_of_delta: float | None
     residual_of_update: float | None
     spectra: Spectra | None
+    checked: Checked | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +224,7 @@ def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
                         RETRAINED: scores(model, task, RETRAINED),
                     }
                     theory = _theory(study, found, model, task)
-                    yield _row(name, link, task, method, columns, theory)
+                    yield _row(name, link, task, method, columns, theory, _checked(study, found, model, task))
 
 
 def _theory(study: Study, found: Found, model: str, task: str) -> list[Mapping[str, Any]]:
@@ -241,6 +258,23 @@ def mean_squares(spectra: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(math.sqrt(fmean(value**2 for value in column)) for column in columns)
 
 
+def _checked(study: Study, found: Found, model: str, task: str) -> Checked | None:
+    names = {Step("check", model, task=task, seed=seed).name for seed in study.seeds}
+    by_seed = [result for step, result in found.items() if step.name in names]
+    if not by_seed:
+        return None
+    return Checked(
+        tuple(result["verdict"] for result in by_seed),
+        *(_shared_means([result[part] for result in by_seed]) for part in ("weights", "text")),
+    )
+
+
+def _shared_means(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each measure that all have."""
+    names = [name for name in measures[0] if all(name in each for each in measures)]
+    return {name: fmean(each[name] for each in measures) for name in names}
+
+
 def _row(
     evolution: str,
     link: int,
@@ -248,6 +282,7 @@ def _row(
     method: str,
     columns: Mapping[str, Mapping[int, Mapping[str, Any]]],
     theory: Sequence[Mapping[str, Any]],
+    checked: Checked | None,
 ) -> TaskRow:
     patched, ported, retrained = (columns[variant] for variant in (PATCHED, PORTED, RETRAINED))
     seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
@@ -279,6 +314,7 @@ def _row(
         residual_of_delta=_residual(theory, "of_delta"),
         residual_of_update=_residual(theory, "of_update"),
         spectra=_spectra(theory),
+        checked=checked,
     )
 
 

@@ -21,6 +21,7 @@ from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
 from portllm.pipeline.train import check_runnable, model_folder, train_on
 from portllm.progress import Progress, silent
+from portllm.study.check import CheckSettings, measure_check
 from portllm.study.control import ControlSettings, make_control
 from portllm.study.places import Places
 from portllm.study.plan import NEW_TEXT, OLD_TEXT, Identities, Step, link_of, model_name, text_of
@@ -116,6 +117,8 @@ class Work:
                 return self._port(step)
             case "score":
                 return self._score(step)
+            case "check":
+                return self._check(step)
             case "theory":
                 return self._theory(step)
 
@@ -178,6 +181,17 @@ class Work:
             overwrite=True,
         )
         return dict(ported.record.ports[-1].evidence) if ported.record else {}
+
+    def _check(self, step: Step) -> Found:
+        return measure_check(
+            self.inputs.base,
+            self._model(step.model),
+            load_patch(self.ledger.folder(step.inputs[-1])),
+            self.inputs.tasks[str(step.task)].train_examples(),
+            self.study.check or CheckSettings(),
+            device=self.device,
+            progress=self.progress,
+        )
 
     def _theory(self, step: Step) -> Found:
         patch, retrained = (load_patch(self.places.folder(name)) for name in step.inputs[-2:])

@@ -1,0 +1,115 @@
+"""What `check` says of a patch before it is ported: its verdict and its measures, as JSON values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from portllm.checkpoint.header import TensorInfo
+from portllm.checkpoint.reader import Checkpoint
+from portllm.live.encoding import Encoder
+from portllm.live.examples import Example
+from portllm.live.model import Device, load_tokenizer
+from portllm.live.ranges import require_ranges
+from portllm.patch.patch import Patch
+from portllm.pipeline.check import check
+from portllm.pipeline.check_text import LEAST_PROMPTS, TextSettings, measure_text
+from portllm.pipeline.train import model_folder
+from portllm.pipeline.weight_features import weight_features
+from portllm.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSettings:
+    """Everything that the measures depend on but models, patch and prompts.
+
+    Attributes:
+        full: Read every weight of both models, instead of a few megabytes of each.
+        prompts: Prompts that models are run on, of the first of the task's rows to train on; 0 to measure weights
+            alone.
+        max_tokens: Most tokens of a prompt.
+        batch_size: Prompts of a pass.
+        gradients: Measure the terms of the loss, too: backward passes.
+
+    Raises:
+        PortLLMError: A value is out of its range; all of them are named.
+    """
+
+    full: bool = False
+    prompts: int = 0
+    max_tokens: int = 512
+    batch_size: int = 16
+    gradients: bool = False
+
+    def __post_init__(self) -> None:
+        enough = self.prompts == 0 or self.prompts >= LEAST_PROMPTS
+        require_ranges(
+            "check settings",
+            ("prompts", self.prompts, f"0, or {LEAST_PROMPTS} or more", enough),
+            ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+        )
+
+
+def measure_check(
+    base: Checkpoint,
+    evolved: Checkpoint,
+    patch: Patch[TensorInfo],
+    examples: Sequence[Example],
+    settings: CheckSettings,
+    *,
+    device: Device = "auto",
+    progress: Progress = silent,
+) -> dict[str, object]:
+    """What is known of a patch on an update before anything is ported.
+
+    Args:
+        base: The model that the patch was made on.
+        evolved: The later version.
+        patch: The patch.
+        examples: Rows of its task; of their completions nothing is looked at but what all of them begin with.
+        settings: Everything else.
+        device: Where models run.
+        progress: Told of each part.
+
+    Returns:
+        `verdict`, the texts of its `reasons`, and `weights` and `text`: measures by name, as in `weight_features` and
+        `TextMeasures.features`; `text` is empty where no prompts are asked for.
+
+    Raises:
+        PlanRefusedError: The patch does not fit.
+        DataError: There are fewer prompts than are asked for.
+    """
+    report = check(patch, base=base, evolved=evolved, full=settings.full, progress=progress)
+    verdict = report.patches[0].verdict
+    text: dict[str, float] = {}
+    if settings.prompts:
+        (measures,) = measure_text(
+            base,
+            evolved,
+            [patch],
+            _asked(Encoder(load_tokenizer(model_folder(base))), examples[: settings.prompts]),
+            settings=TextSettings(
+                max_tokens=settings.max_tokens, batch_size=settings.batch_size, gradients=settings.gradients
+            ),
+            device=device,
+            progress=progress,
+        )
+        text = measures.features()
+    return {
+        "verdict": str(verdict.answer),
+        "reasons": [reason.text for reason in verdict.reasons],
+        "weights": weight_features(report.update, report.patches[0]),
+        "text": text,
+    }
+
+
+def _asked(encoder: Encoder, examples: Sequence[Example]) -> list[str]:
+    """The prompts up to where answers begin to differ, which is what models are asked about.
+
+    Where labels are numbers, a tokenizer may put a blank before them as a token of its own, and every model knows that.
+    """
+    answers = [encoder.encode(example.prompt, example.completion).completion for example in examples]
+    shared = next(
+        (place for place, tokens in enumerate(zip(*answers, strict=False)) if len(set(tokens)) > 1),
+        0,  # one answer for all is no beginning of others
+    )
+    return [example.prompt + encoder.decode(answers[0][:shared]) for example in examples]
