@@ -23,6 +23,8 @@ DOCS = ROOT / "docs"
 WIDTH = 100
 EXAMPLE_START = "<!-- example: written by scripts/gen_docs.py -->"
 EXAMPLE_END = "<!-- end of example -->"
+MEASURED_START = "<!-- measured: written by scripts/gen_docs.py -->"
+MEASURED_END = "<!-- end of measured -->"
 
 
 def find_program() -> Any:
@@ -108,9 +110,109 @@ def render_example() -> str:
 
 def render_patch_format() -> str:
     """The page `patch-format.md`: what stands there, with a fresh example."""
-    page = (DOCS / "patch-format.md").read_text(encoding="utf-8")
-    start, end = page.index(EXAMPLE_START) + len(EXAMPLE_START), page.index(EXAMPLE_END)
-    return f"{page[:start]}\n\n{render_example()}\n\n{page[end:]}"
+    return filled("patch-format.md", EXAMPLE_START, EXAMPLE_END, render_example())
+
+
+def filled(name: str, start: str, end: str, text: str) -> str:
+    """A page with a text between two marks, in the place of what stands there."""
+    page = (DOCS / name).read_text(encoding="utf-8")
+    return f"{page[: page.index(start) + len(start)]}\n\n{text}\n\n{page[page.index(end) :]}"
+
+
+def render_forecast() -> str:
+    """The page `forecast.md`: what stands there, with the numbers of the forecast that comes with the program."""
+    from portllm.pipeline.forecast import FILE
+
+    values = json.loads((ROOT / "src" / "portllm" / "pipeline" / FILE).read_text(encoding="utf-8"))
+    held = values["held_up_to"]
+    parts = [
+        f"{values['n_cells']} cells of {values['n_updates']} updates of {values['base']}. Left out are those in which "
+        "retraining gains nothing that can\nbe told from noise.",
+        table(
+            ("retention by", "forecast from", "cells", "Spearman", "95 % interval", "mean miss", "inside", "width"),
+            [
+                (
+                    target,
+                    name,
+                    str(of_target["cells"]),
+                    digits(found["spearman"]["value"]),
+                    f"{digits(found['spearman']['low'])} to {digits(found['spearman']['high'])}",
+                    digits(found["mean_miss"]),
+                    f"{100 * found['coverage']:.0f} %",
+                    digits(found["width"]),
+                )
+                for target, of_target in values["targets"].items()
+                for name, found in of_target["held_out"].items()
+            ],
+        ),
+        "*Inside* are the cells that lie in the interval that was forecast for them, *width* is its mean.",
+        "What it costs to decide by a rule whether a patch is ported or trained again: accuracy below the better of "
+        "the two, in points, mean\nover all cells and over those of the worst update; and the share of patches that "
+        "the rule has trained again, needlessly where the\nport was as good within two points. The forecasts port from "
+        "90 % on.",
+        table(
+            ("rule", "points lost", "on the worst update", "trained again", "needlessly"),
+            [
+                (
+                    name,
+                    f"{found['points']:.2f}",
+                    f"{found['worst']:.1f}",
+                    f"{100 * found['trained']:.0f} %",
+                    f"{100 * found['needlessly']:.0f} %",
+                )
+                for name, found in values["rules"].items()
+            ],
+        ),
+        "What became of the patches by the verdict of `check` beforehand; points are of accuracy, ported minus "
+        "retrained.",
+        table(
+            ("verdict", "cells", "retention, least", "mean", "most", "points, mean", "least"),
+            [
+                (
+                    verdict,
+                    str(found["cells"]),
+                    *(digits(found[name]) for name in ("least", "mean", "most")),
+                    *(f"{found[name]:+.1f}" for name in ("behind", "farthest_behind")),
+                )
+                for verdict, found in values["verdicts"].items()
+            ],
+        ),
+        "The most drift up to which no patch lies behind a retrained one by more than two points, with the whole "
+        f"interval of the\ndifference: {'none' if held is None else f'{100 * held:.3g} %'}.",
+        *(
+            render_slopes(f"{target} from {name}", found)
+            for target, of_target in values["targets"].items()
+            for name, found in of_target["forecasters"].items()
+        ),
+    ]
+    return filled("forecast.md", MEASURED_START, MEASURED_END, "\n\n".join(parts))
+
+
+def render_slopes(name: str, forecaster: Any) -> str:
+    """The coefficients of one forecast."""
+    rows = [
+        (
+            f"`{slope['feature']['name']}`" + (", logarithm" if slope["feature"]["is_log"] else ""),
+            "+" if slope["feature"]["sign"] > 0 else "-",
+            digits(slope["weight"]),
+            f"{slope['low']:.3g} to {slope['high']:.3g}",
+        )
+        for slope in forecaster["slopes"]
+    ]
+    return f"Slopes of the forecast of retention by {name}, for one standard deviation:\n\n" + table(
+        ("measure", "sign", "slope", "measured from"), rows
+    )
+
+
+def table(head: tuple[str, ...], rows: Any) -> str:
+    """A table of Markdown."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def digits(value: float | None) -> str:
+    """A number with two digits behind the point; nothing for None."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def render_families() -> str:
@@ -204,6 +306,7 @@ PAGES = {
     "adapters.md": render_adapters,
     "commands.md": render_commands,
     "families.md": render_families,
+    "forecast.md": render_forecast,
     "patch-format.md": render_patch_format,
 }
 

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+from portllm.pipeline import forecast
 from portllm.report.numbers import three_percent
+from tests.pipeline.test_forecast import KNOWN
 
 SHORT = 0.002
 
@@ -45,6 +47,21 @@ def test_every_percentage_of_the_tables_has_three_digits(run, tiny):
     shown = re.findall(r"([0-9.]+) %", tables)
     assert any(number.endswith("0") for number in shown)
     assert {len(number.replace(".", "").lstrip("0")) for number in shown} == {3}
+
+
+def test_the_forecast_is_a_line_of_the_patch_and_a_column_of_several(run, tiny, monkeypatch):
+    monkeypatch.setattr(forecast, "shipped", lambda: KNOWN)
+    one = run(tiny("adapter")).out
+    assert re.search(r"\n  forecast +\d+ % \[\d+ %, \d+ %\] in loss, \d+ % \[\d+ %, \d+ %\] in accuracy: of ", one)
+    assert "with 90 % interval; from 20 patches on 5 updates of a small model\n" in one
+    far = run(tiny("adapter"), evolved=tiny("evolved", drift=1.0)).out
+    assert "of a small model; extrapolated, since outside of these: drift\n" in far
+    several = run(tiny("adapter"), tiny("adapter", r=2)).out
+    assert re.search(r"verdict +patch +forecast +size", several)
+    (patch,) = json.loads(run(tiny("adapter"), more=("--json",)).out)["patches"]
+    for target in ("loss", "accuracy"):
+        found = patch["forecast"][target]
+        assert 0 <= found["low"] <= found["retention"] <= found["high"] <= 1
 
 
 def test_as_json_it_is_the_whole_report(run, tiny):

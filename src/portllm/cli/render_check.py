@@ -9,6 +9,7 @@ from portllm.cli.render_text import render_text, render_texts
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.pipeline.check_report import CheckReport, PatchReport, UpdateReport, patch_to_json, update_to_json
+from portllm.pipeline.forecast import Expected, expect
 from portllm.report.check_tables import kind_rows, layer_rows, patch_facts, patch_rows, update_facts, verdict_counts
 
 Failed = Sequence[Outcome[Patch[TensorInfo]]]
@@ -18,8 +19,13 @@ LONGEST_WHY = 70
 
 def check_to_json(report: CheckReport, failed: Failed) -> dict[str, object]:
     """What `check --json` prints: the update once, and a list of the patches."""
+    patches = [patch_to_json(patch) | {"forecast": _json(expect(report.update, patch))} for patch in report.patches]
     wrong = [{"patch": str(outcome.folder), "error": str(outcome.error)} for outcome in failed]
-    return {"update": update_to_json(report.update), "patches": [*map(patch_to_json, report.patches), *wrong]}
+    return {"update": update_to_json(report.update), "patches": [*patches, *wrong]}
+
+
+def _json(expected: Expected | None) -> dict[str, object] | None:
+    return None if expected is None else expected.to_json()
 
 
 def render_check(report: CheckReport, failed: Failed, *, by_layer: bool = False) -> str:
@@ -38,7 +44,7 @@ def _one_patch(patch: PatchReport, update: UpdateReport) -> list[str]:
     lines = [f"{patch.verdict.answer}: {patch.name} on {update.evolved.name}"]
     lines += [f"  - {reason.text}" for reason in patch.verdict.reasons]
     lines += [f"  note: {remark}" for remark in patch.verdict.remarks]
-    facts = patch_facts(patch)
+    facts = patch_facts(patch, update)
     if facts:
         lines += ["", "patch", *table(facts)]
     return lines if patch.text is None else [*lines, "", *render_text(patch.text)]

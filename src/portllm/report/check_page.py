@@ -19,6 +19,7 @@ from portllm.report.lines import Curve, Point, lines
 from portllm.report.markup import Html, element, joined
 from portllm.report.numbers import percent, three_percent
 from portllm.report.page import Headline, Tone, banner, bullets, document, paragraph, section
+from portllm.report.text_tables import text_facts, text_notes, text_title
 
 TONES: Mapping[Answer, Tone] = {
     Answer.HOLDS: "good",
@@ -46,18 +47,18 @@ def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = ()) -> s
     title = f"portllm check: from {update.base.name} to {update.evolved.name}"
     if len(report.patches) == 1 and not failed:
         patch = report.patches[0]
-        parts = [_patch(patch, beside=_drift_figures(update)), _update(update)]
+        parts = [_patch(patch, update, beside=_drift_figures(update)), _update(update)]
         return document(title, _headline(patch, update), parts)
     wrong = [f"{name}: {error}" for name, error in failed]
     tone = _worst(report) if not wrong else "bad"
     parts = [
-        table(_linked(patch_rows(report)), label="All patches", wide={1, 6}),
+        table(_linked(patch_rows(report)), label="All patches", wide={1, 7}),
         section("The update", figures(*_drift_figures(update)), _update(update)),
         *(
             element(
                 "section",
                 banner(_headline(patch, update), heading="h2"),
-                _patch(patch, beside=()),
+                _patch(patch, update, beside=()),
                 id=f"patch-{number}",
             )
             for number, patch in enumerate(report.patches, start=1)
@@ -94,12 +95,15 @@ def _reason(reason: Reason) -> str:
     )
 
 
-def _patch(patch: PatchReport, *, beside: Sequence[Html]) -> Html:
+def _patch(patch: PatchReport, update: UpdateReport, *, beside: Sequence[Html]) -> Html:
     """The pictures of one patch, those of `beside` first, and its numbers."""
     places = {place: found for place, found in (patch.places or {}).items() if math.isfinite(found.relative_size)}
     found = [*beside, *_size_figures(patch, places), *_kept_figure(patch)]
-    known = facts(patch_facts(patch))
+    known = facts(patch_facts(patch, update))
     parts = [section("The patch in numbers", known, level=3)] if known else []
+    if patch.text is not None:
+        said = {**text_facts(patch.text), **{"note": note for note in text_notes([patch.text])}}
+        parts.append(section(f"The patch {text_title(patch.text)}", facts(said), level=3))
     return joined([figures(*found), *parts, *_spectra(places)])
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from portllm.assess.estimate import Estimate
 from portllm.pipeline.check_report import CheckReport, PatchReport, UpdateReport
+from portllm.pipeline.forecast import Expected, expect
 from portllm.report.numbers import n_params, percent, three_digits, three_percent
 
 SHOWN = 3
@@ -25,13 +26,15 @@ def verdict_counts(report: CheckReport) -> str:
 
 def patch_rows(report: CheckReport) -> Rows:
     """A line for each patch."""
-    rows: Rows = [("verdict", "patch", "size", "drift", "with drift", "kept", "why")]
+    rows: Rows = [("verdict", "patch", "forecast", "size", "drift", "with drift", "kept", "why")]
     for patch in report.patches:
+        expected = expect(report.update, patch)
         kept = (patch.rounding or {}).get(patch.stored_as or "")
         rows.append(
             (
                 str(patch.verdict.answer),
                 patch.name,
+                "" if expected is None else _whole(min(said.retention for said in expected.forecasts.values())),
                 three_percent(patch.relative_size),
                 "" if patch.drift is None else three_percent(patch.drift.relative.value),
                 "" if patch.alignment.cosine is None else f"{patch.alignment.cosine:.3f}",
@@ -42,7 +45,7 @@ def patch_rows(report: CheckReport) -> Rows:
     return rows
 
 
-def patch_facts(patch: PatchReport) -> dict[str, str]:
+def patch_facts(patch: PatchReport, update: UpdateReport) -> dict[str, str]:
     """What was measured of one patch; nothing where it cannot be ported."""
     if not patch.changes:
         return {}
@@ -51,6 +54,9 @@ def patch_facts(patch: PatchReport) -> dict[str, str]:
         "size": f"{three_percent(patch.relative_size)} of the norm of the weights it changes"
         + ("" if against is None else f", {three_digits(against)} times their drift"),
     }
+    expected = expect(update, patch)
+    if expected is not None:
+        rows["forecast"] = _forecast(expected)
     if patch.n_rescaled:
         rows["size"] += f"; without the rescaling of {patch.n_rescaled} DoRA modules"
     if patch.alignment.cosine is not None:
@@ -64,6 +70,25 @@ def patch_facts(patch: PatchReport) -> dict[str, str]:
         kept = (f"{dtype} {percent(sums.kept_gain)}" for dtype, sums in patch.rounding.items())
         rows["kept gain"] = f"if merged and stored as {', '.join(kept)}"
     return rows
+
+
+def _forecast(expected: Expected) -> str:
+    fitted = expected.shipped
+    parts = (
+        f"{_whole(said.retention)} [{_whole(said.low)}, {_whole(said.high)}] in {target}"
+        for target, said in expected.forecasts.items()
+    )
+    text = (
+        f"{', '.join(parts)}: of retraining's gain, with {_whole(expected.confidence)} interval; from {fitted.n_cells} "
+        f"patches on {fitted.n_updates} updates of {fitted.base}"
+    )
+    if expected.outside:
+        text += f"; extrapolated, since outside of these: {', '.join(expected.outside)}"
+    return text
+
+
+def _whole(share: float) -> str:
+    return percent(share, digits=0)
 
 
 def update_facts(update: UpdateReport) -> dict[str, str]:
