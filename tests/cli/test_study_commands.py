@@ -68,5 +68,5 @@ def test_the_shipped_studies_are_valid_and_need_no_weights_to_say_so(portllm, fi
     assert result.status == 0
     plan = json.loads(result.out)
     assert plan["n_done"] == 0
-    assert {name.partition("_")[0] for name in plan["left"]} >= {"train", "evolve", "drift", "read", "port", "score"}
+    assert {name.partition("_")[0] for name in plan["left"]} >= {"train", "evolve", "drift", "port", "score"}
     assert not (tmp_path / "out").exists()
