@@ -102,7 +102,9 @@ def _patch(patch: PatchReport, update: UpdateReport, *, beside: Sequence[Html]) 
     known = facts(patch_facts(patch, update))
     parts = [section("The patch in numbers", known, level=3)] if known else []
     if patch.text is not None:
-        said = {**text_facts(patch.text), **{"note": note for note in text_notes([patch.text])}}
+        said = text_facts(patch.text)
+        if notes := text_notes([patch.text]):
+            said["note"] = "; ".join(notes)
         parts.append(section(f"The patch {text_title(patch.text)}", facts(said), level=3))
     return joined([figures(*found), *parts, *_spectra(places)])
 

@@ -186,7 +186,7 @@ class Work:
         return measure_check(
             self.inputs.base,
             self._model(step.model),
-            load_patch(self.ledger.folder(step.inputs[-1])),
+            load_patch(self.places.folder(step.inputs[-1])),
             self.inputs.tasks[str(step.task)].train_examples(),
             self.study.check or CheckSettings(),
             device=self.device,
