@@ -25,7 +25,8 @@ def results_of(step):
     match step.kind:
         case "score":
             right = (generator.random(60) < RIGHT[step.patch]).tolist()
-            return {"correct": right, "losses": (2 - np.array(right) + generator.random(60) / 9).tolist()}
+            losses = (2 - np.array(right) + generator.random(60) / 9).tolist()
+            return {"correct": right, "losses": losses, "answers": ["yes" if hit else "no" for hit in right]}
         case "drift":
             return {"relative": 0.01, "cosine": 0.9999}
         case "read":
@@ -52,6 +53,23 @@ def column(model, task, patch, field, seeds=(0, 5)):
     names = [Step("score", model, task=task, seed=seed, patch=patch) for seed in (seeds if patch else (None,))]
     by_name = {step.name: found for step, found in FOUND.items()}
     return np.array([by_name[name.name][field] for name in names], dtype=float)
+
+
+def test_the_commonest_answer_of_each_model_stands_with_its_share():
+    row = RESULTS.tasks[1]
+    share = column("chain.2", "a", "add", "correct").mean()
+    assert row.scored["ported"].answers == {"yes": pytest.approx(share), "no": pytest.approx(1 - share)}
+    assert f"| yes: {100 * share:.0f} % |" in render_page(RESULTS)
+
+
+def test_answers_that_are_texts_are_not_counted():
+    texts = {
+        step: found | ({"answers": [f"text {n}" for n in range(60)]} if step.kind == "score" else {})
+        for step, found in FOUND.items()
+    }
+    results = tabulate(STUDY, texts)
+    assert results.tasks[0].scored["ported"].answers == {}
+    assert "commonest answer" not in render_page(results)
 
 
 def test_means_are_over_rows_and_seeds_and_the_spread_is_over_seeds():
@@ -131,7 +149,7 @@ def test_results_are_json_without_infinities():
 def test_the_page_has_a_line_for_every_row_and_a_curve_for_every_chain():
     page = render_page(RESULTS).splitlines()
     assert page[0] == "# A study"
-    assert sum(line.startswith("| chain 2, add |") for line in page) == 2 * 2  # accuracy and loss of two tasks
+    assert sum(line.startswith("| chain 2, add |") for line in page) == 3 * 2  # accuracy, loss, answers of two tasks
     assert sum(line.startswith("| chain | b-c, add | loss |") for line in page) == 1
     assert not any(line.startswith("| old | a, add |") for line in page)  # one link is no chain
     tables = [line for line in page if line.startswith("|")]

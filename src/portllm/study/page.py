@@ -1,6 +1,6 @@
 """A study's results as headings, texts and tables, and those as a page of Markdown. Pure."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,10 @@ LEGEND = """\
 Accuracy in percent, mean over seeds; ± is the standard deviation over seeds, brackets hold the 95 % interval over rows:
 of differences and retention by a bootstrap that draws the same rows for all models. Retention is the share of
 retraining's gain over the evolved model that the ported patch has; it is no number where that gain is not told apart
-from nothing. A negative flip is a row that base + patch answers right and evolved + ported answers wrong."""
+from nothing. A negative flip is a row that base + patch answers right and evolved + ported answers wrong. Last stands
+the answer that each model gives most often: where the ported model gives one far more often than base + patch, the
+update has moved the balance between answers. Right answers are lost by that though the patch may still tell the rows
+apart as well, which the loss sees."""
 
 RESIDUAL = """\
 Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
@@ -67,7 +70,7 @@ def parts_of(results: "Results") -> Iterator[Part]:
     yield Part("tasks", "Tasks", 2, (LEGEND,))
     for task, rows in groupby(sorted(results.tasks, key=lambda row: row.task), key=lambda row: row.task):
         of_task = list(rows)
-        yield Part("task", task, 3, (_scores(of_task), _losses(of_task)))
+        yield Part("task", task, 3, (_scores(of_task), _losses(of_task), *_answers(of_task)))
     measured = [row for row in results.tasks if row.residual_of_delta is not None]
     if measured:
         yield Part("residual", "Port residual", 2, (RESIDUAL, _residuals(measured)))
@@ -163,6 +166,20 @@ def _losses(rows: "Sequence[TaskRow]") -> Table:
         losses = [row.scored[name].loss if name in row.scored else None for name in VARIANTS]
         lines.append((update_name(row), *("" if loss is None else f"{loss.value:.4f}" for loss in losses)))
     return Table(("loss, nats a token", *(HEADS[name] for name in VARIANTS)), tuple(lines))
+
+
+def _answers(rows: "Sequence[TaskRow]") -> Iterator[Table]:
+    """The commonest answer of each model; nothing where answers are texts."""
+    lines = []
+    for row in rows:
+        found = [row.scored[name].answers if name in row.scored else {} for name in VARIANTS]
+        lines.append((update_name(row), *(_commonest(answers) for answers in found)))
+    if any(cell for _, *cells in lines for cell in cells):
+        yield Table(("commonest answer", *(HEADS[name] for name in VARIANTS)), tuple(lines))
+
+
+def _commonest(answers: Mapping[str, float]) -> str:
+    return next((f"{answer}: {100 * share:.0f} %" for answer, share in answers.items()), "")
 
 
 def _residuals(rows: "Sequence[TaskRow]") -> Table:

@@ -6,6 +6,7 @@ show as a spread of their own.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -19,6 +20,9 @@ from portllm.study.variants import BASE, EVOLVED, PATCHED, PORTED, RETRAINED
 
 Found = Mapping[Step, Mapping[str, Any]]
 
+MOST_ANSWERS = 32
+"""Answers of a task that are counted; where more occur, they are texts and not labels."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
@@ -29,12 +33,15 @@ class Scored:
         loss: Nats per token of the right completion, the same.
         by_seed: Accuracy of each seed; one value where there is no patch.
         spread: Standard deviation of these; None for one.
+        answers: Share of the rows that each answer was given to, right or wrong, mean over seeds, the commonest first;
+            empty where there are more than `MOST_ANSWERS`.
     """
 
     accuracy: Estimate
     loss: Estimate
     by_seed: tuple[float, ...]
     spread: float | None
+    answers: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +333,16 @@ def _scored(by_seed: Sequence[Mapping[str, Any]]) -> Scored:
         loss=mean_loss(mean_rows([scores["losses"] for scores in by_seed])),
         by_seed=shares,
         spread=stdev(shares) if len(shares) > 1 else None,
+        answers=_answers([scores["answers"] for scores in by_seed]),
     )
+
+
+def _answers(by_seed: Sequence[Sequence[str]]) -> Mapping[str, float]:
+    counts = Counter(answer for answers in by_seed for answer in answers)
+    if len(counts) > MOST_ANSWERS:
+        return {}
+    falling = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {answer: count / counts.total() for answer, count in falling}
 
 
 def mean_rows(columns: Sequence[Sequence[float]]) -> list[float]:
