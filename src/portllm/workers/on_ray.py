@@ -140,8 +140,8 @@ class OnRay(Pool):
         ready, _ = self._ray.wait(waiting_for, num_returns=1, timeout=None if self._busy else START_SECONDS)
         if not ready:
             raise WorkersError(
-                f"Ray started no worker in {START_SECONDS:.0f} seconds: it has no core, GPU or memory left. Look at "
-                "'ray status', or run without --ray."
+                f"Ray started no worker in {START_SECONDS:.0f} seconds: it has no core, GPU or memory left, or "
+                "takes longer to load this program. Look at 'ray status', or run without --ray."
             )
         reference = ready[0]
         if reference in self._starting:
