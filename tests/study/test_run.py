@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from portllm.errors import DataError, OutputBusyError, OutputExistsError
+from portllm.study.machine import describe_machine
 from portllm.study.run import _locked, run_study, study_results, study_status
 from portllm.study.work import Work
 from tests.processes import die, in_child
@@ -64,6 +65,7 @@ def test_every_step_is_done_once_and_the_table_is_whole(folder):
         assert 0 < row["drift"] < 1
         assert row["old_loss"][0] != row["old_loss"][1]
     assert results["models"][1]["drift"] > results["models"][0]["drift"]
+    assert json.loads((folder / "out" / "machine.json").read_text()) == describe_machine()
 
 
 def test_a_second_run_does_nothing_and_status_and_report_agree(again):

@@ -16,6 +16,7 @@ from portllm.study.cluster import open_cluster
 from portllm.study.estimate import Estimated, estimate
 from portllm.study.file import read_study
 from portllm.study.ledger import Ledger
+from portllm.study.machine import describe_machine
 from portllm.study.places import Places
 from portllm.study.plan import Identities, Step
 from portllm.study.settings import Study
@@ -25,6 +26,7 @@ from portllm.study.work import Work, open_inputs
 
 LOCK_FILE = ".study.lock"
 IDENTITIES = "inputs.json"
+MACHINE = "machine.json"
 RESULTS = "results.json"
 
 
@@ -92,6 +94,7 @@ def run_study(
         inputs = open_inputs(study, data, progress=progress)
         ledger = Ledger(study, Places(out), inputs.identities())
         _write(out / IDENTITIES, asdict(ledger.identities))
+        _write(out / MACHINE, describe_machine())
         ledger.drop()  # a run that was killed may not have come to it
 
         def note(step: Step, record: Record, n_workers: int = 1) -> None:
