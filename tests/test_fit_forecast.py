@@ -52,7 +52,8 @@ def found_by(step, gainless=frozenset()):
     if step.model in gainless:
         gain = 0.0
     losses = 3 - 2 * gain + 0.05 * draw.normal(size=ROWS)
-    return {"correct": (draw.random(ROWS) < 0.2 + 0.7 * gain).tolist(), "losses": losses.tolist()}
+    right = (draw.random(ROWS) < 0.2 + 0.7 * gain).tolist()
+    return {"correct": right, "losses": losses.tolist(), "answers": [str(hit) for hit in right]}
 
 
 def write_results(folder, *, leave=lambda step: False, gainless=frozenset()):
