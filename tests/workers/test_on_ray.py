@@ -1,6 +1,7 @@
 """Actors of a cluster, whatever their work; fleets and studies on Ray are tested with them."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ class Where:
 
 def test_relative_names_mean_on_a_worker_what_they_mean_here(environment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # a worker finds the class by its module's name
     seen = []
 
     def share(machines):
