@@ -125,7 +125,9 @@ def render_forecast() -> str:
 
     values = json.loads((ROOT / "src" / "portllm" / "pipeline" / FILE).read_text(encoding="utf-8"))
     held = values["held_up_to"]
+    is_fitted = any(of_target["forecasters"] for of_target in values["targets"].values())
     parts = [
+        *(() if is_fitted else ("**Too few updates are measured for a fit: `check` shows no forecast yet.**",)),
         f"{values['n_cells']} cells of {values['n_updates']} updates of {values['base']}. Left out are those in which "
         "retraining gains nothing that can\nbe told from noise.",
         table(
