@@ -23,7 +23,7 @@ from portllm.study.file import read_study
 from portllm.study.ledger import Ledger
 from portllm.study.places import Places
 from portllm.study.run import default_folder, study_identities
-from portllm.study.variants import BASE, PATCHED
+from portllm.study.variants import PATCHED
 
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 DRAWS = 200
@@ -65,7 +65,7 @@ def measure(old: Mapping[str, Any], new: Mapping[str, Any], name: str, seed: int
     generator = np.random.default_rng([seed, *name.encode()])
     n = len(other)
     bounds = _bounds(other, np.arange(n), generator)
-    aside, rest = (lambda order: (order[: n // KEPT_ASIDE], order[n // KEPT_ASIDE :]))(generator.permutation(n))
+    aside, rest = np.split(generator.permutation(n), [n // KEPT_ASIDE])
     return Cell(
         name,
         n,
@@ -85,11 +85,11 @@ def _bounds(other: np.ndarray, rows: np.ndarray, generator: np.random.Generator)
 
 def read_cells(file: Path, out: Path, seed: int) -> Iterator[Cell]:
     """The ported patches of a study that are scored, in the order of its steps."""
-    results = Ledger(read_study(file), Places(out), study_identities(out), any_version=True).results()
+    study = read_study(file)
+    results = Ledger(study, Places(out), study_identities(out), any_version=True).results()
     patched = {(step.task, step.seed): found for step, found in results.items() if step.patch == PATCHED}
     for step, found in results.items():
-        is_ported = step.kind == "score" and step.model != BASE and step.inputs[-1].startswith("port_")
-        if is_ported and (step.task, step.seed) in patched:
+        if step.kind == "score" and step.patch in study.methods and (step.task, step.seed) in patched:
             name = f"{step.model}, {step.task}, seed {step.seed}, {step.patch}"
             yield measure(patched[step.task, step.seed], found, name, seed)
 

@@ -1,7 +1,7 @@
 """Loops in C for the two longest streams of the program, where they were built and the processor can run them.
 
-`kernels` is the compiled module, or None: then the same bytes come from torch and numpy, slower. Pure: buffers in,
-numbers out.
+`kernels` is the compiled module, or None: then torch and numpy give the same bytes, and sums that differ by rounding,
+slower. Pure: buffers in, numbers out.
 """
 
 from importlib import import_module

@@ -26,8 +26,8 @@ FACTORS = ("F32", "BF16", "F16")
 """Dtypes of factors that float32 holds exactly."""
 
 MOST_TERMS = 128
-"""Rank up to which a BLAS adds the terms of a product in their order, as the loops do: MKL and OpenBLAS cut longer sums
-into parts, MKL from 193 terms on. PEFT's bytes come from a BLAS."""
+"""Rank up to which products have the bits of torch's: MKL was seen to add up to 192 terms in their order, as the loops
+do, and to cut sums of 256 into parts. PEFT's bytes come from there."""
 
 
 def can_fuse(step: MergeStep, rounding: Rounding, device: str) -> bool:
