@@ -13,6 +13,14 @@ SAME_SUMS = 1e-5
 """Products in float32 on both sides, over other rows."""
 
 
+@pytest.fixture(params=["loops", "numpy"], autouse=True)
+def without_loops(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(kept_gain, "kernels", None)
+    elif kept_gain.kernels is None:
+        pytest.skip("the loops were not built here")
+
+
 @pytest.mark.parametrize("dtype", STORED_AS)
 @pytest.mark.parametrize("size", [1e-4, 1e-2])
 def test_the_measures_are_those_of_a_merge(dtype, size):

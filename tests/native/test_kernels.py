@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from portllm.assess.storage import round_to
 from portllm.native import kernels
 from portllm.patch.merge import add, delta_rows, measure_merge, round_nearest
 
@@ -113,6 +114,123 @@ def test_measures_differ_from_those_of_torch_by_rounding_only():
     torchs = measure_merge(weight, delta, round_nearest(add(weight, delta), dtype=torch.bfloat16))
     _, sums = merged(weight, b, a, 2.0)
     assert list(sums) == pytest.approx([torchs.delta_sq, torchs.gain, torchs.lost_sq, torchs.weight_sq], rel=1e-5)
+
+
+def as_rows(values):
+    """The elements of a row lie side by side."""
+    return values
+
+
+def as_columns(values):
+    """The same values, of which those of a column lie side by side."""
+    return np.ascontiguousarray(values.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def as_part(values):
+    """The same, in the middle of larger matrices that hold no numbers elsewhere."""
+    stack = np.full((len(values), values.shape[2] + 3, values.shape[1] + 5), np.nan, np.float32)
+    stack[:, 1:-2, 2:-3] = values.swapaxes(1, 2)
+    return stack[:, 1:-2, 2:-3].swapaxes(1, 2)
+
+
+@given(
+    st.integers(0, 3),
+    st.integers(1, 40),
+    st.one_of(st.integers(1, 40), st.integers(505, 520)),
+    st.one_of(st.integers(0, 40), st.integers(250, 600), st.integers(4090, 4110)),
+    st.sampled_from([(as_rows, as_rows), (as_rows, as_columns), (as_columns, as_columns), (as_part, as_part)]),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_products_are_those_of_float64_however_the_matrices_lie(count, rows, columns, width, layouts):
+    rng = np.random.default_rng(rows + columns + width)
+    one, other = (rng.standard_normal((count, height, width), np.float32) for height in (rows, columns))
+    out = np.full((count, rows, columns), np.nan)
+    kernels.products(layouts[0](one), layouts[1](other), out)
+    lengths = [np.linalg.norm(values.astype(np.float64), axis=2) for values in (one, other)]
+    tolerance = 1e-6 * lengths[0][:, :, None] * lengths[1][:, None]
+    assert (abs(out - one.astype(np.float64) @ other.astype(np.float64).swapaxes(1, 2)) <= tolerance).all()
+
+
+@pytest.mark.parametrize("layout", [as_rows, as_columns])
+@pytest.mark.parametrize("rank", [1, 4, 7, 16, 33])
+def test_the_products_of_rows_with_each_other_are_symmetric(layout, rank):
+    rows = layout(np.random.default_rng(rank).standard_normal((2, rank, 700), np.float32))
+    found = np.empty((2, rank, rank))
+    kernels.products(rows, rows, found)
+    wide = rows.astype(np.float64)
+    np.testing.assert_allclose(found, wide @ wide.swapaxes(1, 2), atol=1e-3)
+    assert (found == found.swapaxes(1, 2)).all()
+
+
+@pytest.mark.parametrize("layout", [as_rows, as_columns])
+def test_a_product_with_what_is_no_number_is_none(layout):
+    rows = np.ones((1, 3, 40), np.float32)
+    rows[0, 1, 7] = np.nan
+    found = np.empty((1, 3, 3))
+    kernels.products(layout(rows), layout(rows), found)
+    assert np.isnan(found[0]).tolist() == [[False, True, False], [True, True, True], [False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "out"),
+    [
+        (np.zeros((2, 3, 8), np.float32), np.zeros((2, 3, 7), np.float32), np.zeros((2, 3, 3))),
+        (np.zeros((2, 3, 8), np.float32), np.zeros((1, 3, 8), np.float32), np.zeros((2, 3, 3))),
+        (np.zeros((2, 3, 8), np.float32), np.zeros((2, 3, 8), np.float32), np.zeros((2, 3, 4))),
+        (np.zeros((2, 3, 8), np.float32), np.zeros((2, 3, 16), np.float32)[:, :, ::2], np.zeros((2, 3, 3))),
+        (np.zeros((2, 3, 8)), np.zeros((2, 3, 8)), np.zeros((2, 3, 3))),
+        (np.zeros((3, 8), np.float32), np.zeros((3, 8), np.float32), np.zeros((3, 3))),
+    ],
+)
+def test_matrices_that_cannot_be_multiplied_are_refused(one, other, out):
+    with pytest.raises(ValueError, match=r"do not fit|are needed"):
+        kernels.products(one, other, out)
+
+
+def rounding(weights, deltas):
+    sums = np.empty((len(weights), 8))
+    kernels.rounding(weights, deltas, sums, len(weights))
+    return sums
+
+
+EDGES = [0.0, 2.0**-25, 1.5 * 2.0**-24, 2.0**-14, 2.0**-14 - 2.0**-25, 65504.0, 65519.99, 1.0009765, 1e-30, -0.3, 3e-6]
+
+
+@pytest.mark.parametrize("place", [("BF16", 2), ("F16", 4), ("F32", 6)])
+def test_what_is_stored_is_what_numpy_stores(place):
+    dtype, column = place
+    values = np.array(EDGES + [-value for value in EDGES], np.float32)
+    ones = np.random.default_rng(0).standard_normal(500).astype(np.float32)
+    values = np.concatenate([values, ones, ones * np.float32(2.0**-14), ones * np.float32(3e-7)])
+    found = rounding(np.zeros((len(values), 1), np.float32), values[:, None])  # of one weight: <Q(Δ), Δ>
+    assert (found[:, column].astype(np.float32) == round_to(values, dtype) * values).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 17, 4096, 9001])
+def test_the_sums_of_rounding_are_those_of_float64(n):
+    rng = np.random.default_rng(n)
+    weights = rng.standard_normal((3, n), np.float32) * np.float32(0.02)
+    deltas = rng.standard_normal((3, n), np.float32) * np.float32(1e-4)
+    w, d = weights.astype(np.float64), deltas.astype(np.float64)
+    exact = [(d * d).sum(axis=1), (w * w).sum(axis=1)]
+    for dtype in ("BF16", "F16", "F32"):
+        moved = (round_to(weights + deltas, dtype) - weights).astype(np.float64)
+        exact += [(moved * d).sum(axis=1), ((moved - d) ** 2).sum(axis=1)]
+    np.testing.assert_allclose(rounding(weights, deltas), np.stack(exact, axis=1), rtol=1e-4, atol=1e-12)
+
+
+def test_what_float16_cannot_hold_shows_in_its_sums_alone():
+    for weight, delta in ((65000.0, 520.0), (-65000.0, -1e6), (0.0, 1e30)):
+        sums = rounding(np.full((1, 1), weight, np.float32), np.full((1, 1), delta, np.float32))[0]
+        assert np.isfinite(sums[[2, 3, 6, 7]]).all() or delta == 1e30
+        assert not np.isfinite(sums[5])
+
+
+@pytest.mark.parametrize("sizes", [(8, 7, 8), (8, 8, 7), (7, 7, 8)])
+def test_weights_and_deltas_of_other_sizes_are_refused(sizes):
+    weights, deltas, sums = sizes
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.rounding(bytes(weights), bytes(deltas), bytearray(8 * sums), 1)
 
 
 @pytest.mark.parametrize("lacks", ["weight", "b", "a", "out"])

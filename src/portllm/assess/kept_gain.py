@@ -1,9 +1,13 @@
-"""What a storage dtype would keep of a patch that is merged into a weight. Pure numpy; the sums are `MergeSums`."""
+"""What a storage dtype would keep of a patch that is merged into a weight. Pure; the sums are `MergeSums`.
+
+A loop in C takes the sums in one pass, where it was built (`portllm.native`); else numpy does, tile by tile.
+"""
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from portllm.assess.storage import round_to
+from portllm.native import kernels
 from portllm.patch.rounding import MergeSums
 
 STORED_AS = ("BF16", "F16", "F32")
@@ -25,19 +29,29 @@ def measure_rounding(
         >>> [round(sums.kept_gain, 2) for sums in measure_rounding(weights, deltas)[0].values()]
         [0.77, 0.98, 1.0]
     """
-    step = max(1, TILE // max(1, weights.shape[1]))
-    tiles = (slice(start, start + step) for start in range(0, len(weights), step))
-    return [sums for tile in tiles for sums in _of_tile(weights[tile], deltas[tile])]
+    if kernels is None:
+        step = max(1, TILE // max(1, weights.shape[1]))
+        tiles = (slice(start, start + step) for start in range(0, len(weights), step))
+        sums = np.concatenate([_of_tile(weights[tile], deltas[tile]) for tile in tiles])
+    else:
+        sums = np.empty((len(weights), 2 + 2 * len(STORED_AS)))
+        weights, deltas = (np.ascontiguousarray(values, np.float32) for values in (weights, deltas))
+        kernels.rounding(weights, deltas, sums, len(weights))
+    return [
+        {
+            dtype: MergeSums(delta_sq, gain, lost_sq, weight_sq)
+            for dtype, gain, lost_sq in zip(STORED_AS, of_dtypes[::2], of_dtypes[1::2], strict=True)
+        }
+        for delta_sq, weight_sq, *of_dtypes in sums.tolist()
+    ]
 
 
-def _of_tile(weights: Float32[np.ndarray, "n d"], deltas: Float32[np.ndarray, "n d"]) -> list[dict[str, MergeSums]]:
+def _of_tile(weights: Float32[np.ndarray, "n d"], deltas: Float32[np.ndarray, "n d"]) -> Float64[np.ndarray, "n 8"]:
+    """|Δ|² and |W|², then gain and loss in each dtype."""
     merged = weights + deltas
-    delta_sq, weight_sq = np.vecdot(deltas, deltas).tolist(), np.vecdot(weights, weights).tolist()
-    found: list[dict[str, MergeSums]] = [{} for _ in weights]
+    sums = [np.vecdot(deltas, deltas), np.vecdot(weights, weights)]
     for dtype in STORED_AS:
         moved = round_to(merged, dtype) - weights
         lost = moved - deltas
-        gain, lost_sq = np.vecdot(moved, deltas).tolist(), np.vecdot(lost, lost).tolist()
-        for sums, *four in zip(found, delta_sq, gain, lost_sq, weight_sq, strict=True):
-            sums[dtype] = MergeSums(*four)
-    return found
+        sums += [np.vecdot(moved, deltas), np.vecdot(lost, lost)]
+    return np.stack(sums, axis=-1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""A patch against the drift: sizes, angles, and what of the drift lies where the patch works. Pure numpy.
+"""A patch against the drift: sizes, angles, and what of the drift lies where the patch works. Pure.
 
 A low-rank delta `Δ = s·B·A` reads its input by the rows of A and writes by the columns of B. The share of the drift `D`
 that lies there is `|D P_A|² / |D|²` and `|P_B D|² / |D|²`, with `P` the orthogonal projections on those spaces. Drift
@@ -10,7 +10,7 @@ with an eigenvalue of rounding are left out. No basis is formed, and the product
 matrices of both and what `V` makes of a few rows give sizes, angles and shares.
 
 Products of rows are float32 products over blocks of columns that are added in float64: within 1e-5 of float64
-throughout.
+throughout. A loop in C makes them where it was built (`portllm.native`), else numpy.
 """
 
 import math
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float64
+
+from portllm.native import kernels
 
 BLOCK = 1 << 10
 """Columns of a product that is added up in float64: so few that one thread of the BLAS makes it, at usual ranks."""
@@ -101,6 +103,25 @@ def products(one: Float[np.ndarray, "*n r d"], other: Float[np.ndarray, "*n k d"
         >>> products(np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[1.0, 1.0]])).tolist()
         [[7.0], [1.0]]
     """
+    if kernels is None or not one.dtype == other.dtype == np.float32:
+        return _products_by_blocks(one, other)
+    if _has_columns(one) and not _has_columns(other):
+        return products(other, one).swapaxes(-1, -2)
+    if not _has_columns(other):
+        one, other = np.ascontiguousarray(one), np.ascontiguousarray(other)
+    found = np.empty((*one.shape[:-1], other.shape[-2]))
+    kernels.products(*(rows.reshape(-1, *rows.shape[-2:]) for rows in (one, other)), found)
+    return found
+
+
+def _has_columns(rows: Float[np.ndarray, "*n r d"]) -> bool:
+    """Whether the elements of each column lie side by side, as in factors that are stored by output."""
+    return rows.strides[-2] == rows.itemsize < rows.strides[-1]
+
+
+def _products_by_blocks(
+    one: Float[np.ndarray, "*n r d"], other: Float[np.ndarray, "*n k d"]
+) -> Float64[np.ndarray, "*n r k"]:
     width = one.shape[-1]
     whole = width // BLOCK * BLOCK
     left, right = (_blocks(rows[..., :whole]) for rows in (one, other))

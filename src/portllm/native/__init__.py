@@ -1,4 +1,4 @@
-"""Loops in C for the two longest streams of the program, where they were built and the processor can run them.
+"""Loops in C for the longest streams of the program, where they were built and the processor can run them.
 
 `kernels` is the compiled module, or None: then torch and numpy give the same bytes, and sums that differ by rounding,
 slower. Pure: buffers in, numbers out.

@@ -1,8 +1,9 @@
-/* What the two longest streams of the program do with each element, in one pass over memory.
+/* What the longest streams of the program do with each element, in one pass over memory.
 
-   merge: Q(W + s·B·A) and what rounding took of it; drift: the sums of W1 - W0. `portllm.patch.merge` and
-   `portllm.assess.drift_kernel` say the same with torch and numpy: the tests hold the bytes to be equal, and the sums to
-   within rounding. Python's lock is free while a call runs. */
+   merge: Q(W + s·B·A) and what rounding took of it; drift: the sums of W1 - W0; products and rounding: what a check asks
+   of each of many patches. `portllm.patch.merge` and `portllm.assess` (drift_kernel, overlap, kept_gain) say the same
+   with torch and numpy: the tests hold the bytes to be equal, and the sums to within rounding. Python's lock is free
+   while a call runs. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -12,7 +13,8 @@
 
 #define ROWS 4    /* of a tile of the product */
 #define CHUNK 512 /* columns of a delta in memory at once: with ROWS, 8 KiB */
-#define RUN 4096  /* elements whose squares are added in float32 before they are in float64 */
+#define RUN 4096  /* elements whose products LANES sums in float32 take, before they are added in float64 */
+#define TERMS 256 /* the same of one sum */
 
 /* Weights and output of shape (rows, width), row-major; B of shape (rows, rank), A of shape (rank, width). */
 struct merge {
@@ -24,27 +26,39 @@ struct merge {
     int is_float32;
 };
 
+/* X of shape (rows, width), Y of shape (columns, width); `out` of shape (rows, columns), row-major, zeros before. From
+   one row of X to the next there are one_stride elements, from one element of a row to the next one_step; so for Y. */
+struct products {
+    const float *one, *other;
+    double *out;
+    long rows, columns, width, one_stride, one_step, other_stride, other_step;
+};
+
 #if defined(__x86_64__)
 
 #define NAME(function) function##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define TILE 2
+#define ACROSS 2 /* with ROWS, as many sums as there are registers for */
 #include "loops.h"
 #undef NAME
 #undef TARGET
 #undef LANES
 #undef TILE
+#undef ACROSS
 
 #define NAME(function) function##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
 #define LANES 16
 #define TILE 2
+#define ACROSS 4
 #include "loops.h"
 #undef NAME
 #undef TARGET
 #undef LANES
 #undef TILE
+#undef ACROSS
 
 #else
 
@@ -52,6 +66,7 @@ struct merge {
 #define TARGET
 #define LANES 4
 #define TILE 2
+#define ACROSS 4
 #include "loops.h"
 
 #endif
@@ -60,11 +75,19 @@ struct variant {
     const char *name;
     void (*merge)(const struct merge *, double[4]);
     void (*drift)(const uint16_t *, const uint16_t *, long, double[3]);
+    void (*products_of_rows)(const struct products *);
+    void (*products_of_columns)(const struct products *);
+    void (*rounding)(const float *, const float *, long, double[8]);
 };
+
+#define VARIANT(name)                                                                                                  \
+    {                                                                                                                  \
+        #name, merge_##name, drift_##name, products_of_rows_##name, products_of_columns_##name, rounding_##name        \
+    }
 
 #if defined(__x86_64__)
 
-static const struct variant variants[] = {{"avx2", merge_avx2, drift_avx2}, {"avx512", merge_avx512, drift_avx512}};
+static const struct variant variants[] = {VARIANT(avx2), VARIANT(avx512)};
 
 /* How many of the variants this processor can run: the second needs what the first needs, and more. */
 static int count_runnable(void)
@@ -79,7 +102,7 @@ static int count_runnable(void)
 
 #else
 
-static const struct variant variants[] = {{"plain", merge_plain, drift_plain}};
+static const struct variant variants[] = {VARIANT(plain)};
 
 /* The bytes of a file are little-endian, and are taken as they are. */
 static int count_runnable(void)
@@ -157,6 +180,102 @@ static PyObject *py_drift(PyObject *module, PyObject *args)
     return Py_BuildValue("(ddd)", total[0], total[1], total[2]);
 }
 
+/* A stack of matrices of float32, wherever their elements lie; or an error. */
+static int get_stack(PyObject *object, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_STRIDES | PyBUF_FORMAT))
+        return -1;
+    int fits = view->ndim == 3 && view->itemsize == 4 && !strcmp(view->format, "f");
+    for (int axis = 0; fits && axis < 3; axis++)
+        fits = view->strides[axis] % 4 == 0;
+    if (fits)
+        return 0;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "stacks of matrices of float32 are needed");
+    return -1;
+}
+
+static PyObject *py_products(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *one_object, *other_object;
+    Py_buffer one, other, out;
+    if (!PyArg_ParseTuple(args, "OOw*", &one_object, &other_object, &out))
+        return NULL;
+    if (get_stack(one_object, &one)) {
+        PyBuffer_Release(&out);
+        return NULL;
+    }
+    if (get_stack(other_object, &other)) {
+        PyBuffer_Release(&one);
+        PyBuffer_Release(&out);
+        return NULL;
+    }
+    Py_ssize_t count = one.shape[0];
+    struct products job = {.rows = one.shape[1], .columns = other.shape[1], .width = one.shape[2],
+                           .one_stride = one.strides[1] / 4, .one_step = one.strides[2] / 4,
+                           .other_stride = other.strides[1] / 4, .other_step = other.strides[2] / 4};
+    if (job.width < 2) /* what lies between the elements of an axis that has one of them says nothing */
+        job.one_step = job.other_step = 1;
+    if (job.columns < 2)
+        job.other_stride = 1;
+    int by_rows = job.one_step == 1 && job.other_step == 1, by_columns = job.other_stride == 1 && job.other_step > 0;
+    int fits = (by_rows || by_columns) && other.shape[0] == count && other.shape[2] == job.width &&
+               out.len == (Py_ssize_t)sizeof(double) * count * job.rows * job.columns;
+    if (fits && chosen) {
+        Py_BEGIN_ALLOW_THREADS
+        memset(out.buf, 0, (size_t)out.len);
+        for (Py_ssize_t n = 0; n < count; n++) {
+            job.one = (const float *)((const char *)one.buf + n * one.strides[0]);
+            job.other = (const float *)((const char *)other.buf + n * other.strides[0]);
+            job.out = (double *)out.buf + n * job.rows * job.columns;
+            (by_rows ? chosen->products_of_rows : chosen->products_of_columns)(&job);
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&one);
+    PyBuffer_Release(&other);
+    PyBuffer_Release(&out);
+    if (!chosen)
+        return no_variant();
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "the matrices and the output do not fit each other");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_rounding(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer weights, deltas, out;
+    Py_ssize_t count;
+    if (!PyArg_ParseTuple(args, "y*y*w*n", &weights, &deltas, &out, &count))
+        return NULL;
+    int fits = weights.len == deltas.len && count >= 0 && out.len == (Py_ssize_t)sizeof(double) * 8 * count &&
+               (count ? weights.len % (4 * count) == 0 : !weights.len);
+    if (fits && chosen) {
+        Py_BEGIN_ALLOW_THREADS
+        memset(out.buf, 0, (size_t)out.len);
+        for (Py_ssize_t n = 0; n < count; n++) {
+            long width = (long)(weights.len / (4 * count));
+            chosen->rounding((const float *)weights.buf + n * width, (const float *)deltas.buf + n * width, width,
+                             (double *)out.buf + 8 * n);
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&weights);
+    PyBuffer_Release(&deltas);
+    PyBuffer_Release(&out);
+    if (!chosen)
+        return no_variant();
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "weights, deltas and output do not fit each other");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_variants(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -186,6 +305,8 @@ static PyObject *py_choose(PyObject *module, PyObject *name)
 static PyMethodDef methods[] = {
     {"merge", py_merge, METH_VARARGS, NULL},
     {"drift", py_drift, METH_VARARGS, NULL},
+    {"products", py_products, METH_VARARGS, NULL},
+    {"rounding", py_rounding, METH_VARARGS, NULL},
     {"variants", py_variants, METH_NOARGS, NULL},
     {"choose", py_choose, METH_O, NULL},
     {NULL, NULL, 0, NULL},

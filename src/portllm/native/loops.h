@@ -12,27 +12,28 @@ typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES)));
 /* Load or store a vector, whose last `lacks` elements are not there. */
 #define LOAD(vector, from, lacks)                                                                                      \
     do {                                                                                                               \
+        typedef __typeof__(vector) anywhere __attribute__((aligned(1), may_alias));                                    \
         if (lacks) {                                                                                                   \
             memset(&(vector), 0, sizeof(vector));                                                                      \
             memcpy(&(vector), from, sizeof(vector) / LANES * (size_t)(LANES - (lacks)));                               \
         } else                                                                                                         \
-            memcpy(&(vector), from, sizeof(vector));                                                                   \
+            (vector) = *(const anywhere *)(from);                                                                      \
     } while (0)
 #define STORE(vector, to, lacks) memcpy(to, &(vector), sizeof(vector) / LANES * (size_t)(LANES - (lacks)))
 
-/* ROWS rows of `count` vectors of the delta: scale · (b0·a0 + b1·a1 + ...), each term added by one fused multiply-add
-   where the processor has it, in order. */
+/* ROWS rows of `count` vectors of a product with a scale: scale · (b0·a0 + b1·a1 + ...), each term added by one fused
+   multiply-add where the processor has it, in order. What is multiplied with `a` lies `step` elements apart. */
 static inline __attribute__((always_inline)) TARGET void
-NAME(tile)(const float *const b[ROWS], const float *a, long stride, long rank, float scale, int count, int lacks,
-           float *out)
+NAME(tile)(const float *const b[ROWS], long step, const float *a, long stride, long terms, float scale, int count,
+           int lacks, float *out)
 {
     floats sum[ROWS][TILE] = {{{0}}};
-    for (long k = 0; k < rank; k++)
+    for (long k = 0; k < terms; k++)
         for (int t = 0; t < count; t++) {
             floats right;
             LOAD(right, a + k * stride + t * LANES, lacks);
             for (int i = 0; i < ROWS; i++)
-                sum[i][t] += b[i][k] * right;
+                sum[i][t] += b[i][k * step] * right;
         }
     for (int i = 0; i < ROWS; i++)
         for (int t = 0; t < count; t++) {
@@ -41,17 +42,24 @@ NAME(tile)(const float *const b[ROWS], const float *a, long stride, long rank, f
         }
 }
 
+static inline __attribute__((always_inline)) TARGET void
+NAME(tiles)(const float *const b[ROWS], long step, const float *a, long stride, long terms, float scale, long width,
+            float *out)
+{
+    long j = 0;
+    for (; j + TILE * LANES <= width; j += TILE * LANES)
+        NAME(tile)(b, step, a + j, stride, terms, scale, TILE, 0, out + j);
+    for (; j + LANES <= width; j += LANES)
+        NAME(tile)(b, step, a + j, stride, terms, scale, 1, 0, out + j);
+    if (j < width)
+        NAME(tile)(b, step, a + j, stride, terms, scale, 1, (int)(j + LANES - width), out + j);
+}
+
 /* Not inlined, so that the sum of weight and delta is not fused with the product by `scale`. */
 static __attribute__((noinline)) TARGET void NAME(delta)(const float *const b[ROWS], const float *a, long stride,
                                                          long rank, float scale, long width, float *out)
 {
-    long j = 0;
-    for (; j + TILE * LANES <= width; j += TILE * LANES)
-        NAME(tile)(b, a + j, stride, rank, scale, TILE, 0, out + j);
-    for (; j + LANES <= width; j += LANES)
-        NAME(tile)(b, a + j, stride, rank, scale, 1, 0, out + j);
-    if (j < width)
-        NAME(tile)(b, a + j, stride, rank, scale, 1, (int)(j + LANES - width), out + j);
+    NAME(tiles)(b, 1, a, stride, rank, scale, width, out);
 }
 
 static inline TARGET void NAME(measure)(floats weight, floats delta, floats merged, floats sums[4])
@@ -161,6 +169,126 @@ static TARGET void NAME(drift)(const uint16_t *base, const uint16_t *evolved, lo
         if (j < stop)
             NAME(drift_step)(base + j, evolved + j, (int)(j + LANES - stop), sums);
         for (int s = 0; s < 3; s++)
+            for (int lane = 0; lane < LANES; lane++)
+                total[s] += sums[s][lane];
+    }
+}
+
+static inline __attribute__((always_inline)) TARGET void
+NAME(dots_step)(const float *const x[ROWS], const float *const y[ACROSS], long j, int lacks,
+                floats sums[ROWS][ACROSS])
+{
+    floats left[ROWS], right;
+    for (int i = 0; i < ROWS; i++)
+        LOAD(left[i], x[i] + j, lacks);
+    for (int k = 0; k < ACROSS; k++) {
+        LOAD(right, y[k] + j, lacks);
+        for (int i = 0; i < ROWS; i++)
+            sums[i][k] += left[i] * right;
+    }
+}
+
+/* The products of ROWS rows with ACROSS rows, whose elements lie side by side. */
+static TARGET void NAME(dots)(const float *const x[ROWS], const float *const y[ACROSS], long width,
+                              double total[ROWS][ACROSS])
+{
+    for (long start = 0; start < width; start += RUN) {
+        long stop = width - start < RUN ? width : start + RUN, whole = start + (stop - start) / LANES * LANES, j;
+        floats sums[ROWS][ACROSS] = {{{0}}};
+        for (j = start; j < whole; j += LANES)
+            NAME(dots_step)(x, y, j, 0, sums);
+        if (j < stop)
+            NAME(dots_step)(x, y, j, (int)(j + LANES - stop), sums);
+        for (int i = 0; i < ROWS; i++)
+            for (int k = 0; k < ACROSS; k++)
+                for (int lane = 0; lane < LANES; lane++)
+                    total[i][k] += sums[i][k][lane];
+    }
+}
+
+/* X · Yᵀ where the elements of a row lie side by side in both; of X · Xᵀ, one half is made and taken for both. */
+static TARGET void NAME(products_of_rows)(const struct products *job)
+{
+    int is_gram = job->one == job->other && job->one_stride == job->other_stride && job->rows == job->columns;
+    for (long i = 0; i < job->rows; i += ROWS)
+        for (long k = is_gram ? i : 0; k < job->columns; k += ACROSS) {
+            const float *x[ROWS], *y[ACROSS]; /* of rows that are not there, the last one's: it is not read */
+            for (long r = 0; r < ROWS; r++)
+                x[r] = job->one + (i + r < job->rows ? i + r : job->rows - 1) * job->one_stride;
+            for (long s = 0; s < ACROSS; s++)
+                y[s] = job->other + (k + s < job->columns ? k + s : job->columns - 1) * job->other_stride;
+            double total[ROWS][ACROSS] = {{0}};
+            NAME(dots)(x, y, job->width, total);
+            for (long r = 0; r < ROWS && i + r < job->rows; r++)
+                for (long s = 0; s < ACROSS && k + s < job->columns; s++) {
+                    job->out[(i + r) * job->columns + k + s] = total[r][s];
+                    if (is_gram)
+                        job->out[(k + s) * job->columns + i + r] = total[r][s];
+                }
+        }
+}
+
+/* X · Yᵀ where the elements of a column of Y lie side by side. */
+static TARGET void NAME(products_of_columns)(const struct products *job)
+{
+    float part[ROWS * CHUNK];
+    for (long first = 0; first < job->columns; first += CHUNK) {
+        long columns = job->columns - first < CHUNK ? job->columns - first : CHUNK;
+        long padded = (columns + LANES - 1) / LANES * LANES, beyond = first + padded - job->columns;
+        /* A whole vector is read faster than a part of one, and as good, where what lies behind is of the same matrix. */
+        long safe = beyond > 0 ? job->width - (beyond - 1) / job->other_step - 1 : job->width;
+        for (long start = 0, stop; start < job->width; start = stop) {
+            long limit = start < safe ? safe : job->width;
+            stop = limit - start < TERMS ? limit : start + TERMS;
+            for (long i = 0; i < job->rows; i += ROWS) {
+                const float *x[ROWS], *y = job->other + start * job->other_step + first;
+                for (long r = 0; r < ROWS; r++)
+                    x[r] = job->one + (i + r < job->rows ? i + r : job->rows - 1) * job->one_stride +
+                           start * job->one_step;
+                NAME(tiles)
+                (x, job->one_step, y, job->other_step, stop - start, 1, start < safe ? padded : columns, part);
+                for (long r = 0; r < ROWS && i + r < job->rows; r++)
+                    for (long j = 0; j < columns; j++)
+                        job->out[(i + r) * job->columns + first + j] += part[r * CHUNK + j];
+            }
+        }
+    }
+}
+
+/* What float16 holds: its subnormal numbers are multiples of 2^-24, and what is larger than it can say is infinite. */
+static inline TARGET floats NAME(round_float16)(floats exact)
+{
+    words bits = (words)exact, sign = bits & 0x80000000, size = bits ^ sign;
+    words normal = (size + 0xfff + ((size >> 13) & 1)) & 0xffffe000;
+    words small = (words)((floats)size + 0.5f) - 0x3f000000; /* 0.5 has 2^-24 for its last place */
+    words subnormal = (words)(__builtin_convertvector(small, floats) * 0x1p-24f);
+    words is_small = (words)(size < 0x38800000), is_large = (words)(normal > 0x477fe000) & (words)(size <= 0x7f800000);
+    words rounded = (is_small & subnormal) | (~is_small & ((is_large & 0x7f800000) | (~is_large & normal)));
+    return (floats)(rounded | sign);
+}
+
+/* For each of some weights and what is added to them: |Δ|² and |W|², then gain and loss as bfloat16, float16, float32. */
+static TARGET void NAME(rounding)(const float *weights, const float *deltas, long count, double total[8])
+{
+    for (long start = 0; start < count; start += RUN) {
+        long stop = count - start < RUN ? count : start + RUN;
+        floats sums[8] = {{0}};
+        for (long j = start; j < stop; j += LANES) {
+            int lacks = j + LANES <= stop ? 0 : (int)(j + LANES - stop);
+            floats weight, delta;
+            LOAD(weight, weights + j, lacks);
+            LOAD(delta, deltas + j, lacks);
+            floats merged = weight + delta;
+            floats stored[3] = {NAME(widen)(NAME(round)(merged)), NAME(round_float16)(merged), merged};
+            sums[0] += delta * delta;
+            sums[1] += weight * weight;
+            for (int d = 0; d < 3; d++) {
+                floats moved = stored[d] - weight, lost = moved - delta;
+                sums[2 + 2 * d] += moved * delta;
+                sums[3 + 2 * d] += lost * lost;
+            }
+        }
+        for (int s = 0; s < 8; s++)
             for (int lane = 0; lane < LANES; lane++)
                 total[s] += sums[s][lane];
     }

@@ -126,7 +126,7 @@ def _of_low_rank(
     left, right = (left, right.swapaxes(1, 2)) if is_turned else (left.swapaxes(1, 2), right)
     of_left, of_right = gram(left), gram(right)
     picked = np.stack([factor[rows.rows] for factor, rows in zip(left.swapaxes(1, 2), sampled.each, strict=True)])
-    inner = np.vecdot(right[:, :, None], sampled.drift[:, None]).astype(np.float64)
+    inner = products(right, sampled.drift)
     drift_sq = [rows.drift_sq for rows in sampled.each]
     overlaps = {across: shares_inside(inner, of_right, totals=drift_sq, width=right.shape[2])}
     if columns:
