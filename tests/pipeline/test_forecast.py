@@ -46,7 +46,9 @@ def text_of_a_patch_that_keeps(share):
     """What two prompts say of it."""
     near, far = Distance((1.0 - share, 1.0 - share), 0.5), Distance((1.0, 1.0), 0.5)
     outputs = Outputs(far, far, near, far, far, None)
-    return TextMeasures("patch", n_prompts=2, n_cut=0, n_tokens=2, outputs=outputs, modules={}, similarity=())
+    return TextMeasures(
+        "patch", n_prompts=2, n_cut=0, n_tokens=2, shared="", outputs=outputs, modules={}, similarity=()
+    )
 
 
 def report_on(tiny, evolved):

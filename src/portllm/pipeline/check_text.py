@@ -202,11 +202,12 @@ def _measure(
         Host(model.name, model_folder(model, progress=progress), device=where, settings=settings)
         for model in (base, evolved)
     )
-    rows, n_cut = encode_prompts(Encoder(load_tokenizer(before.folder)), prompts, room=settings.max_tokens)
+    encoder = Encoder(load_tokenizer(before.folder))
+    rows, n_cut = encode_prompts(encoder, prompts, room=settings.max_tokens)
     passes = Passes(rows, settings, where, n_passes=2 + 2 * len(carried), progress=progress)
     factors = _stacked(carried)
+    taught = passes.begun(before, [each.patch for each in carried], encoder)
     old = passes.bare(before, factors)
-    taught = [passes.patched(before, each.patch) for each in carried]
     at_base = [
         passes.moments(before, each, logits, curvature=True) for each, logits in zip(carried, taught, strict=True)
     ]
@@ -223,9 +224,10 @@ def _measure(
     return tuple(
         TextMeasures(
             patch=each.patch.name,
-            n_prompts=len(rows),
+            n_prompts=len(passes.rows),
             n_cut=n_cut,
-            n_tokens=sum(len(spread_positions(len(row), settings.positions)) for row in rows),
+            n_tokens=sum(len(spread_positions(len(row), settings.positions)) for row in passes.rows),
+            shared=encoder.decode(passes.shared),
             outputs=outputs,
             modules=_fidelities(number, carried, old, new),
             similarity=tuple(value for value in similarity if value is not None),

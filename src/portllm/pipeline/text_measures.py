@@ -49,6 +49,7 @@ class TextMeasures:
         n_prompts: Prompts that were read.
         n_cut: Those that lost their beginning.
         n_tokens: Tokens at which modules were looked at.
+        shared: What the old specialists begin every answer with, after which models were asked; often nothing.
         outputs: What the models say.
         modules: Fidelity by module that the patch changes by a low-rank delta; those that read nothing are left out.
         similarity: Linear CKA of base and evolved after each layer; the same for every patch.
@@ -60,6 +61,7 @@ class TextMeasures:
     n_prompts: int
     n_cut: int
     n_tokens: int
+    shared: str
     outputs: Outputs
     modules: Mapping[str, Fidelity]
     similarity: tuple[float, ...]
@@ -92,6 +94,7 @@ def text_to_json(measures: TextMeasures) -> dict[str, object]:
         "prompts": measures.n_prompts,
         "prompts_cut": measures.n_cut,
         "tokens": measures.n_tokens,
+        "answers_begin_with": measures.shared,
         "features": measures.features(),
         "modules": {name: asdict(found) for name, found in measures.modules.items()},
         "cka": list(measures.similarity),

@@ -1,6 +1,6 @@
 """Runs a model over prompts, without a patch and with one after another: the passes behind `check --text`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor
 from portllm.checkpoint.header import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.live.distil import mean_divergence
-from portllm.live.encoding import Encoded, batches
+from portllm.live.encoding import Encoded, Encoder, batches
 from portllm.live.loss import completion_targets
 from portllm.live.model import PeftModel, PreTrainedModel, attach_adapter, detach_adapter, load_model
 from portllm.live.moments import Moments, gather_moments
@@ -26,8 +26,13 @@ from portllm.pipeline.expansion import SKETCH, has_terms
 from portllm.pipeline.port_residual import is_plain, load_delta
 from portllm.progress import Progress
 
+MOST_SHARED = 8
+"""Tokens that all answers may begin with: a blank, a quotation mark, a few words of form."""
+
 GRADIENT_SHARE = 4
 """A pass with gradients keeps the activations of its batch: so many times fewer prompts are run together."""
+
+Logits = Float32[Tensor, "prompts vocabulary"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +122,10 @@ class Host:
 class Passes:
     """Runs models over the same prompts.
 
+    Attributes:
+        rows: Ids of each prompt, and what all answers begin with, once `begun` has found it.
+        shared: That beginning.
+
     Args:
         rows: Ids of each prompt.
         settings: How much is looked at.
@@ -134,26 +143,49 @@ class Passes:
         n_passes: int,
         progress: Progress,
     ) -> None:
-        self._rows, self._settings, self._device, self._progress = rows, settings, device, progress
+        self.rows: list[tuple[int, ...]] = list(rows)
+        self.shared: tuple[int, ...] = ()
+        self._settings, self._device, self._progress = settings, device, progress
         self._done, self._total = 0, n_passes * len(rows)
 
     def bare(self, host: Host, factors: Mapping[str, Sequence[Tensor]]) -> Observation:
         """What is seen of a model without a patch."""
         return self._observe(host, host.bare(), factors, states=True)
 
-    def patched(self, host: Host, patch: Patch[TensorInfo]) -> Float32[Tensor, "prompts vocabulary"]:
+    def patched(self, host: Host, patch: Patch[TensorInfo]) -> Logits:
         """The logits of a model with a patch."""
         with host.carrying(patch) as model:
             return self._observe(host, model).logits
 
-    def moments(
-        self, host: Host, carried: Carried, taught: Float32[Tensor, "prompts vocabulary"], *, curvature: bool
-    ) -> Moments | None:
+    def begun(self, host: Host, patches: Sequence[Patch[TensorInfo]], encoder: Encoder) -> list[Logits]:
+        """The logits of the old specialists where their answers begin to differ; there, every later pass asks too.
+
+        Args:
+            host: The base.
+            patches: One or more.
+            encoder: Of the prompts; one without room for what answers begin with loses its beginning.
+        """
+        prompts, room = self.rows, self._settings.max_tokens
+
+        def go_on(shared: tuple[int, ...]) -> None:
+            self.shared = shared
+            self.rows = [encoder.cut_prompt((*row, *shared), room=room)[0] for row in prompts]
+
+        def ask(shared: tuple[int, ...]) -> list[Logits]:
+            go_on(shared)
+            self._total += len(patches) * len(prompts) if shared else 0
+            return [self.patched(host, patch) for patch in patches]
+
+        shared, logits = shared_beginning(ask, end=encoder.eos)
+        go_on(shared)
+        return logits
+
+    def moments(self, host: Host, carried: Carried, taught: Logits, *, curvature: bool) -> Moments | None:
         """What the divergence of a model from the old specialist says of a patch, where that is asked for."""
         if not (self._settings.gradients and has_terms(carried.patch)):
             return None
         # The specialist's likeliest token marks the place that is asked about; what counts is all of its distribution.
-        rows = [Encoded(row, (int(logits.argmax()),)) for row, logits in zip(self._rows, taught, strict=True)]
+        rows = [Encoded(row, (int(logits.argmax()),)) for row, logits in zip(self.rows, taught, strict=True)]
         size = max(1, self._settings.batch_size // GRADIENT_SHARE)
         return gather_moments(
             host.bare(),
@@ -184,7 +216,7 @@ class Passes:
 
         seen = observe(
             model,
-            self._rows,
+            self.rows,
             device=self._device,
             batch_size=self._settings.batch_size,
             factors=factors,
@@ -198,6 +230,37 @@ class Passes:
                 "too large for its dtype. Check the files; 'portllm check' names a tensor that is not finite."
             )
         return seen
+
+
+def shared_beginning(
+    ask: Callable[[tuple[int, ...]], list[Logits]], *, end: int
+) -> tuple[tuple[int, ...], list[Logits]]:
+    """What answers begin with whatever the prompt, and what models say after it.
+
+    A beginning that all answers share says nothing of the prompt: where labels are numbers, a tokenizer may put a blank
+    before them as a token of its own.
+
+    Args:
+        ask: The logits of each model after every prompt and some tokens.
+        end: The token that ends an answer.
+
+    Returns:
+        The tokens, none where all answers are the same to their end or for more than `MOST_SHARED` tokens, and the
+        logits after them.
+
+    Example:
+        >>> blanks, answers = torch.eye(4)[[1, 1]], torch.eye(4)[[2, 3]]
+        >>> shared_beginning(lambda shared: [answers if shared else blanks], end=0)[0]
+        (1,)
+    """
+    shared: tuple[int, ...] = ()
+    first = logits = ask(shared)
+    while len(likeliest := {int(token) for each in logits for token in each.argmax(dim=-1)}) == 1:
+        if len(shared) == MOST_SHARED or end in likeliest:
+            return (), first
+        shared += (*likeliest,)
+        logits = ask(shared)
+    return shared, logits
 
 
 def _divergence(

@@ -42,8 +42,11 @@ def text_rows(texts: Sequence[TextMeasures]) -> Rows:
 
 def text_notes(texts: Sequence[TextMeasures]) -> list[str]:
     """What a reader should know of the prompts."""
-    cut = texts[0].n_cut
-    return [f"{cut} prompts were too long and lost their beginning; --max-tokens keeps more"] if cut else []
+    cut, shared = texts[0].n_cut, texts[0].shared
+    notes = [f"{cut} prompts were too long and lost their beginning; --max-tokens keeps more"] if cut else []
+    if shared:
+        notes.append(f"the old specialists begin every answer with {shared!r}: looked at is what comes after it")
+    return notes
 
 
 def _outputs(text: TextMeasures) -> dict[str, str]:

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
-from portllm.live.encoding import Encoder
 from portllm.live.examples import Example
-from portllm.live.model import Device, load_tokenizer
+from portllm.live.model import Device
 from portllm.live.ranges import require_ranges
 from portllm.patch.patch import Patch
 from portllm.pipeline.check import check
 from portllm.pipeline.check_text import LEAST_PROMPTS, TextSettings, measure_text
-from portllm.pipeline.train import model_folder
 from portllm.pipeline.weight_features import weight_features
 from portllm.progress import Progress, silent
 
@@ -65,7 +63,7 @@ def measure_check(
         base: The model that the patch was made on.
         evolved: The later version.
         patch: The patch.
-        examples: Rows of its task; of their completions nothing is looked at but what all of them begin with.
+        examples: Rows of its task; their completions are not looked at.
         settings: Everything else.
         device: Where models run.
         progress: Told of each part.
@@ -86,7 +84,7 @@ def measure_check(
             base,
             evolved,
             [patch],
-            _asked(Encoder(load_tokenizer(model_folder(base))), examples[: settings.prompts]),
+            [example.prompt for example in examples[: settings.prompts]],
             settings=TextSettings(
                 max_tokens=settings.max_tokens, batch_size=settings.batch_size, gradients=settings.gradients
             ),
@@ -100,16 +98,3 @@ def measure_check(
         "weights": weight_features(report.update, report.patches[0]),
         "text": text,
     }
-
-
-def _asked(encoder: Encoder, examples: Sequence[Example]) -> list[str]:
-    """The prompts up to where answers begin to differ, which is what models are asked about.
-
-    Where labels are numbers, a tokenizer may put a blank before them as a token of its own, and every model knows that.
-    """
-    answers = [encoder.encode(example.prompt, example.completion).completion for example in examples]
-    shared = next(
-        (place for place, tokens in enumerate(zip(*answers, strict=False)) if len(set(tokens)) > 1),
-        0,  # one answer for all is no beginning of others
-    )
-    return [example.prompt + encoder.decode(answers[0][:shared]) for example in examples]
