@@ -11,7 +11,7 @@ from portllm.assess.drift import DriftSums
 from portllm.assess.estimate import DriftEstimate, Estimate
 from portllm.assess.lineage import Lineage
 from portllm.assess.overlap import Share
-from portllm.assess.verdict import Answer, Measures, judge
+from portllm.assess.verdict import Answer, Measures, judge, with_answers
 from portllm.errors import Refusal
 
 
@@ -104,6 +104,26 @@ def test_positions_and_rounding_are_remarks():
     assert verdict.answer is Answer.HOLDS
     assert "rope theta was 10000.0 and is 500000.0" in verdict.remarks
     assert "--dtype F16" in verdict.remarks[1]
+
+
+@pytest.mark.parametrize(("drift", "answer"), [(0.0, Answer.UNCERTAIN), (0.1, Answer.UNCERTAIN)])
+def test_answers_that_begin_otherwise_put_a_patch_in_doubt(drift, answer):
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(drift)))
+    doubted = with_answers(verdict, agreement=0.79, n_prompts=100)
+    assert doubted.answer is answer
+    assert {reason.text for reason in doubted.reasons} > {reason.text for reason in verdict.reasons}
+    assert thresholds.AGREEMENT in [reason.threshold for reason in doubted.reasons]
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1])
+def test_answers_that_begin_alike_take_no_doubt_away(drift):
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(drift)))
+    assert with_answers(verdict, agreement=1.0, n_prompts=100) == verdict
+
+
+def test_what_will_not_hold_does_not_become_uncertain_by_its_answers():
+    verdict = judge(Measures(**NEAR, broken=("model.norm.weight",)))
+    assert with_answers(verdict, agreement=0.0, n_prompts=100).answer is Answer.WILL_NOT_HOLD
 
 
 def test_without_a_measure_of_drift_nothing_is_promised():

@@ -15,6 +15,8 @@ from scipy.stats import entropy
 from transformers import AutoModelForCausalLM
 
 from portllm.assess.similarity import linear_cka
+from portllm.assess.thresholds import AGREEMENT
+from portllm.assess.verdict import with_answers
 from portllm.checkpoint.reader import open_checkpoint
 from portllm.errors import DataError, NonFiniteError, PlanRefusedError, PortLLMError
 from portllm.live.encoding import Encoder
@@ -352,7 +354,7 @@ def test_every_kind_of_patch_is_measured_and_leaves_the_model_as_it_was(lora, st
 # ---- the report
 
 
-def test_a_report_has_the_measures_beside_the_same_verdict(story, tmp_path):
+def test_a_report_has_the_measures_and_the_doubts_that_they_raise(story, tmp_path):
     models = {"base": open_checkpoint(story["base"]), "evolved": open_checkpoint(story["evolved"])}
     unfit = make_adapter(make_reader(tmp_path / "reader", tied=False), tmp_path / "unfit", target_modules=["q_proj"])
     config = json.loads((unfit / "adapter_config.json").read_text())
@@ -360,7 +362,10 @@ def test_a_report_has_the_measures_beside_the_same_verdict(story, tmp_path):
     patches = [load_patch(story["patch"]), load_patch(unfit)]
     report = check(*patches, **models)
     more = add_text(report, patches, **models, prompts=PROMPTS, settings=SETTINGS, device="cpu")
-    assert [patch.verdict for patch in more.patches] == [patch.verdict for patch in report.patches]
+    agreement = more.patches[0].text.features()["ported_agreement"]
+    assert agreement < AGREEMENT.value
+    assert more.patches[0].verdict == with_answers(report.patches[0].verdict, agreement=agreement, n_prompts=6)
+    assert more.patches[1].verdict == report.patches[1].verdict
     assert more.patches[0].text.features() == measure(story)[0].features()
     assert more.patches[1].text is None
     found = json.loads(json.dumps(patch_to_json(more.patches[0]), allow_nan=False))["text"]

@@ -3,16 +3,18 @@
 import json
 import math
 from dataclasses import replace
+from importlib import resources
 
 import pytest
 
 from portllm.assess.forecast import Feature, Forecaster, Slope
 from portllm.assess.outputs import Distance
+from portllm.assess.thresholds import AGREEMENT
 from portllm.checkpoint.reader import open_checkpoint
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline import forecast
 from portllm.pipeline.check import check
-from portllm.pipeline.forecast import Shipped, expect, forecaster_from_json, forecaster_to_json, shipped
+from portllm.pipeline.forecast import FILE, Shipped, expect, forecaster_from_json, forecaster_to_json, shipped
 from portllm.pipeline.text_measures import Outputs, TextMeasures
 
 
@@ -108,3 +110,16 @@ def test_the_forecast_in_the_package_can_be_read():
                 for good in (True, False)
             )
             assert forecaster.predict(best).retention >= forecaster.predict(worst).retention
+
+
+def test_the_cells_in_the_package_bear_out_the_threshold_of_agreement():
+    cells = json.loads(resources.files("portllm.pipeline").joinpath(FILE).read_text(encoding="utf-8"))["cells"]
+    lost = {
+        f"{cell['pair']}, {cell['patch']}": cell["measures"]["ported_agreement"]
+        for cell in cells
+        if not cell["patch"].startswith("question-style")
+        and round(cell["accuracies"]["ported"] - cell["accuracies"]["retrained"], 6) < -0.04
+    }
+    assert len(cells) == 64
+    assert len(lost) > 10
+    assert {name: agreement for name, agreement in lost.items() if agreement >= AGREEMENT.value} == {}

@@ -69,4 +69,21 @@ QUANTIZATION_GAP = Threshold(
     "unsloth-zoo pull request 810: ratios of 10 to 150 on Falcon-H1",
 )  # fmt: skip
 
-ALL = (SHORT_DRIFT, CONTINUATION_COSINE, INDEPENDENT_COSINE, ALIGNED_COSINE, OVERLAP_SHARE, KEPT_GAIN, QUANTIZATION_GAP)
+AGREEMENT = Threshold(
+    "agreement", 0.8,
+    "share of prompts to which the ported model begins its answer as the old specialist did, below which the patch is "
+    "in doubt",
+    "ours: of 64 patches on updates of SmolLM2-135M (docs/forecast.md), all classifiers that lost more than four "
+    "points lay below it",
+)  # fmt: skip
+
+ALL = (
+    SHORT_DRIFT,
+    CONTINUATION_COSINE,
+    INDEPENDENT_COSINE,
+    ALIGNED_COSINE,
+    OVERLAP_SHARE,
+    KEPT_GAIN,
+    QUANTIZATION_GAP,
+    AGREEMENT,
+)

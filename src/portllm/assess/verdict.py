@@ -6,7 +6,7 @@ which threshold decided and who measured it. An estimate counts with its 95 % in
 of it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +15,7 @@ from portllm.assess.estimate import DriftEstimate
 from portllm.assess.lineage import Lineage
 from portllm.assess.overlap import Share
 from portllm.assess.thresholds import (
+    AGREEMENT,
     ALIGNED_COSINE,
     CONTINUATION_COSINE,
     INDEPENDENT_COSINE,
@@ -110,9 +111,34 @@ def judge(measures: Measures) -> Verdict:
         >>> print(verdict.answer, "-", verdict.reasons[0].text)
         cannot be ported - lm_head: the evolved model has no such module.
     """
-    reasons = sorted(_reasons(measures), key=lambda reason: -ORDER.index(reason.answer))
-    answer = reasons[0].answer if reasons else Answer.UNCERTAIN
-    return Verdict(answer, tuple(reasons), tuple(_remarks(measures)))
+    return _verdict(_reasons(measures), tuple(_remarks(measures)))
+
+
+def with_answers(verdict: Verdict, *, agreement: float, n_prompts: int) -> Verdict:
+    """The verdict that follows when prompts were run: they can put a patch in doubt, and take no doubt away.
+
+    That answers begin alike says nothing of how they go on, and nothing of answers that should be other ones now.
+
+    Args:
+        verdict: From weights.
+        agreement: Share of prompts to which ported model and old specialist give the same likeliest token.
+        n_prompts: How many there were.
+
+    Example:
+        >>> verdict = Verdict(Answer.HOLDS, (Reason(Answer.HOLDS, "the weights hardly moved."),))
+        >>> with_answers(verdict, agreement=0.52, n_prompts=64).reasons[0].text
+        'of 64 answers, 52 % begin as the old specialist began them. Measure it: portllm evaluate.'
+    """
+    if agreement >= AGREEMENT.value:
+        return verdict
+    begun = f"of {n_prompts} answers, {_percent(agreement)} begin as the old specialist began them."
+    doubt = Reason(Answer.UNCERTAIN, f"{begun} Measure it: portllm evaluate.", AGREEMENT)
+    return _verdict((doubt, *verdict.reasons), verdict.remarks)
+
+
+def _verdict(found: Iterable[Reason], remarks: tuple[str, ...]) -> Verdict:
+    reasons = sorted(found, key=lambda reason: -ORDER.index(reason.answer))
+    return Verdict(reasons[0].answer if reasons else Answer.UNCERTAIN, tuple(reasons), remarks)
 
 
 def _reasons(measures: Measures) -> Iterator[Reason]:

@@ -55,9 +55,9 @@ def check(
 ) -> None:
     """Say whether patches will hold on an evolved model, from weights alone: the verdict before porting.
 
-    With --text, models are run on prompts too, and the report says what the patches do there; the verdict stays that of
-    the weights. Ends with 3 unless every patch holds. docs/check.md says what each number means and where the
-    thresholds come from.
+    With --text, models are run on prompts too, and the report says what the patches do there; that can put a patch in
+    doubt. Ends with 3 unless every patch holds. docs/check.md says what each number means and where the thresholds come
+    from.
     """
     if text is None and (prompt is not None or gradients):
         raise typer.BadParameter("--prompt and --gradients go with --text.")

@@ -54,7 +54,7 @@ def read_fleet_file(file: Path) -> FleetFile:
         text = file.read_text(encoding="utf-8")
         values = tomllib.loads(text)
     except OSError as error:
-        raise FleetFileError(f"'{file}': cannot be read: {error.strerror}.") from error
+        raise FleetFileError(f"'{file}': cannot be read: {error.strerror}. Name the fleet's TOML file.") from error
     except ValueError as error:  # of TOML, which names the line, or of UTF-8
         raise FleetFileError(f"'{file}': is not TOML: {error}.") from error
     problems = [f"'{file}'{_place(text, path)}: {problem}" for path, problem in problems_of(values)]

@@ -19,7 +19,7 @@ from portllm.assess.fidelity import Fidelity, measure_fidelity
 from portllm.assess.outputs import measure_distance, measure_shift
 from portllm.assess.similarity import linear_cka
 from portllm.assess.terms import Terms
-from portllm.assess.verdict import Answer
+from portllm.assess.verdict import Answer, with_answers
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.tensors import load
@@ -32,7 +32,7 @@ from portllm.live.moments import Moments
 from portllm.live.observation import Observation, spread_positions
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
-from portllm.pipeline.check_report import CheckReport
+from portllm.pipeline.check_report import CheckReport, PatchReport
 from portllm.pipeline.expansion import terms_of
 from portllm.pipeline.fit import oriented, unmatchable
 from portllm.pipeline.plan import plan_port_on
@@ -123,7 +123,7 @@ def add_text(
     device: Device = "auto",
     progress: Progress = silent,
 ) -> CheckReport:
-    """The report with what prompts say of each patch that can be ported; verdicts stay as they are.
+    """The report with what prompts say of each patch that can be ported, and with the doubts that they raise.
 
     Args:
         report: What `check` found.
@@ -155,7 +155,14 @@ def add_text(
         )
     )
     found = zip(report.patches, fits, strict=True)
-    return replace(report, patches=tuple(replace(one, text=next(measured)) if fit else one for one, fit in found))
+    return replace(report, patches=tuple(_with_text(one, next(measured)) if fit else one for one, fit in found))
+
+
+def _with_text(report: PatchReport, text: TextMeasures) -> PatchReport:
+    agreement = text.outputs.specialist_to_ported.agreement
+    return replace(
+        report, text=text, verdict=with_answers(report.verdict, agreement=agreement, n_prompts=text.n_prompts)
+    )
 
 
 def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: str | None = None) -> list[str]:

@@ -13,7 +13,7 @@ Rows = list[tuple[str, ...]]
 
 def text_title(text: TextMeasures) -> str:
     """On what it was measured."""
-    return f"on {text.n_prompts} prompts, if added as it is (facts beside the verdict)"
+    return f"on {text.n_prompts} prompts, if added as it is"
 
 
 def text_facts(text: TextMeasures) -> dict[str, str]:

@@ -32,7 +32,7 @@ def read_study(file: Path) -> Study:
         text = file.read_text(encoding="utf-8")
         values = tomllib.loads(text)
     except OSError as error:
-        raise StudyFileError(f"'{file}': cannot be read: {error.strerror}.") from error
+        raise StudyFileError(f"'{file}': cannot be read: {error.strerror}. Name the study's TOML file.") from error
     except ValueError as error:  # of TOML, which names the line, or of UTF-8
         raise StudyFileError(f"'{file}': is not TOML: {error}.") from error
     problems: list[tuple[int, str]] = []
