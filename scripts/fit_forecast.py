@@ -22,9 +22,9 @@ from portllm.assess.forecast import Cell, Feature, fit
 from portllm.assess.held_out import Forecasts, coverage, forecast_held_out, mean_miss, rank_agreement, regret
 from portllm.assess.thresholds import SHORT_DRIFT
 from portllm.pipeline.forecast import ACCURACY, FILE, LOSS, TEXT, WEIGHTS, forecaster_to_json
-from portllm.study.plan import RETRAINED
 from portllm.study.run import study_results
-from portllm.study.table import PORTED, Results, TaskRow
+from portllm.study.table import Results, TaskRow
+from portllm.study.variants import PORTED, RETRAINED
 
 OUT = Path(__file__).parents[1] / "src" / "portllm" / "pipeline" / FILE
 
@@ -193,23 +193,31 @@ def _verdicts(measured: Sequence[Measured]) -> dict[str, object]:
             "most": max(_kept(row) for row in rows),
             "behind": fmean(_behind(row) for row in rows),
             "farthest_behind": min(_behind(row) for row in rows),
+            "lost": sum(map(_has_lost, rows)),
         }
         for verdict, rows in sorted(by_verdict.items())
     }
 
 
 def _held_up_to(measured: Sequence[Measured]) -> float | None:
-    """The most drift up to which no patch lies behind a retrained one by more than the tolerance; None for no drift.
-
-    A patch lies behind where the whole interval of the difference in accuracy does.
-    """
+    """The most drift up to which no patch has lost; None for no drift."""
     held = None
     for each in sorted(measured, key=lambda each: each.cell.measures["drift"]):
-        behind = each.row.behind
-        if behind is not None and behind.high is not None and behind.high < -TOLERANCE:
+        if _has_lost(each.row):
             break
         held = each.cell.measures["drift"]
     return held
+
+
+def _has_lost(row: TaskRow) -> bool:
+    """Whether the ported patch lies behind by more than the tolerance, so far that it is no luck.
+
+    It does where it is behind the retrained one with the whole interval of the difference in accuracy, which knows the
+    luck of rows, and behind the old specialist, which was trained once and not again: the luck of training is in both.
+    """
+    if row.behind is None or row.change is None:
+        return False
+    return row.behind.high < -TOLERANCE and row.change.value < -TOLERANCE
 
 
 def _kept(row: TaskRow) -> float:

@@ -114,6 +114,7 @@ def test_what_is_written_forecasts_updates_that_were_left_out(fitted):
     assert judged["spearman"]["low"] <= judged["spearman"]["value"] <= judged["spearman"]["high"]
     assert set(by_loss["held_out"]) == {"weights", "drift alone"}
     assert found["verdicts"]["holds"]["least"] > 0.6
+    assert 0 < found["verdicts"]["uncertain"]["lost"] <= found["verdicts"]["uncertain"]["cells"]
     assert found["rules"]["copy where shapes match"]["trained"] == 0.0
     assert found["rules"]["loss, weights"]["points"] < found["rules"]["copy where shapes match"]["points"] / 3
     assert judged["mean_miss"] < 0.1
@@ -146,7 +147,7 @@ def test_of_too_few_updates_the_cells_are_written_and_nothing_is_fitted(tmp_path
     found = fit_all(results_of(file))
     assert (found["n_cells"], len(found["cells"])) == (4, 4)
     assert [found["targets"][name]["forecasters"] for name in ("loss", "accuracy")] == [{}, {}]
-    assert set(found["rules"]) == {"copy where shapes match", "copy up to 2 % of drift", "train always"}
+    assert set(found["rules"]) == {"copy where shapes match", "copy up to 0.3 % of drift", "train always"}
 
 
 def test_nothing_is_written_before_a_cell_is_measured(tmp_path):

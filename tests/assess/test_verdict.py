@@ -21,14 +21,14 @@ def drifted(relative, *, error=0.0):
     return DriftEstimate(Estimate(relative, error), Estimate(cosine, error), sums)
 
 
-NEAR = {"lineage": {"q_proj": Lineage.CONTINUATION}, "drift": drifted(0.01)}
+NEAR = {"lineage": {"q_proj": Lineage.CONTINUATION}, "drift": drifted(0.001)}
 
 
 def test_a_short_continuation_holds_and_the_reason_says_who_measured_that():
     verdict = judge(Measures(**NEAR))
     assert verdict.answer is Answer.HOLDS
     (reason,) = verdict.reasons
-    assert "1 % of their norm" in reason.text
+    assert "0.1 % of their norm" in reason.text
     assert reason.threshold is thresholds.SHORT_DRIFT
 
 
@@ -43,20 +43,20 @@ def test_beyond_what_was_measured_it_is_uncertain():
 
 
 def test_an_interval_on_both_sides_of_the_threshold_asks_for_a_full_reading():
-    verdict = judge(Measures(**{**NEAR, "drift": drifted(0.0199, error=0.001)}))
+    verdict = judge(Measures(**{**NEAR, "drift": drifted(0.0029, error=0.0002)}))
     assert verdict.answer is Answer.UNCERTAIN
     assert "--full" in verdict.reasons[0].text
 
 
 @pytest.mark.parametrize("far", [Lineage.INDEPENDENT, Lineage.UNRELATED])
 def test_one_kind_of_module_that_has_nothing_in_common_is_enough(far):
-    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION, "up_proj": far}, drift=drifted(0.01)))
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION, "up_proj": far}, drift=drifted(0.001)))
     assert verdict.answer is Answer.WILL_NOT_HOLD
     assert verdict.reasons[0].text.startswith("up_proj: ")
 
 
 def test_siblings_are_uncertain_even_with_little_drift():
-    assert judge(Measures(lineage={"q_proj": Lineage.SIBLING}, drift=drifted(0.01))).answer is Answer.UNCERTAIN
+    assert judge(Measures(lineage={"q_proj": Lineage.SIBLING}, drift=drifted(0.001))).answer is Answer.UNCERTAIN
 
 
 def test_refusals_come_before_everything_and_all_of_them_are_told():

@@ -10,7 +10,7 @@ from portllm.pipeline import forecast
 from portllm.report.numbers import three_percent
 from tests.pipeline.test_forecast import KNOWN
 
-SHORT = 0.002
+SHORT = 0.0003
 
 
 @pytest.fixture
@@ -43,7 +43,9 @@ def test_the_tables_name_every_kind_of_module_and_every_layer(run, tiny):
 
 
 def test_every_percentage_of_the_tables_has_three_digits(run, tiny):
-    tables = run(tiny("adapter"), more=("--by-layer", "--full", "--quiet")).out.split("drift by kind of module")[1]
+    evolved = tiny("evolved", drift=0.002)  # so much that every tensor moved
+    shown = run(tiny("adapter"), evolved=evolved, more=("--by-layer", "--full", "--quiet")).out
+    tables = shown.split("drift by kind of module")[1]
     shown = re.findall(r"([0-9.]+) %", tables)
     assert any(number.endswith("0") for number in shown)
     assert {len(number.replace(".", "").lstrip("0")) for number in shown} == {3}
@@ -69,7 +71,7 @@ def test_as_json_it_is_the_whole_report(run, tiny):
     assert report["update"]["mode"] == "sampled"
     (patch,) = report["patches"]
     assert patch["verdict"] == "holds"
-    assert patch["reasons"][0]["threshold"]["source"].startswith("Shadow-FT")
+    assert patch["reasons"][0]["threshold"]["source"].startswith("ours")
     assert len(patch["tensors"]) == 14
 
 

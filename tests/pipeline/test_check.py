@@ -18,8 +18,8 @@ from portllm.pipeline import measured_update, patch_measures
 from portllm.pipeline.check import check
 from portllm.pipeline.check_report import patch_to_json, update_to_json
 
-SHORT = 0.002
-"""Of `make_evolved`: one percent of weights of size 0.2."""
+SHORT = 0.0003
+"""Of `make_evolved`: an update within what is known to hold."""
 
 FLOAT32 = 1e-5
 

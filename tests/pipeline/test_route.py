@@ -15,8 +15,8 @@ from portllm.pipeline.port import port
 from portllm.pipeline.route import Route
 from portllm.pipeline.update import Update
 
-SHORT = 0.002
-"""Of `make_evolved`: one percent of weights of size 0.2."""
+SHORT = 0.0003
+"""Of `make_evolved`: an update within what is known to hold."""
 
 SIX_DIGITS = 1e-5
 

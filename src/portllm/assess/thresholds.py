@@ -23,10 +23,10 @@ class Threshold:
 
 
 SHORT_DRIFT = Threshold(
-    "short drift", 0.02,
-    "relative drift up to which plain addition is known to carry patches over",
-    "Shadow-FT (arXiv 2505.12716): Llama 3.1 8B and its instruct version differ by less than 2 % on average, and "
-    "deltas trained on the one work on the other",
+    "short drift", 0.003,
+    "relative drift up to which plain addition carried every patch over",
+    "ours: on updates of SmolLM2-135M no patch lost up to 0.31 % what training again kept, and from 0.35 % on some "
+    "lost 10 to 28 points of accuracy (docs/forecast.md, studies/results)",
 )  # fmt: skip
 
 CONTINUATION_COSINE = Threshold(

@@ -1,9 +1,9 @@
 """Will a patch hold on the evolved model? Pure: measures in, a verdict and every reason out.
 
-The rules are few and cautious, since nobody has measured where plain addition stops between a short continuation, where
-it is known to hold, and another model, where it is known to fail: what lies between is uncertain, and the reasons say
-which threshold decided and who measured it. An estimate counts with its 95 % interval: it must be on one side with all
-of it.
+The rules are few and cautious: between a short continuation, where plain addition was seen to hold, and another model,
+where it is known to fail, some patches keep all of their gain and others lose it. What lies between is uncertain, and
+the reasons say which threshold decided and who measured it. An estimate counts with its 95 % interval: it must be on
+one side with all of it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -211,8 +211,8 @@ def _of_lineage(measures: Measures) -> Iterator[Reason]:
         yield Reason(
             Answer.UNCERTAIN,
             f"the weights that the patch changes drifted by {_percent(drift.relative.value)} of their norm; plain "
-            f"addition is known to hold up to {_percent(SHORT_DRIFT.value)}, and what comes after has not been "
-            "measured by anyone. "
+            f"addition is known to hold up to {_percent(SHORT_DRIFT.value)}, and farther on some patches keep what "
+            "they gained and others lose it. "
             + (
                 "The estimate is too rough to tell: --full reads every weight."
                 if straddles

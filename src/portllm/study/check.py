@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from portllm.assess.verdict import with_answers
 from portllm.checkpoint.header import TensorInfo
 from portllm.checkpoint.reader import Checkpoint
 from portllm.live.examples import Example
@@ -92,6 +93,7 @@ def measure_check(
             progress=progress,
         )
         text = measures.features()
+        verdict = with_answers(verdict, agreement=text["ported_agreement"], n_prompts=measures.n_prompts)
     return {
         "verdict": str(verdict.answer),
         "reasons": [reason.text for reason in verdict.reasons],
