@@ -38,7 +38,7 @@ def test_the_verdict_and_its_reasons_come_first(checked):
     shown = [text for text in page.texts if text.strip()]
     assert shown[2:4] == ["✓ ", f"holds: {report.patches[0].name} on {report.update.evolved.name}"]
     assert shown[4].startswith(report.patches[0].verdict.reasons[0].text)
-    assert "Shadow-FT" in shown[4]
+    assert "ours: on updates of SmolLM2-135M" in shown[4]
 
 
 def test_the_numbers_of_both_heatmaps_are_those_of_json(checked):
