@@ -67,7 +67,7 @@ def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(tmp_path):
     from tests import models
 
     base = models.make_base(tmp_path / "base-v1")
-    models.make_evolved(base, tmp_path / "base-v2", drift=0.0003)  # so little that `check` says it holds
+    models.make_evolved(base, tmp_path / "base-v2", drift=0.00003)  # so little that `check` says it holds
     models.make_adapter(base, tmp_path / "my-adapter")
     for line in shell_commands(read("README.md")):
         words = shlex.split(line)[1:]

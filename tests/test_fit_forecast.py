@@ -147,7 +147,7 @@ def test_of_too_few_updates_the_cells_are_written_and_nothing_is_fitted(tmp_path
     found = fit_all(results_of(file))
     assert (found["n_cells"], len(found["cells"])) == (4, 4)
     assert [found["targets"][name]["forecasters"] for name in ("loss", "accuracy")] == [{}, {}]
-    assert set(found["rules"]) == {"copy where shapes match", "copy up to 0.3 % of drift", "train always"}
+    assert set(found["rules"]) == {"copy where shapes match", "copy up to 0.1 % of drift", "train always"}
 
 
 def test_nothing_is_written_before_a_cell_is_measured(tmp_path):

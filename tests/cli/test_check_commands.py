@@ -10,7 +10,7 @@ from portllm.pipeline import forecast
 from portllm.report.numbers import three_percent
 from tests.pipeline.test_forecast import KNOWN
 
-SHORT = 0.0003
+SHORT = 0.00003
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_every_percentage_of_the_tables_has_three_digits(run, tiny):
 
 def test_the_forecast_is_a_line_of_the_patch_and_a_column_of_several(run, tiny, monkeypatch):
     monkeypatch.setattr(forecast, "shipped", lambda: KNOWN)
-    one = run(tiny("adapter")).out
+    one = run(tiny("adapter"), evolved=tiny("evolved", drift=0.002)).out
     assert re.search(r"\n  forecast +\d+ % \[\d+ %, \d+ %\] in loss, \d+ % \[\d+ %, \d+ %\] in accuracy: of ", one)
     assert "with 90 % interval; from 20 patches on 5 updates of a small model\n" in one
     far = run(tiny("adapter"), evolved=tiny("evolved", drift=1.0)).out

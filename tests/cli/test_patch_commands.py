@@ -173,7 +173,7 @@ def port_by_auto(portllm, tiny, patch, out, *more, **evolved):
 
 
 def test_port_by_auto_shows_the_verdict_and_inspect_remembers_it(portllm, tiny, patch, tmp_path):
-    result = port_by_auto(portllm, tiny, patch, tmp_path / "ported", drift=0.0003)
+    result = port_by_auto(portllm, tiny, patch, tmp_path / "ported", drift=0.00003)
     assert (result.status, result.err) == (0, "")
     assert "holds; addition is known to hold: the weights that the patch changes drifted by" in result.out
     assert "chosen: the verdict was 'holds'" in portllm("inspect", tmp_path / "ported").out

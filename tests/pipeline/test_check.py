@@ -18,7 +18,7 @@ from portllm.pipeline import measured_update, patch_measures
 from portllm.pipeline.check import check
 from portllm.pipeline.check_report import patch_to_json, update_to_json
 
-SHORT = 0.0003
+SHORT = 0.00003
 """Of `make_evolved`: an update within what is known to hold."""
 
 FLOAT32 = 1e-5

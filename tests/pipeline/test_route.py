@@ -15,7 +15,7 @@ from portllm.pipeline.port import port
 from portllm.pipeline.route import Route
 from portllm.pipeline.update import Update
 
-SHORT = 0.0003
+SHORT = 0.00003
 """Of `make_evolved`: an update within what is known to hold."""
 
 SIX_DIGITS = 1e-5

@@ -21,7 +21,7 @@ def checked(tiny):
 
     def run(kind="evolved", *, adapters=1, **how):
         patches = [load_patch(tiny("adapter", seed=seed)) for seed in range(1, adapters + 1)]
-        base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny(kind, **(how or {"drift": 0.0003})))
+        base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny(kind, **(how or {"drift": 0.00003})))
         return check(*patches, base=base, evolved=evolved, places=True)
 
     return run
