@@ -112,7 +112,7 @@ def fit_all(results: Results) -> dict[str, object]:
         "targets": {target: _forecasts(results, target) for target in (LOSS, ACCURACY)},
         "rules": _rules(results, measured),
         "verdicts": _verdicts(measured),
-        "held_up_to": _held_up_to(measured),
+        "lost_from": _lost_from(measured),
         "cells": [_cell(each) for each in measured],
     }
 
@@ -199,14 +199,9 @@ def _verdicts(measured: Sequence[Measured]) -> dict[str, object]:
     }
 
 
-def _held_up_to(measured: Sequence[Measured]) -> float | None:
-    """The most drift up to which no patch has lost; None for no drift."""
-    held = None
-    for each in sorted(measured, key=lambda each: each.cell.measures["drift"]):
-        if _has_lost(each.row):
-            break
-        held = each.cell.measures["drift"]
-    return held
+def _lost_from(measured: Sequence[Measured]) -> float | None:
+    """The least drift at which a patch has lost; None where none has."""
+    return min((each.cell.measures["drift"] for each in measured if _has_lost(each.row)), default=None)
 
 
 def _has_lost(row: TaskRow) -> bool:

@@ -124,7 +124,7 @@ def render_forecast() -> str:
     from portllm.pipeline.forecast import FILE
 
     values = json.loads((ROOT / "src" / "portllm" / "pipeline" / FILE).read_text(encoding="utf-8"))
-    held = values["held_up_to"]
+    lost = values["lost_from"]
     is_fitted = any(of_target["forecasters"] for of_target in values["targets"].values())
     parts = [
         *(() if is_fitted else ("**Too few updates are measured for a fit: `check` shows no forecast yet.**",)),
@@ -182,7 +182,7 @@ def render_forecast() -> str:
                 for verdict, found in values["verdicts"].items()
             ],
         ),
-        f"The most drift up to which no patch has lost: {'none' if held is None else f'{100 * held:.3g} %'}.",
+        f"The least drift at which a patch has lost: {'none has' if lost is None else f'{100 * lost:.3g} %'}.",
         *(
             render_slopes(f"{target} from {name}", found)
             for target, of_target in values["targets"].items()

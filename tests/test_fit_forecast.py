@@ -118,7 +118,7 @@ def test_what_is_written_forecasts_updates_that_were_left_out(fitted):
     assert found["rules"]["copy where shapes match"]["trained"] == 0.0
     assert found["rules"]["loss, weights"]["points"] < found["rules"]["copy where shapes match"]["points"] / 3
     assert judged["mean_miss"] < 0.1
-    assert DRIFTS["update-3"] <= found["held_up_to"] < DRIFTS["update-7"]
+    assert DRIFTS["update-3"] < found["lost_from"] <= DRIFTS["update-7"]
 
 
 def test_cells_of_a_study_that_goes_on_and_those_without_a_gain_are_left_out(tmp_path):
