@@ -93,6 +93,10 @@ class Slope:
     low: float
     high: float
 
+    def covers(self, value: float) -> bool:
+        """Whether a measure lies in the cells' range; none at all of what speaks against a patch is no extreme."""
+        return bool(self.low <= value <= self.high or (value == 0 and self.feature.sign < 0))
+
     def standardized(self, value: float) -> float:
         """`z` of a measure; one outside of the cells' range counts as the end of the range."""
         held = min(max(value, self.low), self.high)
@@ -157,7 +161,7 @@ class Forecaster:
         outside = tuple(
             slope.feature.name
             for slope in self.slopes
-            if slope.weight and not slope.low <= measures[slope.feature.name] <= slope.high
+            if slope.weight and not slope.covers(measures[slope.feature.name])
         )
         return Forecast(mean, max(0.0, mean - around), min(1.0, mean + around), outside)
 
