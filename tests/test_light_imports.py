@@ -84,7 +84,7 @@ def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
 
 @pytest.mark.parametrize("extent", [(), ("--full", "--html", "page.html")])
 def test_checking_loads_no_heavy_library(extent, tiny, tmp_path):
-    models = ("--base", str(tiny("base")), "--evolved", str(tiny("evolved", drift=0.002)))
+    models = ("--base", str(tiny("base")), "--evolved", str(tiny("evolved", drift=0.00003)))
     assert heavy_modules_after(command("check", str(tiny("adapter")), *models, *extent), cwd=tmp_path) == []
 
 

@@ -88,7 +88,9 @@ def test_outside_of_the_cells_the_forecast_stays_at_their_edge_and_says_so():
     assert (edge.outside, beyond.outside) == ((), ("drift",))
     assert beyond.retention == edge.retention
     assert forecaster.predict({"drift": 1e-9, "likeness": 99.0}).outside == ("drift", "likeness")
-    assert forecaster.predict({"drift": 0.0, "likeness": 0.0}).outside == ()  # an update that left alone what is measured
+    assert (
+        forecaster.predict({"drift": 0.0, "likeness": 0.0}).outside == ()
+    )  # an update that left alone what is measured
 
 
 def test_no_base_pair_is_on_both_sides_of_a_split():
