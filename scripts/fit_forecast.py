@@ -193,7 +193,7 @@ def _verdicts(measured: Sequence[Measured]) -> dict[str, object]:
             "most": max(_kept(row) for row in rows),
             "behind": fmean(_behind(row) for row in rows),
             "farthest_behind": min(_behind(row) for row in rows),
-            "lost": sum(map(_has_lost, rows)),
+            "lost": sum(map(has_lost, rows)),
         }
         for verdict, rows in sorted(by_verdict.items())
     }
@@ -201,10 +201,10 @@ def _verdicts(measured: Sequence[Measured]) -> dict[str, object]:
 
 def _lost_from(measured: Sequence[Measured]) -> float | None:
     """The least drift at which a patch has lost; None where none has."""
-    return min((each.cell.measures["drift"] for each in measured if _has_lost(each.row)), default=None)
+    return min((each.cell.measures["drift"] for each in measured if has_lost(each.row)), default=None)
 
 
-def _has_lost(row: TaskRow) -> bool:
+def has_lost(row: TaskRow) -> bool:
     """Whether the ported patch lies behind by more than the tolerance, so far that it is no luck.
 
     It does where it is behind the retrained one with the whole interval of the difference in accuracy, which knows the

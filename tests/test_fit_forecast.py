@@ -11,7 +11,8 @@ from portllm.pipeline.forecast import forecaster_from_json
 from portllm.study.file import read_study
 from portllm.study.plan import data_of, settings_of, steps_of
 from portllm.study.run import study_results
-from scripts.fit_forecast import FEATURES, fit_all, main, read_cells, render, rounded
+from scripts.fit_forecast import FEATURES, fit_all, has_lost, main, read_cells, render, rounded
+from scripts.judge_check import judged
 
 DRIFTS = {f"update-{n}": 10 ** (-4 + 0.4 * n) for n in range(11)}
 TASKS = ("one", "other")
@@ -158,3 +159,14 @@ def test_nothing_is_written_before_a_cell_is_measured(tmp_path):
 
 def test_numbers_are_rounded_and_infinities_are_null():
     assert rounded({"a": [1.23456789, math.inf], "b": 3}) == {"a": [1.23457, None], "b": 3}
+
+
+def test_what_check_said_is_set_beside_what_became_of_each_patch(file):
+    results = results_of(file)
+    page = judged(results)
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| update-")]
+    assert len(rows) == len(DRIFTS) * len(TASKS)
+    assert [row[-1].startswith("yes") for row in rows] == [has_lost(row) for row in results.tasks]
+    assert {row[4] for row in rows} == {"holds", "uncertain"}
+    (by_loss,) = (line for line in page.splitlines() if line.startswith("| loss | weights |"))
+    assert by_loss.split(" | ")[2] == str(len(rows))
