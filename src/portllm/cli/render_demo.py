@@ -8,11 +8,13 @@ from portllm.cli.render_models import render_comparison
 from portllm.demo.settings import EVOLVE, TRAIN
 from portllm.demo.story import BASE, Step, Story
 from portllm.kept import Kept
+from portllm.pipeline.forecast import ACCURACY, LOSS
 from portllm.report.numbers import percent
 
 TITLES: Mapping[str, str] = {
     "train": f"train     the clinic fine-tunes a patch (LoRA, rank {TRAIN.rank}) on its leaflets",
     "evolve": "evolve    the provider goes on training the base, all weights, on mathematics",
+    "check": "check     what may be expected of the patch there, before anything is ported",
     "port": "port      the patch is carried over to the evolved base, without training",
     "merge": "merge     the ported patch goes into the evolved weights, streamed",
     "retrain": "retrain   what porting saves: fine-tuning again on the evolved base",
@@ -83,6 +85,21 @@ def _evolution(result: Mapping[str, object]) -> str:
     )
 
 
+def _checking(result: Mapping[str, object]) -> str:
+    said = [str(result["verdict"])]
+    if result["agreement"] is not None:
+        said.append(f"{percent(_number(result['agreement']), digits=0)} of the answers begin as on the base")
+    if isinstance(forecast := result["forecast"], Mapping):
+        in_loss, in_score = (_interval(forecast[target]) for target in (LOSS, ACCURACY))
+        said.append(f"expected retention {in_score} in score, {in_loss} in loss")
+    return "; ".join(said)
+
+
+def _interval(said: Mapping[str, object]) -> str:
+    middle, low, high = (percent(_number(said[name]), digits=0) for name in ("retention", "low", "high"))
+    return f"{middle} ({low} to {high})"
+
+
 def _porting(result: Mapping[str, object]) -> str:
     return f"no weights read; the base drifted by {percent(_number(result['sampled_drift']), digits=2)} (from samples)"
 
@@ -100,7 +117,14 @@ def _nothing(result: Mapping[str, object]) -> str:
     return ""
 
 
-_FOUND = {"train": _training, "evolve": _evolution, "port": _porting, "merge": _merging, "retrain": _training}
+_FOUND = {
+    "train": _training,
+    "evolve": _evolution,
+    "check": _checking,
+    "port": _porting,
+    "merge": _merging,
+    "retrain": _training,
+}
 
 
 def _number(value: object) -> float:

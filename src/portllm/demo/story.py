@@ -15,13 +15,24 @@ from portllm.checkpoint.identity import fingerprint
 from portllm.checkpoint.reader import Checkpoint, open_checkpoint
 from portllm.comparison.compare import Comparison, score_all, set_side_by_side
 from portllm.comparison.scoring import Scores, Task
-from portllm.demo.settings import COMPLETION, EVOLUTION_TEMPLATE, EVOLVE, MAX_TOKENS, PROMPT, TRAIN
+from portllm.demo.settings import (
+    CHECKED_PROMPTS,
+    COMPLETION,
+    EVOLUTION_TEMPLATE,
+    EVOLVE,
+    MAX_TOKENS,
+    PROMPT,
+    TRAIN,
+)
 from portllm.kept import Kept, keep
 from portllm.live.evolve import evolve
-from portllm.live.examples import ExampleFormat, read_examples, read_texts
+from portllm.live.examples import ExampleFormat, read_examples, read_prompts, read_texts
 from portllm.patch.adapter_folder import load_patch
+from portllm.pipeline.check import check
+from portllm.pipeline.check_text import TextSettings, add_text
 from portllm.pipeline.drift import measure_drift
 from portllm.pipeline.evaluate import plan_evaluation
+from portllm.pipeline.forecast import expect
 from portllm.pipeline.merge import merge
 from portllm.pipeline.port import port
 from portllm.pipeline.train import model_folder, train
@@ -77,6 +88,7 @@ def tell(folder: Path, *, on_step: Callable[[Step], None], progress: Progress = 
     teller.train("train", base, teller.patch)
     teller.evolve(base)
     evolved = open_checkpoint(teller.evolved)
+    teller.check(base, evolved)
     teller.port(base, evolved)
     teller.merge(evolved)
     teller.train("retrain", evolved, teller.retrained)
@@ -144,6 +156,39 @@ class _Teller:
             "template": EVOLUTION_TEMPLATE,
         }
         self._do("evolve", inputs, lambda: checkpoint_identity(self.evolved), work)
+
+    def check(self, base: Checkpoint, evolved: Checkpoint) -> None:
+        def work() -> dict[str, object]:
+            with resources.as_file(DATA / TRAINING_ROWS) as rows:
+                prompts = read_prompts(rows, PROMPT, completion=None)[0][:CHECKED_PROMPTS]
+            patches = [load_patch(self.patch)]
+            report = add_text(
+                check(*patches, base=base, evolved=evolved),
+                patches,
+                base=base,
+                evolved=evolved,
+                prompts=prompts,
+                settings=TextSettings(max_tokens=MAX_TOKENS),
+                device="cpu",
+                progress=self._progress,
+            )
+            (found,) = report.patches
+            expected = expect(report.update, found)
+            return {
+                "verdict": str(found.verdict.answer),
+                "reasons": [reason.text for reason in found.verdict.reasons],
+                "agreement": None if found.text is None else found.text.outputs.specialist_to_ported.agreement,
+                "forecast": None if expected is None else expected.to_json(),
+            }
+
+        inputs = {
+            "patch": patch_identity(self.patch),
+            "base": fingerprint(base),
+            "evolved": fingerprint(evolved),
+            "rows": _digest(TRAINING_ROWS),
+            "prompts": CHECKED_PROMPTS,
+        }
+        self._do("check", inputs, lambda: "", work)
 
     def port(self, base: Checkpoint, evolved: Checkpoint) -> None:
         def work() -> dict[str, object]:

@@ -1,0 +1,33 @@
+"""What the demo says of a check: the verdict, what the prompts say, and what to expect."""
+
+import pytest
+
+from portllm.cli.render_demo import render_step
+from portllm.demo.story import Step
+from portllm.kept import Kept
+
+FORECAST = {
+    "loss": {"retention": 0.99, "low": 0.77, "high": 1.0},
+    "accuracy": {"retention": 0.93, "low": 0.51, "high": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("agreement", "forecast", "said"),
+    [
+        (
+            0.98,
+            FORECAST,
+            "uncertain; 98 % of the answers begin as on the base; expected retention 93 % (51 % to 100 %) in score, "
+            "99 % (77 % to 100 %) in loss",
+        ),
+        (0.98, None, "uncertain; 98 % of the answers begin as on the base"),
+        (None, None, "cannot be ported"),
+    ],
+)
+def test_the_check_of_the_demo_says_what_to_expect(agreement, forecast, said):
+    verdict = "uncertain" if agreement else "cannot be ported"
+    result = {"verdict": verdict, "reasons": ["why"], "agreement": agreement, "forecast": forecast}
+    head, found = render_step(Step("check", Kept(result, seconds=8.0, reused=False))).splitlines()
+    assert head.startswith("check ")
+    assert found.strip() == said
