@@ -195,4 +195,4 @@ def test_everything_goes_into_json():
         retention(evolved=[False], ported=[True], retrained=[True]),
         flips([True], [False]),
     )
-    assert json.loads(json.dumps([value.to_json() for value in values], allow_nan=False))[3]["negative_rows"] == [0]
+    assert json.loads(json.dumps([value.to_json() for value in values], allow_nan=False))[3]["negative_rows"] == [1]

@@ -85,16 +85,16 @@ def test_what_a_picture_shows_stands_beside_it():
 
 def test_the_rows_that_turned_wrong_can_be_read():
     turned = COMPARISON.turned_wrong("evolved + ported")
-    assert [row.row for row in turned] == [50, 51, 52, 53, 54]
-    start = PAGE.texts.index("Row 51")
+    assert [row.row for row in turned] == [51, 52, 53, 54, 55]
+    start = PAGE.texts.index("Row 52")
     assert PAGE.texts[start : start + 8] == [
-        "Row 51", "question 51?", "right: ", "yes", "base + patch: ", "yes", "evolved + ported: ", "no",
+        "Row 52", "question 51?", "right: ", "yes", "base + patch: ", "yes", "evolved + ported: ", "no",
     ]  # fmt: skip
 
 
 def test_of_many_such_rows_some_are_shown_and_the_others_counted():
     page = Page(evaluate_page(compared(**{"evolved + ported": 10}), title="t"))
-    assert "45 of 60 rows: base + patch answers them right, evolved + ported wrong. Rows count from 0." in page.texts
+    assert "45 of 60 rows: base + patch answers them right, evolved + ported wrong. Rows count from 1." in page.texts
     assert f"{SHOWN} of 45 are shown." in page.texts
     assert len([text for text in page.texts if text.startswith("question ")]) == SHOWN + 4  # and four of the merged one
 

@@ -110,7 +110,7 @@ class TurnedRow:
     """A row that base + patch answers right and another model wrong, to be read.
 
     Attributes:
-        row: Its index.
+        row: Its number, counted from 1.
         prompt: What was asked.
         right: The right answer.
         before: What base + patch answers.
@@ -157,7 +157,7 @@ class Comparison:
             return ()
         return tuple(
             TurnedRow(
-                row=index,
+                row=index + 1,
                 prompt=self.examples[index].prompt,
                 right=self.examples[index].completion,
                 before=before.scores.answers[index],

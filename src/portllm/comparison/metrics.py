@@ -76,12 +76,12 @@ class Flips:
     n_rows: int
 
     def to_json(self) -> dict[str, object]:
-        """Counts, and the rows that turned wrong."""
+        """Counts, and the rows that turned wrong, counted from 1 as in every message."""
         return {
             "negative": len(self.negative),
             "positive": len(self.positive),
             "n_rows": self.n_rows,
-            "negative_rows": list(self.negative),
+            "negative_rows": [index + 1 for index in self.negative],
         }
 
 

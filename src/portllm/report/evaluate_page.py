@@ -130,7 +130,7 @@ def _turned(comparison: "Comparison", row: "ComparisonRow") -> Html:
         AnsweredRow(found.row, found.prompt, {"right": found.right, PATCHED: found.before, row.name: found.after})
         for found in comparison.turned_wrong(row.name)
     ]
-    said = f"{flips_text(row)} rows: {PATCHED} answers them right, {row.name} wrong. Rows count from 0."
+    said = f"{flips_text(row)} rows: {PATCHED} answers them right, {row.name} wrong. Rows count from 1."
     return section(f"Turned wrong: {row.name}", paragraph(said, quiet=True), answered_rows(turned))
 
 
