@@ -7,6 +7,7 @@ import pytest
 from portllm.comparison.compare import set_side_by_side
 from portllm.comparison.scoring import Scores, Task
 from portllm.live.examples import Example
+from portllm.report.comparison_tables import comparison_notes
 from portllm.report.evaluate_page import evaluate_page
 from portllm.report.numbers import percent
 from portllm.report.texts import SHOWN
@@ -90,6 +91,16 @@ def test_the_rows_that_turned_wrong_can_be_read():
     assert PAGE.texts[start : start + 8] == [
         "Row 52", "question 51?", "right: ", "yes", "base + patch: ", "yes", "evolved + ported: ", "no",
     ]  # fmt: skip
+
+
+def test_an_answer_that_a_port_gives_far_more_often_is_named():
+    evenly = comparison_notes(compared(**{"evolved + ported": 10}))  # half of those that turned wrong were yes, half no
+    assert not any("balance" in said for said in evenly)
+    patched = scores(55)
+    all_yes = replace(patched, answers=("yes",) * ROWS, correct=tuple(row % 2 == 1 for row in range(ROWS)))
+    rows = {"base": scores(20), "base + patch": patched, "evolved": scores(18), "evolved + ported": all_yes}
+    (note,) = [said for said in comparison_notes(set_side_by_side(rows, TASK)) if "balance" in said]
+    assert note.startswith("evolved + ported answers 'yes' in 100 % of the rows, base + patch in 48 %: ")
 
 
 def test_of_many_such_rows_some_are_shown_and_the_others_counted():

@@ -1,15 +1,20 @@
 """What `evaluate` found as a table and notes, for the terminal and the page alike. Pure."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from portllm.comparison.metrics import Estimate, Retention
+from portllm.comparison.names import PATCHED, PORTS
 from portllm.report.numbers import percent
 
 if TYPE_CHECKING:
     from portllm.comparison.compare import Comparison, ComparisonRow
 
 JUDGED = {"labels": "the likeliest label", "text": "the written text"}
+
+MOVED = 0.1
+"""Share of the rows by which an answer has to become commoner before it is said."""
 
 
 def comparison_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
@@ -40,7 +45,26 @@ def comparison_notes(comparison: "Comparison") -> list[str]:
         for kept in (row.score_retention, row.loss_retention)
         if kept is not None and kept.reason
     }
-    return [*notes, *(f"n/a: {reason}." for reason in sorted(reasons))]
+    return [*notes, *_moved(comparison), *(f"n/a: {reason}." for reason in sorted(reasons))]
+
+
+def _moved(comparison: "Comparison") -> Iterator[str]:
+    """What a port answers far more often than base + patch did."""
+    patched = comparison.row(PATCHED)
+    if comparison.kind != "labels" or patched is None:
+        return
+    before = Counter(patched.scores.answers)
+    for row in comparison.rows:
+        more = Counter(row.scores.answers)
+        more.subtract(before)
+        ((answer, count),) = more.most_common(1)
+        if row.name in PORTS and count >= MOVED * comparison.n_rows:
+            times = (before[answer], before[answer] + count)
+            then, now = (percent(number / comparison.n_rows, digits=0) for number in times)
+            yield (
+                f"{row.name} answers '{answer}' in {now} of the rows, {PATCHED} in {then}: the update moved the "
+                "balance between the answers. The patch may still tell the rows apart; see whether its loss held."
+            )
 
 
 def score_interval(estimate: Estimate) -> str:
