@@ -52,8 +52,8 @@ SIMPLE: Mapping[str, tuple[Feature, ...]] = {
     "CKA alone": (Feature("cka", sign=1),),
     "ported_kl alone": (Feature("ported_kl", sign=-1, is_log=True),),
 }
-"""Single measures, fitted as the forecast is: what it has to beat. The last was chosen afterwards, since it ranks best of
-all that are measured."""
+"""Single measures, fitted as the forecast is: what it has to beat. The last was chosen afterwards, since it ranks
+best of all that are measured."""
 
 ENOUGH = 0.9
 """Expected retention from which a patch is ported, and below which it is trained again."""
