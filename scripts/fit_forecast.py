@@ -210,7 +210,7 @@ def has_lost(row: TaskRow) -> bool:
     """Whether the ported patch lies behind by more than the tolerance, so far that it is no luck.
 
     It does where it is behind the retrained one with the whole interval of the difference in accuracy, which knows the
-    luck of rows, and behind the old specialist, which was trained once and not again: the luck of training is in both.
+    luck of rows, and behind the old specialist: what sets it apart from the retrained one alone may be luck, too.
     """
     if row.behind is None or row.change is None:
         return False

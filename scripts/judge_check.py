@@ -16,6 +16,7 @@ from portllm.pipeline.forecast import ACCURACY, LOSS, TEXT, WEIGHTS, shipped
 from portllm.study.run import study_results
 from portllm.study.table import Results, TaskRow
 from scripts.fit_forecast import has_lost, read_cells
+from scripts.gen_docs import table
 
 Rows = list[tuple[str, ...]]
 
@@ -82,11 +83,6 @@ def _forecasts(results: Results, target: str) -> Rows:
 
 def _width(forecast: Forecast) -> float:
     return forecast.high - forecast.low
-
-
-def table(head: tuple[str, ...], rows: Rows) -> str:
-    """A table of Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, tuple("---" for _ in head), *rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

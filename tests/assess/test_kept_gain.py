@@ -46,3 +46,7 @@ def test_what_is_found_of_a_weight_does_not_depend_on_those_beside_it(monkeypatc
 def test_what_does_not_fit_is_not_finite():
     (found,) = measure_rounding(np.full((1, 1), 65000.0, np.float32), np.full((1, 1), 1000.0, np.float32))
     assert {dtype: sums.is_finite for dtype, sums in found.items()} == {"BF16": True, "F16": False, "F32": True}
+
+
+def test_of_no_weights_nothing_is_found():
+    assert measure_rounding(np.empty((0, 4), np.float32), np.empty((0, 4), np.float32)) == []

@@ -115,6 +115,13 @@ def test_products_are_the_same_however_the_matrices_are_stored(turned):
 
 
 @pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("shapes", [((3, 8), (0, 8)), ((2, 0, 8), (2, 3, 8)), ((0, 2, 8), (0, 3, 8))])
+def test_no_rows_have_no_products(shapes):
+    one, other = (np.zeros(shape, np.float32) for shape in shapes)
+    assert products(one, other).shape == (*one.shape[:-1], other.shape[-2])
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, 3 * BLOCK + 7])
 def test_products_are_those_of_float64_whatever_the_width(width):
     rng = np.random.default_rng(2)

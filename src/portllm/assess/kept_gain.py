@@ -4,7 +4,7 @@ A loop in C takes the sums in one pass, where it was built (`portllm.native`); e
 """
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32
 
 from portllm.assess.storage import round_to
 from portllm.native import kernels
@@ -29,12 +29,13 @@ def measure_rounding(
         >>> [round(sums.kept_gain, 2) for sums in measure_rounding(weights, deltas)[0].values()]
         [0.77, 0.98, 1.0]
     """
+    sums = np.empty((len(weights), 2 + 2 * len(STORED_AS)))
     if kernels is None:
         step = max(1, TILE // max(1, weights.shape[1]))
-        tiles = (slice(start, start + step) for start in range(0, len(weights), step))
-        sums = np.concatenate([_of_tile(weights[tile], deltas[tile]) for tile in tiles])
+        for start in range(0, len(weights), step):
+            tile = slice(start, start + step)
+            sums[tile] = _of_tile(weights[tile], deltas[tile])
     else:
-        sums = np.empty((len(weights), 2 + 2 * len(STORED_AS)))
         weights, deltas = (np.ascontiguousarray(values, np.float32) for values in (weights, deltas))
         kernels.rounding(weights, deltas, sums, len(weights))
     return [
@@ -46,7 +47,7 @@ def measure_rounding(
     ]
 
 
-def _of_tile(weights: Float32[np.ndarray, "n d"], deltas: Float32[np.ndarray, "n d"]) -> Float64[np.ndarray, "n 8"]:
+def _of_tile(weights: Float32[np.ndarray, "n d"], deltas: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n 8"]:
     """|Δ|² and |W|², then gain and loss in each dtype."""
     merged = weights + deltas
     sums = [np.vecdot(deltas, deltas), np.vecdot(weights, weights)]
@@ -54,4 +55,4 @@ def _of_tile(weights: Float32[np.ndarray, "n d"], deltas: Float32[np.ndarray, "n
         moved = round_to(merged, dtype) - weights
         lost = moved - deltas
         sums += [np.vecdot(moved, deltas), np.vecdot(lost, lost)]
-    return np.stack(sums, axis=-1).astype(np.float64)
+    return np.stack(sums, axis=-1)

@@ -110,7 +110,8 @@ def products(one: Float[np.ndarray, "*n r d"], other: Float[np.ndarray, "*n k d"
     if not _has_columns(other):
         one, other = np.ascontiguousarray(one), np.ascontiguousarray(other)
     found = np.empty((*one.shape[:-1], other.shape[-2]))
-    kernels.products(*(rows.reshape(-1, *rows.shape[-2:]) for rows in (one, other)), found)
+    count = math.prod(one.shape[:-2])
+    kernels.products(*(rows.reshape(count, *rows.shape[-2:]) for rows in (one, other)), found)
     return found
 
 
