@@ -25,7 +25,9 @@ def judged(results: Results) -> str:
     """The page."""
     rows = [row for row in results.tasks if row.checked is not None and row.behind is not None]
     if not rows:
-        raise SystemExit("no patch is checked and scored yet. The study needs a table [check]; go on: portllm study run.")
+        raise SystemExit(
+            "no patch is checked and scored yet. The study needs a table [check]; go on: portllm study run."
+        )
     lost = sum(map(has_lost, rows))
     return "\n\n".join(
         [
