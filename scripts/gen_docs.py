@@ -18,6 +18,8 @@ import numpy as np
 import typer
 from safetensors.numpy import save_file
 
+from portllm.cli.main import app
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 WIDTH = 100
@@ -29,18 +31,7 @@ MEASURED_END = "<!-- end of measured -->"
 
 def find_program() -> Any:
     """The command line as typer sees it, with every command registered."""
-    import portllm.cli.certify_command
-    import portllm.cli.check_commands
-    import portllm.cli.fleet_commands
-    import portllm.cli.main
-    import portllm.cli.make_commands
-    import portllm.cli.merge_command
-    import portllm.cli.model_commands
-    import portllm.cli.patch_commands
-    import portllm.cli.proof_commands
-    import portllm.cli.study_commands
-
-    return typer.main.get_command(portllm.cli.main.app)
+    return typer.main.get_command(app)
 
 
 def open_context(command: Any, name: str, parent: Any = None) -> Any:

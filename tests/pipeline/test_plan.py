@@ -9,7 +9,7 @@ from portllm.checkpoint.reader import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.plan import plan_merge, plan_port, require
+from portllm.pipeline.plan import plan_merge, plan_port, refuse
 from portllm.pipeline.update import identify
 from tests.files import write_sparse
 
@@ -151,7 +151,7 @@ def test_refusals_are_sorted_and_raised_together(sparse):
     plan = plan_merge(patch, into=into)
     assert [refusal.where for refusal in plan.refusals] == ["a", "b", "c"]
     with pytest.raises(PlanRefusedError) as error:
-        require(plan)
+        refuse(plan.refusals)
     assert error.value.refusals == plan.refusals
 
 

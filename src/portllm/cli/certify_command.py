@@ -14,7 +14,6 @@ from portllm.cli.main import (
     OtherBaseOption,
     OverwriteOption,
     QuietOption,
-    app,
 )
 from portllm.cli.model_commands import DeviceName, DeviceOption
 from portllm.cli.plain import print_json, say
@@ -28,7 +27,6 @@ class AnswerName(StrEnum):
     FREE = "free"
 
 
-@app.command()
 def certify(
     base: Annotated[str | None, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")] = None,
     patch: Annotated[Path | None, typer.Option("--patch", help="The patch.")] = None,

@@ -14,13 +14,11 @@ from portllm.cli.main import (
     OtherBaseOption,
     OverwriteOption,
     QuietOption,
-    app,
 )
 from portllm.cli.model_commands import DeviceName, DeviceOption
 from portllm.cli.plain import print_json, say
 
 
-@app.command()
 def check(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=PATCHES)],
     base: Annotated[str, typer.Option("--base", help=f"The model they belong to. {MODEL}")],

@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.main import DryRunOption, JsonOption, OverwriteOption, QuietOption, app
+from portllm.cli.main import DryRunOption, JsonOption, OverwriteOption, QuietOption
 from portllm.cli.plain import print_json, say
 
 
-@app.command()
 def fleet(
     file: Annotated[Path, typer.Argument(help="A TOML file: patches, evolved models, what to do, where to write.")],
     workers: Annotated[

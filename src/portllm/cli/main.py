@@ -13,20 +13,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from portllm import __version__
+from portllm.cli.certify_command import certify
+from portllm.cli.check_commands import check
+from portllm.cli.fleet_commands import fleet
+from portllm.cli.make_commands import capture, combine
+from portllm.cli.merge_command import merge
+from portllm.cli.model_commands import demo, evaluate, train
+from portllm.cli.patch_commands import inspect, port
 from portllm.cli.plain import say
+from portllm.cli.proof_commands import sign, verify
+from portllm.cli.study_commands import study
 from portllm.errors import PortLLMError
-
-ORDER = (
-    "demo", "inspect", "train", "capture", "check", "port", "merge", "combine", "evaluate", "certify", "verify", "sign",
-    "fleet", "study",
-)  # fmt: skip
-"""The commands as `--help` lists them: in the order in which a patch goes through them."""
 
 RESUMED = {
     "demo": "the same command goes on after the last step that is finished",
@@ -37,17 +39,8 @@ RESUMED = {
 """What becomes of what an interrupted command has done; the others begin anew."""
 
 
-class InOrder(TyperGroup):
-    """The program's commands in an order that is not that of their modules."""
-
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 (typer's context has no public name)
-        """Those of `ORDER` first."""
-        return sorted(super().list_commands(ctx), key=lambda name: (*ORDER, name).index(name))
-
-
 app = typer.Typer(
     name="portllm",
-    cls=InOrder,
     help="Carry a fine-tuned model's patch over to the next version of its base, without training.",
     no_args_is_help=True,
     add_completion=False,
@@ -83,6 +76,12 @@ def program(
         raise typer.Exit
 
 
+# In the order in which a patch goes through them, which is that of `--help`.
+for command in (demo, inspect, train, capture, check, port, merge, combine, evaluate, certify, verify, sign, fleet):
+    app.command()(command)
+app.add_typer(study)
+
+
 def main() -> None:
     """Run the program; an error of ours is a message and exit status 1, a bug keeps its traceback."""
     # Waiting threads of torch spin for long by default, and take a busy machine's cores from those that work; without
@@ -94,16 +93,6 @@ def main() -> None:
     # end, takes a third as long as that import.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
-    import portllm.cli.certify_command
-    import portllm.cli.check_commands
-    import portllm.cli.fleet_commands
-    import portllm.cli.make_commands
-    import portllm.cli.merge_command
-    import portllm.cli.model_commands
-    import portllm.cli.patch_commands
-    import portllm.cli.proof_commands
-    import portllm.cli.study_commands  # noqa: F401 (registers its commands)
-
     signal.signal(signal.SIGTERM, _stop)
     try:
         app()

@@ -13,7 +13,6 @@ from portllm.cli.main import (
     OutOption,
     OverwriteOption,
     QuietOption,
-    app,
 )
 from portllm.cli.plain import print_json, say
 
@@ -48,7 +47,6 @@ class CombineMethod(StrEnum):
     DARE = "dare"
 
 
-@app.command()
 def capture(
     base: Annotated[str, typer.Option("--base", help=f"The model it was made on. {MODEL}")],
     output: OutOption,
@@ -210,7 +208,6 @@ def _capture_tuned(
         say(render_tuned_report(report, output))
 
 
-@app.command()
 def combine(
     patches: Annotated[list[Path], typer.Argument(help="Two patches or more, of one base.")],
     output: OutOption,

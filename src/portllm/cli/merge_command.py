@@ -15,7 +15,6 @@ from portllm.cli.main import (
     OtherBaseOption,
     OverwriteOption,
     QuietOption,
-    app,
 )
 from portllm.cli.plain import print_json, say
 
@@ -55,7 +54,6 @@ class MergeDevice(StrEnum):
     CUDA = "cuda"
 
 
-@app.command()
 def merge(
     patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=PATCHES)] = None,
     into: Annotated[str | None, typer.Option("--into", help=f"The model it belongs to. {MODEL}")] = None,
@@ -113,7 +111,7 @@ def merge(
     from portllm.cli.render import render_merge_plan
     from portllm.cli.render_several import merge_outcomes_to_json, render_merge_outcomes
     from portllm.patch.folders import find_patches, open_each
-    from portllm.pipeline.plan import plan_merge, require
+    from portllm.pipeline.plan import plan_merge, refuse
 
     model = open_checkpoint(into)
     quantized = None if quantized_base is None else open_checkpoint(quantized_base)
@@ -133,7 +131,7 @@ def merge(
         plan = replace(plan, refusals=(*plan.refusals, *room.refusals(outputs[number], plan.n_bytes)))
         if dry_run and found.is_single:
             say(render_merge_plan(plan, output))
-        require(plan)
+        refuse(plan.refusals)
         check_free(outputs[number], overwrite=overwrite)
         room.promise(outputs[number], plan.n_bytes)
         return plan
@@ -192,12 +190,12 @@ def _merge_in_place(
     from portllm.cli.render import render_in_place_plan
     from portllm.patch.adapter_folder import load_patch
     from portllm.pipeline.in_place import plan_in_place, run_in_place
-    from portllm.pipeline.plan import require
+    from portllm.pipeline.plan import refuse
 
     plan = plan_in_place(load_patch(patch), folder, allow_other_base=allow_other_base)
     if dry_run:
         say(render_in_place_plan(plan))
-    require(plan.merge)
+    refuse(plan.merge.refusals)
     if dry_run:
         return
     with shown_progress(quiet=quiet) as progress:

@@ -15,7 +15,6 @@ from portllm.cli.main import (
     OutOption,
     OverwriteOption,
     QuietOption,
-    app,
 )
 from portllm.cli.plain import print_json, say
 
@@ -37,7 +36,6 @@ DeviceOption = Annotated[DeviceName, typer.Option("--device", help="auto takes a
 DataOption = Annotated[Path, typer.Option("--data", help="A JSONL file, one row an object.")]
 
 
-@app.command()
 def train(
     base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {MODEL}")],
     data: DataOption,
@@ -153,7 +151,6 @@ class Judging(StrEnum):
     TEXT = "text"
 
 
-@app.command()
 def evaluate(
     base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
     patch: Annotated[Path, typer.Option("--patch", help="The patch.")],
@@ -258,7 +255,6 @@ def _rows_of_a_file(
     )
 
 
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for its files.")] = Path("portllm-demo"),
     as_json: JsonOption = False,

@@ -14,7 +14,6 @@ from portllm.cli.main import (
     OutOption,
     OverwriteOption,
     QuietOption,
-    app,
 )
 from portllm.cli.plain import print_json, say
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from portllm.pipeline.plan import PortPlan
 
 
-@app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help=f"A checkpoint, adapter or patch. {MODEL}")],
     digest: Annotated[bool, typer.Option("--digest", help="Read all bytes of a checkpoint for its digest.")] = False,
@@ -45,7 +43,6 @@ def inspect(
         say(render_summary(summary))
 
 
-@app.command()
 def port(
     patches: Annotated[
         list[Path], typer.Argument(metavar="PATCH", help=f"{PATCHES} One without a record needs --base.")
@@ -74,7 +71,7 @@ def port(
     from portllm.cli.render_several import port_outcomes_to_json, ported_to_json, render_port_outcomes
     from portllm.patch.adapter_folder import load_patch
     from portllm.patch.folders import find_patches, open_each
-    from portllm.pipeline.plan import require
+    from portllm.pipeline.plan import refuse
     from portllm.pipeline.port import run_port
     from portllm.pipeline.route import AUTO, Route
     from portllm.pipeline.update import Update
@@ -94,7 +91,7 @@ def port(
             say(render_port_plan(plan, output))
         if not dry_run:
             return plan, run_port(plan, outputs[number], overwrite=overwrite)
-        require(plan)
+        refuse(plan.refusals)
         check_free(outputs[number], overwrite=overwrite)
         return plan, None
 

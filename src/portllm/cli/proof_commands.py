@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.main import MODEL, JsonOption, OverwriteOption, QuietOption, app
+from portllm.cli.main import MODEL, JsonOption, OverwriteOption, QuietOption
 from portllm.cli.plain import print_json, say
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ SignatureOption = Annotated[
 StagingOption = Annotated[bool, typer.Option("--staging", help="Sigstore's instance for tests.")]
 
 
-@app.command()
 def verify(
     path: PathArgument,
     base: Annotated[
@@ -77,7 +76,6 @@ def verify(
         raise typer.Exit(3)
 
 
-@app.command()
 def sign(
     path: PathArgument,
     key: Annotated[Path | None, typer.Option("--key", help="Your private key: a PEM file, on P-256 to P-521.")] = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.main import HtmlOption, JsonOption, OverwriteOption, QuietOption, app
+from portllm.cli.main import HtmlOption, JsonOption, OverwriteOption, QuietOption
 from portllm.cli.model_commands import DeviceName, DeviceOption
 from portllm.cli.plain import print_json, say
 
@@ -15,7 +15,6 @@ study = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.add_typer(study)
 
 FileArgument = Annotated[Path, typer.Argument(help="A TOML file: base, patches, tasks, evolutions.")]
 OutOption = Annotated[

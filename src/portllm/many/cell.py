@@ -23,7 +23,7 @@ from portllm.many.storage import digests, fetch_patch, is_url, join, publish, re
 from portllm.output.manifest import MANIFEST_FILE
 from portllm.patch.adapter_folder import RECORD_FILE, load_patch
 from portllm.patch.patch import Patch
-from portllm.pipeline.plan import PortPlan, plan_merge, plan_port_on, require
+from portllm.pipeline.plan import PortPlan, plan_merge, plan_port_on, refuse
 from portllm.pipeline.port import run_port
 from portllm.pipeline.update import Update
 
@@ -86,7 +86,7 @@ class Worker:
                     for step in ("port", "merge"):
                         remove(join(place, step), records=[RECORDS[step]])
                     return {**_no(facts["check"]), **_written(["check"], place)}
-            require(plan)
+            refuse(plan.refusals)
             for step in RECORDS.keys() - set(job["steps"]):  # of an earlier run that was asked for more
                 remove(join(place, step), records=[RECORDS[step]])
             facts |= _run(plan, job, place, scratch)
@@ -157,12 +157,12 @@ def _forecast(plan: PortPlan, job: Job) -> Result:
         report = refused(plan)
         if report is not None:
             return _no(_told(report))
-    require(plan)
+    refuse(plan.refusals)
     facts: dict[str, Any] = {"port": _port_facts(plan)}
     if "merge" in job["steps"]:
         # The ported patch does not exist yet; the patch itself has the same shapes, and belongs to another model.
         merged = plan_merge(plan.patch, into=plan.evolved, allow_other_base=True, **_layout(job))
-        require(merged)
+        refuse(merged.refusals)
         facts["merge"] = {"bytes": merged.n_bytes}
     return {"status": "done", "facts": facts}
 

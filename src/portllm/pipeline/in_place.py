@@ -43,7 +43,7 @@ from portllm.patch.record import ModelIdentity
 from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic
 from portllm.pipeline.make_tensor import Facts, How, Target, benches, make_tensor, require_device
 from portllm.pipeline.merge import digest_inputs, require_bfloat16
-from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, require
+from portllm.pipeline.plan import MergePlan, MergeStep, plan_merge, refuse
 from portllm.pipeline.side_by_side import Tell, run_side_by_side
 from portllm.progress import Progress, silent
 
@@ -122,7 +122,7 @@ def run_in_place(
     plan: InPlacePlan, *, rounding: Rounding = NEAREST, device: str = "cpu", progress: Progress = silent
 ) -> MergeReport:
     """Carry out a plan; see `merge_in_place`."""
-    require(plan.merge)
+    refuse(plan.merge.refusals)
     if isinstance(rounding, Stochastic):
         require_bfloat16(plan.merge)
     how = How(rounding, require_device(device), keep_cached=not is_large(plan.merge.n_bytes))

@@ -30,7 +30,7 @@ from portllm.patch.record import ModelIdentity
 from portllm.pipeline.blocks import NEAREST, Rounding, Stochastic
 from portllm.pipeline.make_tensor import Facts, How, require_device
 from portllm.pipeline.merge_outputs import Output, good, write_outputs
-from portllm.pipeline.plan import MergePlan, plan_merge, require
+from portllm.pipeline.plan import MergePlan, plan_merge, refuse
 from portllm.pipeline.quantization_gap import measure_gap
 from portllm.progress import Progress, silent
 
@@ -218,7 +218,7 @@ def _finish(output: Output, folder: Path, how: How, progress: Progress) -> Merge
 
 def _require(plan: MergePlan, out: Path, room: Room, how: How, *, overwrite: bool) -> None:
     """Raise if a plan cannot be carried out, else set room aside for its output."""
-    require(replace(plan, refusals=(*plan.refusals, *room.refusals(out, plan.n_bytes))))
+    refuse((*plan.refusals, *room.refusals(out, plan.n_bytes)))
     if isinstance(how.rounding, Stochastic):
         require_bfloat16(plan)
     check_free(out, overwrite=overwrite)

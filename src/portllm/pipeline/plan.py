@@ -5,7 +5,7 @@ plan with refusals does not run.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from portllm.checkpoint.equality import same_bytes
@@ -130,10 +130,10 @@ class MergePlan:
         return sum(step.change is not None for step in self.steps.values())
 
 
-def require(plan: PortPlan | MergePlan) -> None:
-    """Raise PlanRefusedError if the plan has refusals."""
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+def refuse(refusals: Sequence[Refusal]) -> None:
+    """Raise PlanRefusedError with all of the refusals, if there are any."""
+    if refusals:
+        raise PlanRefusedError(tuple(refusals))
 
 
 def plan_port(

@@ -12,7 +12,7 @@ from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch
 from portllm.patch.finite import require_finite
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
-from portllm.pipeline.plan import PortPlan, require
+from portllm.pipeline.plan import PortPlan, refuse
 from portllm.pipeline.route import Route
 from portllm.pipeline.update import Update
 
@@ -60,7 +60,7 @@ def port(
 
 def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
     """Carry out a plan; see `port`."""
-    require(plan)
+    refuse(plan.refusals)
     check_apart(out, plan.files)
     require_finite(plan.patch)
     patch = plan.patch
