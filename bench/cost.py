@@ -26,7 +26,7 @@ from bench.inputs import OUTPUTS, Inputs, NoRoomError
 from bench.room import fitting
 from bench.session import Session
 from bench.shapes import PAPER, SHAPES, Shape
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.demo.settings import TRAIN
 from portllm.demo.story import BASE
 

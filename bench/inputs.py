@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bench.shapes import Shape
-from portllm.checkpoint.writer import staged_folder
+from portllm.files.output_folder import staged_folder
 
 RESERVE_BYTES = 5_000_000_000
 """Left free on the disk whatever is made."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.sample import load_values
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.windows import load_values
 
 PREFIX = "base_model.model."
 

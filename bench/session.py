@@ -14,7 +14,7 @@ from bench.cache import cool, settle, warm
 from bench.contests import Contest, Job
 from bench.inputs import OUTPUTS
 from bench.measure import Run, machine, measure, summarize
-from portllm.kept import versions
+from portllm.files.kept_results import versions
 
 Kept = dict[str, Any]
 

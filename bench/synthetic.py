@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from bench.shapes import SEVEN, Shape
-from portllm.checkpoint.writer import Entry, ShardWriter, lay_out, staged_folder, write_index
+from portllm.checkpoint.safetensors.writer import Entry, ShardWriter, lay_out, write_index
+from portllm.files.output_folder import staged_folder
 
 WEIGHT_SIZE = 0.02
 """Standard deviation of a weight's values: about that of Llama's linear layers."""

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from portllm.assess.certificate import CONFIDENCE, upper_bound
-from portllm.study.file import read_study
-from portllm.study.ledger import Ledger
-from portllm.study.places import Places
+from portllm.certifying.bounds import CONFIDENCE, upper_bound
+from portllm.study.definition.file import read_study
+from portllm.study.definition.variants import PATCHED
 from portllm.study.run import default_folder, study_identities
-from portllm.study.variants import PATCHED
+from portllm.study.schedule.ledger import Ledger
+from portllm.study.schedule.places import Places
 
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 DRAWS = 200

@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from portllm.assess.forecast import Cell, Feature, fit
 from portllm.assess.held_out import Forecasts, coverage, forecast_held_out, mean_miss, rank_agreement, regret
-from portllm.assess.thresholds import SHORT_DRIFT
-from portllm.pipeline.forecast import ACCURACY, FILE, LOSS, TEXT, WEIGHTS, forecaster_to_json
+from portllm.checking.forecast import ACCURACY, FILE, LOSS, TEXT, WEIGHTS, forecaster_to_json
+from portllm.checking.forecast_model import Cell, Feature, fit
+from portllm.measures.thresholds import SHORT_DRIFT
+from portllm.study.definition.variants import PORTED, RETRAINED
+from portllm.study.results.table import Results, TaskRow
 from portllm.study.run import study_results
-from portllm.study.table import Results, TaskRow
-from portllm.study.variants import PORTED, RETRAINED
 
 OUT = Path(__file__).parents[1] / "src" / "portllm" / "pipeline" / FILE
 

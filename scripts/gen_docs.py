@@ -86,7 +86,7 @@ def write_example_models(folder: Path) -> None:
 def render_example() -> str:
     """The files of a patch that was captured and ported, as the program writes them."""
     import portllm
-    from portllm.pipeline.port import port
+    from portllm.porting.port import port
 
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         write_example_models(Path())
@@ -112,7 +112,7 @@ def filled(name: str, start: str, end: str, text: str) -> str:
 
 def render_forecast() -> str:
     """The page `forecast.md`: what stands there, with the numbers of the forecast that comes with the program."""
-    from portllm.pipeline.forecast import FILE
+    from portllm.checking.forecast import FILE
 
     values = json.loads((ROOT / "src" / "portllm" / "pipeline" / FILE).read_text(encoding="utf-8"))
     lost = values["lost_from"]
@@ -212,7 +212,7 @@ def digits(value: float | None) -> str:
 
 def render_families() -> str:
     """The page `families.md`."""
-    from portllm.checkpoint.families import families
+    from portllm.checkpoint.model.families import families
 
     parts = [
         "# Families of models",

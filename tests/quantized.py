@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
-from portllm.checkpoint.gguf_tensors import architectures
+from portllm.checkpoint.gguf.tensors import architectures
 
 SIZES = {
     "head": 8, "heads": 4, "hidden": 256, "inner": 512, "inner_twice": 1024, "key": 16, "key_heads": 2, "layers": 2,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from portllm.assess.certificate import upper_bound
+from portllm.certifying.bounds import upper_bound
 from scripts.certificate_coverage import DRAWS, INPUTS, measure, render
 
 

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from portllm.kept import with_versions
-from portllm.pipeline.forecast import forecaster_from_json
-from portllm.study.file import read_study
-from portllm.study.plan import data_of, settings_of, steps_of
+from portllm.checking.forecast import forecaster_from_json
+from portllm.files.kept_results import with_versions
+from portllm.study.definition.file import read_study
+from portllm.study.definition.plan import data_of, settings_of, steps_of
 from portllm.study.run import study_results
 from scripts.fit_forecast import FEATURES, fit_all, has_lost, main, read_cells, render, rounded
 from scripts.judge_check import judged

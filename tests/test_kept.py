@@ -3,7 +3,7 @@
 import pytest
 
 from portllm.errors import CheckpointError
-from portllm.kept import keep
+from portllm.files.kept_results import keep
 
 
 class Work:
@@ -53,7 +53,7 @@ def test_it_is_done_again_when_anything_differs(tmp_path, work, spoil):
 
 def test_another_version_of_a_program_does_the_work_again(tmp_path, work, monkeypatch):
     keep(tmp_path / "a.json", inputs={}, identify=work.identify, work=work)
-    monkeypatch.setattr("portllm.kept.versions", lambda: {"torch": "another"})
+    monkeypatch.setattr("portllm.files.kept_results.versions", lambda: {"torch": "another"})
     assert not keep(tmp_path / "a.json", inputs={}, identify=work.identify, work=work).reused
 
 

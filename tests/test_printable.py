@@ -2,7 +2,7 @@
 
 import pytest
 
-from portllm.printable import one_line, readable
+from portllm.show.printable import one_line, readable
 
 
 @pytest.mark.parametrize("sign", [chr(code) for code in (*range(32), *range(127, 160), 0x2028, 0x202E, 0x2066, 0xD800)])

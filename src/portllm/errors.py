@@ -34,7 +34,7 @@ A message says where, what was found, what was expected, and what to do. The com
 with 1; anything that is not a `PortLLMError` is a bug and keeps its traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -194,3 +194,9 @@ class PlanRefusedError(PortLLMError):
         if rest > 0:
             lines.append(f"and {rest} more of the same run; --json lists them all.")
         super().__init__("\n".join(lines))
+
+
+def refuse(refusals: Sequence[Refusal]) -> None:
+    """Raise PlanRefusedError with all of the refusals, if there are any."""
+    if refusals:
+        raise PlanRefusedError(tuple(refusals))

@@ -10,14 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from portllm.assess.certificate import (
-    change_interval,
-    least_inputs,
-    log_tail,
-    lower_bound,
-    plan_inputs,
-    upper_bound,
-)
+from portllm.certifying.bounds import change_interval, least_inputs, log_tail, lower_bound, plan_inputs, upper_bound
 
 SMALL_TOLERANCE = 1e-12
 LARGE = 10_000

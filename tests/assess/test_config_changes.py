@@ -2,7 +2,7 @@
 
 import pytest
 
-from portllm.assess.config_changes import Effect, compare_configs
+from portllm.checking.update.config_changes import Effect, compare_configs
 
 LLAMA_3 = {
     "model_type": "llama",

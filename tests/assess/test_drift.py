@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.assess.drift import DriftSums, measure_drift
+from portllm.measures.drift import DriftSums, measure_drift
 
 vectors = st.integers(1, 30).flatmap(
     lambda n: st.tuples(*[st.lists(st.floats(-10, 10, width=32), min_size=n, max_size=n)] * 2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from portllm.assess.drift_kernel import BLOCK, DOT, DriftKernel
+from portllm.measures.drift_kernel import BLOCK, DOT, DriftKernel
 
 FLOAT32_SUMS = 1e-5
 """What float32 products over blocks may differ from float64 by, relatively."""

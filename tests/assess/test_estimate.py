@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from portllm.assess.drift import DriftSums, measure_drift
-from portllm.assess.estimate import Estimate, Stratum, estimate_drift
+from portllm.measures.drift import DriftSums, measure_drift
+from portllm.measures.estimate import Estimate, Stratum, estimate_drift
 
 WINDOW, WINDOWS, READ = 50, 40, 8
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portllm.assess.fidelity import measure_fidelity
+from portllm.measures.fidelity import measure_fidelity
 
 EXACT = 1e-9
 """Float64 sums of a few hundred products, with the root of an eigenvalue between."""

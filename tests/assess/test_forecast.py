@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from portllm.assess.forecast import Cell, Feature, fit, pooled_quantile, splits
+from portllm.checking.forecast_model import Cell, Feature, fit, pooled_quantile, splits
 
 DRIFT, LIKENESS = Feature("drift", sign=-1, is_log=True), Feature("likeness", sign=1)
 TRUTH = {"intercept": 0.5, "drift": 2.0, "likeness": 1.0}
@@ -43,7 +43,7 @@ def test_a_fit_finds_the_model_that_made_the_cells():
 
 def test_a_fit_is_the_minimum_of_its_objective():
     scipy = pytest.importorskip("scipy.optimize")
-    from portllm.assess.forecast import RIDGE
+    from portllm.checking.forecast_model import RIDGE
 
     cells = make_cells(noise=0.1, seed=3)
     forecaster = fit(cells, [DRIFT, LIKENESS])

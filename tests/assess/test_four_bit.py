@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from portllm.assess import four_bit
-from portllm.assess.four_bit import CODES, SCHEMES, block_scales, requantized, stored_scales
+from portllm.measures import four_bit
+from portllm.measures.four_bit import CODES, SCHEMES, block_scales, requantized, stored_scales
 
 LAST_BITS = 1e-6
 """A sum of float32 numbers, equal steps between two of them: the last bits depend on the order of the operations."""

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from portllm.assess.forecast import Cell, Feature, Forecast
 from portllm.assess.held_out import coverage, forecast_held_out, mean_miss, rank_agreement, regret, spearman
+from portllm.checking.forecast_model import Cell, Feature, Forecast
 from tests.assess.test_forecast import DRIFT, LIKENESS, make_cells
 
 

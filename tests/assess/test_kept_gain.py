@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from portllm.assess import kept_gain
-from portllm.assess.kept_gain import STORED_AS, measure_rounding
-from portllm.checkpoint.tensors import TORCH_DTYPES
+from portllm.checkpoint.reading.tensors import TORCH_DTYPES
+from portllm.measures import kept_gain
+from portllm.measures.kept_gain import STORED_AS, measure_rounding
 from portllm.patch.merge import measure_merge
 
 SAME_SUMS = 1e-5

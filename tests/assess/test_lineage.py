@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from portllm.assess.drift import measure_drift
-from portllm.assess.estimate import Stratum, estimate_drift
-from portllm.assess.lineage import Lineage, lineage_of
+from portllm.checking.update.lineage import Lineage, lineage_of
+from portllm.measures.drift import measure_drift
+from portllm.measures.estimate import Stratum, estimate_drift
 
 
 def lineage(base, evolved):

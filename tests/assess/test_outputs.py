@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from portllm.assess.outputs import Distance, effect_kept, measure_distance, measure_shift
+from portllm.measures.outputs import Distance, effect_kept, measure_distance, measure_shift
 
 EXACT = 1e-9
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.assess import overlap
-from portllm.assess.overlap import (
+from portllm.measures import overlap
+from portllm.measures.overlap import (
     BLOCK,
     Alignment,
     Share,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from portllm.assess.places import Place, place_of
+from portllm.measures.places import Place, place_of
 
 
 @pytest.mark.parametrize(

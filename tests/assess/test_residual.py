@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.assess.residual import measure_residual
+from portllm.measures.residual import measure_residual
 from portllm.patch.delta import LowRankDelta
 
 D_OUT, D_IN = 20, 12

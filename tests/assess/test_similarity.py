@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from portllm.assess.similarity import linear_cka
+from portllm.measures.similarity import linear_cka
 
 EXACT = 1e-9
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.assess.spectral import spectral_norm
+from portllm.measures.spectral import spectral_norm
 
 
 def gram(matrix):

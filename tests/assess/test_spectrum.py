@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.assess.spectrum import FACTOR_FLOOR, product_values
+from portllm.measures.spectrum import FACTOR_FLOOR, product_values
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from portllm.assess import thresholds
-from portllm.assess.config_changes import ConfigChange, Effect
-from portllm.assess.drift import DriftSums
-from portllm.assess.estimate import DriftEstimate, Estimate
-from portllm.assess.lineage import Lineage
-from portllm.assess.overlap import Share
-from portllm.assess.verdict import Answer, Measures, judge, with_answers
+from portllm.checking.update.config_changes import ConfigChange, Effect
+from portllm.checking.update.lineage import Lineage
+from portllm.checking.verdict import Answer, Measures, judge, with_answers
 from portllm.errors import Refusal
+from portllm.measures import thresholds
+from portllm.measures.drift import DriftSums
+from portllm.measures.estimate import DriftEstimate, Estimate
+from portllm.measures.overlap import Share
 
 
 def drifted(relative, *, error=0.0):

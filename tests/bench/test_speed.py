@@ -11,8 +11,8 @@ from bench.page import files
 from bench.session import Session
 from bench.shapes import SHAPES
 from bench.speed import fallen_behind, measure_shape
-from portllm.checkpoint.identity import digest
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.model.identity import digest
+from portllm.checkpoint.open import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CONTESTS = ("copy", "merge", "drift", "port", "check")  # all that need no program of others to be installed

@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from portllm.checkpoint import raw_files
-from portllm.checkpoint.alike_reader import AlikeReader
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading import bytes as raw_files
+from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.errors import CheckpointError, UnsupportedDtypeError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.identity import digest, fingerprint
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.tensors import load
+from portllm.checkpoint.model.identity import digest, fingerprint
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError
 from tests.quantized import quantize_model
 

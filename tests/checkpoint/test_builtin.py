@@ -9,10 +9,11 @@ import threading
 import pytest
 from blake3 import blake3
 
-from portllm.checkpoint import builtin, gguf
+from portllm.checkpoint import builtin
 from portllm.checkpoint.builtin import BUILTIN, Builtin, builtin_folder
-from portllm.checkpoint.cache import cache_root
+from portllm.checkpoint.gguf import convert as gguf
 from portllm.errors import CheckpointError, NotFoundError, OutputError
+from portllm.files.cache import cache_root
 from tests.tiny_gguf import write_tiny_gguf
 
 CONVERTED = "b5e9e01e3d06"
@@ -123,7 +124,7 @@ def test_a_folder_that_lost_a_file_is_made_anew(package):
 
 
 def test_the_second_of_two_at_once_waits_and_takes_the_folder_of_the_first(package, monkeypatch):
-    from portllm.checkpoint import staging
+    from portllm.files import staging
 
     waiting, flock, converted = threading.Event(), staging.fcntl.flock, []
 

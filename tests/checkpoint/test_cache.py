@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from portllm.checkpoint.cache import cache_root
+from portllm.files.cache import cache_root
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portllm.checkpoint.decoding import decoded, spans_of, stored_rows, unpack_nibbles
-from portllm.checkpoint.encoding import GGML_TYPES, UNREADABLE, GGMLBlocks
-from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.raw_files import read_bytes
-from portllm.checkpoint.sample import load_values
-from portllm.checkpoint.tensors import load, load_rows
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.reading.decoding import decoded, spans_of, stored_rows, unpack_nibbles
+from portllm.checkpoint.reading.tensors import load, load_rows
+from portllm.checkpoint.reading.windows import load_values
+from portllm.checkpoint.tensor.encoding import GGML_TYPES, UNREADABLE, GGMLBlocks
+from portllm.checkpoint.tensor.info import TensorInfo
 from tests.quantized import BLOCKS, random_blocks
 from tests.tiny_gguf import permute
 
@@ -89,7 +89,7 @@ def test_four_bit_weights_are_what_bitsandbytes_makes_of_them(tmp_path, kind, do
     functional = pytest.importorskip("bitsandbytes.functional")
     from safetensors.torch import save_file
 
-    from portllm.checkpoint.reader import open_checkpoint
+    from portllm.checkpoint.open import open_checkpoint
 
     torch.manual_seed(0)
     weight = (torch.randn(150, 301) / 50).to(dtype)  # 706 blocks: nested scales of three groups, the last one cut short

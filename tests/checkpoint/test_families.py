@@ -6,10 +6,10 @@ from importlib.resources import files
 
 import pytest
 
-from portllm.checkpoint.families import current_tensors, families, family_named, family_of, resolve, respelled
-from portllm.checkpoint.identity import digest, fingerprint
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.ties import embedding, stored_head, tied_embedding
+from portllm.checkpoint.model.families import current_tensors, families, family_named, family_of, resolve, respelled
+from portllm.checkpoint.model.identity import digest, fingerprint
+from portllm.checkpoint.model.ties import embedding, stored_head, tied_embedding
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError
 from tests.files import write_tensors
 

@@ -9,9 +9,9 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from portllm.checkpoint.gguf_header import ListPlace, read_gguf_header, read_gguf_list
-from portllm.checkpoint.identity import fingerprint
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.gguf.header import ListPlace, read_gguf_header, read_gguf_list
+from portllm.checkpoint.model.identity import fingerprint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError
 from tests.tiny_gguf import write_tiny_gguf
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-from portllm.checkpoint.families import family_of
-from portllm.checkpoint.gguf_tensors import architectures
-from portllm.checkpoint.identity import digest, fingerprint
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.tensors import load
-from portllm.checkpoint.ties import tied_embedding
+from portllm.checkpoint.gguf.tensors import architectures
+from portllm.checkpoint.model.families import family_of
+from portllm.checkpoint.model.identity import digest, fingerprint
+from portllm.checkpoint.model.ties import tied_embedding
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError, MissingTensorError, NotFoundError
-from portllm.pipeline.train import check_runnable
+from portllm.running.folder import check_runnable
 from tests.quantized import write_gguf
 from tests.tiny_gguf import write_tiny_gguf
 

@@ -10,16 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from portllm.checkpoint.header import (
-    DTYPE_BITS,
-    MAX_HEADER_BYTES,
-    n_bytes_of,
-    parse_header,
-    parse_header_length,
-    render_header,
-)
-from portllm.checkpoint.raw_files import read_header
-from portllm.checkpoint.tensors import TORCH_DTYPES
+from portllm.checkpoint.reading.tensors import TORCH_DTYPES
+from portllm.checkpoint.safetensors.header import MAX_HEADER_BYTES, parse_header, parse_header_length, render_header
+from portllm.checkpoint.safetensors.header_file import read_header
+from portllm.checkpoint.tensor.info import DTYPE_BITS, n_bytes_of
 from portllm.errors import HeaderError
 from tests.files import file_bytes
 

@@ -11,12 +11,16 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
+from portllm.capturing.adapter import capture_adapter
+from portllm.capturing.tuned import capture_tuned
+from portllm.checking.check import check
 from portllm.checkpoint.hub import fetch, look_up
-from portllm.checkpoint.identity import digest, fingerprint, sample_window
-from portllm.checkpoint.raw_files import read_bytes
-from portllm.checkpoint.reader import INDEX_FILE, on_disk, open_checkpoint, side_file
-from portllm.checkpoint.ties import tied_embedding
-from portllm.cli.render import render_summary
+from portllm.checkpoint.model.identity import digest, fingerprint
+from portllm.checkpoint.model.ties import tied_embedding
+from portllm.checkpoint.open import on_disk, open_checkpoint, side_file
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.reading.windows import sample_window
+from portllm.checkpoint.safetensors.names import INDEX_FILE
 from portllm.errors import (
     AdapterFormatError,
     CheckpointError,
@@ -28,14 +32,12 @@ from portllm.errors import (
     PlanRefusedError,
     RemoteError,
 )
+from portllm.inspecting.inspect import inspect, summary_to_json
+from portllm.inspecting.text import render_summary
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import folder_of, load_patch, read_record
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.capture_tuned import capture_tuned
-from portllm.pipeline.check import check
-from portllm.pipeline.inspect import inspect, summary_to_json
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
-from portllm.pipeline.train import check_runnable, model_folder
+from portllm.porting.port import port
+from portllm.running.folder import check_runnable, model_folder
 from tests.files import contents, entries_of, file_bytes
 from tests.hub import COMMIT, OLDER_COMMIT, Repo
 

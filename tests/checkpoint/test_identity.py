@@ -5,9 +5,10 @@ import os
 
 import pytest
 
-from portllm.checkpoint import identity
-from portllm.checkpoint.identity import SAMPLE_BYTES, digest, fingerprint, own_tensors, sample_window, tensor_digests
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.model import identity
+from portllm.checkpoint.model.identity import digest, fingerprint, own_tensors, tensor_digests
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.windows import SAMPLE_BYTES, sample_window
 from tests.files import write_tensors
 
 BIG = bytes(index * 7 % 256 for index in range(3 * SAMPLE_BYTES))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.checkpoint.json_text import MAX_DEPTH, parse_json
+from portllm.files.json_text import MAX_DEPTH, parse_json
 
 REFUSED = {
     "a byte order mark": (b'\xef\xbb\xbf{"a": 1}', "BOM"),

@@ -2,7 +2,7 @@
 
 import os
 
-from portllm.checkpoint import page_cache
+from portllm.files import page_cache
 
 
 def test_telling_the_kernel_changes_no_byte(tmp_path):

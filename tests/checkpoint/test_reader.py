@@ -7,9 +7,11 @@ import shutil
 import pytest
 from safetensors import safe_open
 
-from portllm.checkpoint import raw_files
-from portllm.checkpoint.raw_files import read_bytes, read_json
-from portllm.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading import bytes as raw_files
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.safetensors.names import INDEX_FILE
 from portllm.errors import (
     AdapterFormatError,
     CheckpointError,
@@ -19,6 +21,7 @@ from portllm.errors import (
     MissingTensorError,
     NotFoundError,
 )
+from portllm.files.json_file import read_json
 from portllm.patch.adapter_folder import load_patch
 from tests.files import file_bytes, rewrite_header, write_tensors
 

@@ -9,10 +9,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from portllm.checkpoint import remote
-from portllm.checkpoint.remote import ATTEMPTS, LONGEST_WAIT_SECONDS, concurrently, read_range, read_remote_header
-from portllm.checkpoint.source import RemoteFile
+from portllm.checkpoint.hub import read_remote_header
+from portllm.checkpoint.reading import ranges as remote
+from portllm.checkpoint.reading.ranges import ATTEMPTS, LONGEST_WAIT_SECONDS, concurrently, read_range
 from portllm.errors import HeaderError, RemoteError
+from portllm.files.source import RemoteFile
 from tests.files import file_bytes, write_sparse
 from tests.hub import COMMIT, TOKEN
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from portllm.checkpoint import page_cache
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.row_reader import RowReader
-from portllm.checkpoint.tensors import load, load_rows
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.rows import RowReader
+from portllm.checkpoint.reading.tensors import load, load_rows
 from portllm.errors import CheckpointError, UnsupportedDtypeError
+from portllm.files import page_cache
 from tests.files import write_tensors
 
 

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from portllm.checkpoint import raw_files
-from portllm.checkpoint.decoding import decode_floats
-from portllm.checkpoint.identity import SAMPLE_BYTES
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.sample import load_spans, load_values, sample_span
-from portllm.checkpoint.tensors import TORCH_DTYPES, encode
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading import bytes as raw_files
+from portllm.checkpoint.reading.decoding import decode_floats
+from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
+from portllm.checkpoint.reading.windows import SAMPLE_BYTES, load_spans, load_values, sample_span
 from portllm.errors import CheckpointError, UnsupportedDtypeError
 from tests.files import BYTES_OF, write_tensors
 

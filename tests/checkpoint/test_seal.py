@@ -5,7 +5,7 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.checkpoint.seal import SEAL, digest_file, render_sealed, seal_of, seal_problem
+from portllm.files.seal import SEAL, digest_file, render_sealed, seal_of, seal_problem
 
 values = st.dictionaries(
     st.text(max_size=4),

@@ -5,10 +5,10 @@ import signal
 
 import pytest
 
-from portllm.checkpoint import staging
-from portllm.checkpoint.staging import Journal, Place, exchange
-from portllm.checkpoint.writer import resumable_folder, staged_folder
 from portllm.errors import OutputBusyError, OutputError, OutputExistsError
+from portllm.files import staging
+from portllm.files.output_folder import resumable_folder, staged_folder
+from portllm.files.staging import Journal, Place, exchange
 from tests.files import contents
 from tests.processes import die, die_at_event, in_child
 

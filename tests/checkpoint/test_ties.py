@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from portllm.checkpoint.identity import fingerprint
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.ties import embedding, tied_embedding
+from portllm.checkpoint.model.identity import fingerprint
+from portllm.checkpoint.model.ties import embedding, tied_embedding
+from portllm.checkpoint.open import open_checkpoint
 from tests.files import write_tensors
 
 EMBEDDING = "model.embed_tokens.weight"

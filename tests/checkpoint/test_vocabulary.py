@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.vocabulary import parse_vocabulary, read_vocabulary
 from portllm.errors import CheckpointError
 

@@ -9,21 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from portllm.checkpoint import page_cache
-from portllm.checkpoint.header import DTYPE_BITS
-from portllm.checkpoint.raw_files import read_bytes
-from portllm.checkpoint.reader import INDEX_FILE, open_checkpoint
-from portllm.checkpoint.writer import (
-    Entry,
-    ShardWriter,
-    check_apart,
-    check_free,
-    lay_out,
-    render_index,
-    staged_folder,
-    write_index,
-)
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.safetensors.names import INDEX_FILE
+from portllm.checkpoint.safetensors.writer import Entry, ShardWriter, lay_out, render_index, write_index
+from portllm.checkpoint.tensor.info import DTYPE_BITS
 from portllm.errors import OutputError, OutputExistsError
+from portllm.files import page_cache
+from portllm.files.output_folder import check_apart, check_free, staged_folder
 from tests.files import contents
 
 
@@ -184,7 +177,7 @@ def test_overwriting_replaces_the_whole_folder(tmp_path):
 
 
 def test_a_rename_that_fails_gives_the_old_folder_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("portllm.checkpoint.staging.exchange", lambda *_: False)
+    monkeypatch.setattr("portllm.files.staging.exchange", lambda *_: False)
     folder = old(tmp_path / "out")
     rename = Path.rename
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from portllm.assess.certificate import upper_bound
-from portllm.report.numbers import upper_percent
+from portllm.certifying.bounds import upper_bound
+from portllm.show.numbers import upper_percent
 from tests.pipeline.certified import CHOICES, make_story, write_questions
 
 
@@ -174,7 +174,7 @@ def test_other_inputs_are_named(portllm, certified, questions, tmp_path):
 
 
 def test_a_bound_that_was_bettered_by_hand_is_caught_with_and_without_a_new_seal(portllm, certified):
-    from portllm.checkpoint.seal import render_sealed
+    from portllm.files.seal import render_sealed
 
     file = certified / "certificate.json"
     values = json.loads(file.read_text())

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from portllm.pipeline import forecast
-from portllm.report.numbers import three_percent
+from portllm.checking import forecast
+from portllm.show.numbers import three_percent
 from tests.pipeline.test_forecast import KNOWN
 
 SHORT = 0.00003

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import portllm.cli.make_commands  # noqa: F401 (registers its commands)
+import portllm.cli.capture  # noqa: F401 (registers its commands)
 from portllm.cli.main import app
 from portllm.errors import PlanRefusedError
 from portllm.patch.adapter_folder import load_patch

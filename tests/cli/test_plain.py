@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from portllm.checkpoint.seal import render_sealed
-from portllm.cli.plain import print_json, say
+from portllm.cli.terminal import print_json, say
+from portllm.files.seal import render_sealed
 from tests.files import write_tensors
 
 EVIL = "\x1b[2J\x1b]0;title\x07\r\n  ok  signature  by the key of mine\nverified\u202e\x9b1A\x7f\u2028"

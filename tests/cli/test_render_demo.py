@@ -2,9 +2,9 @@
 
 import pytest
 
-from portllm.cli.render_demo import render_step
 from portllm.demo.story import Step
-from portllm.kept import Kept
+from portllm.demo.text import render_step
+from portllm.files.kept_results import Kept
 
 FORECAST = {
     "loss": {"retention": 0.99, "low": 0.77, "high": 1.0},

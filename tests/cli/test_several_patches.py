@@ -59,12 +59,12 @@ def test_a_dry_run_writes_nothing(port_team, tmp_path):
 
 
 def test_the_models_are_read_once_for_all_patches(port_team, monkeypatch):
-    import portllm.pipeline.update
+    import portllm.matching.update
 
     identified = []
-    identify = portllm.pipeline.update.identify
+    identify = portllm.patch.identify.identify
     monkeypatch.setattr(
-        "portllm.pipeline.update.identify", lambda model: identified.append(model.name) or identify(model)
+        "portllm.patch.identify.identify", lambda model: identified.append(model.name) or identify(model)
     )
     port_team()
     assert len(identified) == len(set(identified)) == 2

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from portllm.live.model import load_tokenizer
+from portllm.running.model import load_tokenizer
 from tests.live.language import make_reader
 from tests.models import make_evolved
 

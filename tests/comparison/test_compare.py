@@ -3,15 +3,15 @@ import json
 import pytest
 import torch
 
-from portllm.comparison import compare as module
-from portllm.comparison.compare import Contestants, compare, score_all, set_side_by_side
-from portllm.comparison.scoring import Scores, Task, score
 from portllm.errors import AdapterFormatError, CheckpointError, PortLLMError
-from portllm.live.encoding import Encoder
-from portllm.live.evolve import EvolveSettings, evolve
-from portllm.live.examples import Example
-from portllm.live.model import attach_adapter, load_model, load_tokenizer
-from portllm.live.train import TrainSettings, train_lora
+from portllm.evaluating import compare as module
+from portllm.evaluating.compare import Contestants, compare, score_all, set_side_by_side
+from portllm.evaluating.scoring import Scores, Task, score
+from portllm.running.encoding import Encoder
+from portllm.running.examples import Example
+from portllm.running.model import attach_adapter, load_model, load_tokenizer
+from portllm.training.evolve import EvolveSettings, evolve
+from portllm.training.lora import TrainSettings, train_lora
 from tests.live.language import TEXT
 
 KINDS = {"what causes": "cause", "how is": "treatment", "who has": "symptoms"}

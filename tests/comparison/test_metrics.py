@@ -7,7 +7,7 @@ import scipy.stats
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from portllm.comparison.metrics import accuracy, flips, mean_loss, paired_change, retention
+from portllm.evaluating.metrics import accuracy, flips, mean_loss, paired_change, retention
 
 ROWS = st.lists(st.booleans(), min_size=1, max_size=60)
 LOSSES = st.lists(st.floats(0, 20), min_size=2, max_size=60)

@@ -3,11 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from portllm.comparison.scoring import Task, label_log_probs, score
 from portllm.errors import DataError
-from portllm.live.encoding import Encoder
-from portllm.live.examples import Example
-from portllm.live.model import load_model, load_tokenizer
+from portllm.evaluating.scoring import Task, label_log_probs, score
+from portllm.running.encoding import Encoder
+from portllm.running.examples import Example
+from portllm.running.model import load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ def test_labels_beyond_one_chunk_of_continuations_are_scored_alike(model, encode
     rows = encoded_rows(encoder)
     given = [row[0].prompt for row in rows], [[encoded.completion for encoded in row] for row in rows]
     whole = label_log_probs(model, *given, device=CPU)
-    monkeypatch.setattr("portllm.comparison.scoring.CONTINUATIONS", 4)
+    monkeypatch.setattr("portllm.evaluating.scoring.CONTINUATIONS", 4)
     assert torch.allclose(label_log_probs(model, *given, device=CPU), whole, atol=F32_TOLERANCE, rtol=0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from portllm.demo.settings import COMPLETION, EVOLUTION_TEMPLATE, PROMPT
-from portllm.live.examples import ExampleFormat, read_examples, read_texts
+from portllm.running.examples import ExampleFormat, read_examples, read_texts
 
 DATA = resources.files("portllm.demo") / "data"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_data.py"

@@ -17,19 +17,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from portllm.assess.certificate import upper_bound
-from portllm.checkpoint.gguf_file import open_gguf
-from portllm.checkpoint.reader import INDEX_FILE, open_checkpoint
-from portllm.checkpoint.seal import render_sealed
+from portllm.certifying.bounds import upper_bound
+from portllm.certifying.certificate import count_labels, read_certificate
+from portllm.certifying.text import render_certificate
+from portllm.checkpoint.gguf.file import open_gguf
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.safetensors.names import INDEX_FILE
 from portllm.checkpoint.vocabulary import read_vocabulary
-from portllm.cli.render_certificate import render_certificate
 from portllm.errors import PortLLMError
-from portllm.output.certificate import count_labels, read_certificate
+from portllm.files.seal import render_sealed
+from portllm.inspecting.inspect import inspect, summary_to_json
 from portllm.patch.adapter_folder import load_patch, parse_record, stored_tensors, write_patch
 from portllm.patch.record import record_to_json
-from portllm.pipeline.inspect import inspect, summary_to_json
-from portllm.pipeline.verification import verification_to_json
-from portllm.pipeline.verify import verify
+from portllm.verifying.checks import verification_to_json
+from portllm.verifying.verify import verify
 from tests.files import file_bytes, write_tensors
 
 EXAMPLES = int(os.environ.get("PORTLLM_FUZZ_EXAMPLES", "400"))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from portllm.errors import DataError
-from portllm.harness.local_rows import hub_row, local_source
+from portllm.evaluating.harness.local_rows import hub_row, local_source
 from tests.harness.conftest import write_rows
 
 ROW = {"sentence": "Tea.", "label": 1}

@@ -12,16 +12,16 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "portllm.harness.package", raising=False)
+    monkeypatch.delitem(sys.modules, "portllm.evaluating.harness.package", raising=False)
     with pytest.raises(MissingExtraError, match=rf"'{missing}.*pip install 'portllm\[eval\]'"):
-        importlib.import_module("portllm.harness.package")
+        importlib.import_module("portllm.evaluating.harness.package")
 
 
 def test_the_harness_is_quiet_inside_the_block_and_as_before_after_it():
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
     import datasets
 
-    from portllm.harness.package import quiet_harness
+    from portllm.evaluating.harness.package import quiet_harness
 
     logger = logging.getLogger("lm_eval")
     before = logger.level, datasets.is_progress_bar_enabled()

@@ -11,12 +11,12 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
-from portllm.comparison.scoring import Task, label_log_probs, score
 from portllm.errors import DataError
-from portllm.harness.scoring import score_task
-from portllm.harness.task import HarnessTask
-from portllm.live.encoding import Encoder
-from portllm.live.model import load_model, load_tokenizer, quiet
+from portllm.evaluating.harness.scoring import score_task
+from portllm.evaluating.harness.task import HarnessTask
+from portllm.evaluating.scoring import Task, label_log_probs, score
+from portllm.running.encoding import Encoder
+from portllm.running.model import load_model, load_tokenizer, quiet
 from tests.harness.conftest import ROWS
 
 CPU = torch.device("cpu")

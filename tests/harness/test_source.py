@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
 
-from portllm.harness.scoring import score_task
-from portllm.harness.source import HarnessRows
-from portllm.harness.task import HarnessTask
-from portllm.live.encoding import Encoder
-from portllm.live.model import load_model, load_tokenizer
+from portllm.evaluating.harness.scoring import score_task
+from portllm.evaluating.harness.source import HarnessRows
+from portllm.evaluating.harness.task import HarnessTask
+from portllm.running.encoding import Encoder
+from portllm.running.model import load_model, load_tokenizer
 from tests.harness.conftest import ROWS, write_rows
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
 
 from portllm.errors import DataError
-from portllm.harness.task import HarnessTask, as_example
-from portllm.live.examples import Example, completion_text
+from portllm.evaluating.harness.task import HarnessTask, as_example
+from portllm.running.examples import Example, completion_text
 from tests.harness.conftest import ROWS, write_rows
 
 FIRST = {

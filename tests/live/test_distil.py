@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from portllm.errors import AdapterFormatError, DataError
-from portllm.live.distil import TeacherFolders, distil_lora, mean_divergence
-from portllm.live.encoding import Encoder
-from portllm.live.loss import IGNORED
-from portllm.live.model import load_tokenizer
-from portllm.live.train import TrainSettings, train_lora
+from portllm.running.encoding import Encoder
+from portllm.running.loss import IGNORED
+from portllm.running.model import load_tokenizer
+from portllm.training.distil_lora import TeacherFolders, distil_lora, mean_divergence
+from portllm.training.lora import TrainSettings, train_lora
 from tests.live.language import make_reader, metaspace_tokenizer
 from tests.live.test_train import EXAMPLES, QUICK
 from tests.models import make_adapter, make_evolved

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portllm.errors import DataError
-from portllm.live.encoding import Encoder, pad_left
+from portllm.running.encoding import Encoder, pad_left
 from tests.live.language import byte_level_tokenizer, metaspace_tokenizer
 
 VOCABULARY = ["what", "causes", "a", "fever", "measles", "treatment", "cold", "?", ":", "rest"]

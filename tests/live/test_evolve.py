@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from portllm.errors import DataError, OutputExistsError, PortLLMError
-from portllm.live.evolve import EvolveSettings, evolve
-from portllm.live.model import load_model, load_tokenizer
+from portllm.running.model import load_model, load_tokenizer
+from portllm.training.evolve import EvolveSettings, evolve
 from tests.live.language import TEXT, make_reader
 
 TEXTS = TEXT.strip().splitlines()

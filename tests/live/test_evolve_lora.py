@@ -3,8 +3,8 @@
 import pytest
 
 from portllm.errors import DataError, OutputExistsError, PortLLMError
-from portllm.live.evolve_lora import LoraEvolveSettings, train_on_text
 from portllm.patch.adapter_folder import load_patch
+from portllm.training.evolve_lora import LoraEvolveSettings, train_on_text
 from tests.live.language import TEXT
 
 TEXTS = TEXT.strip().splitlines()

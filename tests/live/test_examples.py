@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portllm.errors import DataError
-from portllm.live.examples import (
+from portllm.running.examples import (
     Example,
     ExampleFormat,
     Template,
@@ -181,7 +181,7 @@ def test_a_blank_text_is_refused(write):
 
 
 def test_reading_examples_does_not_import_torch():
-    code = "import sys, portllm.live.examples; sys.exit('torch' in sys.modules)"
+    code = "import sys, portllm.running.examples; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from portllm.live.encoding import Encoded
-from portllm.live.loss import completion_nats
-from portllm.live.model import load_model
+from portllm.running.encoding import Encoded
+from portllm.running.loss import completion_nats
+from portllm.running.model import load_model
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import portllm
-from portllm.live.messages import errors_only
+from portllm.running.messages import errors_only
 
 
 def test_errors_are_shown_and_warnings_are_not_inside_the_block_alone(caplog):
@@ -31,7 +31,7 @@ def test_of_what_bitsandbytes_says_when_peft_loads_it_only_errors_reach_the_term
         "logging.getLogger('bitsandbytes.backends').error('broken library')\n"
     )
     paths = os.pathsep.join(map(str, (tmp_path, Path(portllm.__file__).parents[1])))
-    command = [sys.executable, "-c", "import portllm.live.model, sys; assert 'bitsandbytes' in sys.modules"]
+    command = [sys.executable, "-c", "import portllm.running.model, sys; assert 'bitsandbytes' in sys.modules"]
     result = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from portllm.errors import AdapterFormatError, CheckpointError, MissingExtraError, PortLLMError
-from portllm.live.model import (
+from portllm.running.model import (
     add_adapter,
     attach_adapter,
     choose_device,
@@ -172,6 +172,6 @@ def test_quiet_puts_back_what_it_found(bars):
 @pytest.mark.parametrize("missing", ["peft", "transformers"])
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "portllm.live.model")
+    monkeypatch.delitem(sys.modules, "portllm.running.model")
     with pytest.raises(MissingExtraError, match=rf"'{missing}'.*pip install 'portllm\[live\]'"):
-        importlib.import_module("portllm.live.model")
+        importlib.import_module("portllm.running.model")

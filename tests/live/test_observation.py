@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from portllm.live.model import attach_adapter, load_model
-from portllm.live.observation import observe, spread_positions
+from portllm.running.model import attach_adapter, load_model
+from portllm.running.observation import observe, spread_positions
 from tests.live.language import make_reader
 from tests.models import make_adapter, make_base
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portllm.live.schedule import bucketed_batches, learning_rate_share
+from portllm.training.schedule import bucketed_batches, learning_rate_share
 
 
 def shares(steps, **how):

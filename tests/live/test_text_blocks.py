@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from portllm.live.encoding import Encoder
-from portllm.live.evolve import EvolveSettings
-from portllm.live.model import load_model, load_tokenizer
-from portllm.live.text_blocks import encode_texts, next_token_nats, stream_blocks
-from portllm.live.text_loss import measure_text_loss
+from portllm.running.encoding import Encoder
+from portllm.running.model import load_model, load_tokenizer
+from portllm.running.text_blocks import encode_texts, next_token_nats, stream_blocks
+from portllm.running.text_loss import measure_text_loss
+from portllm.training.evolve import EvolveSettings
 from tests.live.language import TEXT
 
 TEXTS = TEXT.strip().splitlines()

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from portllm.errors import AdapterFormatError, DataError, OutputExistsError, PortLLMError
-from portllm.live.encoding import Encoder
-from portllm.live.examples import Example
-from portllm.live.loss import completion_nats
-from portllm.live.model import attach_adapter, load_model, load_tokenizer
-from portllm.live.train import TrainSettings, encode_all, train_lora
+from portllm.running.encoding import Encoder
+from portllm.running.examples import Example
+from portllm.running.loss import completion_nats
+from portllm.running.model import attach_adapter, load_model, load_tokenizer
+from portllm.training.lora import TrainSettings, encode_all, train_lora
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import portllm
-from portllm.many.cell import Worker
+from portllm.fleets.cell import Worker
 from portllm.workers.pool import Finished, Lost, Pool
 from tests.clusters import cluster, environment, spring_once  # noqa: F401 (fixtures)
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.seal import seal_problem
-from portllm.checkpoint.staging import open_locked
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import FleetFileError, OutputBusyError
-from portllm.many.fleet import fleet, forecast_fleet, plan_fleet, run_fleet
+from portllm.files.seal import seal_problem
+from portllm.files.staging import open_locked
+from portllm.fleets.fleet import fleet, forecast_fleet, plan_fleet, run_fleet
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
-from portllm.pipeline.verify import verify
+from portllm.porting.port import port
+from portllm.verifying.verify import verify
 from tests.many.conftest import bytes_below
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from portllm.errors import FleetFileError
-from portllm.many.fleet_file import read_fleet_file
+from portllm.fleets.file import read_fleet_file
 
 GOOD = """\
 patches = ["a"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from portllm.many.fleet import fleet, open_pool, plan_fleet, run_fleet
+from portllm.fleets.fleet import fleet, open_pool, plan_fleet, run_fleet
 from tests.many.conftest import bytes_below
 
 pytestmark = pytest.mark.slow

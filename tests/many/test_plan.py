@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.many.plan import ModelEntry, PatchEntry, Row, Work, cells_of, decide, stranger
+from portllm.fleets.plan import ModelEntry, PatchEntry, Row, Work, cells_of, decide, stranger
 
 PATCHES = tuple(PatchEntry(name, f"/{name}", f"blake3:{name}", 10) for name in "ab")
 MODELS = tuple(ModelEntry(name, name, f"/{name}", f"s4k1:{name}", 100) for name in ("v2", "v3"))

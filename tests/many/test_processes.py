@@ -6,8 +6,8 @@ import psutil
 import pytest
 
 import portllm
-from portllm.many import processes
-from portllm.many.processes import Processes, fitting_workers
+from portllm.fleets import processes
+from portllm.fleets.processes import Processes, fitting_workers
 from portllm.workers.pool import Finished, Lost
 
 NOWHERE = {

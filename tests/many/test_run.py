@@ -4,8 +4,8 @@ from collections import deque
 
 import pytest
 
-from portllm.many.plan import ModelEntry, PatchEntry, Work, cells_of
-from portllm.many.run import run_cells
+from portllm.fleets.plan import ModelEntry, PatchEntry, Work, cells_of
+from portllm.fleets.run import run_cells
 from portllm.workers.pool import Finished, Lost, Pool
 
 MODEL = ModelEntry("v2", "v2", "/v2", "s4k1:v2", 100)

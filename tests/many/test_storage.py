@@ -9,8 +9,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from portllm.errors import FleetFileError, MissingExtraError, StorageError
-from portllm.many import storage
-from portllm.many.fleet import plan_fleet, run_fleet
+from portllm.fleets import storage
+from portllm.fleets.fleet import plan_fleet, run_fleet
 from tests.many.conftest import bytes_below
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from portllm.assess.verdict import Answer, Reason, Verdict
-from portllm.methods.choice import choose
+from portllm.checking.verdict import Answer, Reason, Verdict
 from portllm.methods.table import METHODS
+from portllm.porting.choice import choose
 
 
 def verdict(answer):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.assess.storage import round_to
+from portllm.checkpoint.tensor.rounding import round_to
 from portllm.native import kernels
 from portllm.patch.merge import add, delta_rows, measure_merge, round_nearest
 

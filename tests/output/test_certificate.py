@@ -5,10 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from portllm.assess.certificate import upper_bound
-from portllm.checkpoint.seal import render_sealed
-from portllm.errors import CertificateError
-from portllm.output.certificate import (
+from portllm.certifying.bounds import upper_bound
+from portllm.certifying.certificate import (
     AnswerRule,
     Certificate,
     Inputs,
@@ -21,6 +19,8 @@ from portllm.output.certificate import (
     read_certificate,
     write_certificate,
 )
+from portllm.errors import CertificateError
+from portllm.files.seal import render_sealed
 from portllm.patch.record import ModelIdentity
 
 FILES = {"adapter_config.json": "a" * 64, "adapter_model.safetensors": "b" * 64}

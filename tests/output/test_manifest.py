@@ -3,7 +3,7 @@
 import json
 import math
 
-from portllm.output.manifest import MANIFEST_FILE, MergeReport, report_to_json, write_manifest
+from portllm.merging.manifest import MANIFEST_FILE, MergeReport, report_to_json, write_manifest
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, record_to_json
 from portllm.patch.rounding import MergeSums
 

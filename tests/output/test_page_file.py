@@ -3,7 +3,7 @@
 import pytest
 
 from portllm.errors import OutputError, OutputExistsError
-from portllm.output.page_file import check_page_free, write_page
+from portllm.files.one_file import check_page_free, write_page
 from tests.files import contents
 
 

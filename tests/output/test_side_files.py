@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from portllm.checkpoint.model.side_files import copy_side_files, side_files
 from portllm.errors import CheckpointError
-from portllm.output.side_files import copy_side_files, side_files
 from tests.files import contents
 
 COPIED = {

@@ -9,10 +9,11 @@ import pytest
 from blake3 import blake3
 from safetensors import safe_open
 
-from portllm.checkpoint.raw_files import read_bytes
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.seal import render_sealed
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.errors import AdapterFormatError, HeaderError, PatchRecordError
+from portllm.files.seal import render_sealed
 from portllm.patch.adapter_folder import (
     digest_tensors,
     files_of,
@@ -23,7 +24,6 @@ from portllm.patch.adapter_folder import (
     write_record,
 )
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep, record_from_json, record_to_json
-from portllm.pipeline.capture import capture_adapter
 from tests.files import contents, count, write_tensors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}

@@ -5,11 +5,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.open import open_checkpoint
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
+from portllm.porting.port import port
 from tests.live.language import make_reader
 from tests.models import make_adapter, make_evolved
 

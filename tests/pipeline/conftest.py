@@ -15,11 +15,11 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="session")
 def written(tiny, tmp_path_factory):
     """A patch that was ported once, and a model that it was merged into, in several files."""
-    from portllm.checkpoint.reader import open_checkpoint
+    from portllm.capturing.adapter import capture_adapter
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.merging.merge import merge
     from portllm.patch.adapter_folder import load_patch
-    from portllm.pipeline.capture import capture_adapter
-    from portllm.pipeline.merge import merge
-    from portllm.pipeline.port import port
+    from portllm.porting.port import port
 
     folder = tmp_path_factory.mktemp("written")
     base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved"))

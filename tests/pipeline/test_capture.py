@@ -5,15 +5,15 @@ import shutil
 import pytest
 
 from portllm import __version__
-from portllm.assess.verdict import Answer
-from portllm.checkpoint.identity import fingerprint
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter, plan_capture
+from portllm.checking.check import check
+from portllm.checking.verdict import Answer
+from portllm.checkpoint.model.identity import fingerprint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import NonFiniteError, OutputError, OutputExistsError, PlanRefusedError
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import TENSOR_FILE, digest_tensors, load_patch
-from portllm.pipeline.capture import capture_adapter, plan_capture
-from portllm.pipeline.check import check
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
+from portllm.porting.port import port
 from tests.files import contents
 
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint.raw_files import read_bytes
-from portllm.checkpoint.row_reader import RowReader
+from portllm.capturing.tuned import capture_tuned
+from portllm.capturing.tuned_plan import plan_capture_tuned
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.reading.rows import RowReader
 from portllm.errors import NonFiniteError, OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import read_record
-from portllm.pipeline.capture_tuned import capture_tuned
-from portllm.pipeline.tuned_plan import plan_capture_tuned
 from tests.files import contents
 
 LOGIT_TOLERANCE = 1e-4

@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portllm.assess.certificate import change_interval, upper_bound
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.comparison import agreement
-from portllm.comparison.scoring import Task, score
+from portllm.certifying import agreement
+from portllm.certifying.bounds import change_interval, upper_bound
+from portllm.certifying.certificate import read_certificate
+from portllm.certifying.certify import certify, plan_certify, run_certify
+from portllm.certifying.inputs import CertifySettings, draw_rows
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, OutputExistsError, PlanRefusedError, PortLLMError
-from portllm.live.encoding import Encoder
-from portllm.live.examples import Example
-from portllm.live.model import attach_adapter, load_model, load_tokenizer
-from portllm.output.certificate import read_certificate
+from portllm.evaluating.scoring import Task, score
 from portllm.patch.adapter_folder import load_patch, read_record, write_record
-from portllm.pipeline.certify import certify, plan_certify, run_certify
-from portllm.pipeline.certify_inputs import CertifySettings, draw_rows
+from portllm.running.encoding import Encoder
+from portllm.running.examples import Example
+from portllm.running.model import attach_adapter, load_model, load_tokenizer
 from tests.pipeline.certified import CHOICES, PROMPT, make_story, write_questions
 
 BY_CHOICE = CertifySettings(choices=CHOICES)

@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.assess.lineage import Lineage
-from portllm.assess.verdict import Answer
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checking import check as check_module
+from portllm.checking.check import check
+from portllm.checking.delta import measures as patch_measures
+from portllm.checking.report import patch_to_json
+from portllm.checking.update import measures as measured_update
+from portllm.checking.update.lineage import Lineage
+from portllm.checking.update.report import update_to_json
+from portllm.checking.verdict import Answer
+from portllm.checkpoint.open import open_checkpoint
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.folders import find_patches, open_each
-from portllm.pipeline import check as check_module
-from portllm.pipeline import measured_update, patch_measures
-from portllm.pipeline.check import check
-from portllm.pipeline.check_report import patch_to_json, update_to_json
 
 SHORT = 0.00003
 """Of `make_evolved`: an update within what is known to hold."""
@@ -158,7 +160,7 @@ def test_size_and_drift_are_those_of_the_weights_that_the_patch_changes(tiny):
 
 
 def test_kept_gain_is_that_of_a_merge(tiny, tmp_path):
-    from portllm.pipeline.merge import merge
+    from portllm.merging.merge import merge
 
     adapter, evolved = tiny("adapter", size=0.02), tiny("evolved", drift=SHORT)
     (patch,) = checked(adapter, tiny("base"), evolved).patches
@@ -169,7 +171,7 @@ def test_kept_gain_is_that_of_a_merge(tiny, tmp_path):
 
 
 def test_what_does_not_fit_cannot_be_ported_and_says_what_port_says(tiny):
-    from portllm.pipeline.plan import plan_port
+    from portllm.matching.port_plan import plan_port
 
     adapter, base, other = tiny("adapter"), tiny("base"), tiny("base", inner=24)
     report = checked(adapter, base, other)
@@ -236,7 +238,7 @@ def test_experts_are_measured_in_every_layout_alike(layouts, tmp_path):
 
 
 def _factors(delta):
-    from portllm.checkpoint.tensors import load
+    from portllm.checkpoint.reading.tensors import load
 
     a, b = load(delta.a).double(), load(delta.b).double()
     n = getattr(delta, "n_experts", 1)

@@ -14,19 +14,19 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from transformers import AutoModelForCausalLM
 
-from portllm.assess.similarity import linear_cka
-from portllm.assess.thresholds import AGREEMENT
-from portllm.assess.verdict import with_answers
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter
+from portllm.checking.check import check
+from portllm.checking.report import patch_to_json
+from portllm.checking.verdict import with_answers
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, NonFiniteError, PlanRefusedError, PortLLMError
-from portllm.live.encoding import Encoder
-from portllm.live.model import load_model, load_tokenizer
-from portllm.live.observation import spread_positions
+from portllm.measures.similarity import linear_cka
+from portllm.measures.thresholds import AGREEMENT
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.check import check
-from portllm.pipeline.check_report import patch_to_json
-from portllm.pipeline.check_text import TextSettings, add_text, measure_text, read_domain
+from portllm.probing.probe import TextSettings, add_text, measure_text, read_domain
+from portllm.running.encoding import Encoder
+from portllm.running.model import load_model, load_tokenizer
+from portllm.running.observation import spread_positions
 from tests.live.language import make_reader
 from tests.models import load_tuned, make_adapter, make_evolved
 
@@ -294,7 +294,7 @@ def watch_loads(monkeypatch):
         loads.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("portllm.pipeline.text_passes.load_model", load)
+    monkeypatch.setattr("portllm.probing.passes.load_model", load)
     return loads
 
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint.tensors import load
+from portllm.checkpoint.reading.tensors import load
+from portllm.combining.combine import Exact, Selected, combine, plan_combine
 from portllm.errors import NonFiniteError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.delta import WholeValue
-from portllm.pipeline.combine import Exact, Selected, combine, plan_combine
 from tests.files import contents
 
 LOGIT_TOLERANCE = 1e-4

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter, plan_capture
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import AdapterFormatError, OutputError, PlanRefusedError
+from portllm.inspecting.inspect import inspect
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch, open_adapter
 from portllm.patch.adapter_start import BASE_PRESERVING_INITS
-from portllm.pipeline.capture import capture_adapter, plan_capture
-from portllm.pipeline.inspect import inspect
-from portllm.pipeline.merge import merge
 from tests.adapter_matrix import CONVERTED, QVOU
 from tests.files import contents
 

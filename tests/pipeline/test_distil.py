@@ -5,16 +5,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import OutputExistsError, PlanRefusedError
-from portllm.live.examples import ExampleFormat
-from portllm.live.model import load_tokenizer
-from portllm.live.train import TrainSettings
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.distil import Teacher, distil
-from portllm.pipeline.port import port
-from portllm.pipeline.train import train
+from portllm.porting.port import port
+from portllm.running.examples import ExampleFormat
+from portllm.running.model import load_tokenizer
+from portllm.training.distil import Teacher, distil
+from portllm.training.lora import TrainSettings
+from portllm.training.train import train
 from tests.live.language import make_reader
 from tests.models import make_adapter, make_evolved
 

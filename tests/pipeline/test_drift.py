@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.pipeline import drift
-from portllm.pipeline.drift import measure_drift, measure_pairs
-from portllm.pipeline.pairs import pair_tensors
+from portllm.checking.update import drift
+from portllm.checking.update.drift import measure_drift, measure_pairs
+from portllm.checkpoint.open import open_checkpoint
+from portllm.matching.tensor_pairs import pair_tensors
 from tests.files import write_tensors
 
 FLOAT32_SUMS = 1e-5

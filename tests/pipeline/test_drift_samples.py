@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.assess.estimate import estimate_drift
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.pipeline import drift_samples
-from portllm.pipeline.drift import measure_drift
-from portllm.pipeline.drift_samples import sample_drift, windows_of
-from portllm.pipeline.pairs import pair_tensors
+from portllm.checking.update import samples as drift_samples
+from portllm.checking.update.drift import measure_drift
+from portllm.checking.update.samples import sample_drift, windows_of
+from portllm.checkpoint.open import open_checkpoint
+from portllm.matching.tensor_pairs import pair_tensors
+from portllm.measures.estimate import estimate_drift
 from tests.files import write_sparse
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"

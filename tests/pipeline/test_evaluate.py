@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
+from portllm.evaluating.evaluate import plan_evaluation
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.evaluate import plan_evaluation
 
 
 def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_path):

@@ -3,17 +3,17 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
-from portllm.live.encoding import Encoder
-from portllm.live.examples import Example
-from portllm.live.model import load_model, load_tokenizer
-from portllm.live.moments import gather_moments
-from portllm.live.train import encode_all
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import expansion as module
-from portllm.pipeline.expansion import expand
-from portllm.pipeline.port_residual import load_delta
+from portllm.patch.low_rank import load_delta
+from portllm.probing import expansion as module
+from portllm.probing.expansion import expand
+from portllm.running.encoding import Encoder
+from portllm.running.examples import Example
+from portllm.running.model import load_model, load_tokenizer
+from portllm.running.moments import gather_moments
+from portllm.training.lora import encode_all
 from tests.live.language import make_reader
 from tests.models import make_adapter, make_evolved
 
@@ -92,7 +92,7 @@ def test_the_losses_are_those_of_the_rows_alone(folders, measured):
 
 def test_interference_and_curvature_are_dense_arithmetic_on_autograds_tensors(folders, measured, monkeypatch):
     # The labels that the model would draw are those of the rows, so that autograd can be asked for the same gradients.
-    monkeypatch.setattr("portllm.live.moments._draw", lambda logits, targets, generator: targets)
+    monkeypatch.setattr("portllm.running.moments._draw", lambda logits, targets, generator: targets)
     found = expand(
         open_checkpoint(folders["base"]),
         open_checkpoint(folders["evolved"]),

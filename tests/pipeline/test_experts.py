@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.tensors import load
+from portllm.capturing.adapter import capture_adapter
+from portllm.capturing.tuned import capture_tuned
+from portllm.capturing.tuned_plan import plan_capture_tuned
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError, PlanRefusedError
+from portllm.inspecting.inspect import inspect
+from portllm.merging.merge import merge
+from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.capture_tuned import capture_tuned
-from portllm.pipeline.inspect import inspect
-from portllm.pipeline.merge import merge
-from portllm.pipeline.plan import plan_merge
-from portllm.pipeline.port import port
-from portllm.pipeline.tuned_plan import plan_capture_tuned
+from portllm.porting.port import port
 
 F32_LOGITS = 2e-4
 """Logits of size 1 to 10 from weights in float32, once merged and once not: the sums differ in their last bits."""

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint.families import current_tensors, family_of
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter
+from portllm.capturing.tuned import capture_tuned
+from portllm.checkpoint.model.families import current_tensors, family_of
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
+from portllm.inspecting.inspect import inspect
+from portllm.merging.merge import merge
+from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.capture_tuned import capture_tuned
-from portllm.pipeline.inspect import inspect
-from portllm.pipeline.merge import merge
-from portllm.pipeline.plan import plan_merge
-from portllm.pipeline.port import port
+from portllm.porting.port import port
 
 KINDS = (
     "llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "gpt2", "mixtral", "qwen2-moe", "qwen3-moe",

@@ -7,15 +7,15 @@ from importlib import resources
 
 import pytest
 
-from portllm.assess.forecast import Feature, Forecaster, Slope
-from portllm.assess.outputs import Distance
-from portllm.assess.thresholds import AGREEMENT
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checking import forecast
+from portllm.checking.check import check
+from portllm.checking.forecast import FILE, Shipped, expect, forecaster_from_json, forecaster_to_json, shipped
+from portllm.checking.forecast_model import Feature, Forecaster, Slope
+from portllm.checking.prompts.measures import Outputs, TextMeasures
+from portllm.checkpoint.open import open_checkpoint
+from portllm.measures.outputs import Distance
+from portllm.measures.thresholds import AGREEMENT
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import forecast
-from portllm.pipeline.check import check
-from portllm.pipeline.forecast import FILE, Shipped, expect, forecaster_from_json, forecaster_to_json, shipped
-from portllm.pipeline.text_measures import Outputs, TextMeasures
 
 
 def slope(name, *, sign=-1, low=1e-4, high=0.05):

@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter
+from portllm.capturing.tuned import capture_tuned
+from portllm.checkpoint.open import open_checkpoint
+from portllm.combining.combine import combine
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.capture_tuned import capture_tuned
-from portllm.pipeline.combine import combine
-from portllm.pipeline.port import port
+from portllm.porting.port import port
 from tests.files import contents
 from tests.processes import limited
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import portllm
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.pipeline import fused, make_tensor
-from portllm.pipeline.blocks import NEAREST, Stochastic
-from portllm.pipeline.fused import can_fuse
-from portllm.pipeline.plan import plan_merge
+from portllm.checkpoint.open import open_checkpoint
+from portllm.merging import tensor as make_tensor
+from portllm.merging import with_native as fused
+from portllm.merging.plan import plan_merge
+from portllm.merging.rounding_modes import NEAREST, Stochastic
+from portllm.merging.with_native import can_fuse
 from tests.models import SEVERAL_SHARDS
 
 pytestmark = pytest.mark.skipif(fused.kernels is None, reason="the loops were not built here")

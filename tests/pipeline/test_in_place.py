@@ -9,8 +9,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from portllm.checkpoint import undo as keeping
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import (
     CheckpointError,
     NonFiniteError,
@@ -19,12 +18,14 @@ from portllm.errors import (
     PlanRefusedError,
     UnsupportedDtypeError,
 )
+from portllm.merging import in_place
+from portllm.merging import tensor as make_tensor
+from portllm.merging import undo as keeping
+from portllm.merging.in_place import merge_in_place, plan_in_place, undo_merge
+from portllm.merging.merge import merge
+from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import in_place, make_tensor
-from portllm.pipeline.blocks import Stochastic
-from portllm.pipeline.in_place import merge_in_place, plan_in_place, undo_merge
-from portllm.pipeline.merge import merge
-from portllm.pipeline.verify import verify
+from portllm.verifying.verify import verify
 from tests.files import contents
 from tests.processes import die, die_at_event, in_child
 
@@ -47,7 +48,7 @@ def weights(folder):
 
 
 def tensors(folder):
-    from portllm.checkpoint.raw_files import read_bytes
+    from portllm.checkpoint.reading.bytes import read_bytes
 
     return {name: read_bytes(info) for name, info in open_checkpoint(folder).infos.items()}
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from portllm.checkpoint.identity import digest, fingerprint
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.model.identity import digest, fingerprint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import AdapterFormatError, NotFoundError
+from portllm.inspecting.inspect import inspect, summary_to_json
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.inspect import inspect, summary_to_json
 from tests.files import write_tensors
 
 MATRICES = {

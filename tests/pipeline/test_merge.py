@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import portllm
-from portllm.checkpoint import page_cache
-from portllm.checkpoint.identity import digest, fingerprint
-from portllm.checkpoint.raw_files import read_bytes
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.tensors import TORCH_DTYPES, encode, load
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.model.identity import digest, fingerprint
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load
 from portllm.errors import (
     DeviceError,
     NonFiniteError,
@@ -21,12 +21,12 @@ from portllm.errors import (
     PlanRefusedError,
     UnsupportedDtypeError,
 )
+from portllm.files import page_cache
+from portllm.merging import blocks as merging
+from portllm.merging import tensor as make_tensor
+from portllm.merging.merge import merge
+from portllm.merging.rounding_modes import Nearest, Stochastic
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import blocks as merging
-from portllm.pipeline import make_tensor
-from portllm.pipeline.blocks import Nearest, Stochastic
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.merge import merge
 from tests.files import contents, write_tensors
 
 MEASURE_TOLERANCE = 1e-5  # the sums of a block are taken in float32, see measure_merge
@@ -290,7 +290,7 @@ def test_the_digests_of_input_and_output_are_known_afterwards(tiny, tmp_path, mo
     def refuse(*_):
         raise AssertionError("a tensor was read again")
 
-    monkeypatch.setattr("portllm.checkpoint.identity.digest_tensor", refuse)
+    monkeypatch.setattr("portllm.checkpoint.model.identity.digest_tensor", refuse)
     assert digest(open_checkpoint(base)) == report.into.digest
     assert digest(open_checkpoint(tmp_path / "out")) == report.output.digest
 

@@ -8,10 +8,10 @@ from collections import Counter, namedtuple
 import pytest
 import torch
 
-from portllm.checkpoint import writer
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.span_reader import SpanReader
-from portllm.checkpoint.writer import ShardWriter
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.spans import SpanReader
+from portllm.checkpoint.safetensors import writer
+from portllm.checkpoint.safetensors.writer import ShardWriter
 from portllm.errors import (
     CheckpointError,
     NonFiniteError,
@@ -20,12 +20,13 @@ from portllm.errors import (
     OutputExistsError,
     PlanRefusedError,
 )
-from portllm.output.manifest import MergeReport
+from portllm.merging import blocks
+from portllm.merging import merge as merging
+from portllm.merging import with_torch as changes
+from portllm.merging.manifest import MergeReport
+from portllm.merging.merge import merge, merge_each
+from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import blocks, changes
-from portllm.pipeline import merge as merging
-from portllm.pipeline.blocks import Stochastic
-from portllm.pipeline.merge import merge, merge_each
 from tests.files import contents
 from tests.processes import die, in_child
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from portllm.checkpoint import writer
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.writer import ShardWriter
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.safetensors import writer
+from portllm.checkpoint.safetensors.writer import ShardWriter
 from portllm.errors import OutputBusyError, OutputError, PlanRefusedError
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.merge import merge
 from tests.files import contents
 from tests.processes import die, die_at_event, in_child, limited
 
@@ -161,7 +161,7 @@ def test_the_report_of_a_resumed_run_is_that_of_an_undisturbed_one(case, expecte
 
 @pytest.mark.parametrize("change", ["patch", "dtype", "layout", "rounding", "model"])
 def test_shards_of_another_plan_are_not_taken_over(change, case, tiny, expected, tmp_path, written):
-    from portllm.pipeline.blocks import Stochastic
+    from portllm.merging.rounding_modes import Stochastic
 
     def run():
         die_after(8000)
@@ -191,7 +191,7 @@ def test_shards_of_another_plan_are_not_taken_over(change, case, tiny, expected,
 
 def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(case, expected, tmp_path, written):
     def die_at_the_end():
-        import portllm.pipeline.merge as merging
+        import portllm.merging.merge as merging
 
         merging.write_index = lambda *_: die()
         case(tmp_path / "out")
@@ -212,8 +212,8 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(case, expe
 PROGRAM = """
 import functools, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits that it is ignored
-import portllm.pipeline.plan as plan
-from portllm.checkpoint.staging import Staged
+import portllm.merging.plan as plan
+from portllm.files.staging import Staged
 
 plan.plan_merge = functools.partial(plan.plan_merge, shard_bytes=int(sys.argv.pop(1)))
 plan_merge = plan.plan_merge

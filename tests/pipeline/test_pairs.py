@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.tensors import load
-from portllm.pipeline.drift import measure_drift
-from portllm.pipeline.pairs import pair_tensors
+from portllm.checking.update.drift import measure_drift
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.tensors import load
+from portllm.matching.tensor_pairs import pair_tensors
 from tests.files import write_tensors
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.assess.places import Place
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checking.check import MOST_TENSORS, check
+from portllm.checking.report import patch_to_json
+from portllm.checkpoint.open import open_checkpoint
+from portllm.measures.places import Place
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.check import MOST_TENSORS, check
-from portllm.pipeline.check_report import patch_to_json
 
 SCALE = 6 / 4
 """Of the tiny adapter: alpha over rank."""
@@ -41,7 +41,7 @@ def test_size_and_spectrum_are_those_of_the_dense_delta(tiny, module, kind):
 
 
 def test_every_matrix_that_the_patch_changes_has_a_place_though_a_verdict_needs_only_some(tiny, monkeypatch):
-    monkeypatch.setattr("portllm.pipeline.check.MOST_TENSORS", 3)
+    monkeypatch.setattr("portllm.checking.check.MOST_TENSORS", 3)
     assert MOST_TENSORS > 14
     found = placed(tiny("adapter"), tiny("base"), tiny("evolved"))
     assert (len(found.changes), len(found.places)) == (3, 14)

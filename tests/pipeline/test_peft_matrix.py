@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.tensors import load
+from portllm.capturing.adapter import capture_adapter, plan_capture
+from portllm.capturing.tuned import capture_tuned
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError
+from portllm.matching.port_plan import plan_port
+from portllm.merging.merge import merge
+from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.adapter_config import NEUTRAL_VALUES
 from portllm.patch.adapter_folder import folder_of, load_patch
 from portllm.patch.adapter_keys import Role, parse_key
-from portllm.pipeline.blocks import Stochastic
-from portllm.pipeline.capture import capture_adapter, plan_capture
-from portllm.pipeline.capture_tuned import capture_tuned
-from portllm.pipeline.merge import merge
-from portllm.pipeline.plan import plan_port
-from portllm.pipeline.port import port
+from portllm.porting.port import port
 from tests.adapter_matrix import BYTES, LAYOUT_KINDS, LAYOUTS, LOGITS, MATRIX, REFUSED
 
 pytestmark = [

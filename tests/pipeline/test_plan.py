@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from portllm.checkpoint.identity import fingerprint
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.errors import PlanRefusedError
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.model.identity import fingerprint
+from portllm.checkpoint.open import open_checkpoint
+from portllm.errors import PlanRefusedError, refuse
+from portllm.matching.port_plan import plan_port
+from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.plan import plan_merge, plan_port, refuse
-from portllm.pipeline.update import identify
+from portllm.patch.identify import identify
 from tests.files import write_sparse
 
 MODULES = [

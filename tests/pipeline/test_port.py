@@ -10,14 +10,15 @@ import textwrap
 import pytest
 import torch
 
-from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.identity import SAMPLE_BYTES, fingerprint
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.model.identity import fingerprint
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.windows import SAMPLE_BYTES
+from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError, OutputExistsError, PlanRefusedError, UnknownMethodError
+from portllm.matching.port_plan import plan_port
 from portllm.patch.adapter_folder import digest_tensors, load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.plan import plan_port
-from portllm.pipeline.port import port
+from portllm.porting.port import port
 from tests.files import contents, write_sparse, write_tensors
 
 LOGITS_TOLERANCE = 2e-5
@@ -36,7 +37,7 @@ def add_by_hand(base, patch):
     """The model with every delta added to its weight, all of it in float32."""
     from transformers import LlamaForCausalLM
 
-    from portllm.checkpoint.tensors import load
+    from portllm.checkpoint.reading.tensors import load
 
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -140,7 +141,7 @@ def test_porting_again_gives_the_same_bytes(tiny, tmp_path):
 
 
 def test_the_sampled_drift_of_small_tensors_is_their_drift(tiny):
-    from portllm.pipeline.drift import measure_drift
+    from portllm.checking.update.drift import measure_drift
 
     base, evolved = (open_checkpoint(tiny(kind)) for kind in ("base", "evolved"))
     patch = load_patch(tiny("adapter"))
@@ -163,7 +164,7 @@ def q_proj_patch(folder, d_out, d_in, *, name="q_proj"):
 
 
 def floats(values, dtype):
-    from portllm.checkpoint.tensors import TORCH_DTYPES, encode
+    from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
 
     return dtype, tuple(values.shape), bytes(encode(values.to(TORCH_DTYPES[dtype])))
 
@@ -405,9 +406,9 @@ def test_a_patch_of_a_large_model_is_ported_without_torch(with_base, seven_billi
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from portllm.checkpoint.reader import open_checkpoint
+        from portllm.checkpoint.open import open_checkpoint
         from portllm.patch.adapter_folder import load_patch
-        from portllm.pipeline.port import port
+        from portllm.porting.port import port
         base = open_checkpoint("base") if {with_base} else None
         patch = load_patch("adapter" if {with_base} else "patch")
         ported = port(patch, evolved=open_checkpoint("evolved"), base=base, out=Path("ported"))

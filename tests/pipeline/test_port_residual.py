@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import NonFiniteError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import port_residual as module
-from portllm.pipeline.port_residual import port_residual
+from portllm.probing import port_residual as module
+from portllm.probing.port_residual import port_residual
 from tests.models import make_adapter, make_base, make_model
 
 FLOAT32_NOISE = 1e-5

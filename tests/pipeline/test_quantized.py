@@ -12,21 +12,21 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import portllm
-from portllm.checkpoint import identity
-from portllm.checkpoint.sample import load_values
-from portllm.checkpoint.tensors import load
+from portllm.capturing.adapter import capture_adapter
+from portllm.capturing.tuned_plan import plan_capture_tuned
+from portllm.checking.update.drift import measure_drift
+from portllm.checkpoint.model import identity
+from portllm.checkpoint.reading.tensors import load
+from portllm.checkpoint.reading.windows import load_values
+from portllm.combining.combine import combine, plan_combine
 from portllm.errors import PlanRefusedError
+from portllm.inspecting.inspect import inspect
+from portllm.merging import quantization_gap
+from portllm.merging.merge import merge
+from portllm.merging.plan import plan_merge
 from portllm.patch.record import FittedTo, ModelIdentity
-from portllm.pipeline import quantization_gap
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.combine import combine, plan_combine
-from portllm.pipeline.drift import measure_drift
-from portllm.pipeline.inspect import inspect
-from portllm.pipeline.merge import merge
-from portllm.pipeline.plan import plan_merge
-from portllm.pipeline.port import port
-from portllm.pipeline.tuned_plan import plan_capture_tuned
-from portllm.pipeline.verify import verify
+from portllm.porting.port import port
+from portllm.verifying.verify import verify
 from tests.models import load_tuned, make_adapter
 from tests.quantized import quantize_model, write_gguf
 
@@ -132,9 +132,9 @@ def test_an_adapter_is_captured_and_ported_between_gguf_files_without_torch(tmp_
 import sys
 from pathlib import Path
 import portllm
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.plan import plan_merge
-from portllm.pipeline.port import port
+from portllm.capturing.adapter import capture_adapter
+from portllm.merging.plan import plan_merge
+from portllm.porting.port import port
 root = Path({str(tmp_path)!r})
 base, evolved = (portllm.open_checkpoint(root / name) for name in ("base.gguf", "evolved.gguf"))
 patch = capture_adapter(portllm.load_patch(root / "adapter"), base=base, out=root / "patch")
@@ -169,7 +169,7 @@ def test_a_qlora_patch_says_what_it_was_fitted_to(models, tiny, tmp_path):
 
 
 def test_check_estimates_the_gap_of_a_qlora_patch_from_samples(models, tiny, tmp_path):
-    from portllm.pipeline.check import check
+    from portllm.checking.check import check
 
     patch = qlora_patch(models, tiny, tmp_path / "patch")
     base, evolved = portllm.open_checkpoint(models["plain"]), portllm.open_checkpoint(tiny("base", seed=5))

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
+from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.builtin import BUILTIN, builtin_folder
-from portllm.checkpoint.tensors import load, load_rows
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.inspect import inspect
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
+from portllm.checkpoint.reading.tensors import load, load_rows
+from portllm.inspecting.inspect import inspect
+from portllm.merging.merge import merge
+from portllm.porting.port import port
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

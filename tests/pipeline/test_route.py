@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checking.check import check
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError, PortError
+from portllm.matching.port_plan import plan_port
+from portllm.matching.update import Update
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.finite import require_finite
-from portllm.pipeline import route as route_module
-from portllm.pipeline.check import check
-from portllm.pipeline.plan import plan_port
-from portllm.pipeline.port import port
-from portllm.pipeline.route import Route
-from portllm.pipeline.update import Update
+from portllm.porting import auto as route_module
+from portllm.porting.auto import Route
+from portllm.porting.port import port
 
 SHORT = 0.00003
 """Of `make_evolved`: an update within what is known to hold."""
@@ -85,7 +85,7 @@ def test_what_cannot_be_ported_is_refused_as_by_add_and_nothing_is_measured(forc
 
 
 def test_without_its_base_no_choice_can_be_made(tiny, tmp_path):
-    from portllm.pipeline.capture import capture_adapter
+    from portllm.capturing.adapter import capture_adapter
 
     patch = capture_adapter(load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), out=tmp_path / "patch")
     (refusal,) = Route(Update(None, open_checkpoint(tiny("evolved"))), method="auto").plan(patch).refusals

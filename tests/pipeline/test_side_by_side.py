@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from portllm.pipeline.side_by_side import StoppedError, default_threads, run_side_by_side
+from portllm.workers.threads import StoppedError, default_threads, run_side_by_side
 
 
 @pytest.mark.parametrize("threads", [1, 3])

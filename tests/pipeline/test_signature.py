@@ -15,10 +15,10 @@ from cryptography.x509.oid import NameOID
 
 from portllm.errors import MissingExtraError, OutputExistsError, SignatureError
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline import signature as border
-from portllm.pipeline.sign import sign
-from portllm.pipeline.signature import CertificateSigner, Identity, KeySigner, PublicKey, Roots, SigstoreSigner
-from portllm.pipeline.verify import verify
+from portllm.verifying import signature as border
+from portllm.verifying.sign import sign
+from portllm.verifying.signature import CertificateSigner, Identity, KeySigner, PublicKey, Roots, SigstoreSigner
+from portllm.verifying.verify import verify
 
 PEM = serialization.Encoding.PEM
 
@@ -148,7 +148,7 @@ def test_a_signature_of_the_librarys_own_program_is_accepted(copy, keys):
 
 
 def test_every_change_of_a_signed_file_even_with_a_new_seal_is_caught(copy, keys):
-    from portllm.checkpoint.seal import render_sealed
+    from portllm.files.seal import render_sealed
 
     folder = copy()
     sign(folder, KeySigner(keys / "mine.key"))

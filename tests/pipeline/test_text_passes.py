@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from portllm.pipeline.text_passes import MOST_SHARED, shared_beginning
+from portllm.probing.passes import MOST_SHARED, shared_beginning
 
 END, BLANK, YES, NO = range(4)
 

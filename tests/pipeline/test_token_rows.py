@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.tensors import load
-from portllm.cli.render import render_port_plan
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.reading.tensors import load
+from portllm.matching.port_plan import plan_port
+from portllm.matching.token_rows import map_tokens
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.merge import merge
-from portllm.pipeline.plan import plan_port
-from portllm.pipeline.port import port
-from portllm.pipeline.token_rows import map_tokens
+from portllm.porting.port import port
+from portllm.porting.text import render_port_plan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

@@ -7,15 +7,15 @@ import shutil
 
 import pytest
 
-from portllm.checkpoint.reader import open_checkpoint
-from portllm.checkpoint.seal import render_sealed
+from portllm.capturing.adapter import capture_adapter
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError, NotFoundError, PatchRecordError, PortLLMError
+from portllm.files.seal import render_sealed
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.capture import capture_adapter
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
-from portllm.pipeline.verification import verification_to_json
-from portllm.pipeline.verify import verify
+from portllm.porting.port import port
+from portllm.verifying.checks import verification_to_json
+from portllm.verifying.verify import verify
 from tests.files import rewrite_header, write_tensors
 
 SEED = 20
@@ -121,7 +121,7 @@ def test_a_byte_that_changed_without_a_trace_in_the_files_times_is_caught(copy, 
     """As a disk does it; a digest that was remembered for size and time would not notice."""
     monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path / "cache"))
     folder = copy("merged")
-    from portllm.checkpoint.identity import digest
+    from portllm.checkpoint.model.identity import digest
 
     digest(open_checkpoint(folder))
     file = sorted(folder.glob("*.safetensors"))[-1]
@@ -168,7 +168,7 @@ def test_a_changed_tensor_is_named(copy):
 
 
 def load_info(file, key):
-    from portllm.checkpoint.raw_files import read_header
+    from portllm.checkpoint.safetensors.header_file import read_header
 
     return read_header(file).tensors[key]
 

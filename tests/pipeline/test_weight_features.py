@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checking.check import check
+from portllm.checking.forecast_features import weight_features
+from portllm.checkpoint.open import open_checkpoint
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.check import check
-from portllm.pipeline.weight_features import weight_features
 
 
 def features(adapter, base, evolved):
@@ -52,7 +52,7 @@ def test_drift_and_size_are_those_of_the_matrices(tiny):
 
 
 def test_overlap_is_one_by_chance_and_more_where_the_update_works_where_the_patch_does(tiny, tmp_path):
-    from portllm.pipeline.merge import merge
+    from portllm.merging.merge import merge
 
     base, adapter = tiny("base"), tiny("adapter", target_modules=["down_proj"])
     merge(

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from portllm.report.bars import EDGE, WIDTH, Row, axis_text, bars, dots
+from portllm.show.html.bars import EDGE, WIDTH, Row, axis_text, bars, dots
 from tests.report.reading import EVIL, Page
 
 

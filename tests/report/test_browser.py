@@ -2,13 +2,13 @@
 
 import pytest
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.certifying.page import certify_page
+from portllm.checking.check import check
+from portllm.checking.page import check_page
+from portllm.checkpoint.open import open_checkpoint
+from portllm.evaluating.page import evaluate_page
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.check import check
-from portllm.report.certify_page import certify_page
-from portllm.report.check_page import check_page
-from portllm.report.evaluate_page import evaluate_page
-from portllm.report.study_page import study_page
+from portllm.study.results.page import study_page
 from tests.output.test_certificate import WHOLE
 from tests.report.browser import CHROMIUM, opened
 from tests.report.reading import EVIL, with_texts

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.assess.certificate import least_inputs, plan_inputs
-from portllm.output.certificate import ASSUMES, certificate_to_json
-from portllm.pipeline.certify import Disagreement
-from portllm.report.certify_page import certify_page
-from portllm.report.numbers import points, upper_percent
+from portllm.certifying.bounds import least_inputs, plan_inputs
+from portllm.certifying.certificate import ASSUMES, certificate_to_json
+from portllm.certifying.certify import Disagreement
+from portllm.certifying.page import certify_page
+from portllm.show.numbers import points, upper_percent
 from tests.output.test_certificate import FREE, WHOLE
 from tests.report.reading import EVIL, Page, with_texts
 

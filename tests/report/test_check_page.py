@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.assess.config_changes import ConfigChange, Effect
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checking.check import check
+from portllm.checking.page import check_page
+from portllm.checking.report import patch_to_json
+from portllm.checking.update.config_changes import ConfigChange, Effect
+from portllm.checking.update.report import update_to_json
+from portllm.checkpoint.open import open_checkpoint
+from portllm.matching.token_rows import TokenMap
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.check import check
-from portllm.pipeline.check_report import patch_to_json, update_to_json
-from portllm.pipeline.token_rows import TokenMap
-from portllm.report.check_page import check_page
-from portllm.report.numbers import percent, three_digits, three_percent
+from portllm.show.numbers import percent, three_digits, three_percent
 from tests.report.reading import EVIL, Page, with_texts
 
 

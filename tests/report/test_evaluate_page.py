@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.comparison.compare import set_side_by_side
-from portllm.comparison.scoring import Scores, Task
-from portllm.live.examples import Example
-from portllm.report.comparison_tables import comparison_notes
-from portllm.report.evaluate_page import evaluate_page
-from portllm.report.numbers import percent
-from portllm.report.texts import SHOWN
+from portllm.evaluating.compare import set_side_by_side
+from portllm.evaluating.page import evaluate_page
+from portllm.evaluating.scoring import Scores, Task
+from portllm.evaluating.tables import comparison_notes
+from portllm.running.examples import Example
+from portllm.show.html.answered_rows import SHOWN
+from portllm.show.numbers import percent
 from tests.report.reading import EVIL, Page
 
 ROWS = 60

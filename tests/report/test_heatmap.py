@@ -2,8 +2,8 @@
 
 import re
 
-from portllm.assess.places import Place
-from portllm.report.heatmap import cell_rows, heatmap, stacks_of, strength
+from portllm.measures.places import Place
+from portllm.show.html.heatmap import cell_rows, heatmap, stacks_of, strength
 
 SHARES = {("h", 0, "attn.q"): 0.01, ("h", 0, "mlp.up"): 0.02, ("h", 1, "attn.q"): 0.04, ("v", 0, "attn.q"): 0.5}
 CELLS = {Place(*place): share for place, share in SHARES.items()}

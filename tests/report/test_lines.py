@@ -2,7 +2,7 @@
 
 import re
 
-from portllm.report.lines import Curve, Point, lines
+from portllm.show.html.lines import Curve, Point, lines
 from tests.report.reading import EVIL, Page
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.report.markup import Html, element, joined
+from portllm.show.html.markup import Html, element, joined
 from tests.report.reading import EVIL, Page
 
 

@@ -4,9 +4,9 @@ import base64
 import hashlib
 import re
 
-from portllm.report.figure import facts, figure, table
-from portllm.report.markup import element
-from portllm.report.page import Headline, document, section
+from portllm.show.html.figure import facts, figure, table
+from portllm.show.html.markup import element
+from portllm.show.html.page import Headline, document, section
 from tests.report.reading import EVIL, Page
 
 HEADLINE = Headline("bad", "will not hold", ["for a reason"])

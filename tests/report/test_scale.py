@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from portllm.report.scale import STEPS, Scale, round_step, widened
+from portllm.show.html.scale import STEPS, Scale, round_step, widened
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 POSITIVE = st.floats(1e-9, 1e6)

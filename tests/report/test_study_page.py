@@ -3,12 +3,12 @@
 import math
 from dataclasses import replace
 
-from portllm.report.numbers import percent
-from portllm.report.study_page import study_page
-from portllm.study.page import parts_of, render_page, retention_text
-from portllm.study.plan import steps_of
-from portllm.study.table import tabulate
-from portllm.study.theory import TheorySettings
+from portllm.show.numbers import percent
+from portllm.study.definition.plan import steps_of
+from portllm.study.parts.theory import TheorySettings
+from portllm.study.results.markdown import parts_of, render_page, retention_text
+from portllm.study.results.page import study_page
+from portllm.study.results.table import tabulate
 from tests.report.reading import EVIL, Page, with_texts
 from tests.study.test_plan import STUDY
 from tests.study.test_table import results_of

@@ -3,7 +3,7 @@
 import pytest
 
 from portllm.errors import WorkersError
-from portllm.study.cluster import one_a_device
+from portllm.study.schedule.cluster import one_a_device
 from portllm.workers.on_ray import Machine, Share
 
 TWO, FOUR_GPUS = Machine(2, 0), Machine(64, 4)

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError, OutputExistsError, PortLLMError
-from portllm.study.control import ReinitSettings, TwinSettings, make_control, redrawn
+from portllm.study.parts.control import ReinitSettings, TwinSettings, make_control, redrawn
 from tests.models import SEVERAL_SHARDS, make_base
 
 IDS = torch.arange(8)[None]

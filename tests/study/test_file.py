@@ -3,12 +3,12 @@
 import pytest
 
 from portllm.errors import StudyFileError
-from portllm.live.evolve import EvolveSettings
-from portllm.live.evolve_lora import LoraEvolveSettings
-from portllm.study.check import CheckSettings
-from portllm.study.control import ReinitSettings, TwinSettings
-from portllm.study.file import read_study
-from portllm.study.settings import HarnessTask, RowsTask, Text
+from portllm.study.definition.file import read_study
+from portllm.study.definition.settings import HarnessTask, RowsTask, Text
+from portllm.study.parts.check import CheckSettings
+from portllm.study.parts.control import ReinitSettings, TwinSettings
+from portllm.training.evolve import EvolveSettings
+from portllm.training.evolve_lora import LoraEvolveSettings
 
 WHOLE = """
 title = "A study"

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.live.evolve import EvolveSettings
-from portllm.live.evolve_lora import LoraEvolveSettings
-from portllm.study.check import CheckSettings
-from portllm.study.plan import Step, data_of, needed, settings_of, startable, steps_of
-from portllm.study.settings import Evolution, HarnessTask, Study, Text
+from portllm.study.definition.plan import Step, data_of, needed, settings_of, startable, steps_of
+from portllm.study.definition.settings import Evolution, HarnessTask, Study, Text
+from portllm.study.parts.check import CheckSettings
+from portllm.training.evolve import EvolveSettings
+from portllm.training.evolve_lora import LoraEvolveSettings
 
 STUDY = Study(
     title="A study",

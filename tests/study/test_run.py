@@ -8,9 +8,9 @@ import signal
 import pytest
 
 from portllm.errors import DataError, OutputBusyError, OutputExistsError
-from portllm.study.machine import describe_machine
 from portllm.study.run import _locked, run_study, study_results, study_status
-from portllm.study.work import Work
+from portllm.study.schedule.machine import describe_machine
+from portllm.study.schedule.work import Work
 from tests.processes import die, in_child
 from tests.study.small import write_study
 

@@ -9,16 +9,16 @@ import pytest
 from blake3 import blake3
 
 from portllm.errors import NotFoundError, OutputError, StudyStepError
-from portllm.kept import read_record, versions
-from portllm.live.evolve import EvolveSettings
-from portllm.live.evolve_lora import LoraEvolveSettings
-from portllm.study import shared
-from portllm.study.ledger import Ledger
-from portllm.study.places import Places
-from portllm.study.plan import Identities
-from portllm.study.settings import Evolution, HarnessTask, Study
-from portllm.study.side_by_side import RETRIES, do_side_by_side
-from portllm.study.worker import Assignment, StepWorker
+from portllm.files.kept_results import read_record, versions
+from portllm.study.definition.plan import Identities
+from portllm.study.definition.settings import Evolution, HarnessTask, Study
+from portllm.study.schedule import shared
+from portllm.study.schedule.ledger import Ledger
+from portllm.study.schedule.places import Places
+from portllm.study.schedule.side_by_side import RETRIES, do_side_by_side
+from portllm.study.schedule.worker import Assignment, StepWorker
+from portllm.training.evolve import EvolveSettings
+from portllm.training.evolve_lora import LoraEvolveSettings
 from portllm.workers.pool import Finished, Lost, Pool
 
 STUDY = Study(

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from portllm.comparison.metrics import retention
-from portllm.study.check import CheckSettings
-from portllm.study.estimate import estimate
-from portllm.study.page import render_page
-from portllm.study.plan import Step, steps_of
-from portllm.study.table import tabulate
-from portllm.study.theory import TheorySettings
+from portllm.evaluating.metrics import retention
+from portllm.study.definition.estimate import estimate
+from portllm.study.definition.plan import Step, steps_of
+from portllm.study.parts.check import CheckSettings
+from portllm.study.parts.theory import TheorySettings
+from portllm.study.results.markdown import render_page
+from portllm.study.results.table import tabulate
 from tests.study.test_plan import STUDY
 
 RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "retrained": 0.9}

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portllm.comparison.scoring import Task, score
 from portllm.errors import DataError
-from portllm.live.encoding import Encoder
-from portllm.live.examples import Example
-from portllm.live.model import load_model, load_tokenizer
-from portllm.study.settings import HarnessTask, RowsTask
-from portllm.study.tasks import open_task
+from portllm.evaluating.scoring import Task, score
+from portllm.running.encoding import Encoder
+from portllm.running.examples import Example
+from portllm.running.model import load_model, load_tokenizer
+from portllm.study.definition.settings import HarnessTask, RowsTask
+from portllm.study.schedule.tasks import open_task
 
 KINDS = ("cause", "treatment", "symptoms")
 ROWS = [{"text": f"what helps against a cold {n}?", "kind": KINDS[n % 3]} for n in range(9)]

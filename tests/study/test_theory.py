@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 
-from portllm.checkpoint.reader import open_checkpoint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PortLLMError
 from portllm.patch.adapter_folder import load_patch
-from portllm.study.settings import RowsTask
-from portllm.study.tasks import open_task
-from portllm.study.theory import TheorySettings, measure_theory
+from portllm.study.definition.settings import RowsTask
+from portllm.study.parts.theory import TheorySettings, measure_theory
+from portllm.study.schedule.tasks import open_task
 from tests.models import make_adapter, make_evolved
 
 ROWS = [

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from portllm.errors import CheckpointError
-from portllm.study.twin import Twin
+from portllm.study.parts.twin import Twin
 from tests.models import HEAD_DIM, HEADS, HIDDEN, INNER, make_model
 
 IDS = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(0))

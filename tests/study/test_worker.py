@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.kept import read_record, versions
-from portllm.study import shared
-from portllm.study.file import read_study
-from portllm.study.ledger import Ledger
-from portllm.study.places import Places
-from portllm.study.shared import leave_mark
-from portllm.study.work import open_inputs
-from portllm.study.worker import Assignment, StepWorker
+from portllm.files.kept_results import read_record, versions
+from portllm.study.definition.file import read_study
+from portllm.study.schedule import shared
+from portllm.study.schedule.ledger import Ledger
+from portllm.study.schedule.places import Places
+from portllm.study.schedule.shared import leave_mark
+from portllm.study.schedule.work import open_inputs
+from portllm.study.schedule.worker import Assignment, StepWorker
 from tests.study.small import write_study
 
 
@@ -60,5 +60,5 @@ def test_another_version_of_a_program_is_told(study):
 
 def test_a_bug_is_told_with_its_traceback(study, monkeypatch):
     assignment, job = study
-    monkeypatch.setattr("portllm.study.work.Work.do", lambda self, step: {"x": 1 / 0})
+    monkeypatch.setattr("portllm.study.schedule.work.Work.do", lambda self, step: {"x": 1 / 0})
     assert "ZeroDivisionError" in StepWorker(assignment).do(job)["reason"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from portllm.assess.forecast import CONFIDENCE, Cell, Feature, Forecast, fit, splits
+from portllm.checking.forecast_model import CONFIDENCE, Cell, Feature, Forecast, fit, splits
 
 RESAMPLES = 2000
 

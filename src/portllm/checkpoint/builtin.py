@@ -16,8 +16,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from portllm.checkpoint.cache import CACHE_VARIABLE, cache_root
 from portllm.errors import NotFoundError, OutputError
+from portllm.files.cache import CACHE_VARIABLE, cache_root
 from portllm.progress import Progress, silent
 
 CONVERSION = 1
@@ -124,8 +124,8 @@ def _write_record(record: Path, value: Mapping[str, object]) -> None:
 def _convert(source: Path, folder: Path, *, progress: Progress) -> None:
     """Convert into a sibling folder and rename it; the second of two processes waits, and takes the first one's."""
     # Needed once: numpy and gguf take long to import. And the reader, which the writer builds on, imports this module.
-    from portllm.checkpoint.gguf import write_gguf_as_checkpoint
-    from portllm.checkpoint.writer import staged_folder
+    from portllm.checkpoint.gguf.convert import write_gguf_as_checkpoint
+    from portllm.files.output_folder import staged_folder
 
     try:
         with staged_folder(folder, overwrite=folder.is_dir(), wait=True) as staging:

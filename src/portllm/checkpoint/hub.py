@@ -2,7 +2,7 @@
 
 A revision is resolved once to a commit hash, and everything is read at that commit. Small files come through
 huggingface_hub's cache. Weights are not downloaded: their headers and slices are read by ranges
-(`portllm.checkpoint.remote`), unless the cache has them whole or `download` is called. With `HF_HUB_OFFLINE` only the
+(`portllm.checkpoint.reading.ranges`), unless the cache has them whole or `download` is called. With `HF_HUB_OFFLINE` only the
 cache is used; `HF_ENDPOINT` and the user's token are huggingface_hub's own affair. Pickled weights and code are never
 fetched.
 """
@@ -37,31 +37,27 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from portllm import __version__
-from portllm.checkpoint.raw_files import MAX_JSON_BYTES, read_config
-from portllm.checkpoint.reader import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    join_shards,
-    open_folder,
-    read_weight_map,
-    require_shards,
-    tensors_of,
-    why_no_model,
-)
-from portllm.checkpoint.remote import (
-    HEADER_GUESS_BYTES,
+from portllm.checkpoint.folder import open_folder, why_no_model
+from portllm.checkpoint.model.checkpoint import CONFIG_FILE, Checkpoint
+from portllm.checkpoint.reading.ranges import (
     PASSING_STATUSES,
     TryAgainError,
     concurrently,
-    read_remote_header,
+    read_range,
     requested_wait,
     with_retries,
 )
-from portllm.checkpoint.source import RemoteFile
+from portllm.checkpoint.safetensors.folder import join_shards, read_weight_map, require_shards, tensors_of
+from portllm.checkpoint.safetensors.header import Header, parse_header, parse_header_length
+from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
 from portllm.errors import CheckpointError, NotFoundError, RemoteError
+from portllm.files.json_file import MAX_JSON_BYTES, read_config
+from portllm.files.source import RemoteFile
 from portllm.progress import Progress, silent
+
+HEADER_GUESS_BYTES = 100_000
+"""Read at the start of a file in one request: its length and, for most files, the whole header."""
+
 
 SIDE_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
@@ -191,7 +187,7 @@ def download(checkpoint: Checkpoint, *, progress: Progress = silent) -> Checkpoi
 
 
 def fetch_side_file(checkpoint: Checkpoint, name: str) -> Path | None:
-    """A small file of a model that stays on the hub; see `portllm.checkpoint.reader.side_file`."""
+    """A small file of a model that stays on the hub; see `portllm.checkpoint.open.side_file`."""
     repository = look_up(f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}")
     return fetch(repository, [name]) / name if name in repository.files else None
 
@@ -394,3 +390,17 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read_remote_header(file: RemoteFile, *, guess: int = HEADER_GUESS_BYTES) -> Header:
+    """The header of a safetensors file, in one request where it is not longer than `guess` bytes.
+
+    Raises:
+        HeaderError: It breaks a rule of the format.
+        RemoteError: It cannot be read.
+    """
+    head = read_range(file, 0, min(max(8, guess), file.size))
+    end = 8 + parse_header_length(head, file=file, file_bytes=file.size)
+    if end > len(head):
+        head += read_range(file, len(head), end)
+    return parse_header(head[8:end], file=file, file_bytes=file.size)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from portllm.checkpoint.raw_files import read_json
-from portllm.checkpoint.reader import Checkpoint, side_file
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import side_file
 from portllm.errors import CheckpointError
+from portllm.files.json_file import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 

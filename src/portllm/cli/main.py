@@ -11,23 +11,27 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
 from portllm import __version__
-from portllm.cli.certify_command import certify
-from portllm.cli.check_commands import check
-from portllm.cli.fleet_commands import fleet
-from portllm.cli.make_commands import capture, combine
-from portllm.cli.merge_command import merge
-from portllm.cli.model_commands import demo, evaluate, train
-from portllm.cli.patch_commands import inspect, port
-from portllm.cli.plain import say
-from portllm.cli.proof_commands import sign, verify
-from portllm.cli.study_commands import study
+from portllm.cli.capture import capture
+from portllm.cli.certify import certify
+from portllm.cli.check import check
+from portllm.cli.combine import combine
+from portllm.cli.demo import demo
+from portllm.cli.evaluate import evaluate
+from portllm.cli.fleet import fleet
+from portllm.cli.inspect import inspect
+from portllm.cli.merge import merge
+from portllm.cli.port import port
+from portllm.cli.sign import sign
+from portllm.cli.study import study
+from portllm.cli.terminal import say
+from portllm.cli.train import train
+from portllm.cli.verify import verify
 from portllm.errors import PortLLMError
 
 RESUMED = {
@@ -50,20 +54,6 @@ app = typer.Typer(
 )
 
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-
-PATCHES = "A patch or PEFT LoRA folder, or a folder that holds such folders; may be given more than once."
-MODEL = "A folder, a .safetensors or .gguf file, org/name[@revision] of the Hugging Face Hub, or builtin:smollm2-135m."
-OutOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and every reason not to.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists.")]
-HtmlOption = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page: one file, for a browser.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-OtherBaseOption = Annotated[
-    bool, typer.Option("--allow-other-base", help="Go on though the patch belongs to another model.")
-]
 
 
 @app.callback(invoke_without_command=True)

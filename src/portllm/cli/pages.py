@@ -4,8 +4,8 @@ from pathlib import Path
 
 import typer
 
-from portllm.cli.plain import say
-from portllm.output.page_file import check_page_free, write_page
+from portllm.cli.terminal import say
+from portllm.files.one_file import check_page_free, write_page
 
 
 class Page:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from portllm.cli.render import amount
 from portllm.progress import Progress, Unit, silent
+from portllm.show.table import amount
 
 LINE_EVERY_SECONDS = 10.0
 

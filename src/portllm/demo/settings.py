@@ -4,8 +4,8 @@ A clinic files passages of health leaflets under the type of question that they 
 the base on mathematics. Learning rates are high because both runs are short.
 """
 
-from portllm.live.evolve import EvolveSettings
-from portllm.live.train import TrainSettings
+from portllm.training.evolve import EvolveSettings
+from portllm.training.lora import TrainSettings
 
 PROMPT = "{passage}\nThis passage answers a question about"
 COMPLETION = "type"

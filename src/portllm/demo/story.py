@@ -11,10 +11,12 @@ from typing import Any
 
 from blake3 import blake3
 
-from portllm.checkpoint.identity import fingerprint
-from portllm.checkpoint.reader import Checkpoint, open_checkpoint
-from portllm.comparison.compare import Comparison, score_all, set_side_by_side
-from portllm.comparison.scoring import Scores, Task
+from portllm.checking.check import check
+from portllm.checking.forecast import expect
+from portllm.checking.update.drift import measure_drift
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.identity import fingerprint
+from portllm.checkpoint.open import open_checkpoint
 from portllm.demo.settings import (
     CHECKED_PROMPTS,
     COMPLETION,
@@ -24,20 +26,20 @@ from portllm.demo.settings import (
     PROMPT,
     TRAIN,
 )
-from portllm.kept import Kept, keep
-from portllm.live.evolve import evolve
-from portllm.live.examples import ExampleFormat, read_examples, read_prompts, read_texts
+from portllm.evaluating.compare import Comparison, score_all, set_side_by_side
+from portllm.evaluating.evaluate import plan_evaluation
+from portllm.evaluating.scoring import Scores, Task
+from portllm.files.kept_results import Kept, keep
+from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
-from portllm.pipeline.check import check
-from portllm.pipeline.check_text import TextSettings, add_text
-from portllm.pipeline.drift import measure_drift
-from portllm.pipeline.evaluate import plan_evaluation
-from portllm.pipeline.forecast import expect
-from portllm.pipeline.merge import merge
-from portllm.pipeline.port import port
-from portllm.pipeline.train import model_folder, train
-from portllm.pipeline.written import checkpoint_identity, patch_identity
+from portllm.patch.written import checkpoint_identity, patch_identity
+from portllm.porting.port import port
+from portllm.probing.probe import TextSettings, add_text
 from portllm.progress import Progress, silent
+from portllm.running.examples import ExampleFormat, read_examples, read_prompts, read_texts
+from portllm.running.folder import model_folder
+from portllm.training.evolve import evolve
+from portllm.training.train import train
 
 BASE = "builtin:smollm2-135m"
 DATA = resources.files("portllm.demo") / "data"

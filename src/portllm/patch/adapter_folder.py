@@ -15,14 +15,17 @@ from pathlib import Path
 import fastjsonschema
 from blake3 import blake3
 
-from portllm.checkpoint.families import order_of
-from portllm.checkpoint.header import DTYPE_BITS, TensorInfo, parse_header, render_header
-from portllm.checkpoint.raw_files import read_bytes, read_header_text, read_json
-from portllm.checkpoint.reader import MAX_NAME_LENGTH, names_hub
-from portllm.checkpoint.seal import digest_file, render_sealed, seal_problem
-from portllm.checkpoint.source import Source
-from portllm.checkpoint.writer import METADATA
+from portllm.checkpoint.model.checkpoint import MAX_NAME_LENGTH, names_hub
+from portllm.checkpoint.model.families import order_of
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.safetensors.header import parse_header, render_header
+from portllm.checkpoint.safetensors.header_file import read_header_text
+from portllm.checkpoint.safetensors.writer import METADATA
+from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
 from portllm.errors import AdapterFormatError, PatchRecordError
+from portllm.files.json_file import read_json
+from portllm.files.seal import digest_file, render_sealed, seal_problem
+from portllm.files.source import Source
 from portllm.patch.adapter_config import parse_adapter_config
 from portllm.patch.adapter_keys import INNER, PREFIX, Role, plain_key, render_key
 from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init

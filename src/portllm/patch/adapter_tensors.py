@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from portllm.checkpoint.families import order_of
-from portllm.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from portllm.checkpoint.ties import HEAD
+from portllm.checkpoint.model.families import order_of
+from portllm.checkpoint.model.ties import HEAD
+from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_keys import INNER, Role, adapter_names, parse_key, plain_key, split_inner, why_foreign

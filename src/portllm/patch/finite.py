@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.sample import load_values
+from portllm.checkpoint.reading.windows import load_values
+from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.adapter_folder import stored_tensors
 from portllm.patch.patch import Patch

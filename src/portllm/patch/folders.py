@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from portllm.checkpoint.header import TensorInfo
-from portllm.checkpoint.reader import names_hub
+from portllm.checkpoint.model.checkpoint import names_hub
+from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PatchError, PortLLMError
 from portllm.patch.adapter_folder import CONFIG_FILE, AdapterOpener
 from portllm.patch.patch import Patch

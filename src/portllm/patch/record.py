@@ -13,7 +13,7 @@ class ModelIdentity:
 
     Attributes:
         name: As typed by the user; for people, never compared.
-        fingerprint: See `portllm.checkpoint.identity`; what is compared.
+        fingerprint: See `portllm.checkpoint.model.identity`; what is compared.
         digest: Over all bytes, where they were read anyway; None otherwise.
         revision: The commit hash of a model of the Hugging Face Hub, else None; for people, never compared.
         quantization: How its weights are stored where that is not plainly, such as `nf4-double` or `Q4_K, Q6_K`.
@@ -31,7 +31,7 @@ class FittedTo:
     """Quantized weights that the deltas were fitted to, where the base named is the 16-bit model (QLoRA).
 
     Attributes:
-        scheme: How the base was quantized when it was loaded: a key of `portllm.assess.four_bit.SCHEMES`.
+        scheme: How the base was quantized when it was loaded: a key of `portllm.measures.four_bit.SCHEMES`.
         left_alone: The ends of the names of linear modules that stayed in 16 bit.
     """
 

@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from portllm.checkpoint.staging import open_locked
 from portllm.errors import OutputError, OutputExistsError
-from portllm.kept import Record
-from portllm.live.model import Device
+from portllm.files.kept_results import Record
+from portllm.files.staging import open_locked
 from portllm.progress import Progress, silent
-from portllm.study.cluster import open_cluster
-from portllm.study.estimate import Estimated, estimate
-from portllm.study.file import read_study
-from portllm.study.ledger import Ledger
-from portllm.study.machine import describe_machine
-from portllm.study.places import Places
-from portllm.study.plan import Identities, Step
-from portllm.study.settings import Study
-from portllm.study.side_by_side import do_side_by_side
-from portllm.study.table import Results, tabulate
-from portllm.study.work import Work, open_inputs
+from portllm.running.model import Device
+from portllm.study.definition.estimate import Estimated, estimate
+from portllm.study.definition.file import read_study
+from portllm.study.definition.plan import Identities, Step
+from portllm.study.definition.settings import Study
+from portllm.study.results.table import Results, tabulate
+from portllm.study.schedule.cluster import open_cluster
+from portllm.study.schedule.ledger import Ledger
+from portllm.study.schedule.machine import describe_machine
+from portllm.study.schedule.places import Places
+from portllm.study.schedule.side_by_side import do_side_by_side
+from portllm.study.schedule.work import Work, open_inputs
 
 LOCK_FILE = ".study.lock"
 IDENTITIES = "inputs.json"

@@ -1,1 +1,0 @@
-"""Measures, pure: how far an evolved model moved from its base."""

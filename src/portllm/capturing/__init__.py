@@ -1,0 +1,1 @@
+"""A patch from an adapter and its base, or from two checkpoints."""

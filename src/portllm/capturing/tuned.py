@@ -1,0 +1,280 @@
+"""Capture a patch from two checkpoints: the difference of each pair of tensors, cut to its rank.
+
+Each worker takes one tensor after another and holds one dense difference, in float32, whatever the size of the models;
+what it found goes to disk. Every file is read once, tensors that are known to be equal not at all.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from portllm import __version__
+from portllm.capturing.experts import are_equal, compare_experts
+from portllm.capturing.tensor import CapturedTensor, Compared, Known, compare_linear, compare_whole
+from portllm.capturing.tuned_plan import Dense, TunedPlan, plan_capture_tuned
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.families import family_of
+from portllm.checkpoint.model.identity import are_stored_alike, digest_of, known_digests, own_tensors, remember_digests
+from portllm.checkpoint.open import on_disk
+from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import PlanRefusedError, Refusal
+from portllm.files.output_folder import check_apart, check_free, staged_folder
+from portllm.patch.adapter_config import AdapterConfig
+from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
+from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.delta import ExpertsDelta, LowRankDelta, WholeValue
+from portllm.patch.new_adapter import canonical_config, place_values, stored_name
+from portllm.patch.patch import Patch
+from portllm.patch.record import Capture, PatchRecord
+from portllm.progress import Progress, silent
+from portllm.workers.one_thread import one_thread_each
+
+BELOW_NOISE = "its change is not above the rounding noise of the two files"
+DROPPED = "it is no linear weight, and --dense drop leaves those out"
+NOISE = "edge of the rounding of both files, step^2/12 an element"
+
+MEMORY_BYTES = 1 << 31
+"""What the dense differences that are in memory at once may take together; one of them may be larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunedReport:
+    """What a capture from two checkpoints found.
+
+    Attributes:
+        record: The content of the new `patch.json`.
+        deltas: By module, what has become a low-rank delta.
+        values: By tensor, what is kept whole.
+        left_out: By tensor, the norm of the change that the patch does not hold, relative to the base's tensor.
+        reasons: Why they were left out.
+        n_unchanged: Tensors that are the same in both.
+    """
+
+    record: PatchRecord
+    deltas: Mapping[str, CapturedTensor]
+    values: Mapping[str, CapturedTensor]
+    left_out: Mapping[str, float]
+    reasons: Mapping[str, str]
+    n_unchanged: int
+
+    @property
+    def truncation_residual(self) -> float:
+        """`|D - B A| / |D|` over all deltas together."""
+        difference_sq = math.fsum(tensor.difference_sq for tensor in self.deltas.values())
+        residual_sq = math.fsum(tensor.residual_sq for tensor in self.deltas.values())
+        return math.sqrt(residual_sq / difference_sq) if difference_sq else 0.0
+
+
+def capture_tuned(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    out: Path,
+    rank: int | None = None,
+    max_rank: int | None = None,
+    dense: Dense = "keep",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> TunedReport:
+    """Write to `out` the patch that leads from `base` to `tuned`, a folder that PEFT loads.
+
+    Args:
+        base: What fine-tuning started from.
+        tuned: What it ended in.
+        out: The patch's folder.
+        rank: Of every delta; None keeps the singular values above the edge of the two files' rounding noise.
+        max_rank: Bounds the rank where `rank` is None.
+        dense: Keep norms, biases, embeddings and heads whole, or leave them out.
+        overwrite: Replace `out` where it exists.
+        progress: Told of the bytes of both models that are compared.
+
+    Raises:
+        PlanRefusedError: The models do not go together, or nothing is left to write.
+        NonFiniteError: A weight holds an infinity or NaN.
+        OutputExistsError: `out` exists.
+        OutputError: `out` cannot be written, or holds what is read.
+    """
+    plan = plan_capture_tuned(base, tuned, rank=rank, max_rank=max_rank, dense=dense)
+    return run_capture_tuned(plan, out, overwrite=overwrite, progress=progress)
+
+
+def run_capture_tuned(
+    plan: TunedPlan, out: Path, *, overwrite: bool = False, progress: Progress = silent
+) -> TunedReport:
+    """Carry out a plan; see `capture_tuned`."""
+    if plan.refusals:
+        raise PlanRefusedError(plan.refusals)
+    if plan.base.is_remote or plan.tuned.is_remote:
+        check_free(out, overwrite=overwrite)
+        here = (on_disk(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned))
+        plan = plan_capture_tuned(*here, rank=plan.rank, max_rank=plan.max_rank, dense=plan.dense)
+    check_apart(out, (*plan.base.files, *plan.tuned.files))
+    with staged_folder(out, overwrite=overwrite) as folder:
+        with Spool(folder / SPOOL_FILE) as spool:
+            report = _capture(plan, folder, spool, progress)
+        return replace(report, record=write_record(folder, report.record))
+
+
+def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) -> TunedReport:
+    known = known_digests(plan.base), known_digests(plan.tuned)
+    found = _Found((dict(known[0]), dict(known[1])))
+    for name, compared in _compare(plan, spool, known, progress):
+        found.take(name, compared, plan)
+    for checkpoint, digests in zip((plan.base, plan.tuned), found.digests, strict=True):
+        remember_digests(checkpoint, digests)
+    placed = place_values(found.kept, tensors=plan.pairs, targets=found.factors, tied=plan.tied)
+    for name, reason in placed.left_out.items():
+        found.leave_out(name, found.values.pop(name), reason)
+    if not found.factors and not found.experts:
+        raise PlanRefusedError([_nothing(plan, found)])
+    stored = {
+        stored_name(key): WholeValue(found.kept.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
+    }
+    fields = {"fan_in_fan_out": any(delta.transposed for delta in found.factors.values()), **placed.fields}
+    config = AdapterConfig(_configured(plan, found.factors, found.experts, fields))
+    factors = dict(sorted(found.factors.items()))
+    patch = Patch(plan.tuned.name, factors, config, None, values=stored, experts=found.experts)
+    write_patch(folder, patch, base_name=plan.base.name, base_revision=plan.base.revision)
+    return _report(plan, patch, found)
+
+
+def _compare(plan: TunedPlan, spool: Spool, known: Known, progress: Progress) -> Iterator[tuple[str, Compared]]:
+    """What was found of each tensor that is not known to be the same in both, in order; several are read at a time."""
+    sizes = {
+        name: pair.n_bytes for name, pair in plan.pairs.items() if not are_stored_alike(pair.base, pair.tuned, *known)
+    }
+    sizes |= {name: pair.n_bytes for name, pair in plan.experts.items() if not are_equal(pair, *known)}
+
+    def compare(name: str) -> Compared:
+        if name in plan.experts:
+            return compare_experts(name, plan, known=known, spool=spool)
+        if plan.pairs[name].module is None:
+            return compare_whole(name, plan.pairs[name], dense=plan.dense, known=known, spool=spool)
+        how = {"rank": plan.rank, "max_rank": plan.max_rank}
+        return compare_linear(name, plan.pairs[name], **how, known=known, spool=spool)
+
+    done, total = 0, sum(sizes.values())
+    with one_thread_each(MEMORY_BYTES // max(1, _largest(plan))) as workers:
+        for name, compared in zip(sizes, workers.map(compare, sizes), strict=True):
+            done += sizes[name]
+            progress(f"capture: {name}", done, total, "bytes")
+            yield name, compared
+
+
+def _largest(plan: TunedPlan) -> int:
+    """Bytes of the largest difference in float32; each worker holds one."""
+    pairs = [pair.base.n_params for pair in plan.pairs.values() if pair.module is not None]
+    # An expert's weights of both models are in memory too.
+    experts = [3 * math.prod(pair.shape) for pair in plan.experts.values()]
+    return 4 * max([*pairs, *experts], default=0)
+
+
+def _configured(
+    plan: TunedPlan,
+    factors: Mapping[str, LowRankDelta[TensorInfo]],
+    experts: Mapping[str, ExpertsDelta[TensorInfo]],
+    fields: Mapping[str, object],
+) -> dict[str, object]:
+    """The configuration; the router of experts is no linear module of PEFT's, but a parameter as they are."""
+    family = family_of(plan.base.config)
+    routers = [] if family is None or not family.experts else [name for name in factors if not family.is_linear(name)]
+    ranks = {module: delta.rank for module, delta in factors.items() if module not in routers}
+    parameters = {module + WEIGHT: factors[module].rank for module in routers}
+    parameters |= {name: delta.rank for name, delta in experts.items()}
+    return canonical_config(ranks, parameters=parameters, fields=fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was found so far; see `TunedReport`.
+
+    Attributes:
+        digests: Of all tensors that were read.
+        factors: By module.
+        experts: By tensor.
+        kept: What replaces the base's tensor, by its name.
+    """
+
+    digests: tuple[dict[str, str], dict[str, str]]
+    factors: dict[str, LowRankDelta[TensorInfo]] = field(default_factory=dict)
+    experts: dict[str, ExpertsDelta[TensorInfo]] = field(default_factory=dict)
+    kept: dict[str, TensorInfo] = field(default_factory=dict)
+    deltas: dict[str, CapturedTensor] = field(default_factory=dict)
+    values: dict[str, CapturedTensor] = field(default_factory=dict)
+    left_out: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+    def take(self, name: str, compared: Compared, plan: TunedPlan) -> None:
+        """Put what was found of a tensor where it belongs."""
+        for mine, new in zip(self.digests, compared.digests, strict=True):
+            mine.update(new)
+        if compared.extra is not None:
+            self.changed.add(name)
+            n_rows = len(plan.pairs[name].extra_rows)
+            self.leave_out(f"{name}[{n_rows} rows]", compared.extra, "tokens that the base does not have")
+        if not compared.measured.difference_sq:
+            return
+        self.changed.add(name)
+        match compared.delta:
+            case LowRankDelta() as delta:
+                module = name.removesuffix(WEIGHT)
+                self.deltas[module], self.factors[module] = compared.measured, delta
+            case ExpertsDelta() as delta:
+                self.deltas[name], self.experts[name] = compared.measured, delta
+            case None if name in plan.experts or plan.pairs[name].module is not None:
+                self.leave_out(name, compared.measured, BELOW_NOISE)
+            case None if plan.dense == "drop" or compared.value is None:
+                self.leave_out(name, compared.measured, DROPPED)
+            case None:
+                self.values[name], self.kept[name] = compared.measured, compared.value
+
+    def leave_out(self, name: str, measured: CapturedTensor, reason: str) -> None:
+        self.left_out[name] = _rounded(measured.relative_size)
+        self.reasons[name] = reason
+
+
+def _report(
+    plan: TunedPlan,
+    patch: Patch[TensorInfo],
+    found: _Found,
+) -> TunedReport:
+    base, tuned = (
+        replace(identity, digest=digest_of(known, own_tensors(checkpoint)))
+        for identity, known, checkpoint in zip(
+            (plan.source, plan.target), found.digests, (plan.base, plan.tuned), strict=True
+        )
+    )
+    settings: dict[str, object] = {
+        "rank": "auto" if plan.rank is None else plan.rank,
+        "dense": plan.dense,
+        "tuned": asdict(tuned),
+    }
+    if plan.rank is None:
+        settings["noise"] = NOISE
+    if plan.rank is None and plan.max_rank is not None:
+        settings["max_rank"] = plan.max_rank
+    left_out = dict(sorted(found.left_out.items()))
+    n_unchanged = len(plan.pairs) + len(plan.experts) - len(found.changed)
+    blank = PatchRecord(base, Capture("tuned"), (), digest_tensors(patch), __version__)
+    report = TunedReport(blank, found.deltas, found.values, left_out, found.reasons, n_unchanged)
+    settings |= {"truncation_residual": _rounded(report.truncation_residual), "left_out": left_out}
+    record = PatchRecord(base, Capture("tuned", settings), (), blank.tensors, __version__)
+    return TunedReport(record, found.deltas, found.values, left_out, found.reasons, n_unchanged)
+
+
+def _nothing(plan: TunedPlan, found: _Found) -> Refusal:
+    if not found.left_out and not found.values:
+        return Refusal("--tuned", f"{plan.tuned.name} and {plan.base.name} have the same values: there is no patch.")
+    return Refusal(
+        "--tuned",
+        f"{len(found.left_out) + len(found.values)} tensors differ from {plan.base.name}, but no linear weight by more "
+        "than the rounding noise of the two files, and PEFT loads no adapter without a delta. --rank 1 takes the "
+        "largest direction of each, noise or not.",
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

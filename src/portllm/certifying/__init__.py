@@ -1,0 +1,1 @@
+"""A bound on what a port can have lost, from unlabeled inputs."""

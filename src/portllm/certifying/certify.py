@@ -1,0 +1,299 @@
+"""Certify what a port can have lost: two models answer the user's own inputs, and the answers that differ are counted.
+
+Nobody has to say what is right, and no model has to be the better one: a score that counts right answers cannot fall by
+more than the share of inputs that are answered otherwise. See `docs/certify.md` for what is claimed and what is not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from portllm import __version__
+from portllm.certifying.agreement import Agreement, Respondent, compare_answers
+from portllm.certifying.bounds import least_inputs, upper_bound
+from portllm.certifying.certificate import (
+    AnswerRule,
+    Certificate,
+    LabelCounts,
+    PatchFiles,
+    Side,
+    TokenCounts,
+    count_labels,
+    write_certificate,
+)
+from portllm.certifying.inputs import Asked, CertifySettings, read_asked
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.checkpoint.vocabulary import has_same_tokenizer
+from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.evaluating.evaluate import unfit
+from portllm.files.output_folder import check_free, staged_folder
+from portllm.files.seal import digest_file
+from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, folder_of
+from portllm.patch.identify import identify
+from portllm.patch.patch import Patch
+from portllm.progress import Progress, silent
+from portllm.running.folder import model_folder
+from portllm.running.model import Device, choose_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertifyPlan:
+    """Everything that is known before a model is loaded.
+
+    Attributes:
+        specialist: The base and its patch, by content.
+        ported: The evolved model and the ported patch, or the merged model.
+        respondents: The same two as folders to load.
+        asked: What to ask.
+        settings: As given.
+    """
+
+    specialist: Side
+    ported: Side
+    respondents: tuple[Respondent, Respondent]
+    asked: Asked
+    settings: CertifySettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disagreement:
+    """An input that the two models answer otherwise, to be read; no certificate holds what was asked.
+
+    Attributes:
+        row: Of the file, from 1.
+        prompt: What was asked.
+        before: What the old specialist answers.
+        after: What the ported model answers.
+        right: The right answer, where the inputs have them.
+    """
+
+    row: int
+    prompt: str
+    before: str
+    after: str
+    right: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certification:
+    """What came of asking.
+
+    Attributes:
+        certificate: As it was written.
+        disagreements: Its rows that differ, in their order; none for free text, which is compared token by token.
+    """
+
+    certificate: Certificate
+    disagreements: tuple[Disagreement, ...]
+
+
+def certify(
+    patch: Patch[TensorInfo],
+    *,
+    base: Checkpoint,
+    data: Path,
+    out: Path,
+    evolved: Checkpoint | None = None,
+    ported: Patch[TensorInfo] | None = None,
+    merged: Checkpoint | None = None,
+    settings: CertifySettings | None = None,
+    allow_other_base: bool = False,
+    device: Device = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Certificate:
+    """Ask the old specialist and the ported model the same questions, and write `out/certificate.json`.
+
+    Args:
+        patch: The patch that made the base a specialist.
+        base: Its base.
+        data: JSONL rows, with or without right answers.
+        out: The certificate's folder.
+        evolved: The later version of the base, if `merged` is not given.
+        ported: The patch carried over to it.
+        merged: A model with the ported patch in its weights, instead of these two.
+        settings: What is asked, and what is claimed.
+        allow_other_base: Go on though a patch belongs to another model.
+        device: Where to run.
+        overwrite: Replace `out` where it exists.
+        progress: Told of the rows done.
+
+    Raises:
+        PlanRefusedError: A patch does not fit its model, or the wanted bound cannot be met by so few rows.
+        DataError: Rows do not fit, or are those that the patch was trained on.
+        NotFoundError: A model is a single file, without configuration and tokenizer.
+        OutputExistsError: `out` exists; said before any work is done.
+    """
+    check_free(out, overwrite=overwrite)
+    plan = plan_certify(
+        patch,
+        base=base,
+        data=data,
+        evolved=evolved,
+        ported=ported,
+        merged=merged,
+        settings=settings,
+        allow_other_base=allow_other_base,
+        progress=progress,
+    )
+    return run_certify(plan, out, device=device, overwrite=overwrite, progress=progress).certificate
+
+
+def run_certify(
+    plan: CertifyPlan, out: Path, *, device: Device = "auto", overwrite: bool = False, progress: Progress = silent
+) -> Certification:
+    """Carry out a plan; see `certify`."""
+    agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
+    certificate = conclude(plan, agreement, device=choose_device(device).type)
+    with staged_folder(out, overwrite=overwrite) as folder:
+        write_certificate(folder, certificate)
+    return Certification(certificate=certificate, disagreements=tuple(_disagreements(plan.asked, agreement)))
+
+
+def plan_certify(
+    patch: Patch[TensorInfo],
+    *,
+    base: Checkpoint,
+    data: Path,
+    evolved: Checkpoint | None = None,
+    ported: Patch[TensorInfo] | None = None,
+    merged: Checkpoint | None = None,
+    settings: CertifySettings | None = None,
+    allow_other_base: bool = False,
+    progress: Progress = silent,
+) -> CertifyPlan:
+    """What `certify` would do, every reason not to checked; arguments and errors as there."""
+    settings = settings or CertifySettings()
+    if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
+        raise PortLLMError(
+            "the ported model: give the evolved model and the ported patch, or a merged model in place of both."
+        )
+    successor = merged if evolved is None else evolved
+    if successor is None:
+        raise AssertionError("one of the two is given")
+    specialist = Side(identify(base), _files(patch))
+    after = Side(identify(successor), None if ported is None else _files(ported))
+    asked = read_asked(data, patch, settings)
+    refusals = list(unfit("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
+    if ported is not None:
+        refusals += unfit("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
+    refusals += _too_few(len(asked.rows), settings)
+    if settings.kind == "free" and not has_same_tokenizer(base, successor):
+        reason = "the two models have other tokenizers, so their tokens cannot be compared. Use --answers exact."
+        refusals.append(Refusal("--answers free", reason))
+    refusals += _trained_on(asked.inputs.digest, patch, ported)
+    if refusals:
+        raise PlanRefusedError(refusals)
+    return CertifyPlan(
+        specialist=specialist,
+        ported=after,
+        respondents=(
+            Respondent("base + patch", model_folder(base, progress=progress), folder_of(patch)),
+            Respondent(
+                "merged" if ported is None else "evolved + ported",
+                model_folder(successor, progress=progress),
+                None if ported is None else folder_of(ported),
+            ),
+        ),
+        asked=asked,
+        settings=settings,
+    )
+
+
+def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certificate:
+    """What follows from the answers."""
+    asked, confidence = plan.asked, plan.settings.confidence
+    n, questions = len(asked.rows), asked.questions
+    differing = agreement.differing
+    bound = None if differing is None else upper_bound(len(differing), n, confidence=confidence)
+    from_labels = questions.kind == "choices" and not plan.settings.choices
+    return Certificate(
+        program=__version__,
+        specialist=plan.specialist,
+        ported=plan.ported,
+        inputs=replace(asked.inputs, cut=agreement.first.n_cut_rows),
+        answers=AnswerRule(
+            kind=questions.kind,
+            choices=questions.choices,
+            choices_from=None if questions.kind != "choices" else "labels" if from_labels else "given",
+            one_line=questions.one_line,
+            max_tokens=questions.max_tokens,
+            max_new_tokens=questions.max_new_tokens,
+            batch_size=questions.batch_size,
+        ),
+        confidence=confidence,
+        n=n,
+        differing=None if differing is None else tuple(asked.rows[index] for index in differing),
+        bound=bound,
+        wanted=plan.settings.wanted,
+        labels=_labels(plan, agreement),
+        tokens=_tokens(agreement),
+        device=device,
+    )
+
+
+def _disagreements(asked: Asked, agreement: Agreement) -> Iterator[Disagreement]:
+    if agreement.second is None or agreement.differing is None:
+        return
+    for index in agreement.differing:
+        yield Disagreement(
+            row=asked.rows[index],
+            prompt=asked.questions.prompts[index],
+            before=agreement.first.texts[index],
+            after=agreement.second.texts[index],
+            right=None if asked.completions is None else asked.completions[index],
+        )
+
+
+def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:
+    if settings.wanted is None or upper_bound(0, n, confidence=settings.confidence) <= settings.wanted:
+        return
+    least = least_inputs(0, settings.wanted, confidence=settings.confidence)
+    yield Refusal(
+        "--bound",
+        f"{settings.wanted} cannot be met with {n} inputs, even if all are answered alike: that takes {least}. Give "
+        "more inputs, or ask for less.",
+    )
+
+
+def _trained_on(digest: str, *patches: Patch[TensorInfo] | None) -> Iterator[Refusal]:
+    for patch in patches:
+        if patch is not None and patch.record is not None and patch.record.capture.settings.get("data") == digest:
+            yield Refusal(
+                "--data",
+                f"is the file that {patch.name} was trained on. The models know these rows, and the bound would say "
+                "nothing about others. Give inputs that were not trained on.",
+            )
+            return
+
+
+def _files(patch: Patch[TensorInfo]) -> PatchFiles:
+    folder = folder_of(patch)
+    return PatchFiles(patch.name, {name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
+
+
+def _labels(plan: CertifyPlan, agreement: Agreement) -> LabelCounts | None:
+    completions = plan.asked.completions
+    if completions is None or agreement.second is None:
+        return None
+    pairs = zip(agreement.first.texts, agreement.second.texts, completions, strict=True)
+    sides = [(was == right, now == right) for was, now, right in pairs]
+    return count_labels(
+        sides.count((True, False)),
+        sides.count((False, True)),
+        sum(was for was, _ in sides),
+        len(sides),
+        confidence=plan.settings.confidence,
+    )
+
+
+def _tokens(agreement: Agreement) -> TokenCounts | None:
+    if agreement.same_tokens is None:
+        return None
+    lengths = list(map(len, agreement.first.tokens))
+    return TokenCounts(
+        written=sum(lengths),
+        same=sum(agreement.same_tokens),
+        inputs_same=sum(map(int.__eq__, agreement.same_tokens, lengths)),
+    )

@@ -1,0 +1,165 @@
+"""What a certificate asks: rows of the user's file, all or some that are drawn, and what counts as an answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm.certifying.bounds import CONFIDENCE, MOST_CONFIDENCE
+from portllm.certifying.certificate import Inputs
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import DataError, PortLLMError
+from portllm.evaluating.answers import AnswerKind, Questions
+from portllm.files.seal import digest_file
+from portllm.patch.patch import Patch
+from portllm.running.examples import read_prompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertifySettings:
+    """What is asked, and what is claimed.
+
+    Attributes:
+        kind: What counts as an answer; see `Questions`.
+        choices: All possible answers; without them, for `choices`, the completions that occur.
+        prompt: Template of the prompts; without it, the one that the patch was trained with.
+        completion: Field of the right answer; likewise.
+        one_line: A written answer ends with its first line.
+        max_tokens: Most tokens of a row.
+        max_new_tokens: Most tokens written.
+        batch_size: Rows of a forward pass.
+        confidence: Of the bound.
+        wanted: The bound that is asked for, or None.
+        sample: How many rows to draw, or None for all.
+        seed: Of the drawing.
+
+    Raises:
+        PortLLMError: A confidence or a wanted bound is not between 0 and 1, or free text is to have a bound.
+    """
+
+    kind: AnswerKind = "choices"
+    choices: tuple[str, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+    one_line: bool = False
+    max_tokens: int = 512
+    max_new_tokens: int = 32
+    batch_size: int = 16
+    confidence: float = CONFIDENCE
+    wanted: float | None = None
+    sample: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.confidence <= MOST_CONFIDENCE:
+            raise PortLLMError(f"the confidence is {self.confidence}; it must lie between 0 and {MOST_CONFIDENCE}.")
+        if self.wanted is not None and not 0.0 < self.wanted < 1.0:
+            raise PortLLMError(f"the bound is {self.wanted}; it must lie between 0 and 1, such as 0.02 for 2 %.")
+        if self.kind == "free" and self.wanted is not None:
+            raise PortLLMError(
+                "a bound on free text: no score follows from tokens that agree. Leave the bound out, or compare whole "
+                "answers ('exact')."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is asked.
+
+    Attributes:
+        questions: Prompts of the rows, and what counts as an answer.
+        completions: The right answers, or None.
+        rows: Which rows of the file these are, the first being 1.
+        inputs: The same for the certificate.
+    """
+
+    questions: Questions
+    completions: tuple[str, ...] | None
+    rows: tuple[int, ...]
+    inputs: Inputs
+
+
+def read_asked(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) -> Asked:
+    """The questions that a file holds for a patch.
+
+    Args:
+        data: JSONL rows.
+        patch: Its record says how prompts are made, where the settings do not.
+        settings: What to ask.
+
+    Raises:
+        DataError: Rows do not fit, there are fewer than are to be drawn, or the choices are not known.
+    """
+    try:
+        digest = f"blake3:{digest_file(data)}"
+    except OSError as error:
+        raise DataError(f"'{data}': cannot be read: {error.strerror}. Name a JSONL file.") from error
+    prompt, completion = _format(patch, settings)
+    prompts, completions = read_prompts(data, prompt, completion=completion)
+    if settings.sample is not None and settings.sample > len(prompts):
+        raise DataError(f"'{data}': has {len(prompts)} rows; {settings.sample} cannot be drawn. Draw fewer.")
+    rows = draw_rows(len(prompts), settings.sample, seed=settings.seed)
+    texts = tuple(prompts[row - 1] for row in rows)
+    questions = Questions(
+        prompts=texts,
+        kind=settings.kind,
+        choices=_choices(data, completions, settings) if settings.kind == "choices" else (),
+        one_line=settings.one_line,
+        max_tokens=settings.max_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+    inputs = Inputs(
+        digest=digest,
+        rows=len(prompts),
+        prompt=prompt,
+        completion=None if completions is None else completion,
+        sample=settings.sample,
+        seed=None if settings.sample is None else settings.seed,
+        repeated=len(texts) - len(set(texts)),
+        cut=0,
+    )
+    right = None if completions is None else tuple(completions[row - 1] for row in rows)
+    return Asked(questions=questions, completions=right, rows=rows, inputs=inputs)
+
+
+def draw_rows(n_rows: int, n: int | None, *, seed: int) -> tuple[int, ...]:
+    """Which rows to ask, the first being 1: all, or n of them drawn without replacement, in the order of the file.
+
+    A row is drawn if the hash of seed and number is among the n smallest, so that anyone can draw the same again.
+
+    Example:
+        >>> draw_rows(3, None, seed=0), len(draw_rows(1000, 5, seed=0))
+        ((1, 2, 3), 5)
+    """
+    if n is None:
+        return tuple(range(1, n_rows + 1))
+    lots = sorted(range(1, n_rows + 1), key=lambda row: blake3(f"{seed}:{row}".encode()).digest())
+    return tuple(sorted(lots[:n]))
+
+
+def _format(patch: Patch[TensorInfo], settings: CertifySettings) -> tuple[str, str | None]:
+    """Prompt and completion field: as given, else as the patch was trained."""
+    trained = patch.record.capture.settings if patch.record else {}
+    prompt, completion = (
+        given if given is not None else said if isinstance(said := trained.get(key), str) else None
+        for key, given in (("prompt", settings.prompt), ("completion", settings.completion))
+    )
+    if prompt is None:
+        raise DataError(
+            f"'{patch.name}': does not say how its prompts were made, as it was not trained with 'portllm train'. "
+            "Pass --prompt."
+        )
+    return prompt, None if settings.kind == "free" else completion
+
+
+def _choices(data: Path, completions: list[str] | None, settings: CertifySettings) -> tuple[str, ...]:
+    """All possible answers: as given, else those that are right somewhere."""
+    right = sorted(set(completions or ()))
+    strangers = [answer for answer in right if answer not in settings.choices]
+    if settings.choices and strangers:
+        shown = ", ".join(map(repr, strangers[:10]))
+        raise DataError(
+            f"'{data}': {len(strangers)} completions are not among the choices: {shown}. Add them, or correct the rows."
+        )
+    return settings.choices or tuple(right)

@@ -1,0 +1,150 @@
+"""The page of `certify`: the bound, what it says and what not, what was counted, and the answers that differ. Pure."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from portllm.certifying.bounds import POWER, least_inputs, plan_inputs
+from portllm.certifying.certificate import ASSUMES, Certificate
+from portllm.certifying.tables import certificate_facts, certificate_notes, claim, confidence_text, met_text, side_name
+from portllm.show.html.answered_rows import AnsweredRow, answered_rows
+from portllm.show.html.bars import Row, dots
+from portllm.show.html.figure import facts, figure, figures, table
+from portllm.show.html.markup import Html
+from portllm.show.html.page import Headline, Tone, bullets, document, paragraph, section
+from portllm.show.numbers import percent, points, upper_percent
+
+if TYPE_CHECKING:
+    from portllm.certifying.certify import Disagreement
+
+OTHER_BOUNDS = (0.05, 0.02, 0.01, 0.005)
+"""Bounds of which it is told how many inputs they take, beside the one that was asked for."""
+
+CLOSE = 0.95
+"""An expected share this near to the bound takes so many inputs that nobody has them."""
+
+NOT_CLAIMED = (
+    "That the ported model is good: it is at most so much worse than the old specialist, whatever the score of that.",
+    "Anything on a single input, or on inputs from elsewhere.",
+    "Any loss but that of right answers: how sure a model is, how it words an answer, and what it costs.",
+    "Anything on other prompts, other ways of writing, or another runtime than those that were asked with.",
+)
+
+
+def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement]") -> str:
+    """The page of one certificate.
+
+    Args:
+        certificate: As it was written.
+        disagreements: The inputs that are answered otherwise, as text.
+    """
+    title = f"portllm certify: {side_name(certificate.ported)} against {side_name(certificate.specialist)}"
+    parts = [
+        figures(*_shares(certificate), *_change(certificate)),
+        section("In numbers", facts(certificate_facts(certificate)), bullets(certificate_notes(certificate))),
+        *_claims(certificate),
+        *_inputs(certificate),
+        *_texts(certificate, disagreements),
+    ]
+    return document(title, _headline(certificate), parts)
+
+
+def _headline(certificate: Certificate) -> Headline:
+    tones: dict[bool | None, Tone] = {True: "good", False: "bad", None: "plain"}
+    met = met_text(certificate)
+    lines = [claim(certificate), ASSUMES] if certificate.loss_bound is not None else []
+    return Headline(tones[certificate.met], claim(certificate) if met is None else met, lines if met else lines[1:])
+
+
+def _shares(certificate: Certificate) -> list[Html]:
+    """What was counted, and up to where the share among all inputs may reach."""
+    rows = []
+    if certificate.differing is not None and certificate.bound is not None:
+        rows.append(_share("answered otherwise", len(certificate.differing), certificate.bound, certificate.n))
+    if certificate.labels is not None:
+        labels = certificate.labels
+        rows.append(_share("turned wrong", labels.negative_flips, labels.bound, certificate.n))
+    if not rows:
+        return []
+    title = "How many answers differ"
+    explained = (
+        "Dot: the share of these inputs. Line: up to where the share of all inputs may reach, with "
+        f"{confidence_text(certificate)}."
+    )
+    wanted = certificate.wanted
+    axis = {} if wanted is None else {wanted: f"asked for: {percent(wanted, digits=2)}"}
+    told = "; ".join(f"{row.name}: {row.text}" for row in rows)
+    numbers = [("", "counted"), *((row.name, row.text) for row in rows)]
+    return [figure(title, explained, dots(rows, title=title, told=told, axis=axis, unit="%"), numbers)]
+
+
+def _share(name: str, k: int, bound: float, n: int) -> Row:
+    return Row(name, k / n, f"{k} of {n}; at most {upper_percent(bound)}", 0.0, bound)
+
+
+def _change(certificate: Certificate) -> list[Html]:
+    labels = certificate.labels
+    if labels is None:
+        return []
+    change = (labels.ported_right - labels.specialist_right) / certificate.n
+    text = f"{points(change)} points ({points(labels.change_low)} to {points(labels.change_high)})"
+    row = Row("ported minus old specialist", change, text, labels.change_low, labels.change_high, 2)
+    title = "Change of the score"
+    explained = f"Over the same inputs; the line is the exact interval with {confidence_text(certificate)}."
+    picture = dots([row], title=title, told=text, axis={0.0: "no change"}, unit="%")
+    numbers = [
+        ("", "right"),
+        ("old specialist", f"{labels.specialist_right} of {certificate.n}"),
+        ("ported", f"{labels.ported_right} of {certificate.n}"),
+        ("turned wrong", str(labels.negative_flips)),
+        ("turned right", str(labels.positive_flips)),
+        ("change", text),
+    ]
+    return [figure(title, explained, picture, numbers)]
+
+
+def _claims(certificate: Certificate) -> Iterator[Html]:
+    if certificate.loss_bound is None:
+        return
+    yield section("What is claimed", paragraph(f"{claim(certificate)}."), paragraph(ASSUMES, quiet=True))
+    yield section("What is not claimed", bullets(NOT_CLAIMED))
+
+
+def _inputs(certificate: Certificate) -> Iterator[Html]:
+    """How many inputs other bounds take: if no answer differs, and if as many do as here."""
+    if certificate.differing is None:
+        return
+    seen, confidence = len(certificate.differing) / certificate.n, certificate.confidence
+    bounds = sorted({*OTHER_BOUNDS, *([certificate.wanted] if certificate.wanted is not None else [])}, reverse=True)
+    head = ["bound", "inputs, if all are answered alike"]
+    head += [f"inputs, if {percent(seen)} are answered otherwise"] if seen else []
+    rows: list[tuple[str, ...]] = [tuple(head)]
+    for bound in bounds:
+        least = f"{least_inputs(0, bound, confidence=confidence):,}"
+        rows.append((percent(bound, digits=2), least, *([_planned(bound, seen, confidence)] if seen else [])))
+    said = (
+        f"With {confidence_text(certificate)}; a plan for answers that differ meets its bound with a chance of "
+        f"{percent(POWER, digits=0)}. For another bound inputs are drawn anew; to add some until it is met voids it."
+    )
+    yield section(
+        "How many inputs other bounds take", table(rows, label="Inputs by bound"), paragraph(said, quiet=True)
+    )
+
+
+def _planned(bound: float, expected: float, confidence: float) -> str:
+    if expected >= bound:
+        return "no number: more differ than the bound allows"
+    if expected > CLOSE * bound:
+        return "too near to the bound"
+    return f"{plan_inputs(bound, confidence=confidence, expected=expected).n_inputs:,}"
+
+
+def _texts(certificate: Certificate, disagreements: "Sequence[Disagreement]") -> Iterator[Html]:
+    if certificate.differing is None:
+        return
+    rows = []
+    for found in disagreements:
+        right = {} if found.right is None else {"right": found.right}
+        answers = {"old specialist": found.before, "ported": found.after, **right}
+        rows.append(AnsweredRow(found.row, found.prompt, answers))
+    said = f"{len(certificate.differing)} of {certificate.n} inputs. Rows of the file count from 1."
+    yield section("Answered otherwise", paragraph(said, quiet=True), answered_rows(rows))

@@ -1,0 +1,189 @@
+"""Will a patch hold on the evolved model? From weights alone: no data, no forward pass.
+
+What concerns the update is read once, however many patches there are (`measured_update`). Each patch is then held
+against what was read; of its own tensors every byte is read, of at most `MOST_TENSORS` of them.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from portllm.checking.delta.measures import ChangeMeasures, measure_changes
+from portllm.checking.delta.places import place_patch
+from portllm.checking.delta.quantization import sample_gap
+from portllm.checking.report import CheckReport, PatchReport
+from portllm.checking.update.measures import MeasuredUpdate, measure_update
+from portllm.checking.verdict import Measures, judge
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import on_disk
+from portllm.checkpoint.reading.stacks import AlikeReader
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.matching.compatibility import changes_on, tensor_of
+from portllm.matching.port_plan import PortPlan, plan_port_on
+from portllm.matching.quantized_base import quantization_of
+from portllm.matching.tensor_pairs import Pair
+from portllm.matching.token_rows import has_token_rows
+from portllm.matching.update import Update
+from portllm.measures.overlap import Alignment, Share
+from portllm.patch.delta import Change
+from portllm.patch.patch import Patch
+from portllm.patch.rounding import MergeSums
+from portllm.progress import Progress, silent
+
+MOST_TENSORS = 32
+"""Tensors of one patch that are read: enough for its angle, its size and what rounding takes of it."""
+
+Changes = Mapping[str, tuple[Change[TensorInfo], Pair]]
+"""What a patch does, by the name of a pair."""
+
+
+def check(
+    *patches: Patch[TensorInfo],
+    base: Checkpoint,
+    evolved: Checkpoint,
+    full: bool = False,
+    places: bool = False,
+    allow_other_base: bool = False,
+    progress: Progress = silent,
+) -> CheckReport:
+    """Say whether patches will hold on the evolved model, and why.
+
+    Drift, lineage, fit, size, overlap and rounding are measured from weights; see `docs/check.md` for each. What could
+    be measured of the update does not depend on the patches and is read once for all of them.
+
+    Args:
+        *patches: What may be ported.
+        base: The model that they belong to.
+        evolved: The later version of it.
+        full: Read every weight of both, instead of a few megabytes spread over all of them.
+        places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
+        allow_other_base: Go on though `base` is not the one that a patch names.
+        progress: Told of the bytes that `full` reads.
+
+    Raises:
+        CheckpointError, RemoteError: A model cannot be read.
+    """
+    if full:
+        base, evolved = (on_disk(model, progress=progress) for model in (base, evolved))
+    known = measure_update(Update(base, evolved), full=full, progress=progress)
+    plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
+    reader = AlikeReader()
+    return CheckReport(known.report, tuple(check_patch(plan, known, reader, places=places) for plan in plans))
+
+
+def refused(plan: PortPlan) -> PatchReport | None:
+    """What is found of a patch whose plan has refusals, from headers alone; None where it has none."""
+    return PatchReport(plan.patch.name, judge(Measures(refusals=plan.refusals))) if plan.refusals else None
+
+
+def check_patch(
+    plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | None = None, *, places: bool = False
+) -> PatchReport:
+    """Hold one patch against an update.
+
+    Args:
+        plan: To carry it through that update; where it has refusals, they are what is found.
+        known: What was read of the update.
+        reader: Keeps its memory from patch to patch, where several are checked.
+        places: As for `check`.
+    """
+    if (found := refused(plan)) is not None:
+        return found
+    patch = plan.patch
+    changes = _changes_of(patch, known)
+    read = {
+        name: change
+        for name, (change, pair) in _spread(changes, known).items()
+        if name in known.sample.rows
+        and not (plan.tokens is not None and has_token_rows(pair.evolved.name, known.update.evolved))
+    }
+    with np.errstate(invalid="ignore", over="ignore"):  # what is no number is named below
+        measured = measure_changes(read, known.sample, known.columns, reader or AlikeReader())
+    matrices = {pair.place for _, pair in changes.values() if len(pair.base.shape) > 1}
+    changed = frozenset(matrices or {pair.place for _, pair in changes.values()})
+    drift = known.drift_of(changed)
+    rounding = _total_rounding(measured.values())
+    overlaps = _total_overlaps(measured.values())
+    alignment = sum((found.alignment for found in measured.values()), Alignment())
+    gap = sample_gap(patch, measured, known.sample.rows)
+    stored_as = Counter(pair.evolved.dtype for _, pair in changes.values()).most_common(1)
+    verdict = judge(
+        Measures(
+            lineage={
+                kind: known.report.kinds[kind].lineage
+                for kind in sorted({place.kind for place in changed} & known.report.kinds.keys())
+            },
+            drift=drift,
+            broken=(*known.report.broken, *(name for name, found in measured.items() if not found.is_finite)),
+            config_changes=known.report.config_changes,
+            alignment=alignment.cosine,
+            overlaps=overlaps,
+            kept_gain={dtype: sums.kept_gain for dtype, sums in rounding.items()},
+            stored_as=stored_as[0][0] if stored_as else None,
+            changes_vocabulary=plan.tokens is not None,
+            fitted_to=quantization_of(patch),
+            quantization_gap=None if gap is None else gap.ratio,
+        )
+    )
+    return PatchReport(
+        patch.name,
+        verdict,
+        drift,
+        _total_size(changes, measured),
+        alignment,
+        overlaps,
+        rounding,
+        stored_as[0][0] if stored_as else None,
+        measured,
+        sum(found.is_rescaled for found in measured.values()),
+        gap,
+        place_patch(changes, measured, known.report.cells) if places else None,
+    )
+
+
+def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:
+    """What a patch that fits does to weights that both models have."""
+    evolved = known.update.evolved
+    found: dict[str, tuple[Change[TensorInfo], Pair]] = {}
+    for name, change in changes_on(patch, evolved).items():
+        tensor = tensor_of(name, evolved)
+        for pair in known.pairs_of.get(name if tensor is None else tensor.name, ()):
+            found[pair.name] = (change, pair)
+    return found
+
+
+def _spread(changes: Changes, known: MeasuredUpdate) -> Changes:
+    """At most `MOST_TENSORS` of the changes, evenly spaced over kinds of modules and layers."""
+    names = sorted(changes, key=known.position.__getitem__)
+    count = min(MOST_TENSORS, len(names))
+    return {name: changes[name] for name in (names[number * len(names) // count] for number in range(count))}
+
+
+def _total_size(changes: Changes, measured: Mapping[str, ChangeMeasures]) -> float:
+    """|Δ|² over the matrices; what was not measured is taken to be like what was of the same kind of module."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, (_, pair) in changes.items():
+        if len(pair.base.shape) > 1:
+            names[pair.place.kind].append(name)
+    total = 0.0
+    for kind in sorted(names):
+        found = [measured[name].delta_sq for name in names[kind] if name in measured]
+        total += sum(found) * len(names[kind]) / max(1, len(found))
+    return total
+
+
+def _total_overlaps(measured: Iterable[ChangeMeasures]) -> dict[str, Share]:
+    total: dict[str, Share] = {}
+    for found in measured:
+        for side, share in found.overlaps.items():
+            total[side] = total.get(side, Share()) + share
+    return total
+
+
+def _total_rounding(measured: Iterable[ChangeMeasures]) -> dict[str, MergeSums]:
+    total: dict[str, MergeSums] = {}
+    for found in measured:
+        for dtype, sums in found.rounding.items():
+            total[dtype] = total.get(dtype, MergeSums()) + sums
+    return total

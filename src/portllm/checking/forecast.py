@@ -1,0 +1,122 @@
+"""The forecast that comes with the program: fitted on measured cells by `scripts/fit_forecast.py`."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from portllm.checking.forecast_features import weight_features
+from portllm.checking.forecast_model import Feature, Forecast, Forecaster, Slope
+from portllm.checking.report import PatchReport
+from portllm.checking.update.report import UpdateReport
+
+FILE = "forecast.json"
+LOSS, ACCURACY = "loss", "accuracy"
+WEIGHTS, TEXT = "weights", "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What was fitted, and on what.
+
+    Attributes:
+        forecasters: Of retention by `loss` and by `accuracy`; of each, by what it rests on: `weights`, or `text` too.
+        base: The model whose updates the cells are of.
+        n_updates: Updates of it.
+        n_cells: Patches on them.
+    """
+
+    forecasters: Mapping[str, Mapping[str, Forecaster]]
+    base: str
+    n_updates: int
+    n_cells: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The forecast of one patch, and what it rests on.
+
+    Attributes:
+        forecasts: Of retention by `loss` and by `accuracy`.
+        rests_on: `weights` or `text`.
+        confidence: Of the intervals.
+        shipped: What it was fitted on.
+    """
+
+    forecasts: Mapping[str, Forecast]
+    rests_on: str
+    confidence: float
+    shipped: Shipped
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Measures outside of the range that it was fitted on."""
+        return tuple(dict.fromkeys(name for forecast in self.forecasts.values() for name in forecast.outside))
+
+    def to_json(self) -> dict[str, object]:
+        """What `check --json` shows."""
+        return {
+            **{
+                name: {"retention": forecast.retention, "low": forecast.low, "high": forecast.high}
+                for name, forecast in self.forecasts.items()
+            },
+            "confidence": self.confidence,
+            "extrapolated": list(self.outside),
+            "rests_on": self.rests_on,
+            "fitted_on": {
+                "base": self.shipped.base,
+                "updates": self.shipped.n_updates,
+                "cells": self.shipped.n_cells,
+            },
+        }
+
+
+def expect(update: UpdateReport, patch: PatchReport) -> Expected | None:
+    """The forecast for a patch on an update, from all that was measured of it.
+
+    Args:
+        update: What `check` found of the update.
+        patch: What it found of the patch, with what prompts say where some were given.
+
+    Returns:
+        That which rests on most; None where measures are lacking, as for a patch that cannot be ported.
+    """
+    measures = weight_features(update, patch) | (patch.text.features() if patch.text else {})
+    known = shipped()
+    for name in (TEXT, WEIGHTS):
+        forecasters = {target: found[name] for target, found in known.forecasters.items() if name in found}
+        needed = {measure for forecaster in forecasters.values() for measure in forecaster.measures}
+        if forecasters and needed <= measures.keys():
+            forecasts = {target: forecaster.predict(measures) for target, forecaster in forecasters.items()}
+            return Expected(forecasts, name, forecasters[LOSS].confidence, known)
+    return None
+
+
+@cache
+def shipped() -> Shipped:
+    """The forecast in the package."""
+    values = json.loads(resources.files("portllm.pipeline").joinpath(FILE).read_text(encoding="utf-8"))
+    return Shipped(
+        {
+            target: {name: forecaster_from_json(fitted) for name, fitted in found["forecasters"].items()}
+            for target, found in values["targets"].items()
+        },
+        values["base"],
+        values["n_updates"],
+        values["n_cells"],
+    )
+
+
+def forecaster_to_json(forecaster: Forecaster) -> dict[str, object]:
+    """A fitted forecast as JSON values; a reach without end is null."""
+    return asdict(forecaster) | {"reach": forecaster.reach if math.isfinite(forecaster.reach) else None}
+
+
+def forecaster_from_json(values: Mapping[str, Any]) -> Forecaster:
+    """The fitted forecast that these JSON values stand for."""
+    slopes = tuple(Slope(**{**slope, "feature": Feature(**slope["feature"])}) for slope in values["slopes"])
+    reach = math.inf if values["reach"] is None else values["reach"]
+    return Forecaster(**{**values, "slopes": slopes, "reach": reach})

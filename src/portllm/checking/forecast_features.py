@@ -1,0 +1,66 @@
+"""What `check` measured of a patch on an update, as numbers that a forecast can rest on."""
+
+import math
+from collections import defaultdict
+
+from portllm.checking.report import PatchReport
+from portllm.checking.update.report import UpdateReport
+from portllm.measures.drift import DriftSums
+from portllm.measures.overlap import Share
+
+
+def weight_features(update: UpdateReport, patch: PatchReport) -> dict[str, float]:
+    """Numbers about the whole patch, by name, in a fixed order; what could not be measured is left out.
+
+    | name | formula |
+    | --- | --- |
+    | `drift` | `|D| / |W0|` over the matrices that the patch changes |
+    | `drift_layer` | the same over all matrices of a layer, of the layer that drifted most |
+    | `drift_tokens` | the same of embedding and head, the one that drifted most |
+    | `angle` | `1 - <W0, W1> / (|W0| |W1|)` over the matrices that the patch changes |
+    | `size` | `|Δ| / |W1|` over the same |
+    | `drift_of_size` | `|D| / |Δ|` |
+    | `with_drift` | `|<Δ, D>| / (|Δ| |D|)` |
+    | `overlap_input`, `overlap_output` | share of the drift where the patch works, against what would be by chance |
+
+    Args:
+        update: What was measured of the update.
+        patch: What was measured of a patch that fits it.
+    """
+    found: dict[str, float | None] = {}
+    if patch.drift is not None:
+        found["drift"] = patch.drift.relative.value
+    found["drift_layer"] = _of_worst_layer(update)
+    tokens = [
+        drift.relative.value for place, drift in update.cells.items() if place.layer < 0 and _is_matrix(place.kind)
+    ]
+    found["drift_tokens"] = max(tokens, default=None)
+    if patch.drift is not None:
+        found["angle"] = max(0.0, 1 - patch.drift.cosine.value)
+    found["size"] = patch.relative_size
+    found["drift_of_size"] = _inverse(patch.size_against_drift)
+    cosine = patch.alignment.cosine
+    found["with_drift"] = None if cosine is None else abs(cosine)
+    for side, share in (patch.overlaps or {}).items():
+        found[f"overlap_{side}"] = _against_chance(share)
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _of_worst_layer(update: UpdateReport) -> float | None:
+    layers: dict[tuple[str, int], DriftSums] = defaultdict(DriftSums)
+    for place, drift in update.cells.items():
+        if place.layer >= 0 and _is_matrix(place.kind):
+            layers[(place.stack, place.layer)] += drift.sums
+    return max((sums.relative for sums in layers.values()), default=None)
+
+
+def _is_matrix(kind: str) -> bool:
+    return not kind.endswith(("norm", ".bias"))
+
+
+def _against_chance(share: Share) -> float | None:
+    return share.share / share.by_chance if share.share is not None and share.by_chance else None
+
+
+def _inverse(value: float | None) -> float | None:
+    return 1 / value if value else None

@@ -1,0 +1,233 @@
+"""The page of `check`: will each patch hold, why, where the update and the patch changed the model. Pure."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from portllm.checking.delta.places import PlacedDelta
+from portllm.checking.prompts.tables import text_facts, text_notes, text_title
+from portllm.checking.report import CheckReport, PatchReport
+from portllm.checking.tables import Rows, kind_rows, patch_facts, patch_rows, update_facts, verdict_counts
+from portllm.checking.update.config_changes import Effect
+from portllm.checking.update.report import UpdateReport
+from portllm.checking.verdict import Answer, Reason
+from portllm.measures.places import Place
+from portllm.measures.thresholds import KEPT_GAIN
+from portllm.show.html.bars import Row, bars
+from portllm.show.html.figure import facts, figure, figures, folded, table
+from portllm.show.html.heatmap import cell_rows, heatmap, kinds_of, layers_of, stacks_of
+from portllm.show.html.lines import Curve, Point, lines
+from portllm.show.html.markup import Html, element, joined
+from portllm.show.html.page import Headline, Tone, banner, bullets, document, paragraph, section
+from portllm.show.numbers import percent, three_percent
+
+TONES: Mapping[Answer, Tone] = {
+    Answer.HOLDS: "good",
+    Answer.UNCERTAIN: "doubt",
+    Answer.WILL_NOT_HOLD: "bad",
+    Answer.CANNOT_BE_PORTED: "bad",
+}
+
+EFFECTS: Mapping[Effect, str] = {
+    Effect.SHAPE: "weights have another shape",
+    Effect.FUNCTION: "the same weights compute something else",
+    Effect.POSITION: "attention sees positions otherwise",
+    Effect.VOCABULARY: "rows of embedding and head are other ones",
+}
+
+
+def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = ()) -> str:
+    """The page of one patch, or of several: then a table comes first, and each has a section of its own.
+
+    Args:
+        report: What `check` found, with `places`.
+        failed: Patches that could not be opened, and why.
+    """
+    update = report.update
+    title = f"portllm check: from {update.base.name} to {update.evolved.name}"
+    if len(report.patches) == 1 and not failed:
+        patch = report.patches[0]
+        parts = [_patch(patch, update, beside=_drift_figures(update)), _update(update)]
+        return document(title, _headline(patch, update), parts)
+    wrong = [f"{name}: {error}" for name, error in failed]
+    tone = _worst(report) if not wrong else "bad"
+    parts = [
+        table(_linked(patch_rows(report)), label="All patches", wide={1, 7}),
+        section("The update", figures(*_drift_figures(update)), _update(update)),
+        *(
+            element(
+                "section",
+                banner(_headline(patch, update), heading="h2"),
+                _patch(patch, update, beside=()),
+                id=f"patch-{number}",
+            )
+            for number, patch in enumerate(report.patches, start=1)
+        ),
+    ]
+    return document(title, Headline(tone, verdict_counts(report), wrong), parts)
+
+
+def _linked(rows: Rows) -> Rows:
+    """The table of all patches, each name a link to its section."""
+    head, *patches = rows
+    named = (
+        (verdict, element("a", name, href=f"#patch-{n}"), *rest) for n, (verdict, name, *rest) in enumerate(patches, 1)
+    )
+    return [head, *named]
+
+
+def _worst(report: CheckReport) -> Tone:
+    order = list(Answer)
+    return TONES[max((patch.verdict.answer for patch in report.patches), key=order.index)]
+
+
+def _headline(patch: PatchReport, update: UpdateReport) -> Headline:
+    reasons = [_reason(reason) for reason in patch.verdict.reasons]
+    remarks = [f"Note: {remark}." for remark in patch.verdict.remarks]
+    text = f"{patch.verdict.answer}: {patch.name} on {update.evolved.name}"
+    return Headline(TONES[patch.verdict.answer], text, [*reasons, *remarks])
+
+
+def _reason(reason: Reason) -> str:
+    decided = reason.threshold
+    return reason.text + (
+        "" if decided is None else f" (Threshold: {decided.name}, {decided.value:g}; {decided.source}.)"
+    )
+
+
+def _patch(patch: PatchReport, update: UpdateReport, *, beside: Sequence[Html]) -> Html:
+    """The pictures of one patch, those of `beside` first, and its numbers."""
+    places = {place: found for place, found in (patch.places or {}).items() if math.isfinite(found.relative_size)}
+    found = [*beside, *_size_figures(patch, places), *_kept_figure(patch)]
+    known = facts(patch_facts(patch, update))
+    parts = [section("The patch in numbers", known, level=3)] if known else []
+    if patch.text is not None:
+        said = text_facts(patch.text)
+        if notes := text_notes([patch.text]):
+            said["note"] = "; ".join(notes)
+        parts.append(section(f"The patch {text_title(patch.text)}", facts(said), level=3))
+    return joined([figures(*found), *parts, *_spectra(places)])
+
+
+def _update(update: UpdateReport) -> Html:
+    changes = [("field", "base", "evolved", "what it does to a patch")]
+    changes += [(c.field, _said(c.base), _said(c.evolved), EFFECTS[c.effect]) for c in update.config_changes]
+    fit = (
+        table(changes, label="What config.json says otherwise", wide={1, 2, 3})
+        if len(changes) > 1
+        else paragraph("config.json says nothing else that matters to a patch.")
+    )
+    pairing = update.pairing
+    names = {
+        "Only in the base": pairing.removed,
+        "Only in the evolved model": pairing.added,
+        "Of another shape": [f"{name}: {old}, now {new}" for name, (old, new) in pairing.reshaped.items()],
+        "With other numbers of rows": [f"{name}: {old} rows, now {new}" for name, (old, new) in pairing.grown.items()],
+        "Not of numbers": pairing.no_numbers,
+        "Holding an infinity or NaN": update.broken,
+    }
+    lists = [folded(f"{what}: {len(found)}", bullets(found)) for what, found in names.items() if found]
+    kinds = table(kind_rows(update), label="Drift by kind of module")
+    return joined(
+        [
+            section("The update in numbers", facts(update_facts(update)), *lists, level=3),
+            section("Drift by kind of module", kinds, level=3),
+            section("Configuration", fit, level=3),
+        ]
+    )
+
+
+def _drift_figures(update: UpdateReport) -> list[Html]:
+    cells = {place: found.relative.value for place, found in update.cells.items()}
+    explained = "|W1 - W0| / |W0| of each matrix: the stronger the color, the farther the update moved it."
+    if not update.is_full:
+        explained += " Estimated from samples."
+    return [_map(cells, stack, "Where the update changed the model", explained) for stack in stacks_of(cells)]
+
+
+def _size_figures(patch: PatchReport, places: Mapping[Place, PlacedDelta]) -> list[Html]:
+    cells = {place: found.relative_size for place, found in places.items()}
+    explained = (
+        "|Δ| / |W1| of each matrix: the stronger the color, the larger the patch. Blank where it changes nothing."
+    )
+    if patch.n_rescaled:
+        explained += " Without the rescaling of rows by DoRA."
+    return [_map(cells, stack, "Where the patch sits", explained) for stack in stacks_of(cells)]
+
+
+def _map(cells: Mapping[Place, float], stack: str, title: str, explained: str) -> Html:
+    inside = {
+        place: value for place, value in cells.items() if place.stack == stack and place.kind in kinds_of(cells, stack)
+    }
+    finite = {place: value for place, value in inside.items() if math.isfinite(value)}
+    largest = max(finite.values(), default=0.0)
+    at = next((place for place, value in finite.items() if value == largest), None)
+    told = f"{len(layers_of(inside, stack))} layers by {len(kinds_of(inside, stack))} kinds of modules"
+    if at is not None:
+        told += f"; the largest is {three_percent(largest)}, in layer {at.layer}, {at.kind}"
+    several = f" ({stack})" if len(stacks_of(cells)) > 1 else ""
+    picture = heatmap(
+        inside, stack, title=title + several, told=f"{told}.", largest=largest, largest_text=three_percent(largest)
+    )
+    numbers = cell_rows({place: three_percent(value) for place, value in inside.items()}, stack)
+    return figure(title + several, explained, picture, numbers)
+
+
+def _kept_figure(patch: PatchReport) -> list[Html]:
+    if not patch.rounding:
+        return []
+    rows = [
+        Row(
+            f"{dtype}, as the evolved model" if dtype == patch.stored_as else dtype,
+            sums.kept_gain,
+            percent(sums.kept_gain),
+        )
+        for dtype, sums in patch.rounding.items()
+    ]
+    title = "What a merge would keep of the patch"
+    explained = (
+        "Kept gain <Q(W1 + Δ) - W1, Δ> / |Δ|² by the dtype that the merged weights are stored in; of no concern while "
+        "the patch is served as an adapter."
+    )
+    told = "; ".join(f"{row.name}: {row.text}" for row in rows)
+    picture = bars(rows, title=title, told=told, unit="%", axis={KEPT_GAIN.value: percent(KEPT_GAIN.value, digits=0)})
+    return [figure(title, explained, picture, [("stored as", "kept gain"), *((row.name, row.text) for row in rows)])]
+
+
+def _spectra(places: Mapping[Place, PlacedDelta]) -> list[Html]:
+    """A picture for each kind of module: singular values over all its layers."""
+    by_kind: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for place, found in places.items():
+        if any(found.spectrum):
+            by_kind[place.kind].append(found.spectrum)
+    if not by_kind:
+        return []
+    shown = [value for spectra in by_kind.values() for spectrum in spectra for value in spectrum if value > 0]
+    limits = (min(shown) / 1.2, max(shown) * 1.2)
+    pictures = (_spectrum(kind, by_kind[kind], limits) for kind in sorted(by_kind))
+    explained = (
+        "Singular values of s·B·A against the norm of the weight, |W1|: the median over the layers, and the band from "
+        "the least to the most. Where a curve falls steeply, few directions hold most of the patch. All pictures have "
+        "the same axes."
+    )
+    return [
+        section("How many directions the patch uses", paragraph(explained, quiet=True), figures(*pictures), level=3)
+    ]
+
+
+def _spectrum(kind: str, spectra: Sequence[tuple[float, ...]], limits: tuple[float, float]) -> Html:
+    points, numbers = [], [("direction", "median", "least", "most")]
+    for number in range(max(map(len, spectra))):
+        values = [spectrum[number] for spectrum in spectra if len(spectrum) > number]
+        middle, least, most = median(values), min(values), max(values)
+        points.append(Point(number + 1, middle, least, most))
+        numbers.append((str(number + 1), three_percent(middle), three_percent(least), three_percent(most)))
+    told = f"From {numbers[1][1]} of the weight's norm in the first direction to {numbers[-1][1]} in the last."
+    curve = Curve(kind, points)
+    picture = lines([curve], title=kind, told=told, x_name="direction", unit="%", is_log=True, limits=limits)
+    return figure(kind, f"{len(spectra)} tensors", picture, numbers)
+
+
+def _said(value: object) -> str:
+    return "not said" if value is None else str(value)

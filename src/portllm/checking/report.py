@@ -1,0 +1,134 @@
+"""What `check` found, as values, and those as JSON."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from portllm.checking.delta.measures import ChangeMeasures
+from portllm.checking.delta.places import PlacedDelta
+from portllm.checking.prompts.measures import TextMeasures, text_to_json
+from portllm.checking.update.report import UpdateReport, _drift, _number, _place
+from portllm.checking.verdict import Answer, Reason, Verdict
+from portllm.measures.estimate import DriftEstimate
+from portllm.measures.overlap import Alignment, Share
+from portllm.measures.places import Place
+from portllm.measures.quantization_gap import GapSums
+from portllm.patch.rounding import MergeSums
+
+
+@dataclass(frozen=True, slots=True)
+class PatchReport:
+    """What was found of one patch.
+
+    Attributes:
+        name: What the user called it.
+        verdict: Whether it will hold, and why.
+        drift: Of the matrices that it changes; None where none could be measured.
+        delta_sq: |Δ|² over all that it changes.
+        alignment: Patch and drift.
+        overlaps: By side, how much of the drift lies where the patch works.
+        rounding: By storage dtype, what a merge would keep.
+        stored_as: The dtype that the evolved model stores most of what the patch changes in.
+        changes: By tensor of the evolved model, what was measured of each.
+        n_rescaled: How many of them have a DoRA magnitude.
+        quantization: What quantization took of the weights that it was fitted to (QLoRA); None where not measured.
+        places: Where in the model it sits; None where that was not asked for.
+        text: What prompts say of it; None where none were given, or it does not fit.
+    """
+
+    name: str
+    verdict: Verdict
+    drift: DriftEstimate | None = None
+    delta_sq: float = 0.0
+    alignment: Alignment = field(default_factory=Alignment)
+    overlaps: Mapping[str, Share] | None = None
+    rounding: Mapping[str, MergeSums] | None = None
+    stored_as: str | None = None
+    changes: Mapping[str, ChangeMeasures] | None = None
+    n_rescaled: int = 0
+    quantization: GapSums | None = None
+    places: Mapping[Place, PlacedDelta] | None = None
+    text: TextMeasures | None = None
+
+    @property
+    def relative_size(self) -> float | None:
+        """`|Δ| / |W1|` over the matrices that the patch changes."""
+        return _ratio(self.delta_sq, self.drift.sums.evolved_sq) if self.drift else None
+
+    @property
+    def size_against_drift(self) -> float | None:
+        """`|Δ| / |D|` over the same; None where nothing drifted."""
+        return _ratio(self.delta_sq, self.drift.sums.drift_sq) if self.drift else None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What `check` found.
+
+    Attributes:
+        update: What the update did to the base.
+        patches: What becomes of each patch, in the order they were given.
+    """
+
+    update: UpdateReport
+    patches: tuple[PatchReport, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every patch holds."""
+        return all(patch.verdict.answer is Answer.HOLDS for patch in self.patches)
+
+
+def patch_to_json(patch: PatchReport) -> dict[str, object]:
+    """One patch's report as JSON values."""
+    return {
+        "patch": patch.name,
+        "verdict": str(patch.verdict.answer),
+        "reasons": [_reason(reason) for reason in patch.verdict.reasons],
+        "remarks": list(patch.verdict.remarks),
+        "drift": _drift(patch.drift),
+        "relative_size": _number(patch.relative_size),
+        "size_against_drift": _number(patch.size_against_drift),
+        "cosine_with_drift": _number(patch.alignment.cosine),
+        "overlap": {side: _share(share) for side, share in (patch.overlaps or {}).items()},
+        "kept_gain": {dtype: _number(sums.kept_gain) for dtype, sums in (patch.rounding or {}).items()},
+        "stored_as": patch.stored_as,
+        "quantization_gap": None if patch.quantization is None else _number(patch.quantization.ratio),
+        "text": None if patch.text is None else text_to_json(patch.text),
+        "tensors": {name: _change(change) for name, change in (patch.changes or {}).items()},
+        "layers": None
+        if patch.places is None
+        else [
+            _place(place)
+            | {"relative_size": _number(found.relative_size), "spectrum": list(map(_number, found.spectrum))}
+            for place, found in patch.places.items()
+        ],
+    }
+
+
+def _change(change: ChangeMeasures) -> dict[str, object]:
+    return {
+        "kind": change.kind,
+        "rank": change.rank,
+        "norm": _number(math.sqrt(change.delta_sq)),
+        "rescaled": change.is_rescaled,
+        "cosine_with_drift": _number(change.alignment.cosine),
+        "overlap": {side: _share(share) for side, share in change.overlaps.items()},
+        "kept_gain": {dtype: _number(sums.kept_gain) for dtype, sums in change.rounding.items()},
+    }
+
+
+def _reason(reason: Reason) -> dict[str, object]:
+    threshold = reason.threshold
+    decided = (
+        None if threshold is None else {"name": threshold.name, "value": threshold.value, "source": threshold.source}
+    )
+    return {"verdict": str(reason.answer), "text": reason.text, "threshold": decided}
+
+
+def _share(share: Share) -> dict[str, object]:
+    return {"share": _number(share.share), "by_chance": _number(share.by_chance)}
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return math.sqrt(above / below) if below > 0 else None

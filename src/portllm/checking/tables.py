@@ -1,0 +1,178 @@
+"""What `check` found as tables, for the terminal and the page alike. Pure."""
+
+import math
+from collections.abc import Iterable
+
+from portllm.checking.forecast import Expected, expect
+from portllm.checking.report import CheckReport, PatchReport
+from portllm.checking.update.report import UpdateReport
+from portllm.measures.estimate import Estimate
+from portllm.show.numbers import n_params, percent, three_digits, three_percent
+
+SHOWN = 3
+"""Names of tensors that are shown of each kind; JSON has all."""
+
+Rows = list[tuple[str, ...]]
+"""The first row names the columns."""
+
+
+def verdict_counts(report: CheckReport) -> str:
+    """How many patches have which verdict."""
+    counts: dict[str, int] = {}
+    for patch in report.patches:
+        counts[str(patch.verdict.answer)] = counts.get(str(patch.verdict.answer), 0) + 1
+    total = ", ".join(f"{count} {answer}" for answer, count in counts.items())
+    return f"{len(report.patches)} patches on {report.update.evolved.name}: {total}"
+
+
+def patch_rows(report: CheckReport) -> Rows:
+    """A line for each patch."""
+    rows: Rows = [("verdict", "patch", "forecast", "size", "drift", "with drift", "kept", "why")]
+    for patch in report.patches:
+        expected = expect(report.update, patch)
+        kept = (patch.rounding or {}).get(patch.stored_as or "")
+        rows.append(
+            (
+                str(patch.verdict.answer),
+                patch.name,
+                "" if expected is None else _whole(min(said.retention for said in expected.forecasts.values())),
+                three_percent(patch.relative_size),
+                "" if patch.drift is None else three_percent(patch.drift.relative.value),
+                "" if patch.alignment.cosine is None else f"{patch.alignment.cosine:.3f}",
+                "" if kept is None else percent(kept.kept_gain),
+                patch.verdict.reasons[0].text if patch.verdict.reasons else "",
+            )
+        )
+    return rows
+
+
+def patch_facts(patch: PatchReport, update: UpdateReport) -> dict[str, str]:
+    """What was measured of one patch; nothing where it cannot be ported."""
+    if not patch.changes:
+        return {}
+    against = patch.size_against_drift
+    rows = {
+        "size": f"{three_percent(patch.relative_size)} of the norm of the weights it changes"
+        + ("" if against is None else f", {three_digits(against)} times their drift"),
+    }
+    expected = expect(update, patch)
+    if expected is not None:
+        rows["forecast"] = _forecast(expected)
+    if patch.n_rescaled:
+        rows["size"] += f"; without the rescaling of {patch.n_rescaled} DoRA modules"
+    if patch.alignment.cosine is not None:
+        rows["with drift"] = f"cosine {patch.alignment.cosine:.4f} between patch and drift"
+    for side, share in (patch.overlaps or {}).items():
+        if share.share is not None and share.by_chance is not None:
+            rows[f"in its {side}s"] = (
+                f"{three_percent(share.share)} of the drift, {three_percent(share.by_chance)} by chance"
+            )
+    if patch.rounding:
+        kept = (f"{dtype} {percent(sums.kept_gain)}" for dtype, sums in patch.rounding.items())
+        rows["kept gain"] = f"if merged and stored as {', '.join(kept)}"
+    return rows
+
+
+def _forecast(expected: Expected) -> str:
+    fitted = expected.shipped
+    parts = (
+        f"{_whole(said.retention)} [{_whole(said.low)}, {_whole(said.high)}] in {target}"
+        for target, said in expected.forecasts.items()
+    )
+    text = (
+        f"{', '.join(parts)}: of retraining's gain, with {_whole(expected.confidence)} interval; from {fitted.n_cells} "
+        f"patches on {fitted.n_updates} updates of {fitted.base}"
+    )
+    if expected.outside:
+        text += f"; extrapolated, since outside of these: {', '.join(expected.outside)}"
+    return text
+
+
+def _whole(share: float) -> str:
+    return percent(share, digits=0)
+
+
+def update_facts(update: UpdateReport) -> dict[str, str]:
+    """What was found of the update."""
+    pairing = update.pairing
+    rows = {"lineage": str(update.lineage)}
+    if update.drift is not None:
+        rows["drift"] = f"{_with_error(update.drift.relative)} of the matrices' norm"
+        rows["cosine"] = _plain_with_error(update.drift.cosine)
+    rows["read"] = (
+        f"every weight of both, {n_params(update.n_elements)} each"
+        if update.is_full
+        else f"{n_params(update.n_elements)} weights of each model, spread over all tensors; --full reads all"
+    )
+    rows["tensors"] = f"{len(pairing.pairs)} compared" + "".join(
+        f"; {len(names)} {what} ({_named(names)})"
+        for what, names in (
+            ("only in the base", pairing.removed),
+            ("only in the evolved model", pairing.added),
+            ("of another shape", pairing.reshaped),
+            ("with other numbers of rows", pairing.grown),
+            ("not of numbers", pairing.no_numbers),
+            ("not finite", update.broken),
+        )
+        if names
+    )
+    rows["vocabulary"] = _vocabulary(update)
+    if update.config_changes:
+        rows["config.json"] = "; ".join(f"{c.field} {c.base} to {c.evolved}" for c in update.config_changes)
+    return rows
+
+
+def kind_rows(update: UpdateReport) -> Rows:
+    """A line for each kind of module."""
+    rows: Rows = [("module", "tensors", "drift", "least", "most", "cosine", "lineage")]
+    for kind, found in update.kinds.items():
+        cells = [cell.relative.value for place, cell in update.cells.items() if place.kind == kind]
+        rows.append(
+            (
+                kind,
+                str(found.n_tensors),
+                _with_error(found.drift.relative),
+                three_percent(min(cells)),
+                three_percent(max(cells)),
+                f"{found.drift.cosine.value:.5f}",
+                str(found.lineage),
+            )
+        )
+    return rows
+
+
+def layer_rows(update: UpdateReport) -> Rows:
+    """A line for each layer, a column for each kind of module."""
+    inside = {place: cell for place, cell in update.cells.items() if place.layer >= 0}
+    kinds = sorted({place.kind for place in inside if not place.kind.endswith(("norm", ".bias"))})
+    stacks = sorted({(place.stack, place.layer) for place in inside})
+    found = {(place.stack, place.layer, place.kind): cell for place, cell in inside.items()}
+    rows: Rows = [("layer", *kinds)]
+    for stack, layer in stacks:
+        cells = (found.get((stack, layer, kind)) for kind in kinds)
+        rows.append(
+            (f"{stack}.{layer}", *("" if cell is None else three_percent(cell.relative.value) for cell in cells))
+        )
+    return rows
+
+
+def _vocabulary(update: UpdateReport) -> str:
+    if update.tokens is not None:
+        return f"{update.tokens.n_moved} tokens moved to other rows, {len(update.tokens.gone)} are gone"
+    return "the same tokens in the same rows" if update.has_vocabularies else "a model has no tokenizer.json"
+
+
+def _with_error(estimate: Estimate) -> str:
+    if not estimate.error:
+        return three_percent(estimate.value)
+    error = "?" if math.isinf(estimate.error) else f"{100 * estimate.error:.1g}"
+    return f"{three_digits(100 * estimate.value)} ± {error} %"
+
+
+def _plain_with_error(estimate: Estimate) -> str:
+    return f"{estimate.value:.6f}" + (f" ± {estimate.error:.1g}" if estimate.error else "")
+
+
+def _named(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -1,0 +1,59 @@
+"""What `check` prints: the verdict first, then why, then the numbers."""
+
+from collections.abc import Sequence
+
+from portllm.checking.forecast import Expected, expect
+from portllm.checking.prompts.text import render_text, render_texts
+from portllm.checking.report import CheckReport, PatchReport, patch_to_json
+from portllm.checking.tables import kind_rows, layer_rows, patch_facts, patch_rows, update_facts, verdict_counts
+from portllm.checking.update.report import UpdateReport, update_to_json
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.patch.folders import Outcome
+from portllm.patch.patch import Patch
+from portllm.show.table import columns, table
+
+Failed = Sequence[Outcome[Patch[TensorInfo]]]
+LONGEST_WHY = 70
+"""Letters of a reason that stand in a table of several patches."""
+
+
+def check_to_json(report: CheckReport, failed: Failed) -> dict[str, object]:
+    """What `check --json` prints: the update once, and a list of the patches."""
+    patches = [patch_to_json(patch) | {"forecast": _json(expect(report.update, patch))} for patch in report.patches]
+    wrong = [{"patch": str(outcome.folder), "error": str(outcome.error)} for outcome in failed]
+    return {"update": update_to_json(report.update), "patches": [*patches, *wrong]}
+
+
+def _json(expected: Expected | None) -> dict[str, object] | None:
+    return None if expected is None else expected.to_json()
+
+
+def render_check(report: CheckReport, failed: Failed, *, by_layer: bool = False) -> str:
+    """What `check` prints."""
+    update = report.update
+    lines = _one_patch(report.patches[0], update) if len(report.patches) == 1 else _several_patches(report)
+    lines += [f"{outcome.folder}: {outcome.error}" for outcome in failed]
+    lines += ["", f"update from {update.base.name} to {update.evolved.name}", *table(update_facts(update))]
+    lines += ["", "drift by kind of module", *columns(kind_rows(update))]
+    if by_layer:
+        lines += ["", "drift by layer", *columns(layer_rows(update))]
+    return "\n".join(lines)
+
+
+def _one_patch(patch: PatchReport, update: UpdateReport) -> list[str]:
+    lines = [f"{patch.verdict.answer}: {patch.name} on {update.evolved.name}"]
+    lines += [f"  - {reason.text}" for reason in patch.verdict.reasons]
+    lines += [f"  note: {remark}" for remark in patch.verdict.remarks]
+    facts = patch_facts(patch, update)
+    if facts:
+        lines += ["", "patch", *table(facts)]
+    return lines if patch.text is None else [*lines, "", *render_text(patch.text)]
+
+
+def _several_patches(report: CheckReport) -> list[str]:
+    rows = [
+        (*row, why if len(why) <= LONGEST_WHY else f"{why[: LONGEST_WHY - 3]}...") for *row, why in patch_rows(report)
+    ]
+    texts = [patch.text for patch in report.patches if patch.text is not None]
+    lines = [verdict_counts(report), *columns(rows)]
+    return [*lines, "", *render_texts(texts)] if texts else lines

@@ -1,0 +1,281 @@
+"""Will a patch hold on the evolved model? Pure: measures in, a verdict and every reason out.
+
+The rules are few and cautious: between a short continuation, where plain addition was seen to hold, and another model,
+where it is known to fail, some patches keep all of their gain and others lose it. What lies between is uncertain, and
+the reasons say which threshold decided and who measured it. An estimate counts with its 95 % interval: it must be on
+one side with all of it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from portllm.checking.update.config_changes import ConfigChange, Effect
+from portllm.checking.update.lineage import Lineage
+from portllm.errors import Refusal
+from portllm.measures.estimate import DriftEstimate
+from portllm.measures.overlap import Share
+from portllm.measures.thresholds import (
+    AGREEMENT,
+    ALIGNED_COSINE,
+    CONTINUATION_COSINE,
+    INDEPENDENT_COSINE,
+    KEPT_GAIN,
+    OVERLAP_SHARE,
+    QUANTIZATION_GAP,
+    SHORT_DRIFT,
+    Threshold,
+)
+
+
+class Answer(StrEnum):
+    """What a verdict says, from the best to the worst."""
+
+    HOLDS = "holds"
+    UNCERTAIN = "uncertain"
+    WILL_NOT_HOLD = "will not hold"
+    CANNOT_BE_PORTED = "cannot be ported"
+
+
+ORDER = tuple(Answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One thing that speaks for or against the patch.
+
+    Attributes:
+        answer: The best verdict that this leaves possible.
+        text: What was found, and what it means.
+        threshold: What decided, or None where no number did.
+    """
+
+    answer: Answer
+    text: str
+    threshold: Threshold | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of a patch.
+
+    Attributes:
+        answer: In one word.
+        reasons: Why, the gravest first.
+        remarks: What to know, though it changes nothing.
+    """
+
+    answer: Answer
+    reasons: tuple[Reason, ...]
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What is known of a patch and an update.
+
+    Attributes:
+        refusals: Why the patch cannot be ported at all.
+        lineage: Of the matrices that the patch changes, by kind of module.
+        drift: Of these matrices; None where none could be compared.
+        broken: Tensors that hold an infinity or NaN.
+        config_changes: What the update changed in `config.json`.
+        alignment: Cosine of patch and drift.
+        overlaps: By side (`input`, `output`), how much of the drift lies where the patch works.
+        kept_gain: By storage dtype, the share of the patch that a merge would keep.
+        stored_as: The dtype that the evolved model stores what the patch changes in.
+        changes_vocabulary: Whether the patch changes rows that stand for tokens, and tokens have moved or are gone.
+        fitted_to: How the weights that the patch was fitted to are quantized (QLoRA); None where they are not.
+        quantization_gap: `|W - dequant(quant(W))| / |Δ|` of them; None where it was not measured.
+    """
+
+    refusals: tuple[Refusal, ...] = ()
+    lineage: Mapping[str, Lineage] | None = None
+    drift: DriftEstimate | None = None
+    broken: tuple[str, ...] = ()
+    config_changes: tuple[ConfigChange, ...] = ()
+    alignment: float | None = None
+    overlaps: Mapping[str, Share] | None = None
+    kept_gain: Mapping[str, float] | None = None
+    stored_as: str | None = None
+    changes_vocabulary: bool = False
+    fitted_to: str | None = None
+    quantization_gap: float | None = None
+
+
+def judge(measures: Measures) -> Verdict:
+    """The verdict that follows from these measures.
+
+    Example:
+        >>> verdict = judge(Measures(refusals=(Refusal("lm_head", "the evolved model has no such module."),)))
+        >>> print(verdict.answer, "-", verdict.reasons[0].text)
+        cannot be ported - lm_head: the evolved model has no such module.
+    """
+    return _verdict(_reasons(measures), tuple(_remarks(measures)))
+
+
+def with_answers(verdict: Verdict, *, agreement: float, n_prompts: int) -> Verdict:
+    """The verdict that follows when prompts were run: they can put a patch in doubt, and take no doubt away.
+
+    That answers begin alike says nothing of how they go on, and nothing of answers that should be other ones now.
+
+    Args:
+        verdict: From weights.
+        agreement: Share of prompts to which ported model and old specialist give the same likeliest token.
+        n_prompts: How many there were.
+
+    Example:
+        >>> verdict = Verdict(Answer.HOLDS, (Reason(Answer.HOLDS, "the weights hardly moved."),))
+        >>> with_answers(verdict, agreement=0.52, n_prompts=64).reasons[0].text
+        'of 64 answers, 52 % begin as the old specialist began them. Measure it: portllm evaluate.'
+    """
+    if agreement >= AGREEMENT.value:
+        return verdict
+    begun = f"of {n_prompts} answers, {_percent(agreement)} begin as the old specialist began them."
+    doubt = Reason(Answer.UNCERTAIN, f"{begun} Measure it: portllm evaluate.", AGREEMENT)
+    return _verdict((doubt, *verdict.reasons), verdict.remarks)
+
+
+def _verdict(found: Iterable[Reason], remarks: tuple[str, ...]) -> Verdict:
+    reasons = sorted(found, key=lambda reason: -ORDER.index(reason.answer))
+    return Verdict(reasons[0].answer if reasons else Answer.UNCERTAIN, tuple(reasons), remarks)
+
+
+def _reasons(measures: Measures) -> Iterator[Reason]:
+    if measures.refusals:
+        yield from (Reason(Answer.CANNOT_BE_PORTED, str(refusal)) for refusal in measures.refusals)
+        return
+    for name in measures.broken:
+        yield Reason(Answer.WILL_NOT_HOLD, f"{name}: holds an infinity or NaN; a training run diverged.")
+    yield from _of_lineage(measures)
+    yield from _of_direction(measures)
+    for change in measures.config_changes:
+        if change.effect is Effect.FUNCTION:
+            yield Reason(Answer.UNCERTAIN, f"{_change(change)}: the same weights compute something else.")
+    if measures.changes_vocabulary:
+        yield Reason(
+            Answer.UNCERTAIN,
+            "tokens have other rows in the evolved model, and the patch changes such rows. They follow their tokens; "
+            "what belongs to tokens that are gone is left out.",
+        )
+
+    if measures.quantization_gap is not None and measures.quantization_gap >= QUANTIZATION_GAP.value:
+        yield Reason(
+            Answer.UNCERTAIN,
+            f"{_of_quantization(measures)} Models merged so were seen to break: serve the patch as an adapter beside "
+            "the evolved model, quantized the same way.",
+            QUANTIZATION_GAP,
+        )
+
+
+def _of_quantization(measures: Measures) -> str:
+    return (
+        f"the patch was fitted to {measures.fitted_to} weights, and what quantization took of them, which it never "
+        f"saw, is {measures.quantization_gap:.3g} times as large as the patch."
+    )
+
+
+def _of_lineage(measures: Measures) -> Iterator[Reason]:
+    drift, lineage = measures.drift, measures.lineage or {}
+    if drift is None:
+        yield Reason(Answer.UNCERTAIN, "the patch changes no weight whose drift could be measured.")
+        return
+    far = {kind: found for kind, found in lineage.items() if found in (Lineage.INDEPENDENT, Lineage.UNRELATED)}
+    if far:
+        yield Reason(
+            Answer.WILL_NOT_HOLD,
+            f"{_listed(far)}: the evolved weights have nothing in common with the base's (cosine below "
+            f"{INDEPENDENT_COSINE.value:g}), whatever their shapes. Train the patch again on the evolved model.",
+            INDEPENDENT_COSINE,
+        )
+        return
+    siblings = [kind for kind, found in lineage.items() if found is Lineage.SIBLING]
+    if siblings:
+        yield Reason(
+            Answer.UNCERTAIN,
+            f"{_listed(siblings)}: cosine below {CONTINUATION_COSINE.value:g}, so base and evolved share an origin at "
+            "most; plain addition loses its gain over long training. Measure it: portllm evaluate.",
+            CONTINUATION_COSINE,
+        )
+    if drift.sums.drift_sq == 0:
+        yield Reason(Answer.HOLDS, "what the patch changes is as it was in the base.")
+    elif drift.relative.high <= SHORT_DRIFT.value:
+        yield Reason(
+            Answer.HOLDS,
+            f"the weights that the patch changes drifted by {_percent(drift.relative.value)} of their norm, within the "
+            f"{_percent(SHORT_DRIFT.value)} over which plain addition is known to hold.",
+            SHORT_DRIFT,
+        )
+    else:
+        straddles = drift.relative.low <= SHORT_DRIFT.value
+        yield Reason(
+            Answer.UNCERTAIN,
+            f"the weights that the patch changes drifted by {_percent(drift.relative.value)} of their norm; plain "
+            f"addition is known to hold up to {_percent(SHORT_DRIFT.value)}, and farther on some patches keep what "
+            "they gained and others lose it. "
+            + (
+                "The estimate is too rough to tell: --full reads every weight."
+                if straddles
+                else "Measure it: portllm evaluate."
+            ),
+            SHORT_DRIFT,
+        )
+
+
+def _of_direction(measures: Measures) -> Iterator[Reason]:
+    cosine = measures.alignment
+    if cosine is not None and abs(cosine) >= ALIGNED_COSINE.value:
+        what = (
+            "contains the patch, or training like it; adding it again overshoots" if cosine > 0 else "undoes the patch"
+        )
+        yield Reason(
+            Answer.UNCERTAIN, f"the update moved along the patch (cosine {cosine:.2f}): it {what}.", ALIGNED_COSINE
+        )
+    for side, share in (measures.overlaps or {}).items():
+        if share.excess is not None and share.share is not None and share.excess >= OVERLAP_SHARE.value:
+            yield Reason(
+                Answer.UNCERTAIN,
+                f"{_percent(share.share)} of the drift lies in the {side}s that the patch uses, "
+                f"{_percent(share.by_chance or 0.0)} by chance: the update changed what the patch was fitted to.",
+                OVERLAP_SHARE,
+            )
+
+
+def _remarks(measures: Measures) -> Iterator[str]:
+    for change in measures.config_changes:
+        if change.effect is not Effect.FUNCTION:
+            yield _change(change)
+    gap = measures.quantization_gap
+    if gap is not None and gap < QUANTIZATION_GAP.value:
+        yield _of_quantization(measures).removesuffix(".")
+    elif gap is None and measures.fitted_to is not None:
+        yield (
+            f"the patch was fitted to {measures.fitted_to} weights, and how much quantization took of them is not "
+            "measured; it is a part of the drift where the base is given as it was quantized"
+        )
+    kept = (measures.kept_gain or {}).get(measures.stored_as or "")
+    if kept is not None and kept < KEPT_GAIN.value:
+        wider = next((name for name, gain in (measures.kept_gain or {}).items() if gain >= KEPT_GAIN.value), "F32")
+        yield (
+            f"merged into {measures.stored_as}, {_percent(kept)} of the patch would survive rounding: serve it as an "
+            f"adapter, or merge with --dtype {wider} or --rounding stochastic"
+        )
+
+
+def _change(change: ConfigChange) -> str:
+    return f"{change.field} was {_value(change.base)} and is {_value(change.evolved)}"
+
+
+def _value(value: object) -> str:
+    text = "not said" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _listed(kinds: Mapping[str, Lineage] | list[str]) -> str:
+    names = list(kinds)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

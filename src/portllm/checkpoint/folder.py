@@ -1,0 +1,56 @@
+"""A model's folder, opened by what lies in it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from portllm.checkpoint.model.checkpoint import CONFIG_FILE, Checkpoint
+from portllm.checkpoint.safetensors.folder import join_shards, read_weight_map, require_shards, tensors_of
+from portllm.checkpoint.safetensors.header_file import read_header
+from portllm.checkpoint.safetensors.names import GGUF_SUFFIX, INDEX_FILE, SINGLE_FILE
+from portllm.errors import NotFoundError
+from portllm.files.json_file import read_config
+
+
+def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Checkpoint:
+    """Open the model in a folder under a name; arguments and errors otherwise as `open_checkpoint`."""
+    config = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if (folder / SINGLE_FILE).is_file():
+        header = read_header(folder / SINGLE_FILE)
+        return Checkpoint(name, folder, tensors_of(header.tensors), config, header.metadata, revision)
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_weight_map(folder / INDEX_FILE)
+        shards = require_shards(weight_map, where=str(folder), there=_files_in(folder))
+        headers = {shard: read_header(folder / shard) for shard in shards}
+        infos, metadata = join_shards(weight_map, headers, index=str(folder / INDEX_FILE))
+        return Checkpoint(name, folder, infos, config, metadata, revision)
+    files = [folder / file for file in _files_in(folder) if file.endswith(GGUF_SUFFIX)]
+    if len(files) == 1:
+        return _open_gguf(files[0], name=name, folder=folder)
+    raise NotFoundError(f"'{name}': {why_no_model(_files_in(folder))}")
+
+
+def _open_gguf(path: Path, *, name: str, folder: Path | None) -> Checkpoint:
+    from portllm.checkpoint.gguf.tensors import open_gguf_model
+
+    model = open_gguf_model(path)
+    return Checkpoint(name, folder, model.infos, model.config, {})
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.is_file()]
+
+
+def why_no_model(files: Iterable[str]) -> str:
+    """What a folder or repository with these files is, when it is no model that can be read."""
+    files = list(files)
+    if "adapter_config.json" in files:
+        return "is an adapter, not a model. Give it as the patch, and the model it belongs to as the base."
+    if any(file.endswith(".bin") or Path(file).suffix.startswith(".pt") for file in files):
+        return (
+            "holds pickled weights, which are never read. Convert them once: "
+            'python -c "from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\"."
+        )
+    if several := sorted(file for file in files if file.endswith(GGUF_SUFFIX)):
+        return f"holds {len(several)} GGUF files. Give one of them, such as '{several[0]}'."
+    return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}, nor one GGUF file."

@@ -1,0 +1,116 @@
+"""A GGUF file, opened: its tensors, and its metadata by key and type.
+
+What lives here knows the container, not the models in it: a key that is missing or of another type is refused with
+its name.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm.checkpoint.gguf.header import GGUFHeader, ListPlace, Value, read_gguf_header, read_gguf_list
+from portllm.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFFile:
+    """An open GGUF file; lists of its metadata and tensors are read when they are asked for.
+
+    Attributes:
+        path: The file, for messages.
+        header: What its header says.
+    """
+
+    path: Path
+    header: GGUFHeader
+
+    def keys(self, prefix: str) -> tuple[str, ...]:
+        """The metadata keys that begin with `prefix`, in the order of the file."""
+        return tuple(key for key in self.header.fields if key.startswith(prefix))
+
+    def has(self, key: str) -> bool:
+        """Whether the metadata has this key."""
+        return key in self.header.fields
+
+    def text(self, key: str) -> str:
+        """A string.
+
+        Raises:
+            CheckpointError: The key is missing or holds something else; so for every method below.
+        """
+        value = self._value(key)
+        if not isinstance(value, str):
+            raise self._wrong_type(key, "a string", value)
+        return value
+
+    def flag(self, key: str) -> bool:
+        """A boolean."""
+        value = self._value(key)
+        if not isinstance(value, bool):
+            raise self._wrong_type(key, "a boolean", value)
+        return value
+
+    def integer(self, key: str, *, least: int = 0) -> int:
+        """A whole number of at least `least`."""
+        value = self._value(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self._wrong_type(key, f"a whole number of at least {least}", value)
+        return value
+
+    def positive(self, key: str) -> float:
+        """A finite number above zero."""
+        value = self._value(key)
+        if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+            raise self._wrong_type(key, "a number above zero", value)
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings."""
+        value = self._value(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong_type(key, "a list of strings", value)
+        return [str(item) for item in value]
+
+    def length(self, key: str) -> int | None:
+        """How many items a list has, without reading them; None where there is no such list."""
+        value = self.header.fields.get(key)
+        return value.count if isinstance(value, ListPlace) else None
+
+    def integers(self, key: str) -> list[int]:
+        """A list of whole numbers."""
+        value = self._value(key)
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self._wrong_type(key, "a list of whole numbers", value)
+        return [item for item in value if isinstance(item, int)]
+
+    def refuse(self, found: str) -> CheckpointError:
+        """The error that names this file; `found` says what is wrong and what to do."""
+        return CheckpointError(f"'{self.path}': {found}")
+
+    def _value(self, key: str) -> Value | list[Value]:
+        value = self.header.fields.get(key)
+        if value is None:
+            raise self.refuse(f"its metadata has no '{key}', which is needed. Convert the model again.")
+        return read_gguf_list(self.path, value) if isinstance(value, ListPlace) else value
+
+    def _wrong_type(self, key: str, expected: str, found: object) -> CheckpointError:
+        return self.refuse(f"its metadata '{key}' is {str(found)[:80]!r}; expected {expected}.")
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Open a GGUF file; see `read_gguf_header`."""
+    return GGUFFile(path, read_gguf_header(path))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Up to ten names in quotes, and the count of the rest, for a message.
+
+    Example:
+        >>> listed(["b", "a"])
+        "'a', 'b'"
+    """
+    ordered = sorted(names)
+    rest = len(ordered) - 10
+    shown = ", ".join(f"'{name}'" for name in ordered[:10])
+    return f"{shown} and {rest} more" if rest > 0 else shown

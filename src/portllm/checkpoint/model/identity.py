@@ -1,0 +1,178 @@
+"""Two identities of a checkpoint, both independent of shard layout, tensor order and file names.
+
+The fingerprint is a digest over names, dtypes, shapes and a sample of each tensor's bytes. It costs milliseconds at
+any size, and any two trained versions differ in it; it does not prove that every byte is equal. The digest does: it
+covers all bytes. It is taken when the bytes are read anyway or when asked for, and kept in the user's cache by path,
+size and time of change.
+
+A head stored beside the embedding it is tied to counts for neither, so that both ways to store it are one model. So
+are the spellings that a family has for the names of its tensors. Both are over bytes as they are stored: a model and
+what was quantized of it never have the same identity.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.families import current_tensors
+from portllm.checkpoint.model.ties import stored_head, tied_embedding
+from portllm.checkpoint.reading.bytes import read_bytes, read_spans
+from portllm.checkpoint.reading.windows import sample_window
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.files.cache import cache_root
+from portllm.files.source import Source
+from portllm.progress import Progress, silent
+
+FINGERPRINT_PREFIX = "s4k1:"
+"""Names the sampling rule (4 KiB, version 1), so that another rule can never be mistaken for it."""
+
+DIGEST_PREFIX = "blake3:"
+READ_BYTES = 1 << 24
+
+
+def own_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    """The tensors that make the model what it is, by current name: all but a stored copy of a tied embedding."""
+    tensors = current_tensors(checkpoint)
+    head = stored_head(checkpoint)
+    if head is not None and tied_embedding(checkpoint) is not None:
+        return {name: info for name, info in tensors.items() if info.name != head.name}
+    return tensors
+
+
+def stored_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, TensorInfo]]:
+    """Every tensor with bytes of its own, by name: what decoding needs besides a tensor follows it."""
+    for name, info in infos.items():
+        yield name, info
+        for suffix, part in info.parts:
+            yield name + suffix, part
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """The checkpoint's fingerprint, such as `s4k1:` and 40 hexadecimal digits.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    state = blake3()
+    infos = list(stored_tensors(own_tensors(checkpoint)))
+    windows = [(info, *sample_window(name, info.n_bytes)) for name, info in infos]
+    for (name, info), sample in zip(infos, read_spans(windows), strict=True):
+        state.update(json.dumps([name, info.stored_as, info.shape]).encode())
+        state.update(sample)
+    return FINGERPRINT_PREFIX + state.hexdigest(20)
+
+
+def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:
+    """The checkpoint's digest: blake3 of each tensor's bytes, then over the sorted list of names and digests.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    return digest_of(tensor_digests(checkpoint, progress=progress), own_tensors(checkpoint))
+
+
+def digest_of(digests: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
+    """The digest of a model of the tensors `infos`, by current name, with these `digests`, by the names in the file."""
+    stored = sorted(stored_tensors(infos), key=lambda pair: pair[0])
+    rows = [[name, info.stored_as, list(info.shape), digests[info.name]] for name, info in stored]
+    return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
+
+
+def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> dict[str, str]:
+    """The blake3 digest of every tensor's bytes, from the cache where the files have not changed since."""
+    digests: dict[str, str] = {}
+    done = 0
+    for file in checkpoint.files:
+        infos = [info for _, info in stored_tensors(checkpoint.infos) if info.file == file]
+        known = _recall(file)
+        if known is None:
+            known = {}
+            for info in infos:
+                known[info.name] = digest_tensor(info)
+                done += info.n_bytes
+                progress("digest", done, checkpoint.n_bytes, "bytes")
+            remember(file, known)
+        digests.update(known)
+    progress("digest", checkpoint.n_bytes, checkpoint.n_bytes, "bytes")
+    return digests
+
+
+def known_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """The digests of the tensors in those files that have not changed since the cache was told of them."""
+    return {name: digest for file in checkpoint.files for name, digest in (_recall(file) or {}).items()}
+
+
+def remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Keep the digests of a model's tensors, by the names in its files, for each file of which all are given."""
+    for file in checkpoint.files:
+        names = [info.name for _, info in stored_tensors(checkpoint.infos) if info.file == file]
+        if all(name in digests for name in names):
+            remember(file, {name: digests[name] for name in names})
+
+
+def digest_stored(info: TensorInfo, known: Mapping[str, str]) -> dict[str, str]:
+    """The digests of one tensor and of what decoding it needs, by stored name; what is not known is read.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    parts = [part for _, part in stored_tensors({info.name: info})]
+    return {part.name: known.get(part.name) or digest_tensor(part) for part in parts}
+
+
+def are_stored_alike(
+    left: TensorInfo, right: TensorInfo, left_digests: Mapping[str, str], right_digests: Mapping[str, str]
+) -> bool:
+    """Whether two tensors are known to hold the same values, by the digests of all their bytes."""
+    sides = [
+        [(suffix, part.stored_as, part.shape, digests.get(part.name)) for suffix, part in stored_tensors({"": info})]
+        for info, digests in ((left, left_digests), (right, right_digests))
+    ]
+    return sides[0] == sides[1] and all(digest is not None for *_, digest in sides[0])
+
+
+def digest_tensor(info: TensorInfo) -> str:
+    """The blake3 digest of one tensor's bytes, read afresh.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    state = blake3()
+    for start in range(0, info.n_bytes, READ_BYTES):
+        state.update(read_bytes(info, start, min(start + READ_BYTES, info.n_bytes)))
+    return state.hexdigest()
+
+
+def _cache_entry(file: Source) -> tuple[Path, dict[str, object]]:
+    key: dict[str, object]
+    if isinstance(file, Path):
+        path = file.resolve()
+        facts = path.stat()
+        key = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    else:
+        key = {"path": file.url, "size": file.size, "etag": file.etag}
+    return cache_root() / "digests" / f"{blake3(str(key['path']).encode()).hexdigest(16)}.json", key
+
+
+def _recall(file: Source) -> dict[str, str] | None:
+    entry, key = _cache_entry(file)
+    try:
+        stored = json.loads(entry.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stored["digests"] if isinstance(stored, dict) and stored.get("key") == key else None
+
+
+def remember(file: Source, digests: Mapping[str, str]) -> None:
+    """Keep the digests of a file's tensors until the file changes; a cache that cannot be written is no error."""
+    entry, key = _cache_entry(file)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        part = entry.with_suffix(".part")
+        part.write_text(json.dumps({"key": key, "digests": dict(digests)}), encoding="utf-8")
+        part.replace(entry)
+    except OSError:
+        return

@@ -1,0 +1,63 @@
+"""The files that make a folder of weights a model: configuration, tokenizer, license; copied from another model."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from portllm.checkpoint.model.checkpoint import CONFIG_FILE
+from portllm.errors import CheckpointError
+from portllm.files.json_file import read_config
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+NOT_COPIED = (".index.json", "README.md", "portllm.json")
+"""An index and a manifest of other weights, and a model card that describes another model."""
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that belong to any model with the same architecture and tokenizer, sorted.
+
+    Raises:
+        CheckpointError: One of them is a link that leads out of the folder, other than to the hub's cache as
+            huggingface_hub lays it out: a model from a stranger must not bring a secret of its user into the output.
+    """
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES + NOT_COPIED)
+    )
+    for file in files:
+        target = file.resolve()
+        if not any(target.is_relative_to(root) for root in _roots(folder.resolve())):
+            raise CheckpointError(
+                f"'{file}': is a link to '{target}', outside of the model's folder, and would be copied into the "
+                "output. Delete the link, or put the file itself in its place."
+            )
+    return files
+
+
+def _roots(folder: Path) -> tuple[Path, ...]:
+    """The folder itself; for one that shows a commit in the hub's cache, also where the cache keeps its files."""
+    return (folder, folder.parents[1] / "blobs") if folder.parent.name == "snapshots" else (folder,)
+
+
+def copy_side_files(source: Path, folder: Path, *, config_changes: Mapping[str, object]) -> None:
+    """Copy them, with the given fields of `config.json` changed, or taken out where they are None.
+
+    Without changes its bytes stay as they are. `dtype` goes where the file has it: under that name, or under the older
+    `torch_dtype`.
+
+    Raises:
+        CheckpointError: As `side_files`.
+    """
+    for file in side_files(source):
+        shutil.copyfile(file, folder / file.name)
+    if not config_changes or not (folder / CONFIG_FILE).is_file():
+        return
+    config = read_config(folder / CONFIG_FILE)
+    for key, value in config_changes.items():
+        if value is None:
+            config.pop(key, None)
+            continue
+        config["torch_dtype" if key == "dtype" and "torch_dtype" in config else key] = value
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

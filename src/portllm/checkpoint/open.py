@@ -1,0 +1,100 @@
+"""Open a model: a folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the Hugging Face Hub.
+
+A folder holds one file, or shards with an index; a model of the hub is `org/name` or `org/name@revision`.
+Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for:
+`portllm.checkpoint.reading.bytes` reads them, `portllm.checkpoint.reading.tensors` turns them into arrays. The network is touched
+for a model of the hub only.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from portllm.checkpoint.builtin import builtin_folder
+from portllm.checkpoint.folder import _open_gguf, open_folder
+from portllm.checkpoint.model.checkpoint import _HUB_ID, MAX_NAME_LENGTH, Checkpoint, names_hub
+from portllm.checkpoint.model.unfinished import require_finished
+from portllm.checkpoint.safetensors.folder import tensors_of
+from portllm.checkpoint.safetensors.header_file import read_header
+from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
+from portllm.errors import CheckpointError, NotFoundError
+from portllm.progress import Progress, silent
+
+BUILTIN_PREFIX = "builtin:"
+
+_SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+
+
+def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkpoint:
+    """Open a model lazily.
+
+    Args:
+        where: A folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the hub (`org/name` or
+            `org/name@revision`), of which headers and small files are read.
+        progress: Told of the one-time conversion of a built-in model.
+
+    Raises:
+        NotFoundError: There is no model at that place.
+        HeaderError, IndexFileError, MissingShardError: Its files are damaged or incomplete.
+        RemoteError: The hub cannot be reached, or denies access.
+    """
+    name = str(where)
+    if name.startswith(BUILTIN_PREFIX):
+        return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
+    path = Path(where)
+    if os.path.isdir(path):  # which is no error for a name that no system has, however long
+        require_finished(path)
+        return open_folder(path, name=name)
+    if os.path.isfile(path):
+        return _open_file(path, name=name)
+    if names_hub(name):
+        from portllm.checkpoint.hub import open_remote
+
+        return open_remote(name)
+    could_be = len(name) <= MAX_NAME_LENGTH and _HUB_ID.fullmatch(name)
+    hint = f" For the model of the Hugging Face Hub, write {name}@main." if could_be else ""
+    raise NotFoundError(
+        f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Give a folder, a .safetensors or .gguf file, a model of "
+        f"the Hugging Face Hub (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
+    )
+
+
+def on_disk(checkpoint: Checkpoint, *, progress: Progress = silent) -> Checkpoint:
+    """The same model with its tensors on disk: one that stays on the hub is downloaded, any other is returned as it is.
+
+    Raises:
+        RemoteError: It cannot be downloaded.
+    """
+    if not checkpoint.is_remote:
+        return checkpoint
+    from portllm.checkpoint.hub import download
+
+    return download(checkpoint, progress=progress)
+
+
+def side_file(checkpoint: Checkpoint, name: str) -> Path | None:
+    """A small file beside a model's weights, such as `tokenizer.json`, on disk; None where the model has none.
+
+    Raises:
+        RemoteError: It is on the hub and cannot be fetched.
+    """
+    if checkpoint.is_remote:
+        from portllm.checkpoint.hub import fetch_side_file
+
+        return fetch_side_file(checkpoint, name)
+    path = None if checkpoint.folder is None else checkpoint.folder / name
+    return path if path is not None and path.is_file() else None
+
+
+def _open_file(path: Path, *, name: str) -> Checkpoint:
+    if path.suffix == GGUF_SUFFIX:
+        return _open_gguf(path, name=name, folder=None)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"'{name}': only safetensors and GGUF files are read, never pickle. Save the model with save_pretrained "
+            "first."
+        )
+    if _SHARD_NAME.search(path.name):
+        raise CheckpointError(f"'{name}': is one shard of a model. Give the folder that holds all of them.")
+    header = read_header(path)
+    return Checkpoint(name, None, tensors_of(header.tensors), {}, header.metadata)

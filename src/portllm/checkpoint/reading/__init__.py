@@ -1,0 +1,1 @@
+"""Bytes of tensors, by range, by row or whole, from files here or at a hub."""

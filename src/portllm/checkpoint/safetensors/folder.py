@@ -1,0 +1,78 @@
+"""A model in shards: its index, and the tensors of all of them."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from portllm.checkpoint.reading.bytes import read_spans
+from portllm.checkpoint.safetensors.bitsandbytes import joined
+from portllm.checkpoint.safetensors.header import Header
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import IndexFileError, MissingShardError
+from portllm.files.json_file import read_json
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor, as an index file says.
+
+    Raises:
+        IndexFileError: It says nothing of the kind, or names something else than a file beside it.
+    """
+    weight_map = read_json(index, error=IndexFileError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise IndexFileError(f"'{index}': has no 'weight_map' from tensor names to files. Save the model again.")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise IndexFileError(
+                f"'{index}': tensor '{tensor}' is said to be in {shard!r}, which is not the plain name of a "
+                ".safetensors file beside the index."
+            )
+    return weight_map
+
+
+def require_shards(weight_map: Mapping[str, str], *, where: str, there: Iterable[str]) -> list[str]:
+    """The shards of an index, sorted.
+
+    Raises:
+        MissingShardError: Not all of them are among the files that are `there`.
+    """
+    shards = sorted(set(weight_map.values()))
+    missing = sorted(set(shards) - set(there))
+    if missing:
+        raise MissingShardError(
+            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}'. Fetch them again."
+        )
+    return shards
+
+
+def join_shards(
+    weight_map: Mapping[str, str], headers: Mapping[str, Header], *, index: str
+) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
+    """Every tensor of a sharded model, and the first shard's metadata.
+
+    Raises:
+        IndexFileError: Index and shards do not name the same tensors.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for shard, header in headers.items():
+        for tensor, info in header.tensors.items():
+            if weight_map.get(tensor) != shard:
+                raise IndexFileError(
+                    f"'{index}': tensor '{tensor}' is in '{shard}', the index says {weight_map.get(tensor)!r}."
+                )
+            infos[tensor] = info
+    unheld = sorted(set(weight_map) - set(infos))
+    if unheld:
+        raise IndexFileError(
+            f"'{index}': {len(unheld)} tensors are in no shard, first '{unheld[0]}' (said to be in "
+            f"'{weight_map[unheld[0]]}')."
+        )
+    return tensors_of(infos), next(iter(headers.values())).metadata
+
+
+def tensors_of(infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """The tensors of a model, sorted by name, from those that its files list: a 4-bit weight is several of these.
+
+    Raises:
+        CheckpointError: The parts of a 4-bit weight do not fit each other.
+    """
+    return joined({name: infos[name] for name in sorted(infos)}, read_spans)

@@ -1,0 +1,1 @@
+"""What a stored tensor is: dtype, shape, place, encoding."""

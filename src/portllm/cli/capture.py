@@ -1,0 +1,192 @@
+"""Commands that make a patch of what is there: capture, combine."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from portllm.cli.options import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
+from portllm.cli.terminal import print_json, say
+
+if TYPE_CHECKING:
+    from portllm.patch.record import FittedTo
+
+AUTO = "auto"
+
+
+class DenseName(StrEnum):
+    """What becomes of the tensors that are no linear weights."""
+
+    KEEP = "keep"
+    DROP = "drop"
+
+
+class FittedName(StrEnum):
+    """How a base was quantized when it was loaded."""
+
+    NF4 = "nf4"
+    NF4_DOUBLE = "nf4-double"
+    FP4 = "fp4"
+    FP4_DOUBLE = "fp4-double"
+
+
+def capture(
+    base: Annotated[str, typer.Option("--base", help=f"The model it was made on. {MODEL}")],
+    output: OutOption,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA folder.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option("--initial", help="It before training, if it began with a part of the base (PiSSA).")
+    ] = None,
+    tuned: Annotated[str | None, typer.Option("--tuned", help="The base after fine-tuning, whole.")] = None,
+    fitted_to: Annotated[
+        FittedName | None,
+        typer.Option("--fitted-to", help="With --adapter: how --base was quantized while it was trained (QLoRA)."),
+    ] = None,
+    left_alone: Annotated[
+        str | None,
+        typer.Option("--left-alone", help="With --fitted-to: modules that stayed in 16 bit, between commas; lm_head."),
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", help="Of deltas from --tuned: a number, or auto: above rounding noise.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", min=1, help="Bounds --rank auto.")] = None,
+    dense: Annotated[
+        DenseName | None, typer.Option("--dense", help="Norms, biases, embeddings, heads of --tuned; else kept.")
+    ] = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a patch that knows its base: from an adapter, or from a base and what fine-tuning made of it."""
+    if (adapter is None) == (tuned is None):
+        raise typer.BadParameter("give exactly one of --adapter and --tuned.")
+    if fitted_to is None and left_alone is not None:
+        raise typer.BadParameter("--left-alone goes with --fitted-to.")
+    if tuned is not None:
+        if initial is not None or fitted_to is not None:
+            raise typer.BadParameter("--initial and --fitted-to go with --adapter.")
+        chosen = parse_rank(rank or AUTO)
+        if isinstance(chosen, int) and max_rank is not None:
+            raise typer.BadParameter("--max-rank bounds --rank auto; with a number it says nothing.")
+        _capture_tuned(
+            base, tuned, output, None if chosen == AUTO else int(chosen), max_rank, dense or DenseName.KEEP,
+            dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+    elif adapter is not None:
+        if rank is not None or max_rank is not None or dense is not None:
+            raise typer.BadParameter("--rank, --max-rank and --dense go with --tuned; an adapter is taken as it is.")
+        _capture_adapter(
+            base, adapter, initial, output, _fitted_to(fitted_to, left_alone),
+            dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+
+
+def parse_rank(text: str) -> int | str:
+    """A number from 1 on, or `auto`.
+
+    Example:
+        >>> parse_rank("16"), parse_rank("auto")
+        (16, 'auto')
+    """
+    if text == AUTO:
+        return AUTO
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"--rank {text}: must be a number from 1 on, or auto.")
+    return int(text)
+
+
+def _fitted_to(scheme: FittedName | None, left_alone: str | None) -> "FittedTo | None":
+    if scheme is None:
+        return None
+    from portllm.matching.quantized_base import LEFT_ALONE
+    from portllm.patch.record import FittedTo
+
+    return FittedTo(scheme.value, LEFT_ALONE if left_alone is None else tuple(filter(None, left_alone.split(","))))
+
+
+def _capture_adapter(
+    base: str,
+    adapter: Path,
+    initial: Path | None,
+    output: Path,
+    fitted_to: "FittedTo | None",
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from portllm.capturing.adapter import capture_adapter, plan_capture
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.progress import shown_progress
+    from portllm.errors import PlanRefusedError
+    from portllm.files.output_folder import check_free
+    from portllm.inspecting.inspect import summarize_patch, summary_to_json
+    from portllm.inspecting.text import render_summary
+    from portllm.patch.adapter_folder import open_adapter
+
+    loaded, model = open_adapter(adapter), open_checkpoint(base)
+    before = None if initial is None else open_adapter(initial)
+    if dry_run:
+        if refusals := plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to):
+            raise PlanRefusedError(refusals)
+        check_free(output, overwrite=overwrite)
+        say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
+        return
+    with shown_progress(quiet=quiet) as progress:
+        capture_adapter(
+            loaded,
+            base=model,
+            out=output,
+            initial=before,
+            fitted_to=fitted_to,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    summary = summarize_patch(output)
+    if as_json:
+        print_json(summary_to_json(summary))
+    else:
+        say(render_summary(summary))
+
+
+def _capture_tuned(
+    base: str,
+    tuned: str,
+    output: Path,
+    rank: int | None,
+    max_rank: int | None,
+    dense: DenseName,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from portllm.capturing.text import render_tuned_plan, render_tuned_report, tuned_report_to_json
+    from portllm.capturing.tuned_plan import plan_capture_tuned
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.progress import shown_progress
+    from portllm.errors import PlanRefusedError
+    from portllm.files.output_folder import check_free
+
+    plan = plan_capture_tuned(
+        open_checkpoint(base), open_checkpoint(tuned), rank=rank, max_rank=max_rank, dense=dense.value
+    )
+    if dry_run:
+        say(render_tuned_plan(plan, output))
+    if plan.refusals:
+        raise PlanRefusedError(plan.refusals)
+    check_free(output, overwrite=overwrite)
+    if dry_run:
+        return
+    from portllm.capturing.tuned import run_capture_tuned
+
+    with shown_progress(quiet=quiet) as progress:
+        report = run_capture_tuned(plan, output, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(tuned_report_to_json(report, output))
+    else:
+        say(render_tuned_report(report, output))

@@ -1,0 +1,155 @@
+"""The command that bounds what a port can have lost: certify."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.options import (
+    MODEL,
+    DeviceName,
+    DeviceOption,
+    DryRunOption,
+    HtmlOption,
+    JsonOption,
+    OtherBaseOption,
+    OverwriteOption,
+    QuietOption,
+)
+from portllm.cli.terminal import print_json, say
+
+
+class AnswerName(StrEnum):
+    """What counts as an answer."""
+
+    CHOICES = "choices"
+    EXACT = "exact"
+    FREE = "free"
+
+
+def certify(
+    base: Annotated[str | None, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")] = None,
+    patch: Annotated[Path | None, typer.Option("--patch", help="The patch.")] = None,
+    evolved: Annotated[str | None, typer.Option("--evolved", help="The later version of the base.")] = None,
+    ported: Annotated[Path | None, typer.Option("--ported", help="The patch carried over to it.")] = None,
+    merged: Annotated[
+        str | None, typer.Option("--merged", help="Instead of both: a model with the ported patch in its weights.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Inputs as JSONL, with or without right answers.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for certificate.json.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Template; as in training where the patch says.")] = None,
+    completion: Annotated[str | None, typer.Option(help="Field of the right answer, if any; likewise.")] = None,
+    answers: Annotated[
+        AnswerName,
+        typer.Option(help="choices: the likeliest; exact: written and compared whole; free: token by token, no bound."),
+    ] = AnswerName.CHOICES,
+    choices: Annotated[str | None, typer.Option(help="Between commas; else the right answers that occur.")] = None,
+    one_line: Annotated[bool, typer.Option("--one-line", help="A written answer ends with its first line.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Written at most.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 16,
+    bound: Annotated[float | None, typer.Option(help="The loss of score to rule out, such as 0.02.")] = None,
+    confidence: Annotated[float, typer.Option(help="Of the bound.")] = 0.95,
+    sample: Annotated[int | None, typer.Option(min=1, help="Draw so many rows of the file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say how many inputs the --bound takes; needs no model and no data.")
+    ] = False,
+    expected: Annotated[
+        float,
+        typer.Option("--expected-disagreement", help="For --plan: share of inputs that may be answered otherwise."),
+    ] = 0.0,
+    power: Annotated[float, typer.Option(help="For --plan: the chance of meeting the bound, if so many are.")] = 0.9,
+    device: DeviceOption = DeviceName.AUTO,
+    allow_other_base: OtherBaseOption = False,
+    dry_run: DryRunOption = False,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """A bound on what a port can have lost, from inputs that nobody has labeled.
+
+    Ends with 3 if the --bound is not met. docs/certify.md says what is claimed and what is not.
+    """
+    if plan and html is not None:
+        raise typer.BadParameter("--html goes with a certificate, not with --plan.")
+    if plan:
+        _print_plan(bound, confidence, expected, power, as_json=as_json)
+        return
+    if base is None or patch is None or data is None or output is None:
+        raise typer.BadParameter("--base, --patch, --data and --output are needed, or --plan and --bound alone.")
+    if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
+        raise typer.BadParameter("give --evolved and --ported, or --merged in place of both.")
+    from portllm.certifying.certificate import certificate_to_json
+    from portllm.certifying.certify import plan_certify, run_certify
+    from portllm.certifying.inputs import CertifySettings
+    from portllm.certifying.text import render_certificate, render_certify_plan
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.pages import Page
+    from portllm.cli.progress import shown_progress
+    from portllm.files.output_folder import check_free
+    from portllm.patch.adapter_folder import load_patch
+
+    settings = CertifySettings(
+        kind=answers.value,
+        choices=tuple(choice.strip() for choice in choices.split(",")) if choices else (),
+        prompt=prompt,
+        completion=completion,
+        one_line=one_line,
+        max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        confidence=confidence,
+        wanted=bound,
+        sample=sample,
+        seed=seed,
+    )
+    check_free(output, overwrite=overwrite)
+    page = Page(html, overwrite=overwrite, alone=False)
+    with shown_progress(quiet=quiet) as progress:
+        planned = plan_certify(
+            load_patch(patch),
+            base=open_checkpoint(base),
+            data=data,
+            evolved=None if evolved is None else open_checkpoint(evolved),
+            ported=None if ported is None else load_patch(ported),
+            merged=None if merged is None else open_checkpoint(merged),
+            settings=settings,
+            allow_other_base=allow_other_base,
+            progress=progress,
+        )
+        if dry_run:
+            say(render_certify_plan(planned, output))
+            return
+        found = run_certify(planned, output, device=device.value, overwrite=overwrite, progress=progress)
+    certificate = found.certificate
+    if page.is_wanted:
+        from portllm.certifying.page import certify_page
+
+        page.write(certify_page(certificate, found.disagreements))
+    if as_json:
+        print_json(certificate_to_json(certificate))
+    else:
+        say(render_certificate(certificate, output))
+    if certificate.met is False:
+        raise typer.Exit(3)
+
+
+def _print_plan(bound: float | None, confidence: float, expected: float, power: float, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from portllm.certifying.bounds import plan_inputs
+    from portllm.certifying.text import render_input_plan
+
+    if bound is None:
+        raise typer.BadParameter("--plan: say which --bound, such as 0.02.")
+    try:
+        plan = plan_inputs(bound, confidence=confidence, expected=expected, power=power)
+    except ValueError as error:
+        raise typer.BadParameter(f"--plan: {error}.") from error
+    if as_json:
+        print_json(asdict(plan))
+    else:
+        say(render_input_plan(plan))

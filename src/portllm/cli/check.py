@@ -1,0 +1,112 @@
+"""The command that says whether patches will hold: check."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.options import (
+    MODEL,
+    PATCHES,
+    DeviceName,
+    DeviceOption,
+    HtmlOption,
+    JsonOption,
+    OtherBaseOption,
+    OverwriteOption,
+    QuietOption,
+)
+from portllm.cli.terminal import print_json, say
+
+
+def check(
+    patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=PATCHES)],
+    base: Annotated[str, typer.Option("--base", help=f"The model they belong to. {MODEL}")],
+    evolved: Annotated[str, typer.Option("--evolved", help="The later version of it.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every weight of both models, instead of a few megabytes of each.")
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            help="Unlabeled prompts of the patches' domain (.jsonl, or .txt with one a line): run both models.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="For --text: template of the rows; as in training where patches say.")
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="For --text: first-order gain and interference, by backward passes.")
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="For --text: of a prompt; a longer one loses its beginning.")
+    ] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="For --text: prompts of a forward pass.")] = 16,
+    device: DeviceOption = DeviceName.AUTO,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Show the drift of every layer, too.")] = False,
+    allow_other_base: OtherBaseOption = False,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say whether patches will hold on an evolved model, from weights alone: the verdict before porting.
+
+    With --text, models are run on prompts too, and the report says what the patches do there; that can put a patch in
+    doubt. Ends with 3 unless every patch holds. docs/check.md says what each number means and where the thresholds come
+    from.
+    """
+    if text is None and (prompt is not None or gradients):
+        raise typer.BadParameter("--prompt and --gradients go with --text.")
+    from portllm.checking.check import check as check_patches
+    from portllm.checking.text import check_to_json, render_check
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.pages import Page
+    from portllm.cli.progress import shown_progress
+    from portllm.patch.folders import find_patches, open_each
+
+    page = Page(html, overwrite=overwrite)
+    opened = open_each(find_patches(patches), lambda patch, _: patch)
+    there = [outcome.value for outcome in opened if outcome.value is not None]
+    failed = [outcome for outcome in opened if outcome.error is not None]
+    if failed and not there:
+        raise failed[0].error or AssertionError("an outcome without a value has an error")
+    models = {"base": open_checkpoint(base), "evolved": open_checkpoint(evolved)}
+    with shown_progress(quiet=quiet) as progress:
+        checked = partial(
+            check_patches,
+            *there,
+            **models,
+            full=full,
+            places=html is not None,
+            allow_other_base=allow_other_base,
+            progress=progress,
+        )
+        if text is None:
+            report = checked()
+        else:
+            from portllm.probing.probe import TextSettings, add_text, read_domain
+
+            prompts = read_domain(text, there, template=prompt)
+            report = add_text(
+                checked(),
+                there,
+                **models,
+                prompts=prompts,
+                settings=TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients),
+                allow_other_base=allow_other_base,
+                device=device.value,
+                progress=progress,
+            )
+    if page.is_wanted:
+        from portllm.checking.page import check_page
+
+        page.write(check_page(report, [(str(outcome.folder), str(outcome.error)) for outcome in failed]))
+    if as_json:
+        print_json(check_to_json(report, failed))
+    else:
+        say(render_check(report, failed, by_layer=by_layer))
+    if failed or not report.holds:
+        raise typer.Exit(1 if failed else 3)

@@ -1,0 +1,96 @@
+"""The command `combine`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from portllm.cli.capture import AUTO, parse_rank
+from portllm.cli.options import DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
+from portllm.cli.terminal import print_json, say
+
+if TYPE_CHECKING:
+    from portllm.combining.combine import Combination
+
+
+class CombineMethod(StrEnum):
+    """How patches are combined."""
+
+    CONCATENATE = "concatenate"
+    TIES = "ties"
+    DARE = "dare"
+
+
+def combine(
+    patches: Annotated[list[Path], typer.Argument(help="Two patches or more, of one base.")],
+    output: OutOption,
+    weights: Annotated[str | None, typer.Option("--weights", help="Between commas, one a patch; else 1.")] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", help="Cut to a number, or auto: what is more than rounding. Else exact.")
+    ] = None,
+    method: Annotated[CombineMethod, typer.Option("--method", help="ties and dare choose elements.")] = (
+        CombineMethod.CONCATENATE
+    ),
+    density: Annotated[
+        float, typer.Option("--density", min=0.0, max=1.0, help="Share of elements that ties and dare keep.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="Of ties and dare.")] = 0,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Several patches of one base into one: their weighted sum, exact, or cut to a rank."""
+    from portllm.cli.progress import shown_progress
+    from portllm.combining.combine import plan_combine, run_combine
+    from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report
+    from portllm.errors import PlanRefusedError
+    from portllm.files.output_folder import check_free
+    from portllm.patch.adapter_folder import load_patch
+
+    given = None if weights is None else parse_weights(weights, len(patches))
+    how = _combination(method, rank, density, seed)
+    plan = plan_combine([load_patch(patch) for patch in patches], weights=given, how=how)
+    if dry_run:
+        say(render_combine_plan(plan, output))
+    if plan.refusals:
+        raise PlanRefusedError(plan.refusals)
+    check_free(output, overwrite=overwrite)
+    if dry_run:
+        return
+    with shown_progress(quiet=quiet) as progress:
+        report = run_combine(plan, output, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(combine_report_to_json(report, output))
+    else:
+        say(render_combine_report(report, output))
+
+
+def parse_weights(text: str, count: int) -> list[float]:
+    """Numbers between commas, as many as there are patches.
+
+    Example:
+        >>> parse_weights("1,-0.5", 2)
+        [1.0, -0.5]
+    """
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--weights {text}: must be numbers between commas.") from None
+    if len(weights) != count or not all(abs(weight) < float("inf") for weight in weights):
+        raise typer.BadParameter(f"--weights {text}: must be {count} finite numbers, one for each patch.")
+    return weights
+
+
+def _combination(method: CombineMethod, rank: str | None, density: float, seed: int) -> "Combination":
+    from portllm.combining.combine import Exact, Selected
+
+    number = None if rank is None or parse_rank(rank) == AUTO else int(rank)
+    if method is CombineMethod.CONCATENATE:
+        return Exact("auto" if rank == AUTO else number)
+    if rank == AUTO:
+        raise typer.BadParameter(f"--rank auto: what --method {method} makes has full rank; give a number.")
+    if density == 0:
+        raise typer.BadParameter("--density 0: keeps nothing.")
+    return Selected("ties" if method is CombineMethod.TIES else "dare", density, number, seed)

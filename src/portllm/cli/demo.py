@@ -1,0 +1,33 @@
+"""The command `demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.options import JsonOption, QuietOption
+from portllm.cli.terminal import print_json, say
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for its files.")] = Path("portllm-demo"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole story on a real small model, in minutes, on a CPU, offline; a second run reuses what is there."""
+    from portllm.cli.progress import shown_progress
+    from portllm.demo.story import Step, tell
+    from portllm.demo.text import render_opening, render_step, render_story, story_to_json
+
+    def on_step(step: Step) -> None:
+        if not as_json:
+            say(render_step(step))
+
+    if not as_json:
+        say(render_opening(output))
+    with shown_progress(quiet=quiet) as progress:
+        story = tell(output, on_step=on_step, progress=progress)
+    if as_json:
+        print_json(story_to_json(story))
+    else:
+        say(render_story(story))

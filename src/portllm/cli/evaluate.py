@@ -1,0 +1,135 @@
+"""The command `evaluate`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from portllm.cli.options import (
+    MODEL,
+    DeviceName,
+    DeviceOption,
+    HtmlOption,
+    JsonOption,
+    OtherBaseOption,
+    OverwriteOption,
+    QuietOption,
+)
+from portllm.cli.terminal import print_json, say
+
+if TYPE_CHECKING:
+    from portllm.checkpoint.tensor.info import TensorInfo
+    from portllm.evaluating.scoring import Scored, Task
+    from portllm.patch.patch import Patch
+
+
+class Judging(StrEnum):
+    """How answers are judged."""
+
+    LABELS = "labels"
+    TEXT = "text"
+
+
+def evaluate(
+    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
+    patch: Annotated[Path, typer.Option("--patch", help="The patch.")],
+    evolved: Annotated[str, typer.Option("--evolved", help="The later version of the base.")],
+    ported: Annotated[Path, typer.Option("--ported", help="The patch carried over to it.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A JSONL file, one row an object; with --task, a folder of tasks.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Of lm-evaluation-harness, such as sst2; without --data from the hub.")
+    ] = None,
+    retrained: Annotated[
+        Path | None, typer.Option("--retrained", help="A patch trained on the evolved model; retention needs it.")
+    ] = None,
+    merged: Annotated[
+        str | None, typer.Option("--merged", help="The evolved model with the ported patch in its weights.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Template; as in training where the patch says.")] = None,
+    completion: Annotated[str | None, typer.Option(help="Field of the right answer; likewise.")] = None,
+    judge: Annotated[Judging | None, typer.Option(help="labels, if not given: the likeliest; text: written.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Between commas; else the answers that occur.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning. 512, or a --task's.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Written at most. 32, or a --task's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the intervals' resampling.")] = 0,
+    device: DeviceOption = DeviceName.AUTO,
+    allow_other_base: OtherBaseOption = False,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Base, base + patch, evolved, evolved + ported (and retrained) on the same rows: score, loss, retention."""
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.pages import Page
+    from portllm.cli.progress import shown_progress
+    from portllm.evaluating.evaluate import evaluate as evaluate_patch
+    from portllm.evaluating.text import render_comparison
+    from portllm.patch.adapter_folder import load_patch
+
+    page = Page(html, overwrite=overwrite)
+    old = load_patch(patch)
+    bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    if task is not None:
+        if any(option is not None for option in (prompt, completion, judge, labels)):
+            raise typer.BadParameter("--task has its own --prompt, --completion, --judge and --labels.")
+        from portllm.evaluating.harness.source import HarnessRows
+
+        rows: Scored = HarnessRows(task, data=data, score_rows=limit, batch_size=batch_size, **given)
+    elif data is not None:
+        rows = _rows_of_a_file(old, data, prompt, completion, judge, labels, limit, batch_size=batch_size, **given)
+    else:
+        raise typer.BadParameter("give --data, or --task.")
+    with shown_progress(quiet=quiet) as progress:
+        comparison = evaluate_patch(
+            rows,
+            base=open_checkpoint(base),
+            patch=old,
+            evolved=open_checkpoint(evolved),
+            ported=load_patch(ported),
+            retrained=None if retrained is None else load_patch(retrained),
+            merged=None if merged is None else open_checkpoint(merged),
+            allow_other_base=allow_other_base,
+            device=device.value,
+            seed=seed,
+            progress=progress,
+        )
+    if page.is_wanted:
+        from portllm.evaluating.page import evaluate_page
+
+        page.write(evaluate_page(comparison, title=f"{patch} from {base} to {evolved}"))
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        say(render_comparison(comparison))
+
+
+def _rows_of_a_file(
+    patch: "Patch[TensorInfo]",
+    data: Path,
+    prompt: str | None,
+    completion: str | None,
+    judge: Judging | None,
+    labels: str | None,
+    limit: int | None,
+    **bounds: int,
+) -> "Task":
+    from portllm.evaluating.scoring import Task
+    from portllm.running.examples import read_examples
+    from portllm.running.recorded import recorded_format
+
+    examples = read_examples(data, recorded_format(patch, prompt=prompt, completion=completion))
+    return Task(
+        examples=tuple(examples[:limit]),
+        kind=(judge or Judging.LABELS).value,
+        labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
+        **bounds,
+    )

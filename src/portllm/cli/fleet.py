@@ -1,0 +1,48 @@
+"""The command that does many patches and updates at once: fleet."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.options import DryRunOption, JsonOption, OverwriteOption, QuietOption
+from portllm.cli.terminal import print_json, say
+
+
+def fleet(
+    file: Annotated[Path, typer.Argument(help="A TOML file: patches, evolved models, what to do, where to write.")],
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="How many; else as many as cores and memory allow.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Work on Ray: auto, local, host:port or ray://host:port.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="Of a cell whose worker died or whose network failed.")
+    ] = 2,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Carry many patches to many evolved models, on this machine or on Ray.
+
+    One cell that fails stops no other. A second run of the same file does only what is missing. Ends with 3 unless
+    every patch holds that was checked.
+    """
+    from portllm.cli.progress import shown_progress
+    from portllm.fleets.fleet import forecast_fleet, open_pool, plan_fleet, run_fleet
+    from portllm.fleets.text import fleet_to_json, render_fleet
+
+    plan = plan_fleet(file, overwrite=overwrite)
+    with shown_progress(quiet=quiet) as progress, open_pool(plan, workers=workers, ray=ray) as pool:
+        carry_out = forecast_fleet if dry_run else run_fleet
+        rows = carry_out(plan, pool, retries=retries, progress=progress)
+    if as_json:
+        print_json(fleet_to_json(plan, rows, dry=dry_run))
+    else:
+        say(render_fleet(plan, rows, dry=dry_run))
+    if any(row.status in ("refused", "failed") for row in rows):
+        raise typer.Exit(1)
+    if not all(row.holds for row in rows):
+        raise typer.Exit(3)

@@ -1,0 +1,225 @@
+"""The command merge: into another folder, into the model's own files, and back."""
+
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from portllm.cli.options import MODEL, PATCHES, DryRunOption, JsonOption, OtherBaseOption, OverwriteOption, QuietOption
+from portllm.cli.terminal import print_json, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from portllm.checkpoint.tensor.info import TensorInfo
+    from portllm.errors import PortLLMError
+    from portllm.merging.manifest import MergeReport
+    from portllm.merging.plan import MergePlan
+    from portllm.merging.rounding_modes import Rounding
+    from portllm.merging.text import Merged
+    from portllm.patch.folders import Outcome
+    from portllm.patch.patch import Patch
+
+
+class DType(StrEnum):
+    """Storage dtypes that weights can be merged to."""
+
+    F64 = "F64"
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+
+
+class RoundingName(StrEnum):
+    """How a sum is brought to the storage dtype."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
+class MergeDevice(StrEnum):
+    """Where the sums of a merge are computed."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def merge(
+    patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=PATCHES)] = None,
+    into: Annotated[str | None, typer.Option("--into", help=f"The model it belongs to. {MODEL}")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Overwrite the model's own files; what they lose is kept beside them.")
+    ] = False,
+    undo: Annotated[
+        Path | None, typer.Option("--undo", help="Alone: take back what --in-place did to the model in this folder.")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="Store all weights so; else as they are.")] = None,
+    rounding: Annotated[
+        RoundingName, typer.Option("--rounding", help="stochastic is for BF16.")
+    ] = RoundingName.NEAREST,
+    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    device: Annotated[
+        MergeDevice, typer.Option("--device", help="Computes the sums; a GPU may round its last bit otherwise.")
+    ] = MergeDevice.CPU,
+    max_shard_size: Annotated[float, typer.Option("--max-shard-size", help="In GB.", min=0.001)] = 5.0,
+    quantized_base: Annotated[
+        str | None,
+        typer.Option("--quantized-base", help="What the patch belongs to, if that was quantized from --into."),
+    ] = None,
+    allow_other_base: OtherBaseOption = False,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Add a patch to a model's weights, streamed; says what rounding takes of it.
+
+    Several patches go each into weights of its own, in a subfolder of the output that is named like the patch's folder;
+    the model is read once for all of them, and one that fails does not stop the others.
+    """
+    if undo is not None:
+        if patches or into is not None or output is not None or in_place or dry_run:
+            raise typer.BadParameter("--undo DIR stands alone.")
+        _undo(undo, as_json=as_json, quiet=quiet)
+        return
+    if not patches or into is None or in_place == (output is not None):
+        raise typer.BadParameter("give PATCH, --into MODEL, and either -o DIR or --in-place.")
+    if output is None:
+        if len(patches) > 1:
+            raise typer.BadParameter("--in-place takes one patch.")
+        if dtype is not None or overwrite or quantized_base is not None:
+            raise typer.BadParameter("--dtype, --overwrite and --quantized-base go with -o, not with --in-place.")
+        _merge_in_place(
+            patches[0], Path(into), rounding, seed, device,
+            allow_other_base=allow_other_base, dry_run=dry_run, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.progress import shown_progress
+    from portllm.errors import refuse
+    from portllm.files.output_folder import Room, check_free
+    from portllm.merging.plan import plan_merge
+    from portllm.merging.text import merge_outcomes_to_json, render_merge_outcomes, render_merge_plan
+    from portllm.patch.folders import find_patches, open_each
+
+    model = open_checkpoint(into)
+    quantized = None if quantized_base is None else open_checkpoint(quantized_base)
+    found = find_patches(patches)
+    outputs = found.outputs(output)
+    room = Room()
+
+    def plan(patch: "Patch[TensorInfo]", number: int) -> "MergePlan":
+        plan = plan_merge(
+            patch,
+            into=model,
+            dtype=None if dtype is None else dtype.value,
+            shard_bytes=int(max_shard_size * 10**9),
+            quantized_base=quantized,
+            allow_other_base=allow_other_base,
+        )
+        plan = replace(plan, refusals=(*plan.refusals, *room.refusals(outputs[number], plan.n_bytes)))
+        if dry_run and found.is_single:
+            say(render_merge_plan(plan, output))
+        refuse(plan.refusals)
+        check_free(outputs[number], overwrite=overwrite)
+        room.promise(outputs[number], plan.n_bytes)
+        return plan
+
+    def run(plans: "Mapping[Path, MergePlan]") -> "Mapping[Path, MergeReport | PortLLMError]":
+        if dry_run or not plans:
+            return {}
+        from portllm.merging.merge import run_merges
+
+        with shown_progress(quiet=quiet) as progress:
+            how = _rounding(rounding, seed)
+            return run_merges(plans, rounding=how, device=device.value, overwrite=overwrite, progress=progress)
+
+    planned = open_each(found, plan)
+    done = run({out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None})
+    outcomes = [_outcome(outcome, done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
+    if found.is_single:
+        if outcomes[0].error is not None:
+            raise outcomes[0].error
+        if outcomes[0].value is not None and outcomes[0].value[1] is not None:
+            _show(outcomes[0].value[1], output, outcomes[0].value[0].notes, as_json=as_json)
+        return
+    if as_json:
+        print_json(merge_outcomes_to_json(outcomes, outputs))
+    else:
+        say(render_merge_outcomes(outcomes, outputs))
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _outcome(planned: "Outcome[MergePlan]", done: "MergeReport | PortLLMError | None") -> "Outcome[Merged]":
+    """What became of a patch that was planned, and of the plan where it was carried out."""
+    from portllm.errors import PortLLMError
+    from portllm.patch.folders import Outcome
+
+    if isinstance(done, PortLLMError):
+        return Outcome(planned.folder, None, done)
+    if planned.value is None:
+        return Outcome(planned.folder, None, planned.error)
+    return Outcome(planned.folder, (planned.value, done))
+
+
+def _merge_in_place(
+    patch: Path,
+    folder: Path,
+    rounding: RoundingName,
+    seed: int,
+    device: MergeDevice,
+    *,
+    allow_other_base: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from portllm.cli.progress import shown_progress
+    from portllm.errors import refuse
+    from portllm.merging.in_place import plan_in_place, run_in_place
+    from portllm.merging.text import render_in_place_plan
+    from portllm.patch.adapter_folder import load_patch
+
+    plan = plan_in_place(load_patch(patch), folder, allow_other_base=allow_other_base)
+    if dry_run:
+        say(render_in_place_plan(plan))
+    refuse(plan.merge.refusals)
+    if dry_run:
+        return
+    with shown_progress(quiet=quiet) as progress:
+        report = run_in_place(plan, rounding=_rounding(rounding, seed), device=device.value, progress=progress)
+    _show(report, folder, plan.merge.notes, as_json=as_json)
+
+
+def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:
+    from portllm.cli.progress import shown_progress
+    from portllm.merging.in_place import undo_merge
+
+    with shown_progress(quiet=quiet) as progress:
+        n_restored = undo_merge(folder, progress=progress)
+    if as_json:
+        print_json({"folder": str(folder), "tensors_restored": n_restored})
+    else:
+        say(f"undone: {n_restored} tensors of {folder} are as they were, every byte checked")
+
+
+def _show(report: "MergeReport", output: Path, notes: tuple[str, ...], *, as_json: bool) -> None:
+    if as_json:
+        from portllm import __version__
+        from portllm.merging.manifest import report_to_json
+
+        print_json(report_to_json(report, program=__version__))
+    else:
+        from portllm.merging.text import render_merge_report
+
+        say(render_merge_report(report, output, notes))
+
+
+def _rounding(name: RoundingName, seed: int) -> "Rounding":
+    from portllm.merging.rounding_modes import Nearest, Stochastic
+
+    return Stochastic(seed) if name is RoundingName.STOCHASTIC else Nearest()

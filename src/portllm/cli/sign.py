@@ -1,0 +1,81 @@
+"""The command `sign`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from portllm.cli.options import JsonOption, OverwriteOption
+from portllm.cli.terminal import print_json, say
+from portllm.cli.verify import PathArgument, SignatureOption, StagingOption
+
+if TYPE_CHECKING:
+    from portllm.verifying.signature import Signer
+
+
+def sign(
+    path: PathArgument,
+    key: Annotated[Path | None, typer.Option("--key", help="Your private key: a PEM file, on P-256 to P-521.")] = None,
+    password_file: Annotated[
+        Path | None, typer.Option("--password-file", help="Its first line is the password of the --key.")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option("--certificate", help="Of the --key: a PEM file.")] = None,
+    chain: Annotated[
+        list[Path] | None,
+        typer.Option("--certificate-chain", help="What lies between it and a root: PEM; may be given again."),
+    ] = None,
+    sigstore: Annotated[
+        bool, typer.Option("--sigstore", help="Sign by your identity, without a key; needs the network.")
+    ] = False,
+    identity_token: Annotated[
+        str | None, typer.Option("--identity-token", help="Who you are, for --sigstore; else a browser asks.")
+    ] = None,
+    staging: StagingOption = False,
+    signature: SignatureOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign every file, and with patch.json the identity of the base and the chain of ports."""
+    signer = _signer(key, password_file, certificate, chain or [], identity_token, sigstore=sigstore, staging=staging)
+    from portllm.verifying.sign import sign as sign_path
+
+    file = sign_path(path, signer, signature=signature, overwrite=overwrite)
+    if as_json:
+        print_json({"path": str(path), "signature": str(file)})
+    else:
+        say(f"signed {path}: {file}")
+
+
+def _signer(
+    key: Path | None,
+    password_file: Path | None,
+    certificate: Path | None,
+    chain: list[Path],
+    identity_token: str | None,
+    *,
+    sigstore: bool,
+    staging: bool,
+) -> "Signer":
+    from portllm.errors import SignatureError
+    from portllm.verifying.signature import CertificateSigner, KeySigner, SigstoreSigner
+
+    if (key is None) == (not sigstore):
+        raise typer.BadParameter("give one of --key and --sigstore.")
+    if key is None:
+        if password_file is not None or certificate is not None or chain:
+            raise typer.BadParameter("--password-file, --certificate and --certificate-chain go with --key.")
+        return SigstoreSigner(identity_token, staging)
+    if identity_token is not None or staging:
+        raise typer.BadParameter("--identity-token and --staging go with --sigstore.")
+    if certificate is not None:
+        if password_file is not None:
+            raise typer.BadParameter("--password-file: a key that goes with a --certificate must not be encrypted.")
+        return CertificateSigner(key, certificate, tuple(chain))
+    if chain:
+        raise typer.BadParameter("--certificate-chain goes with --certificate.")
+    if password_file is None:
+        return KeySigner(key)
+    try:
+        return KeySigner(key, password_file.read_text(encoding="utf-8").split("\n", 1)[0])
+    except (OSError, UnicodeDecodeError) as error:
+        raise SignatureError(f"'{password_file}': cannot be read: {error}.") from error

@@ -1,0 +1,114 @@
+"""The commands of a study: run, status and report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.options import DeviceName, DeviceOption, HtmlOption, JsonOption, OverwriteOption, QuietOption
+from portllm.cli.terminal import print_json, say
+
+study = typer.Typer(
+    name="study",
+    help="The paper's experiment on any model, from a file: train, evolve, port, retrain, score.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+FileArgument = Annotated[Path, typer.Argument(help="A TOML file: base, patches, tasks, evolutions.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The folder of the results; without it, FILE's name with .study.")
+]
+
+
+@study.command()
+def run(
+    file: FileArgument,
+    out: OutOption = None,
+    data: Annotated[Path | None, typer.Option("--data", help="The folder that the study's data files lie in.")] = None,
+    device: DeviceOption = DeviceName.AUTO,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="Side by side on Ray, one a device: auto, local, host:port or ray://host:port."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="With --ray, how many; else one a GPU, or one a machine.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the file and print the steps that are left; needs no weights.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Do the steps of a study that have not been done, and print its tables.
+
+    A run that is interrupted or dies is gone on with by the same command. A step is done again where what its result
+    depends on has changed.
+    """
+    if workers is not None and ray is None:
+        raise typer.BadParameter("--workers needs --ray.")
+    from portllm.cli.progress import shown_progress
+    from portllm.study.results.markdown import render_page
+    from portllm.study.run import run_study, study_status
+    from portllm.study.text import render_status, render_told, status_to_json
+
+    if dry_run:
+        status = study_status(file, out=out)
+        if as_json:
+            print_json(status_to_json(status))
+        else:
+            say(render_status(status, steps=True))
+        return
+    with shown_progress(quiet=quiet) as progress:
+        results = run_study(
+            file,
+            out=out,
+            data=data,
+            device=device.value,
+            ray=ray,
+            workers=workers,
+            on_step=lambda told: None if quiet else say(render_told(told), err=True),
+            progress=progress,
+        )
+    if as_json:
+        print_json(results.to_json())
+    else:
+        say(render_page(results).rstrip("\n"))
+
+
+@study.command()
+def status(file: FileArgument, out: OutOption = None, as_json: JsonOption = False) -> None:
+    """How far a study is, and how long it will take."""
+    from portllm.study.run import study_status
+    from portllm.study.text import render_status, status_to_json
+
+    found = study_status(file, out=out)
+    if as_json:
+        print_json(status_to_json(found))
+    else:
+        say(render_status(found, steps=False))
+
+
+@study.command()
+def report(
+    file: FileArgument,
+    out: OutOption = None,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The tables of a study, of the steps that are done, as Markdown."""
+    from portllm.cli.pages import Page
+    from portllm.study.results.markdown import render_page
+    from portllm.study.run import study_results
+
+    page = Page(html, overwrite=overwrite)
+    results = study_results(file, out=out)
+    if page.is_wanted:
+        from portllm.study.results.page import study_page
+
+        page.write(study_page(results))
+    if as_json:
+        print_json(results.to_json())
+    else:
+        say(render_page(results).rstrip("\n"))

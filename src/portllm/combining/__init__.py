@@ -1,0 +1,1 @@
+"""Several patches into one."""

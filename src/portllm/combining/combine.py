@@ -1,0 +1,319 @@
+"""Combine several patches of one base into one: plan, then module by module; factors only, but for TIES and DARE."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from blake3 import blake3
+from torch import Tensor
+
+from portllm import __version__
+from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
+from portllm.checkpoint.reading.tensors import load
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
+from portllm.files.output_folder import check_apart, staged_folder
+from portllm.patch.adapter_config import AdapterConfig
+from portllm.patch.adapter_folder import digest_tensors, files_of, write_patch, write_record
+from portllm.patch.capture import Captured
+from portllm.patch.combine import Selection, concatenate, rerank, select
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.new_adapter import canonical_config
+from portllm.patch.patch import Patch
+from portllm.patch.record import Capture, PatchRecord, record_to_json
+from portllm.progress import Progress, silent
+from portllm.workers.one_thread import one_thread
+
+NOT_ADDITIVE = ("use_dora", "trainable_token_indices", "target_parameters", "lora_bias", "modules_to_save")
+"""Fields of a configuration whose tensors are more than deltas that add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """The weighted sum itself.
+
+    Attributes:
+        rank: None adds ranks up; `auto` drops directions that are nothing but rounding; a number cuts to it.
+    """
+
+    rank: int | Literal["auto"] | None = None
+
+    def __str__(self) -> str:
+        return "concatenate" if self.rank is None else f"concatenate-rank{self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """Elements of the dense deltas chosen by TIES or DARE, cut to a rank again.
+
+    Attributes:
+        method: Which.
+        density: Share of each delta's elements that takes part, above 0 and at most 1.
+        rank: Of the result; None takes the sum of the ranks that go in.
+        seed: Of what is drawn.
+    """
+
+    method: Selection
+    density: float
+    rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density {self.density}: must be above 0 and at most 1.")
+
+    def __str__(self) -> str:
+        rank = "" if self.rank is None else f"-rank{self.rank}"
+        return f"{self.method}-density{self.density:g}-seed{self.seed}{rank}"
+
+
+Combination = Exact | Selected
+
+
+@dataclass(frozen=True, slots=True)
+class CombinePlan:
+    """Patches about to become one.
+
+    Attributes:
+        patches: What goes in.
+        weights: One for each.
+        how: By what rule.
+        modules: For each module of the result, the numbers of the patches that change it.
+        refusals: Every reason not to run.
+    """
+
+    patches: tuple[Patch[TensorInfo], ...]
+    weights: tuple[float, ...]
+    how: Combination
+    modules: Mapping[str, tuple[int, ...]]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CombineReport:
+    """What combining brought.
+
+    Attributes:
+        record: The content of the new `patch.json`.
+        ranks: By module.
+        residuals: By module, the truncation residual: the norm of what was cut off, relative to the combined delta.
+        truncation_residual: Of all modules together.
+    """
+
+    record: PatchRecord
+    ranks: Mapping[str, int]
+    residuals: Mapping[str, float]
+    truncation_residual: float
+
+
+def plan_combine(
+    patches: Sequence[Patch[TensorInfo]], *, weights: Sequence[float] | None = None, how: Combination = Exact()
+) -> CombinePlan:
+    """Plan to combine patches of one base.
+
+    Args:
+        patches: At least two, opened with `load_patch`.
+        weights: One for each patch, 1 where not given.
+        how: By what rule.
+
+    Raises:
+        ValueError: There are not as many weights as patches, or one is no number.
+    """
+    given = tuple(weights) if weights is not None else (1.0,) * len(patches)
+    if len(given) != len(patches):
+        raise ValueError(f"{len(given)} weights for {len(patches)} patches: give one for each.")
+    if not all(map(math.isfinite, given)):
+        raise ValueError(f"weights {given}: each must be a finite number.")
+    refusals = [refusal for patch in patches for refusal in _unfit(patch, patches[0])]
+    if len(patches) < 2:
+        refusals.append(Refusal("patches", f"{len(patches)} given; combining takes two or more."))
+    modules: dict[str, tuple[int, ...]] = {}
+    for module in sorted({module for patch in patches for module in patch.deltas}):
+        shapes = {patch.name: patch.deltas[module].shape for patch in patches if module in patch.deltas}
+        if len(set(shapes.values())) > 1:
+            said = ", ".join(f"(out={out}, in={width}) in {name}" for name, (out, width) in shapes.items())
+            refusals.append(Refusal(module, f"the deltas are {said}. Only deltas of one shape can be combined."))
+        numbers = tuple(n for n, patch in enumerate(patches) if module in patch.deltas and given[n])
+        if numbers:
+            modules[module] = numbers
+    if not modules:
+        refusals.append(Refusal("--weights", "all are zero: nothing is left to write."))
+    return CombinePlan(tuple(patches), given, how, modules, tuple(sorted(refusals)))
+
+
+def combine(
+    patches: Sequence[Patch[TensorInfo]],
+    *,
+    out: Path,
+    weights: Sequence[float] | None = None,
+    how: Combination = Exact(),
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> CombineReport:
+    """Write the combination of patches of one base to `out`, a folder that PEFT loads.
+
+    Args:
+        patches: At least two, opened with `load_patch`.
+        out: The new patch's folder.
+        weights: One for each patch, 1 where not given.
+        how: By what rule.
+        overwrite: Replace `out` where it exists.
+        progress: Told of the modules done.
+
+    Raises:
+        PlanRefusedError: The patches do not go together, with every reason.
+        NonFiniteError: A factor holds an infinity or NaN.
+        OutputExistsError: `out` exists.
+        OutputError: `out` cannot be written, or holds what is read.
+    """
+    return run_combine(plan_combine(patches, weights=weights, how=how), out, overwrite=overwrite, progress=progress)
+
+
+def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> CombineReport:
+    """Carry out a plan; see `combine`."""
+    if plan.refusals:
+        raise PlanRefusedError(plan.refusals)
+    check_apart(out, [file for patch in plan.patches for file in files_of(patch)])
+    with staged_folder(out, overwrite=overwrite) as folder, one_thread():
+        with Spool(folder / SPOOL_FILE) as spool:
+            report = _combine(plan, folder, spool, progress)
+        return replace(report, record=write_record(folder, report.record))
+
+
+def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) -> CombineReport:
+    factors: dict[str, LowRankDelta[TensorInfo]] = {}
+    found: dict[str, Captured] = {}
+    for done, (module, numbers) in enumerate(plan.modules.items(), start=1):
+        deltas = [_loaded(plan.patches[number].deltas[module], module) for number in numbers]
+        found[module] = _combined(deltas, [plan.weights[number] for number in numbers], plan.how, module)
+        combined = found[module].delta
+        if combined is not None:
+            factors[module] = LowRankDelta(
+                a=spool.add(f"{module}.lora_A", combined.a.float()),
+                b=spool.add(f"{module}.lora_B", combined.b.float()),
+                scale=1.0,
+                transposed=plan.patches[numbers[0]].deltas[module].transposed,
+                is_embedding=plan.patches[numbers[0]].deltas[module].is_embedding,
+            )
+        progress("combine", done, len(plan.modules), "tensors")
+    if not factors:
+        raise PlanRefusedError([Refusal("patches", "they cancel out: the combined delta of every module is zero.")])
+    fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else None
+    config = AdapterConfig(canonical_config({name: delta.rank for name, delta in factors.items()}, fields=fields))
+    patch = Patch("combined", factors, config, None)
+    first = _record_of(plan.patches[0])
+    base = first.base
+    write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
+    total = _residual(found.values())
+    residuals = {module: _rounded(captured.truncation_residual) for module, captured in found.items()}
+    settings = {
+        "method": str(plan.how),
+        "inputs": [_input(patch, weight) for patch, weight in zip(plan.patches, plan.weights, strict=True)],
+        "truncation_residual": _rounded(total),
+        "truncation_residuals": {module: residual for module, residual in residuals.items() if residual},
+    }
+    record = PatchRecord(
+        base, Capture("combine", settings, first.capture.fitted_to), (), digest_tensors(patch), __version__
+    )
+    return CombineReport(record, {name: captured.rank for name, captured in found.items()}, residuals, total)
+
+
+def _combined(
+    deltas: Sequence[LowRankDelta[Tensor]], weights: Sequence[float], how: Combination, module: str
+) -> Captured:
+    match how:
+        case Exact(rank=rank):
+            whole = concatenate(deltas, weights=weights)
+            if rank is None:
+                return Captured(whole, rerank(whole).difference_sq, 0.0, 0.0)
+            return rerank(whole, rank=None if rank == "auto" else rank)
+        case Selected(method=method, density=density, rank=rank, seed=seed):
+            wanted = sum(delta.rank for delta in deltas) if rank is None else rank
+            return select(deltas, weights=weights, method=method, density=density, rank=wanted, seed=seed, name=module)
+
+
+def _weights_of(record: PatchRecord) -> str:
+    fitted = record.capture.fitted_to
+    return "the base as it is" if fitted is None else f"the base quantized to {fitted.scheme}"
+
+
+def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
+    """Why one patch cannot be combined with the first."""
+    if patch.record is None:
+        return [
+            Refusal(
+                patch.name,
+                "has no patch.json, so the base it belongs to is not known. Write it down once: portllm capture "
+                f"--adapter {patch.name} --base BASE -o PATCH.",
+            )
+        ]
+    refusals = []
+    if first.record is not None and patch.record.base.fingerprint != first.record.base.fingerprint:
+        refusals.append(
+            Refusal(
+                patch.name,
+                f"belongs to {patch.record.base.name} ({patch.record.base.fingerprint}), {first.name} to "
+                f"{first.record.base.name} ({first.record.base.fingerprint}). Carry it over first: portllm port "
+                f"{patch.name} --evolved {first.record.base.name} -o PATCH.",
+            )
+        )
+    if first.record is not None and patch.record.capture.fitted_to != first.record.capture.fitted_to:
+        refusals.append(
+            Refusal(
+                patch.name,
+                f"was fitted to {_weights_of(patch.record)}, {first.name} to {_weights_of(first.record)}: nothing "
+                "could say what their sum was fitted to.",
+            )
+        )
+    used = [field for field in NOT_ADDITIVE if patch.config.fields.get(field)]
+    if patch.config.fields.get("bias") not in (None, "none"):
+        used.append("bias")
+    if patch.values or used:
+        refusals.append(
+            Refusal(
+                patch.name,
+                f"holds more than low-rank deltas ({', '.join(used) or 'whole values'}), and only those add up. "
+                "Capture it from checkpoints with --dense drop, or train it without these.",
+            )
+        )
+    if bool(patch.config.fields.get("fan_in_fan_out")) != bool(first.config.fields.get("fan_in_fan_out")):
+        refusals.append(Refusal(patch.name, f"its fan_in_fan_out is not that of {first.name}."))
+    return refusals
+
+
+def _input(patch: Patch[TensorInfo], weight: float) -> dict[str, object]:
+    """What the record says of one patch that went in."""
+    record = record_to_json(_record_of(patch))
+    digest = blake3(json.dumps(record["tensors"], sort_keys=True).encode()).hexdigest()
+    return {
+        "name": patch.name,
+        "weight": weight,
+        "tensors": f"blake3:{digest}",
+        "capture": record["capture"],
+        "ports": record["ports"],
+    }
+
+
+def _record_of(patch: Patch[TensorInfo]) -> PatchRecord:
+    assert patch.record is not None  # the plan refuses patches without one
+    return patch.record
+
+
+def _loaded(delta: LowRankDelta[TensorInfo], module: str) -> LowRankDelta[Tensor]:
+    a, b = load(delta.a), load(delta.b)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise NonFiniteError(f"'{module}': a patch holds an infinity or NaN. Look for a training run that diverged.")
+    return LowRankDelta(a=a, b=b, scale=delta.scale)
+
+
+def _residual(found: Iterable[Captured]) -> float:
+    parts = list(found)
+    total = math.fsum(captured.difference_sq for captured in parts)
+    return math.sqrt(math.fsum(captured.residual_sq for captured in parts) / total) if total else 0.0
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,301 @@
+"""What an update does to a patched model: base, patched base, evolved, ported and retrained on the same rows.
+
+Each base is loaded once; adapters are put on it one beside the other and switched.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from portllm.errors import PortLLMError
+from portllm.evaluating.metrics import Estimate, Flips, Retention, accuracy, flips, mean_loss, paired_change, retention
+from portllm.evaluating.names import BASE, EVOLVED, MERGED, ORDER, PATCHED, PORTED, PORTS, RETRAINED
+from portllm.evaluating.scoring import Scored, Scores
+from portllm.progress import Progress, silent
+from portllm.running.encoding import Encoder
+from portllm.running.examples import Example
+from portllm.running.model import (
+    Device,
+    PeftModel,
+    PreTrainedModel,
+    add_adapter,
+    attach_adapter,
+    choose_device,
+    load_model,
+    load_tokenizer,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestants:
+    """The folders to compare; only what is given is run.
+
+    Attributes:
+        base: Checkpoint that the patch was made on.
+        patch: The patch, as an adapter folder.
+        evolved: Checkpoint of the later version.
+        ported: The patch carried over to it, as an adapter folder.
+        retrained: A patch trained on the evolved checkpoint with the same rows, as an adapter folder.
+        merged: Checkpoint of the evolved model with the ported patch in its weights.
+
+    Raises:
+        PortLLMError: Something of the evolved model is given without it.
+    """
+
+    base: Path
+    patch: Path | None = None
+    evolved: Path | None = None
+    ported: Path | None = None
+    retrained: Path | None = None
+    merged: Path | None = None
+
+    def __post_init__(self) -> None:
+        orphans = [name for name in ("ported", "retrained", "merged") if getattr(self, name) is not None]
+        if orphans and self.evolved is None:
+            raise PortLLMError(
+                f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Name it as well."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonRow:
+    """One model of a comparison.
+
+    Attributes:
+        name: Which of them, one of `portllm.evaluating.names`.
+        score: Share of right answers.
+        loss: Nats per token of the right completions.
+        score_change: Change of the score against base + patch, row by row; None where that was not run.
+        flips: Answers that changed sides against base + patch; None where that was not run.
+        score_retention: For the ported patch, adapter or merged: share of retraining's gain in score.
+        loss_retention: The same for the loss.
+        scores: The rows themselves.
+    """
+
+    name: str
+    score: Estimate
+    loss: Estimate
+    score_change: Estimate | None
+    flips: Flips | None
+    score_retention: Retention | None
+    loss_retention: Retention | None
+    scores: Scores = field(repr=False)
+
+    def to_json(self) -> dict[str, object]:
+        """The numbers by name, without the single rows but those that turned wrong."""
+        return {
+            "name": self.name,
+            "score": self.score.to_json(),
+            "loss": self.loss.to_json(),
+            "score_change": self.score_change.to_json() if self.score_change else None,
+            "flips": self.flips.to_json() if self.flips else None,
+            "score_retention": self.score_retention.to_json() if self.score_retention else None,
+            "loss_retention": self.loss_retention.to_json() if self.loss_retention else None,
+            "seconds": self.scores.seconds,
+            "metrics": dict(self.scores.metrics),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnedRow:
+    """A row that base + patch answers right and another model wrong, to be read.
+
+    Attributes:
+        row: Its number, counted from 1.
+        prompt: What was asked.
+        right: The right answer.
+        before: What base + patch answers.
+        after: What the other model answers.
+    """
+
+    row: int
+    prompt: str
+    right: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Models side by side on the same rows.
+
+    Attributes:
+        rows: In the order base, base + patch, evolved, ported, merged, retrained, as far as they were given.
+        kind: How answers were judged, as in `Scored`.
+        labels: The possible answers, for `labels`.
+        n_rows: Rows of the task.
+        n_cut_rows: Rows whose prompt was too long and lost its beginning.
+        seed: Of the resampling behind the intervals of changes and retention.
+        examples: What each row asks, and the right answer.
+    """
+
+    rows: tuple[ComparisonRow, ...]
+    kind: str
+    labels: tuple[str, ...]
+    n_rows: int
+    n_cut_rows: int
+    seed: int
+    examples: tuple[Example, ...] = field(repr=False)
+
+    def row(self, name: str) -> ComparisonRow | None:
+        """The row of that name, or None where it was not run."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def turned_wrong(self, name: str) -> tuple[TurnedRow, ...]:
+        """The negative flips of a model, as text; none where it or base + patch was not run."""
+        before, after = self.row(PATCHED), self.row(name)
+        if before is None or after is None or after.flips is None:
+            return ()
+        return tuple(
+            TurnedRow(
+                row=index + 1,
+                prompt=self.examples[index].prompt,
+                right=self.examples[index].completion,
+                before=before.scores.answers[index],
+                after=after.scores.answers[index],
+            )
+            for index in after.flips.negative
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """In types that JSON has: everything but the single rows, of which those are there that a port turned wrong."""
+        return {
+            "rows": [
+                {**row.to_json(), "turned_wrong": list(map(asdict, self.turned_wrong(row.name)))}
+                if row.name in PORTS
+                else row.to_json()
+                for row in self.rows
+            ],
+            "kind": self.kind,
+            "labels": list(self.labels),
+            "n_rows": self.n_rows,
+            "n_cut_rows": self.n_cut_rows,
+            "seed": self.seed,
+        }
+
+
+def compare(
+    contestants: Contestants,
+    task: Scored,
+    *,
+    device: Device = "auto",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Comparison:
+    """Runs every model that is given over the task and sets the results side by side.
+
+    Args:
+        contestants: Folders of the models and adapters.
+        task: Rows, and how to judge.
+        device: Where to run.
+        seed: Of the resampling.
+        progress: Told of the rows done, all models together; the label names the one that is running.
+
+    Raises:
+        CheckpointError: A model cannot be loaded.
+        AdapterFormatError: An adapter does not fit its model.
+        DataError: A completion does not fit into `task.max_tokens`.
+    """
+    return set_side_by_side(score_all(contestants, task, device=device, progress=progress), task, seed=seed)
+
+
+def score_all(
+    contestants: Contestants, task: Scored, *, device: Device = "auto", progress: Progress = silent
+) -> dict[str, Scores]:
+    """What each model makes of the task, by the name of its row; arguments and errors as for `compare`.
+
+    The merged checkpoint is a third load; base and evolved are loaded once each, whatever their adapters.
+    """
+    where = choose_device(device)
+    parts = (contestants.base, contestants.patch, contestants.evolved, contestants.ported)
+    total = task.n_rows * sum(part is not None for part in (*parts, contestants.merged, contestants.retrained))
+    done = 0
+    scores: dict[str, Scores] = {}
+
+    def run(name: str, model: PreTrainedModel | PeftModel, encoder: Encoder) -> None:
+        def tick(n_rows: int) -> None:
+            nonlocal done
+            done += n_rows
+            progress(f"evaluate: {name}", done, total, "rows")
+
+        progress(f"evaluate: {name}", done, total, "rows")
+        scores[name] = task.score(model, encoder, device=where, tick=tick)
+
+    def run_family(folder: Path, name: str, adapters: dict[str, Path | None]) -> None:
+        encoder = Encoder(load_tokenizer(folder))
+        model = load_model(folder, device=where, longest=task.longest)
+        run(name, model, encoder)
+        for adapter_name, model_with in _switched(model, adapters):
+            run(adapter_name, model_with, encoder)
+
+    run_family(contestants.base, BASE, {PATCHED: contestants.patch})
+    if contestants.evolved is not None:
+        run_family(contestants.evolved, EVOLVED, {PORTED: contestants.ported, RETRAINED: contestants.retrained})
+    if contestants.merged is not None:
+        run_family(contestants.merged, MERGED, {})
+    return scores
+
+
+def set_side_by_side(scores: Mapping[str, Scores], task: Scored, *, seed: int = 0) -> Comparison:
+    """The comparison that follows from the scores of each model, by the name of its row. Pure.
+
+    Args:
+        scores: As from `score_all`, the base's at least.
+        task: What was scored.
+        seed: Of the resampling.
+    """
+    return Comparison(
+        rows=tuple(_row(name, scores, seed=seed) for name in ORDER if name in scores),
+        kind=task.kind,
+        labels=task.labels if task.kind == "labels" else (),
+        n_rows=task.n_rows,
+        n_cut_rows=scores[BASE].n_cut_rows,
+        seed=seed,
+        examples=tuple(task.examples),
+    )
+
+
+def _switched(model: PreTrainedModel, adapters: dict[str, Path | None]) -> Iterator[tuple[str, PeftModel]]:
+    """The model with each adapter in turn the one that counts."""
+    patched: PeftModel | None = None
+    for index, (name, folder) in enumerate(adapters.items()):
+        if folder is None:
+            continue
+        inner_name = f"adapter_{index}"  # peft uses it in module names, where it must not have blanks or dots
+        if patched is None:
+            patched = attach_adapter(model, folder, name=inner_name)
+        else:
+            add_adapter(patched, folder, name=inner_name)
+            patched.set_adapter(inner_name)
+        patched.eval()
+        yield name, patched
+
+
+def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow:
+    own = scores[name]
+    reference = scores.get(PATCHED) if name not in (BASE, PATCHED) else None
+    evolved, retrained = scores.get(EVOLVED), scores.get(RETRAINED)
+
+    def kept(of: Callable[[Scores], tuple[float, ...]], *, lower_is_better: bool) -> Retention | None:
+        if name not in PORTS or evolved is None:
+            return None
+        if retrained is None:
+            return Retention(value=None, low=None, high=None, reason="no retrained patch was given")
+        return retention(
+            evolved=of(evolved),
+            ported=of(own),
+            retrained=of(retrained),
+            lower_is_better=lower_is_better,
+            seed=seed,
+        )
+
+    return ComparisonRow(
+        name=name,
+        score=accuracy(own.correct),
+        loss=mean_loss(own.losses),
+        score_change=paired_change(own.correct, reference.correct, seed=seed) if reference else None,
+        flips=flips(reference.correct, own.correct) if reference else None,
+        score_retention=kept(lambda rows: rows.correct, lower_is_better=False),
+        loss_retention=kept(lambda rows: rows.losses, lower_is_better=True),
+        scores=own,
+    )

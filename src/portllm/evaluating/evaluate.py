@@ -1,0 +1,110 @@
+"""The comparison of base, patched, evolved, ported and retrained models, after every fit has been checked.
+
+PEFT loads an adapter onto any model whose names and shapes agree. Here a patch is compared on the model that it
+belongs to, or not at all.
+"""
+
+from collections.abc import Iterator
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import PlanRefusedError, Refusal
+from portllm.evaluating.compare import Comparison, Contestants, compare
+from portllm.evaluating.scoring import Scored
+from portllm.matching.compatibility import base_mismatch, misfits, unmatchable
+from portllm.patch.adapter_folder import folder_of
+from portllm.patch.identify import identify
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+from portllm.progress import Progress, silent
+from portllm.running.folder import model_folder
+from portllm.running.model import Device
+
+
+def evaluate(
+    task: Scored,
+    *,
+    base: Checkpoint,
+    patch: Patch[TensorInfo],
+    evolved: Checkpoint,
+    ported: Patch[TensorInfo],
+    retrained: Patch[TensorInfo] | None = None,
+    merged: Checkpoint | None = None,
+    allow_other_base: bool = False,
+    device: Device = "auto",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare the models on the rows of a task; each base is loaded once.
+
+    Args:
+        task: Rows, and how answers are judged.
+        base: The model that the patch was made on.
+        patch: The patch.
+        evolved: The later version.
+        ported: The patch carried over to it.
+        retrained: A patch trained on the evolved model; retention needs it.
+        merged: The evolved model with the ported patch in its weights, as a row of its own.
+        allow_other_base: Go on though a patch belongs to another model.
+        device: Where to run.
+        seed: Of the intervals' resampling.
+        progress: Told of the rows done.
+
+    Raises:
+        PlanRefusedError: A patch does not fit the model that it is to be put on, with every reason.
+        NotFoundError: A model is a single file, without configuration and tokenizer.
+        DataError: Rows do not fit.
+    """
+    contestants = plan_evaluation(
+        base=base,
+        patch=patch,
+        evolved=evolved,
+        ported=ported,
+        retrained=retrained,
+        merged=merged,
+        allow_other_base=allow_other_base,
+        progress=progress,
+    )
+    return compare(contestants, task, device=device, seed=seed, progress=progress)
+
+
+def plan_evaluation(
+    *,
+    base: Checkpoint,
+    patch: Patch[TensorInfo],
+    evolved: Checkpoint,
+    ported: Patch[TensorInfo],
+    retrained: Patch[TensorInfo] | None = None,
+    merged: Checkpoint | None = None,
+    allow_other_base: bool = False,
+    progress: Progress = silent,
+) -> Contestants:
+    """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
+    old, new = identify(base), identify(evolved)
+    pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
+    pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
+    refusals = [refusal for pair in pairs for refusal in unfit(*pair, allow_other_base=allow_other_base)]
+    if refusals:
+        raise PlanRefusedError(refusals)
+    return Contestants(
+        base=model_folder(base, progress=progress),
+        patch=folder_of(patch),
+        evolved=model_folder(evolved, progress=progress),
+        ported=folder_of(ported),
+        retrained=None if retrained is None else folder_of(retrained),
+        merged=None if merged is None else model_folder(merged, progress=progress),
+    )
+
+
+def unfit(
+    option: str,
+    patch: Patch[TensorInfo],
+    model: Checkpoint,
+    identity: ModelIdentity,
+    *,
+    allow_other_base: bool,
+) -> Iterator[Refusal]:
+    """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
+    yield from unmatchable(patch, option=option)
+    yield from misfits(patch, model)
+    yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)

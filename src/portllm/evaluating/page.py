@@ -1,0 +1,142 @@
+"""The page of `evaluate`: models side by side, what is retained, and the rows that turned wrong to be read. Pure."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from portllm.evaluating.metrics import Estimate
+from portllm.evaluating.names import MERGED, PATCHED, PORTED, PORTS, RETRAINED
+from portllm.evaluating.tables import (
+    comparison_notes,
+    comparison_rows,
+    flips_text,
+    loss_interval,
+    retention_text,
+    score_interval,
+)
+from portllm.show.html.answered_rows import AnsweredRow, answered_rows
+from portllm.show.html.bars import Row, bars, dots
+from portllm.show.html.figure import figure, figures, table
+from portllm.show.html.markup import Html
+from portllm.show.html.page import Headline, bullets, document, paragraph, section
+from portllm.show.numbers import percent, points
+
+if TYPE_CHECKING:
+    from portllm.evaluating.compare import Comparison, ComparisonRow
+
+SERIES: Mapping[str, int] = {PATCHED: 1, PORTED: 2, MERGED: 4, RETRAINED: 3}
+"""Colors of the models; those without a patch have that of the background, 5."""
+
+RETENTION_MARKS = {0.0: "the evolved model", 1.0: "retrained"}
+"""What no and full retention are."""
+
+
+def evaluate_page(comparison: "Comparison", *, title: str) -> str:
+    """The page of one comparison.
+
+    Args:
+        comparison: What `evaluate` found.
+        title: What was compared, such as the names of patch and models.
+    """
+    ports = [row for row in comparison.rows if row.name in PORTS]
+    parts = [
+        figures(_scores(comparison), _losses(comparison), *_retention(ports)),
+        section(
+            "In numbers",
+            table(comparison_rows(comparison), label="Scores, losses, flips and retention"),
+            bullets(comparison_notes(comparison)),
+        ),
+        *(_turned(comparison, row) for row in ports if row.flips is not None),
+    ]
+    return document(f"portllm evaluate: {title}", _headline(comparison, ports), parts)
+
+
+def _headline(comparison: "Comparison", ports: "list[ComparisonRow]") -> Headline:
+    """The port's score and what it was before, then what is known of the difference."""
+    lines = list(_findings(ports))
+    first = f"{ports[0].name}: score {percent(ports[0].score.value)}" if ports else "no ported patch was compared"
+    patched = comparison.row(PATCHED)
+    if ports and patched is not None:
+        first += f", {percent(patched.score.value)} before the update"
+    return Headline("plain", first, lines)
+
+
+def _findings(ports: "list[ComparisonRow]") -> Iterator[str]:
+    for row in ports:
+        if row.score_change is not None:
+            yield f"{row.name}: {_change(row.score_change)} points of score against {PATCHED}."
+        for what, kept in (("score", row.score_retention), ("loss", row.loss_retention)):
+            if kept is not None and kept.value is not None:
+                yield f"{row.name}: retention in {what} {retention_text(kept)}."
+            elif kept is not None:
+                yield f"{row.name}: retention in {what} is not a number: {kept.reason}."
+        if row.flips is not None:
+            yield f"{row.name}: negative flips {flips_text(row)}."
+
+
+def _change(change: Estimate) -> str:
+    if change.low is None or change.high is None:
+        return points(change.value)
+    return f"{points(change.value)} ({points(change.low)} to {points(change.high)})"
+
+
+def _scores(comparison: "Comparison") -> Html:
+    rows = [_bar(row.name, row.score, percent(row.score.value)) for row in comparison.rows]
+    title, explained = "Score", "Share of right answers; the line is its 95 % interval."
+    picture = bars(rows, title=title, told=_told(rows), unit="%", held=(0.0, 1.0))
+    numbers = [
+        ("", "score", "95 % interval"),
+        *((r.name, percent(r.score.value), score_interval(r.score)) for r in comparison.rows),
+    ]
+    return figure(title, explained, picture, numbers)
+
+
+def _losses(comparison: "Comparison") -> Html:
+    rows = [_bar(row.name, row.loss, f"{row.loss.value:.3f}") for row in comparison.rows]
+    title = "Loss"
+    explained = "Nats per token of the right answer, less is better; the line is its 95 % interval."
+    picture = bars(rows, title=title, told=_told(rows), unit="")
+    numbers = [
+        ("", "loss", "95 % interval"),
+        *((r.name, f"{r.loss.value:.3f}", loss_interval(r.loss)) for r in comparison.rows),
+    ]
+    return figure(title, explained, picture, numbers)
+
+
+def _retention(ports: "list[ComparisonRow]") -> list[Html]:
+    found = [
+        (f"{row.name}, in {what}", kept, series)
+        for row in ports
+        for what, kept, series in (("score", row.score_retention, 1), ("loss", row.loss_retention, 2))
+        if kept is not None and kept.value is not None
+    ]
+    if not found:
+        return []
+    rows = [Row(name, kept.value, retention_text(kept), kept.low, kept.high, series) for name, kept, series in found]
+    title = "Retention"
+    explained = (
+        "What the ported patch gains over the evolved model, as a share of what retraining gains; the line is its 95 % "
+        "interval."
+    )
+    picture = dots(rows, title=title, told=_told(rows), axis=RETENTION_MARKS, unit="%")
+    return [
+        figure(
+            title, explained, picture, [("", "retention"), *((name, retention_text(kept)) for name, kept, _ in found)]
+        )
+    ]
+
+
+def _turned(comparison: "Comparison", row: "ComparisonRow") -> Html:
+    turned = [
+        AnsweredRow(found.row, found.prompt, {"right": found.right, PATCHED: found.before, row.name: found.after})
+        for found in comparison.turned_wrong(row.name)
+    ]
+    said = f"{flips_text(row)} rows: {PATCHED} answers them right, {row.name} wrong. Rows count from 1."
+    return section(f"Turned wrong: {row.name}", paragraph(said, quiet=True), answered_rows(turned))
+
+
+def _bar(name: str, estimate: Estimate, text: str) -> Row:
+    return Row(name, estimate.value, text, estimate.low, estimate.high, SERIES.get(name, 5))
+
+
+def _told(rows: list[Row]) -> str:
+    return "; ".join(f"{row.name}: {row.text}" for row in rows)

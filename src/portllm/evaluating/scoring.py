@@ -1,0 +1,318 @@
+"""One model over the rows of a task: the label it finds likeliest, or what it writes, and what the right answer costs.
+
+A row of a classification is answered by the label with the highest `Σ log p(token | prompt, tokens before)`, without
+division by length: what lm-evaluation-harness calls `acc`. The prompt is run once; labels of several tokens go on from
+its cache.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float32
+
+from portllm.errors import DataError
+from portllm.running.encoding import Encoder, PaddedBatch, batches, pad_left
+from portllm.running.examples import Example
+from portllm.running.generation import write
+from portllm.running.loss import completion_nats
+from portllm.running.model import PeftModel, PreTrainedModel
+
+Kind = Literal["labels", "text"]
+Tick = Callable[[int], None]
+
+CONTINUATIONS = 64
+"""Sequences that go on from a cache together: more would need memory for logits over the whole vocabulary."""
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """Rows that a model can be scored on, whoever asks the questions: rows of one's own, or a benchmark's.
+
+    Row `i` is the same row whatever the model: rows of two models are compared in pairs.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Who judges answers, and how: `labels` and `text` as in `Task`, or the name of a benchmark."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The possible answers, where all rows have the same and one of them is chosen."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows it has."""
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """What each row asks, and the right answer: for people, not for a model."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest input that scoring gives a model."""
+
+    def score(
+        self, model: PreTrainedModel | PeftModel, encoder: Encoder, *, device: torch.device, tick: Tick
+    ) -> "Scores":
+        """Answers every row with a model.
+
+        Args:
+            model: In evaluation mode, with the adapter that counts switched on, or without any.
+            encoder: Of the model.
+            device: Where the model is.
+            tick: Told how many rows each batch had.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Rows to answer, and how an answer is judged.
+
+    Attributes:
+        examples: Prompts with the right completions.
+        kind: `labels`: the likeliest of `labels` is the answer. `text`: what the model writes, greedily, up to the
+            end mark or the line's end (where no right answer has two lines), must be the completion, whitespace around
+            it apart.
+        labels: All possible answers, for `labels`; without them, the completions that occur.
+        max_tokens: Most tokens of a row; longer prompts are cut from the left, as in training.
+        max_new_tokens: Most tokens written, for `text`.
+        batch_size: Rows of a forward pass; changes no result by more than rounding.
+
+    Raises:
+        DataError: There are no examples, fewer than two labels, or a completion that is no label.
+    """
+
+    examples: tuple[Example, ...]
+    kind: Kind = "labels"
+    labels: tuple[str, ...] = ()
+    max_tokens: int = 512
+    max_new_tokens: int = 32
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise DataError("task: no examples were given; expected at least one.")
+        if self.kind == "text":
+            return
+        completions = sorted({example.completion for example in self.examples})
+        if not self.labels:
+            object.__setattr__(self, "labels", tuple(completions))
+        strangers = [completion for completion in completions if completion not in self.labels]
+        if strangers:
+            shown = ", ".join(f"'{stranger}'" for stranger in strangers[:10])
+            raise DataError(
+                f"task: {len(strangers)} completions are not among the {len(self.labels)} labels: {shown}. "
+                "Add them to the labels, or correct the rows."
+            )
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise DataError(
+                f"task: the labels are {', '.join(map(repr, self.labels))}; expected two or more, each once. "
+                "Name the labels, or judge by the written text."
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest input that a model can be given."""
+        return self.max_tokens + (self.max_new_tokens if self.kind == "text" else 0)
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows it has."""
+        return len(self.examples)
+
+    def score(
+        self, model: PreTrainedModel | PeftModel, encoder: Encoder, *, device: torch.device, tick: Tick
+    ) -> "Scores":
+        """The function `score`, as a method: what `Scored` asks for."""
+        return score(model, encoder, self, device=device, tick=tick)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What one model made of a task, row by row.
+
+    Attributes:
+        answers: Its answers.
+        correct: Whether they are right.
+        losses: What the right completion costs it, in nats per token, the end mark apart.
+        n_cut_rows: Rows whose prompt was too long and lost its beginning.
+        seconds: Of the forward passes.
+        metrics: What a benchmark makes of the same rows by its own rules, by name; empty for rows of one's own.
+    """
+
+    answers: tuple[str, ...]
+    correct: tuple[bool, ...]
+    losses: tuple[float, ...]
+    n_cut_rows: int
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def score(
+    model: PreTrainedModel | PeftModel,
+    encoder: Encoder,
+    task: Task,
+    *,
+    device: torch.device,
+    tick: Tick = lambda _: None,
+) -> Scores:
+    """Answers every row of a task with a model.
+
+    Args:
+        model: A causal language model in evaluation mode, with the adapter that counts switched on.
+        encoder: Of the model.
+        task: Rows, and how to judge.
+        device: Where the model is.
+        tick: Told how many rows each batch had.
+
+    Raises:
+        DataError: A completion does not fit into `task.max_tokens`.
+    """
+    began = time.perf_counter()
+    with torch.inference_mode():
+        run = _score_labels if task.kind == "labels" else _score_text
+        answers, losses, n_cut = run(model, encoder, task, device, tick)
+    correct = [answer == example.completion for answer, example in zip(answers, task.examples, strict=True)]
+    return Scores(
+        answers=tuple(answers),
+        correct=tuple(correct),
+        losses=tuple(losses),
+        n_cut_rows=n_cut,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def encode_labels(
+    encoder: Encoder, texts: Sequence[str], labels: Sequence[str], *, max_tokens: int
+) -> tuple[list[tuple[int, ...]], list[list[tuple[int, ...]]], int]:
+    """The ids of each prompt, the ids of every label after it, and how many prompts lost their beginning.
+
+    Raises:
+        DataError: A label leaves no room for a prompt.
+    """
+    prompts, rows, n_cut_rows = [], [], 0
+    for text in texts:
+        encoded = [encoder.encode(text, label) for label in labels]
+        # All labels of a row are asked of the same prompt: what the longest of them, and an end mark, leave room for.
+        room = max_tokens - 1 - max(len(each.completion) for each in encoded)
+        prompt, n_cut = encoder.cut_prompt(encoded[0].prompt, room=room)
+        prompts.append(prompt)
+        rows.append([each.completion for each in encoded])
+        n_cut_rows += n_cut > 0
+    return prompts, rows, n_cut_rows
+
+
+def label_log_probs(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[tuple[int, ...]],
+    labels: Sequence[Sequence[tuple[int, ...]]],
+    *,
+    device: torch.device,
+) -> Float32[torch.Tensor, "rows labels"]:
+    """`Σ log p(token | prompt, tokens before)` of each label of each row.
+
+    Args:
+        model: A causal language model.
+        prompts: Ids of the prompts.
+        labels: For each prompt, the ids of every label; as many labels for each.
+        device: Where the model is.
+    """
+    batch = pad_left(prompts, device=device)
+    pairs = [(row, column) for row, ids in enumerate(labels) for column, label in enumerate(ids) if len(label) > 1]
+    output = model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        logits_to_keep=1,
+        use_cache=bool(pairs),
+    )
+    first = output.logits[:, -1].float().log_softmax(dim=-1)
+    firsts = torch.tensor([[label[0] for label in ids] for ids in labels], device=device)
+    sums: torch.Tensor = first.gather(1, firsts)
+    for start in range(0, len(pairs), CONTINUATIONS):
+        chunk = pairs[start : start + CONTINUATIONS]
+        rows = torch.tensor([row for row, _ in chunk], device=device)
+        columns = torch.tensor([column for _, column in chunk], device=device)
+        cache = copy.deepcopy(output.past_key_values)
+        cache.batch_select_indices(rows)
+        sums[rows, columns] += _continue(model, cache, batch, rows, [labels[row][column] for row, column in chunk])
+    return sums
+
+
+def _continue(
+    model: PreTrainedModel | PeftModel,
+    cache: object,
+    batch: PaddedBatch,
+    rows: torch.Tensor,
+    labels: Sequence[tuple[int, ...]],
+) -> Float32[torch.Tensor, " pairs"]:
+    """Summed log-probabilities of all tokens but the first, the prompts' keys and values given."""
+    device = batch.ids.device
+    width = max(map(len, labels)) - 1
+    # Labels are padded on the right: nothing that counts comes after the padding, and the causal mask hides it.
+    inputs = torch.zeros(len(labels), width, dtype=torch.int64)
+    targets = torch.zeros_like(inputs)
+    counts = torch.zeros(len(labels), width)
+    for index, label in enumerate(labels):
+        inputs[index, : len(label) - 1] = torch.tensor(label[:-1])
+        targets[index, : len(label) - 1] = torch.tensor(label[1:])
+        counts[index, : len(label) - 1] = 1.0
+    mask = torch.cat([batch.mask[rows], torch.ones(len(labels), width, dtype=torch.int64, device=device)], dim=1)
+    positions = batch.positions[rows, -1:] + 1 + torch.arange(width, device=device)
+    logits: torch.Tensor = model(
+        input_ids=inputs.to(device),
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    chosen = logits.float().log_softmax(dim=-1).gather(2, targets.to(device)[:, :, None])[:, :, 0]
+    sums: torch.Tensor = (chosen * counts.to(device)).sum(dim=1)
+    return sums
+
+
+def _score_labels(
+    model: PreTrainedModel | PeftModel, encoder: Encoder, task: Task, device: torch.device, tick: Tick
+) -> tuple[list[str], list[float], int]:
+    texts = [example.prompt for example in task.examples]
+    prompts, labels, n_cut_rows = encode_labels(encoder, texts, task.labels, max_tokens=task.max_tokens)
+    answers, losses = [""] * len(prompts), [0.0] * len(prompts)
+    for batch in batches(list(map(len, prompts)), batch_size=task.batch_size):
+        sums = label_log_probs(model, [prompts[row] for row in batch], [labels[row] for row in batch], device=device)
+        for row, log_probs in zip(batch, sums.cpu(), strict=True):
+            right = task.labels.index(task.examples[row].completion)
+            answers[row] = task.labels[int(log_probs.argmax())]
+            losses[row] = -float(log_probs[right]) / len(labels[row][right])
+        tick(len(batch))
+    return answers, losses, n_cut_rows
+
+
+def _score_text(
+    model: PreTrainedModel | PeftModel, encoder: Encoder, task: Task, device: torch.device, tick: Tick
+) -> tuple[list[str], list[float], int]:
+    rows = [
+        encoder.encode(example.prompt, example.completion, max_tokens=task.max_tokens, reserve=1)
+        for example in task.examples
+    ]
+    one_line = not any("\n" in example.completion for example in task.examples)
+    answers, losses = [""] * len(rows), [0.0] * len(rows)
+    for batch in batches([len(row.prompt) for row in rows], batch_size=task.batch_size):
+        chosen = [rows[index] for index in batch]
+        nats = completion_nats(model, chosen, device=device).sum(dim=1).tolist()
+        prompts = [row.prompt for row in chosen]
+        written = write(model, encoder, prompts, max_new_tokens=task.max_new_tokens, one_line=one_line, device=device)
+        for position, index in enumerate(batch):
+            answers[index] = answer_text(encoder, written[position], one_line=one_line)
+            losses[index] = nats[position] / len(rows[index].completion)
+        tick(len(batch))
+    return answers, losses, sum(row.n_cut > 0 for row in rows)
+
+
+def answer_text(encoder: Encoder, tokens: Sequence[int], *, one_line: bool) -> str:
+    """The answer of written tokens, without marks and whitespace around it; its first line, if asked for."""
+    text = encoder.decode(tokens).strip()
+    return text.splitlines()[0].strip() if one_line and text else text

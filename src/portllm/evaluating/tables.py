@@ -1,0 +1,115 @@
+"""What `evaluate` found as a table and notes, for the terminal and the page alike. Pure."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from portllm.evaluating.metrics import Estimate, Retention
+from portllm.evaluating.names import PATCHED, PORTS
+from portllm.show.numbers import percent
+
+if TYPE_CHECKING:
+    from portllm.evaluating.compare import Comparison, ComparisonRow
+
+JUDGED = {"labels": "the likeliest label", "text": "the written text"}
+
+MOVED = 0.1
+"""Share of the rows by which an answer has to become commoner before it is said."""
+
+
+def comparison_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
+    """A line for each model; the first names the columns."""
+    header = ("", "score", "95 % interval", "loss", "95 % interval", "negative flips", "retention: score", "loss")
+    return [header, *map(_row, comparison.rows)]
+
+
+def comparison_notes(comparison: "Comparison") -> list[str]:
+    """What the columns mean, and what is special about these rows."""
+    notes = [
+        f"{comparison.n_rows} rows, judged by {JUDGED.get(comparison.kind, comparison.kind)}; loss in nats per token "
+        "of the right answer; negative flips: right with base + patch, wrong now.",
+        "retention: what the ported patch gains over the evolved model, as a share of what retraining gains.",
+    ]
+    notes += [
+        f"{metric} of {comparison.kind}: "
+        + ", ".join(f"{row.name} {row.scores.metrics[metric]:.4f}" for row in comparison.rows)
+        for metric in comparison.rows[0].scores.metrics
+    ]
+    if comparison.n_cut_rows:
+        notes.append(
+            f"{comparison.n_cut_rows} prompts were longer than may be, and lost their beginning: --max-tokens."
+        )
+    reasons = {
+        kept.reason
+        for row in comparison.rows
+        for kept in (row.score_retention, row.loss_retention)
+        if kept is not None and kept.reason
+    }
+    return [*notes, *_moved(comparison), *(f"n/a: {reason}." for reason in sorted(reasons))]
+
+
+def _moved(comparison: "Comparison") -> Iterator[str]:
+    """What a port answers far more often than base + patch did."""
+    patched = comparison.row(PATCHED)
+    if comparison.kind != "labels" or patched is None:
+        return
+    before = Counter(patched.scores.answers)
+    for row in comparison.rows:
+        more = Counter(row.scores.answers)
+        more.subtract(before)
+        ((answer, count),) = more.most_common(1)
+        if row.name in PORTS and count >= MOVED * comparison.n_rows:
+            times = (before[answer], before[answer] + count)
+            then, now = (percent(number / comparison.n_rows, digits=0) for number in times)
+            yield (
+                f"{row.name} answers '{answer}' in {now} of the rows, {PATCHED} in {then}: the update moved the "
+                "balance between the answers. The patch may still tell the rows apart; see whether its loss held."
+            )
+
+
+def score_interval(estimate: Estimate) -> str:
+    """The interval of a share, in percent; empty where one row cannot tell."""
+    return _interval(estimate, lambda value: f"{100 * value:.1f}")
+
+
+def loss_interval(estimate: Estimate) -> str:
+    """The interval of a loss; likewise."""
+    return _interval(estimate, lambda value: f"{value:.3f}")
+
+
+def retention_text(kept: Retention | None) -> str:
+    """A retention with its interval; `n/a` where it is no number, empty where it is not asked for.
+
+    Example:
+        >>> retention_text(Retention(0.948, 0.89, 1.01)), retention_text(Retention(None, None, None, "why"))
+        ('94.8 % (89 to 101)', 'n/a')
+    """
+    if kept is None:
+        return ""
+    if kept.value is None or kept.low is None or kept.high is None:
+        return "n/a"
+    return f"{percent(kept.value)} ({100 * kept.low:.0f} to {100 * kept.high:.0f})"
+
+
+def flips_text(row: "ComparisonRow") -> str:
+    """How many rows a model turned wrong; empty where there is nothing to compare with."""
+    return "" if row.flips is None else f"{len(row.flips.negative)} of {row.flips.n_rows}"
+
+
+def _row(row: "ComparisonRow") -> tuple[str, ...]:
+    return (
+        row.name,
+        percent(row.score.value),
+        score_interval(row.score),
+        f"{row.loss.value:.3f}",
+        loss_interval(row.loss),
+        flips_text(row),
+        retention_text(row.score_retention),
+        retention_text(row.loss_retention),
+    )
+
+
+def _interval(estimate: Estimate, text: Callable[[float], str]) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{text(estimate.low)} to {text(estimate.high)}"

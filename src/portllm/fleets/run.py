@@ -1,0 +1,70 @@
+"""Give a fleet's cells to workers, and gather what becomes of them; what can pass is tried again."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from portllm.fleets.plan import Cell, Row
+from portllm.fleets.storage import is_url, join
+from portllm.workers.pool import Finished, Lost, Pool
+
+
+def run_cells(
+    cells: Sequence[Cell], pool: Pool, *, retries: int, note: Callable[[Row], None], dry: bool = False
+) -> tuple[Row, ...]:
+    """Do every cell, each by itself: one that fails stops no other.
+
+    Args:
+        cells: What to do, in this order.
+        pool: Who does it.
+        retries: How often a cell is tried again whose worker died, or whose failure may pass. Refusals never are.
+        note: Told of every row as soon as it is final.
+        dry: Only say what would be done.
+
+    Returns:
+        A row for each cell, in their order.
+    """
+    waiting = deque(range(len(cells)))
+    attempts: list[list[str]] = [[] for _ in cells]
+    rows: dict[int, Row] = {}
+    while len(rows) < len(cells):
+        while waiting and pool.free:
+            number = waiting.popleft()
+            pool.submit(number, cells[number].to_job(dry=dry))
+        ended = pool.wait()
+        if ended is None:
+            continue
+        reason = _passing(ended)
+        if reason is not None and len(attempts[ended.number]) < retries:
+            attempts[ended.number].append(reason)
+            waiting.append(ended.number)  # behind the others, so that what passes has time to
+            continue
+        rows[ended.number] = _row(cells[ended.number], ended, tuple(attempts[ended.number]), dry=dry)
+        note(rows[ended.number])
+    return tuple(rows[number] for number in range(len(cells)))
+
+
+def _passing(ended: Finished | Lost) -> str | None:
+    """Why a cell failed, if that may pass."""
+    if isinstance(ended, Lost):
+        return ended.reason
+    return str(ended.result["reason"]) if ended.result.get("can_pass") else None
+
+
+def _row(cell: Cell, ended: Finished | Lost, attempts: tuple[str, ...], *, dry: bool) -> Row:
+    if isinstance(ended, Lost):
+        return Row(cell.folder, cell.key, "failed", reason=ended.reason, attempts=attempts)
+    result = {name: value for name, value in ended.result.items() if name != "can_pass"}
+    row = Row(cell.folder, cell.key, attempts=attempts, **result)
+    if row.status in ("done", "no") and not dry and not _is_here(cell, row):
+        reason = (
+            f"a worker wrote it on another machine, where '{cell.work.output}' is another folder. Give a folder that "
+            "all machines share, or a URL."
+        )
+        return Row(cell.folder, cell.key, "failed", reason=reason, attempts=attempts)
+    return row
+
+
+def _is_here(cell: Cell, row: Row) -> bool:
+    place = join(cell.work.output, cell.folder)
+    return is_url(place) or all(Path(place, name).exists() for name in row.records)

@@ -1,0 +1,1 @@
+"""What a checkpoint, adapter or patch is."""

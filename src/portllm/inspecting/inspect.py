@@ -1,0 +1,179 @@
+"""What a checkpoint, an adapter or a patch is: from headers and the fingerprint's sample alone."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm.checkpoint.model.checkpoint import names_hub
+from portllm.checkpoint.model.families import family_of
+from portllm.checkpoint.model.identity import digest, fingerprint
+from portllm.checkpoint.model.ties import tied_embedding
+from portllm.checkpoint.open import on_disk, open_checkpoint
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.matching.compatibility import linear_weights
+from portllm.patch.adapter_folder import CONFIG_FILE, open_adapter, stored_tensors
+from portllm.patch.delta import ExpertsDelta, LowRankDelta
+from portllm.patch.record import PatchRecord, record_to_json
+from portllm.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """What a checkpoint is.
+
+    Attributes:
+        name: As given.
+        revision: The commit hash of a model of the Hugging Face Hub, else None.
+        architecture: From `config.json`; None without one.
+        family: The id of its family, None where that is not known.
+        fingerprint: Its identity.
+        digest: Over all bytes, where it was asked for.
+        n_params: Elements of all tensors.
+        n_bytes: Bytes of all tensors.
+        n_tensors: How many there are.
+        files: How many files hold them.
+        quantization: How its weights are quantized, or None.
+        dtypes: Number of tensors of each dtype or storage type.
+        modules: Number of linear modules of each name and shape.
+        tied_head: Whether embedding and head are one matrix.
+    """
+
+    name: str
+    revision: str | None
+    architecture: str | None
+    family: str | None
+    fingerprint: str
+    digest: str | None
+    n_params: int
+    n_bytes: int
+    n_tensors: int
+    files: int
+    quantization: str | None
+    dtypes: Mapping[str, int]
+    modules: Mapping[str, int]
+    tied_head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PatchSummary:
+    """What an adapter or patch is.
+
+    Attributes:
+        name: As given.
+        revision: The commit hash of an adapter of the Hugging Face Hub, else None.
+        n_modules: Modules it changes.
+        modules: Number of changed modules of each name.
+        ranks: Number of modules of each rank.
+        scales: Number of modules of each scale.
+        n_params: Numbers in all factors.
+        n_bytes: Bytes of all factors.
+        changed_base: How PEFT changed the base when training began (`pissa`, ...), else None.
+        base_name: What PEFT's configuration calls the base.
+        base_revision: Which revision of it PEFT's configuration names, or None.
+        record: The content of `patch.json`, or None.
+    """
+
+    name: str
+    revision: str | None
+    n_modules: int
+    modules: Mapping[str, int]
+    ranks: Mapping[int, int]
+    scales: Mapping[float, int]
+    n_params: int
+    n_bytes: int
+    changed_base: str | None
+    base_name: str | None
+    base_revision: str | None
+    record: PatchRecord | None
+
+
+def inspect(
+    where: str | Path, *, with_digest: bool = False, progress: Progress = silent
+) -> CheckpointSummary | PatchSummary:
+    """Describe a checkpoint, an adapter or a patch.
+
+    Args:
+        where: As for `open_checkpoint`, or an adapter folder.
+        with_digest: Read all of a checkpoint's bytes for its digest.
+        progress: Told of the bytes read for the digest.
+
+    Raises:
+        PortLLMError: There is nothing of the kind at that place, or it is damaged.
+    """
+    if _is_patch(where):
+        return summarize_patch(where)
+    return summarize_checkpoint(where, with_digest=with_digest, progress=progress)
+
+
+def _is_patch(where: str | Path) -> bool:
+    if not names_hub(where):
+        return (Path(where) / CONFIG_FILE).is_file()
+    from portllm.checkpoint.hub import look_up
+
+    return CONFIG_FILE in look_up(str(where)).files
+
+
+def summarize_checkpoint(
+    where: str | Path, *, with_digest: bool = False, progress: Progress = silent
+) -> CheckpointSummary:
+    """Describe a checkpoint; see `inspect`."""
+    checkpoint = open_checkpoint(where, progress=progress)
+    if with_digest:
+        checkpoint = on_disk(checkpoint, progress=progress)
+    architectures = checkpoint.config.get("architectures")
+    family = family_of(checkpoint.config)
+    kinds = Counter(
+        f"{module.rsplit('.', 1)[-1]} {info.shape[0]}x{info.shape[1]}"
+        for module, info in linear_weights(checkpoint).items()
+    )
+    return CheckpointSummary(
+        name=checkpoint.name,
+        revision=checkpoint.revision,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        family=None if family is None else family.id,
+        fingerprint=fingerprint(checkpoint),
+        digest=digest(checkpoint, progress=progress) if with_digest else None,
+        n_params=checkpoint.n_params,
+        n_bytes=checkpoint.n_bytes,
+        n_tensors=len(checkpoint.infos),
+        files=len(checkpoint.files),
+        quantization=checkpoint.quantization,
+        dtypes=dict(
+            Counter(info.encoding.scheme if info.encoding else info.dtype for info in checkpoint.infos.values())
+        ),
+        modules=dict(kinds),
+        tied_head=tied_embedding(checkpoint) is not None,
+    )
+
+
+def summarize_patch(where: str | Path) -> PatchSummary:
+    """Describe an adapter or patch; see `inspect`."""
+    patch = open_adapter(where)
+    deltas: dict[str, LowRankDelta[TensorInfo] | ExpertsDelta[TensorInfo]] = {**patch.deltas, **patch.experts}
+    base_name, base_revision = (patch.config.fields.get(key) for key in ("base_model_name_or_path", "revision"))
+    return PatchSummary(
+        name=patch.name,
+        revision=patch.revision,
+        n_modules=len(deltas),
+        modules=dict(Counter(module.rsplit(".", 1)[-1] for module in deltas)),
+        ranks=dict(sorted(Counter(delta.rank for delta in deltas.values()).items())),
+        scales=dict(sorted(Counter(delta.scale for delta in deltas.values()).items())),
+        n_params=patch.n_params,
+        n_bytes=sum(info.n_bytes for info in stored_tensors(patch).values()),
+        changed_base=patch.config.changed_base,
+        base_name=str(base_name) if base_name else None,
+        base_revision=str(base_revision) if base_revision else None,
+        record=patch.record,
+    )
+
+
+def summary_to_json(summary: CheckpointSummary | PatchSummary) -> dict[str, object]:
+    """A summary as JSON values."""
+    values: dict[str, object] = {name: getattr(summary, name) for name in summary.__slots__}
+    if isinstance(summary, PatchSummary):
+        values["kind"] = "patch" if summary.record else "adapter"
+        values["record"] = None if summary.record is None else record_to_json(summary.record)
+    else:
+        values["kind"] = "checkpoint"
+    return values

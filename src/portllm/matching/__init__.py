@@ -1,0 +1,1 @@
+"""Do a patch and a model fit together, tensor by tensor? From headers."""

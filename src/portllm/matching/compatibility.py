@@ -1,0 +1,385 @@
+"""Does a patch fit a model? From headers and fingerprints; every reason why not is gathered, none is raised."""
+
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from dataclasses import replace
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.equality import same_values
+from portllm.checkpoint.model.families import current_tensors, family_of, resolve
+from portllm.checkpoint.model.ties import HEAD, HEAD_MODULE, tied_embedding
+from portllm.checkpoint.tensor.encoding import FourBit
+from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
+from portllm.errors import Refusal
+from portllm.matching.experts import expert_changes, expert_misfits
+from portllm.patch.adapter_config import AdapterConfig, is_embedding
+from portllm.patch.adapter_tensors import BIAS, WEIGHT
+from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.identify import identify
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+
+
+def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The weight of every linear module, by the module's current name.
+
+    A head that is tied to the embedding is such a module too: its weight is the embedding's.
+    """
+    family = family_of(checkpoint.config)
+    return {
+        module: info
+        for module, info in _matrices(checkpoint).items()
+        if (not is_embedding(module) if family is None else family.is_linear(module))
+    }
+
+
+def _matrices(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The weight of every linear module and of every embedding, by the module's current name."""
+    weights = {
+        name.removesuffix(WEIGHT): info
+        for name, info in current_tensors(checkpoint).items()
+        if name.endswith(WEIGHT) and len(info.shape) == 2
+    }
+    shared = tied_embedding(checkpoint)
+    return weights if shared is None else {**weights, HEAD_MODULE: shared}
+
+
+def tensor_of(name: str, checkpoint: Checkpoint) -> TensorInfo | None:
+    """The tensor that a patch means by a name; a tied head is the embedding."""
+    if name == HEAD and (shared := tied_embedding(checkpoint)) is not None:
+        return shared
+    return resolve(name, checkpoint)
+
+
+def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorInfo]:
+    """The patch with each delta the way round in which the model stores the weight.
+
+    `fan_in_fan_out` is one word for all modules, and PEFT corrects it module by module when it loads an adapter: a
+    GPT-2 adapter of Conv1D layers and the head may say either. Where the model's family is known it is asked instead.
+    """
+    family = family_of(checkpoint.config)
+    if family is None:
+        return patch
+    turned = {
+        module: replace(delta, transposed=not delta.transposed)
+        for module, delta in patch.deltas.items()
+        if delta.transposed != (delta.is_embedding or family.is_transposed(module))
+    }
+    return replace(patch, deltas={**patch.deltas, **turned}) if turned else patch
+
+
+def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Change[TensorInfo]]:
+    """What a patch that fits a model does, by the name of the tensor in the model; a tied head has a name too."""
+    changes: dict[str, Change[TensorInfo]] = {}
+    for name, change in changes_of(patch).items():
+        tensor = resolve(name, checkpoint)
+        changes[name if tensor is None else tensor.name] = change
+    for name, delta in patch.experts.items():
+        changes |= expert_changes(name, delta, checkpoint)
+    return changes
+
+
+def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
+    """What a patch does, by the name that it has for the tensor it is done to; all but experts."""
+    return {
+        **{module + WEIGHT: delta for module, delta in patch.deltas.items()},
+        **patch.values,
+        **patch.rows,
+        **patch.bias_deltas,
+    }
+
+
+def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
+    patch = oriented(patch, checkpoint)
+    weights = _matrices(checkpoint)
+    named = _Named(patch.config, checkpoint, [*weights, *patch.deltas])
+    for name, change in changes_of(patch).items():
+        tensor = tensor_of(name, checkpoint)
+        where = name.removesuffix(WEIGHT) if isinstance(change, LowRankDelta) else name
+        if tensor is None:
+            yield Refusal(
+                where, f"the patch changes it, {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}"
+            )
+        elif problem := _mismatch(change, tensor, checkpoint):
+            yield Refusal(where, problem)
+    yield from _unnamed(patch, named)
+    yield from _missing(patch, named)
+    yield from expert_misfits(patch, checkpoint)
+    yield from _shared_rows(patch, named)
+
+
+def outline(patch: Patch[TensorInfo]) -> Hashable:
+    """All that `misfits` asks of a patch: the same for patches of one recipe, however they were trained."""
+    return (
+        repr(patch.config.fields),
+        tuple((name, _outline(change)) for name, change in changes_of(patch).items()),
+        tuple((name, delta.a.shape, delta.b.shape, delta.rank) for name, delta in patch.experts.items()),
+    )
+
+
+def _outline(change: Change[TensorInfo]) -> Hashable:
+    match change:
+        case LowRankDelta():
+            return change.a.shape, change.b.shape, change.transposed, change.is_embedding
+        case RowValues(values, rows):
+            return values.shape, rows
+        case WholeValue(values) | VectorDelta(values):
+            return type(change), values.shape
+        case _:
+            raise TypeError(f"{change} is of an expert")
+
+
+def _kind(change: Change[TensorInfo]) -> str:
+    return "module" if isinstance(change, LowRankDelta) else "tensor"
+
+
+def _mismatch(change: Change[TensorInfo], tensor: TensorInfo, checkpoint: Checkpoint) -> str | None:
+    """Why one change does not fit its tensor, or None."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        return (
+            f"its weight in {checkpoint.name} is stored as {tensor.dtype}; a patch is added to "
+            f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model."
+        )
+    match change:
+        case LowRankDelta() if change.shape != tensor.shape:
+            names = ("in", "out") if change.transposed else ("out", "in")
+            return (
+                f"the delta is {_axes(change.shape, names)}, its weight in {checkpoint.name} is "
+                f"{_axes(tensor.shape, names)}. Adding needs equal shapes."
+            )
+        case WholeValue(values) | VectorDelta(values) if values.shape != tensor.shape:
+            return f"the patch has shape {values.shape}, {checkpoint.name} has {tensor.shape}. Both must be equal."
+        case RowValues(values, rows) if values.shape[1:] != tensor.shape[1:] or tensor.shape[0] <= max(rows):
+            return (
+                f"the patch has rows of {values.shape[1:]} up to token {max(rows)}, {checkpoint.name} has shape "
+                f"{tensor.shape}. Both must have the same width, and the tokens must be there."
+            )
+        case _:
+            return None
+
+
+def _axes(shape: tuple[int, ...], names: tuple[str, str]) -> str:
+    if len(shape) != 2:
+        return str(shape)
+    return "(" + ", ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True)) + ")"
+
+
+class _Named:
+    """What a patch's configuration names in a model."""
+
+    def __init__(self, config: AdapterConfig, checkpoint: Checkpoint, modules: Iterable[str]) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.tied = tied_embedding(checkpoint)
+        modules = list(modules)
+        self.targets = {*config.targets(modules), *(m for m in modules if "weight" in config.parameters_of(m))}
+        if self._ties_head_to(self.targets):
+            self.targets.add(HEAD_MODULE)
+
+    def saves(self, tensor: str) -> bool:
+        """Whether it names a tensor as one that is saved whole."""
+        is_head = tensor == HEAD and self.tied is not None and self.config.keeps_ties
+        return self.config.saves(tensor) or (is_head and self.tied is not None and self.config.saves(self.tied.name))
+
+    def trains_bias(self, tensor: str, info: TensorInfo) -> bool:
+        """Whether it names a tensor as a bias that is trained."""
+        if not tensor.endswith(BIAS) or len(info.shape) != 1:
+            return False
+        of_target = self.config.biases == "lora_only" and tensor.removesuffix(BIAS) in self.targets
+        return self.config.biases == "all" or of_target
+
+    def row_modules(self) -> list[str]:
+        """The embeddings, by any name that PEFT takes, of which it names rows."""
+        tokens = self.config.fields.get("trainable_token_indices")
+        if not isinstance(tokens, dict):
+            return [""] if tokens else []
+        names = [name for name, rows in tokens.items() if rows]
+        # One of two tied modules stands for both where they have the same rows.
+        is_shared = self.tied is not None and HEAD_MODULE in names
+        twins = [name for name in names if name != HEAD_MODULE and tokens[name] == tokens.get(HEAD_MODULE)]
+        return [name for name in names if not (is_shared and twins and name == HEAD_MODULE)]
+
+    def _ties_head_to(self, modules: Collection[str]) -> bool:
+        return self.config.keeps_ties and self.tied is not None and self.tied.name.removesuffix(WEIGHT) in modules
+
+
+def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
+    """What the patch has and the configuration does not name."""
+    for module in patch.deltas:
+        if module not in named.targets:
+            yield Refusal(
+                module,
+                "the patch has tensors for it, adapter_config.json does not name it, so PEFT would drop them without a "
+                "word. Add it to target_modules, or take the tensors out.",
+            )
+    for name in patch.values:
+        if name == HEAD and not named.saves(name):
+            yield Refusal(
+                name,
+                "the patch has a value for it because it was tied to the embedding, and ensure_weight_tying is set; in "
+                f"{named.checkpoint.name} it is not tied. Name lm_head in modules_to_save.",
+            )
+    for name in patch.rows:
+        module = name.removesuffix(WEIGHT)
+        if not (is_embedding(module) or isinstance(patch.config.fields.get("trainable_token_indices"), dict)):
+            yield Refusal(
+                module,
+                "the patch has token rows for it, and trainable_token_indices without a name means the embedding.",
+            )
+
+
+def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
+    """What the configuration names, the model has and the patch lacks."""
+    infos = dict(current_tensors(named.checkpoint))
+    if named.tied is not None:
+        infos[HEAD] = named.tied
+    family = family_of(named.checkpoint.config)
+    deltas, values, targets = (
+        set(part) if family is None else set(map(family.current_name, part))
+        for part in (patch.deltas, patch.values, named.targets)
+    )
+    if family is not None and not any(map(family.is_of_expert, deltas)):
+        # One expert is a module of its own in a file, and in the model that transformers 4 builds; not in today's.
+        targets = {module for module in targets if not family.is_of_expert(module)}
+    expected = [module for module in targets if not named.saves(module + WEIGHT) and module not in deltas]
+    expected += [
+        name
+        for name, info in infos.items()
+        if name not in values
+        and name.removesuffix(WEIGHT) not in deltas
+        and (named.saves(name) or named.trains_bias(name, info))
+    ]
+    of_rows = [name.removesuffix(WEIGHT) for name in patch.rows]
+    expected += [
+        f"trainable_token_indices {name}".strip()
+        for name in named.row_modules()
+        if not any(not name or module == name or module.endswith(f".{name}") for module in of_rows)
+    ]
+    for name in sorted(expected):
+        yield Refusal(
+            name,
+            f"adapter_config.json names it and {named.checkpoint.name} has it, the patch has no tensors for it. "
+            "Part of the adapter is missing, or it was made for another model.",
+        )
+
+
+def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
+    """Trained rows of a tied embedding are the head's too, so nothing else may be done to the head."""
+    if named.tied is None or not any(tensor_of(name, named.checkpoint) is named.tied for name in patch.rows):
+        return
+    if HEAD_MODULE in patch.deltas or HEAD in patch.values:
+        yield Refusal(
+            HEAD_MODULE,
+            f"the patch changes it and trained token rows of the embedding, which it is tied to in "
+            f"{named.checkpoint.name}; PEFT puts those rows over the changed head. This pair is not supported.",
+        )
+
+
+def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
+    """Where a copy of the base's weight that an adapter carries is not this base's."""
+    for module, copy in patch.base_copies.items():
+        weight = tensor_of(module + WEIGHT, base)
+        if weight is None or not same_values(copy, weight):
+            yield Refusal(
+                module,
+                f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it "
+                "belongs to another base, or trained this module whole, which is not supported.",
+            )
+
+
+def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> Iterator[Refusal]:
+    """Why trained token rows cannot go where head and embedding are tied otherwise than in the base."""
+    was_tied, is_tied = (tied_embedding(checkpoint) is not None for checkpoint in (base, evolved))
+    if was_tied == is_tied:
+        return
+    for name in patch.rows:
+        yield Refusal(
+            name,
+            f"the patch trained rows of it. In {base.name} they {'are' if was_tied else 'are not'} the head's too, in "
+            f"{evolved.name} they {'are not' if was_tied else 'are'}: PEFT would change the one and not the other.",
+        )
+
+
+def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
+    """Why a patch cannot be added to the weights of a model, whatever the patch: they are quantized.
+
+    What bitsandbytes stores in 4 bit can be stored as the values it stands for, where a dtype is asked for.
+    """
+    if into.quantization is None:
+        return
+    is_four_bit = all(isinstance(info.encoding, FourBit | None) for info in into.infos.values())
+    if is_four_bit and dtype is not None:
+        return
+    ways = "Store it in 16 bit (--dtype BF16), serve" if is_four_bit else "Serve"
+    yield Refusal(
+        "--into",
+        f"the weights of {into.name} are quantized ({into.quantization}): storing a sum so would round most of the "
+        f"patch away. {ways} the patch as an adapter beside it, or merge into the 16-bit model that it was made from: "
+        f"--into MODEL --quantized-base {into.name}.",
+    )
+
+
+def unmatchable(patch: Patch[TensorInfo], *, option: str) -> Iterator[Refusal]:
+    """Why PEFT must not put a patch on any model: it could take forever to find the modules."""
+    if patch.config.is_costly_elsewhere:
+        yield Refusal(
+            option,
+            f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
+            "modules in a list in its adapter_config.json.",
+        )
+
+
+def base_mismatch(
+    patch: Patch[TensorInfo],
+    given: ModelIdentity,
+    *,
+    model: Checkpoint,
+    option: str,
+    allow_other_base: bool,
+) -> Iterator[Refusal]:
+    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant."""
+    if patch.record is None or allow_other_base or patch.record.base.fingerprint == given.fingerprint:
+        return
+    belongs = patch.record.base
+    family = family_of(model.config)
+    hint = (
+        " A file that stores the experts otherwise, each alone or all in one tensor, has another fingerprint too."
+        if family is not None and family.experts
+        else ""
+    )
+    yield Refusal(
+        option,
+        f"{given.name} has the fingerprint {given.fingerprint}, the patch {patch.name} belongs to {belongs.name} "
+        f"({belongs.fingerprint}). Give that model, carry the patch over with 'portllm port', or pass "
+        f"--allow-other-base if it is meant.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
+    )
+
+
+def _of_quantized(belongs: ModelIdentity, given: ModelIdentity) -> str:
+    """The way to merge what was fitted to quantized weights into those that they were made from."""
+    if belongs.quantization is None or given.quantization is not None:
+        return ""
+    return f" If {belongs.name} was quantized from {given.name}, add --quantized-base {belongs.name}."
+
+
+def _near(module: str, weights: dict[str, TensorInfo]) -> str:
+    """A hint at modules that differ only in what stands before or between the names."""
+    tail = module.rsplit(".", 2)[-2:]
+    near = [other for other in weights if other.endswith(".".join(tail))]
+    if not near:
+        return ""
+    more = f" and {len(near) - 1} more" if len(near) > 1 else ""
+    return f" Modules of that kind are {near[0]}{more}."
+
+
+def strangers(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Iterator[Refusal]:
+    """Why a patch is not one of a model: it says so, or PEFT could take forever to find its modules."""
+    given = identify(base)
+    if patch.record is not None and patch.record.base.fingerprint != given.fingerprint:
+        belongs = patch.record.base
+        yield Refusal(
+            option,
+            f"{patch.name} belongs to {belongs.name} ({belongs.fingerprint}), not to {base.name} "
+            f"({given.fingerprint}). Name that model, or carry the patch over first with 'portllm port'.",
+        )
+    yield from unmatchable(patch, option=option)

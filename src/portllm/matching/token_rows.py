@@ -1,0 +1,178 @@
+"""Rows of a vocabulary follow their tokens: which row of the evolved model stands for which of the base's.
+
+From tokenizers and headers alone. An embedding's row, a head's row and the column of a low-rank delta that belong to a
+token go where the evolved tokenizer has that token; what belongs to a token that is gone is left out and named.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.ties import HEAD, HEAD_MODULE, embedding
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.checkpoint.vocabulary import has_same_tokenizer, read_vocabulary
+from portllm.errors import Refusal
+from portllm.matching.compatibility import changes_of, tensor_of
+from portllm.patch.adapter_config import AdapterConfig
+from portllm.patch.adapter_tensors import BIAS, WEIGHT
+from portllm.patch.delta import Factor, LowRankDelta, RowValues, WholeValue
+from portllm.patch.patch import Patch
+
+F = TypeVar("F", bound=Factor)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMap:
+    """How two vocabularies go together.
+
+    Attributes:
+        rows: For each row of the evolved vocabulary, the base's row of the same token; -1 where the base has none.
+        gone: By row of the base, each token that the evolved model does not have.
+    """
+
+    rows: tuple[int, ...]
+    gone: Mapping[int, str]
+
+    @property
+    def places(self) -> dict[int, int]:
+        """The evolved row by the base's."""
+        return {old: new for new, old in enumerate(self.rows) if old >= 0}
+
+    @property
+    def n_moved(self) -> int:
+        """Tokens that have another row than in the base."""
+        return sum(old not in (-1, new) for new, old in enumerate(self.rows))
+
+
+def match_tokens(base: Checkpoint, evolved: Checkpoint) -> TokenMap | None:
+    """How the rows of two models go together; None where they are the same, or a model does not say.
+
+    A row that stands for no token in either model, as padding does, keeps its place.
+    """
+    before, after = embedding(base), embedding(evolved)
+    if before is not None and after is not None and before.shape == after.shape and has_same_tokenizer(base, evolved):
+        return None
+    old, new = read_vocabulary(base), read_vocabulary(evolved)
+    if before is None or after is None or old is None or new is None:
+        return None
+    return map_tokens(old, new, n_base=before.shape[0], n_evolved=after.shape[0])
+
+
+def map_tokens(old: Mapping[str, int], new: Mapping[str, int], *, n_base: int, n_evolved: int) -> TokenMap | None:
+    """How the rows of two vocabularies go together; None where each token has the same row in both.
+
+    Example:
+        >>> map_tokens({"a": 0, "b": 1, "c": 2}, {"c": 0, "a": 1, "d": 2}, n_base=4, n_evolved=4)
+        TokenMap(rows=(2, 0, -1, 3), gone={1: 'b'})
+    """
+    rows = [-1] * n_evolved
+    for token, row in new.items():
+        if row < n_evolved and old.get(token, n_base) < n_base:
+            rows[row] = old[token]
+    for row in set(range(min(n_base, n_evolved))) - set(old.values()) - set(new.values()):
+        rows[row] = row
+    names = {row: token for token, row in old.items()}
+    kept = set(rows)
+    gone = {row: names.get(row, f"row {row}") for row in range(n_base) if row not in kept}
+    is_same = n_base == n_evolved and not gone and all(old in (-1, row) for row, old in enumerate(rows))
+    return None if is_same else TokenMap(tuple(rows), gone)
+
+
+def has_token_rows(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the rows of a tensor stand for tokens."""
+    return bool(_with_token_rows([name], checkpoint))
+
+
+def token_changes(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> list[str]:
+    """The tensors with a row for each token that a patch changes."""
+    return _with_token_rows(changes_of(patch), checkpoint)
+
+
+def _with_token_rows(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    shared = embedding(checkpoint)
+    return [
+        name
+        for name in names
+        if name in (HEAD, HEAD_MODULE + BIAS) or (shared is not None and tensor_of(name, checkpoint) is shared)
+    ]
+
+
+def unmovable(patch: Patch[TensorInfo], names: Sequence[str]) -> Iterator[Refusal]:
+    """Changes of such tensors that cannot follow their tokens."""
+    for name in names:
+        delta = patch.deltas.get(name.removesuffix(WEIGHT))
+        if name in patch.bias_deltas or (delta is not None and delta.magnitude is not None):
+            yield Refusal(
+                name.removesuffix(WEIGHT),
+                "its rows belong to tokens, the evolved model has these in other rows, and a DoRA magnitude or a bias "
+                "of lora_B cannot follow them. Train the adapter without, or leave this module out.",
+            )
+
+
+def following(patch: Patch[TensorInfo], names: Sequence[str], tokens: TokenMap) -> Patch[TensorInfo]:
+    """The patch as it will be, with every shape and field in place; its moved tensors are not written yet."""
+    n = len(tokens.rows)
+    deltas, values, rows = dict(patch.deltas), dict(patch.values), dict(patch.rows)
+    for name in names:
+        module = name.removesuffix(WEIGHT)
+        if module in deltas:
+            a, b = deltas[module].a, deltas[module].b
+            resized = replace(a, shape=(a.shape[0], n)), replace(b, shape=(n, b.shape[1]))
+            deltas[module] = with_token_factor(
+                deltas[module], resized[0] if deltas[module].is_embedding else resized[1]
+            )
+        if name in values:
+            info = values[name].values
+            values[name] = WholeValue(replace(info, shape=(n, *info.shape[1:])))
+        if name in rows:
+            kept = [tokens.places[row] for row in rows[name].rows if row in tokens.places]
+            info = rows[name].values
+            rows[name] = RowValues(replace(info, shape=(len(kept), *info.shape[1:])), tuple(kept))
+            if not kept:
+                del rows[name]
+    return replace(patch, deltas=deltas, values=values, rows=rows, config=moved_config(patch.config, tokens))
+
+
+def with_token_factor(delta: LowRankDelta[F], factor: F) -> LowRankDelta[F]:
+    """A delta with another factor on the side of the tokens."""
+    return replace(delta, a=factor) if delta.is_embedding else replace(delta, b=factor)
+
+
+def moved_config(config: AdapterConfig, tokens: TokenMap) -> AdapterConfig:
+    """The configuration with the token ids of the evolved model.
+
+    Example:
+        >>> config = AdapterConfig({"trainable_token_indices": {"embed_tokens": [2, 1]}})
+        >>> moved_config(config, TokenMap((2, 0, -1, 3), {1: "b"})).fields
+        {'trainable_token_indices': {'embed_tokens': [0]}}
+    """
+    named = config.fields.get("trainable_token_indices")
+    if not named:
+        return config
+    moved: object
+    if isinstance(named, dict):
+        lists = {name: _moved(cast(list[int], ids), tokens) for name, ids in named.items()}
+        moved = {name: ids for name, ids in lists.items() if ids} or None
+    else:
+        moved = _moved(cast(list[int], named), tokens) or None
+    return AdapterConfig({**config.fields, "trainable_token_indices": moved})
+
+
+def _moved(ids: Sequence[int], tokens: TokenMap) -> list[int]:
+    places = tokens.places
+    return [places[row] for row in ids if row in places]
+
+
+def runs(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Places in a list between which its numbers count up by one.
+
+    Example:
+        >>> list(runs([4, 5, 6, -1, 0, 1]))
+        [(0, 3), (3, 4), (4, 6)]
+    """
+    first = 0
+    for place in range(1, len(wanted) + 1):
+        if place == len(wanted) or wanted[place] != wanted[place - 1] + 1 or wanted[place - 1] < 0:
+            yield first, place
+            first = place

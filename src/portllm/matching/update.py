@@ -1,0 +1,83 @@
+"""An update of a base model: what is read of it once, however many patches go through it."""
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.reading.windows import load_spans, sample_span
+from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
+from portllm.errors import Refusal
+from portllm.matching.compatibility import misfits, outline, tensor_of
+from portllm.matching.token_rows import TokenMap, match_tokens
+from portllm.measures.drift import DriftSums, measure_drift
+from portllm.patch.identify import identify
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+
+
+@dataclass(frozen=True)
+class Update:
+    """Two versions of a model. Identities and token rows are read when they are first asked for, and kept.
+
+    Attributes:
+        base: The earlier version, where it is known.
+        evolved: The later one.
+    """
+
+    base: Checkpoint | None
+    evolved: Checkpoint
+
+    @cached_property
+    def source(self) -> ModelIdentity | None:
+        """The identity of the base, where it is known."""
+        return None if self.base is None else identify(self.base)
+
+    @cached_property
+    def target(self) -> ModelIdentity:
+        """The identity of the evolved model."""
+        return identify(self.evolved)
+
+    @cached_property
+    def tokens(self) -> TokenMap | None:
+        """Which rows follow which tokens; None where they are the same in both, or a model does not say."""
+        return None if self.base is None else match_tokens(self.base, self.evolved)
+
+    def misfits(self, patch: Patch[TensorInfo]) -> tuple[Refusal, ...]:
+        """Why a patch cannot be put on the evolved model; found once for all patches of the same outline."""
+        asked = outline(patch)
+        if asked not in self._misfits:
+            self._misfits[asked] = tuple(misfits(patch, self.evolved))
+        return self._misfits[asked]
+
+    def window_sums(self, names: Iterable[str]) -> DriftSums:
+        """The drift of some tensors that both models have, in the windows that the fingerprints read."""
+        names = list(names)
+        known, spans, missing = self._windows, [], []
+        for name in [name for name in names if name not in known]:
+            weight = None if self.base is None else tensor_of(name, self.base)
+            moved = tensor_of(name, self.evolved)
+            known[name] = DriftSums()
+            if (
+                weight is not None
+                and moved is not None
+                and weight.shape == moved.shape
+                and weight.dtype in FLOAT_DTYPES
+            ):
+                # The same elements of both: where the dtypes differ, so do the windows of the fingerprints.
+                spans += [(info, *sample_span(weight)) for info in (weight, moved)]
+                missing.append(name)
+        values = load_spans(spans)
+        for name, old, new in zip(missing, values, values, strict=True):
+            known[name] = measure_drift(old, new)
+        return sum((known[name] for name in names), DriftSums())
+
+    @cached_property
+    def _misfits(self) -> dict[Hashable, tuple[Refusal, ...]]:
+        """What has been found so far."""
+        return {}
+
+    @cached_property
+    def _windows(self) -> dict[str, DriftSums]:
+        """What has been read so far."""
+        return {}

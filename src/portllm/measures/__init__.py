@@ -1,0 +1,1 @@
+"""Numbers from arrays, pure: drift, overlap, spectra, rounding."""

@@ -1,0 +1,1 @@
+"""A patch into weights, streamed in blocks of rows."""

@@ -1,0 +1,361 @@
+"""Merge a patch into a model's own files, for those without room for two copies, and take it back bit for bit.
+
+First the old bytes of the tensors that change are kept beside the weights, then these are overwritten. After a death at
+any moment the same command finishes, or `undo` restores: everything is made again from the old bytes, so that it does
+not matter how far the dead run came. See `portllm.merging.undo` for what lies in the folder meanwhile.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from blake3 import blake3
+
+from portllm import __version__
+from portllm.checkpoint.folder import open_folder
+from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint, own_tensors
+from portllm.checkpoint.model.unfinished import UNFINISHED_FILE
+from portllm.checkpoint.reading.bytes import read_bytes
+from portllm.checkpoint.safetensors.writer import ShardWriter, lay_out
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import CheckpointError, OutputBusyError, OutputError, Refusal, refuse
+from portllm.files.json_file import read_json
+from portllm.files.output_folder import staged_folder
+from portllm.files.page_cache import is_large
+from portllm.files.seal import digest_header
+from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, manifest_from_json, write_manifest
+from portllm.merging.merge import digest_inputs, require_bfloat16
+from portllm.merging.plan import MergePlan, MergeStep, plan_merge
+from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
+from portllm.merging.tensor import Facts, How, Target, benches, make_tensor, require_device
+from portllm.merging.undo import UNDO_FOLDER, Undo, alone, forget, mark, original, read_undo, unmark, write_undo
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+from portllm.progress import Progress, silent
+from portllm.workers.threads import Tell, run_side_by_side
+
+COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class InPlacePlan:
+    """A patch about to be merged into a model's own files.
+
+    Attributes:
+        merge: What becomes of each tensor; sources are the old bytes.
+        folder: The model's.
+        undo: What an interrupted run has kept already, or None.
+    """
+
+    merge: MergePlan
+    folder: Path
+    undo: Undo | None
+
+    @property
+    def kept(self) -> Mapping[str, MergeStep]:
+        """The tensors whose old bytes are kept."""
+        return {name: step for name, step in self.merge.steps.items() if step.change is not None}
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes these have: the room that the merge needs."""
+        return sum(step.source.n_bytes for step in self.kept.values())
+
+
+def plan_in_place(patch: Patch[TensorInfo], folder: Path, *, allow_other_base: bool = False) -> InPlacePlan:
+    """Plan to merge a patch into a model's own files.
+
+    Args:
+        patch: What to add.
+        folder: The model that it belongs to.
+        allow_other_base: Go on though the patch belongs to another model.
+
+    Raises:
+        NotFoundError: There is no model.
+        CheckpointError: It is damaged.
+    """
+    if not folder.is_dir():
+        raise OutputError(
+            f"'{folder}': only a folder's own files are overwritten, not a single file, a model of the hub or a "
+            "built-in one. Write to another folder with --output."
+        )
+    undo = read_undo(folder)
+    is_unfinished = (folder / UNFINISHED_FILE).exists()
+    plan = plan_merge(patch, into=original(folder, undo, name=str(folder)), allow_other_base=allow_other_base)
+    refusals = [*plan.refusals, *_fixed_files(folder)]
+    if undo is not None and not is_unfinished:
+        refusals.append(
+            Refusal(
+                str(folder),
+                "holds a merge in place that can be taken back. Take it back (portllm merge --undo FOLDER), or delete "
+                f"'{UNDO_FOLDER}' to keep it for good.",
+            )
+        )
+    if plan.config_changes:
+        refusals.append(Refusal(str(folder), "the output has a head of its own, for which its files have no place."))
+    found = InPlacePlan(plan, folder, undo)
+    free = shutil.disk_usage(folder).free
+    if undo is None and found.kept_bytes > free:
+        refusals.append(
+            Refusal(
+                str(folder),
+                f"{found.kept_bytes:,} bytes are overwritten and kept for the way back, the disk has {free:,} free.",
+            )
+        )
+    return replace(found, merge=replace(plan, refusals=tuple(sorted(refusals))))
+
+
+def run_in_place(
+    plan: InPlacePlan, *, rounding: Rounding = NEAREST, device: str = "cpu", progress: Progress = silent
+) -> MergeReport:
+    """Carry out a plan; see `merge_in_place`."""
+    refuse(plan.merge.refusals)
+    if isinstance(rounding, Stochastic):
+        require_bfloat16(plan.merge)
+    how = How(rounding, require_device(device), keep_cached=not is_large(plan.merge.n_bytes))
+    with alone(plan.folder):
+        if read_undo(plan.folder) != plan.undo:
+            raise OutputBusyError(f"'{plan.folder}': another run has written there meanwhile. Run again.")
+        undo = plan.undo or _keep(plan, _digest(plan, how), progress)
+        if undo.plan != _digest(plan, how):
+            raise OutputError(
+                f"'{plan.folder}': a merge of another patch, or in another way, was interrupted there. Finish that one "
+                f"with its own command, or take it back: portllm merge --undo {plan.folder}"
+            )
+        try:
+            facts = _overwrite(plan, undo, how, progress)
+            report = _report(plan, how, facts)
+            write_manifest(plan.folder, report, program=__version__)
+        except BaseException:
+            _restore(plan.folder, undo, progress)
+            raise
+        unmark(plan.folder)
+    return report
+
+
+def merge_in_place(
+    patch: Patch[TensorInfo],
+    folder: Path,
+    *,
+    rounding: Rounding = NEAREST,
+    device: str = "cpu",
+    allow_other_base: bool = False,
+    progress: Progress = silent,
+) -> MergeReport:
+    """Overwrite a model's weights with those that have a patch in them; `undo_merge` takes it back.
+
+    The old bytes of what changes are kept in the folder. A run that fails restores them; one that dies leaves a mark,
+    with which no command takes the folder for a model, until the same call finishes or `undo_merge` restores.
+
+    Args:
+        patch: What to add.
+        folder: The model that it belongs to.
+        rounding: How the sum is brought to the storage dtype.
+        device: Where the arithmetic is done, `cpu` or `cuda`.
+        allow_other_base: Go on though the patch belongs to another model.
+        progress: Told of the bytes done.
+
+    Raises:
+        PlanRefusedError: The patch does not fit, the files cannot be overwritten, or there is no room.
+        OutputBusyError: Another run writes there.
+        OutputError: There is no folder, or another merge was interrupted there.
+        NonFiniteError, UnsupportedDtypeError, DeviceError: As `merge`.
+    """
+    plan = plan_in_place(patch, folder, allow_other_base=allow_other_base)
+    return run_in_place(plan, rounding=rounding, device=device, progress=progress)
+
+
+def undo_merge(folder: Path, *, progress: Progress = silent) -> int:
+    """Restore the weights that a merge in place has overwritten, and the manifest; the number of tensors restored.
+
+    The kept bytes are checked before the first is written, and what was written after the last.
+
+    Raises:
+        CheckpointError: What was kept is damaged, or the model was changed after the merge.
+        OutputError: There is nothing to take back.
+        OutputBusyError: Another run writes there.
+    """
+    with alone(folder):
+        undo = read_undo(folder)
+        is_unfinished = (folder / UNFINISHED_FILE).exists()
+        if undo is None:
+            if not is_unfinished:
+                raise OutputError(f"'{folder}': there is no merge in place to take back.")
+            unmark(folder)
+            return 0
+        if not is_unfinished:
+            _require_unchanged(folder)
+        for name, info in undo.tensors.items():
+            if digest_tensor(info) != undo.digests[name]:
+                raise CheckpointError(
+                    f"'{info.file}': the kept bytes of '{name}' are damaged, so nothing was changed. Fetch the model "
+                    "again."
+                )
+        _restore(folder, undo, progress)
+    return len(undo.tensors)
+
+
+def _fixed_files(folder: Path) -> list[Refusal]:
+    """Why a model's files cannot be overwritten."""
+    refusals = []
+    for file in open_folder(folder, name=str(folder)).files:
+        path = Path(str(file))
+        if path.is_symlink() or path.stat().st_nlink > 1:
+            refusals.append(Refusal(str(path), "is a link: its bytes belong to others too. Copy the model first."))
+        elif not os.access(path, os.W_OK):
+            refusals.append(Refusal(str(path), "may not be written."))
+    return refusals
+
+
+def _digest(plan: InPlacePlan, how: How) -> str:
+    """A digest of all that the new bytes depend on."""
+    inputs = {**digest_inputs(plan.merge, how), "into": plan.merge.identity.fingerprint}
+    return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _keep(plan: InPlacePlan, digest: str, progress: Progress) -> Undo:
+    """Bring the old bytes of what will be overwritten to another place on the disk, and mark the model."""
+    digests: dict[str, str] = {}
+    done = 0
+    (shard,) = lay_out({name: step.entry for name, step in plan.kept.items()}, shard_bytes=plan.kept_bytes + 1)
+    with _unmarked_if_it_fails(plan.folder), staged_folder(plan.folder / UNDO_FOLDER, overwrite=False) as folder:
+        with ShardWriter(folder, shard) as writer:
+            for entry in shard.entries:
+                state, info = blake3(), plan.kept[entry.name].source
+                for start in range(0, info.n_bytes, COPY_BYTES):
+                    data = read_bytes(info, start, min(start + COPY_BYTES, info.n_bytes))
+                    state.update(data)
+                    writer.append(data)
+                    done += len(data)
+                    progress("keep the old bytes", done, plan.kept_bytes, "bytes")
+                digests[entry.name] = state.hexdigest()
+        manifest = plan.folder / MANIFEST_FILE
+        said = manifest.read_text(encoding="utf-8") if manifest.is_file() else None
+        write_undo(folder, plan=digest, digests=digests, manifest=said)
+        mark(plan.folder, "merge")
+    undo = read_undo(plan.folder)
+    assert undo is not None
+    return undo
+
+
+@contextmanager
+def _unmarked_if_it_fails(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        unmark(folder)
+        raise
+
+
+def _overwrite(plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> Facts:
+    """Write the new bytes, made from the old ones that are kept; what is not changed is read for its digest."""
+    total, done = Facts(), 0
+    places = open_folder(plan.folder, name=str(plan.folder)).infos
+
+    def told(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress("merge", done, plan.merge.n_bytes, "bytes")
+
+    def job(step: MergeStep, tell: Tell) -> Facts:
+        place = places[step.entry.name]
+        write = _nowhere if step.change is None else partial(_write, files[str(place.file)], place.start)
+        bench = free.get()
+        try:
+            (made,) = make_tensor([Target(step, write)], bench, tell)
+        finally:
+            free.put(bench)
+        if not isinstance(made, Facts):
+            raise made
+        return made
+
+    with ExitStack() as opened, benches(how, plan.merge.steps.values()) as free:
+        files = {str(file): _open(Path(str(file)), opened) for file in {info.file for info in places.values()}}
+        steps = (
+            replace(step, source=undo.tensors[name]) if step.change is not None else step
+            for name, step in plan.merge.steps.items()
+        )
+        run_side_by_side((partial(job, step) for step in steps), threads=how.threads, told=told, done=total.add)
+        for file in files.values():
+            os.fsync(file)
+    return total
+
+
+def _restore(folder: Path, undo: Undo, progress: Progress) -> None:
+    """Bring the old bytes back, the manifest too, and see that they are there."""
+    mark(folder, "undo")
+    places = open_folder(folder, name=str(folder)).infos
+    done, total = 0, sum(info.n_bytes for info in undo.tensors.values())
+    with ExitStack() as opened:
+        files = {str(file): _open(Path(str(file)), opened) for file in {places[name].file for name in undo.tensors}}
+        for name, info in undo.tensors.items():
+            write = partial(_write, files[str(places[name].file)], places[name].start)
+            for start in range(0, info.n_bytes, COPY_BYTES):
+                data = read_bytes(info, start, min(start + COPY_BYTES, info.n_bytes))
+                write(start, memoryview(data))
+                done += len(data)
+                progress("undo", done, total, "bytes")
+        for file in files.values():
+            os.fsync(file)
+    for name in undo.tensors:
+        if digest_tensor(places[name]) != undo.digests[name]:
+            raise OutputError(f"'{folder}': '{name}' has other bytes than were written to it. Is the disk failing?")
+    if undo.manifest is None:
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    else:
+        (folder / MANIFEST_FILE).write_text(undo.manifest, encoding="utf-8")
+    forget(folder)
+    unmark(folder)
+
+
+def _require_unchanged(folder: Path) -> None:
+    """Raise CheckpointError if the weights are not those that the merge in place has left."""
+    said = None
+    with suppress(CheckpointError, ValueError):
+        said = manifest_from_json(read_json(folder / MANIFEST_FILE)).output.fingerprint
+    if said != fingerprint(open_folder(folder, name=str(folder))):
+        raise CheckpointError(
+            f"'{folder}': its weights are not those that the merge in place left, or its '{MANIFEST_FILE}' is gone: "
+            f"they were changed since, and would become a mixture. Delete '{UNDO_FOLDER}' to keep them as they are."
+        )
+
+
+def _report(plan: InPlacePlan, how: How, facts: Facts) -> MergeReport:
+    written = open_folder(plan.folder, name=str(plan.folder))
+    before = plan.merge.into
+    return MergeReport(
+        output=ModelIdentity(
+            plan.folder.resolve().name, fingerprint(written), digest_of(facts.written, own_tensors(written))
+        ),
+        into=replace(plan.merge.identity, digest=digest_of(facts.read, own_tensors(before))),
+        patch=plan.merge.patch.record,
+        dtype=tuple(sorted({plan.merge.steps[name].entry.dtype for name in facts.sums})),
+        rounding=str(how.rounding),
+        device=how.device,
+        tensors=dict(sorted(facts.sums.items())),
+        n_copied=len(plan.merge.steps) - plan.merge.n_changed,
+        n_bytes=plan.kept_bytes,
+        files={name: value for name, value in digest_side_files(plan.folder).items() if name != UNFINISHED_FILE},
+        headers={Path(str(file)).name: digest_header(Path(str(file))) for file in written.files},
+    )
+
+
+def _open(path: Path, opened: ExitStack) -> int:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def _write(file: int, place: int, start: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], place + start + done)
+
+
+def _nowhere(start: int, data: memoryview) -> None:
+    del start, data

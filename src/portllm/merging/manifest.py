@@ -1,0 +1,158 @@
+"""The manifest of a merge: `portllm.json` beside the weights says what they are and what rounding took.
+
+The same merge gives the same bytes: no time, no host, no thread count stands in it; measures have six digits. It is
+sealed and names every other file of the folder, so that `verify` finds any byte that changed.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from portllm.files.seal import digest_file, seal_of
+from portllm.measures.quantization_gap import QuantizationGap
+from portllm.patch.record import ModelIdentity, PatchRecord, identity_from_json, identity_to_json, record_to_json
+from portllm.patch.rounding import MergeSums
+
+MANIFEST_FILE = "portllm.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        output: The new model.
+        into: The model that the patch was added to.
+        patch: The record of the patch, or None for an adapter without one.
+        dtype: Storage dtypes of the changed tensors.
+        rounding: `nearest`, or `stochastic` and its seed.
+        device: Where the sums were computed, `cpu` or `cuda`.
+        tensors: The measures of each changed tensor, by name.
+        n_copied: Tensors that the patch does not touch.
+        n_bytes: Bytes of tensors written.
+        files: blake3 digest of each file beside the weights, the manifest itself left out.
+        quantization: What the merge adds beside a patch that was fitted to quantized weights; None for another.
+        headers: For a merge in place, blake3 digest of the header that each file of weights has kept; else empty.
+    """
+
+    output: ModelIdentity
+    into: ModelIdentity
+    patch: PatchRecord | None
+    dtype: tuple[str, ...]
+    rounding: str
+    device: str
+    tensors: Mapping[str, MergeSums]
+    n_copied: int
+    n_bytes: int
+    files: Mapping[str, str] = field(default_factory=dict)
+    quantization: QuantizationGap | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> MergeSums:
+        """The sums over all changed tensors."""
+        return sum(self.tensors.values(), MergeSums())
+
+    @property
+    def worst(self) -> str | None:
+        """The changed tensor that keeps the least of its gain, or None where nothing changed."""
+        return min(self.tensors, key=lambda name: self.tensors[name].kept_gain, default=None)
+
+
+def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
+    """The manifest's content, sealed."""
+    values: dict[str, object] = {
+        "program": program,
+        "output": identity_to_json(report.output),
+        "into": identity_to_json(report.into),
+        "patch": None if report.patch is None else record_to_json(report.patch),
+        "dtype": list(report.dtype),
+        "rounding": report.rounding,
+        "device": report.device,
+        "tensors_changed": len(report.tensors),
+        "tensors_copied": report.n_copied,
+        "bytes": report.n_bytes,
+        "total": _measures(report.total),
+        "worst": report.worst,
+        "tensors": {name: _measures(sums) for name, sums in sorted(report.tensors.items())},
+        "files": dict(sorted(report.files.items())),
+        **({} if report.quantization is None else {"quantization": _gap_to_json(report.quantization)}),
+        "merged_in_place": bool(report.headers),
+        "headers": dict(sorted(report.headers.items())),
+    }
+    return {**values, "seal": seal_of(values)}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What of a manifest can be verified.
+
+    Attributes:
+        output: The model that was written.
+        into: The model that the patch was added to.
+        files: blake3 digest of each file beside the weights.
+        headers: blake3 digest of the header of each file of weights that was overwritten in place.
+    """
+
+    output: ModelIdentity
+    into: ModelIdentity
+    files: Mapping[str, str]
+    headers: Mapping[str, str]
+
+
+def manifest_from_json(values: Mapping[str, object]) -> Manifest:
+    """The manifest that these values stand for; ValueError where they stand for none."""
+    match {"headers": {}, **values}:
+        case {"output": output, "into": into, "files": dict(files), "headers": dict(headers), "seal": str()} if (
+            _are_digests(files) and _are_digests(headers)
+        ):
+            return Manifest(identity_from_json(output), identity_from_json(into), files, headers)
+        case _:
+            raise ValueError(f"the values are not those of {MANIFEST_FILE}")
+
+
+def digest_side_files(folder: Path) -> dict[str, str]:
+    """The digest of each file in a folder, but for weights and the manifest."""
+    return {
+        file.name: digest_file(file)
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix != ".safetensors" and file.name != MANIFEST_FILE
+    }
+
+
+def write_manifest(folder: Path, report: MergeReport, *, program: str) -> None:
+    """Write `portllm.json`."""
+    text = json.dumps(report_to_json(report, program=program), indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def _are_digests(files: Mapping[str, object]) -> bool:
+    """Whether these are plain names, none of which leads out of the folder, and digests."""
+    return all(
+        name not in ("", "..") and Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
+    )
+
+
+def _gap_to_json(gap: QuantizationGap) -> dict[str, object]:
+    return {
+        "scheme": gap.scheme,
+        "source": gap.source,
+        "ratio": _six_digits(gap.total.ratio),
+        "worst": gap.worst,
+        "tensors": {name: _six_digits(sums.ratio) for name, sums in sorted(gap.tensors.items())},
+    }
+
+
+def _measures(sums: MergeSums) -> dict[str, float | None]:
+    return {
+        "kept_gain": _six_digits(sums.kept_gain),
+        "rounding_loss": _six_digits(sums.rounding_loss),
+        "relative_size": _six_digits(sums.relative_size),
+    }
+
+
+def _six_digits(value: float) -> float | None:
+    # JSON has no infinity; a delta on a weight of zero has no relative size.
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,130 @@
+"""Values to text for people."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from portllm import __version__
+from portllm.measures.quantization_gap import QuantizationGap
+from portllm.merging.manifest import MergeReport, report_to_json
+from portllm.merging.plan import MergePlan
+from portllm.patch.folders import Outcome
+from portllm.show.numbers import counted, percent
+from portllm.show.printable import one_line
+from portllm.show.table import columns, items, n_bytes, table
+
+Merged = tuple[MergePlan, MergeReport | None]
+"""A plan, and what was done where it was carried out."""
+
+
+if TYPE_CHECKING:
+    from portllm.merging.in_place import InPlacePlan
+
+KEPT_GAIN_WORTH_A_WARNING = 0.99
+
+
+def render_merge_plan(plan: MergePlan, out: Path) -> str:
+    """What `merge --dry-run` prints."""
+    size = f"{n_bytes(plan.n_bytes)} in {counted(len(plan.shards), 'file')}"
+    return _merge_plan(plan, {"output": f"{out}: {size}"})
+
+
+def render_in_place_plan(plan: "InPlacePlan") -> str:
+    """What `merge --in-place --dry-run` prints."""
+    size = n_bytes(plan.kept_bytes)
+    return _merge_plan(
+        plan.merge,
+        {"output": f"{plan.folder}, in place: {size} are overwritten", "room": f"{size} for the old bytes of these"},
+    )
+
+
+def _merge_plan(plan: MergePlan, output: Mapping[str, str]) -> str:
+    rows = {
+        "patch": f"{plan.patch.name}, {len(plan.patch.deltas) + len(plan.patch.experts)} modules",
+        "into": f"{plan.identity.name} ({plan.identity.fingerprint})",
+        "changes": f"{plan.n_changed} of {len(plan.steps)} tensors; the others stay as they are",
+        **output,
+    }
+    return "\n".join(["merge", *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
+
+
+def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) -> str:
+    """What `merge` prints: what was written, and what rounding took of the patch."""
+    total, worst = report.total, report.worst
+    rows = {
+        "output": f"{out}: {_written(report)}",
+        "identity": f"{report.output.fingerprint}, {report.output.digest}",
+        "patch size": f"{percent(total.relative_size, digits=2)} of the changed weights' norm",
+        "kept gain": f"{percent(total.kept_gain)} of the patch survives rounding to {'/'.join(report.dtype)}",
+        "rounding loss": f"{percent(total.rounding_loss)} of the patch's norm",
+    }
+    if report.device != "cpu":
+        rows["computed on"] = f"{report.device}: sums may differ in their last bit from those of a CPU"
+    if worst is not None:
+        rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
+    gap = report.quantization
+    if gap is not None:
+        rows["quantization"] = _quantization(gap)
+    if report.headers:
+        notes += (f"to take it back: portllm merge --undo {out}; to make room instead, delete {out}/.portllm-undo",)
+    lines = ["merged", *table(rows), *items("note", notes)]
+    if gap is not None and gap.dominates:
+        lines += [
+            "  warning: the merge adds far more of what quantization took than of the patch, and the patch was fitted",
+            "  without it. Models merged so were seen to break: evaluate the output, serve the adapter unmerged beside",
+            "  the quantized model, or merge into its own values: --into QUANTIZED --dtype BF16.",
+        ]
+    least = report.tensors[worst].kept_gain if worst is not None else 1.0
+    if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
+        lines += [
+            "  warning: changes smaller than half a step of the storage dtype are lost. To keep them, serve the",
+            "  adapter unmerged, store a wider dtype (--dtype F32 or F16), or use --rounding stochastic.",
+        ]
+    return "\n".join(lines)
+
+
+def _quantization(gap: QuantizationGap) -> str:
+    """How large is what quantization took, in patches."""
+    if gap.worst is None:
+        return f"none of the changed weights was quantized ({gap.scheme})"
+    return (
+        f"W - dequant(W) of {gap.scheme} is {gap.total.ratio:.3g} times the patch, at worst "
+        f"{gap.tensors[gap.worst].ratio:.3g} times: {gap.worst}"
+    )
+
+
+def _written(report: MergeReport) -> str:
+    if report.headers:
+        return f"{n_bytes(report.n_bytes)} overwritten in place, {len(report.tensors)} tensors, {report.n_copied} kept"
+    return f"{n_bytes(report.n_bytes)}, {len(report.tensors)} tensors changed, {report.n_copied} copied"
+
+
+def render_merge_outcomes(outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path]) -> str:
+    """What `merge` prints of several patches: a line for each, and why those that failed did."""
+    rows = [("patch", "tensors", "kept gain", "output")]
+    for outcome, output in zip(outcomes, outputs, strict=True):
+        if outcome.value is None:
+            rows.append((str(outcome.folder), "", "", "failed, see below"))
+        else:
+            plan, report = outcome.value
+            kept = "" if report is None else percent(report.total.kept_gain)
+            rows.append((str(outcome.folder), str(plan.n_changed), kept, str(output)))
+    failed = [outcome for outcome in outcomes if outcome.error]
+    first = next((outcome.value for outcome in outcomes if outcome.value), None)
+    done = "would merge" if first is not None and first[1] is None else "merged"
+    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows)]
+    return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
+
+
+def merge_outcomes_to_json(outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path]) -> list[dict[str, object]]:
+    """What `merge --json` prints of several patches."""
+    rows: list[dict[str, object]] = []
+    for outcome, output in zip(outcomes, outputs, strict=True):
+        row: dict[str, object] = {"patch": str(outcome.folder)}
+        if outcome.value is None:
+            rows.append({**row, "error": str(outcome.error)})
+        else:
+            report = outcome.value[1]
+            more = {} if report is None else {"manifest": report_to_json(report, program=__version__)}
+            rows.append({**row, "output": str(output), **more})
+    return rows

@@ -1,0 +1,1 @@
+"""Carry a patch from its base to an evolved base."""

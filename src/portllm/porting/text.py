@@ -1,0 +1,101 @@
+"""What became of several patches, as one table or one list."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from portllm.checking.verdict import Answer
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.matching.port_plan import PortPlan
+from portllm.matching.quantized_base import quantization_of
+from portllm.patch.folders import Outcome
+from portllm.patch.patch import Patch
+from portllm.patch.record import record_to_json
+from portllm.show.numbers import counted, percent
+from portllm.show.printable import one_line
+from portllm.show.table import columns, items, table
+
+SHOWN_TOKENS = 10
+
+
+Carried = tuple[PortPlan, Patch[TensorInfo] | None]
+"""A plan, and the ported patch where the plan was carried out."""
+
+
+def render_port_outcomes(outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path]) -> str:
+    """What `port` prints of several patches: a line for each, and why those that failed did."""
+    rows = [("patch", "modules", "drift", "output")]
+    for outcome, output in zip(outcomes, outputs, strict=True):
+        if outcome.value is None:
+            rows.append((str(outcome.folder), "", "", "failed, see below"))
+        else:
+            rows.append((str(outcome.folder), *_facts(outcome.value[0]), str(output)))
+    failed = [outcome for outcome in outcomes if outcome.error]
+    first = next((outcome.value for outcome in outcomes if outcome.value), None)
+    done = "would port" if first is not None and first[1] is None else "ported"
+    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows)]
+    return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
+
+
+def _facts(plan: PortPlan) -> tuple[str, str]:
+    drift = plan.evidence.get("sampled_drift")
+    modules = str(len(plan.patch.deltas) + len(plan.patch.experts))
+    return modules, "" if drift is None else percent(drift, digits=2)
+
+
+def port_outcomes_to_json(outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path]) -> list[dict[str, object]]:
+    """What `port --json` prints of several patches."""
+    rows: list[dict[str, object]] = []
+    for outcome, output in zip(outcomes, outputs, strict=True):
+        row: dict[str, object] = {"patch": str(outcome.folder)}
+        if outcome.value is None:
+            rows.append({**row, "error": str(outcome.error)})
+        else:
+            ported = outcome.value[1]
+            rows.append({**row, "output": str(output)} if ported is None else {**row, **ported_to_json(ported, output)})
+    return rows
+
+
+def ported_to_json(ported: Patch[TensorInfo], output: Path) -> dict[str, object]:
+    """A ported patch as JSON values: where it is, and its record."""
+    return {"output": str(output), "record": None if ported.record is None else record_to_json(ported.record)}
+
+
+def render_port_plan(plan: PortPlan, out: Path) -> str:
+    """What `port --dry-run` prints, and the first lines of `port`."""
+    lines = [f"port {one_line(plan.patch.name)} by '{plan.method.id}': {plan.method.summary}"]
+    rows = {
+        "from": f"{plan.source.name} ({plan.source.fingerprint})",
+        "to": f"{plan.target.name} ({plan.target.fingerprint})",
+        "fit": f"{len(plan.patch.deltas) + len(plan.patch.experts)} modules, every tensor accounted for"
+        if not plan.refusals or plan.choice is not None  # what was measured has been found to fit
+        else "does not fit",
+        "output": str(out),
+    }
+    if (scheme := quantization_of(plan.patch)) is not None:
+        first = plan.patch.record.ports[0].source if plan.patch.record and plan.patch.record.ports else plan.source
+        rows["fitted to"] = f"the values of {first.name} in {scheme}; merging adds what quantization took of them"
+    if plan.choice is not None:
+        rows["verdict"] = f"{plan.choice.verdict}; {plan.choice.reason}"
+    if "sampled_drift" in plan.evidence:
+        rows["drift"] = (
+            f"{percent(plan.evidence['sampled_drift'], digits=2)} of the patched weights' norm, cosine "
+            f"{plan.evidence['sampled_cosine']:.5f} (estimated from samples)"
+        )
+    elif plan.source.fingerprint == plan.target.fingerprint:
+        rows["drift"] = "none: the evolved model is the base"
+    if plan.tokens is not None:
+        gone = list(plan.tokens.gone.values())
+        shown = ", ".join(repr(token) for token in gone[:SHOWN_TOKENS])
+        more = f" and {len(gone) - SHOWN_TOKENS} more" if len(gone) > SHOWN_TOKENS else ""
+        lost = f"{counted(len(gone), 'token')} of the base {'is' if len(gone) == 1 else 'are'} gone: {shown}{more}"
+        rows["tokens"] = (
+            f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is gone'}"
+        )
+    return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
+
+
+def port_warning(plan: PortPlan) -> str | None:
+    """What to say on stderr of a port whose method was chosen though nothing says that it holds."""
+    if plan.refusals or plan.choice is None or plan.choice.verdict == Answer.HOLDS:
+        return None
+    return f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with portllm evaluate."

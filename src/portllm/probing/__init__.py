@@ -1,0 +1,1 @@
+"""What a patch does to the outputs of both models on prompts: `check --text`."""

@@ -1,0 +1,172 @@
+"""Text to token ids: one rule for the border between prompt and completion, and padded batches of both.
+
+Training and scoring cut at the same place, so a label is scored on the very tokens that it was learned as.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+
+from portllm.errors import DataError
+from portllm.running.examples import completion_text
+from portllm.running.model import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as token ids.
+
+    Attributes:
+        prompt: Ids of the prompt, with what the tokenizer puts before a text; never empty.
+        completion: Ids of the completion, without an end mark; never empty.
+        n_cut: Tokens of the prompt that were left out because the whole was too long.
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    n_cut: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Rows of different lengths in one rectangle, padded on the left so that all end in the last column.
+
+    Attributes:
+        ids: Token ids; what stands under the padding does not matter.
+        mask: 1 where there is a token, 0 under the padding.
+        positions: Position of each token in its own row, 0 under the padding.
+    """
+
+    ids: Int64[torch.Tensor, "rows tokens"]
+    mask: Int64[torch.Tensor, "rows tokens"]
+    positions: Int64[torch.Tensor, "rows tokens"]
+
+
+class Encoder:
+    """Encodes prompts and completions with one tokenizer.
+
+    Args:
+        tokenizer: Of the model; it needs an end-of-text token.
+
+    Raises:
+        DataError: The tokenizer has no end-of-text token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "tokenizer: has no end-of-text token, so a model cannot learn where an answer ends. "
+                "Set 'eos_token' in its 'tokenizer_config.json'."
+            )
+        self.tokenizer = tokenizer
+        self.eos: int = tokenizer.eos_token_id
+        self._bos: int | None = tokenizer.bos_token_id
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that stands for itself, with what the tokenizer puts before it and nothing after it."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        if ids and ids[-1] == self.eos and not text.endswith(self.tokenizer.eos_token):
+            ids = ids[:-1]
+        return tuple(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without marks."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def encode(self, prompt: str, completion: str, *, max_tokens: int | None = None, reserve: int = 0) -> Encoded:
+        """Ids of a prompt and of its completion, apart.
+
+        The prompt is encoded for itself. The completion's ids are what the encoding of both together has after the
+        prompt's ids; where the border falls inside a token of the whole, it is encoded for itself. The prompt's ids
+        thus never depend on the completion, and labels of one prompt share its cache.
+
+        Args:
+            prompt: Text of the prompt.
+            completion: Text of the completion; `completion_text` says how it joins the prompt.
+            max_tokens: Most ids of prompt, completion and `reserve` together; the prompt is cut from the left, behind
+                its begin-of-text token.
+            reserve: Ids to be added later, such as the end mark.
+
+        Raises:
+            DataError: No token of the prompt is left, or one of the two has no tokens.
+        """
+        joined = completion_text(prompt, completion)
+        before = self.encode_text(prompt)
+        whole = self.encode_text(prompt + joined)
+        if len(whole) > len(before) and whole[: len(before)] == before:
+            after = whole[len(before) :]
+        else:
+            after = tuple(self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
+        if not before or not after:
+            raise DataError(
+                f"prompt '{_shorten(prompt)}' with completion '{_shorten(completion)}': "
+                f"the {'prompt' if not before else 'completion'} has no tokens; both need at least one."
+            )
+        if max_tokens is None:
+            return Encoded(prompt=before, completion=after)
+        kept, n_cut = self.cut_prompt(before, room=max_tokens - len(after) - reserve)
+        return Encoded(prompt=kept, completion=after, n_cut=n_cut)
+
+    def cut_prompt(self, prompt: tuple[int, ...], *, room: int) -> tuple[tuple[int, ...], int]:
+        """The last `room` ids of a prompt and how many were cut; a begin-of-text token at its start is kept.
+
+        Raises:
+            DataError: Nothing of the prompt's own text is left.
+        """
+        n_cut = max(0, len(prompt) - room)
+        head = prompt[:1] if n_cut and prompt[0] == self._bos else ()
+        if n_cut and room <= len(head):
+            raise DataError(
+                f"a prompt of {len(prompt)} tokens: its completion leaves room for {max(room, 0)}, and at least "
+                f"{len(head) + 1} are needed. Allow more tokens, or shorten the completion."
+            )
+        return head + prompt[len(head) + n_cut :], n_cut
+
+
+def encode_prompts(encoder: Encoder, prompts: Sequence[str], *, room: int) -> tuple[list[tuple[int, ...]], int]:
+    """The ids of each prompt, cut from the left to `room` of them, and how many prompts were.
+
+    Raises:
+        DataError: A prompt has no tokens.
+    """
+    rows, n_cut_rows = [], 0
+    for number, prompt in enumerate(prompts, start=1):
+        ids = encoder.encode_text(prompt)
+        if not ids:
+            raise DataError(f"prompt {number}: has no tokens; a model needs at least one to go on.")
+        kept, n_cut = encoder.cut_prompt(ids, room=room)
+        rows.append(kept)
+        n_cut_rows += n_cut > 0
+    return rows, n_cut_rows
+
+
+def pad_left(rows: Sequence[Sequence[int]], *, device: torch.device) -> PaddedBatch:
+    """The rows in one rectangle, each at the right edge.
+
+    Example:
+        >>> batch = pad_left([[5, 6, 7], [8]], device=torch.device("cpu"))
+        >>> batch.mask.tolist(), batch.positions.tolist()
+        ([[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [0, 0, 0]])
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[index, width - len(row) :] = 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return PaddedBatch(ids=ids.to(device), mask=mask.to(device), positions=positions.to(device))
+
+
+def batches(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
+    """All rows in batches of similar length: little padding, and the longest first, so that memory runs out at once."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _shorten(text: str, *, width: int = 60) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -1,0 +1,37 @@
+"""The folder on disk that a model is run from, and whether it can be run at all."""
+
+from pathlib import Path
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import on_disk
+from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
+from portllm.errors import NotFoundError
+from portllm.progress import Progress, silent
+
+
+def model_folder(checkpoint: Checkpoint, *, progress: Progress = silent) -> Path:
+    """The folder of a checkpoint that is to run; a model that stays on the hub is downloaded.
+
+    Raises:
+        NotFoundError: It is a single file, without configuration and tokenizer.
+        RemoteError: It cannot be downloaded.
+    """
+    check_runnable(checkpoint)
+    folder = on_disk(checkpoint, progress=progress).folder
+    if folder is None:
+        raise AssertionError("what can run has a folder once it is on disk")
+    return folder
+
+
+def check_runnable(checkpoint: Checkpoint) -> None:
+    """Raise NotFoundError if a checkpoint is a single file, without configuration and tokenizer, or a GGUF file."""
+    if any(str(file).endswith(GGUF_SUFFIX) for file in checkpoint.files):
+        raise NotFoundError(
+            f"'{checkpoint.name}': is a GGUF file, whose weights can be read but not run here. Give the folder of the "
+            "model that it was made from."
+        )
+    if checkpoint.folder is None and not checkpoint.is_remote:
+        raise NotFoundError(
+            f"'{checkpoint.name}': is a single file; running a model needs its configuration and tokenizer too. Give "
+            "the folder that holds them."
+        )

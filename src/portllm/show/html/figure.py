@@ -1,0 +1,82 @@
+"""A picture with its numbers: whoever cannot see the one has the other. Pure."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from portllm.show.html.markup import Html, element, joined
+from portllm.show.numbers import unbroken
+
+Rows = Sequence[Sequence[str]]
+"""A table: the first row names the columns."""
+
+LONG = 20
+"""Rows above which the numbers of a picture may go on on another page in print."""
+
+
+def figure(title: str, explained: str, picture: Html, numbers: Rows) -> Html:
+    """A picture under its title, and the numbers that it is drawn from, folded away.
+
+    Args:
+        title: What it shows.
+        explained: How to read it; empty where the text above says so.
+        picture: Made by `drawing`.
+        numbers: The same as a table.
+    """
+    how = [element("span", explained, class_="quiet")] if explained else []
+    caption = element("figcaption", element("b", title), *how)
+    below = folded("The numbers", table(numbers, label=f"{title}, in numbers"))
+    return element("figure", caption, picture, below, class_="long" if len(numbers) > LONG else "short")
+
+
+def figures(*found: Html) -> Html:
+    """Pictures side by side, as many as there is room for."""
+    return element("div", *found, class_="figures")
+
+
+def drawing(width: float, height: float, title: str, told: str, parts: Iterable[Html]) -> Html:
+    """A picture of lines and shapes.
+
+    Args:
+        width: Of its own coordinates; it is as wide as its place.
+        height: Likewise.
+        title: Its name.
+        told: In words, what is to be seen.
+        parts: What is drawn.
+    """
+    named = (element("title", title), element("desc", told))
+    return element("svg", *named, *parts, role="img", viewBox=f"0 0 {width:g} {height:g}")
+
+
+def folded(summary: str, *parts: str, is_open: bool = False) -> Html:
+    """What is shown when it is asked for, and printed in any case."""
+    return element("details", element("summary", summary), *parts, **({"open": "open"} if is_open else {}))
+
+
+def table(rows: Rows, *, label: str, wide: Collection[int] = ()) -> Html:
+    """A table in a box of its own, in which it can be moved aside where it is wider than the screen.
+
+    Args:
+        rows: The first names the columns; of each other, the first cell names the row.
+        label: What it is, for whoever cannot see it.
+        wide: Columns of text that may take several lines.
+    """
+    head, *body = rows
+    titles = element("tr", *(element("th", title, scope="col") for title in head))
+    lines = (
+        element("tr", element("th", row[0], scope="row"), *(_cell(text, number in wide) for number, text in rest))
+        for row in body
+        for rest in [list(enumerate(row))[1:]]
+    )
+    inner = element("table", element("thead", titles), element("tbody", *lines))
+    return element("div", inner, class_="scroll", role="region", tabindex="0", aria_label=label)
+
+
+def facts(rows: Mapping[str, str]) -> Html:
+    """Names and what is known under them, as a table of two columns."""
+    lines = (
+        element("tr", element("th", name, scope="row"), element("td", unbroken(text))) for name, text in rows.items()
+    )
+    return element("table", element("tbody", *lines), class_="facts") if rows else joined(())
+
+
+def _cell(text: str, is_wide: bool) -> Html:  # noqa: FBT001 (one place calls it)
+    return element("td", text, class_="wide") if is_wide else element("td", text)

@@ -1,0 +1,142 @@
+"""The TOML file that describes a study: read and checked at once, every problem with its line and key."""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from portllm.errors import StudyFileError, UnknownMethodError
+from portllm.files.toml_text import line_of, meant
+from portllm.methods.table import method_named
+from portllm.study.definition.paper import published
+from portllm.study.definition.settings import EVOLUTIONS, Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
+from portllm.study.definition.typed import Tell, read_table
+from portllm.study.parts.check import CheckSettings
+from portllm.study.parts.theory import TheorySettings
+from portllm.training.lora import TrainSettings
+
+TASKS: Mapping[str, type[TaskSettings]] = {"rows": RowsTask, "harness": HarnessTask}
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+def read_study(file: Path) -> Study:
+    """Read and check a study's file. What it names, data and models, is looked for when the study is run.
+
+    Raises:
+        StudyFileError: It cannot be read, is not TOML, or says what a study cannot be; with every problem.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise StudyFileError(f"'{file}': cannot be read: {error.strerror}. Name the study's TOML file.") from error
+    except ValueError as error:  # of TOML, which names the line, or of UTF-8
+        raise StudyFileError(f"'{file}': is not TOML: {error}.") from error
+    problems: list[tuple[int, str]] = []
+
+    def tell(path: tuple[str, ...], problem: str) -> None:
+        line = line_of(text, path)
+        place = f", line {line}" if line else ""
+        end = "" if problem.endswith((".", "?")) else "."
+        problems.append((line or 0, f"'{file}'{place}, {'.'.join(path)}: {problem}{end}"))
+
+    study = _read(values, tell)
+    if study is None or problems:
+        raise StudyFileError("\n".join(problem for _, problem in sorted(problems)))
+    return study
+
+
+def _read(values: Mapping[str, Any], tell: Tell) -> Study | None:
+    # What is wrong has been told, and stands here as something right, so that the rest is looked at too.
+    tasks = {name: _read_task(table, ("tasks", name), tell) for name, table in _named(values, "tasks", tell)}
+    evolutions = {
+        name: _read_evolution(table, ("evolutions", name), tell) for name, table in _named(values, "evolutions", tell)
+    }
+    old_text = None if "old_text" not in values else read_table(Text, values["old_text"], ("old_text",), tell)
+    check = None if "check" not in values else read_table(CheckSettings, values["check"], ("check",), tell)
+    theory = None if "theory" not in values else read_table(TheorySettings, values["theory"], ("theory",), tell)
+    parts = {
+        "patch": _read_patch(values.get("patch", {}), tell) or TrainSettings(),
+        "tasks": {name: task for name, task in tasks.items() if task is not None},
+        "evolutions": {name: evolution for name, evolution in evolutions.items() if evolution is not None},
+        "old_text": old_text,
+        "check": check,
+        "theory": theory,
+    }
+    _check(values, tell)
+    return read_table(Study, {key: value for key, value in values.items() if key not in parts}, (), tell, **parts)
+
+
+def _named(values: Mapping[str, Any], key: str, tell: Tell) -> list[tuple[str, Any]]:
+    """The tables below a key, whose names become names of files."""
+    tables = values.get(key)
+    if not isinstance(tables, Mapping) or not tables:
+        tell((key,), f"must be given: one table or more, [{key}.NAME]")
+        return []
+    for name in tables:
+        if not _NAME.fullmatch(name):
+            tell((key, name), "is no name here; expected small letters, digits and hyphens")
+    return list(tables.items())
+
+
+def _read_task(table: object, path: tuple[str, ...], tell: Tell) -> TaskSettings | None:
+    found = _kind(TASKS, table, path, tell)
+    return None if found is None else read_table(TASKS[found[0]], found[1], path, tell)
+
+
+def _read_patch(table: object, tell: Tell) -> TrainSettings | None:
+    if isinstance(table, Mapping) and "seed" in table:
+        tell(("patch", "seed"), "is no key here; patches are trained with each of 'seeds'")
+    return read_table(TrainSettings, table, ("patch",), tell)
+
+
+def _kind(
+    kinds: Mapping[str, object], table: object, path: tuple[str, ...], tell: Tell
+) -> tuple[str, dict[str, Any]] | None:
+    """The kind that a table says it is of, and its other keys."""
+    rest = dict(table) if isinstance(table, Mapping) else {}
+    kind = rest.pop("kind", None)
+    if not isinstance(kind, str) or kind not in kinds:
+        shown = " or ".join(f"'{name}'" for name in kinds)
+        tell((*path, "kind"), f"is {kind!r}; expected {shown}" if kind is not None else f"must be given: {shown}")
+        return None
+    return kind, rest
+
+
+def _read_evolution(table: object, path: tuple[str, ...], tell: Tell) -> Evolution | None:
+    found = _kind(EVOLUTIONS, table, path, tell)
+    if found is None:
+        return None
+    kind, rest = found
+    own = {field.name for field in dataclasses.fields(Evolution)} - {"settings"}
+    cls = EVOLUTIONS[kind]
+    fields = [field.name for field in dataclasses.fields(cls)]
+    for key in sorted(set(rest) - own - set(fields)):
+        tell((*path, key), f"is no key here. {meant(key, [*sorted(own), *fields])}")
+        del rest[key]
+    settings = read_table(cls, {key: rest[key] for key in rest if key not in own}, path, tell)
+    new_text = rest.pop("new_text", None)
+    text = None if new_text is None else read_table(Text, new_text, (*path, "new_text"), tell)
+    return read_table(
+        Evolution, {key: rest[key] for key in rest if key in own}, path, tell, settings=settings or cls(), new_text=text
+    )
+
+
+def _check(values: Mapping[str, Any], tell: Tell) -> None:
+    """What types do not say; values of a wrong type are left to `read_table`."""
+    for name in ("seeds", "methods"):
+        given = values.get(name, [0])
+        if isinstance(given, list) and (not given or len(set(map(repr, given))) < len(given)):
+            tell((name,), f"is {given}; expected one or more, each once")
+    methods = values.get("methods")
+    for method in methods if isinstance(methods, list) else []:
+        try:
+            method_named(str(method))
+        except UnknownMethodError as error:
+            tell(("methods",), str(error).rstrip("."))
+    table = values.get("compare")
+    if isinstance(table, str) and table not in published():
+        tell(("compare",), f"is '{table}', which is no published table. {meant(table, published())}")

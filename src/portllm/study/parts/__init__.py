@@ -1,0 +1,1 @@
+"""The kinds of work in a study besides training and scoring."""

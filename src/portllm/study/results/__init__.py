@@ -1,0 +1,1 @@
+"""What a study found, as a table and as pages."""

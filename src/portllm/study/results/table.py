@@ -1,0 +1,367 @@
+"""The study's table: what each model scored on each task, and how much of what retraining gains porting gains. Pure.
+
+Rows are paired: row `i` is the same row for every model and seed. A model's column is the mean over seeds, row by row.
+Intervals are over rows, those of differences and ratios by a bootstrap that draws the same rows for all models; seeds
+show as a spread of their own.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from statistics import fmean, stdev
+from typing import Any
+
+from portllm.evaluating.metrics import Estimate, Retention, accuracy, flips, mean_loss, paired_change, retention
+from portllm.study.definition.plan import NEW_TEXT, OLD_TEXT, Step, model_name, steps_of
+from portllm.study.definition.settings import Study
+from portllm.study.definition.variants import BASE, EVOLVED, PATCHED, PORTED, RETRAINED
+
+Found = Mapping[Step, Mapping[str, Any]]
+
+MOST_ANSWERS = 32
+"""Answers of a task that are counted; where more occur, they are texts and not labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one of the five models scored on a task.
+
+    Attributes:
+        accuracy: Share of right answers, mean over seeds, with its interval over rows.
+        loss: Nats per token of the right completion, the same.
+        by_seed: Accuracy of each seed; one value where there is no patch.
+        spread: Standard deviation of these; None for one.
+        answers: Share of the rows that each answer was given to, right or wrong, mean over seeds, the commonest first;
+            empty where there are more than `MOST_ANSWERS`.
+    """
+
+    accuracy: Estimate
+    loss: Estimate
+    by_seed: tuple[float, ...]
+    spread: float | None
+    answers: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Spectra:
+    """Singular values of three deltas, falling: the root of the mean square over modules and seeds of each.
+
+    The squares of all, times the number of modules, add up to the mean over seeds of the squared Frobenius norm.
+
+    Attributes:
+        ported: Of the ported delta.
+        retrained: Of the retrained one.
+        residual: Of the port residual, retrained minus ported.
+    """
+
+    ported: tuple[float, ...]
+    retrained: tuple[float, ...]
+    residual: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What `check` said of the patches of a task on an evolved model.
+
+    Attributes:
+        verdicts: Of each seed's patch.
+        weights: Measures of weights by name, means over seeds.
+        text: The same of prompts; empty where the study gives none.
+    """
+
+    verdicts: tuple[str, ...]
+    weights: Mapping[str, float]
+    text: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """One task on one evolved model, by one method.
+
+    Attributes:
+        evolution: By name.
+        link: How many updates.
+        task: By name.
+        method: How the patch was ported.
+        seeds: Those of which everything was scored.
+        scored: The five models, as far as they have been scored.
+        change: Accuracy of ported minus patched.
+        behind: Accuracy of ported minus retrained.
+        accuracy_retention: Share of retraining's gain in accuracy.
+        loss_retention: The same for the loss.
+        negative_flips: Rows that the patched base answers right and the ported patch wrong; mean over seeds.
+        residual_of_delta: The port residual's norm against that of the retrained delta, mean over seeds; None where the
+            study measures no theory.
+        residual_of_update: The same against the updated weights with the patch in them, the paper's yardstick.
+        spectra: Singular values of the deltas and of the residual; None likewise.
+        checked: What `check` said before the patch was ported; None where the study does not ask.
+    """
+
+    evolution: str
+    link: int
+    task: str
+    method: str
+    seeds: tuple[int, ...]
+    scored: Mapping[str, Scored]
+    change: Estimate | None
+    behind: Estimate | None
+    accuracy_retention: Retention | None
+    loss_retention: Retention | None
+    negative_flips: float | None
+    residual_of_delta: float | None
+    residual_of_update: float | None
+    spectra: Spectra | None
+    checked: Checked | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """An evolved model.
+
+    Attributes:
+        evolution: By name.
+        link: How many updates.
+        kind: Of evolution: `lora`, `full`, `twin` or `reinit`.
+        drift: `|W1 - W0| / |W0|` against the base.
+        cosine: Of base and evolved weights.
+        old_loss: Of the base and of this model on the old text, in nats per token.
+        new_loss: The same on the evolution's new text.
+    """
+
+    evolution: str
+    link: int
+    kind: str
+    drift: float | None
+    cosine: float | None
+    old_loss: tuple[float, float] | None
+    new_loss: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that a study has found so far.
+
+    Attributes:
+        title: The study's.
+        base: Its base.
+        seeds: Its seeds.
+        n_steps: Its steps.
+        n_done: Of these, those that are done.
+        models: Evolved models.
+        tasks: Tasks on them.
+        compare: The published table to set beside, by name.
+    """
+
+    title: str
+    base: str
+    seeds: tuple[int, ...]
+    n_steps: int
+    n_done: int
+    models: tuple[ModelRow, ...]
+    tasks: tuple[TaskRow, ...]
+    compare: str | None
+
+    def to_json(self) -> dict[str, object]:
+        """Every number, in types that JSON has: an end of an interval that is infinite is null."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+
+def tabulate(study: Study, found: Found) -> Results:
+    """The table that follows from what the steps found.
+
+    Args:
+        study: The study.
+        found: What the steps found that are done, as their kinds return it.
+    """
+    return Results(
+        title=study.title,
+        base=study.base,
+        seeds=study.seeds,
+        n_steps=len(steps_of(study)),
+        n_done=len(found),
+        models=tuple(_models(study, found)),
+        tasks=tuple(_tasks(study, found)),
+        compare=study.compare,
+    )
+
+
+def _models(study: Study, found: Found) -> Iterator[ModelRow]:
+    by_name = {step.name: result for step, result in found.items()}
+
+    def losses(model: str, text: str) -> tuple[float, float] | None:
+        before, after = (by_name.get(Step("read", name, text=text).name) for name in (BASE, model))
+        return None if before is None or after is None else (before["nats"], after["nats"])
+
+    for name, evolution in study.evolutions.items():
+        for link in range(1, evolution.links + 1):
+            model = model_name(name, link)
+            drift = by_name.get(Step("drift", model).name, {})
+            yield ModelRow(
+                evolution=name,
+                link=link,
+                kind=evolution.kind,
+                drift=drift.get("relative"),
+                cosine=drift.get("cosine"),
+                old_loss=losses(model, OLD_TEXT),
+                new_loss=losses(model, f"{NEW_TEXT}{name}"),
+            )
+
+
+def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
+    by_name = {step.name: result for step, result in found.items() if step.kind == "score"}
+
+    def scores(model: str, task: str, patch: str | None) -> dict[int, Mapping[str, Any]]:
+        """By seed; a model without a patch counts as one seed, which is nobody's."""
+        seeds = [None] if patch is None else study.seeds
+        steps = {seed: Step("score", model, task=task, seed=seed, patch=patch).name for seed in seeds}
+        return {-1 if seed is None else seed: by_name[name] for seed, name in steps.items() if name in by_name}
+
+    for name, evolution in study.evolutions.items():
+        for task in study.tasks:
+            for method in study.methods:
+                for link in range(1, evolution.links + 1):
+                    model = model_name(name, link)
+                    columns = {
+                        BASE: scores(BASE, task, None),
+                        PATCHED: scores(BASE, task, PATCHED),
+                        EVOLVED: scores(model, task, None),
+                        PORTED: scores(model, task, method),
+                        RETRAINED: scores(model, task, RETRAINED),
+                    }
+                    theory = _theory(study, found, model, task)
+                    yield _row(name, link, task, method, columns, theory, _checked(study, found, model, task))
+
+
+def _theory(study: Study, found: Found, model: str, task: str) -> list[Mapping[str, Any]]:
+    """The port residual of each seed of which it was measured."""
+    names = {Step("theory", model, task=task, seed=seed).name for seed in study.seeds}
+    return [result["residual"] for step, result in found.items() if step.name in names]
+
+
+def _residual(by_seed: Sequence[Mapping[str, Any]], yardstick: str) -> float | None:
+    """Mean over seeds of the residual's Frobenius norm against a yardstick; None where none was measured."""
+    ratios = [residual["total"][yardstick]["frobenius"] for residual in by_seed]
+    return fmean(ratios) if ratios and None not in ratios else None
+
+
+def _spectra(by_seed: Sequence[Mapping[str, Any]]) -> Spectra | None:
+    modules = [module for residual in by_seed for module in residual["modules"].values()]
+    if not modules:
+        return None
+    kinds = ("ported", "retrained", "residual")
+    return Spectra(*(mean_squares([module[kind]["singular_values"] for module in modules]) for kind in kinds))
+
+
+def mean_squares(spectra: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The root of the mean square, value by value; one that has fewer values has zeros.
+
+    Example:
+        >>> mean_squares([[5.0, 1.0], [1.0]])
+        (3.605551275463989, 0.7071067811865476)
+    """
+    columns = zip_longest(*spectra, fillvalue=0.0)
+    return tuple(math.sqrt(fmean(value**2 for value in column)) for column in columns)
+
+
+def _checked(study: Study, found: Found, model: str, task: str) -> Checked | None:
+    names = {Step("check", model, task=task, seed=seed).name for seed in study.seeds}
+    by_seed = [result for step, result in found.items() if step.name in names]
+    if not by_seed:
+        return None
+    return Checked(
+        tuple(result["verdict"] for result in by_seed),
+        *(_shared_means([result[part] for result in by_seed]) for part in ("weights", "text")),
+    )
+
+
+def _shared_means(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each measure that all have."""
+    names = [name for name in measures[0] if all(name in each for each in measures)]
+    return {name: fmean(each[name] for each in measures) for name in names}
+
+
+def _row(
+    evolution: str,
+    link: int,
+    task: str,
+    method: str,
+    columns: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    theory: Sequence[Mapping[str, Any]],
+    checked: Checked | None,
+) -> TaskRow:
+    patched, ported, retrained = (columns[variant] for variant in (PATCHED, PORTED, RETRAINED))
+    seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
+    evolved = columns[EVOLVED]
+    compared = bool(seeds) and bool(evolved)
+    change = behind = in_accuracy = in_loss = lost = None
+    if compared:
+        of = {PATCHED: patched, PORTED: ported, RETRAINED: retrained}
+        right = {name: mean_rows([by_seed[seed]["correct"] for seed in seeds]) for name, by_seed in of.items()}
+        nats = {name: mean_rows([by_seed[seed]["losses"] for seed in seeds]) for name, by_seed in of.items()}
+        change, behind = (paired_change(right[PORTED], right[other]) for other in (PATCHED, RETRAINED))
+        in_accuracy = retention(evolved=evolved[-1]["correct"], ported=right[PORTED], retrained=right[RETRAINED])
+        in_loss = retention(
+            evolved=evolved[-1]["losses"], ported=nats[PORTED], retrained=nats[RETRAINED], lower_is_better=True
+        )
+        lost = fmean(len(flips(patched[seed]["correct"], ported[seed]["correct"]).negative) for seed in seeds)
+    return TaskRow(
+        evolution=evolution,
+        link=link,
+        task=task,
+        method=method,
+        seeds=seeds,
+        scored={name: _scored(list(by_seed.values())) for name, by_seed in columns.items() if by_seed},
+        change=change,
+        behind=behind,
+        accuracy_retention=in_accuracy,
+        loss_retention=in_loss,
+        negative_flips=lost,
+        residual_of_delta=_residual(theory, "of_delta"),
+        residual_of_update=_residual(theory, "of_update"),
+        spectra=_spectra(theory),
+        checked=checked,
+    )
+
+
+def _scored(by_seed: Sequence[Mapping[str, Any]]) -> Scored:
+    columns = [scores["correct"] for scores in by_seed]
+    shares = tuple(map(fmean, columns))
+    return Scored(
+        accuracy=accuracy(columns[0]) if len(columns) == 1 else mean_loss(mean_rows(columns)),
+        loss=mean_loss(mean_rows([scores["losses"] for scores in by_seed])),
+        by_seed=shares,
+        spread=stdev(shares) if len(shares) > 1 else None,
+        answers=_answers([scores["answers"] for scores in by_seed]),
+    )
+
+
+def _answers(by_seed: Sequence[Sequence[str]]) -> Mapping[str, float]:
+    counts = Counter(answer for answers in by_seed for answer in answers)
+    if len(counts) > MOST_ANSWERS:
+        return {}
+    falling = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {answer: count / counts.total() for answer, count in falling}
+
+
+def mean_rows(columns: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of several columns, row by row.
+
+    Example:
+        >>> mean_rows([[True, False], [True, True]])
+        [1.0, 0.5]
+    """
+    return [fmean(values) for values in zip(*columns, strict=True)]
+
+
+def _finite(value: object) -> object:
+    match value:
+        case dict():
+            return {key: _finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case _:
+            return value

@@ -1,0 +1,1 @@
+"""Which steps of a study are done, and who does the rest."""

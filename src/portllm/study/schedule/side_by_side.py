@@ -1,0 +1,81 @@
+"""Do the steps of a study side by side: each as soon as what it reads is done and a worker is free."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from portllm.errors import OutputError, StudyStepError
+from portllm.files.kept_results import Record, identity_or_none, read_record
+from portllm.study.definition.plan import Step, startable
+from portllm.study.schedule.ledger import Ledger
+from portllm.study.schedule.shared import appears
+from portllm.workers.pool import Finished, Lost, Pool
+
+RETRIES = 2
+"""Of a step whose worker died, or whose failure may pass."""
+
+
+def do_side_by_side(ledger: Ledger, pool: Pool, *, note: Callable[[Step, Record, int], None]) -> None:
+    """Do what is left of a study.
+
+    A step that fails stops no other that runs: they are brought to their end and noted, and none is begun.
+
+    Args:
+        ledger: What is done; each step is noted there when its worker has written its record.
+        pool: Who does it: workers as `StepWorker` is one.
+        note: Told of each step that is done, its record, and how many workers there are.
+
+    Raises:
+        StudyStepError: A step failed, or lost its worker more than `RETRIES` times.
+        OutputError: A worker wrote into a folder that cannot be seen from here.
+        WorkersError: No worker can be started.
+    """
+    running: dict[int, Step] = {}
+    tries: Counter[Step] = Counter()
+    failure: StudyStepError | None = None
+    while running or (failure is None and ledger.left()):
+        if failure is None:
+            for step in startable(ledger.left(), tuple(running.values()))[: pool.free]:
+                number = ledger.steps.index(step)
+                running[number] = step
+                pool.submit(number, {"step": step.name, "inputs": ledger.inputs_of(step)})
+        ended = pool.wait()
+        if ended is None:
+            continue
+        step = running.pop(ended.number)
+        if isinstance(ended, Finished) and "record" in ended.result:
+            record = _seen(ledger, step, ended.result["record"])
+            ledger.note(step, record)
+            note(step, record, len(running) + pool.free)
+            continue
+        tries[step] += 1
+        reason, can_pass = _reason(ended)
+        if not can_pass or tries[step] > RETRIES:
+            failure = failure or StudyStepError(f"{step.name}: {reason}")
+    if failure is not None:
+        raise failure
+
+
+def _reason(ended: Finished | Lost) -> tuple[str, bool]:
+    """Why a step is not done, and whether that may pass."""
+    if isinstance(ended, Lost):
+        return ended.reason, True
+    return ended.result["reason"], ended.result["can_pass"]
+
+
+def _seen(ledger: Ledger, step: Step, told: Mapping[str, Any]) -> Record:
+    """The record that a worker says it wrote, once it and the output are seen here too.
+
+    Raises:
+        OutputError: They do not come to be.
+    """
+    record, places = Record(**told), ledger.places
+    file = places.record_file(step)
+    if not appears(
+        lambda: read_record(file) == record and identity_or_none(lambda: places.identify(step)) == record.files
+    ):
+        raise OutputError(
+            f"'{file}': a worker wrote it and what it stands for, and they cannot be seen from here. The study's "
+            "folder must be on a file system that all machines share; name one with --output."
+        )
+    return record

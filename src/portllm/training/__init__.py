@@ -1,0 +1,1 @@
+"""LoRA fine-tuning, distillation, and updates of a base."""

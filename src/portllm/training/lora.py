@@ -1,0 +1,279 @@
+"""A first patch: LoRA fine-tuning on prompts and completions.
+
+A short loop of our own, so that a run is a function of base, rows and settings: AdamW on float32 factors, the base
+frozen in its stored dtype, the loss on the tokens of the completion and its end mark only, the adapter written as PEFT
+does.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from portllm.errors import DataError
+from portllm.files.output_folder import staged_folder
+from portllm.progress import Progress, silent
+from portllm.running.encoding import Encoded, Encoder
+from portllm.running.examples import Example
+from portllm.running.loss import completion_nats
+from portllm.running.model import (
+    Device,
+    PeftModel,
+    PreTrainedModel,
+    add_fresh_lora,
+    choose_device,
+    continue_lora,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    save_memory,
+)
+from portllm.running.ranges import require_ranges
+from portllm.training.descent import descend
+from portllm.training.schedule import Decay, bucketed_batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """Everything that a training run depends on but its base and its rows.
+
+    Attributes:
+        rank: Inner size of the factors.
+        alpha: PEFT's numerator: the scale is `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`.
+        target_modules: Names of the linear modules; `all-linear` is all but the head: in a Llama the paper's seven.
+        use_rslora: Rank-stabilized scale.
+        dropout: Share of a factor's inputs dropped while training.
+        learning_rate: At its peak.
+        epochs: Times that every row is seen, where `steps` is not given.
+        steps: Updates, instead of `epochs`.
+        batch_size: Rows of an update.
+        max_tokens: Most tokens of a row; longer prompts are cut from the left.
+        warmup: Share of the steps on which the learning rate rises.
+        decay: How it falls afterwards.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are scaled down to this norm.
+        gradient_checkpointing: Less memory for a third more time.
+        seed: Of the factors, the order of rows and dropout.
+
+    Raises:
+        PortLLMError: A value is out of its range; all of them are named.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    dropout: float = 0.0
+    learning_rate: float = 2e-4
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 8
+    max_tokens: int = 512
+    warmup: float = 0.1
+    decay: Decay = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_ranges(
+            "training settings",
+            ("rank", self.rank, "1 or more", self.rank >= 1),
+            ("alpha", self.alpha, "1 or more", self.alpha >= 1),
+            ("dropout", self.dropout, "0 to below 1", 0 <= self.dropout < 1),
+            ("learning_rate", self.learning_rate, "more than 0", 0 < self.learning_rate < math.inf),
+            ("epochs", self.epochs, "more than 0", 0 < self.epochs < math.inf),
+            ("steps", self.steps, "1 or more", self.steps is None or self.steps >= 1),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+            ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
+            ("warmup", self.warmup, "0 to below 1", 0 <= self.warmup < 1),
+            ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
+            ("max_grad_norm", self.max_grad_norm, "more than 0", self.max_grad_norm > 0),
+        )
+
+
+BatchLoss = Callable[[PeftModel, Sequence[Encoded]], torch.Tensor]
+"""The mean loss of a model on a batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What a training run did.
+
+    Attributes:
+        losses: Mean loss of each step's batch, in nats per token of completion and end mark.
+        seconds: Of the steps, loading and saving apart.
+        n_trained: Numbers in the factors.
+        n_rows: Rows it was given.
+        n_cut_rows: Of these, rows whose prompt was too long and lost its beginning.
+        n_tokens: Tokens that went through the model, padding apart.
+        steps: Updates.
+        device: Where it ran.
+        peak_bytes: Most memory torch held on a CUDA device; None on a CPU, where it is not counted.
+    """
+
+    losses: tuple[float, ...]
+    seconds: float
+    n_trained: int
+    n_rows: int
+    n_cut_rows: int
+    n_tokens: int
+    steps: int
+    device: str
+    peak_bytes: int | None
+
+
+def train_lora(
+    base_folder: str | Path,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    adapter_folder: str | Path,
+    *,
+    device: Device = "auto",
+    start: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> TrainReport:
+    """Trains a LoRA adapter on a base and writes it as a PEFT folder.
+
+    The loss of a step is the mean of `-log p(token | all before it)` over the completion and end-mark tokens of its
+    rows.
+    On a CPU, the same base, rows and settings give the same bytes.
+
+    Args:
+        base_folder: Checkpoint folder of the base.
+        examples: Prompts and completions.
+        settings: Everything else.
+        adapter_folder: The folder to be; a failed run leaves nothing there.
+        device: Where to train.
+        start: An adapter folder whose factors are trained on, instead of new ones; its rank, alpha and modules count,
+            and not those of the settings.
+        overwrite: Replace what is at `adapter_folder`.
+        progress: Told of every step.
+
+    Raises:
+        CheckpointError: The base cannot be loaded.
+        AdapterFormatError: The target modules are not in the base, or `start` does not fit it.
+        DataError: There are no examples, or completions that do not fit into `max_tokens`.
+        OutputError: The adapter cannot be written; `OutputExistsError` if something is there.
+        PortLLMError: The loss is not finite.
+    """
+    if not examples:
+        raise DataError("training: no examples were given; expected at least one.")
+    with staged_folder(Path(adapter_folder), overwrite=overwrite) as staging:
+        where = choose_device(device)
+        encoder = Encoder(load_tokenizer(base_folder))
+        rows = encode_all(encoder, examples, max_tokens=settings.max_tokens)
+        ended = [replace(row, completion=(*row.completion, encoder.eos)) for row in rows]
+
+        def mean_nats(model: PeftModel, batch: Sequence[Encoded]) -> torch.Tensor:
+            return completion_nats(model, batch, device=where).sum() / sum(len(row.completion) for row in batch)
+
+        return fit_adapter(
+            base_folder, ended, mean_nats, settings, staging, device=where, start=start, progress=progress
+        )
+
+
+def fit_adapter(
+    base_folder: str | Path,
+    rows: Sequence[Encoded],
+    loss_of: BatchLoss,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    device: torch.device,
+    start: Path | None,
+    progress: Progress,
+) -> TrainReport:
+    """Trains an adapter on encoded rows and writes it into a folder.
+
+    Args:
+        base_folder: Checkpoint folder of the base.
+        rows: Prompts and completions, the end mark with them.
+        loss_of: The mean loss of the model on a batch of rows.
+        settings: Everything else.
+        folder: Takes the adapter's files.
+        device: Where to train.
+        start: An adapter to go on from, or None for a new one.
+        progress: Told of every step.
+    """
+    # LoRA's factors and dropout draw from torch's global generator; the caller's state is put back afterwards.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(settings.seed)
+        base = load_model(base_folder, device=device, longest=settings.max_tokens)
+        model = _fresh(base, settings) if start is None else continue_lora(base, start, dropout=settings.dropout)
+        report = _fit(model, rows, loss_of, settings, device=device, progress=progress)
+    save_adapter(model, folder)
+    return report
+
+
+def _fresh(base: PreTrainedModel, settings: TrainSettings) -> PeftModel:
+    return add_fresh_lora(
+        base,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        dropout=settings.dropout,
+    )
+
+
+def encode_all(encoder: Encoder, examples: Sequence[Example], *, max_tokens: int) -> list[Encoded]:
+    """The examples as ids that fit into `max_tokens` together with an end mark.
+
+    Raises:
+        DataError: Some do not; all are counted, the first ten shown.
+    """
+    rows: list[Encoded] = []
+    problems: list[str] = []
+    for number, example in enumerate(examples, start=1):
+        try:
+            rows.append(encoder.encode(example.prompt, example.completion, max_tokens=max_tokens, reserve=1))
+        except DataError as error:
+            problems.append(f"  example {number}: {error}")
+    if problems:
+        more = [f"  and {len(problems) - 10} more."] if len(problems) > 10 else []
+        raise DataError("\n".join([f"{len(problems)} of {len(examples)} examples do not fit:", *problems[:10], *more]))
+    return rows
+
+
+def _fit(
+    model: PeftModel,
+    rows: Sequence[Encoded],
+    loss_of: BatchLoss,
+    settings: TrainSettings,
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> TrainReport:
+    if settings.gradient_checkpointing:
+        save_memory(model)
+    steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(rows) / settings.batch_size))
+    batches = [[rows[index] for index in batch] for batch in itertools.islice(_batches(rows, settings), steps)]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    losses = descend(model, batches, partial(loss_of, model), settings, label="train", progress=progress)
+    return TrainReport(
+        losses=losses,
+        seconds=time.perf_counter() - began,
+        n_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        n_rows=len(rows),
+        n_cut_rows=sum(row.n_cut > 0 for row in rows),
+        n_tokens=sum(len(row.prompt) + len(row.completion) for batch in batches for row in batch),
+        steps=steps,
+        device=str(device),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
+
+
+def _batches(rows: Sequence[Encoded], settings: TrainSettings) -> Iterator[list[int]]:
+    lengths = [len(row.prompt) + len(row.completion) for row in rows]
+    for epoch in itertools.count():
+        yield from bucketed_batches(lengths, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)

@@ -1,0 +1,132 @@
+"""What a verification consists of, and the checks that patches, merged models and certificates have in common."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.identity import fingerprint
+from portllm.errors import CheckpointError
+from portllm.files.seal import digest_file, render_sealed, seal_problem
+from portllm.patch.record import ModelIdentity
+from portllm.verifying.signature import SIGNATURE_FILE, Trust, signature_problem
+
+SHOWN = 5
+"""Tensors that a finding names before it counts the rest."""
+
+AS_WRITTEN = "as written"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was verified.
+
+    Attributes:
+        subject: The file, or what of the whole.
+        holds: Whether it is as it should be.
+        finding: What was compared, or what does not fit.
+    """
+
+    subject: str
+    holds: bool
+    finding: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The verdict on a patch, a merged model or a certificate.
+
+    Attributes:
+        kind: What it is.
+        name: As given.
+        checks: What was verified.
+        notes: What was not, and why.
+    """
+
+    kind: Literal["patch", "checkpoint", "certificate"]
+    name: str
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def verified(self) -> bool:
+        """Whether everything holds."""
+        return all(check.holds for check in self.checks)
+
+
+def verification_to_json(verification: Verification) -> dict[str, object]:
+    """The verdict as JSON values."""
+    return {
+        "kind": verification.kind,
+        "name": verification.name,
+        "verified": verification.verified,
+        "checks": [
+            {"subject": check.subject, "holds": check.holds, "finding": check.finding} for check in verification.checks
+        ],
+        "notes": list(verification.notes),
+    }
+
+
+def right(subject: str, finding: str) -> Check:
+    """A check that holds."""
+    return Check(subject, holds=True, finding=finding)
+
+
+def wrong(subject: str, finding: str) -> Check:
+    """A check that does not hold."""
+    return Check(subject, holds=False, finding=finding)
+
+
+def sealed_check(file: Path, values: Mapping[str, object]) -> Check:
+    """Whether the seal of a JSON file fits what was read from it, and the file is laid out as it was written."""
+    problem = seal_problem(values)
+    if problem is None and file.read_bytes() != render_sealed(values).encode():
+        problem = "says what was written, but in other bytes: its layout was changed"
+    return Check(file.name, problem is None, problem or f"its seal fits, every byte {AS_WRITTEN}")
+
+
+def file_checks(folder: Path, files: Mapping[str, str]) -> Iterator[Check]:
+    """Whether each file of a folder has the digest that was written down for it."""
+    for name, digest in sorted(files.items()):
+        # What is no file, as a pipe, could be read forever; these functions also take what cannot be a name.
+        if not os.path.isfile(folder / name):
+            yield wrong(name, "is no file" if os.path.exists(folder / name) else "is missing")
+            continue
+        try:
+            holds = digest_file(folder / name) == digest
+        except OSError as error:
+            raise CheckpointError(f"'{folder / name}': cannot be read: {error.strerror}.") from error
+        else:
+            yield Check(name, holds, AS_WRITTEN if holds else "its bytes are not those that were written")
+
+
+def model_check(subject: str, expected: ModelIdentity, model: Checkpoint) -> Check:
+    """Whether a model is the one that was written down."""
+    found = fingerprint(model)
+    if found == expected.fingerprint:
+        return right(subject, f"{model.name} is the model that the record names ({found})")
+    return wrong(subject, f"{model.name} is {found}, the record names {expected.name} ({expected.fingerprint})")
+
+
+def signature_checks(
+    folder: Path, trust: Trust | None, signature: Path | None, covered: Collection[str]
+) -> Iterator[Check]:
+    """Whether a folder bears the signature that it must, over all files that are covered."""
+    if trust is None:
+        return
+    problem = signature_problem(folder, trust, signature=signature, required=covered)
+    yield Check("signature", problem is None, problem or f"by {trust}, over every file")
+
+
+def notes_on(folder: Path, covered: Collection[str], trust: Trust | None, signature: Path | None) -> Iterator[str]:
+    """What in a folder is not covered by its record, or was not checked."""
+    given = signature is not None and signature.resolve().parent == folder.resolve()
+    signatures = {SIGNATURE_FILE} | ({signature.name} if signature is not None and given else set())
+    if trust is None and (folder / SIGNATURE_FILE).is_file():
+        yield f"{SIGNATURE_FILE} was not checked: say whose it must be, for example with --public-key FILE"
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in {*covered, *signatures})
+    if others and trust is None:
+        rest = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        yield f"not covered by the record: {', '.join(others[:SHOWN])}{rest}"

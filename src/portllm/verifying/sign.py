@@ -1,0 +1,41 @@
+"""Sign a patch, or a merged model: what does not verify is not signed."""
+
+from pathlib import Path
+
+from portllm.errors import SignatureError
+from portllm.verifying.signature import SIGNATURE_FILE, Signer, sign_folder
+from portllm.verifying.verify import verify
+
+
+def sign(where: str | Path, signer: Signer, *, signature: Path | None = None, overwrite: bool = False) -> Path:
+    """Sign every file of a patch, or of a model that `merge` wrote.
+
+    The signed statement holds the digest of each file. `patch.json` is among them, so the signature covers the identity
+    of the base, how the patch was captured, and every port.
+
+    Args:
+        where: The folder.
+        signer: By what right.
+        signature: The file to write, or None for `model.sig` in the folder.
+        overwrite: Replace it where it exists.
+
+    Returns:
+        The signature's file.
+
+    Raises:
+        NotFoundError, PatchRecordError, CheckpointError: As `verify`.
+        SignatureError: The folder does not verify, or the key or certificate cannot be used.
+        OutputExistsError: The signature exists.
+        OutputError: It cannot be written.
+        MissingExtraError: The extra `sign` is not installed.
+    """
+    verification = verify(where)
+    wrong = [check for check in verification.checks if not check.holds]
+    if wrong:
+        raise SignatureError(
+            f"'{where}': does not verify, so it was not signed: {wrong[0].subject}: {wrong[0].finding}. "
+            f"'portllm verify {where}' tells all."
+        )
+    file = Path(where) / SIGNATURE_FILE if signature is None else signature
+    sign_folder(Path(where), signer, signature=file, overwrite=overwrite)
+    return file

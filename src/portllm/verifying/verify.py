@@ -1,0 +1,245 @@
+"""Verify that a patch, a merged model or a certificate is byte for byte what was written. Needs no torch.
+
+A patch says in `patch.json` what its other files and its tensors must be, and seals what it says; a merged model does
+so in `portllm.json`, and a certificate stands in one file. Every byte is read again: nothing is taken from a cache.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from portllm.certifying.certificate import CERTIFICATE_FILE
+from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
+from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint, own_tensors
+from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.safetensors.header import render_header
+from portllm.checkpoint.safetensors.header_file import read_header
+from portllm.checkpoint.safetensors.writer import METADATA
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError, PortLLMError
+from portllm.files.json_file import read_json
+from portllm.files.seal import digest_header
+from portllm.merging.manifest import MANIFEST_FILE, Manifest, manifest_from_json
+from portllm.patch.adapter_config import parse_adapter_config
+from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE, parse_record
+from portllm.patch.adapter_tensors import sort_out
+from portllm.patch.record import ModelIdentity, PatchRecord
+from portllm.progress import Progress, silent
+from portllm.verifying.certificate import Certified, certificate_checks, unchecked
+from portllm.verifying.checks import (
+    SHOWN,
+    Check,
+    Verification,
+    file_checks,
+    model_check,
+    notes_on,
+    right,
+    sealed_check,
+    signature_checks,
+    wrong,
+)
+from portllm.verifying.signature import Trust
+
+
+def verify(
+    where: str | Path,
+    *,
+    base: Checkpoint | None = None,
+    trust: Trust | None = None,
+    signature: Path | None = None,
+    certified: Certified | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Verify a patch, a model that `merge` wrote, or a certificate.
+
+    Args:
+        where: Its folder.
+        base: The model that the patch belongs to, that was merged into, or that the old specialist of a certificate was
+            made of; its fingerprint is compared.
+        trust: Whose signature it must bear.
+        signature: Where the signature is, if not in the folder under its usual name.
+        certified: Of a certificate, what else it names, to be compared with what it says.
+        progress: Told of the bytes read of a model.
+
+    Returns:
+        What holds and what does not; damage is a finding, not an error.
+
+    Raises:
+        NotFoundError: There is no folder, or nothing in it that could be verified.
+        PatchRecordError, CheckpointError: What says how the rest must be is no JSON, or a file cannot be read.
+        SignatureError: The key or certificate to check against cannot be used.
+        MissingExtraError: A signature is to be checked without the extra `sign`.
+        PortLLMError: `certified` is given for what is no certificate.
+    """
+    folder = _folder(where)
+    if (folder / CERTIFICATE_FILE).is_file():
+        return _verify_certificate(folder, str(where), base, certified or Certified(), trust, signature)
+    if certified is not None:
+        raise PortLLMError(f"'{where}': is no certificate; evolved model, patches and data go with one.")
+    if (folder / RECORD_FILE).is_file():
+        return _verify_patch(folder, str(where), base, trust, signature)
+    return _verify_checkpoint(folder, str(where), base, trust, signature, progress)
+
+
+def _folder(where: str | Path) -> Path:
+    if names_hub(where):
+        raise NotFoundError(
+            f"'{where}': is a name of the hub; what is verified lies on this machine. Fetch it (hf download {where} "
+            "--local-dir FOLDER) and give the folder."
+        )
+    folder = Path(where)
+    if not folder.is_dir():
+        raise NotFoundError(
+            f"'{where}': no such folder. Give the folder of a patch, of a model that merge wrote, or of a certificate."
+        )
+    if any((folder / name).is_file() for name in (CERTIFICATE_FILE, RECORD_FILE, MANIFEST_FILE)):
+        return folder
+    if (folder / CONFIG_FILE).is_file():
+        raise PatchRecordError(
+            f"'{where}': is an adapter without {RECORD_FILE}, so nothing says what it should be. Make a patch of it: "
+            f"portllm capture --adapter {where} --base BASE -o PATCH."
+        )
+    raise NotFoundError(
+        f"'{where}': holds neither {RECORD_FILE} nor {MANIFEST_FILE}, so nothing says what it should be. Give a patch, "
+        "a model that merge wrote, or a certificate; 'portllm inspect --digest' takes the digest of any other."
+    )
+
+
+def _verify_certificate(
+    folder: Path, name: str, base: Checkpoint | None, certified: Certified, trust: Trust | None, signature: Path | None
+) -> Verification:
+    covered = {CERTIFICATE_FILE}
+    checks = [*certificate_checks(folder, base, certified), *signature_checks(folder, trust, signature, covered)]
+    notes = [*unchecked(base, certified), *notes_on(folder, covered, trust, signature)]
+    return Verification("certificate", name, tuple(checks), tuple(notes))
+
+
+def _verify_patch(
+    folder: Path, name: str, base: Checkpoint | None, trust: Trust | None, signature: Path | None
+) -> Verification:
+    covered = {RECORD_FILE, CONFIG_FILE, TENSOR_FILE}
+    checks = [*_patch_checks(folder, base), *signature_checks(folder, trust, signature, covered)]
+    return Verification("patch", name, tuple(checks), tuple(notes_on(folder, covered, trust, signature)))
+
+
+def _patch_checks(folder: Path, base: Checkpoint | None) -> Iterator[Check]:
+    values = read_json(folder / RECORD_FILE, error=PatchRecordError)
+    try:
+        record = parse_record(values, where=str(folder / RECORD_FILE))
+    except PatchRecordError as error:
+        yield wrong(RECORD_FILE, str(error))
+        return
+    yield sealed_check(folder / RECORD_FILE, values)
+    yield from file_checks(folder, record.files)
+    yield from _adapter_checks(folder, record)
+    yield _chain_check(record)
+    if base is not None:
+        yield model_check("base", record.base, base)
+
+
+def _adapter_checks(folder: Path, record: PatchRecord) -> Iterator[Check]:
+    """The tensors, each by its digest, and whether they and the configuration make a patch."""
+    try:
+        tensors = read_header(folder / TENSOR_FILE).tensors
+    except CheckpointError as error:
+        yield wrong("tensors", str(error))
+        return
+    yield _tensor_check(tensors, record.tensors)
+    try:
+        config = parse_adapter_config(read_json(folder / CONFIG_FILE, error=PatchError), where=CONFIG_FILE)
+        patch = sort_out(tensors, config, name=str(folder), record=record)
+    except PatchError as error:
+        yield wrong("adapter", str(error))
+    else:
+        yield right("adapter", f"{len(patch.deltas)} modules, every tensor accounted for")
+
+
+def _tensor_check(tensors: Mapping[str, TensorInfo], digests: Mapping[str, str]) -> Check:
+    problems = [f"'{key}' is missing" for key in sorted(set(digests) - set(tensors))]
+    problems += [f"'{key}' is not in the record" for key in sorted(set(tensors) - set(digests))]
+    for key in sorted(set(digests) & set(tensors)):
+        if digest_tensor(tensors[key]) != digests[key]:
+            problems.append(f"'{key}' differs")
+    if problems:
+        rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        return wrong("tensors", "; ".join(problems[:SHOWN]) + rest)
+    return right("tensors", f"{len(digests)}, each by its digest, and no other")
+
+
+def _chain_check(record: PatchRecord) -> Check:
+    """The last port leads to the base; a port may start elsewhere than the one before it led, if the user said so."""
+    if not record.ports:
+        return right("ports", "none")
+    if record.ports[-1].target.fingerprint != record.base.fingerprint:
+        return wrong("ports", "the last one leads to another model than the base")
+    jumps = sum(
+        step.target.fingerprint != after.source.fingerprint
+        for step, after in zip(record.ports, record.ports[1:], strict=False)
+    )
+    allowed = f"; {jumps} of them from another model than the one before led to, as --allow-other-base permits"
+    return right("ports", f"{len(record.ports)}, the last one leads to the base{allowed if jumps else ''}")
+
+
+def _verify_checkpoint(
+    folder: Path, name: str, base: Checkpoint | None, trust: Trust | None, signature: Path | None, progress: Progress
+) -> Verification:
+    values = read_json(folder / MANIFEST_FILE)
+    weights = {file.name for file in folder.glob("*.safetensors")}
+    covered = {MANIFEST_FILE, *weights}
+    checks: list[Check] = []
+    try:
+        manifest = manifest_from_json(values)
+    except ValueError as error:
+        checks.append(wrong(MANIFEST_FILE, f"{error}; it was written by another version, or changed by hand"))
+    else:
+        covered |= set(manifest.files)
+        checks.append(sealed_check(folder / MANIFEST_FILE, values))
+        checks += file_checks(folder, manifest.files)
+        checks += _weight_checks(folder, manifest, weights, progress)
+        checks += [] if base is None else [model_check("base", manifest.into, base)]
+    checks += signature_checks(folder, trust, signature, covered)
+    return Verification("checkpoint", name, tuple(checks), tuple(notes_on(folder, covered, trust, signature)))
+
+
+def _weight_checks(folder: Path, manifest: Manifest, weights: Collection[str], progress: Progress) -> Iterator[Check]:
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError as error:
+        yield wrong("weights", str(error))
+        return
+    unused = sorted(set(weights) - {Path(str(file)).name for file in checkpoint.files})
+    if unused:
+        yield wrong("weights", f"'{unused[0]}' belongs to no model here")
+    yield from _header_checks(checkpoint, manifest.headers)
+    digests = {}
+    done = 0
+    for name, info in checkpoint.infos.items():
+        digests[name] = digest_tensor(info)
+        done += info.n_bytes
+        progress("verify", done, checkpoint.n_bytes, "bytes")
+    found = digest_of(digests, own_tensors(checkpoint))
+    told = f"{len(digests)} tensors, all bytes" if found == manifest.output.digest else _unlike(found, manifest.output)
+    yield Check("digest", found == manifest.output.digest, told)
+    mark = fingerprint(checkpoint)
+    holds = mark == manifest.output.fingerprint
+    yield Check("fingerprint", holds, mark if holds else f"is {mark}, written was {manifest.output.fingerprint}")
+
+
+def _unlike(found: str, output: ModelIdentity) -> str:
+    return f"is {found}, written was {output.digest}: a name, dtype, shape or byte of a tensor differs"
+
+
+def _header_checks(checkpoint: Checkpoint, kept: Mapping[str, str]) -> Iterator[Check]:
+    """Headers that say the same in other bytes, and metadata, which no digest of tensors covers.
+
+    A merge in place has kept the headers that were there, and noted their digests.
+    """
+    for file in checkpoint.files:
+        if kept:
+            if digest_header(Path(str(file))) != kept.get(Path(str(file)).name):
+                yield wrong(Path(str(file)).name, "its header is not the one that merge found")
+            continue
+        infos = sorted((info for info in checkpoint.infos.values() if info.file == file), key=lambda info: info.start)
+        written = render_header([(info.name, info.dtype, info.shape) for info in infos], METADATA)
+        with open(str(file), "rb") as stream:
+            if stream.read(len(written)) != written:
+                yield wrong(Path(str(file)).name, "its header is not as merge writes it")
