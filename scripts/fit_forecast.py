@@ -4,7 +4,7 @@
     python scripts/fit_forecast.py studies/forecast-smollm2.toml
     python scripts/gen_docs.py
 
-The first takes its time, and goes on where it was stopped; the second writes `src/portllm/pipeline/forecast.json` from
+The first takes its time, and goes on where it was stopped; the second writes `src/portllm/checking/forecast.json` from
 what is done: coefficients, the cells that they were fitted on, and how well base pairs are forecast that were left out.
 The third writes `docs/forecast.md` from that file. What is written is a function of the study's results alone.
 """
@@ -26,7 +26,7 @@ from portllm.study.definition.variants import PORTED, RETRAINED
 from portllm.study.results.table import Results, TaskRow
 from portllm.study.run import study_results
 
-OUT = Path(__file__).parents[1] / "src" / "portllm" / "pipeline" / FILE
+OUT = Path(__file__).parents[1] / "src" / "portllm" / "checking" / FILE
 
 FEATURES: Mapping[str, tuple[Feature, ...]] = {
     WEIGHTS: (

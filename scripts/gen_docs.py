@@ -114,7 +114,7 @@ def render_forecast() -> str:
     """The page `forecast.md`: what stands there, with the numbers of the forecast that comes with the program."""
     from portllm.checking.forecast import FILE
 
-    values = json.loads((ROOT / "src" / "portllm" / "pipeline" / FILE).read_text(encoding="utf-8"))
+    values = json.loads((ROOT / "src" / "portllm" / "checking" / FILE).read_text(encoding="utf-8"))
     lost = values["lost_from"]
     is_fitted = any(of_target["forecasters"] for of_target in values["targets"].values())
     parts = [
@@ -216,7 +216,7 @@ def render_families() -> str:
 
     parts = [
         "# Families of models",
-        "Written by `scripts/gen_docs.py` from `src/portllm/checkpoint/families/*.toml`; change those, not this page.",
+        "Written by `scripts/gen_docs.py` from `src/portllm/checkpoint/model/families/*.toml`; change those, not this page.",
         "A family says how the tensors of its models are called and laid out. The *current* name of a tensor is the "
         "one it has in\nthe model that transformers 5 builds; PEFT's keys are made of it. A file or an adapter may "
         "spell it otherwise: PortLLM\nreads every spelling below, on either side, and writes a model in the spelling "

@@ -4,7 +4,9 @@
 run of the pure tests alone needs neither.
 """
 
+import itertools
 import os
+import shutil
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would compile what the tests run once
 
 torch.set_num_threads(1)
+
+CACHES = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +48,48 @@ def tiny(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache for each test, so that no digest is left with the user or with another test."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(CACHES)}"
+    monkeypatch.setenv("PORTLLM_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written(tiny, tmp_path_factory):
+    """A patch that was ported once, and a model that it was merged into, in several files."""
+    from portllm.capturing.adapter import capture_adapter
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.merging.merge import merge
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.porting.port import port
+
+    folder = tmp_path_factory.mktemp("written")
+    base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved"))
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setenv("PORTLLM_CACHE", str(folder / "cache"))
+        patch = capture_adapter(load_patch(tiny("adapter")), base=base, out=folder / "first")
+        ported = port(patch, evolved=evolved, out=folder / "patch")
+        merge(ported, into=evolved, out=folder / "merged", shard_bytes=4000)
+    return folder
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    """A copy of one of them, to be signed or damaged."""
+
+    def take(name="patch"):
+        return shutil.copytree(written / name, tmp_path / name)
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory):
+    """Folder of a tiny bfloat16 model with a tokenizer; read it, do not write to it."""
+    from tests.language import make_reader
+
+    return make_reader(tmp_path_factory.mktemp("reader"))

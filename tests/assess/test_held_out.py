@@ -5,7 +5,7 @@ import pytest
 
 from portllm.assess.held_out import coverage, forecast_held_out, mean_miss, rank_agreement, regret, spearman
 from portllm.checking.forecast_model import Cell, Feature, Forecast
-from tests.assess.test_forecast import DRIFT, LIKENESS, make_cells
+from tests.checking.test_forecast_model import DRIFT, LIKENESS, make_cells
 
 
 def test_spearman_is_scipys():

@@ -38,8 +38,8 @@ from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import folder_of, load_patch, read_record
 from portllm.porting.port import port
 from portllm.running.folder import check_runnable, model_folder
-from tests.files import contents, entries_of, file_bytes
 from tests.hub import COMMIT, OLDER_COMMIT, Repo
+from tests.safetensors_files import contents, entries_of, file_bytes
 
 SHARDED = {"max_shard_size": "3KB"}
 BASE_OF_7B, EVOLVED_OF_7B = "org/seven", "org/seven-next"

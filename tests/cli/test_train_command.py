@@ -3,7 +3,7 @@ import json
 import pytest
 
 from portllm.running.model import load_tokenizer
-from tests.live.language import make_reader
+from tests.language import make_reader
 from tests.models import make_evolved
 
 ROWS = [{"question": "what causes measles?", "kind": "cause"}, {"question": "how is it treated?", "kind": "treatment"}]

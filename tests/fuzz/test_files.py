@@ -31,7 +31,7 @@ from portllm.patch.adapter_folder import load_patch, parse_record, stored_tensor
 from portllm.patch.record import record_to_json
 from portllm.verifying.checks import verification_to_json
 from portllm.verifying.verify import verify
-from tests.files import file_bytes, write_tensors
+from tests.safetensors_files import file_bytes, write_tensors
 
 EXAMPLES = int(os.environ.get("PORTLLM_FUZZ_EXAMPLES", "400"))
 BYTES_PER_BYTE = 64

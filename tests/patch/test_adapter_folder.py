@@ -24,7 +24,7 @@ from portllm.patch.adapter_folder import (
     write_record,
 )
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep, record_from_json, record_to_json
-from tests.files import contents, count, write_tensors
+from tests.safetensors_files import contents, count, write_tensors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"

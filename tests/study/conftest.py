@@ -3,7 +3,7 @@
 import pytest
 
 from tests.clusters import cluster, environment  # noqa: F401 (fixtures)
-from tests.live.language import make_reader
+from tests.language import make_reader
 
 
 @pytest.fixture(scope="session")

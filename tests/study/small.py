@@ -2,7 +2,7 @@
 
 import json
 
-from tests.live.language import TEXT
+from tests.language import TEXT
 
 KINDS = ("cause", "treatment", "symptoms")
 

@@ -346,6 +346,8 @@ def _side_from_json(value: Mapping[str, Any]) -> Side:
 
 @cache
 def _validator() -> Callable[[object], object]:
-    text = importlib.resources.files("portllm.output").joinpath("certificate.schema.json").read_text(encoding="utf-8")
+    text = (
+        importlib.resources.files("portllm.certifying").joinpath("certificate.schema.json").read_text(encoding="utf-8")
+    )
     compiled: Callable[[object], object] = fastjsonschema.compile(json.loads(text))
     return compiled

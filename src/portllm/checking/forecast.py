@@ -98,7 +98,7 @@ def expect(update: UpdateReport, patch: PatchReport) -> Expected | None:
 @cache
 def shipped() -> Shipped:
     """The forecast in the package."""
-    values = json.loads(resources.files("portllm.pipeline").joinpath(FILE).read_text(encoding="utf-8"))
+    values = json.loads(resources.files("portllm.checking").joinpath(FILE).read_text(encoding="utf-8"))
     return Shipped(
         {
             target: {name: forecaster_from_json(fitted) for name, fitted in found["forecasters"].items()}

@@ -25,11 +25,11 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
         return Checkpoint(name, folder, infos, config, metadata, revision)
     files = [folder / file for file in _files_in(folder) if file.endswith(GGUF_SUFFIX)]
     if len(files) == 1:
-        return _open_gguf(files[0], name=name, folder=folder)
+        return open_gguf(files[0], name=name, folder=folder)
     raise NotFoundError(f"'{name}': {why_no_model(_files_in(folder))}")
 
 
-def _open_gguf(path: Path, *, name: str, folder: Path | None) -> Checkpoint:
+def open_gguf(path: Path, *, name: str, folder: Path | None) -> Checkpoint:
     from portllm.checkpoint.gguf.tensors import open_gguf_model
 
     model = open_gguf_model(path)

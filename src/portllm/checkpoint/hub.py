@@ -2,7 +2,7 @@
 
 A revision is resolved once to a commit hash, and everything is read at that commit. Small files come through
 huggingface_hub's cache. Weights are not downloaded: their headers and slices are read by ranges
-(`portllm.checkpoint.reading.ranges`), unless the cache has them whole or `download` is called. With `HF_HUB_OFFLINE` only the
+(`reading.ranges`), unless the cache has them whole or `download` is called. With `HF_HUB_OFFLINE` only the
 cache is used; `HF_ENDPOINT` and the user's token are huggingface_hub's own affair. Pickled weights and code are never
 fetched.
 """

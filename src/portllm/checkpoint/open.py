@@ -2,7 +2,7 @@
 
 A folder holds one file, or shards with an index; a model of the hub is `org/name` or `org/name@revision`.
 Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for:
-`portllm.checkpoint.reading.bytes` reads them, `portllm.checkpoint.reading.tensors` turns them into arrays. The network is touched
+`reading.bytes` reads them, `reading.tensors` turns them into arrays. The network is touched
 for a model of the hub only.
 """
 
@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 from portllm.checkpoint.builtin import builtin_folder
-from portllm.checkpoint.folder import _open_gguf, open_folder
-from portllm.checkpoint.model.checkpoint import _HUB_ID, MAX_NAME_LENGTH, Checkpoint, names_hub
+from portllm.checkpoint.folder import open_folder, open_gguf
+from portllm.checkpoint.model.checkpoint import HUB_ID, MAX_NAME_LENGTH, Checkpoint, names_hub
 from portllm.checkpoint.model.unfinished import require_finished
 from portllm.checkpoint.safetensors.folder import tensors_of
 from portllm.checkpoint.safetensors.header_file import read_header
@@ -51,7 +51,7 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
         from portllm.checkpoint.hub import open_remote
 
         return open_remote(name)
-    could_be = len(name) <= MAX_NAME_LENGTH and _HUB_ID.fullmatch(name)
+    could_be = len(name) <= MAX_NAME_LENGTH and HUB_ID.fullmatch(name)
     hint = f" For the model of the Hugging Face Hub, write {name}@main." if could_be else ""
     raise NotFoundError(
         f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Give a folder, a .safetensors or .gguf file, a model of "
@@ -88,7 +88,7 @@ def side_file(checkpoint: Checkpoint, name: str) -> Path | None:
 
 def _open_file(path: Path, *, name: str) -> Checkpoint:
     if path.suffix == GGUF_SUFFIX:
-        return _open_gguf(path, name=name, folder=None)
+        return open_gguf(path, name=name, folder=None)
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"'{name}': only safetensors and GGUF files are read, never pickle. Save the model with save_pretrained "

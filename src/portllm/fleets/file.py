@@ -139,6 +139,6 @@ def _place(text: str, path: Sequence[str]) -> str:
 
 @cache
 def _validator() -> Callable[[object], object]:
-    text = importlib.resources.files("portllm.many").joinpath("fleet.schema.json").read_text(encoding="utf-8")
+    text = importlib.resources.files("portllm.fleets").joinpath("fleet.schema.json").read_text(encoding="utf-8")
     compiled: Callable[[object], object] = fastjsonschema.compile(json.loads(text))
     return compiled

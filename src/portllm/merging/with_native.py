@@ -1,7 +1,7 @@
 """The commonest change in one pass over memory: a plain LoRA delta on a weight in bfloat16 or float32 that stays so.
 
 `Q(W + s·B·A)` is made by `portllm.native`, element by element while a block is in the processor's cache, with the sums
-that tell what rounding took. The bytes are those of `portllm.merging.with_torch`, which takes three times as long and has
+that tell what rounding took. The bytes are those of `merging.with_torch`, which takes three times as long and has
 torch to load first: that alone would take longer than a small model.
 """
 

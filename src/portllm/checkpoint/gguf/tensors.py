@@ -112,7 +112,7 @@ def open_gguf_model(path: Path) -> GGUFModel:
 @cache
 def architectures() -> Mapping[str, Architecture]:
     """What `general.architecture` may be; supporting another one is one more file of data."""
-    folder = importlib.resources.files("portllm.checkpoint").joinpath("gguf_architectures")
+    folder = importlib.resources.files("portllm.checkpoint.gguf").joinpath("architectures")
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
     return {file.name.removesuffix(".toml"): _parsed(file.read_text(encoding="utf-8")) for file in files}
 

@@ -18,7 +18,7 @@ MAX_NAME_LENGTH = 250
 """Of a model of the hub, with its revision; a name there has 96 characters at most."""
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.\.)\w[\w./-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.\.)\w[\w./-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def names_hub(where: str | Path) -> bool:
         >>> [names_hub(name) for name in ("org/name", "org/name@main", "models/m.safetensors", "./org/name")]
         [True, True, False, False]
     """
-    match = _HUB_ID.fullmatch(str(where))
+    match = HUB_ID.fullmatch(str(where))
     if match is None or len(str(where)) > MAX_NAME_LENGTH:
         return False
     if os.path.exists(where) or str(where).endswith(".safetensors"):

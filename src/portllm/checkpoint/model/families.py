@@ -218,7 +218,7 @@ def order_of(parameters: Collection[str]) -> tuple[str, ...] | None:
 @cache
 def families() -> tuple[Family, ...]:
     """Every family that is known, by id."""
-    folder = importlib.resources.files("portllm.checkpoint").joinpath("families")
+    folder = importlib.resources.files("portllm.checkpoint.model").joinpath("families")
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
     return tuple(_parsed(file.name.removesuffix(".toml"), file.read_text(encoding="utf-8")) for file in files)
 

@@ -92,4 +92,4 @@ def bullets(texts: Iterable[str]) -> Html:
 
 @cache
 def _style() -> str:
-    return resources.files("portllm.report").joinpath("style.css").read_text(encoding="utf-8")
+    return resources.files("portllm.show.html").joinpath("style.css").read_text(encoding="utf-8")

@@ -46,7 +46,7 @@ class PublishedTable:
 @cache
 def published() -> Mapping[str, PublishedTable]:
     """The tables by name."""
-    text = resources.files("portllm.study").joinpath("published.json").read_text(encoding="utf-8")
+    text = resources.files("portllm.study.definition").joinpath("published.json").read_text(encoding="utf-8")
     return {
         name: PublishedTable(table["title"], table["provenance"], tuple(PublishedRow(**row) for row in table["rows"]))
         for name, table in json.loads(text).items()

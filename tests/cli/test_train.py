@@ -1,0 +1,69 @@
+"""evaluate as a user calls it: rows of one's own, or a task of lm-evaluation-harness."""
+
+import json
+
+import pytest
+
+from tests.evaluating.harness.conftest import ROWS, write_rows
+from tests.language import make_reader
+
+SHORT = ("--max-tokens", "60", "--device", "cpu", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_rows(folder / "sst2" / "validation.jsonl", ROWS["sst2"])
+    return folder
+
+
+@pytest.fixture
+def models(portllm, rows, tmp_path):
+    """Options that name a tiny model, a patch, and itself as the evolved one."""
+    base = make_reader(tmp_path / "base")
+    data = ("--data", rows / "sst2" / "validation.jsonl", "--prompt", "{sentence}", "--completion", "label")
+    trained = portllm("train", "--base", base, *data, "--steps", "1", *SHORT, "-o", tmp_path / "patch")
+    assert trained.status == 0, trained.err
+    patch = tmp_path / "patch"
+    return ("--base", base, "--patch", patch, "--evolved", base, "--ported", patch, *SHORT)
+
+
+def test_the_rows_of_a_file_are_judged_as_the_patch_was_trained(portllm, models, rows):
+    result = portllm("evaluate", *models, "--data", rows / "sst2" / "validation.jsonl", "--limit", "4", "--json")
+    assert result.status == 0, result.err
+    told = json.loads(result.out)
+    assert (told["kind"], told["labels"], told["n_rows"]) == ("labels", ["0", "1"], 4)
+
+
+def test_the_page_shows_the_scores_that_json_has(portllm, models, rows, tmp_path):
+    asked = ("--data", rows / "sst2" / "validation.jsonl", "--json", "--html", tmp_path / "page.html")
+    result = portllm("evaluate", *models, *asked)
+    assert result.status == 0, result.err
+    page = (tmp_path / "page.html").read_text()
+    for row in json.loads(result.out)["rows"]:
+        assert f">{row['name']}</th><td>{100 * row['score']['value']:.1f} %</td>" in page
+    assert portllm("evaluate", *models, *asked).status == 1
+    assert portllm("evaluate", *models, *asked, "--overwrite").status == 0
+    assert (tmp_path / "page.html").read_text() == page
+
+
+def test_a_task_of_the_harness_is_set_side_by_side_with_its_own_metrics(portllm, models, rows):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
+    task = ("--task", "sst2", "--data", rows)
+    told = json.loads(portllm("evaluate", *models, *task, "--json").out)
+    assert (told["kind"], told["n_rows"]) == ("lm-evaluation-harness", 5)
+    assert [row["name"] for row in told["rows"]] == ["base", "base + patch", "evolved", "evolved + ported"]
+    assert all(row["metrics"] == {"acc,none": row["score"]["value"]} for row in told["rows"])
+    shown = portllm("evaluate", *models, *task, "--limit", "3")
+    assert (shown.status, shown.err) == (0, "")
+    assert "3 rows, judged by lm-evaluation-harness" in shown.out
+    assert "acc,none of lm-evaluation-harness: base 0." in shown.out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--task", "sst2", "--prompt", "{sentence}"), ("--task", "sst2", "--judge", "text")],
+    ids=" ".join,
+)
+def test_rows_are_asked_for_in_one_way(portllm, models, options):
+    assert portllm("evaluate", *models, *options).status == 2

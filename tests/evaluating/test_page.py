@@ -1,0 +1,140 @@
+"""The page of evaluate: the port's score first, the numbers of JSON, and the rows that turned wrong as text."""
+
+from dataclasses import replace
+
+import pytest
+
+from portllm.evaluating.compare import set_side_by_side
+from portllm.evaluating.page import evaluate_page
+from portllm.evaluating.scoring import Scores, Task
+from portllm.evaluating.tables import comparison_notes
+from portllm.running.examples import Example
+from portllm.show.html.answered_rows import SHOWN
+from portllm.show.numbers import percent
+from tests.show.html.reading import EVIL, Page
+
+ROWS = 60
+TASK = Task(
+    examples=tuple(Example(f"question {row}?", "yes" if row % 2 else "no") for row in range(ROWS)), labels=("yes", "no")
+)
+RIGHT = {
+    "base": 20,
+    "base + patch": 55,
+    "evolved": 18,
+    "evolved + ported": 50,
+    "evolved + ported, merged": 51,
+    "evolved + retrained": 56,
+}
+"""How many of the first rows each model answers right."""
+
+
+def scores(n_right, task=TASK):
+    correct = tuple(row < n_right for row in range(ROWS))
+    other = {"yes": "no", "no": "yes"}
+    told = zip((example.completion for example in task.examples), correct, strict=True)
+    return Scores(
+        answers=tuple(answer if right else other.get(answer, "?") for answer, right in told),
+        correct=correct,
+        losses=tuple(0.1 + row % 3 if right else 2.0 + row % 5 for row, right in enumerate(correct)),
+        n_cut_rows=3,
+        seconds=1.0,
+        metrics={"acc,none": n_right / ROWS},
+    )
+
+
+def compared(task=TASK, without=(), **changed):
+    rows = {name: scores(count, task) for name, count in (RIGHT | changed).items() if name not in without}
+    return set_side_by_side(rows, task)
+
+
+COMPARISON = compared()
+PAGE = Page(evaluate_page(COMPARISON, title="patch from v1 to v2"))
+
+
+def test_the_port_s_score_comes_first_and_what_it_was_before():
+    shown = [text for text in PAGE.texts if text.strip()]
+    assert shown[1:3] == [
+        "portllm evaluate: patch from v1 to v2",
+        "evolved + ported: score 83.3 %, 91.7 % before the update",
+    ]
+    assert "evolved + ported: negative flips 5 of 60." in shown
+
+
+def test_the_numbers_are_those_of_json():
+    rows = {row[0]: row for row in PAGE.tables["Scores, losses, flips and retention"][1:]}
+    for told in COMPARISON.to_json()["rows"]:
+        row, score, loss = rows[told["name"]], told["score"], told["loss"]
+        assert row[1:5] == [
+            percent(score["value"]),
+            f"{100 * score['low']:.1f} to {100 * score['high']:.1f}",
+            f"{loss['value']:.3f}",
+            f"{loss['low']:.3f} to {loss['high']:.3f}",
+        ]
+        flips, kept = told["flips"], told["score_retention"]
+        assert row[5] == ("" if flips is None else f"{flips['negative']} of {flips['n_rows']}")
+        assert row[6].startswith("" if kept is None else percent(kept["value"]))
+
+
+def test_what_a_picture_shows_stands_beside_it():
+    names = [row.name for row in COMPARISON.rows]
+    for title in ("Score", "Loss"):
+        assert [row[0] for row in PAGE.tables[f"{title}, in numbers"][1:]] == names
+    assert [row[0] for row in PAGE.tables["Retention, in numbers"][1:]] == [
+        f"{name}, in {what}" for name in ("evolved + ported", "evolved + ported, merged") for what in ("score", "loss")
+    ]
+
+
+def test_the_rows_that_turned_wrong_can_be_read():
+    turned = COMPARISON.turned_wrong("evolved + ported")
+    assert [row.row for row in turned] == [51, 52, 53, 54, 55]
+    start = PAGE.texts.index("Row 52")
+    assert PAGE.texts[start : start + 8] == [
+        "Row 52", "question 51?", "right: ", "yes", "base + patch: ", "yes", "evolved + ported: ", "no",
+    ]  # fmt: skip
+
+
+def test_an_answer_that_a_port_gives_far_more_often_is_named():
+    evenly = comparison_notes(compared(**{"evolved + ported": 10}))  # half of those that turned wrong were yes, half no
+    assert not any("balance" in said for said in evenly)
+    patched = scores(55)
+    all_yes = replace(patched, answers=("yes",) * ROWS, correct=tuple(row % 2 == 1 for row in range(ROWS)))
+    rows = {"base": scores(20), "base + patch": patched, "evolved": scores(18), "evolved + ported": all_yes}
+    (note,) = [said for said in comparison_notes(set_side_by_side(rows, TASK)) if "balance" in said]
+    assert note.startswith("evolved + ported answers 'yes' in 100 % of the rows, base + patch in 48 %: ")
+
+
+def test_of_many_such_rows_some_are_shown_and_the_others_counted():
+    page = Page(evaluate_page(compared(**{"evolved + ported": 10}), title="t"))
+    assert "45 of 60 rows: base + patch answers them right, evolved + ported wrong. Rows count from 1." in page.texts
+    assert f"{SHOWN} of 45 are shown." in page.texts
+    assert len([text for text in page.texts if text.startswith("question ")]) == SHOWN + 4  # and four of the merged one
+
+
+def test_a_long_prompt_loses_its_middle_and_says_so():
+    long = replace(TASK.examples[50], prompt="begin" + "x" * 5000 + "end?")
+    task = replace(TASK, examples=(*TASK.examples[:50], long, *TASK.examples[51:]))
+    page = Page(evaluate_page(compared(task), title="t"))
+    shown = next(text for text in page.texts if text.startswith("beginx"))
+    assert len(shown) < 1400
+    assert "3709 letters are left out" in shown
+    assert shown.endswith("xend?")
+
+
+def test_without_a_retrained_patch_the_page_says_why_there_is_no_retention():
+    page = Page(evaluate_page(compared(without=("evolved + retrained",)), title="t"))
+    assert "evolved + ported: retention in score is not a number: no retrained patch was given." in page.texts
+    assert "Retention, in numbers" not in page.tables
+
+
+def test_the_harness_s_own_metrics_stand_on_the_page():
+    assert any(text.startswith("acc,none of labels: base 0.3333") for text in PAGE.texts)
+
+
+@pytest.mark.parametrize("field", ["prompt", "completion"])
+def test_no_text_of_a_row_is_markup(field):
+    def page(text):
+        examples = tuple(replace(example, **{field: getattr(example, field) + text}) for example in TASK.examples)
+        labels = ("yes", "no") if field == "prompt" else (f"yes{text}", f"no{text}")
+        return Page(evaluate_page(compared(replace(TASK, examples=examples, labels=labels)), title=text))
+
+    assert page(EVIL).skeleton == page("x").skeleton

@@ -1,0 +1,175 @@
+"""The table follows from the rows: means, spreads, intervals, retention and flips, and a page of them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from portllm.evaluating.metrics import retention
+from portllm.study.definition.estimate import estimate
+from portllm.study.definition.plan import Step, steps_of
+from portllm.study.parts.check import CheckSettings
+from portllm.study.parts.theory import TheorySettings
+from portllm.study.results.markdown import render_page
+from portllm.study.results.table import tabulate
+from tests.study.definition.test_plan import STUDY
+
+RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "retrained": 0.9}
+"""Share of rows that are right, by the patch that is on."""
+
+
+def results_of(step):
+    """What a step found: rows seeded by its name."""
+    generator = np.random.default_rng(list(step.name.encode()))
+    match step.kind:
+        case "score":
+            right = (generator.random(60) < RIGHT[step.patch]).tolist()
+            losses = (2 - np.array(right) + generator.random(60) / 9).tolist()
+            return {"correct": right, "losses": losses, "answers": ["yes" if hit else "no" for hit in right]}
+        case "drift":
+            return {"relative": 0.01, "cosine": 0.9999}
+        case "read":
+            return {"nats": float(generator.random()), "perplexity": 1.0, "n_tokens": 10}
+        case "check":
+            seed = step.seed or 0
+            text = {"cka": 0.5} if seed else {}
+            return {"verdict": "holds", "reasons": [], "weights": {"drift": 0.1 + seed / 100}, "text": text}
+        case "theory":
+            ratio = 0.5 + (step.seed or 0) / 10
+            total = {"of_delta": {"frobenius": ratio}, "of_update": {"frobenius": ratio / 100}}
+            module = {kind: {"singular_values": [3.0 * ratio, ratio]} for kind in ("ported", "retrained", "residual")}
+            return {"residual": {"total": total, "modules": {"q": module, "k": module}}}
+        case _:
+            return {}
+
+
+FOUND = {step: results_of(step) for step in steps_of(STUDY)}
+
+RESULTS = tabulate(STUDY, FOUND)
+
+
+def column(model, task, patch, field, seeds=(0, 5)):
+    names = [Step("score", model, task=task, seed=seed, patch=patch) for seed in (seeds if patch else (None,))]
+    by_name = {step.name: found for step, found in FOUND.items()}
+    return np.array([by_name[name.name][field] for name in names], dtype=float)
+
+
+def test_the_commonest_answer_of_each_model_stands_with_its_share():
+    row = RESULTS.tasks[1]
+    share = column("chain.2", "a", "add", "correct").mean()
+    assert row.scored["ported"].answers == {"yes": pytest.approx(share), "no": pytest.approx(1 - share)}
+    assert f"| yes: {100 * share:.0f} % |" in render_page(RESULTS)
+
+
+def test_answers_that_are_texts_are_not_counted():
+    texts = {
+        step: found | ({"answers": [f"text {n}" for n in range(60)]} if step.kind == "score" else {})
+        for step, found in FOUND.items()
+    }
+    results = tabulate(STUDY, texts)
+    assert results.tasks[0].scored["ported"].answers == {}
+    assert "commonest answer" not in render_page(results)
+
+
+def test_means_are_over_rows_and_seeds_and_the_spread_is_over_seeds():
+    row = RESULTS.tasks[1]
+    assert (row.evolution, row.link, row.task, row.method, row.seeds) == ("chain", 2, "a", "add", (0, 5))
+    ported = column("chain.2", "a", "add", "correct")
+    assert row.scored["ported"].accuracy.value == pytest.approx(ported.mean())
+    assert row.scored["ported"].by_seed == pytest.approx(ported.mean(axis=1))
+    assert row.scored["ported"].spread == pytest.approx(ported.mean(axis=1).std(ddof=1))
+    assert row.scored["ported"].accuracy.low < ported.mean() < row.scored["ported"].accuracy.high
+    assert row.scored["base"].spread is None
+    assert row.scored["evolved"].loss.value == pytest.approx(column("chain.2", "a", None, "losses").mean())
+
+
+def test_differences_retention_and_flips_are_of_the_same_rows():
+    row = RESULTS.tasks[1]
+    patched, ported = column("base", "a", "patched", "correct"), column("chain.2", "a", "add", "correct")
+    retrained, evolved = column("chain.2", "a", "retrained", "correct"), column("chain.2", "a", None, "correct")
+    assert row.change.value == pytest.approx((ported - patched).mean())
+    assert row.behind.value == pytest.approx((ported - retrained).mean())
+    assert row.negative_flips == pytest.approx(((patched > ported).sum(axis=1)).mean())
+    means = {"ported": ported.mean(axis=0).tolist(), "retrained": retrained.mean(axis=0).tolist()}
+    assert row.accuracy_retention == retention(evolved=evolved[0].tolist(), **means)
+    gain = (ported.mean() - evolved.mean()) / (retrained.mean() - evolved.mean())
+    assert row.accuracy_retention.value == pytest.approx(gain)
+    assert row.loss_retention.value == pytest.approx(gain, abs=0.1)
+
+
+def test_checks_are_means_over_seeds_of_what_all_of_them_measured():
+    assert {row.checked for row in RESULTS.tasks} == {None}
+    study = replace(STUDY, check=CheckSettings())
+    row = tabulate(study, {step: results_of(step) for step in steps_of(study)}).tasks[0]
+    assert row.checked.verdicts == ("holds", "holds")
+    assert row.checked.weights == {"drift": pytest.approx(0.125)}
+    assert row.checked.text == {}
+
+
+def test_residuals_are_means_over_seeds_where_theory_is_measured():
+    assert {row.residual_of_delta for row in RESULTS.tasks} == {None}
+    study = replace(STUDY, theory=TheorySettings())
+    some = {step: results_of(step) for step in steps_of(study) if step.kind == "theory" and step.model == "chain.2"}
+    results = tabulate(study, some)
+    assert results.tasks[1].residual_of_delta == pytest.approx((0.5 + 1.0) / 2)
+    assert results.tasks[1].residual_of_update == pytest.approx((0.5 + 1.0) / 200)
+    assert results.tasks[0].residual_of_delta is None
+    assert "| chain 2 | a | 0.750 | 7.50e-03 |" in render_page(results)
+    assert "Port residual" not in render_page(RESULTS)
+
+
+def test_spectra_are_mean_squares_over_modules_and_seeds():
+    study = replace(STUDY, theory=TheorySettings())
+    found = {step: results_of(step) for step in steps_of(study) if step.kind == "theory" and step.model == "chain.2"}
+    row = tabulate(study, found).tasks[1]
+    assert row.spectra.residual == pytest.approx((3 * (0.625**0.5), 0.625**0.5))  # seeds 0 and 5: ratios 0.5 and 1.0
+    assert RESULTS.tasks[1].spectra is None
+
+
+def test_seeds_that_are_not_done_are_left_out_and_nothing_is_invented():
+    some = {step: found for step, found in FOUND.items() if step.name != "score_chain.1_a_s5_retrained"}
+    row = tabulate(STUDY, some).tasks[0]
+    assert (row.seeds, len(row.scored["retrained"].by_seed)) == ((0,), 1)
+    nothing = tabulate(STUDY, {})
+    assert nothing.n_done == 0
+    assert {row.change for row in nothing.tasks} == {row.drift for row in nothing.models} == {None}
+    assert {len(row.scored) for row in nothing.tasks} == {0}
+
+
+def test_results_are_json_without_infinities():
+    same = {step: {**found, "correct": [True] * 30 + [False] * 30} if "correct" in found else found
+            for step, found in FOUND.items()}  # fmt: skip
+    flat = tabulate(STUDY, same)
+    for results in (RESULTS, flat, tabulate(STUDY, {})):
+        assert json.loads(json.dumps(results.to_json(), allow_nan=False))["n_done"] == results.n_done
+    assert flat.tasks[0].accuracy_retention.value is None
+
+
+def test_the_page_has_a_line_for_every_row_and_a_curve_for_every_chain():
+    page = render_page(RESULTS).splitlines()
+    assert page[0] == "# A study"
+    assert sum(line.startswith("| chain 2, add |") for line in page) == 3 * 2  # accuracy, loss, answers of two tasks
+    assert sum(line.startswith("| chain | b-c, add | loss |") for line in page) == 1
+    assert not any(line.startswith("| old | a, add |") for line in page)  # one link is no chain
+    tables = [line for line in page if line.startswith("|")]
+    assert not any("nan" in line or "inf" in line or "None" in line for line in tables)
+    assert not any("Published" in line for line in page)
+
+
+def test_a_page_of_a_study_that_is_not_finished_says_so():
+    page = render_page(tabulate(STUDY, {}))
+    assert f"Not finished: 0 of {len(FOUND)} steps are done." in page
+
+
+def test_published_numbers_stand_beside_with_their_provenance():
+    page = render_page(replace(RESULTS, compare="paper-mistral-7b"))
+    assert "second-hand" in page
+    assert "| gsm8k |  |  | 15.16 | 41.32 | 34.95 |" in page
+
+
+def test_steps_are_estimated_by_those_of_their_kind_and_task():
+    done = {Step("score", "base", task="a"): 1.0, Step("score", "base", task="b-c"): 5.0}
+    left = [Step("score", "chain.1", task="a"), Step("score", "chain.1", task="c"), Step("drift", "chain.1")]
+    estimated = estimate(left, done)
+    assert (estimated.seconds, estimated.n_unknown) == (1.0 + 3.0, 1)
