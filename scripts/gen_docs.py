@@ -216,7 +216,7 @@ def render_families() -> str:
 
     parts = [
         "# Families of models",
-        "Written by `scripts/gen_docs.py` from `src/portllm/checkpoint/model/families/*.toml`; change those, not this page.",
+        "Written by `scripts/gen_docs.py` from `checkpoint/model/families/*.toml`; change those, not this page.",
         "A family says how the tensors of its models are called and laid out. The *current* name of a tensor is the "
         "one it has in\nthe model that transformers 5 builds; PEFT's keys are made of it. A file or an adapter may "
         "spell it otherwise: PortLLM\nreads every spelling below, on either side, and writes a model in the spelling "

@@ -62,9 +62,9 @@ def test_the_models_are_read_once_for_all_patches(port_team, monkeypatch):
     import portllm.matching.update
 
     identified = []
-    identify = portllm.patch.identify.identify
+    identify = portllm.matching.update.identify
     monkeypatch.setattr(
-        "portllm.patch.identify.identify", lambda model: identified.append(model.name) or identify(model)
+        "portllm.matching.update.identify", lambda model: identified.append(model.name) or identify(model)
     )
     port_team()
     assert len(identified) == len(set(identified)) == 2

@@ -30,6 +30,7 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
 
 
 def open_gguf(path: Path, *, name: str, folder: Path | None) -> Checkpoint:
+    """Open the model in a GGUF file."""
     from portllm.checkpoint.gguf.tensors import open_gguf_model
 
     model = open_gguf_model(path)

@@ -8,11 +8,11 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.patch import Patch
 from portllm.probing.expansion import SKETCH, expand
-from portllm.probing.loss_line import LossLine, measure_line
 from portllm.probing.port_residual import port_residual
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.folder import model_folder
+from portllm.running.loss_line import LossLine, measure_line
 from portllm.running.model import (
     Device,
     PeftModel,

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from portllm.probing.loss_line import LossLine, blended, measure_line
+from portllm.running.loss_line import LossLine, blended, measure_line
 from tests.models import logits, make_adapter
 
 FLOAT64_NOISE = 1e-10
