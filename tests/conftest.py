@@ -5,7 +5,9 @@ run of the pure tests alone needs neither.
 """
 
 import gc
+import itertools
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-
 from portllm.assess.held_out import rank_agreement
+
 from portllm.checking.forecast import forecaster_from_json
 from portllm.files.kept_results import with_versions
 from portllm.study.definition.file import read_study
