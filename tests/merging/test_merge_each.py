@@ -10,7 +10,7 @@ import torch
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading.spans import SpanReader
-from portllm.checkpoint.safetensors import writer
+from portllm.files import output_folder
 from portllm.checkpoint.safetensors.writer import ShardWriter
 from portllm.errors import (
     CheckpointError,
@@ -202,7 +202,7 @@ def test_room_is_promised_once(patches, tiny, tmp_path, monkeypatch):
     into, given = open_checkpoint(tiny("base")), {name: patches()["plain"] for name in "abc"}
     n_bytes = sum(info.n_bytes for info in into.infos.values())
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(0, 0, int(2.5 * n_bytes)))
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda folder: usage(0, 0, int(2.5 * n_bytes)))
     found = merge_each(under(tmp_path, given), into=into)
     assert isinstance(found[tmp_path / "c"], PlanRefusedError)
     assert "Make room" in str(found[tmp_path / "c"])
