@@ -250,7 +250,7 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(patches, t
         folder = tmp_path / str(n_bytes)
         for name in given:
             (folder / name).mkdir(parents=True)
-            (folder / name / "old").write_bytes(b"old")
+            (folder / name / "patch.json").write_bytes(b"old")
 
         def run(n_bytes=n_bytes, folder=folder):
             write, seen = ShardWriter._write, 0
@@ -266,7 +266,7 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(patches, t
             merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
 
         assert in_child(run) == -signal.SIGKILL
-        assert contents(folder / "head") == contents(folder / "plain") == {"old": b"old"}
+        assert contents(folder / "head") == contents(folder / "plain") == {"patch.json": b"old"}
         started.clear()
         merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
         assert contents(folder) == expected
