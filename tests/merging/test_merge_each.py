@@ -10,7 +10,6 @@ import torch
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading.spans import SpanReader
-from portllm.files import output_folder
 from portllm.checkpoint.safetensors.writer import ShardWriter
 from portllm.errors import (
     CheckpointError,
@@ -20,6 +19,7 @@ from portllm.errors import (
     OutputExistsError,
     PlanRefusedError,
 )
+from portllm.files import output_folder
 from portllm.merging import blocks
 from portllm.merging import merge as merging
 from portllm.merging import with_torch as changes
@@ -254,7 +254,7 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(deaths, pa
         folder = tmp_path / str(n_bytes)
         for name in given:
             (folder / name).mkdir(parents=True)
-            (folder / name / "old").write_bytes(b"old")
+            (folder / name / "patch.json").write_bytes(b"old")
 
         def run(n_bytes=n_bytes, folder=folder):
             write, seen = ShardWriter._write, 0
@@ -270,7 +270,7 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(deaths, pa
             merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
 
         assert in_child(run) == -signal.SIGKILL
-        assert contents(folder / "head") == contents(folder / "plain") == {"old": b"old"}
+        assert contents(folder / "head") == contents(folder / "plain") == {"patch.json": b"old"}
         started.clear()
         merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
         assert contents(folder) == expected

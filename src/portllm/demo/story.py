@@ -3,6 +3,7 @@
 Every number comes from the run, or from an earlier run's record whose key proves that it is the same work.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,12 +30,14 @@ from portllm.demo.settings import (
     SCORED_ROWS,
     TRAIN,
 )
+from portllm.errors import OutputError, OutputExistsError
 from portllm.evaluating.compare import Comparison, Contestants, score_all, set_side_by_side
 from portllm.evaluating.evaluate import plan_evaluation
 from portllm.evaluating.names import BASE as ALONE
 from portllm.evaluating.names import PORTED
 from portllm.evaluating.scoring import Scores, Task
 from portllm.files.kept_results import Kept, keep
+from portllm.files.own_files import require_real
 from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.written import checkpoint_identity, patch_identity
@@ -51,6 +54,7 @@ DATA = resources.files("portllm.demo") / "data"
 TRAINING_ROWS = "clinic-train.jsonl"
 HELD_OUT_ROWS = "clinic-heldout.jsonl"
 EVOLUTION_TEXT = "mathematics.jsonl"
+STEPS = "steps"
 FORMAT = ExampleFormat(prompt=PROMPT, completion=COMPLETION)
 
 FIRST_STEPS = 5
@@ -107,6 +111,13 @@ def tell(
             did them.
         progress: Told of what goes on within a step.
     """
+    if folder.is_dir() and os.listdir(folder) and not (folder / STEPS).is_dir():
+        raise OutputExistsError(f"'{folder}': is there already, and is no demo's folder. Name another with --output.")
+    require_real(folder, STEPS)
+    try:
+        (folder / STEPS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"'{folder}': cannot be written to: {error.strerror}.") from error
     teller = _Teller(folder, on_step, progress)
     base = open_checkpoint(BASE, progress=progress)
     teller.train("train", base, teller.patch, progress=estimating(progress, on_estimate))
@@ -148,7 +159,7 @@ class _Teller:
 
     def __init__(self, folder: Path, on_step: Callable[[Step], None], progress: Progress) -> None:
         self.steps: dict[str, Kept] = {}
-        self._records = folder / "steps"
+        self._records = folder / STEPS
         self.patch, self.evolved, self.ported = folder / "patch", folder / "evolved", folder / "ported"
         self.merged, self.retrained = folder / "merged", folder / "retrained"
         self._on_step = on_step
