@@ -1,33 +1,28 @@
 """JSON files of others, read with a limit on their size."""
 
-import os
 from pathlib import Path
 
+from portllm.checkpoint.reading.bytes import MAX_CONFIG_BYTES, read_json_text
 from portllm.errors import CheckpointError
 from portllm.files.json_text import parse_json
 
 MAX_JSON_BYTES = 64_000_000
+"""Twice the largest `tokenizer.json` and index that are around, of 33 MB."""
 
 
 def read_json(
-    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, infinities: bool = False
+    file: Path,
+    *,
+    error: type[CheckpointError] | type[Exception] = CheckpointError,
+    infinities: bool = False,
+    most_bytes: int = MAX_JSON_BYTES,
 ) -> dict[str, object]:
     """A JSON object from a file that nobody vouches for; `infinities` as for `json_text.parse_json`.
 
     Raises:
-        error: The file is none (a pipe could be waited for forever), is too large, is not
-            JSON that every reader reads alike, or is not an object.
+        error: As `read_json_text`; or it is not JSON that every reader reads alike, or not an object.
     """
-    try:
-        if file.exists() and not file.is_file():
-            raise error(f"'{file}': is not a file. Fetch or write it again.")
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            text = stream.read(min(size, MAX_JSON_BYTES) + 1)  # as much room is made as is asked for
-    except OSError as problem:
-        raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
-    if len(text) > MAX_JSON_BYTES:
-        raise error(f"'{file}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+    text = read_json_text(file, error=error, most_bytes=most_bytes)
     try:
         value = parse_json(text, infinities=infinities)
     except ValueError as problem:
@@ -43,4 +38,4 @@ def read_config(file: Path) -> dict[str, object]:
     Raises:
         CheckpointError: As `read_json`.
     """
-    return read_json(file, infinities=True)
+    return read_json(file, infinities=True, most_bytes=MAX_CONFIG_BYTES)
