@@ -21,6 +21,7 @@ from portllm.errors import (
     MissingTensorError,
     NotFoundError,
 )
+from portllm.files import json_file
 from portllm.files.json_file import read_json
 from portllm.patch.adapter_folder import load_patch
 from tests.safetensors_files import file_bytes, rewrite_header, write_tensors
@@ -215,7 +216,7 @@ def test_a_config_that_is_not_an_object_is_refused(sharded):
 def test_a_json_file_that_is_too_large_is_not_read(sharded, monkeypatch):
     with pytest.raises(IndexFileError, match="at most 10 are read"):
         read_json(sharded / INDEX_FILE, error=IndexFileError, most_bytes=10)
-    monkeypatch.setattr(raw_files, "MAX_JSON_VALUES", 2)
+    monkeypatch.setattr(json_file, "MAX_JSON_VALUES", 2)
     with pytest.raises(IndexFileError, match="holds more than 2 values"):
         read_json(sharded / INDEX_FILE, error=IndexFileError)
 

@@ -1,13 +1,20 @@
 """JSON files of others, read with a limit on their size."""
 
+import os
 from pathlib import Path
 
-from portllm.checkpoint.reading.bytes import MAX_CONFIG_BYTES, read_json_text
 from portllm.errors import CheckpointError
 from portllm.files.json_text import parse_json
 
 MAX_JSON_BYTES = 64_000_000
 """Twice the largest `tokenizer.json` and index that are around, of 33 MB."""
+
+
+MAX_JSON_VALUES = 6_000_000
+"""Three times what the largest of them holds. A value takes some 200 bytes of Python's memory, however short it is."""
+
+MAX_CONFIG_BYTES = 8_000_000
+"""Of a configuration: the largest that are around, with thousands of labels or added tokens, have one or two."""
 
 
 def read_json(
@@ -39,3 +46,26 @@ def read_config(file: Path) -> dict[str, object]:
         CheckpointError: As `read_json`.
     """
     return read_json(file, infinities=True, most_bytes=MAX_CONFIG_BYTES)
+
+
+def read_json_text(
+    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, most_bytes: int = MAX_JSON_BYTES
+) -> bytes:
+    """The content of a JSON file, which is not so large that what is made of it could fill a machine's memory.
+
+    Raises:
+        error: The file is none (a pipe could be waited for forever), cannot be read, or is too large.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise error(f"'{file}': is not a file. Fetch or write it again.")
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            text = stream.read(min(size, most_bytes) + 1)  # as much room is made as is asked for
+    except OSError as problem:
+        raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
+    if len(text) > most_bytes:
+        raise error(f"'{file}': has {size} bytes; at most {most_bytes} are read.")
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise error(f"'{file}': holds more than {MAX_JSON_VALUES} values; no file of a model has so many.")
+    return text

@@ -16,11 +16,10 @@ from types import CodeType
 from typing import cast
 
 from portllm.checkpoint.model.checkpoint import CONFIG_FILE, Checkpoint
-from portllm.checkpoint.reading.bytes import read_json_text
 from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.errors import AdapterFormatError, CheckpointError
-from portllm.files.json_file import read_config
+from portllm.files.json_file import read_config, read_json_text
 from portllm.files.source import RemoteFile
 from portllm.patch.adapter_config import UNDERSTOOD_FIELDS
 from portllm.patch.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
