@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from safetensors.torch import load_file
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.open import open_checkpoint
-from portllm.errors import OutputExistsError, PlanRefusedError
+from portllm.errors import OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
 from portllm.running.examples import ExampleFormat
@@ -17,6 +18,7 @@ from portllm.training.lora import TrainSettings
 from portllm.training.train import train
 from tests.language import make_reader
 from tests.models import make_adapter, make_evolved
+from tests.safetensors_files import contents
 
 FORMAT = ExampleFormat(prompt="{question} Kind:", completion="kind")
 ROWS = [
@@ -85,6 +87,25 @@ def test_a_patch_of_more_than_lora_is_not_started_from(world, tmp_path):
     dora = capture_adapter(adapter, base=world["base"], out=tmp_path / "patch")
     with pytest.raises(PlanRefusedError, match="more than LoRA deltas"):
         train(world["base"], data=world["data"], fmt=FORMAT, out=tmp_path / "no", start=dora, device="cpu")
+
+
+def test_a_patch_does_not_replace_the_rows_or_the_patch_that_it_is_trained_on(world, tmp_path):
+    rows = shutil.copy(world["data"], shutil.copytree(world["patch"].name, tmp_path / "patch"))
+    start = load_patch(tmp_path / "patch")
+    teacher = Teacher(world["base"], start)
+    before = contents(tmp_path)
+    for work in (
+        lambda out: train(world["base"], data=Path(rows), fmt=FORMAT, out=out, device="cpu", overwrite=True),
+        lambda out: train(
+            world["base"], data=world["data"], fmt=FORMAT, out=out, start=start, device="cpu", overwrite=True
+        ),
+        lambda out: distil(
+            world["base"], data=world["data"], prompt=FORMAT.prompt, teacher=teacher, out=out, overwrite=True
+        ),
+    ):
+        with pytest.raises(OutputError, match="which is read for the output"):
+            work(tmp_path / "patch")
+    assert contents(tmp_path) == before
 
 
 def test_a_refreshed_patch_is_closer_to_the_old_tuned_model_and_says_who_taught_it(world, tmp_path):
