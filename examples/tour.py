@@ -98,7 +98,7 @@ except portllm.PortLLMError as error:
     print(error)
 
 
-def sign(key: Path) -> Path:
+def sign(key: str) -> Path:
     """A signature by a key of one's own."""
     return portllm.sign("ported", portllm.KeySigner(key), overwrite=True)
 
