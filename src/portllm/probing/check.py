@@ -56,6 +56,10 @@ def check(
         raise PortLLMError("check: prompt goes with a file of prompts as text, and settings with text. Leave it out.")
     opened = [load_patch(patch) for patch in patches]
     old, new = (open_checkpoint(model, progress=progress) for model in (base, evolved))
+    if isinstance(text, str | Path):
+        from portllm.probing.probe import read_domain
+
+        text = read_domain(Path(text), opened, template=prompt)
     report = check_weights(
         *opened,
         base=old,
@@ -67,14 +71,14 @@ def check(
     )
     if text is None:
         return report
-    from portllm.probing.probe import add_text, read_domain  # runs models
+    from portllm.probing.probe import add_text  # runs models, which weights alone do not need
 
     return add_text(
         report,
         opened,
         base=old,
         evolved=new,
-        prompts=read_domain(Path(text), opened, template=prompt) if isinstance(text, str | Path) else text,
+        prompts=text,
         settings=settings,
         allow_other_base=allow_other_base,
         device=device,
