@@ -11,16 +11,15 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
-from portllm.running.examples import ExampleFormat
 from portllm.running.model import load_tokenizer
 from portllm.training.distil import Teacher, distil
 from portllm.training.lora import TrainSettings
-from portllm.training.train import train
+from portllm.training.request import train
 from tests.language import make_reader
 from tests.models import make_adapter, make_evolved
 from tests.safetensors_files import contents
 
-FORMAT = ExampleFormat(prompt="{question} Kind:", completion="kind")
+FORMAT = {"prompt": "{question} Kind:", "completion": "kind"}
 ROWS = [
     {"question": "what causes measles?", "kind": "cause"},
     {"question": "how is a fever treated?", "kind": "treatment"},
@@ -42,7 +41,7 @@ def world(tmp_path_factory):
         data = folder / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         settings = TrainSettings(rank=2, alpha=3, use_rslora=True, learning_rate=3e-2, steps=20)
-        patch, _ = train(base, data=data, fmt=FORMAT, out=folder / "patch", settings=settings, device="cpu")
+        patch, _ = train(base, data=data, **FORMAT, out=folder / "patch", settings=settings, device="cpu")
         evolved = open_checkpoint(evolved)
         ported = port(patch, evolved=evolved, out=folder / "ported")
     return {"base": base, "evolved": evolved, "patch": patch, "ported": ported, "data": data}
@@ -56,7 +55,7 @@ def test_a_ported_patch_that_is_not_moved_is_the_same_and_the_record_says_where_
     started, _ = train(
         world["evolved"],
         data=world["data"],
-        fmt=FORMAT,
+        **FORMAT,
         out=tmp_path / "started",
         settings=STILL,
         start=world["ported"],
@@ -78,7 +77,7 @@ def test_a_ported_patch_that_is_not_moved_is_the_same_and_the_record_says_where_
 
 def test_a_patch_of_another_base_is_refused_and_told_to_be_ported(world, tmp_path):
     with pytest.raises(PlanRefusedError, match="portllm port"):
-        train(world["evolved"], data=world["data"], fmt=FORMAT, out=tmp_path / "no", start=world["patch"], device="cpu")
+        train(world["evolved"], data=world["data"], **FORMAT, out=tmp_path / "no", start=world["patch"], device="cpu")
     assert not (tmp_path / "no").exists()
 
 
@@ -86,7 +85,7 @@ def test_a_patch_of_more_than_lora_is_not_started_from(world, tmp_path):
     adapter = load_patch(make_adapter(world["base"].folder, tmp_path / "dora", use_dora=True))
     dora = capture_adapter(adapter, base=world["base"], out=tmp_path / "patch")
     with pytest.raises(PlanRefusedError, match="more than LoRA deltas"):
-        train(world["base"], data=world["data"], fmt=FORMAT, out=tmp_path / "no", start=dora, device="cpu")
+        train(world["base"], data=world["data"], **FORMAT, out=tmp_path / "no", start=dora, device="cpu")
 
 
 def test_a_patch_does_not_replace_the_rows_or_the_patch_that_it_is_trained_on(world, tmp_path):

@@ -18,6 +18,7 @@ from portllm.certifying.bounds import change_interval, upper_bound
 from portllm.errors import CertificateError
 from portllm.files.json_file import read_json
 from portllm.files.seal import render_sealed, seal_problem
+from portllm.notebook import ShownInNotebook
 from portllm.patch.record import ModelIdentity, identity_from_json, identity_to_json
 
 CERTIFICATE_FILE = "certificate.json"
@@ -133,7 +134,7 @@ class TokenCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
+class Certificate(ShownInNotebook):
     """What a port can have lost.
 
     Attributes:
@@ -165,6 +166,9 @@ class Certificate:
     labels: LabelCounts | None
     tokens: TokenCounts | None
     device: str
+
+    def __repr__(self) -> str:
+        return f"Certificate(loss_bound={self.loss_bound}, confidence={self.confidence}, n={self.n}, met={self.met})"
 
     @property
     def loss_bound(self) -> float | None:
@@ -258,13 +262,13 @@ def certificate_from_json(values: Mapping[str, Any], *, where: str) -> Certifica
     )
 
 
-def read_certificate(folder: Path) -> Certificate:
+def read_certificate(folder: str | Path) -> Certificate:
     """The certificate in a folder, checked against schema, seal and arithmetic.
 
     Raises:
         CertificateError: The file is missing or damaged, or says what cannot be.
     """
-    file = folder / CERTIFICATE_FILE
+    file = Path(folder) / CERTIFICATE_FILE
     values = read_json(file, error=CertificateError)
     certificate = certificate_from_json(values, where=str(file))
     problems = [problem for problem in (seal_problem(values), *arithmetic_problems(certificate)) if problem]
