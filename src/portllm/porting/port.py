@@ -1,17 +1,15 @@
-"""Carry a patch to an evolved model: plan, run the method module by module, write the adapter with its new record."""
+"""Carry a patch to an evolved model: plan, run the method, write the adapter with its new record."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from portllm import __version__
-from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
-from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import refuse
 from portllm.files.output_folder import check_apart, staged_folder
-from portllm.matching.compatibility import taken_copies, taken_tie
+from portllm.matching.compatibility import taken_copies
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
@@ -19,6 +17,7 @@ from portllm.patch.finite import require_finite
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import Route
+from portllm.porting.inputs import gather, left_out, settled
 
 
 def port(
@@ -69,44 +68,23 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     refuse(plan.refusals)
     check_apart(out, plan.files)
     require_finite(plan.patch)
-    patch = plan.patch
-    require_equal(() if plan.base is None else taken_copies(patch, plan.base))
-    deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
-    ported = replace(patch, name=str(out), deltas=deltas)
+    require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
     with staged_folder(out, overwrite=overwrite) as folder:
-        if plan.base is None or (patch.is_relative and plan.tokens is None):
-            _write(folder, plan, ported)
-        else:
-            _write_rebased(folder, plan, ported, base=plan.base)
+        ported = plan.method.port(*gather(plan))
+        with settled(ported.patch, folder) as patch:
+            write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
+            write_record(folder, _record(plan, patch, ported.evidence))
     return load_patch(out)
 
 
-def _write_rebased(folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, base: Checkpoint) -> None:
-    # What is held whole needs weights, and so torch; most patches do without both.
-    from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
-    from portllm.porting.whole_values import rebase
-
-    base, evolved = on_disk(base), on_disk(plan.evolved)
-    require_equal((*taken_tie(plan.patch, base), *taken_tie(plan.patch, evolved)))
-    with Spool(folder / SPOOL_FILE) as spool:
-        moved = rebase(ported, base=base, evolved=evolved, tokens=plan.tokens, spool=spool)
-        _write(folder, plan, moved.patch, left_out=moved.left_out)
-
-
-def _write(
-    folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, left_out: Mapping[str, tuple[str, ...]] | None = None
-) -> None:
-    """Write the ported patch and its record."""
+def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, float]) -> PatchRecord:
     before = plan.patch.record
-    record = PatchRecord(
+    found = {**plan.evidence, **evidence}
+    step = PortStep(plan.source, plan.target, plan.method.id, found, left_out(plan), plan.choice)
+    return PatchRecord(
         base=plan.target,
         capture=before.capture if before else Capture("adapter"),
-        ports=(
-            *(before.ports if before else ()),
-            PortStep(plan.source, plan.target, plan.method.id, plan.evidence, left_out or {}, plan.choice),
-        ),
+        ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
         program=__version__,
     )
-    write_patch(folder, ported, base_name=plan.target.name, base_revision=plan.target.revision)
-    write_record(folder, record)
