@@ -93,7 +93,7 @@ def _evidence(report: PatchReport) -> dict[str, float]:
         "cosine_with_drift": report.alignment.cosine,
         "relative_size": report.relative_size,
         "quantization_gap": None if report.quantization is None else report.quantization.ratio,
-        **{f"overlap_{side}": share.share for side, share in (report.overlaps or {}).items()},
+        **{f"overlap_{side}": share.share for side, share in report.overlaps.items()},
     }
     if drift is not None:
         found |= {"drift": drift.relative.value, "drift_error": drift.relative.error, "cosine": drift.cosine.value}
