@@ -7,13 +7,14 @@ from portllm import __version__
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import refuse
-from portllm.files.output_folder import check_apart, staged_folder
+from portllm.errors import PortLLMError, refuse
+from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.matching.compatibility import taken_copies
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
+from portllm.patch.folders import Where, each
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import Route
@@ -63,10 +64,43 @@ def port(
     return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite)
 
 
+def port_each(
+    patches: Mapping[Where, PatchLike],
+    *,
+    evolved: ModelLike,
+    base: ModelLike | None = None,
+    method: str = "add",
+    force: bool = False,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+) -> dict[Where, Patch[TensorInfo] | PortLLMError]:
+    """Carry patches to an evolved model; what is read of the models is read once for all of them.
+
+    Each becomes what `port` makes of it, and one that fails stops no other.
+
+    Args:
+        patches: What to carry, by the folder of the new patch.
+        evolved: Where to.
+        base: As for `port`, and so are the others.
+        method: Likewise.
+        force: Likewise.
+        allow_other_base: Likewise.
+        overwrite: Likewise.
+
+    Returns:
+        For each folder the ported patch, or the error that `port` would have raised.
+
+    Raises:
+        PortError: There is no such method, or `force` is given with another than `auto`.
+    """
+    update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
+    route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
+    return each(patches, lambda out, patch: run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite))
+
+
 def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
     """Carry out a plan; see `port`."""
-    refuse(plan.refusals)
-    check_apart(out, plan.files)
+    require_port(plan, out, overwrite=overwrite)
     require_finite(plan.patch)
     require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
     with staged_folder(out, overwrite=overwrite) as folder:
@@ -75,6 +109,13 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
             write_record(folder, _record(plan, patch, ported.evidence))
     return load_patch(out)
+
+
+def require_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> None:
+    """Raise what `run_port` would raise before it reads the patch."""
+    refuse(plan.refusals)
+    check_apart(out, plan.files)
+    check_free(out, overwrite=overwrite)
 
 
 def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, float]) -> PatchRecord:

@@ -158,8 +158,8 @@ def add_text(
         )
     )
     found = zip(report.patches, fits, strict=True)
-    patches = (_with_text(report.update, one, next(measured)) if fit else one for one, fit in found)
-    return replace(report, patches=tuple(patches))
+    more = (_with_text(report.update, one, next(measured)) if fit else one for one, fit in found)
+    return replace(report, patches=tuple(more))
 
 
 def _with_text(update: UpdateReport, report: PatchReport, text: TextMeasures) -> PatchReport:
