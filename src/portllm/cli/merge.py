@@ -76,7 +76,6 @@ def merge(
     Several patches go each into weights of its own, in a subfolder of the output that is named like the patch's folder;
     the model is read once for all of them, and one that fails does not stop the others.
     """
-    how = _rounding(rounding, seed), device.value
     if undo is not None:
         if patches or into is not None or output is not None or in_place or dry_run:
             raise typer.BadParameter("--undo DIR stands alone.")
@@ -88,8 +87,8 @@ def merge(
 
         options = MergeOptions(
             dtype=None if dtype is None else dtype.value,
-            rounding=how[0],
-            device=how[1],
+            rounding=_rounding(rounding, seed),
+            device=device.value,
             shard_bytes=int(max_shard_size * 10**9),
             allow_other_base=allow_other_base,
         )
@@ -103,7 +102,7 @@ def merge(
         raise typer.BadParameter("--dtype, --overwrite and --quantized-base go with -o, not with --in-place.")
     else:
         _merge_in_place(
-            patches[0], Path(into), *how,
+            patches[0], Path(into), _rounding(rounding, seed), device.value,
             allow_other_base=allow_other_base, dry_run=dry_run, as_json=as_json, quiet=quiet,
         )  # fmt: skip
 
