@@ -41,6 +41,8 @@ report = portllm.check(
 # Carry it over, and look at it.
 evolved: portllm.Checkpoint = portllm.open_checkpoint("base-v2")
 ported: portllm.Patch = portllm.port(patch, evolved=evolved, base=Path("base-v1"), out="ported")
+for place, carried in portllm.port_each({"first": patch}, evolved=evolved, base="base-v1").items():
+    print(place, carried.name if isinstance(carried, portllm.Patch) else f"failed: {carried}")
 summary = portllm.inspect(evolved)
 if isinstance(summary, portllm.CheckpointSummary):
     print(summary.fingerprint, portllm.load_patch("ported").name)
