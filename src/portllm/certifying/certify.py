@@ -29,7 +29,8 @@ from portllm.errors import PlanRefusedError, PortLLMError, Refusal
 from portllm.evaluating.evaluate import unfit
 from portllm.files.output_folder import check_free, staged_folder
 from portllm.files.seal import digest_file
-from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, folder_of
+from portllm.files.source import Source
+from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
@@ -47,6 +48,7 @@ class CertifyPlan:
         respondents: The same two as folders to load.
         asked: What to ask.
         settings: As given.
+        files: What is read.
     """
 
     specialist: Side
@@ -54,6 +56,7 @@ class CertifyPlan:
     respondents: tuple[Respondent, Respondent]
     asked: Asked
     settings: CertifySettings
+    files: tuple[Source, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +149,7 @@ def run_certify(
     """Carry out a plan; see `certify`."""
     agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
     certificate = conclude(plan, agreement, device=choose_device(device).type)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         write_certificate(folder, certificate)
     return Certification(certificate=certificate, disagreements=tuple(_disagreements(plan.asked, agreement)))
 
@@ -198,6 +201,7 @@ def plan_certify(
         ),
         asked=asked,
         settings=settings,
+        files=(*base.files, *successor.files, *files_of(patch), *(() if ported is None else files_of(ported))),
     )
 
 

@@ -8,6 +8,7 @@ not be installed.
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from blake3 import blake3
 
 from portllm.errors import NotFoundError, OutputError
 from portllm.files.cache import CACHE_VARIABLE, cache_root
+from portllm.files.input_file import read_input
+from portllm.files.json_text import parse_json
 from portllm.progress import Progress, silent
 
 CONVERSION = 1
@@ -101,10 +104,10 @@ def _content_key(source: Path, record: Path) -> str:
     """
     status = source.stat()
     stamp = [str(source), status.st_size, status.st_mtime_ns, CONVERSION]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        remembered = json.loads(record.read_text(encoding="utf-8"))
-        if remembered["stamp"] == stamp:
-            return str(remembered["key"])
+    with contextlib.suppress(OSError, ValueError):
+        match parse_json(read_input(record)):
+            case {"stamp": found, "key": str(key)} if found == stamp and re.fullmatch("[0-9a-f]{12}", key):
+                return key
     digest = blake3(f"conversion {CONVERSION}\n".encode())
     digest.update_mmap(source)
     key = digest.hexdigest()[:12]

@@ -19,8 +19,10 @@ from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
 from portllm.errors import CheckpointError, NotFoundError
 from portllm.progress import Progress, silent
+from portllm.show.printable import is_utf8
 
 BUILTIN_PREFIX = "builtin:"
+
 
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
@@ -39,6 +41,8 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
         RemoteError: The hub cannot be reached, or denies access.
     """
     name = str(where)
+    if not is_utf8(name):
+        raise NotFoundError(f"{name!r}: is not UTF-8, and no record could name it. Give the folder another name.")
     if name.startswith(BUILTIN_PREFIX):
         return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
     path = Path(where)

@@ -11,8 +11,9 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.evaluating.compare import Comparison, Contestants, compare
 from portllm.evaluating.scoring import Scored
+from portllm.files.input_file import unchanged
 from portllm.matching.compatibility import base_mismatch, misfits, unmatchable
-from portllm.patch.adapter_folder import folder_of
+from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
@@ -54,18 +55,22 @@ def evaluate(
         PlanRefusedError: A patch does not fit the model that it is to be put on, with every reason.
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows do not fit.
+        InputChangedError: A file of theirs changed meanwhile.
     """
-    contestants = plan_evaluation(
-        base=base,
-        patch=patch,
-        evolved=evolved,
-        ported=ported,
-        retrained=retrained,
-        merged=merged,
-        allow_other_base=allow_other_base,
-        progress=progress,
-    )
-    return compare(contestants, task, device=device, seed=seed, progress=progress)
+    patches = [given for given in (patch, ported, retrained) if given is not None]
+    models = [given for given in (base, evolved, merged) if given is not None]
+    with unchanged(file for files in (*map(files_of, patches), *(model.files for model in models)) for file in files):
+        contestants = plan_evaluation(
+            base=base,
+            patch=patch,
+            evolved=evolved,
+            ported=ported,
+            retrained=retrained,
+            merged=merged,
+            allow_other_base=allow_other_base,
+            progress=progress,
+        )
+        return compare(contestants, task, device=device, seed=seed, progress=progress)
 
 
 def plan_evaluation(

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from portllm.errors import OutputError, OutputExistsError, Refusal
-from portllm.files.source import Source
+from portllm.files.input_file import require_unchanged
+from portllm.files.source import LocalFile, Source
 from portllm.files.staging import Journal, Place, Staged, begin, remove
+from portllm.show.printable import is_utf8
 
 
 @contextlib.contextmanager
-def staged_folder(final: Path, *, overwrite: bool, wait: bool = False) -> Iterator[Path]:
+def staged_folder(final: Path, *, overwrite: bool, inputs: Iterable[Source] = (), wait: bool = False) -> Iterator[Path]:
     """A fresh folder beside `final` that takes its name when the block ends, and vanishes if the block fails.
 
     What a run that died left there is removed, and what it was about to replace gets its name back.
@@ -21,30 +23,39 @@ def staged_folder(final: Path, *, overwrite: bool, wait: bool = False) -> Iterat
     Args:
         final: The folder to be.
         overwrite: Replace what is there; it stays whole until the new folder is.
+        inputs: What is read for it. It lies elsewhere, and is the same at the end as when it was opened.
         wait: For another run that writes there, to its end.
 
     Raises:
         OutputExistsError: `final` exists and `overwrite` is False.
         OutputBusyError: Another run writes there, and `wait` is False.
-        OutputError: The parent folder is missing or cannot be written.
+        OutputError: The parent folder is missing or cannot be written, or an input lies in `final`.
+        InputChangedError: An input changed while it was read.
     """
-    with resumable_folder(final, overwrite=overwrite, plan=None, wait=wait) as staged:
+    with resumable_folder(final, overwrite=overwrite, plan=None, inputs=inputs, wait=wait) as staged:
         yield staged.folder
 
 
 @contextlib.contextmanager
-def resumable_folder(final: Path, *, overwrite: bool, plan: str | None, wait: bool = False) -> Iterator[Staged]:
+def resumable_folder(
+    final: Path, *, overwrite: bool, plan: str | None, inputs: Iterable[Source] = (), wait: bool = False
+) -> Iterator[Staged]:
     """As `staged_folder`, but what a run that was interrupted or died has finished stays for the next of the same plan.
 
     Args:
         final: The folder to be.
         overwrite: Replace what is there; it stays whole until the new folder is.
         plan: Digest of all that the output depends on, or None: nothing is ever kept.
+        inputs: As for `staged_folder`.
         wait: For another run that writes there, to its end.
 
     Raises:
-        OutputExistsError, OutputBusyError, OutputError: As `staged_folder`.
+        OutputExistsError, OutputBusyError, OutputError, InputChangedError: As `staged_folder`.
     """
+    inputs = tuple(inputs)
+    if not is_utf8(final.name):
+        raise OutputError(f"{str(final)!r}: is not UTF-8, and no record could name it. Choose another name.")
+    check_apart(final, inputs)
     check_free(final, overwrite=overwrite)
     place = Place(final if final.name not in ("", "..") else final.resolve())
     with _journal(place, wait=wait) as journal:
@@ -57,6 +68,7 @@ def resumable_folder(final: Path, *, overwrite: bool, plan: str | None, wait: bo
         try:
             yield staged
             check_free(final, overwrite=overwrite)
+            require_unchanged(inputs)
             place.take()
         except BaseException as error:
             place.settle(journal.inode)
@@ -103,10 +115,10 @@ def check_apart(final: Path, inputs: Iterable[Source]) -> None:
     place = Place(final.resolve())
     places = (place.final, place.part, place.old) if place.final.name else (place.final,)
     for file in inputs:
-        if not isinstance(file, Path):
+        if not isinstance(file, LocalFile):
             continue
         # A file may be a link out of its folder, as in the cache of the Hugging Face Hub; neither end may be lost.
-        ends = (file.parent.resolve() / file.name, file.resolve())
+        ends = (file.path.parent.resolve() / file.path.name, file.path.resolve())
         if any(place in end.parents for end in ends for place in places):
             raise OutputError(f"'{final}': holds '{file}', which is read for the output. Write to another folder.")
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from portllm.errors import OutputBusyError, OutputError
+from portllm.files.json_text import parse_json
 
 FORMAT = 1
 """Version of the journal's layout; a part of another version is removed."""
@@ -283,7 +284,10 @@ def _parse_line(line: bytes) -> Mapping[str, object] | None:
     digest, _, text = line.decode("utf-8", "replace").removesuffix("\n").partition(" ")
     if not line.endswith(b"\n") or digest != _line_digest(text):
         return None
-    value = json.loads(text)
+    try:
+        value = parse_json(text.encode())
+    except ValueError:
+        return None
     return value if isinstance(value, dict) else None
 
 

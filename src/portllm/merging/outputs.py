@@ -76,7 +76,8 @@ class Output:
         Raises:
             OutputError: It cannot be had.
         """
-        self._staged = self.opened.enter_context(resumable_folder(self.out, overwrite=overwrite, plan=digest))
+        staged = resumable_folder(self.out, overwrite=overwrite, plan=digest, inputs=self.plan.files)
+        self._staged = self.opened.enter_context(staged)
         found = {shard.file: _finished(self._staged, shard) for shard in self.plan.shards}
         finished = {file: facts for file, facts in found.items() if facts is not None}
         self._staged.keep(finished)
@@ -205,5 +206,8 @@ def _finished(staged: Staged, shard: Shard) -> Facts | None:
         written = {name: digest_tensor(info) for name, info in read_header(file).tensors.items()}
     except (OSError, CheckpointError):
         return None
-    facts = Facts.from_json(staged.finished[shard.file])
+    try:
+        facts = Facts.from_json(staged.finished[shard.file])
+    except (ValueError, TypeError):
+        return None
     return facts if facts.written == written else None

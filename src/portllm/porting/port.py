@@ -9,7 +9,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import refuse
-from portllm.files.output_folder import check_apart, staged_folder
+from portllm.files.output_folder import staged_folder
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
@@ -63,12 +63,11 @@ def port(
 def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
     """Carry out a plan; see `port`."""
     refuse(plan.refusals)
-    check_apart(out, plan.files)
     require_finite(plan.patch)
     patch = plan.patch
     deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
     ported = replace(patch, name=str(out), deltas=deltas)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         if plan.base is None or (patch.is_relative and plan.tokens is None):
             _write(folder, plan, ported)
         else:

@@ -12,6 +12,20 @@ JOINERS = "\u200c\u200d"
 """Signs without a width that decide how their neighbors are written, in Persian, Hindi and emoji."""
 
 
+def is_utf8(text: str) -> bool:
+    r"""Whether a text can be written to a file: the name of one may hold bytes that stand for no character.
+
+    Example:
+        >>> is_utf8("modèle"), is_utf8("mod\udce8le")
+        (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_line(text: str) -> str:
     r"""A text that a file may have had a hand in, on one line, with every character that cannot be printed escaped.
 

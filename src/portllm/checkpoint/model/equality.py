@@ -1,14 +1,13 @@
 """Do two stored tensors hold the same numbers? All of them on disk; on a server, as far as samples tell."""
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
 from portllm.checkpoint.reading.decoding import decode_floats
 from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
-from portllm.files.source import Source
+from portllm.files.source import RemoteFile
 
 BLOCK_ELEMENTS = 1 << 23
 WINDOWS = 16
@@ -31,7 +30,7 @@ def same_values(left: TensorInfo, right: TensorInfo) -> bool:
     widened = left.encoding is None is right.encoding and left.dtype in WIDENED and right.dtype in WIDENED
     if not (_stored_alike(left, right) or (widened and left.shape == right.shape)):
         return False
-    return _compared(left, right, _version(left.file), _version(right.file))
+    return _compared(left, right)
 
 
 def _stored_alike(left: TensorInfo, right: TensorInfo) -> bool:
@@ -44,18 +43,11 @@ def _stored_alike(left: TensorInfo, right: TensorInfo) -> bool:
     )
 
 
-def _version(file: Source) -> tuple[int, int] | None:
-    """What changes when a file does; None for one on a server, which is read at one commit."""
-    if not isinstance(file, Path):
-        return None
-    facts = file.stat()
-    return facts.st_size, facts.st_mtime_ns
-
-
 @lru_cache(maxsize=256)
-def _compared(left: TensorInfo, right: TensorInfo, *versions: tuple[int, int] | None) -> bool:
-    """Whether both are equal; many parts of one run ask, and it is remembered while the files stay as they are."""
-    return _windows_equal(left, right) if None in versions else _all_equal(left, right)
+def _compared(left: TensorInfo, right: TensorInfo) -> bool:
+    """Whether both are equal; many parts of one run ask, and it is remembered for the files in the state they have."""
+    is_remote = any(isinstance(info.file, RemoteFile) for info in (left, right))
+    return _windows_equal(left, right) if is_remote else _all_equal(left, right)
 
 
 def _all_equal(left: TensorInfo, right: TensorInfo) -> bool:
