@@ -62,7 +62,9 @@ def test_by_hand_an_adapter_is_a_delta_with_its_scale(adapter):
     assert (delta.rank, delta.shape, delta.scale, delta.n_params) == (2, (5, 3), 3.0, 16)
     assert (read_bytes(delta.a), read_bytes(delta.b)) == tuple(data for _, _, data in FACTORS.values())
     assert (patch.n_params, patch.record, patch.base_copies) == (16, None, {})
-    assert files_of(patch) == (adapter() / "adapter_model.safetensors",)
+    (file,) = files_of(patch)
+    assert file.path == adapter() / "adapter_model.safetensors"
+    assert [other.name for other in file.described_by] == ["adapter_config.json"]
 
 
 def test_the_factors_of_an_adapter_of_peft_are_all_there(tiny):

@@ -138,10 +138,11 @@ def test_line_separators_of_unicode_inside_a_text_do_not_end_a_row(write):
         ("true", "is a boolean; expected an object"),
         ('{"question": "a", "type": "b"', "is not JSON"),
         ('{"question": "a", "type": "b"} {}', "is not JSON: Extra data at character 32"),
-        ('{"question": "a", "type": NaN}', "is not JSON: 'NaN' is not a number"),
-        ('{"question": "a", "type": "b", "type": "c"}', "field 'type' stands twice"),
-        ("[" * 100_000, "is nested too deeply"),
+        ('{"question": "a", "type": NaN}', "is no row: NaN is not JSON"),
+        ('{"question": "a", "type": "b", "type": "c"}', "is no row: 'type' stands twice"),
+        ("[" * 100_000, "is no row: it is nested too deeply"),
         (b'{"question": "\xff", "type": "b"}', "byte 15 is not UTF-8"),
+        (rb'{"question": "\ud800", "type": "b"}', "is no row: it holds half of a surrogate pair"),
     ],
 )
 def test_a_row_that_does_not_fit_is_told_with_its_line_and_reason(write, line, problem):

@@ -20,7 +20,7 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
-from portllm.files.output_folder import check_apart, check_free, staged_folder
+from portllm.files.output_folder import check_free, staged_folder
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
 from portllm.patch.adapter_tensors import WEIGHT
@@ -114,8 +114,8 @@ def run_capture_tuned(
         check_free(out, overwrite=overwrite)
         here = (on_disk(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned))
         plan = plan_capture_tuned(*here, rank=plan.rank, max_rank=plan.max_rank, dense=plan.dense)
-    check_apart(out, (*plan.base.files, *plan.tuned.files))
-    with staged_folder(out, overwrite=overwrite) as folder:
+    inputs = (*plan.base.files, *plan.tuned.files)
+    with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder:
         require_equal((*plan.base.stored_twice, *plan.tuned.stored_twice), progress=progress)
         with Spool(folder / SPOOL_FILE) as spool:
             report = _capture(plan, folder, spool, progress)

@@ -28,6 +28,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
 from portllm.evaluating.evaluate import unfit
+from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
@@ -49,7 +50,7 @@ class CertifyPlan:
         respondents: The same two as folders to load.
         asked: What to ask.
         settings: As given.
-        reads: The files that all this comes from.
+        files: What is read.
     """
 
     specialist: Side
@@ -57,7 +58,7 @@ class CertifyPlan:
     respondents: tuple[Respondent, Respondent]
     asked: Asked
     settings: CertifySettings
-    reads: tuple[Source, ...]
+    files: tuple[Source, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +149,10 @@ def run_certify(
     plan: CertifyPlan, out: Path, *, device: Device = "auto", overwrite: bool = False, progress: Progress = silent
 ) -> Certification:
     """Carry out a plan; see `certify`."""
-    check_apart(out, plan.reads)
+    check_apart(out, plan.files)
     agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
     certificate = conclude(plan, agreement, device=choose_device(device).type)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         write_certificate(folder, certificate)
     return Certification(certificate=certificate, disagreements=tuple(_disagreements(plan.asked, agreement)))
 
@@ -203,7 +204,13 @@ def plan_certify(
         ),
         asked=asked,
         settings=settings,
-        reads=(data, *base.files, *successor.files, *files_of(patch), *(() if ported is None else files_of(ported))),
+        files=(
+            local_file(data),
+            *base.files,
+            *successor.files,
+            *files_of(patch),
+            *(() if ported is None else files_of(ported)),
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
-from portllm.files.output_folder import check_apart, staged_folder
+from portllm.files.output_folder import staged_folder
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.capture import Captured
@@ -180,8 +180,8 @@ def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progre
     """Carry out a plan; see `combine`."""
     if plan.refusals:
         raise PlanRefusedError(plan.refusals)
-    check_apart(out, [file for patch in plan.patches for file in files_of(patch)])
-    with staged_folder(out, overwrite=overwrite) as folder, one_thread():
+    inputs = [file for patch in plan.patches for file in files_of(patch)]
+    with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder, one_thread():
         with Spool(folder / SPOOL_FILE) as spool:
             report = _combine(plan, folder, spool, progress)
         return replace(report, record=write_record(folder, report.record))

@@ -59,6 +59,7 @@ def evaluate(
         PlanRefusedError: A patch does not fit the model that it is to be put on, with every reason.
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows do not fit.
+        InputChangedError: A file of theirs changed meanwhile.
     """
     old = load_patch(patch)
     if isinstance(rows, str | Path):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import PortLLMError
+from portllm.files.input_file import read_input
+from portllm.files.json_text import parse_json
 from portllm.files.own_files import write_text
 
 PROGRAMS = ("portllm", "torch", "transformers", "peft")
@@ -104,10 +106,18 @@ def read_record(place: Path) -> Record | None:
     """The record in a file; None where there is none that is whole."""
     # The program's own file: damage to it means no more than that the work is done again.
     try:
-        value = json.loads(place.read_text(encoding="utf-8"))
-        return Record(value["inputs"], value["files"], value["seconds"], value["result"])
-    except (OSError, ValueError, TypeError, KeyError):
+        value = parse_json(read_input(place))
+    except (OSError, ValueError):
         return None
+    match value:
+        case {
+            "inputs": dict(inputs),
+            "files": str(files),
+            "seconds": int() | float() as seconds,
+            "result": dict(result),
+        }:
+            return Record(inputs, files, float(seconds), result)
+    return None
 
 
 def with_versions(inputs: Mapping[str, object]) -> dict[str, Any]:

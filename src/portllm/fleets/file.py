@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Literal, TypeAlias
 import fastjsonschema
 
 from portllm.errors import FleetFileError, UnknownMethodError
+from portllm.files.input_file import read_toml
 from portllm.files.toml_text import line_of, meant
 from portllm.methods.table import method_named
 
@@ -51,8 +51,7 @@ def read_fleet_file(file: Path) -> FleetFile:
         FleetFileError: It cannot be read, is not TOML, or breaks the schema; with every problem, line and key.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
+        text, values = read_toml(file)
     except OSError as error:
         raise FleetFileError(f"'{file}': cannot be read: {error.strerror}. Name the fleet's TOML file.") from error
     except ValueError as error:  # of TOML, which names the line, or of UTF-8

@@ -1,6 +1,5 @@
 """What became of a fleet's cells, in one JSON file beside their outputs: the next run does only what is missing."""
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from typing import Any
 
 from portllm import __version__
 from portllm.errors import FleetFileError
+from portllm.files.json_text import parse_json
 from portllm.files.seal import render_sealed, seal_problem
 from portllm.fleets.plan import FORMAT, FleetRow
 from portllm.fleets.storage import join, read_text, write_text
@@ -29,9 +29,9 @@ def read_state(output: str) -> dict[str, FleetRow]:
     if text is None:
         return {}
     try:
-        values = json.loads(text)
+        values = parse_json(text.encode())
         if isinstance(values, dict) and seal_problem(values) is None and values["format"] == FORMAT:
-            return {values["folder"]: _row(values) for values in values["cells"]}
+            return {row.folder: row for row in map(_row, values["cells"])}
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise FleetFileError(

@@ -71,7 +71,8 @@ class Output:
         Raises:
             OutputError: It cannot be had.
         """
-        self._staged = self.opened.enter_context(resumable_folder(self.out, overwrite=overwrite, plan=digest))
+        staged = resumable_folder(self.out, overwrite=overwrite, plan=digest, inputs=self.plan.files)
+        self._staged = self.opened.enter_context(staged)
         found = {shard.file: _finished(self._staged, shard) for shard in self.plan.shards}
         finished = {file: facts for file, facts in found.items() if facts is not None}
         self._staged.keep(finished)

@@ -19,11 +19,12 @@ from portllm.checkpoint.model.checkpoint import MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.model.families import order_of
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.header import parse_header, render_header
-from portllm.checkpoint.safetensors.header_file import read_header_text
+from portllm.checkpoint.safetensors.header_file import describing, read_header_text, size_of
 from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
 from portllm.errors import AdapterFormatError, PatchRecordError
-from portllm.files.json_file import read_json
+from portllm.files.json_file import MAX_CONFIG_BYTES, read_json
+from portllm.files.json_text import is_utf8
 from portllm.files.seal import digest_file, render_sealed, seal_problem
 from portllm.files.source import Source
 from portllm.patch.adapter_config import parse_adapter_config
@@ -69,11 +70,15 @@ class AdapterOpener:
         path = Path(folder)
         name = str(folder)
         revision = None
+        if not is_utf8(name):
+            raise AdapterFormatError(f"{name!r}: is not UTF-8, and no record could name it. Give it another name.")
         if names_hub(name):
             path, revision = _fetch(name)
         _require_files(path, name)
-        fields, file = read_json(path / CONFIG_FILE, error=AdapterFormatError), path / TENSOR_FILE
-        header, file_bytes = read_header_text(file)
+        described_by = describing(file for file in (path / CONFIG_FILE, path / RECORD_FILE) if os.path.isfile(file))
+        fields = read_json(path / CONFIG_FILE, error=AdapterFormatError, most=MAX_CONFIG_BYTES)
+        header, file = read_header_text(path / TENSOR_FILE, described_by=described_by)
+        file_bytes = size_of(file)
         recipe = header, file_bytes, repr(fields)  # as text: 1 and True are equal, and only one of them is a rank
         if self._last is not None and self._last[0] == recipe:
             patch = self._last[1].mapped(lambda info: info.in_file(file))
@@ -133,7 +138,7 @@ def read_record(folder: Path) -> PatchRecord | None:
         PatchRecordError: The file breaks the schema, or its seal does not fit what it says.
     """
     file = folder / RECORD_FILE
-    if not file.exists():
+    if not os.path.exists(file):
         return None
     values = read_json(file, error=PatchRecordError)
     record = parse_record(values, where=str(file))
@@ -293,14 +298,18 @@ def _require_files(path: Path, name: str) -> None:
         raise AdapterFormatError(
             f"'{name[:MAX_NAME_LENGTH]}': no such folder. A patch is a folder with {CONFIG_FILE} and {TENSOR_FILE}."
         )
-    if not (path / CONFIG_FILE).is_file():
+    if not os.path.isfile(path / CONFIG_FILE):
         inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
         hint = f" Its subfolder '{inner}' is one: give that." if inner else ""
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE}, so it is not an adapter folder.{hint}")
-    _require_read(os.listdir(path), name)
-    if (path / TENSOR_FILE).is_file():
+    try:
+        there = os.listdir(path)
+    except OSError as error:
+        raise AdapterFormatError(f"'{name}': cannot be looked into: {error.strerror}.") from error
+    _require_read(there, name)
+    if os.path.isfile(path / TENSOR_FILE):
         return
-    if (path / PICKLE_FILE).is_file():
+    if os.path.isfile(path / PICKLE_FILE):
         raise AdapterFormatError(
             f"'{name}': holds {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, convert "
             'it once: python -c "import torch, safetensors.torch as s; '

@@ -103,7 +103,7 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     require_port(plan, out, overwrite=overwrite)
     require_finite(plan.patch)
     require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         ported = plan.method.port(*gather(plan))
         with settled(ported.patch, folder) as patch:
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)

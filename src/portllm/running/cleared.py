@@ -20,7 +20,7 @@ from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.errors import AdapterFormatError, CheckpointError
 from portllm.files.json_file import read_config, read_json_text
-from portllm.files.source import RemoteFile
+from portllm.files.source import LocalFile
 from portllm.patch.adapter_config import UNDERSTOOD_FIELDS
 from portllm.patch.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from portllm.patch.adapter_folder import TENSOR_FILE, load_patch, stored_tensors
@@ -113,7 +113,7 @@ def cleared_model(checkpoint: Checkpoint) -> Iterator[Path]:
     if generation := _only(_read(folder / GENERATION_FILE), GENERATION_FIELDS):
         files[GENERATION_FILE] = generation
     links = [folder / INDEX_FILE] if not (folder / SINGLE_FILE).is_file() else []
-    links += [file for file in checkpoint.files if not isinstance(file, RemoteFile)]
+    links += [file.path for file in checkpoint.files if isinstance(file, LocalFile)]
     with _folder(files, links=links) as cleared:
         yield cleared
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from portllm.errors import OutputError, OutputExistsError
+from portllm.files.input_file import read_input
+from portllm.files.json_text import parse_json
 from portllm.files.kept_results import Record
 from portllm.files.own_files import open_locked, require_real, write_text
 from portllm.progress import Progress, silent
@@ -182,10 +184,13 @@ def default_folder(file: Path) -> Path:
 def study_identities(out: Path) -> Identities:
     """What the results in a folder came from, as its last run noted it; of nothing where none did."""
     try:
-        values = json.loads((out / IDENTITIES).read_text(encoding="utf-8"))
-        return Identities(values["base"], values["data"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return Identities("", {})  # nothing has been run, or nobody knows with what: no record is of these
+        values = parse_json(read_input(out / IDENTITIES))
+    except (OSError, ValueError):
+        values = None
+    match values:
+        case {"base": str(base), "data": dict(data)}:
+            return Identities(base, data)
+    return Identities("", {})  # nothing has been run, or nobody knows with what: no record is of these
 
 
 def _write(file: Path, values: object) -> None:

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from blake3 import blake3
-
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
+from portllm.files.input_file import local_file, unchanged
 from portllm.files.output_folder import check_apart, check_free
 from portllm.matching.compatibility import misfits, strangers
 from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
@@ -18,7 +17,7 @@ from portllm.patch.low_rank import is_plain
 from portllm.patch.patch import Patch
 from portllm.patch.record import record_to_json
 from portllm.progress import Progress, silent
-from portllm.running.examples import Example, ExampleFormat, read_examples
+from portllm.running.examples import Example, ExampleFormat, digested, read_examples
 from portllm.running.folder import model_folder
 from portllm.running.model import Device
 from portllm.training.lora import TrainReport, TrainSettings, train_lora
@@ -59,15 +58,13 @@ def train_on_rows(
         OutputExistsError: `out` exists; said before any work is done.
     """
     check_free(out, overwrite=overwrite)
-    check_apart(out, [data])
-    recorded = {
-        "prompt": fmt.prompt,
-        "completion": fmt.completion,
-        "data": f"blake3:{blake3(data.read_bytes()).hexdigest()}",
-    }
+    check_apart(out, [local_file(data)])
+    with digested(data) as digest:
+        examples = read_examples(data, fmt)
+    recorded = {"prompt": fmt.prompt, "completion": fmt.completion, "data": digest}
     return train_on(
         base,
-        read_examples(data, fmt),
+        examples,
         out=out,
         recorded=recorded,
         settings=settings,
@@ -148,7 +145,8 @@ def capture_training(
     folder = model_folder(base, progress=progress)
     with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
         adapter = Path(scratch) / "adapter"
-        report = run(folder, adapter)
+        with unchanged(() if start is None else files_of(start)):
+            report = run(folder, adapter)
         ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
         began = {} if start is None else _began_with(start)
         patch = capture_adapter(

@@ -48,7 +48,7 @@ def test_bytes_of_a_dtype_that_is_not_computed_with_are_read_and_its_values_refu
 
 
 def test_a_file_that_is_gone_or_cut_short_is_told(infos):
-    (file,) = {info.file for info in infos.values()}
+    (file,) = {info.file.path for info in infos.values()}
     with RowReader() as reader:
         reader.rows(infos["w"], 0, 1)
         file.write_bytes(file.read_bytes()[:-4])

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from portllm.errors import StudyFileError, UnknownMethodError
+from portllm.files.input_file import read_toml
 from portllm.files.toml_text import line_of, meant
 from portllm.methods.table import method_named
 from portllm.study.definition.paper import published
@@ -29,8 +29,7 @@ def read_study(file: Path) -> Study:
         StudyFileError: It cannot be read, is not TOML, or says what a study cannot be; with every problem.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
+        text, values = read_toml(file)
     except OSError as error:
         raise StudyFileError(f"'{file}': cannot be read: {error.strerror}. Name the study's TOML file.") from error
     except ValueError as error:  # of TOML, which names the line, or of UTF-8
