@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 from portllm.checkpoint.model.names import is_embedding
@@ -313,6 +314,7 @@ def _patterns_in(name: str, value: object) -> list[NamePattern]:
     return []
 
 
+@lru_cache(maxsize=1 << 14)  # a configuration may give each module a rank of its own
 def _at_the_end(pattern: str) -> NamePattern:
     """For modules whose name, or the end of it from a dot on, matches a pattern."""
     return NamePattern(pattern, before=r"(.*\.)?(", after=")$")

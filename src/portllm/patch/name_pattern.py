@@ -11,15 +11,15 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from portllm.errors import AdapterFormatError
 
 if TYPE_CHECKING:
-    from regex import Match, Pattern
+    from regex import Match
 
 MATCH_SECONDS = 1.0
 """Of one name; the patterns of training programs take microseconds."""
@@ -46,7 +46,7 @@ for expression, whole in patterns:
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NamePattern:
     """A regular expression of a configuration, as PEFT uses it.
 
@@ -67,7 +67,7 @@ class NamePattern:
         """All of it."""
         return f"{self.before}{self.written}{self.after}"
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it is a name, so that no engine can take long."""
         return _PLAIN.fullmatch(self.written) is not None
@@ -80,15 +80,18 @@ class NamePattern:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what a later version of Python may read otherwise
                 re.compile(self.expression)
-        except (re.error, RecursionError, OverflowError):
+                if self.is_plain:
+                    return None
+                if _READ_OTHERWISE.search(self.written):
+                    return "not all engines read alike; write it without braces around words and without '[:'"
+                if _written_out(self.written) > MAX_WRITTEN_OUT:
+                    return "could take long to match; repeat groups less often"
+                self._find("")
+        except TimeoutError:
+            return "takes long to match"
+        except (re.error, RecursionError, OverflowError, ValueError):
             return "is not a regular expression"
-        if self.is_plain:
-            return None
-        if _READ_OTHERWISE.search(self.written):
-            return "not all engines read alike; write it without braces around words and without '[:'"
-        if _written_out(self.written) > MAX_WRITTEN_OUT:
-            return "could take long to match; repeat groups less often"
-        return None if _compiled(self.expression) else "is not a regular expression that can be bounded in time"
+        return None
 
     def match(self, name: str) -> "re.Match[str] | Match[str] | None":
         r"""The match of a name, as PEFT would find it.
@@ -100,18 +103,28 @@ class NamePattern:
             >>> NamePattern(r"(?:\w+\.)*q", whole=True).match("h.0.q")[0]
             'h.0.q'
         """
-        if self.is_plain:
-            plain = _compiled_name(self.expression)
-            return plain.fullmatch(name) if self.whole else plain.match(name)
-        compiled = _compiled(self.expression)
-        assert compiled is not None, self
         try:
-            return (compiled.fullmatch if self.whole else compiled.match)(name, timeout=MATCH_SECONDS)
+            return self._find(name)
         except TimeoutError:
             raise AdapterFormatError(
                 f"adapter_config.json: {self.written[:60]!r} takes more than {MATCH_SECONDS:g} s to match the name "
                 f"{name[:60]!r}. Name the modules in a list, or write a simpler expression."
             ) from None
+
+    @cached_property
+    def _find(self) -> "Callable[[str], re.Match[str] | Match[str] | None]":
+        if self.is_plain:
+            plain = re.compile(self.expression)
+            return plain.fullmatch if self.whole else plain.match
+        # Where all patterns are names, as nearly always, the library is not needed.
+        import regex
+
+        try:
+            compiled = regex.compile(self.expression, regex.VERSION0)
+        except regex.error as error:
+            raise ValueError(str(error)) from error
+        found = compiled.fullmatch if self.whole else compiled.match
+        return lambda name: found(name, timeout=MATCH_SECONDS)
 
 
 def takes_python_long(patterns: Iterable[NamePattern], names: Iterable[str]) -> bool:
@@ -142,20 +155,3 @@ def _written_out(text: str) -> int:
         else:
             letters += count
     return groups * (len(text) + letters) if groups > 1 else letters
-
-
-_compiled_name = lru_cache(maxsize=1 << 14)(re.compile)
-"""Python keeps 512, and a configuration may give each module a rank of its own."""
-
-
-@lru_cache(maxsize=1 << 14)
-def _compiled(expression: str) -> "Pattern[str] | None":
-    # Where all patterns are names, as nearly always, the library is not needed.
-    import regex
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return regex.compile(expression, regex.VERSION0)
-    except (regex.error, RecursionError, OverflowError):
-        return None
