@@ -114,6 +114,6 @@ def unfit(
     allow_other_base: bool,
 ) -> Iterator[Refusal]:
     """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
-    yield from unmatchable(patch, option=option)
+    yield from unmatchable(patch, model, option=option)
     yield from misfits(patch, model)
     yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)

@@ -303,9 +303,9 @@ def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
     )
 
 
-def unmatchable(patch: Patch[TensorInfo], *, option: str) -> Iterator[Refusal]:
-    """Why PEFT must not put a patch on any model: it could take forever to find the modules."""
-    if patch.config.is_costly_elsewhere:
+def unmatchable(patch: Patch[TensorInfo], model: Checkpoint, *, option: str) -> Iterator[Refusal]:
+    """Why PEFT must not put a patch on a model: it could take forever to find the modules."""
+    if patch.config.takes_peft_long(tensor.rpartition(".")[0] for tensor in model.infos):
         yield Refusal(
             option,
             f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
@@ -365,4 +365,4 @@ def strangers(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Ite
             f"{patch.name} belongs to {belongs.name} ({belongs.fingerprint}), not to {base.name} "
             f"({given.fingerprint}). Name that model, or carry the patch over first with 'portllm port'.",
         )
-    yield from unmatchable(patch, option=option)
+    yield from unmatchable(patch, base, option=option)

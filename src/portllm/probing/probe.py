@@ -106,7 +106,9 @@ def measure_text(
         )
     update = Update(base, evolved)
     plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
-    refusals = [refusal for plan in plans for refusal in (*plan.refusals, *unmatchable(plan.patch, option="PATCH"))]
+    refusals = [
+        refusal for plan in plans for refusal in (*plan.refusals, *unmatchable(plan.patch, base, option="PATCH"))
+    ]
     if refusals:
         raise PlanRefusedError(refusals)
     read = [*base.files, *evolved.files, *(file for patch in patches for file in files_of(patch))]

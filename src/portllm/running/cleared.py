@@ -10,7 +10,7 @@ import dis
 import inspect
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import cast
@@ -148,15 +148,15 @@ def cleared_tokenizer(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def cleared_adapter(folder: Path) -> Iterator[Path]:
-    """A folder with what may pass of an adapter: its tensors, and the fields that this program understands.
+def cleared_adapter(folder: Path, modules: Iterable[str]) -> Iterator[Path]:
+    """A folder with what may pass of an adapter onto these modules: its tensors, and the fields that are understood.
 
     Raises:
         PatchError: It is not an adapter that is understood whole and fits its base as it is.
         AdapterFormatError: PEFT could take forever over its patterns, or would make more of it than its tensors hold.
     """
     patch = load_patch(folder)
-    if patch.config.is_costly_elsewhere:
+    if patch.config.takes_peft_long(modules):
         raise AdapterFormatError(
             f"'{folder}': PEFT could take forever over the patterns of its '{ADAPTER_CONFIG_FILE}'. "
             "Name the modules without patterns."
