@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 LIVE := $(VENV)/.installed-live
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test check bench clean venv format lint types layers docs tests
+.PHONY: help demo test check bench clean venv format lint types layers docs tests plain
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ demo: $(LIVE) ## the whole story on a small real model, offline, on a CPU
 test: $(DEV) ## the default tests and the examples in the docstrings
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
-check: format lint types layers docs tests ## the gate: format, lint, types, layers, docs, tests
+check: format lint types layers docs tests plain ## the gate: format, lint, types, layers, docs, tests
 
 bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside its peers (an hour; BENCH=--record)
 	@$(BIN)/python -m bench.cost
@@ -56,6 +56,10 @@ docs: $(DEV)
 tests: $(DEV)
 	@echo '== tests'
 	@$(BIN)/python -m pytest -n auto --dist worksteal
+
+plain: $(DEV)
+	@echo '== tests that touch numbers, as on the plainest processor'
+	@PORTLLM_PLAIN=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON): not found; install Python 3.11 or newer' \

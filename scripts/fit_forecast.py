@@ -1,7 +1,7 @@
 """Fits the forecast that `portllm check` shows, from the results of a study that has a table [check].
 
     portllm study run studies/forecast-smollm2.toml --data DATA
-    python scripts/fit_forecast.py studies/forecast-smollm2.toml
+    python -m scripts.fit_forecast studies/forecast-smollm2.toml
     python scripts/gen_docs.py
 
 The first takes its time, and goes on where it was stopped; the second writes `src/portllm/checking/forecast.json` from
@@ -18,13 +18,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from portllm.assess.held_out import Forecasts, coverage, forecast_held_out, mean_miss, rank_agreement, regret
 from portllm.checking.forecast import ACCURACY, FILE, LOSS, TEXT, WEIGHTS, forecaster_to_json
-from portllm.checking.forecast_model import Cell, Feature, fit
+from portllm.checking.forecast_model import Feature
 from portllm.measures.thresholds import SHORT_DRIFT
 from portllm.study.definition.variants import PORTED, RETRAINED
 from portllm.study.results.table import Results, TaskRow
 from portllm.study.run import study_results
+from scripts.forecast.fit import Cell, fit
+from scripts.forecast.held_out import Forecasts, coverage, forecast_held_out, mean_miss, rank_agreement, regret
 
 OUT = Path(__file__).parents[1] / "src" / "portllm" / "checking" / FILE
 

@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from portllm.assess.held_out import Forecasts, coverage, mean_miss
 from portllm.checking.forecast import ACCURACY, LOSS, TEXT, WEIGHTS, shipped
 from portllm.checking.forecast_model import Forecast
 from portllm.study.results.table import Results, TaskRow
 from portllm.study.run import study_results
 from scripts.fit_forecast import has_lost, read_cells
+from scripts.forecast.held_out import Forecasts, coverage, mean_miss
 from scripts.gen_docs import table
 
 Rows = list[tuple[str, ...]]

@@ -4,12 +4,22 @@
 run of the pure tests alone needs neither.
 """
 
+import gc
 import itertools
 import os
 import shutil
+import sys
+from dataclasses import dataclass
 
 import pytest
-import torch
+
+from tests import checked, plain
+
+if plain.ASKED_FOR:
+    plain.be_plain()
+checked.check_types()
+
+import torch  # noqa: E402 (it reads the processor once, when it is loaded)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -18,6 +28,20 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would compile what the t
 torch.set_num_threads(1)
 
 CACHES = itertools.count()
+
+os.fsync = lambda file: None  # what a killed process has written outlives it; only the machine's own death would not
+
+
+def pytest_ignore_collect(collection_path):
+    """On the plainest processor, files of tests that touch no numbers are left out."""
+    is_file = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if plain.ASKED_FOR and is_file and not plain.touches_numbers(collection_path.read_text()) else None
+
+
+def pytest_collection_finish():
+    """What the imports made stays to the end: no collection goes through it again, and no forked child copies it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +72,34 @@ def tiny(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call of the program came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def portllm(monkeypatch, capsys):
+    """`portllm("inspect", path)` runs a command in this process; exit status, stdout and stderr."""
+    from portllm.cli.main import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["portllm", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -34,8 +34,24 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def killed_after(seconds, work):
+    """Runs `work` in a forked process that is killed after so many seconds, wherever it is; whether it was."""
+
+    def run():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as SIGKILL: no handler runs
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        work()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    status = in_child(run)
+    assert status in (0, -signal.SIGALRM)
+    return status != 0
+
+
 def die_at_event(number, *, below):
     """Die just before the `number`-th time that this process opens, renames, removes or makes something `below`.
+
+    What has no whole path counts too: it is relative to a folder that is open.
 
     There is no way back: for children only.
     """
@@ -44,7 +60,8 @@ def die_at_event(number, *, below):
     def watch(event, arguments):
         nonlocal seen
         touches = event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "ctypes.dlsym")
-        if touches and (event == "ctypes.dlsym" or str(below) in str(arguments[0])):
+        place = str(arguments[0])
+        if touches and (event == "ctypes.dlsym" or str(below) in place or not os.path.isabs(place)):
             if seen == number:
                 die()
             seen += 1

@@ -63,8 +63,10 @@ def test_the_readme_shows_commands():
     assert len(shell_commands(read("README.md"))) > 3
 
 
-def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(tmp_path):
+def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(portllm, tmp_path, monkeypatch):
     from tests import models
+
+    monkeypatch.chdir(tmp_path)
 
     base = models.make_base(tmp_path / "base-v1")
     models.make_evolved(base, tmp_path / "base-v2", drift=0.00003)  # so little that `check` says it holds
@@ -73,15 +75,8 @@ def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(tmp_path):
         words = shlex.split(line)[1:]
         if words[0] in ("train", "evaluate"):  # these need a model that can read and write
             continue
-        done = subprocess.run(
-            [sys.executable, "-c", "from portllm.cli.main import main; main()", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        done = portllm(*words)
+        assert done.status == 0, f"{line}\n{done.err}"
     assert (tmp_path / "my-model-v2" / "model.safetensors").exists()
 
 

@@ -1,9 +1,9 @@
-"""What the demo says of a check: the verdict, what the prompts say, and what to expect."""
+"""What the demo says: how long it takes, what to expect of a check, whether merging changed anything."""
 
 import pytest
 
 from portllm.demo.story import Step
-from portllm.demo.text import render_step
+from portllm.demo.text import render_estimate, render_step
 from portllm.files.kept_results import Kept
 
 FORECAST = {
@@ -31,3 +31,14 @@ def test_the_check_of_the_demo_says_what_to_expect(agreement, forecast, said):
     head, found = render_step(Step("check", Kept(result, seconds=8.0, reused=False))).splitlines()
     assert head.startswith("check ")
     assert found.strip() == said
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(3.0, "about 1 minute."), (181.0, "about 4 minutes.")])
+def test_the_time_that_the_story_takes_is_told_in_whole_minutes(seconds, said):
+    assert said in render_estimate(seconds)
+
+
+def test_the_merged_model_is_set_beside_the_ported_patch():
+    result = {"rows": 18, "same": 17, "loss_change": -0.00251}
+    _, found = render_step(Step("agree", Kept(result, seconds=8.0, reused=False))).splitlines()
+    assert found.strip() == "17 of 18 answers are the same; the loss differs by -0.003 nats per token"

@@ -6,14 +6,14 @@ import signal
 import pytest
 
 from portllm.errors import OutputBusyError, OutputError, OutputExistsError
-from portllm.files import staging
+from portllm.files import own_files, staging
 from portllm.files.output_folder import resumable_folder, staged_folder
 from portllm.files.staging import Journal, Place, exchange
 from tests.processes import die, die_at_event, in_child
 from tests.safetensors_files import contents
 
-OLD = {"a": b"old a", "old only": b"old"}
-NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
+OLD = {"a": b"old a", "patch.json": b"old"}
+NEW = {"a": b"new a", "b.safetensors": b"new b", "c": b"new c"}
 PLAN = "a plan"
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -129,14 +129,23 @@ def test_a_finished_file_that_changed_meanwhile_is_written_again(change, tmp_pat
 @pytest.mark.parametrize("other", ["another plan", None])
 def test_what_another_plan_left_is_not_used(other, tmp_path):
     in_child(lambda: write(tmp_path / "out", before=lambda name: die() if name == "c" else None))
-    assert write(tmp_path / "out", plan=other) == ["a", "b", "c"]
+    assert write(tmp_path / "out", plan=other) == sorted(NEW)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_that_died_where_one_of_another_plan_had_died_is_gone_on_with(tmp_path):
+    for plan in ("another plan", PLAN):
+        in_child(
+            lambda plan=plan: write(tmp_path / "out", plan=plan, before=lambda name: die() if name == "c" else None)
+        )
+    assert write(tmp_path / "out") == ["c"]
     assert names(tmp_path) == ["out"]
 
 
 def test_what_a_dead_run_without_a_plan_left_is_not_used(tmp_path):
     in_child(lambda: write(tmp_path / "out", plan=None, before=lambda name: die() if name == "c" else None))
     assert names(tmp_path) == [".out.journal", ".out.part"]
-    assert write(tmp_path / "out") == ["a", "b", "c"]
+    assert write(tmp_path / "out") == sorted(NEW)
 
 
 def test_a_line_that_was_cut_off_or_damaged_is_not_believed(tmp_path):
@@ -147,9 +156,9 @@ def test_a_line_that_was_cut_off_or_damaged_is_not_believed(tmp_path):
     assert len(lines) == 4
     damaged = lines[2].replace(b"5", b"6")
     for text, kept in (
-        (whole, ["a", "b", "c"]),
-        (whole[:-1], ["a", "b"]),
-        (whole[:-30], ["a", "b"]),
+        (whole, sorted(NEW)),
+        (whole[:-1], ["a", "b.safetensors"]),
+        (whole[:-30], ["a", "b.safetensors"]),
         (lines[0] + lines[1] + damaged + lines[3], ["a"]),
         (b"", []),
         (b"\x00" * 100, []),
@@ -159,8 +168,8 @@ def test_a_line_that_was_cut_off_or_damaged_is_not_believed(tmp_path):
         read = Journal(journal)
         assert sorted(read.finished) == kept
         read.close()
-    assert write(tmp_path / "out") == ["a", "b", "c"]
-    assert names(tmp_path) == ["out"]
+    with pytest.raises(OutputError, match="nothing says that a run of this program put it there"):
+        write(tmp_path / "out")
 
 
 # ---- what a dead run between two renames leaves
@@ -173,11 +182,20 @@ def test_an_old_output_that_lost_its_name_gets_it_back(tmp_path):
     assert contents(tmp_path) == {f"out/{name}": data for name, data in OLD.items()}
 
 
-def test_an_old_output_beside_the_new_one_is_removed(tmp_path):
+@pytest.mark.parametrize("is_known", [True, False])
+def test_an_old_output_beside_the_new_one_is_removed_if_the_new_one_is_known(is_known, tmp_path):
     make_old(tmp_path / ".out.old")
     make_old(tmp_path / "out")
-    write(tmp_path / "out")
-    assert names(tmp_path) == ["out"]
+    if is_known:
+        journal = Journal(tmp_path / ".out.journal")
+        journal.begin(tmp_path / "out", None)
+        journal.close()
+        write(tmp_path / "out")
+        assert names(tmp_path) == ["out"]
+    else:
+        with pytest.raises(OutputError, match="Delete the one that you do not want"):
+            write(tmp_path / "out")
+        assert contents(tmp_path / ".out.old") == contents(tmp_path / "out") == OLD
 
 
 def test_an_output_that_somebody_made_while_the_old_one_lay_aside_is_not_decided_on(tmp_path):
@@ -274,14 +292,14 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
 def test_a_journal_that_was_deleted_while_a_run_waited_for_it_is_not_taken_for_the_lock(tmp_path, monkeypatch):
     place = Place(tmp_path / "out")
     place.journal.write_bytes(b"")
-    flock = staging.fcntl.flock
+    flock = own_files.fcntl.flock
 
     def delete_first(descriptor, how):
-        monkeypatch.setattr(staging.fcntl, "flock", flock)
+        monkeypatch.setattr(own_files.fcntl, "flock", flock)
         place.journal.unlink()  # as the run that held it does at its end
         flock(descriptor, how)
 
-    monkeypatch.setattr(staging.fcntl, "flock", delete_first)
+    monkeypatch.setattr(own_files.fcntl, "flock", delete_first)
     journal = Journal(place.journal)
     with pytest.raises(OutputBusyError):
         Journal(place.journal)
@@ -292,7 +310,7 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
     def refuse(descriptor, how):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    monkeypatch.setattr(own_files.fcntl, "flock", refuse)
     write(tmp_path / "out")
     assert state(tmp_path / "out") == NEW
 

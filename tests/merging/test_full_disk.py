@@ -37,9 +37,9 @@ def test_a_disk_that_fills_up_leaves_the_old_patch_and_nothing_else(way, n_bytes
     monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path / "no cache"))
     place = tmp_path / "place"
     (place / "out").mkdir(parents=True)
-    (place / "out" / "mine").write_text("x")
+    (place / "out" / "config.json").write_text("x")
     assert limited(n_bytes, lambda: ways[way](place / "out")) == 0
-    assert contents(place) == {"out/mine": b"x"}
+    assert contents(place) == {"out/config.json": b"x"}
     ways[way](place / "out")
     assert os.listdir(place) == ["out"]
     assert json.loads((place / "out" / "patch.json").read_text())["format"] == 1

@@ -149,13 +149,14 @@ def test_after_a_death_the_same_command_finishes_or_undo_restores(number, way_ou
     assert contents(model) == before
 
 
-def test_a_death_at_any_step_leaves_a_model_or_a_mark(model, patch, tmp_path):
-    """Each file that is opened, renamed or removed is a step; every ninth is tried."""
+@pytest.mark.parametrize("stride", [23, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_death_at_any_step_leaves_a_model_or_a_mark(stride, model, patch, tmp_path):
+    """Each file that is opened, renamed or removed is a step."""
     before = contents(model)
     finished = shutil.copytree(model, tmp_path / "finished" / "model")
     merge_in_place(patch, finished)
     after = weights(finished)
-    for number in range(0, 400, 9):
+    for number in range(0, 400, stride):
         folder = shutil.copytree(model, tmp_path / str(number) / "model")
 
         def run(number=number, folder=folder):

@@ -3,7 +3,7 @@
 import json
 import math
 
-from portllm.merging.manifest import MANIFEST_FILE, MergeReport, report_to_json, write_manifest
+from portllm.merging.manifest import MergeReport, is_manifest, render_manifest, report_to_json
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, record_to_json
 from portllm.patch.rounding import MergeSums
 
@@ -43,15 +43,20 @@ def test_by_hand_the_content_of_a_manifest():
     assert value["tensors"]["b"] == {"kept_gain": 0.75, "rounding_loss": 0.5, "relative_size": 0.2}
 
 
-def test_a_weight_of_zero_has_no_relative_size_and_the_file_stays_json(tmp_path):
-    write_manifest(tmp_path, report(), program="0.1.0")
-
+def test_a_weight_of_zero_has_no_relative_size_and_the_file_stays_json():
     def refuse(token):
         raise AssertionError(token)
 
-    value = json.loads((tmp_path / MANIFEST_FILE).read_text(), parse_constant=refuse)
+    value = json.loads(render_manifest(report(), program="0.1.0"), parse_constant=refuse)
     assert value["tensors"]["a"]["relative_size"] is None
     assert value == report_to_json(report(), program="0.1.0")
+
+
+def test_a_text_is_a_manifest_if_this_program_would_write_it():
+    text = render_manifest(report(), program="0.1.0")
+    assert is_manifest(text)
+    for other in ("", "alias ls=rm", "[]", "{}", text.replace("0.1.0", "0.1.1"), text[:-3], "[" * 10000):
+        assert not is_manifest(other)
 
 
 def test_an_adapter_without_a_record_has_none_in_the_manifest():

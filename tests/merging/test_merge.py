@@ -389,7 +389,7 @@ def test_a_patch_that_does_not_fit_is_refused_before_anything_is_written(tiny, t
 def test_an_output_that_exists_is_refused_and_kept(case, tmp_path):
     patch, into = case()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
+    (tmp_path / "out" / "patch.json").write_text("x")
     before = contents(tmp_path)
     with pytest.raises(OutputExistsError):
         merge(patch, into=into, out=tmp_path / "out")
@@ -401,9 +401,13 @@ def test_an_output_that_exists_is_refused_and_kept(case, tmp_path):
 def test_no_merge_replaces_what_it_reads(case, tiny, tmp_path):
     patch, into = case()
     before = contents(tmp_path)
-    for out in (tmp_path / "case", tmp_path / "case" / "adapter", tmp_path):
-        with pytest.raises(OutputError, match="which is read for the output"):
-            merge(patch, into=into, out=out, overwrite=True)
+    for out, reason in (
+        ("case", "is no output"),
+        ("case/adapter", "which is read for the output"),
+        ("", "is no output"),
+    ):
+        with pytest.raises(OutputError, match=reason):
+            merge(patch, into=into, out=tmp_path / out, overwrite=True)
     folder = open_checkpoint(tiny("base"))
     with pytest.raises(OutputError, match="which is read for the output"):
         merge(load_patch(tiny("adapter")), into=folder, out=tiny("base"), overwrite=True)

@@ -10,7 +10,6 @@ import torch
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading.spans import SpanReader
-from portllm.checkpoint.safetensors import writer
 from portllm.checkpoint.safetensors.writer import ShardWriter
 from portllm.errors import (
     CheckpointError,
@@ -20,6 +19,7 @@ from portllm.errors import (
     OutputExistsError,
     PlanRefusedError,
 )
+from portllm.files import output_folder
 from portllm.merging import blocks
 from portllm.merging import merge as merging
 from portllm.merging import with_torch as changes
@@ -86,8 +86,11 @@ def once(model):
     return {(str(info.file), info.name): info.n_bytes for info in model.infos.values()}
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "F32"}, {"rounding": Stochastic(3)}], ids=str)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("options", "tied"),
+    [({}, True), ({}, False), ({"dtype": "F32"}, True), ({"rounding": Stochastic(3)}, False)],
+    ids=str,
+)
 def test_each_output_is_that_of_a_merge_alone_and_the_model_is_read_once(
     options, tied, patches, tiny, tmp_path, read, monkeypatch
 ):
@@ -199,7 +202,7 @@ def test_room_is_promised_once(patches, tiny, tmp_path, monkeypatch):
     into, given = open_checkpoint(tiny("base")), {name: patches()["plain"] for name in "abc"}
     n_bytes = sum(info.n_bytes for info in into.infos.values())
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(0, 0, int(2.5 * n_bytes)))
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda folder: usage(0, 0, int(2.5 * n_bytes)))
     found = merge_each(under(tmp_path, given), into=into)
     assert isinstance(found[tmp_path / "c"], PlanRefusedError)
     assert "Make room" in str(found[tmp_path / "c"])
@@ -234,7 +237,8 @@ def test_an_output_that_another_run_writes_is_left_to_it(patches, tiny, tmp_path
 # ---- death
 
 
-def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(patches, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("deaths", [3, pytest.param(14, marks=pytest.mark.slow)])
+def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(deaths, patches, tiny, tmp_path, monkeypatch):
     into, given = open_checkpoint(tiny("base")), {name: patches()[name] for name in ("plain", "head")}
     started, start = [], ShardWriter.__init__
 
@@ -246,11 +250,11 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(patches, t
     merge_each(under(tmp_path / "whole", given), into=into, shard_bytes=SHARD_BYTES)
     expected, all_files, n_kept = contents(tmp_path / "whole"), len(started), 0
     total = sum(len(data) for name, data in expected.items() if name.endswith(".safetensors"))
-    for n_bytes in range(0, total, total // 7):
+    for n_bytes in range(0, total, total // deaths):
         folder = tmp_path / str(n_bytes)
         for name in given:
             (folder / name).mkdir(parents=True)
-            (folder / name / "old").write_bytes(b"old")
+            (folder / name / "patch.json").write_bytes(b"old")
 
         def run(n_bytes=n_bytes, folder=folder):
             write, seen = ShardWriter._write, 0
@@ -266,7 +270,7 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(patches, t
             merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
 
         assert in_child(run) == -signal.SIGKILL
-        assert contents(folder / "head") == contents(folder / "plain") == {"old": b"old"}
+        assert contents(folder / "head") == contents(folder / "plain") == {"patch.json": b"old"}
         started.clear()
         merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
         assert contents(folder) == expected

@@ -99,13 +99,14 @@ def noted(out):
 # ---- death
 
 
+@pytest.mark.parametrize("deaths", [4, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_death_at_any_byte_leaves_the_old_model_and_the_next_run_makes_the_same_bytes(
-    case, expected, tmp_path, written
+    deaths, case, expected, tmp_path, written
 ):
     total = sum(len(expected[name]) for name in shards_of(expected))
     assert len(shards_of(expected)) >= 5
     kept = 0
-    for n_bytes in [*range(0, total, total // 12), total - 1]:
+    for n_bytes in [*range(0, total, total // deaths), total - 1]:
         folder = tmp_path / str(n_bytes)
         folder.mkdir()
         before = old(folder / "out")
@@ -126,9 +127,10 @@ def test_a_death_at_any_byte_leaves_the_old_model_and_the_next_run_makes_the_sam
     assert kept > 0
 
 
-def test_a_death_at_any_step_leaves_the_old_model_or_the_new(case, expected, tmp_path):
-    """Each file that is opened, renamed or removed is a step; every seventh is tried, from the end where it matters."""
-    for number in [*range(0, 400, 7)]:
+@pytest.mark.parametrize("stride", [23, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_death_at_any_step_leaves_the_old_model_or_the_new(stride, case, expected, tmp_path):
+    """Each file that is opened, renamed or removed is a step."""
+    for number in range(0, 400, stride):
         folder = tmp_path / str(number)
         folder.mkdir()
         before = old(folder / "out")

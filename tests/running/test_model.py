@@ -26,6 +26,9 @@ from tests.models import load_tuned, logits
 
 CPU = torch.device("cpu")
 
+computed = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+"""What models are computed in, here or on another processor; PEFT's are told to do as ours, bit for bit."""
+
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_model_comes_in_the_dtype_it_is_computed_in_or_the_one_asked_for(tiny, stored):
@@ -94,21 +97,23 @@ def test_pickled_weights_are_refused(tiny, tmp_path):
         load_model(folder, device=CPU)
 
 
+@computed
 @torch.no_grad()
-def test_an_adapter_gives_the_logits_that_peft_gives(tiny):
+def test_an_adapter_gives_the_logits_that_peft_gives(tiny, dtype):
     base, adapter = tiny("base"), tiny("adapter")
-    attached = attach_adapter(load_model(base, device=CPU, longest=513), adapter, name="patch")
-    assert torch.equal(logits(attached), logits(load_tuned(base, adapter)))
+    attached = attach_adapter(load_model(base, device=CPU, dtype=dtype, longest=513), adapter, name="patch")
+    assert torch.equal(logits(attached), logits(load_tuned(base, adapter, dtype=dtype)))
 
 
+@computed
 @torch.no_grad()
-def test_adapters_beside_each_other_are_switched_and_do_not_mix(tiny):
+def test_adapters_beside_each_other_are_switched_and_do_not_mix(tiny, dtype):
     base, one, other = tiny("base"), tiny("adapter"), tiny("adapter", seed=7, r=2, target_modules=["q_proj"])
-    both = attach_adapter(load_model(base, device=CPU, longest=513), one, name="one")
+    both = attach_adapter(load_model(base, device=CPU, dtype=dtype, longest=513), one, name="one")
     add_adapter(both, other, name="other")
-    assert torch.equal(logits(both), logits(load_tuned(base, one)))
+    assert torch.equal(logits(both), logits(load_tuned(base, one, dtype=dtype)))
     both.set_adapter("other")
-    assert torch.equal(logits(both), logits(load_tuned(base, other)))
+    assert torch.equal(logits(both), logits(load_tuned(base, other, dtype=dtype)))
 
 
 def test_an_adapter_is_not_trained_by_being_attached(tiny):

@@ -4,7 +4,6 @@ import base64
 import datetime
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -137,10 +136,17 @@ def test_a_certificate_is_verified_against_its_root_and_no_other(copy, keys):
         Roots(())
 
 
+def sign_by_the_librarys_program(folder, *options):
+    """What `python -m model_signing sign key` does with a folder."""
+    from model_signing._cli import main
+
+    words = ["sign", "key", folder, "--signature", folder / "model.sig", *options]
+    main([str(word) for word in words], standalone_mode=False)
+
+
 def test_a_signature_of_the_librarys_own_program_is_accepted(copy, keys):
     folder = copy()
-    program = [sys.executable, "-m", "model_signing", "sign", "key", folder, "--signature", folder / "model.sig"]
-    subprocess.run([*program, "--private_key", keys / "mine.key"], check=True, capture_output=True, timeout=60)
+    sign_by_the_librarys_program(folder, "--private_key", keys / "mine.key")
     assert verify(folder, trust=PublicKey(keys / "mine.pub")).verified
 
 
@@ -171,9 +177,7 @@ def test_files_added_and_taken_away_are_caught(copy, keys):
 def test_a_statement_that_leaves_out_the_record_is_no_signature(copy, keys):
     """Another program may sign a folder and ignore files of it; such a signature says nothing about them."""
     folder = copy()
-    program = [sys.executable, "-m", "model_signing", "sign", "key", folder, "--signature", folder / "model.sig"]
-    ignored = ["--ignore-paths", folder / "patch.json", "--private_key", keys / "mine.key"]
-    subprocess.run([*program, *ignored], check=True, capture_output=True, timeout=60)
+    sign_by_the_librarys_program(folder, "--ignore-paths", folder / "patch.json", "--private_key", keys / "mine.key")
     found = verify(folder, trust=PublicKey(keys / "mine.pub"))
     assert wrong(found) == ["signature"]
     assert "leaves out 'patch.json'" in found.checks[-1].finding

@@ -87,6 +87,7 @@ def test_there_is_a_thread_for_each_processor_and_a_bound():
 
 @pytest.mark.parametrize("said", ["1", "0", "100", "4,2"])
 def test_who_shares_a_machine_says_so_and_gets_no_more(monkeypatch, said):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     alone = default_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert default_threads() == (1 if said in ("0", "1") else alone)

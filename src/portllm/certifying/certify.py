@@ -27,9 +27,10 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
 from portllm.evaluating.evaluate import unfit
-from portllm.files.output_folder import check_free, staged_folder
+from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
-from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, folder_of
+from portllm.files.source import Source
+from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
@@ -47,6 +48,7 @@ class CertifyPlan:
         respondents: The same two as folders to load.
         asked: What to ask.
         settings: As given.
+        reads: The files that all this comes from.
     """
 
     specialist: Side
@@ -54,6 +56,7 @@ class CertifyPlan:
     respondents: tuple[Respondent, Respondent]
     asked: Asked
     settings: CertifySettings
+    reads: tuple[Source, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +147,7 @@ def run_certify(
     plan: CertifyPlan, out: Path, *, device: Device = "auto", overwrite: bool = False, progress: Progress = silent
 ) -> Certification:
     """Carry out a plan; see `certify`."""
+    check_apart(out, plan.reads)
     agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
     certificate = conclude(plan, agreement, device=choose_device(device).type)
     with staged_folder(out, overwrite=overwrite) as folder:
@@ -198,6 +202,7 @@ def plan_certify(
         ),
         asked=asked,
         settings=settings,
+        reads=(data, *base.files, *successor.files, *files_of(patch), *(() if ported is None else files_of(ported))),
     )
 
 

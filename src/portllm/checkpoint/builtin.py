@@ -7,8 +7,6 @@ not be installed.
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +16,7 @@ from blake3 import blake3
 
 from portllm.errors import NotFoundError, OutputError
 from portllm.files.cache import CACHE_VARIABLE, cache_root
+from portllm.files.own_files import write_text
 from portllm.progress import Progress, silent
 
 CONVERSION = 1
@@ -113,12 +112,9 @@ def _content_key(source: Path, record: Path) -> str:
 
 
 def _write_record(record: Path, value: Mapping[str, object]) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next call the digest, no more
+    with contextlib.suppress(OSError, OutputError):  # a cache that cannot be written costs the next call the digest
         record.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f".{record.name}.", suffix=".part", dir=record.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(value, stream)
-        os.replace(part, record)
+        write_text(record, json.dumps(value))
 
 
 def _convert(source: Path, folder: Path, *, progress: Progress) -> None:

@@ -10,7 +10,6 @@ fetched.
 import contextlib
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -50,8 +49,9 @@ from portllm.checkpoint.reading.ranges import (
 from portllm.checkpoint.safetensors.folder import join_shards, read_weight_map, require_shards, tensors_of
 from portllm.checkpoint.safetensors.header import Header, parse_header, parse_header_length
 from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
-from portllm.errors import CheckpointError, NotFoundError, RemoteError
+from portllm.errors import CheckpointError, NotFoundError, OutputError, RemoteError
 from portllm.files.json_file import MAX_JSON_BYTES, read_config
+from portllm.files.own_files import write_text
 from portllm.files.source import RemoteFile
 from portllm.progress import Progress, silent
 
@@ -338,12 +338,11 @@ def _remember_commit(repository: Repository) -> None:
         return
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.id, repo_type="model")
     note = folder / "refs" / repository.asked
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a later offline run its answer, no more
+    with contextlib.suppress(
+        OSError, OutputError
+    ):  # a cache that cannot be written costs a later offline run its answer
         note.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f"{note.name}.", suffix=".tmp", dir=note.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(repository.revision)
-        os.replace(part, note)
+        write_text(note, repository.revision)
 
 
 def _cached(repository: Repository, names: Iterable[str]) -> Path | None:

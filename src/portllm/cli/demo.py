@@ -1,5 +1,6 @@
 """The command `demo`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +18,20 @@ def demo(
     """The whole story on a real small model, in minutes, on a CPU, offline; a second run reuses what is there."""
     from portllm.cli.progress import shown_progress
     from portllm.demo.story import Step, tell
-    from portllm.demo.text import render_opening, render_step, render_story, story_to_json
+    from portllm.demo.text import render_estimate, render_opening, render_step, render_story, story_to_json
 
     def on_step(step: Step) -> None:
         if not as_json:
             say(render_step(step))
 
+    def on_estimate(seconds: float) -> None:
+        if not as_json:
+            say(render_estimate(seconds))
+
     if not as_json:
         say(render_opening(output))
-    with shown_progress(quiet=quiet) as progress:
-        story = tell(output, on_step=on_step, progress=progress)
+    with shown_progress(quiet=quiet or not sys.stderr.isatty()) as progress:  # elsewhere a line for each step is enough
+        story = tell(output, on_step=on_step, on_estimate=on_estimate, progress=progress)
     if as_json:
         print_json(story_to_json(story))
     else:

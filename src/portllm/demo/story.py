@@ -3,8 +3,10 @@
 Every number comes from the run, or from an earlier run's record whose key proves that it is the same work.
 """
 
+import os
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,25 @@ from portllm.demo.settings import (
     EVOLUTION_TEMPLATE,
     EVOLVE,
     MAX_TOKENS,
+    MERGED_ROWS,
     PROMPT,
+    SCORED_ROWS,
     TRAIN,
 )
-from portllm.evaluating.compare import Comparison, score_all, set_side_by_side
+from portllm.errors import OutputError, OutputExistsError
+from portllm.evaluating.compare import Comparison, Contestants, score_all, set_side_by_side
 from portllm.evaluating.evaluate import plan_evaluation
+from portllm.evaluating.names import BASE as ALONE
+from portllm.evaluating.names import PORTED
 from portllm.evaluating.scoring import Scores, Task
 from portllm.files.kept_results import Kept, keep
+from portllm.files.own_files import require_real
 from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.written import checkpoint_identity, patch_identity
 from portllm.porting.port import port
 from portllm.probing.probe import TextSettings, add_text
-from portllm.progress import Progress, silent
+from portllm.progress import Progress, Unit, silent
 from portllm.running.examples import ExampleFormat, read_examples, read_prompts, read_texts
 from portllm.running.folder import model_folder
 from portllm.training.evolve import evolve
@@ -46,7 +54,17 @@ DATA = resources.files("portllm.demo") / "data"
 TRAINING_ROWS = "clinic-train.jsonl"
 HELD_OUT_ROWS = "clinic-heldout.jsonl"
 EVOLUTION_TEXT = "mathematics.jsonl"
+STEPS = "steps"
 FORMAT = ExampleFormat(prompt=PROMPT, completion=COMPLETION)
+
+FIRST_STEPS = 5
+"""Steps of training, after one that warms up, from whose time that of the whole story is told."""
+
+WHOLE = 220
+"""The whole story takes about as long as so many steps of training (own measurement)."""
+
+Estimate = Callable[[float], None]
+"""Told how many seconds the whole story will take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +95,63 @@ class Story:
     comparison: Comparison
 
 
-def tell(folder: Path, *, on_step: Callable[[Step], None], progress: Progress = silent) -> Story:
+def tell(
+    folder: Path,
+    *,
+    on_step: Callable[[Step], None],
+    on_estimate: Estimate = lambda _: None,
+    progress: Progress = silent,
+) -> Story:
     """Do the steps that have not been done, and return what came of all.
 
     Args:
         folder: Where files go; created where it is missing.
         on_step: Told of each step when it is done.
+        on_estimate: Told how long the whole story takes here, after the first steps of training, unless an earlier run
+            did them.
         progress: Told of what goes on within a step.
     """
+    if folder.is_dir() and os.listdir(folder) and not (folder / STEPS).is_dir():
+        raise OutputExistsError(f"'{folder}': is there already, and is no demo's folder. Name another with --output.")
+    require_real(folder, STEPS)
+    try:
+        (folder / STEPS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"'{folder}': cannot be written to: {error.strerror}.") from error
     teller = _Teller(folder, on_step, progress)
     base = open_checkpoint(BASE, progress=progress)
-    teller.train("train", base, teller.patch)
+    teller.train("train", base, teller.patch, progress=estimating(progress, on_estimate))
     teller.evolve(base)
     evolved = open_checkpoint(teller.evolved)
     teller.check(base, evolved)
     teller.port(base, evolved)
     teller.merge(evolved)
-    teller.train("retrain", evolved, teller.retrained)
-    return Story(folder, teller.steps, teller.compare(base, evolved))
+    teller.train("retrain", evolved, teller.retrained, progress=progress)
+    task = held_out()
+    comparison = teller.compare(base, evolved, task)
+    teller.agree(comparison, task)
+    return Story(folder, teller.steps, comparison)
+
+
+def held_out() -> Task:
+    """The passages that none of the models has seen, and how answers are judged."""
+    with resources.as_file(DATA / HELD_OUT_ROWS) as rows:
+        return Task(examples=tuple(read_examples(rows, FORMAT)[:SCORED_ROWS]), max_tokens=MAX_TOKENS)
+
+
+def estimating(progress: Progress, on_estimate: Estimate) -> Progress:
+    """The progress of a training, which also tells once how long the whole story takes, from its first steps."""
+    began = 0.0
+
+    def show(label: str, done: int, total: int, unit: Unit) -> None:
+        nonlocal began
+        progress(label, done, total, unit)
+        if done == 1:
+            began = time.perf_counter()
+        elif done == 1 + FIRST_STEPS:
+            on_estimate(WHOLE * (time.perf_counter() - began) / FIRST_STEPS)
+
+    return show
 
 
 class _Teller:
@@ -102,13 +159,13 @@ class _Teller:
 
     def __init__(self, folder: Path, on_step: Callable[[Step], None], progress: Progress) -> None:
         self.steps: dict[str, Kept] = {}
-        self._records = folder / "steps"
+        self._records = folder / STEPS
         self.patch, self.evolved, self.ported = folder / "patch", folder / "evolved", folder / "ported"
         self.merged, self.retrained = folder / "merged", folder / "retrained"
         self._on_step = on_step
         self._progress = progress
 
-    def train(self, name: str, model: Checkpoint, out: Path) -> None:
+    def train(self, name: str, model: Checkpoint, out: Path, *, progress: Progress) -> None:
         def work() -> dict[str, object]:
             with resources.as_file(DATA / TRAINING_ROWS) as rows:
                 _, report = train(
@@ -119,7 +176,7 @@ class _Teller:
                     settings=TRAIN,
                     device="cpu",
                     overwrite=True,
-                    progress=self._progress,
+                    progress=progress,
                 )
             return {
                 "steps": report.steps,
@@ -221,16 +278,13 @@ class _Teller:
         inputs = {"patch": patch_identity(self.ported), "into": fingerprint(evolved)}
         self._do("merge", inputs, lambda: checkpoint_identity(self.merged), work)
 
-    def compare(self, base: Checkpoint, evolved: Checkpoint) -> Comparison:
-        with resources.as_file(DATA / HELD_OUT_ROWS) as rows:
-            task = Task(examples=tuple(read_examples(rows, FORMAT)), max_tokens=MAX_TOKENS)
+    def compare(self, base: Checkpoint, evolved: Checkpoint, task: Task) -> Comparison:
         contestants = plan_evaluation(
             base=base,
             patch=load_patch(self.patch),
             evolved=evolved,
             ported=load_patch(self.ported),
             retrained=load_patch(self.retrained),
-            merged=open_checkpoint(self.merged),
         )
 
         def work() -> dict[str, object]:
@@ -241,13 +295,34 @@ class _Teller:
             "base": fingerprint(base),
             "evolved": fingerprint(evolved),
             "patches": [patch_identity(folder) for folder in (self.patch, self.ported, self.retrained)],
-            "merged": checkpoint_identity(self.merged),
             "rows": _digest(HELD_OUT_ROWS),
             "task": asdict(task),
         }
         self._do("evaluate", inputs, lambda: "", work)
         scores = {name: Scores(**values) for name, values in _with_tuples(self.steps["evaluate"].result).items()}
         return set_side_by_side(scores, task)
+
+    def agree(self, comparison: Comparison, task: Task) -> None:
+        """Whether the merged model answers what the ported patch answers, on a few rows."""
+        few = replace(task, examples=task.examples[:MERGED_ROWS])
+        ported = next(row.scores for row in comparison.rows if row.name == PORTED)
+        answers, losses = ported.answers[:MERGED_ROWS], ported.losses[:MERGED_ROWS]
+
+        def work() -> dict[str, object]:
+            folder = model_folder(open_checkpoint(self.merged))
+            merged = score_all(Contestants(base=folder), few, device="cpu", progress=self._progress)[ALONE]
+            return {
+                "rows": few.n_rows,
+                "same": sum(own == other for own, other in zip(merged.answers, answers, strict=True)),
+                "loss_change": (sum(merged.losses) - sum(losses)) / few.n_rows,
+            }
+
+        inputs = {
+            "merged": checkpoint_identity(self.merged),
+            "task": asdict(few),
+            "ported": [answers, losses],
+        }
+        self._do("agree", inputs, lambda: "", work)
 
     def _do(
         self,

@@ -1,10 +1,11 @@
 """The demo as text for people: what happens, what came of it, and what to type next."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS
-from portllm.demo.settings import EVOLVE, TRAIN
+from portllm.demo.settings import EVOLVE, MERGED_ROWS, SCORED_ROWS, TRAIN
 from portllm.demo.story import BASE, Step, Story
 from portllm.evaluating.text import render_comparison
 from portllm.files.kept_results import Kept
@@ -18,7 +19,8 @@ TITLES: Mapping[str, str] = {
     "port": "port      the patch is carried over to the evolved base, without training",
     "merge": "merge     the ported patch goes into the evolved weights, streamed",
     "retrain": "retrain   what porting saves: fine-tuning again on the evolved base",
-    "evaluate": "evaluate  all of them on passages that none has seen",
+    "evaluate": f"evaluate  all of them on {SCORED_ROWS} passages that none has seen",
+    "agree": f"agree     the merged model on {MERGED_ROWS} of these, beside the ported patch",
 }
 
 
@@ -29,6 +31,12 @@ def render_opening(folder: Path) -> str:
         "answers. Then the model's provider updates the base. Does the clinic's patch survive?\n"
         f"Model: {BASE} (Apache-2.0). Data: MedQuAD (CC BY 4.0) and GSM8K (MIT). Files: {folder}\n"
     )
+
+
+def render_estimate(seconds: float) -> str:
+    """What the demo says when it knows how fast this machine is."""
+    minutes = max(1, math.ceil(seconds / 60))
+    return f"On this machine it will take about {minutes} minute{'s' if minutes > 1 else ''}.\n"
 
 
 def render_step(step: Step) -> str:
@@ -112,6 +120,13 @@ def _merging(result: Mapping[str, object]) -> str:
     )
 
 
+def _agreeing(result: Mapping[str, object]) -> str:
+    return (
+        f"{result['same']} of {result['rows']} answers are the same; the loss differs by "
+        f"{_number(result['loss_change']):+.3f} nats per token"
+    )
+
+
 def _nothing(result: Mapping[str, object]) -> str:
     del result
     return ""
@@ -124,6 +139,7 @@ _FOUND = {
     "port": _porting,
     "merge": _merging,
     "retrain": _training,
+    "agree": _agreeing,
 }
 
 

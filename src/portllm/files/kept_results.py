@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import PortLLMError
+from portllm.files.own_files import write_text
 
 PROGRAMS = ("portllm", "torch", "transformers", "peft")
 
@@ -94,10 +95,8 @@ def do(
     seconds = time.perf_counter() - began
     record = Record(with_versions(inputs), identify(), seconds, result)
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f"{place.name}.part")
     content = {"inputs": record.inputs, "files": record.files, "seconds": seconds, "result": result}
-    part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(place)
+    write_text(place, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return record
 
 

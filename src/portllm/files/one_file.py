@@ -1,10 +1,12 @@
 """A page on disk: whole or not at all, and never in the place of something else unless that is meant."""
 
-import contextlib
 import os
 from pathlib import Path
 
 from portllm.errors import OutputError, OutputExistsError
+from portllm.files.own_files import write_text
+
+PAGE_START = b"<!doctype html>"
 
 
 def check_page_free(file: Path, *, overwrite: bool) -> None:
@@ -23,6 +25,15 @@ def check_page_free(file: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"'{file}': is a folder; the page is a file. Name another place.")
     if not overwrite:
         raise OutputExistsError(f"'{file}': is there already. Choose another place, or pass --overwrite to replace it.")
+    if not file.is_symlink() and not _is_page(file):
+        raise OutputExistsError(f"'{file}': is no page, and is not replaced. Choose another place, or delete it first.")
+
+
+def _is_page(file: Path) -> bool:
+    if not file.is_file():  # a pipe could be waited for forever
+        return False
+    with open(file, "rb") as stream:
+        return stream.read(len(PAGE_START)).lower() in (b"", PAGE_START)
 
 
 def write_page(file: Path, text: str, *, overwrite: bool) -> None:
@@ -38,15 +49,8 @@ def write_page(file: Path, text: str, *, overwrite: bool) -> None:
         OutputError: It cannot be written; nothing is left.
     """
     check_page_free(file, overwrite=overwrite)
-    part = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
+        write_text(file, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise OutputError(f"'{file}': cannot be written: {error.strerror}. Nothing was left there.") from error

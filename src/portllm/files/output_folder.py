@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from portllm.checkpoint.safetensors.writer import OUTPUT_FILES
 from portllm.errors import OutputError, OutputExistsError, Refusal
+from portllm.files.own_files import inode_of
 from portllm.files.source import Source
 from portllm.files.staging import Journal, Place, Staged, begin, remove
 
@@ -46,7 +48,7 @@ def resumable_folder(final: Path, *, overwrite: bool, plan: str | None, wait: bo
         OutputExistsError, OutputBusyError, OutputError: As `staged_folder`.
     """
     check_free(final, overwrite=overwrite)
-    place = Place(final if final.name not in ("", "..") else final.resolve())
+    place = _place_of(final)
     with _journal(place, wait=wait) as journal:
         try:
             place.settle(journal.inode)
@@ -80,35 +82,88 @@ def _journal(place: Place, *, wait: bool) -> Iterator[Journal]:
     try:
         yield journal
     finally:
-        if not place.part.is_dir():
+        if journal.inode is None or not os.path.lexists(place.part):
             journal.remove()
         journal.close()
 
 
 def check_free(final: Path, *, overwrite: bool) -> None:
-    """Raise OutputExistsError if something is at `final` that may not be replaced."""
-    if os.path.lexists(final) and not overwrite:
+    """Raise OutputExistsError if something is at `final` that may not be replaced.
+
+    What `overwrite` replaces is an empty folder or one as outputs are, and never the folder that one is in, or one
+    above it. A link is replaced itself.
+    """
+    if not os.path.lexists(final):
+        return
+    if (there := inode_of(final)) is not None and there in map(inode_of, _here()):
+        raise OutputExistsError(
+            f"'{final}': is the folder that you are in, or one above it. Name a folder for the output alone."
+        )
+    if not overwrite:
         raise OutputExistsError(
             f"'{final}': is there already. Choose another place, or pass --overwrite to replace it."
         )
-    if os.path.lexists(final) and not final.is_dir():
+    if not final.is_dir():
         raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another place.")
+    if not final.is_symlink() and (odd := _no_output(final)):
+        raise OutputExistsError(
+            f"'{final}': {odd}, so it is no output, and is not replaced. Choose another place, or delete it first."
+        )
+
+
+def _here() -> tuple[Path, ...]:
+    try:
+        here = Path.cwd()
+    except OSError:  # it was deleted
+        return ()
+    return (here, *here.parents)
+
+
+def _no_output(folder: Path) -> str | None:
+    """What shows that a folder was not written as an output, or None."""
+    entries = sorted(folder.iterdir())
+    inner = next((entry.name for entry in entries if entry.is_dir()), None)
+    if inner is not None:
+        return f"holds the folder '{inner}'"
+    if entries and not any(entry.name in OUTPUT_FILES or entry.suffix == ".safetensors" for entry in entries):
+        return f"holds '{entries[0].name}', and neither weights nor a record of this program"
+    return None
 
 
 def check_apart(final: Path, inputs: Iterable[Source]) -> None:
     """Raise OutputError if a file that is read lies in the folder `final`, which `--overwrite` would replace whole.
 
-    The same goes for the siblings that a run writes to before the output takes its name.
+    The same goes for the siblings that a run writes to before the output takes its name. Folders are compared by what
+    they are, not by their names: one may be reached through links and bind mounts.
     """
-    place = Place(final.resolve())
-    places = (place.final, place.part, place.old) if place.final.name else (place.final,)
-    for file in inputs:
-        if not isinstance(file, Path):
-            continue
-        # A file may be a link out of its folder, as in the cache of the Hugging Face Hub; neither end may be lost.
-        ends = (file.parent.resolve() / file.name, file.resolve())
-        if any(place in end.parents for end in ends for place in places):
+    place = _place_of(Path(os.path.realpath(final.parent), final.name))
+    taken = {inode_of(folder) for folder in (place.final, place.part, place.old)} - {None}
+    # A file may be a link out of its folder, as in the cache of the Hugging Face Hub; neither end may be lost.
+    files = [file for file in inputs if isinstance(file, Path)] if taken else []
+    read = {end: file for file in files for end in (file.parent.resolve(), file.resolve().parent)}
+    for folder, file in read.items():
+        if any(inode_of(above) in taken for above in (folder, *folder.parents)):
             raise OutputError(f"'{final}': holds '{file}', which is read for the output. Write to another folder.")
+
+
+def sweep(final: Path) -> None:
+    """Remove what a run that died left beside an output which is not to be made now.
+
+    Raises:
+        OutputBusyError, OutputError: As `staged_folder`.
+    """
+    place = _place_of(final)
+    if os.path.lexists(place.journal):
+        with _journal(place, wait=False) as journal:
+            place.settle(journal.inode)
+            place.clear(journal.inode)
+
+
+def _place_of(final: Path) -> Place:
+    named = final if final.name not in ("", "..") else Path(os.path.realpath(final))
+    if not named.name:
+        raise OutputExistsError(f"'{final}': is the root of all folders. Name a folder for the output alone.")
+    return Place(named)
 
 
 class Room:
@@ -138,9 +193,10 @@ class Room:
 
 def _missing_bytes(final: Path, n_bytes: int) -> int:
     """What is left to write of an output of so many bytes."""
-    part = Place(final.resolve()).part
+    part = _place_of(final).part
     return n_bytes - sum(file.stat().st_size for file in part.glob("*") if file.is_file())
 
 
 def _existing_parent(final: Path) -> Path:
-    return next(folder for folder in final.absolute().parents if folder.is_dir())
+    absolute = final.absolute()
+    return next(folder for folder in (*absolute.parents, absolute) if folder.is_dir())

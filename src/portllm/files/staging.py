@@ -12,32 +12,34 @@ The kernel drops the lock when a run dies, and the next run to the same output b
 | --- | --- | --- |
 | a part, and `NAME` is what the journal describes | it died after the exchange | the part, now the old, is removed |
 | a part with a journal of the same plan | it died while it wrote | finished files are checked and kept |
-| a part of another plan, or without a journal | the same, or another command | the part is removed |
+| a part with a journal of another plan | the same, or another command | the part is removed |
 | `.NAME.old` and no `NAME` | it died between two renames | the old output gets its name back; then as above |
-| `.NAME.old` and `NAME`, no part | it died before it removed the old output | the old output is removed |
+| `.NAME.old`, and `NAME` is what the journal describes | it died before it removed the old output | that is removed |
+| anything else under these names | it is not this program's | the run is refused |
 
-A folder is told from another by its inode, and a wrong guess is harmless: what is kept of a part is checked first.
+A folder is told from another by its inode. What is kept of a part is checked first, and a link in it never is.
 """
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blake3 import blake3
 
-from portllm.errors import OutputBusyError, OutputError
+from portllm.errors import OutputError
+from portllm.files.json_text import parse_json
+from portllm.files.own_files import is_own_file, open_locked
 
 FORMAT = 1
-"""Version of the journal's layout; a part of another version is removed."""
+"""Version of the journal's layout; a part of another version is nobody's."""
 
-_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _WITHOUT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
@@ -75,20 +77,36 @@ class Place:
             inode: Of the folder that the dead run wrote, or None.
 
         Raises:
-            OutputError: Somebody made a folder of the output's name in the meantime.
+            OutputError: Somebody made a folder of the output's name in the meantime, or the old output is none.
         """
         if os.path.lexists(self.old):
-            if not os.path.lexists(self.final):
+            if _is_folder(self.old) and not os.path.lexists(self.final):
                 self.old.rename(self.final)
-            elif os.path.lexists(self.part):
-                raise OutputError(
-                    f"'{self.final}': was made while an interrupted run's old output lay at '{self.old}'. Delete the "
-                    "one that you do not want."
-                )
-            else:
+            elif _is_folder(self.final, inode) and not os.path.lexists(self.part):
                 remove(self.old)
-        if inode is not None and os.path.lexists(self.final) and self.final.lstat().st_ino == inode:
+            else:
+                raise OutputError(
+                    f"'{self.final}': was made while an interrupted run's old output lay at '{self.old}', or somebody "
+                    "else put that there. Delete the one that you do not want."
+                )
+        if _is_folder(self.final, inode):
             remove(self.part)
+
+    def clear(self, inode: int | None) -> None:
+        """Remove the part that a run left which died; arguments as for `settle`.
+
+        Raises:
+            OutputError: What lies there is not known to be one.
+        """
+        with contextlib.suppress(OSError):
+            self.part.rmdir()  # empty: it died before it could note that the part is its own
+        if _is_folder(self.part, inode):
+            remove(self.part)
+        elif os.path.lexists(self.part):
+            raise OutputError(
+                f"'{self.part}': is where the output is prepared, and nothing says that a run of this program put it "
+                "there. Look at who made it; then delete it, or write to another place."
+            )
 
     def take(self) -> None:
         """Give the part the output's name, in one step where the file system can; what was there is removed."""
@@ -137,6 +155,7 @@ class Journal:
         """Forget all, and describe a new part."""
         self.inode, self.plan, self.finished = part.lstat().st_ino, plan, {}
         os.ftruncate(self._descriptor, 0)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
         self._append({"format": FORMAT, "folder": self.inode, "plan": plan})
 
     def finish(self, file: str, facts: Mapping[str, object]) -> None:
@@ -161,7 +180,7 @@ class Journal:
 
     def _read(self) -> None:
         whole = 0
-        with open(self._path, "rb") as stream:
+        with open(self._descriptor, "rb", closefd=False) as stream:
             for number, line in enumerate(stream):
                 value = _parse_line(line)
                 if value is None or (number == 0 and value.get("format") != FORMAT):
@@ -195,7 +214,7 @@ class Staged:
     def keep(self, files: Collection[str]) -> None:
         """Remove everything but these files."""
         for entry in self.folder.iterdir():
-            if entry.name not in files:
+            if entry.name not in files or not is_own_file(entry):
                 remove(entry)
 
     def finish(self, file: str, facts: Mapping[str, object]) -> None:
@@ -205,9 +224,10 @@ class Staged:
 
 def begin(place: Place, journal: Journal, plan: str | None) -> Staged:
     """A folder to write into: what a dead run of the same plan left, or a fresh one."""
-    if plan is not None and journal.plan == plan and place.part.is_dir():
-        return Staged(place.part, dict(journal.finished), journal)
-    remove(place.part)
+    if plan is not None and journal.plan == plan and _is_folder(place.part, journal.inode):
+        finished = {file: facts for file, facts in journal.finished.items() if is_own_file(place.part / file)}
+        return Staged(place.part, finished, journal)
+    place.clear(journal.inode)
     place.part.mkdir()
     try:
         journal.begin(place.part, plan)
@@ -240,41 +260,6 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def open_locked(path: Path, *, wait: bool) -> int:
-    """A descriptor of a file, made where it is missing, that nobody else on this machine has open in this way.
-
-    Args:
-        path: The file.
-        wait: For another run that holds it, to its end.
-
-    Raises:
-        OutputBusyError: Another run holds it, and `wait` is False.
-        OSError: It cannot be made.
-    """
-    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, how)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OutputBusyError(
-                f"'{path}': another run holds it, and writes the same output. Wait for that run to end, or write to "
-                "another place."
-            ) from error
-        except OSError as error:
-            if (
-                error.errno not in _WITHOUT_LOCKS
-            ):  # some network file systems have none, and are written to all the same
-                os.close(descriptor)
-                raise
-        # Who held the lock may have finished and deleted the file after it was opened here.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)
-
-
 def _line_digest(text: str) -> str:
     return blake3(text.encode()).hexdigest(8)
 
@@ -283,8 +268,20 @@ def _parse_line(line: bytes) -> Mapping[str, object] | None:
     digest, _, text = line.decode("utf-8", "replace").removesuffix("\n").partition(" ")
     if not line.endswith(b"\n") or digest != _line_digest(text):
         return None
-    value = json.loads(text)
+    try:
+        value = parse_json(text.encode())
+    except ValueError:
+        return None
     return value if isinstance(value, dict) else None
+
+
+def _is_folder(path: Path, *inode: int | None) -> bool:
+    """Whether there is a folder, no link, and where an inode is given that one."""
+    try:
+        facts = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(facts.st_mode) and inode in ((), (facts.st_ino,))
 
 
 def _sync(folder: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,8 @@ from portllm.errors import (
     StorageError,
     refuse,
 )
-from portllm.files.output_folder import staged_folder
+from portllm.files.output_folder import check_apart, staged_folder
+from portllm.files.own_files import require_real
 from portllm.files.seal import render_sealed
 from portllm.fleets.storage import digests, fetch_patch, is_url, join, publish, remove, sizes
 from portllm.matching.port_plan import PortPlan, plan_port_on
@@ -83,6 +84,8 @@ class Worker:
     def _do(self, job: Job) -> Result:
         models = self._open(job)
         place = join(job["output"], job["folder"])
+        if not is_url(place):
+            require_real(Path(job["output"]), *job["folder"].split("/"))
         with tempfile.TemporaryDirectory(prefix="portllm-fleet-") as name:
             scratch = Path(name)
             patch = load_patch(fetch_patch(job["patch"]["place"], scratch / "patch"))
@@ -94,12 +97,10 @@ class Worker:
             if "check" in job["steps"]:
                 facts["check"] = _check(plan, models.measured, place, scratch)
                 if facts["check"]["verdict"] in NO:
-                    for step in ("port", "merge"):
-                        remove(join(place, step), records=[RECORDS[step]])
+                    _drop(("port", "merge"), place, plan)
                     return {**_no(facts["check"]), **_written(["check"], place)}
             refuse(plan.refusals)
-            for step in RECORDS.keys() - set(job["steps"]):  # of an earlier run that was asked for more
-                remove(join(place, step), records=[RECORDS[step]])
+            _drop(RECORDS.keys() - set(job["steps"]), place, plan)  # of an earlier run that was asked for more
             facts |= _run(plan, job, place, scratch)
         return {"status": "done", "facts": facts, **_written(job["steps"], place)}
 
@@ -215,6 +216,14 @@ def _check(plan: PortPlan, known: "MeasuredUpdate", place: str, scratch: Path) -
 
     _place(write, join(place, "check"), scratch / "check", "check")
     return _told(report)
+
+
+def _drop(steps: Iterable[str], place: str, plan: PortPlan) -> None:
+    """Remove outputs of a cell that no longer count; none in which lies what the cell reads."""
+    for step in steps:
+        if not is_url(place):
+            check_apart(Path(place, step), plan.files)
+        remove(join(place, step), records=[RECORDS[step]])
 
 
 def _told(report: "PatchReport") -> dict[str, object]:

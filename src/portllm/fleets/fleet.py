@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from portllm.errors import OutputError
-from portllm.files.staging import open_locked
+from portllm.files.own_files import open_locked
 from portllm.fleets.cell import RECORDS, Worker
 from portllm.fleets.file import read_fleet_file
 from portllm.fleets.inputs import find_inputs

@@ -1,13 +1,14 @@
 """What a fleet's file names: the patches that are there, and the models, each with its identity."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import names_hub
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import BUILTIN_PREFIX, open_checkpoint
 from portllm.errors import FleetFileError, PortLLMError
+from portllm.files.own_files import ignores_case
 from portllm.fleets.file import FleetFile
 from portllm.fleets.plan import ModelEntry, PatchEntry
 from portllm.fleets.storage import find_patches, identify_patch, is_url, resolve
@@ -23,7 +24,9 @@ def find_inputs(asked: FleetFile) -> tuple[list[PatchEntry], list[ModelEntry], M
     patches = _find(asked, problems)
     evolved = [entry for said in asked.evolved if (entry := _identify(said, asked, "evolved", problems)) is not None]
     base = None if asked.base is None else _identify(asked.base, asked, "base", problems)
-    problems += [*_same_names(patches, "patches"), *_same_names(evolved, "evolved")]
+    out = resolve(asked.output, asked.file.resolve().parent)
+    letters = str.casefold if not is_url(out) and ignores_case(Path(out)) else str
+    problems += [*_same_names(patches, "patches", letters), *_same_names(evolved, "evolved", letters)]
     if problems:
         raise FleetFileError("\n".join(f"'{asked.file}': {problem}" for problem in problems))
     return patches, evolved, base
@@ -64,10 +67,12 @@ def _identify(said: str, asked: FleetFile, key: str, problems: list[str]) -> Mod
         return None
 
 
-def _same_names(entries: Sequence[PatchEntry] | Sequence[ModelEntry], key: str) -> list[str]:
+def _same_names(
+    entries: Sequence[PatchEntry] | Sequence[ModelEntry], key: str, letters: Callable[[str], str]
+) -> list[str]:
     places: dict[str, list[str]] = {}
     for entry in entries:
-        places.setdefault(entry.name, []).append(entry.place)
+        places.setdefault(letters(entry.name), []).append(entry.place)
     return [
         f"{key}: {' and '.join(map(repr, same))} would both be written to '{name}'. Rename one."
         for name, same in places.items()

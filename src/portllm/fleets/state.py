@@ -30,7 +30,7 @@ def read_state(output: str) -> dict[str, Row]:
         return {}
     try:
         values = json.loads(text)
-        if seal_problem(values) is None and values["format"] == FORMAT:
+        if isinstance(values, dict) and seal_problem(values) is None and values["format"] == FORMAT:
             return {values["folder"]: _row(values) for values in values["cells"]}
     except (ValueError, TypeError, KeyError, AttributeError):
         pass

@@ -17,7 +17,8 @@ import fsspec
 from blake3 import blake3
 from fsspec import AbstractFileSystem
 
-from portllm.errors import MissingExtraError, StorageError
+from portllm.errors import MissingExtraError, PortLLMError, StorageError
+from portllm.files import own_files
 from portllm.files.seal import digest_file
 from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE
 
@@ -162,10 +163,8 @@ def write_text(place: str, text: str) -> None:
         if is_url(place):
             system.pipe_file(path, text.encode())
             return
-        part = Path(path).with_name(f".{Path(path).name}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        own_files.write_text(Path(path), text)
 
 
 @contextlib.contextmanager
@@ -174,7 +173,7 @@ def _reached(place: str) -> Iterator[tuple[AbstractFileSystem, str]]:
     try:
         system, path = _system(place.partition("://")[0] if is_url(place) else "file"), place
         yield system, str(system._strip_protocol(path)).rstrip("/")
-    except StorageError:
+    except PortLLMError:
         raise
     except ImportError as error:
         raise MissingExtraError(

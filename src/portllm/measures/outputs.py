@@ -86,8 +86,9 @@ def measure_shift(
 
     Example:
         >>> base, evolved = np.zeros((1, 2)), np.array([[3.0, 0.0]])
-        >>> measure_shift(base, base + [1.0, 0.0], evolved, evolved + [2.0, 0.0])
-        Shift(cosine=1.0, ratio=2.0)
+        >>> shift = measure_shift(base, base + [1.0, 0.0], evolved, evolved + [2.0, 0.0])
+        >>> round(shift.cosine, 9), round(shift.ratio, 9)
+        (1.0, 2.0)
     """
     product = old_sq = new_sq = 0.0
     for logits in zip(base, specialist, evolved, ported, strict=True):

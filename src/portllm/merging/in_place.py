@@ -8,7 +8,7 @@ not matter how far the dead run came. See `portllm.merging.undo` for what lies i
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,9 +26,17 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, OutputBusyError, OutputError, Refusal, refuse
 from portllm.files.json_file import read_json
 from portllm.files.output_folder import staged_folder
+from portllm.files.own_files import Held, is_own_file, open_own, remove_file, write_within
 from portllm.files.page_cache import is_large
 from portllm.files.seal import digest_header
-from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, manifest_from_json, write_manifest
+from portllm.merging.manifest import (
+    MANIFEST_FILE,
+    MergeReport,
+    digest_side_files,
+    is_manifest,
+    manifest_from_json,
+    render_manifest,
+)
 from portllm.merging.merge import digest_inputs, require_bfloat16
 from portllm.merging.plan import MergePlan, MergeStep, plan_merge
 from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
@@ -84,8 +92,8 @@ def plan_in_place(patch: Patch[TensorInfo], folder: Path, *, allow_other_base: b
             f"'{folder}': only a folder's own files are overwritten, not a single file, a model of the hub or a "
             "built-in one. Write to another folder with --output."
         )
-    undo = read_undo(folder)
-    is_unfinished = (folder / UNFINISHED_FILE).exists()
+    undo = _read_undo(folder)
+    is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)
     plan = plan_merge(patch, into=original(folder, undo, name=str(folder)), allow_other_base=allow_other_base)
     refusals = [*plan.refusals, *_fixed_files(folder)]
     if undo is not None and not is_unfinished:
@@ -118,23 +126,23 @@ def run_in_place(
     if isinstance(rounding, Stochastic):
         require_bfloat16(plan.merge)
     how = How(rounding, require_device(device), keep_cached=not is_large(plan.merge.n_bytes))
-    with alone(plan.folder):
-        if read_undo(plan.folder) != plan.undo:
+    with alone(plan.folder) as held:
+        if _read_undo(plan.folder) != plan.undo:
             raise OutputBusyError(f"'{plan.folder}': another run has written there meanwhile. Run again.")
-        undo = plan.undo or _keep(plan, _digest(plan, how), progress)
+        undo = plan.undo or _keep(held, plan, _digest(plan, how), progress)
         if undo.plan != _digest(plan, how):
             raise OutputError(
                 f"'{plan.folder}': a merge of another patch, or in another way, was interrupted there. Finish that one "
                 f"with its own command, or take it back: portllm merge --undo {plan.folder}"
             )
         try:
-            facts = _overwrite(plan, undo, how, progress)
+            facts = _overwrite(held, plan, undo, how, progress)
             report = _report(plan, how, facts)
-            write_manifest(plan.folder, report, program=__version__)
+            write_within(held, MANIFEST_FILE, render_manifest(report, program=__version__))
         except BaseException:
-            _restore(plan.folder, undo, progress)
+            _restore(held, plan.folder, undo, progress)
             raise
-        unmark(plan.folder)
+        unmark(held)
     return report
 
 
@@ -176,18 +184,19 @@ def undo_merge(folder: Path, *, progress: Progress = silent) -> int:
     The kept bytes are checked before the first is written, and what was written after the last.
 
     Raises:
-        CheckpointError: What was kept is damaged, or the model was changed after the merge.
-        OutputError: There is nothing to take back.
+        CheckpointError: What was kept is damaged or of another model, or the model was changed after the merge.
+        OutputError: There is nothing to take back, or a file cannot be overwritten.
         OutputBusyError: Another run writes there.
     """
-    with alone(folder):
-        undo = read_undo(folder)
-        is_unfinished = (folder / UNFINISHED_FILE).exists()
+    with alone(folder) as held:
+        undo = _read_undo(folder)
+        is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)
         if undo is None:
             if not is_unfinished:
                 raise OutputError(f"'{folder}': there is no merge in place to take back.")
-            unmark(folder)
+            unmark(held)
             return 0
+        original(folder, undo, name=str(folder))  # raises where the old bytes are of another model
         if not is_unfinished:
             _require_unchanged(folder)
         for name, info in undo.tensors.items():
@@ -196,7 +205,7 @@ def undo_merge(folder: Path, *, progress: Progress = silent) -> int:
                     f"'{info.file}': the kept bytes of '{name}' are damaged, so nothing was changed. Fetch the model "
                     "again."
                 )
-        _restore(folder, undo, progress)
+        _restore(held, folder, undo, progress)
     return len(undo.tensors)
 
 
@@ -209,7 +218,25 @@ def _fixed_files(folder: Path) -> list[Refusal]:
             refusals.append(Refusal(str(path), "is a link: its bytes belong to others too. Copy the model first."))
         elif not os.access(path, os.W_OK):
             refusals.append(Refusal(str(path), "may not be written."))
+    manifest = folder / MANIFEST_FILE
+    if os.path.lexists(manifest) and not (is_own_file(manifest) and is_manifest(_said(manifest))):
+        refusals.append(Refusal(str(manifest), "is not a merge's manifest, and could not be put back. Move it away."))
     return refusals
+
+
+def _read_undo(folder: Path) -> Undo | None:
+    """What can be taken back; CheckpointError where it would put back another text than a manifest."""
+    undo = read_undo(folder)
+    if undo is not None and undo.manifest is not None and not is_manifest(undo.manifest):
+        raise CheckpointError(
+            f"'{folder / UNDO_FOLDER}': holds another text than a merge's manifest, which no merge in place keeps, so "
+            "nothing was changed. Fetch the model again."
+        )
+    return undo
+
+
+def _said(manifest: Path) -> str:
+    return manifest.read_text(encoding="utf-8", errors="replace")
 
 
 def _digest(plan: InPlacePlan, how: How) -> str:
@@ -218,12 +245,12 @@ def _digest(plan: InPlacePlan, how: How) -> str:
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _keep(plan: InPlacePlan, digest: str, progress: Progress) -> Undo:
+def _keep(held: Held, plan: InPlacePlan, digest: str, progress: Progress) -> Undo:
     """Bring the old bytes of what will be overwritten to another place on the disk, and mark the model."""
     digests: dict[str, str] = {}
     done = 0
     (shard,) = lay_out({name: step.entry for name, step in plan.kept.items()}, shard_bytes=plan.kept_bytes + 1)
-    with _unmarked_if_it_fails(plan.folder), staged_folder(plan.folder / UNDO_FOLDER, overwrite=False) as folder:
+    with _unmarked_if_it_fails(held), staged_folder(plan.folder / UNDO_FOLDER, overwrite=False) as folder:
         with ShardWriter(folder, shard) as writer:
             for entry in shard.entries:
                 state, info = blake3(), plan.kept[entry.name].source
@@ -235,24 +262,23 @@ def _keep(plan: InPlacePlan, digest: str, progress: Progress) -> Undo:
                     progress("keep the old bytes", done, plan.kept_bytes, "bytes")
                 digests[entry.name] = state.hexdigest()
         manifest = plan.folder / MANIFEST_FILE
-        said = manifest.read_text(encoding="utf-8") if manifest.is_file() else None
-        write_undo(folder, plan=digest, digests=digests, manifest=said)
-        mark(plan.folder, "merge")
-    undo = read_undo(plan.folder)
+        write_undo(folder, plan=digest, digests=digests, manifest=_said(manifest) if manifest.is_file() else None)
+        mark(held, "merge")
+    undo = _read_undo(plan.folder)
     assert undo is not None
     return undo
 
 
 @contextmanager
-def _unmarked_if_it_fails(folder: Path) -> Iterator[None]:
+def _unmarked_if_it_fails(held: Held) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        unmark(folder)
+        unmark(held)
         raise
 
 
-def _overwrite(plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> Facts:
+def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> Facts:
     """Write the new bytes, made from the old ones that are kept; what is not changed is read for its digest."""
     total, done = Facts(), 0
     places = open_folder(plan.folder, name=str(plan.folder)).infos
@@ -275,7 +301,7 @@ def _overwrite(plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> F
         return made
 
     with ExitStack() as opened, benches(how, plan.merge.steps.values()) as free:
-        files = {str(file): _open(Path(str(file)), opened) for file in {info.file for info in places.values()}}
+        files = _open(held, {str(info.file) for info in places.values()}, opened)
         steps = (
             replace(step, source=undo.tensors[name]) if step.change is not None else step
             for name, step in plan.merge.steps.items()
@@ -286,13 +312,13 @@ def _overwrite(plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> F
     return total
 
 
-def _restore(folder: Path, undo: Undo, progress: Progress) -> None:
+def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
     """Bring the old bytes back, the manifest too, and see that they are there."""
-    mark(folder, "undo")
     places = open_folder(folder, name=str(folder)).infos
     done, total = 0, sum(info.n_bytes for info in undo.tensors.values())
     with ExitStack() as opened:
-        files = {str(file): _open(Path(str(file)), opened) for file in {places[name].file for name in undo.tensors}}
+        files = _open(held, {str(places[name].file) for name in undo.tensors}, opened)
+        mark(held, "undo")
         for name, info in undo.tensors.items():
             write = partial(_write, files[str(places[name].file)], places[name].start)
             for start in range(0, info.n_bytes, COPY_BYTES):
@@ -306,11 +332,11 @@ def _restore(folder: Path, undo: Undo, progress: Progress) -> None:
         if digest_tensor(places[name]) != undo.digests[name]:
             raise OutputError(f"'{folder}': '{name}' has other bytes than were written to it. Is the disk failing?")
     if undo.manifest is None:
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        remove_file(held, MANIFEST_FILE)
     else:
-        (folder / MANIFEST_FILE).write_text(undo.manifest, encoding="utf-8")
-    forget(folder)
-    unmark(folder)
+        write_within(held, MANIFEST_FILE, undo.manifest)
+    forget(held)
+    unmark(held)
 
 
 def _require_unchanged(folder: Path) -> None:
@@ -345,10 +371,13 @@ def _report(plan: InPlacePlan, how: How, facts: Facts) -> MergeReport:
     )
 
 
-def _open(path: Path, opened: ExitStack) -> int:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    opened.callback(os.close, descriptor)
-    return descriptor
+def _open(held: Held, files: Iterable[str], opened: ExitStack) -> dict[str, int]:
+    """Descriptors of a model's own files, to be overwritten."""
+    found = {}
+    for file in sorted(files):
+        found[file] = open_own(held, Path(file).name, os.O_WRONLY)
+        opened.callback(os.close, found[file])
+    return found
 
 
 def _write(file: int, place: int, start: int, data: memoryview) -> None:

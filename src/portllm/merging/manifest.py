@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from portllm.files.seal import digest_file, seal_of
+from portllm.files.json_text import parse_json
+from portllm.files.seal import digest_file, seal_of, seal_problem
 from portllm.measures.quantization_gap import QuantizationGap
 from portllm.patch.record import ModelIdentity, PatchRecord, identity_from_json, identity_to_json, record_to_json
 from portllm.patch.rounding import MergeSums
@@ -122,10 +123,26 @@ def digest_side_files(folder: Path) -> dict[str, str]:
     }
 
 
-def write_manifest(folder: Path, report: MergeReport, *, program: str) -> None:
-    """Write `portllm.json`."""
-    text = json.dumps(report_to_json(report, program=program), indent=2, ensure_ascii=False) + "\n"
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+def render_manifest(report: MergeReport, *, program: str) -> str:
+    """The text of `portllm.json`."""
+    return json.dumps(report_to_json(report, program=program), indent=2, ensure_ascii=False) + "\n"
+
+
+def is_manifest(text: str) -> bool:
+    """Whether a text is that of a manifest, with a seal that fits.
+
+    Example:
+        >>> is_manifest("alias ls=rm")
+        False
+    """
+    try:
+        values = parse_json(text.encode())
+        if not isinstance(values, dict):
+            return False
+        manifest_from_json(values)
+    except ValueError:
+        return False
+    return seal_problem(values) is None
 
 
 def _are_digests(files: Mapping[str, object]) -> bool:

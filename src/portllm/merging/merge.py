@@ -24,8 +24,9 @@ from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES, write_ind
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError, PortLLMError, RemoteError, UnsupportedDtypeError, refuse
 from portllm.files.output_folder import Room, check_apart, check_free
+from portllm.files.own_files import holds
 from portllm.files.page_cache import is_large
-from portllm.merging.manifest import MergeReport, digest_side_files, write_manifest
+from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.outputs import Output, good, write_outputs
 from portllm.merging.plan import MergePlan, plan_merge
 from portllm.merging.quantization_gap import measure_gap
@@ -214,7 +215,7 @@ def _finish(output: Output, folder: Path, how: How, progress: Progress) -> Merge
     if plan.fitted is not None:
         gap = measure_gap(plan, plan.fitted, output.known.sums, progress=progress)
         report = replace(report, quantization=gap)
-    write_manifest(folder, report, program=__version__)
+    (folder / MANIFEST_FILE).write_text(render_manifest(report, program=__version__), encoding="utf-8")
     return report
 
 
@@ -231,9 +232,9 @@ def _require_apart(output: Output, outputs: Sequence[Output]) -> None:
     """Raise if an output would replace what is read for any of them, or copy what must not be."""
     patches = [file for other in outputs for file in files_of(other.plan.patch)]
     check_apart(output.out, (*output.plan.into.files, *patches))
-    inner = next((other.out for other in outputs if output.out.resolve() in other.out.resolve().parents), None)
+    inner = next((other.out for other in outputs if other is not output and holds(output.out, other.out)), None)
     if inner is not None:
-        raise OutputError(f"'{output.out}': would hold '{inner}', another output. Write to another folder.")
+        raise OutputError(f"'{output.out}': is or would hold '{inner}', another output. Write to another folder.")
     if output.plan.into.folder is not None:
         side_files(output.plan.into.folder)  # refuses what must not be copied, before there is any work to lose
 

@@ -203,7 +203,7 @@ def _finished(staged: Staged, shard: Shard) -> Facts | None:
             if stream.read(len(shard.header)) != shard.header:
                 return None
         written = {name: digest_tensor(info) for name, info in read_header(file).tensors.items()}
-    except (OSError, CheckpointError):
+        facts = Facts.from_json(staged.finished[shard.file])
+    except (OSError, CheckpointError, ValueError, TypeError):
         return None
-    facts = Facts.from_json(staged.finished[shard.file])
     return facts if facts.written == written else None

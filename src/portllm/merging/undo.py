@@ -4,6 +4,7 @@ In the model's folder:
 
     .portllm-undo/          the old bytes of every tensor that is overwritten, with their digests
     portllm-unfinished.json there as long as the weights may be neither the old ones nor the new
+    .portllm-undo.gone      for a moment, the old bytes that are given up
 
 | found | what the weights are | what is done |
 | --- | --- | --- |
@@ -11,13 +12,17 @@ In the model's folder:
 | the mark alone | as they were: the old bytes were not yet kept | either command begins anew |
 | both | anything between old and new | a merge writes all again, from the old bytes; an undo restores these |
 | the old bytes alone | the new ones | they can be taken back |
+
+All of this may come with a folder from a stranger. It is believed as far as it harms nobody: what is written and
+removed are files of the folder itself (`portllm.files.own_files`), and the old bytes must be of this model's
+tensors.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,11 +34,14 @@ from portllm.checkpoint.safetensors.names import SINGLE_FILE
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, OutputBusyError, OutputError
 from portllm.files.json_file import read_json
+from portllm.files.output_folder import sweep
+from portllm.files.own_files import Held, is_own_file, opened, part_of, remove_file, remove_folder, write_within
 from portllm.files.seal import render_sealed, seal_problem
-from portllm.files.staging import remove, sync_entries
 
 UNDO_FOLDER = ".portllm-undo"
 UNDO_FILE = "undo.json"
+_GONE = f"{UNDO_FOLDER}.gone"
+_WRITTEN = (UNFINISHED_FILE, "portllm.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +71,16 @@ def read_undo(model: Path) -> Undo | None:
     """What can be taken back in a model's folder; None where nothing can.
 
     Raises:
-        CheckpointError: What is kept there was damaged.
+        CheckpointError: What is kept there was damaged, or is not what a merge in place keeps.
     """
     folder = model / UNDO_FOLDER
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return None
+    if folder.is_symlink() or not all(is_own_file(folder / name) for name in (UNDO_FILE, SINGLE_FILE)):
+        raise CheckpointError(
+            f"'{folder}': is not what a merge in place keeps, lacks a part of it, or leads elsewhere. Fetch the model "
+            "again."
+        )
     values = read_json(folder / UNDO_FILE)
     tensors = read_header(folder / SINGLE_FILE).tensors
     match values:
@@ -82,59 +95,65 @@ def read_undo(model: Path) -> Undo | None:
 
 
 def original(model: Path, undo: Undo | None, *, name: str) -> Checkpoint:
-    """The model as it was before: what may have been overwritten is read from where its old bytes are kept."""
+    """The model as it was before: what may have been overwritten is read from where its old bytes are kept.
+
+    Raises:
+        CheckpointError: The old bytes are not of this model's tensors.
+    """
     there = open_folder(model, name=name)
     kept = {} if undo is None else undo.tensors
     for tensor, info in kept.items():
-        now = there.info(tensor)
-        if (now.dtype, now.shape) != (info.dtype, info.shape):
+        now = there.infos.get(tensor)
+        if now is None or (now.dtype, now.shape) != (info.dtype, info.shape):
             raise CheckpointError(f"'{model}': '{tensor}' is not of the model that '{UNDO_FOLDER}' was kept for.")
     return replace(there, infos={tensor: kept.get(tensor, info) for tensor, info in there.infos.items()})
 
 
-def mark(model: Path, doing: str) -> None:
+def mark(held: Held, doing: str) -> None:
     """Say that the weights are about to be overwritten; on the disk when this returns."""
-    part = model / f"{UNFINISHED_FILE}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps({"unfinished": doing}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(model / UNFINISHED_FILE)
-    sync_entries(model)
+    write_within(held, UNFINISHED_FILE, json.dumps({"unfinished": doing}) + "\n")
+    held.sync()
 
 
-def unmark(model: Path) -> None:
+def unmark(held: Held) -> None:
     """Say that the weights are whole."""
-    (model / UNFINISHED_FILE).unlink(missing_ok=True)
-    sync_entries(model)
+    remove_file(held, UNFINISHED_FILE)
+    held.sync()
 
 
-def forget(model: Path) -> None:
+def forget(held: Held) -> None:
     """Give up the old bytes, in one step."""
-    gone = model / f"{UNDO_FOLDER}.gone"
-    remove(gone)
-    if (model / UNDO_FOLDER).is_dir():
-        (model / UNDO_FOLDER).rename(gone)
-    sync_entries(model)
-    remove(gone)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(UNDO_FOLDER, _GONE, src_dir_fd=held.descriptor, dst_dir_fd=held.descriptor)
+    held.sync()
+    remove_folder(held, _GONE, (UNDO_FILE, SINGLE_FILE))
 
 
-@contextmanager
-def alone(model: Path) -> Iterator[None]:
-    """Keep other merges in place away from a folder while the block runs.
+@contextlib.contextmanager
+def alone(model: Path) -> Iterator[Held]:
+    """Keep other merges in place away from a folder while the block runs; what dead ones left half-done is removed.
+
+    Yields:
+        The folder, to write into no other.
 
     Raises:
         OutputBusyError: There is one.
-        OutputError: There is no such folder.
+        OutputError: There is no such folder, it cannot be written to, or something else lies where these files lie.
     """
-    try:
-        descriptor = os.open(model, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise OutputError(f"'{model}': is no folder that can be opened: {error.strerror}.") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OutputBusyError(f"'{model}': another run is writing there. Wait for its end.") from error
-    finally:
-        os.close(descriptor)
+    with contextlib.ExitStack() as stack:
+        try:
+            held = stack.enter_context(opened(model))
+        except OSError as error:
+            raise OutputError(f"'{model}': is no folder that can be opened: {error.strerror}.") from error
+        try:
+            fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputBusyError(f"'{model}': another run is writing there. Wait for its end.") from error
+        try:
+            remove_folder(held, _GONE, (UNDO_FILE, SINGLE_FILE))
+            sweep(model / UNDO_FOLDER)
+            for name in _WRITTEN:
+                remove_file(held, part_of(name))
+            yield held
+        except OSError as error:
+            raise OutputError(f"'{model}': cannot be written to: {error.strerror or error}.") from error

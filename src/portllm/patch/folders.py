@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from portllm.checkpoint.model.checkpoint import names_hub
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PatchError, PortLLMError
+from portllm.files.own_files import ignores_case
 from portllm.patch.adapter_folder import CONFIG_FILE, AdapterOpener
 from portllm.patch.patch import Patch
 
@@ -46,9 +47,10 @@ class PatchFolders:
         if self.is_single:
             return (out,)
         names = [_name_of(folder) for folder in self.folders]
-        for name, count in Counter(names).items():
+        letters = str.casefold if ignores_case(out) else str
+        for name, count in Counter(map(letters, names)).items():
             if count > 1:
-                same = " and ".join(f"'{folder}'" for folder in self.folders if _name_of(folder) == name)
+                same = " and ".join(f"'{folder}'" for folder in self.folders if letters(_name_of(folder)) == name)
                 raise PatchError(f"{same}: would both be written to '{out / name}'. Rename one, or run them apart.")
         return tuple(out / name for name in names)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from portllm.errors import OutputError, OutputExistsError
 from portllm.files.kept_results import Record
-from portllm.files.staging import open_locked
+from portllm.files.own_files import open_locked, require_real, write_text
 from portllm.progress import Progress, silent
 from portllm.running.model import Device
 from portllm.study.definition.estimate import Estimated, estimate
@@ -181,9 +181,7 @@ def study_identities(out: Path) -> Identities:
 
 
 def _write(file: Path, values: object) -> None:
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(file)
+    write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -197,6 +195,8 @@ def _locked(out: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"'{out}': cannot be written to: {error.strerror}.") from error
     try:
+        for name in os.listdir(out):
+            require_real(out, name)
         yield
     finally:
         os.close(descriptor)

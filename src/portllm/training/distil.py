@@ -8,8 +8,9 @@ from blake3 import blake3
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError
+from portllm.files.output_folder import check_apart
 from portllm.matching.compatibility import misfits, strangers
-from portllm.patch.adapter_folder import folder_of
+from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import identity_to_json
@@ -78,6 +79,7 @@ def distil(
     """
     settings = settings or TrainSettings()
     check_teacher(teacher)
+    check_apart(out, [data, *teacher.base.files, *files_of(teacher.patch)])
     prompts = read_texts(data, prompt)
 
     def run(model: Path, adapter: Path) -> TrainReport:

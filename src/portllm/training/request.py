@@ -6,7 +6,7 @@ from pathlib import Path
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError
-from portllm.files.output_folder import check_free
+from portllm.files.output_folder import check_apart, check_free
 from portllm.patch.patch import Patch
 from portllm.progress import Progress
 from portllm.running.examples import ExampleFormat, read_examples, read_texts
@@ -47,6 +47,7 @@ class Training:
         if self.start is not None and (refusals := set(unfit_start(self.start, self.base))):
             raise PlanRefusedError(refusals)
         check_free(self.out, overwrite=self.overwrite)
+        check_apart(self.out, [self.data])
         began = "" if self.start is None else f", beginning with {self.start.name},"
         taught = "" if self.teacher is None else f" that {self.teacher.patch.name} answers"
         what = f"a patch of {self.base.name}{began} on {count} rows{taught}"

@@ -11,9 +11,9 @@ from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
-from portllm.files.output_folder import check_free
+from portllm.files.output_folder import check_apart, check_free
 from portllm.matching.compatibility import misfits, strangers
-from portllm.patch.adapter_folder import digest_tensors, folder_of, load_patch
+from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
 from portllm.patch.low_rank import is_plain
 from portllm.patch.patch import Patch
 from portllm.patch.record import record_to_json
@@ -59,6 +59,7 @@ def train(
         OutputExistsError: `out` exists; said before any work is done.
     """
     check_free(out, overwrite=overwrite)
+    check_apart(out, [data])
     recorded = {
         "prompt": fmt.prompt,
         "completion": fmt.completion,
@@ -141,6 +142,7 @@ def capture_training(
         OutputExistsError: `out` exists; said before any work is done.
     """
     check_free(out, overwrite=overwrite)
+    check_apart(out, [*base.files, *(() if start is None else files_of(start))])
     if start is not None and (refusals := sorted(set(unfit_start(start, base)))):
         raise PlanRefusedError(refusals)
     folder = model_folder(base, progress=progress)

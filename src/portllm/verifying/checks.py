@@ -9,6 +9,7 @@ from typing import Literal
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.errors import CheckpointError
+from portllm.files.own_files import inode_of
 from portllm.files.seal import digest_file, render_sealed, seal_problem
 from portllm.patch.record import ModelIdentity
 from portllm.verifying.signature import SIGNATURE_FILE, Trust, signature_problem
@@ -122,7 +123,7 @@ def signature_checks(
 
 def notes_on(folder: Path, covered: Collection[str], trust: Trust | None, signature: Path | None) -> Iterator[str]:
     """What in a folder is not covered by its record, or was not checked."""
-    given = signature is not None and signature.resolve().parent == folder.resolve()
+    given = signature is not None and inode_of(signature.parent) == inode_of(folder)
     signatures = {SIGNATURE_FILE} | ({signature.name} if signature is not None and given else set())
     if trust is None and (folder / SIGNATURE_FILE).is_file():
         yield f"{SIGNATURE_FILE} was not checked: say whose it must be, for example with --public-key FILE"

@@ -11,13 +11,16 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
-from portllm.errors import MissingExtraError, OutputError, OutputExistsError, SignatureError
+from portllm.errors import CheckpointError, MissingExtraError, OutputError, OutputExistsError, SignatureError
+from portllm.files.json_file import read_json
+from portllm.files.own_files import inode_of, write_text
 
 if TYPE_CHECKING:
     from model_signing.signing import Config as SigningConfig
@@ -140,20 +143,21 @@ def sign_folder(folder: Path, signer: Signer, *, signature: Path, overwrite: boo
         OutputError: It cannot be written.
         MissingExtraError: model-signing is not installed.
     """
-    if signature.exists() and not overwrite:
+    if os.path.lexists(signature) and not overwrite:
         raise OutputExistsError(f"'{signature}': is there already. Choose another place, or pass --overwrite.")
+    if os.path.lexists(signature) and not signature.is_symlink() and not _is_signature(signature):
+        raise OutputExistsError(f"'{signature}': is no signature, and is not replaced. Choose another place.")
     model_signing = _load()
     hashing = model_signing.hashing.Config().set_ignored_paths(paths=_signatures_in(folder, signature))
     with _translated(f"'{folder}': could not be signed", hint=_hint(signer)):
         config = _signing_config(model_signing, signer).set_hashing_config(hashing)
-        part = signature.with_name(f".{signature.name}.part")
-        try:
-            config.sign(folder, part)
-            os.replace(part, signature)
-        except OSError as error:
-            raise OutputError(f"'{signature}': cannot be written: {error.strerror}.") from error
-        finally:
-            part.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix="portllm-sign-") as scratch:
+            made = Path(scratch) / SIGNATURE_FILE
+            config.sign(folder, made)
+            try:
+                write_text(signature, made.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise OutputError(f"'{signature}': cannot be written: {error.strerror}.") from error
 
 
 def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, required: Collection[str]) -> str | None:
@@ -184,6 +188,13 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
     except Exception as error:  # what a hostile signature makes the parsers and verifiers below raise has no bound
         return f"not by {trust}, or not over these files: {_told(error)}"
     return f"leaves out '{unsigned[0]}'" if unsigned else None
+
+
+def _is_signature(file: Path) -> bool:
+    try:
+        return "dsseEnvelope" in read_json(file)
+    except CheckpointError:
+        return False
 
 
 def _signed_files(signature: Path) -> set[str]:
@@ -223,7 +234,7 @@ def _verifying_config(model_signing: ModuleType, trust: Trust) -> "VerifyingConf
 
 
 def _signatures_in(folder: Path, signature: Path) -> list[Path]:
-    inside = signature.resolve().parent == folder.resolve()
+    inside = inode_of(signature.parent) == inode_of(folder)
     return [Path(SIGNATURE_FILE), *([Path(signature.name)] if inside else [])]
 
 

@@ -125,14 +125,18 @@ def test_views_of_any_kind_are_appended_as_bytes(tmp_path):
 def fill(folder, *, overwrite=False, fail=None, text="new"):
     with staged_folder(folder, overwrite=overwrite) as staging:
         (staging / "file").write_text(text)
-        assert not folder.exists() or contents(folder) == {"file": b"old"}
+        assert not folder.exists() or contents(folder) == OLD
         if fail is not None:
             raise fail
+
+
+OLD = {"file": b"old", "patch.json": b"{}"}
 
 
 def old(folder):
     folder.mkdir(parents=True)
     (folder / "file").write_text("old")
+    (folder / "patch.json").write_text("{}")
     return folder
 
 
@@ -189,20 +193,20 @@ def test_a_rename_that_fails_gives_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(OutputError, match="Input/output error"):
         fill(folder, overwrite=True)
-    assert contents(tmp_path) == {"out/file": b"old"}
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in OLD.items()}
 
 
 def test_an_output_that_exists_is_refused_and_untouched(tmp_path):
     folder = old(tmp_path / "out")
     with pytest.raises(OutputExistsError, match="is there already. Choose another place, or pass --overwrite"):
         fill(folder)
-    assert contents(tmp_path) == {"out/file": b"old"}
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in OLD.items()}
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     with pytest.raises(OutputExistsError), staged_folder(tmp_path / "out", overwrite=False):
         old(tmp_path / "out")
-    assert contents(tmp_path) == {"out/file": b"old"}
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in OLD.items()}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

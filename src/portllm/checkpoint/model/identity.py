@@ -22,7 +22,9 @@ from portllm.checkpoint.model.ties import stored_head, tied_embedding
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
 from portllm.checkpoint.reading.windows import sample_window
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import OutputError
 from portllm.files.cache import cache_root
+from portllm.files.own_files import write_text
 from portllm.files.source import Source
 from portllm.progress import Progress, silent
 
@@ -171,8 +173,6 @@ def remember(file: Source, digests: Mapping[str, str]) -> None:
     entry, key = _cache_entry(file)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        part = entry.with_suffix(".part")
-        part.write_text(json.dumps({"key": key, "digests": dict(digests)}), encoding="utf-8")
-        part.replace(entry)
-    except OSError:
+        write_text(entry, json.dumps({"key": key, "digests": dict(digests)}))
+    except (OSError, OutputError):
         return

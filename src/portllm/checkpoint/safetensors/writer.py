@@ -22,6 +22,9 @@ METADATA = {"format": "pt"}
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
+OUTPUT_FILES = ("patch.json", "portllm.json", "certificate.json", "check.json", "config.json")
+"""One of these, or a file of weights, lies in every folder that this program writes whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -117,7 +120,7 @@ class ShardWriter:
             self._expected += entry.n_bytes
         self._lock = threading.Lock()
         self._written = 0
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self.append(header)
 
     def append(self, data: bytes | memoryview) -> None:

@@ -1,11 +1,11 @@
 """What of a study is done: the records of its steps, against what each step depends on now."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from portllm.files.kept_results import Record, do, identity_or_none, read_record, with_versions
+from portllm.files.staging import remove
 from portllm.study.definition.plan import Identities, Step, data_of, needed, settings_of, steps_of
 from portllm.study.definition.settings import Study
 from portllm.study.schedule.places import Places
@@ -104,7 +104,7 @@ class Ledger:
             if step.makes is None or step.makes in self.study.keep or step.name in read:
                 continue
             if self._there[step.name]:
-                shutil.rmtree(self.places.folder(step.name))
+                remove(self.places.folder(step.name))
                 self._there[step.name] = False
                 gone.append(step.name)
         return gone

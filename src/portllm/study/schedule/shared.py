@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from portllm.errors import OutputError
+from portllm.files.own_files import write_text
 
 MARK_FILE = ".study.mark"
 
@@ -19,7 +20,7 @@ PAUSE_SECONDS = 0.2
 def leave_mark(out: Path) -> str:
     """Write a mark into a folder that no other folder has; returns it."""
     mark = secrets.token_hex(16)
-    (out / MARK_FILE).write_text(mark, encoding="ascii")
+    write_text(out / MARK_FILE, mark)
     return mark
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from portllm.assess.held_out import coverage, forecast_held_out, mean_miss, rank_agreement, regret, spearman
-from portllm.checking.forecast_model import Cell, Feature, Forecast
-from tests.checking.test_forecast_model import DRIFT, LIKENESS, make_cells
+from portllm.checking.forecast_model import Feature, Forecast
+from scripts.forecast.fit import Cell
+from scripts.forecast.held_out import coverage, forecast_held_out, mean_miss, rank_agreement, regret, spearman
+from tests.scripts.test_fit import DRIFT, LIKENESS, make_cells
 
 
 def test_spearman_is_scipys():

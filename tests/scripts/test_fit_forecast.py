@@ -1,16 +1,19 @@
 """The forecast is fitted from a study's folder alone, and judged on updates that were left out."""
 
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
+from portllm.assess.held_out import rank_agreement
 
 from portllm.checking.forecast import forecaster_from_json
 from portllm.files.kept_results import with_versions
 from portllm.study.definition.file import read_study
 from portllm.study.definition.plan import data_of, settings_of, steps_of
 from portllm.study.run import study_results
+from scripts import fit_forecast
 from scripts.fit_forecast import FEATURES, fit_all, has_lost, main, read_cells, render, rounded
 from scripts.judge_check import judged
 
@@ -77,6 +80,14 @@ def write_results(folder, *, leave=lambda step: False, gainless=frozenset()):
         }
         (out / "steps" / f"{step.name}.json").write_text(json.dumps(record))
     return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    """An interval from a tenth of the draws, which take most of a fit's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_forecast, "rank_agreement", functools.partial(rank_agreement, resamples=200))
+        yield
 
 
 @pytest.fixture(scope="module")

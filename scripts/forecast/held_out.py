@@ -1,4 +1,4 @@
-"""How well a forecast does on base pairs that it has not seen. Pure numpy.
+"""How well a forecast does on base pairs that it has not seen.
 
 Each base pair is forecast by a fit on all others, its interval included: no patch of the pair, and nothing that was
 chosen with its help, has been seen.
@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import rankdata
 
-from portllm.checking.forecast_model import CONFIDENCE, Cell, Feature, Forecast, fit, splits
+from portllm.checking.forecast_model import CONFIDENCE, Feature, Forecast
+from scripts.forecast.fit import Cell, fit, splits
 
 RESAMPLES = 2000
 
@@ -36,21 +38,10 @@ def forecast_held_out(
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Spearman's correlation: Pearson's of the ranks, equal values at the mean of their ranks.
-
-    Returns:
-        None where one side has the same value everywhere.
-
-    Example:
-        >>> spearman([1.0, 2.0, 3.0], [10.0, 30.0, 20.0])
-        0.5
-        >>> spearman([1.0, 1.0], [1.0, 2.0]) is None
-        True
-    """
-    a, b = (_ranks(values) for values in (one, other))
-    a, b = a - a.mean(), b - b.mean()
-    norms = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / norms if norms else None
+    """Spearman's correlation, or None where one side has the same value everywhere."""
+    if len(set(one)) == 1 or len(set(other)) == 1:
+        return None
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +147,3 @@ def regret(
     every = [points for of_pair in lost.values() for points in of_pair]
     worst = max(math.fsum(points) / len(points) for points in lost.values())
     return Regret(math.fsum(every) / len(every), worst, trained / len(cells), needless / len(cells))
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values, np.float64)
-    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: np.ndarray = ((ends - counts + 1 + ends) / 2)[inverse]
-    return ranks
