@@ -25,10 +25,10 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.safetensors.names import INDEX_FILE
 from portllm.checkpoint.vocabulary import read_vocabulary
 from portllm.errors import PortLLMError
+from portllm.files.record import encode
 from portllm.files.seal import render_sealed
 from portllm.inspecting.inspect import inspect, summary_to_json
 from portllm.patch.adapter_folder import load_patch, parse_record, stored_tensors, write_patch
-from portllm.patch.record import record_to_json
 from portllm.verifying.checks import verification_to_json
 from portllm.verifying.verify import verify
 from tests.safetensors_files import file_bytes, write_tensors
@@ -331,7 +331,7 @@ def record(folder, changes):
     def read():
         verification_to_json(verify(folder / "patch"))
         found = load_patch(folder / "patch").record
-        parse_record({**record_to_json(found), "seal": "blake3:" + "0" * 64}, where="written")
+        parse_record({**encode(found), "seal": "blake3:" + "0" * 64}, where="written")
 
     return read, content
 

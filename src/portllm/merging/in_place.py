@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import structs
 
 from portllm import __version__
 from portllm.checkpoint.folder import open_folder
@@ -28,13 +29,14 @@ from portllm.files.json_file import read_json
 from portllm.files.output_folder import staged_folder
 from portllm.files.own_files import Held, is_own_file, open_own, remove_file, write_within
 from portllm.files.page_cache import is_large
+from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.merging.manifest import (
     MANIFEST_FILE,
+    Manifest,
     MergeReport,
     digest_side_files,
     is_manifest,
-    manifest_from_json,
     render_manifest,
 )
 from portllm.merging.merge import digest_inputs, require_bfloat16
@@ -343,7 +345,7 @@ def _require_unchanged(folder: Path) -> None:
     """Raise CheckpointError if the weights are not those that the merge in place has left."""
     said = None
     with suppress(CheckpointError, ValueError):
-        said = manifest_from_json(read_json(folder / MANIFEST_FILE)).output.fingerprint
+        said = decode_sealed(Manifest, read_json(folder / MANIFEST_FILE)).output.fingerprint
     if said != fingerprint(open_folder(folder, name=str(folder))):
         raise CheckpointError(
             f"'{folder}': its weights are not those that the merge in place left, or its '{MANIFEST_FILE}' is gone: "
@@ -358,7 +360,7 @@ def _report(plan: InPlacePlan, how: How, facts: Facts) -> MergeReport:
         output=ModelIdentity(
             plan.folder.resolve().name, fingerprint(written), digest_of(facts.written, own_tensors(written))
         ),
-        into=replace(plan.merge.identity, digest=digest_of(facts.read, own_tensors(before))),
+        into=structs.replace(plan.merge.identity, digest=digest_of(facts.read, own_tensors(before))),
         patch=plan.merge.patch.record,
         dtype=tuple(sorted({plan.merge.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

@@ -92,14 +92,15 @@ def _write(
     """Write the ported patch and its record."""
     before = plan.patch.record
     record = PatchRecord(
+        program=__version__,
         base=plan.target,
-        capture=before.capture if before else Capture("adapter"),
+        capture=before.capture if before else Capture("adapter", {}),
         ports=(
             *(before.ports if before else ()),
             PortStep(plan.source, plan.target, plan.method.id, plan.evidence, left_out or {}, plan.choice),
         ),
         tensors=digest_tensors(ported),
-        program=__version__,
+        files={},
     )
     write_patch(folder, ported, base_name=plan.target.name, base_revision=plan.target.revision)
     write_record(folder, record)

@@ -9,11 +9,11 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError
 from portllm.files.output_folder import check_apart
+from portllm.files.record import encode
 from portllm.matching.compatibility import misfits, strangers
 from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
-from portllm.patch.record import identity_to_json
 from portllm.progress import Progress, silent
 from portllm.running.examples import read_texts
 from portllm.running.folder import model_folder
@@ -94,7 +94,7 @@ def distil(
         **_answers_in(teacher.patch),
         "data": f"blake3:{blake3(data.read_bytes()).hexdigest()}",
         "teacher": {
-            "base": identity_to_json(identify(teacher.base)),
+            "base": encode(identify(teacher.base)),
             "patch": origin_of(teacher.patch),
             "max_new_tokens": teacher.max_new_tokens,
         },
