@@ -22,7 +22,7 @@ from portllm.checking.forecast import ACCURACY, FILE, LOSS, TEXT, WEIGHTS, forec
 from portllm.checking.forecast_model import Feature
 from portllm.measures.thresholds import SHORT_DRIFT
 from portllm.study.definition.variants import PORTED, RETRAINED
-from portllm.study.results.table import Results, TaskRow
+from portllm.study.results.table import StudyResults, TaskRow
 from portllm.study.run import study_results
 from scripts.forecast.fit import Cell, fit
 from scripts.forecast.held_out import Forecasts, coverage, forecast_held_out, mean_miss, rank_agreement, regret
@@ -79,7 +79,7 @@ class Measured:
     row: TaskRow
 
 
-def read_cells(results: Results, target: str) -> tuple[list[Measured], list[str]]:
+def read_cells(results: StudyResults, target: str) -> tuple[list[Measured], list[str]]:
     """The cells whose retention is a number, and of the others that are done why it is none.
 
     All links of a chain count as one base pair: each contains what those before it did.
@@ -102,7 +102,7 @@ def read_cells(results: Results, target: str) -> tuple[list[Measured], list[str]
     return cells, left_out
 
 
-def fit_all(results: Results) -> dict[str, object]:
+def fit_all(results: StudyResults) -> dict[str, object]:
     """What is written; of fewer than `FEWEST_PAIRS` evolutions the cells alone, since nothing can be fitted to them."""
     measured, _ = read_cells(results, LOSS)
     if not measured:
@@ -131,7 +131,7 @@ def _sets(cells: Sequence[Cell]) -> Mapping[str, tuple[Feature, ...]]:
     }
 
 
-def _forecasts(results: Results, target: str) -> dict[str, object]:
+def _forecasts(results: StudyResults, target: str) -> dict[str, object]:
     """What was fitted to one kind of retention, and how well left-out updates were forecast."""
     measured, left_out = read_cells(results, target)
     cells = [each.cell for each in measured]
@@ -156,7 +156,7 @@ def _judged(forecasts: Forecasts) -> dict[str, object]:
     }
 
 
-def _rules(results: Results, measured: Sequence[Measured]) -> dict[str, object]:
+def _rules(results: StudyResults, measured: Sequence[Measured]) -> dict[str, object]:
     """What each rule costs, over all cells whose retention by loss is a number."""
     cells = [each.cell for each in measured]
     ported, retrained = (

@@ -86,13 +86,11 @@ def write_example_models(folder: Path) -> None:
 def render_example() -> str:
     """The files of a patch that was captured and ported, as the program writes them."""
     import portllm
-    from portllm.porting.port import port
 
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         write_example_models(Path())
-        base, evolved = portllm.open_checkpoint("base"), portllm.open_checkpoint("evolved")
-        patch = portllm.capture_adapter(portllm.load_patch("adapter"), base=base, out=Path("patch"))
-        port(patch, base=base, evolved=evolved, out=Path("ported"))
+        patch = portllm.capture("adapter", base="base", out="patch")
+        portllm.port(patch, base="base", evolved="evolved", out="ported")
         files = {
             file: Path("ported", file).read_text(encoding="utf-8") for file in ("adapter_config.json", "patch.json")
         }

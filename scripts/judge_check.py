@@ -12,7 +12,7 @@ from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS, TEXT, WEIGHTS, shipped
 from portllm.checking.forecast_model import Forecast
-from portllm.study.results.table import Results, TaskRow
+from portllm.study.results.table import StudyResults, TaskRow
 from portllm.study.run import study_results
 from scripts.fit_forecast import has_lost, read_cells
 from scripts.forecast.held_out import Forecasts, coverage, mean_miss
@@ -21,7 +21,7 @@ from scripts.gen_docs import table
 Rows = list[tuple[str, ...]]
 
 
-def judged(results: Results) -> str:
+def judged(results: StudyResults) -> str:
     """The page."""
     rows = [row for row in results.tasks if row.checked is not None and row.behind is not None]
     if not rows:
@@ -66,7 +66,7 @@ def _said_and_done(row: TaskRow) -> tuple[str, ...]:
     )
 
 
-def _forecasts(results: Results, target: str) -> Rows:
+def _forecasts(results: StudyResults, target: str) -> Rows:
     cells = [measured.cell for measured in read_cells(results, target)[0]]
     rows = []
     for source in (WEIGHTS, TEXT):

@@ -36,7 +36,7 @@ def test_the_same_shape_makes_the_same_bytes(tiny, tmp_path):
 
 def test_the_models_of_a_shape_differ_by_the_patch_and_by_the_drift(tiny):
     from bench.synthetic import DRIFT, LARGEST_DELTA, SMALLEST_DELTA
-    from portllm import measure_drift
+    from portllm.checking.update.drift import measure_drift
 
     base, tuned, evolved = (open_checkpoint(str(folder)) for folder in (tiny.base, tiny.tuned, tiny.evolved))
     deltas = measure_drift(base, tuned).tensors

@@ -129,8 +129,8 @@ def test_the_record_names_both_models_by_all_their_bytes(tiny, tmp_path):
     base, tuned = tiny("base"), tiny("evolved", drift=0.05)
     captured(base, tuned, tmp_path / "patch", rank=2)
     record = read_record(tmp_path / "patch")
-    assert record.base.digest == portllm.digest(portllm.open_checkpoint(base))
-    assert record.capture.settings["tuned"]["digest"] == portllm.digest(portllm.open_checkpoint(tuned))
+    assert record.base.digest == portllm.inspect(base, with_digest=True).digest
+    assert record.capture.settings["tuned"]["digest"] == portllm.inspect(tuned, with_digest=True).digest
     assert record.capture.method == "tuned"
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from portllm.certifying.certificate import read_certificate
 from portllm.certifying.certify import certify, plan_certify, run_certify
 from portllm.certifying.inputs import CertifySettings, draw_rows
 from portllm.checkpoint.open import open_checkpoint
-from portllm.errors import DataError, OutputExistsError, PlanRefusedError, PortLLMError
+from portllm.errors import DataError, OutputError, OutputExistsError, PlanRefusedError, PortLLMError
 from portllm.evaluating.scoring import Task, score
 from portllm.patch.adapter_folder import load_patch, read_record, write_record
 from portllm.running.encoding import Encoder
@@ -132,6 +133,15 @@ def test_with_right_answers_the_flips_decide_whether_the_bound_is_met(labeled, r
     assert certificate.labels.bound < certificate.bound
     between = (certificate.labels.bound + certificate.bound) / 2
     assert run(labeled, replace(BY_CHOICE, wanted=between), overwrite=True).met is True
+
+
+def test_a_certificate_does_not_replace_the_rows_that_it_is_about(labeled, run, tmp_path):
+    (tmp_path / "rows").mkdir()
+    rows = shutil.copy(labeled, tmp_path / "rows" / "rows.jsonl")
+    (tmp_path / "rows" / "certificate.json").write_text("{}")
+    with pytest.raises(OutputError, match="which is read for the output"):
+        run(Path(rows), out=tmp_path / "rows", overwrite=True)
+    assert Path(rows).read_bytes() == labeled.read_bytes()
 
 
 def test_free_text_is_compared_token_by_token_and_claims_no_bound(story, questions, run):

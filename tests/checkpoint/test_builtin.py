@@ -124,9 +124,9 @@ def test_a_folder_that_lost_a_file_is_made_anew(package):
 
 
 def test_the_second_of_two_at_once_waits_and_takes_the_folder_of_the_first(package, monkeypatch):
-    from portllm.files import staging
+    from portllm.files import own_files
 
-    waiting, flock, converted = threading.Event(), staging.fcntl.flock, []
+    waiting, flock, converted = threading.Event(), own_files.fcntl.flock, []
 
     def tell(descriptor, how):
         if threading.current_thread() is not threading.main_thread():
@@ -142,7 +142,7 @@ def test_the_second_of_two_at_once_waits_and_takes_the_folder_of_the_first(packa
     def note(label, done, total, unit):
         converted.append("second")
 
-    monkeypatch.setattr(staging.fcntl, "flock", tell)
+    monkeypatch.setattr(own_files.fcntl, "flock", tell)
     found = []
     second = threading.Thread(target=lambda: found.append(builtin_folder("tiny", progress=note)))
     first = builtin_folder("tiny", progress=overtake)

@@ -214,8 +214,10 @@ def test_a_config_that_is_not_an_object_is_refused(sharded):
 
 
 def test_a_json_file_that_is_too_large_is_not_read(sharded, monkeypatch):
-    monkeypatch.setattr(json_file, "MAX_JSON_BYTES", 10)
     with pytest.raises(IndexFileError, match="at most 10 are read"):
+        read_json(sharded / INDEX_FILE, error=IndexFileError, most_bytes=10)
+    monkeypatch.setattr(json_file, "MAX_JSON_VALUES", 2)
+    with pytest.raises(IndexFileError, match="holds more than 2 values"):
         read_json(sharded / INDEX_FILE, error=IndexFileError)
 
 

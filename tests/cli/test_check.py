@@ -94,13 +94,13 @@ def test_a_page_and_json_come_from_the_same_values(run, tiny, tmp_path):
 
 
 def test_a_page_that_is_there_is_refused_before_anything_is_read(portllm, tmp_path):
-    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "page.html").write_text("<!DOCTYPE html>old")
     asked = ("check", "nothing", "--base", "none", "--evolved", "none", "--html", tmp_path / "page.html")
     result = portllm(*asked)
     assert result.status == 1
     assert "page.html': is there already" in result.err
     assert "no such folder" in portllm(*asked, "--overwrite").err
-    assert (tmp_path / "page.html").read_text() == "old"
+    assert (tmp_path / "page.html").read_text() == "<!DOCTYPE html>old"
 
 
 def test_overwriting_nothing_is_wrong_usage(run, tiny):

@@ -26,7 +26,8 @@ def test_inspect_describes_a_checkpoint(portllm, tiny):
 
 
 def test_inspect_as_json_holds_the_fingerprint_and_the_digest_when_asked(portllm, tiny):
-    from portllm import digest, fingerprint, open_checkpoint
+    from portllm.checkpoint.model.identity import digest, fingerprint
+    from portllm.checkpoint.open import open_checkpoint
 
     base = open_checkpoint(tiny("base"))
     summary = json.loads(portllm("inspect", tiny("base"), "--digest", "--json", "--quiet").out)

@@ -29,7 +29,7 @@ def pair(tiny, tmp_path_factory):
         tiny("adapter", of=of, seed=2, r=3, lora_alpha=3, target_modules=["q_proj", "up_proj"]),
     )
     return [
-        portllm.capture_adapter(load_patch(adapter), base=base, out=folder / name)
+        portllm.capture(load_patch(adapter), base=base, out=folder / name)
         for name, adapter in zip(("one", "two"), adapters, strict=True)
     ]
 
@@ -137,7 +137,7 @@ def test_the_combined_patch_ports_and_merges(pair, tiny, tmp_path):
 
 def test_patches_of_other_bases_are_refused_with_the_way_out(pair, tiny, tmp_path):
     other = tiny("base", dtype=torch.float32, seed=5)
-    stranger = portllm.capture_adapter(
+    stranger = portllm.capture(
         load_patch(tiny("adapter", of=other)), base=portllm.open_checkpoint(other), out=tmp_path / "other"
     )
     with pytest.raises(PlanRefusedError, match="portllm port"):

@@ -152,7 +152,7 @@ def test_letters_are_the_same_where_the_file_system_takes_them_for_the_same(tmp_
 BIND = """
 import os, subprocess, sys
 from pathlib import Path
-from portllm.checkpoint.safetensors.writer import check_apart
+from portllm.files.output_folder import check_apart
 from portllm.errors import OutputError
 models, alias = map(Path, sys.argv[1:])
 if subprocess.run(["mount", "--bind", models, alias], capture_output=True).returncode:

@@ -9,8 +9,8 @@ import pytest
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import FleetFileError, OutputBusyError
+from portllm.files.own_files import open_locked
 from portllm.files.seal import seal_problem
-from portllm.files.staging import open_locked
 from portllm.fleets.fleet import fleet, forecast_fleet, plan_fleet, run_fleet
 from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
@@ -176,6 +176,34 @@ def test_what_somebody_else_wrote_is_not_replaced(run, write, folder):
     rows, _ = run(write(evolved='["v2"]'))
     assert statuses(rows) == {"v2/a": "refused", "v2/b": "done"}
     assert (folder / "out/v2/a/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["out/v2", "out/v2/a"])
+def test_a_cell_is_not_written_through_a_link_below_the_output(place, run, write, folder):
+    (folder / "mine").mkdir()
+    (folder / place).parent.mkdir(parents=True)
+    (folder / place).symlink_to(folder / "mine")
+    rows, _ = run(write(evolved='["v2"]'), overwrite=True)
+    assert rows["v2/a"].status == "failed"
+    assert "is a link" in rows["v2/a"].reason
+    assert bytes_below(folder / "mine") == {}
+
+
+def test_an_output_that_no_longer_counts_is_kept_where_the_cell_reads_it(run, write, folder):
+    shutil.copytree(folder / "adapters/a", folder / "out/v2/merge/merge")
+    before = bytes_below(folder / "out/v2/merge")
+    rows, _ = run(write(patches='["out/v2/merge"]', evolved='["v2"]'), overwrite=True)
+    assert "which is read for the output" in rows["v2/merge"].reason
+    assert bytes_below(folder / "out/v2/merge") == before
+
+
+def test_patches_whose_names_differ_in_letters_only_are_refused_where_the_output_cannot_tell_them(write, folder):
+    shutil.copytree(folder / "adapters/a", folder / "adapters/A")
+    assert len(plan_fleet(write(evolved='["v2"]')).cells) == 3
+    (folder / "out").mkdir()
+    (folder / "OUT").symlink_to("out")  # as a file system that ignores case shows it
+    with pytest.raises(FleetFileError, match="would both be written to 'a'"):
+        plan_fleet(write(evolved='["v2"]'))
 
 
 def test_a_model_that_changes_while_the_fleet_runs_is_noticed(here, write, folder, tiny):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
-from portllm.fleets.plan import ModelEntry, PatchEntry, Row, Work, cells_of, decide, stranger
+from portllm.fleets.plan import FleetRow, ModelEntry, PatchEntry, Work, cells_of, decide, stranger
 
 PATCHES = tuple(PatchEntry(name, f"/{name}", f"blake3:{name}", 10) for name in "ab")
 MODELS = tuple(ModelEntry(name, name, f"/{name}", f"s4k1:{name}", 100) for name in ("v2", "v3"))
@@ -15,7 +15,7 @@ WORK = Work(
 CELL = cells_of(PATCHES, MODELS, WORK)[0]
 FILES = {"port/patch.json": 5, "port/adapter_model.safetensors": 50}
 RECORDS = {"port/patch.json": "digest"}
-DONE = Row(CELL.folder, CELL.key, "done", files=FILES, records=RECORDS)
+DONE = FleetRow(CELL.folder, CELL.key, "done", files=FILES, records=RECORDS)
 
 
 def test_the_cells_of_one_model_follow_each_other():

@@ -11,11 +11,11 @@ import random
 import signal
 import tracemalloc
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import asdict
 
 from portllm.certifying.bounds import upper_bound
 from portllm.certifying.certificate import count_labels, read_certificate

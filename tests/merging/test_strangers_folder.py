@@ -39,14 +39,20 @@ def patch(tiny):
     return load_patch(tiny("adapter"))
 
 
-@pytest.fixture
-def evil(tiny, patch, home, tmp_path):
-    """A model with a merge in place that can be taken back, or must be finished; the user has the same model."""
-    folder = shutil.copytree(tiny("base", max_shard_size="3KB"), tmp_path / "evil")
-    merge_in_place(patch, folder)
+@pytest.fixture(scope="module")
+def merged(tiny, tmp_path_factory):
+    """A model with a merge in place that can be taken back, or must be finished."""
+    folder = shutil.copytree(tiny("base", max_shard_size="3KB"), tmp_path_factory.mktemp("merged") / "model")
+    merge_in_place(load_patch(tiny("adapter")), folder)
     (folder / MARK).write_text('{"unfinished": "undo"}\n')
-    shutil.copytree(folder, home / "model")
     return folder
+
+
+@pytest.fixture
+def evil(merged, home, tmp_path):
+    """Such a model; the user has the same."""
+    shutil.copytree(merged, home / "model")
+    return shutil.copytree(merged, tmp_path / "evil")
 
 
 def link(name, target):

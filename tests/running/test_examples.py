@@ -71,6 +71,17 @@ def test_anything_but_a_plain_name_between_braces_is_refused(text):
         Template(text)
 
 
+def test_half_of_a_surrogate_pair_in_a_row_is_told_with_its_line_and_a_whole_one_is_read(write):
+    path = write(r'{"question": "\ud83d\ude00", "type": "a"}' + "\n" + r'{"question": "\ud800", "type": "a"}')
+    with pytest.raises(DataError, match=r"rows\.jsonl': 1 of 2 rows[^\0]*line 2: holds half of a surrogate pair"):
+        read_examples(path, FORMAT)
+
+
+def test_a_template_that_is_no_text_is_refused():
+    with pytest.raises(DataError, match="is not UTF-8"):
+        Template("{question} \udcff")
+
+
 def test_a_template_without_a_field_is_refused():
     with pytest.raises(DataError, match="names no field"):
         ExampleFormat(prompt="Question:", completion="type")

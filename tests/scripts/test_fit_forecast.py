@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from portllm.assess.held_out import rank_agreement
 
 from portllm.checking.forecast import forecaster_from_json
 from portllm.files.kept_results import with_versions
@@ -15,6 +14,7 @@ from portllm.study.definition.plan import data_of, settings_of, steps_of
 from portllm.study.run import study_results
 from scripts import fit_forecast
 from scripts.fit_forecast import FEATURES, fit_all, has_lost, main, read_cells, render, rounded
+from scripts.forecast.held_out import rank_agreement
 from scripts.judge_check import judged
 
 DRIFTS = {f"update-{n}": 10 ** (-4 + 0.4 * n) for n in range(11)}

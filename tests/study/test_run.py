@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from portllm.errors import DataError, OutputBusyError, OutputExistsError
+from portllm.errors import DataError, OutputBusyError, OutputError, OutputExistsError
 from portllm.study.run import _locked, run_study, study_results, study_status
 from portllm.study.schedule.machine import describe_machine
 from portllm.study.schedule.work import Work
@@ -76,6 +76,15 @@ def test_a_second_run_does_nothing_and_status_and_report_agree(again):
     assert (status.left.steps, status.left.seconds) == ((), 0.0)
     assert status.seconds > 0
     assert study_results(again / "small.toml", out=again / "out").to_json() == json.loads(before)
+
+
+def test_a_folder_of_results_with_a_link_in_it_is_not_written_to(again, tmp_path):
+    (tmp_path / "mine").mkdir()
+    shutil.rmtree(again / "out" / "steps")
+    (again / "out" / "steps").symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="steps': is a link"):
+        run(again)
+    assert not any((tmp_path / "mine").iterdir())
 
 
 def test_a_run_that_is_killed_three_times_gives_the_same_table(reader, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,18 +8,18 @@ from safetensors.torch import load_file
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.open import open_checkpoint
-from portllm.errors import OutputExistsError, PlanRefusedError
+from portllm.errors import OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
-from portllm.running.examples import ExampleFormat
 from portllm.running.model import load_tokenizer
 from portllm.training.distil import Teacher, distil
 from portllm.training.lora import TrainSettings
-from portllm.training.train import train
+from portllm.training.request import train
 from tests.language import make_reader
 from tests.models import make_adapter, make_evolved
+from tests.safetensors_files import contents
 
-FORMAT = ExampleFormat(prompt="{question} Kind:", completion="kind")
+FORMAT = {"prompt": "{question} Kind:", "completion": "kind"}
 ROWS = [
     {"question": "what causes measles?", "kind": "cause"},
     {"question": "how is a fever treated?", "kind": "treatment"},
@@ -40,7 +41,7 @@ def world(tmp_path_factory):
         data = folder / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         settings = TrainSettings(rank=2, alpha=3, use_rslora=True, learning_rate=3e-2, steps=20)
-        patch, _ = train(base, data=data, fmt=FORMAT, out=folder / "patch", settings=settings, device="cpu")
+        patch, _ = train(base, data=data, **FORMAT, out=folder / "patch", settings=settings, device="cpu")
         evolved = open_checkpoint(evolved)
         ported = port(patch, evolved=evolved, out=folder / "ported")
     return {"base": base, "evolved": evolved, "patch": patch, "ported": ported, "data": data}
@@ -54,7 +55,7 @@ def test_a_ported_patch_that_is_not_moved_is_the_same_and_the_record_says_where_
     started, _ = train(
         world["evolved"],
         data=world["data"],
-        fmt=FORMAT,
+        **FORMAT,
         out=tmp_path / "started",
         settings=STILL,
         start=world["ported"],
@@ -76,7 +77,7 @@ def test_a_ported_patch_that_is_not_moved_is_the_same_and_the_record_says_where_
 
 def test_a_patch_of_another_base_is_refused_and_told_to_be_ported(world, tmp_path):
     with pytest.raises(PlanRefusedError, match="portllm port"):
-        train(world["evolved"], data=world["data"], fmt=FORMAT, out=tmp_path / "no", start=world["patch"], device="cpu")
+        train(world["evolved"], data=world["data"], **FORMAT, out=tmp_path / "no", start=world["patch"], device="cpu")
     assert not (tmp_path / "no").exists()
 
 
@@ -84,7 +85,26 @@ def test_a_patch_of_more_than_lora_is_not_started_from(world, tmp_path):
     adapter = load_patch(make_adapter(world["base"].folder, tmp_path / "dora", use_dora=True))
     dora = capture_adapter(adapter, base=world["base"], out=tmp_path / "patch")
     with pytest.raises(PlanRefusedError, match="more than LoRA deltas"):
-        train(world["base"], data=world["data"], fmt=FORMAT, out=tmp_path / "no", start=dora, device="cpu")
+        train(world["base"], data=world["data"], **FORMAT, out=tmp_path / "no", start=dora, device="cpu")
+
+
+def test_a_patch_does_not_replace_the_rows_or_the_patch_that_it_is_trained_on(world, tmp_path):
+    rows = shutil.copy(world["data"], shutil.copytree(world["patch"].name, tmp_path / "patch"))
+    start = load_patch(tmp_path / "patch")
+    teacher = Teacher(world["base"], start)
+    before = contents(tmp_path)
+    for work in (
+        lambda out: train(world["base"], data=Path(rows), fmt=FORMAT, out=out, device="cpu", overwrite=True),
+        lambda out: train(
+            world["base"], data=world["data"], fmt=FORMAT, out=out, start=start, device="cpu", overwrite=True
+        ),
+        lambda out: distil(
+            world["base"], data=world["data"], prompt=FORMAT.prompt, teacher=teacher, out=out, overwrite=True
+        ),
+    ):
+        with pytest.raises(OutputError, match="which is read for the output"):
+            work(tmp_path / "patch")
+    assert contents(tmp_path) == before
 
 
 def test_a_refreshed_patch_is_closer_to_the_old_tuned_model_and_says_who_taught_it(world, tmp_path):

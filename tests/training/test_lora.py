@@ -146,10 +146,10 @@ def test_no_examples_are_refused(reader, tmp_path):
 
 
 def test_a_folder_that_exists_is_kept_unless_it_may_be_replaced(reader, tmp_path):
-    (tmp_path / "kept.txt").write_text("mine")
+    (tmp_path / "patch.json").write_text("mine")
     with pytest.raises(OutputExistsError):
         train_lora(reader, EXAMPLES, QUICK, tmp_path, device="cpu")
-    assert files(tmp_path) == {"kept.txt": b"mine"}
+    assert files(tmp_path) == {"patch.json": b"mine"}
     train_lora(reader, EXAMPLES, TrainSettings(steps=1), tmp_path, device="cpu", overwrite=True)
     assert set(files(tmp_path)) == {"adapter_config.json", "adapter_model.safetensors"}
 

@@ -12,12 +12,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from portllm.errors import MissingExtraError, OutputExistsError, SignatureError
+from portllm.errors import MissingExtraError, OutputError, OutputExistsError, SignatureError
 from portllm.patch.adapter_folder import load_patch
 from portllm.verifying import signature as border
 from portllm.verifying.sign import sign
 from portllm.verifying.signature import CertificateSigner, Identity, KeySigner, PublicKey, Roots, SigstoreSigner
 from portllm.verifying.verify import verify
+from tests.safetensors_files import contents
 
 PEM = serialization.Encoding.PEM
 
@@ -228,6 +229,28 @@ def test_what_does_not_verify_is_not_signed(copy, keys):
     with pytest.raises(SignatureError, match=r"does not verify, so it was not signed: adapter_config\.json"):
         sign(folder, KeySigner(keys / "mine.key"))
     assert not (folder / "model.sig").exists()
+
+
+def test_what_is_no_signature_is_not_replaced_by_one(copy, keys):
+    folder = copy()
+    before = contents(folder)
+    with pytest.raises(OutputExistsError, match="is no signature"):
+        sign(folder, KeySigner(keys / "mine.key"), signature=folder / "patch.json", overwrite=True)
+    assert contents(folder) == before
+
+
+def test_a_signature_is_not_written_through_a_link(copy, keys, tmp_path):
+    folder, beside = copy(), tmp_path / "beside"
+    beside.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    for name in ("model.sig", ".model.sig.part"):
+        (beside / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="is a link"):
+        sign(folder, KeySigner(keys / "mine.key"), signature=beside / "model.sig", overwrite=True)
+    (beside / ".model.sig.part").unlink()
+    sign(folder, KeySigner(keys / "mine.key"), signature=beside / "model.sig", overwrite=True)
+    assert verify(folder, trust=PublicKey(keys / "mine.pub"), signature=beside / "model.sig").verified
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_signature_that_exists_is_replaced_only_when_told(copy, keys):

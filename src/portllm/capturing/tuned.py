@@ -61,6 +61,10 @@ class TunedReport:
     reasons: Mapping[str, str]
     n_unchanged: int
 
+    def __repr__(self) -> str:
+        found = f"{len(self.deltas)} deltas, {len(self.values)} values, {len(self.left_out)} left out"
+        return f"TunedReport({found}, truncation_residual={self.truncation_residual:.3g})"
+
     @property
     def truncation_residual(self) -> float:
         """`|D - B A| / |D|` over all deltas together."""

@@ -15,6 +15,7 @@ from portllm.errors import CertificateError
 from portllm.files.json_file import read_json
 from portllm.files.record import NamedBlake3, Recorded, decode_sealed, one_of, write_sealed
 from portllm.files.seal import seal_problem
+from portllm.notebook import ShownInNotebook
 from portllm.patch.record import ModelIdentity, PatchFileDigests
 
 CERTIFICATE_FILE = "certificate.json"
@@ -130,7 +131,7 @@ class TokenCounts(Recorded, frozen=True, kw_only=True):
     inputs_same: Count
 
 
-class Certificate(Recorded, frozen=True, kw_only=True, tag_field="format", tag=FORMAT):
+class Certificate(Recorded, ShownInNotebook, frozen=True, kw_only=True, tag_field="format", tag=FORMAT):
     """What a port can have lost.
 
     Attributes:
@@ -166,6 +167,9 @@ class Certificate(Recorded, frozen=True, kw_only=True, tag_field="format", tag=F
     labels: LabelCounts | None
     tokens: TokenCounts | None
     device: Annotated[str, one_of("cpu", "cuda")]
+
+    def __repr__(self) -> str:
+        return f"Certificate(loss_bound={self.loss_bound}, confidence={self.confidence}, n={self.n}, met={self.met})"
 
     @property
     def loss_bound(self) -> float | None:
@@ -219,13 +223,13 @@ def parse_certificate(values: Mapping[str, object], *, where: str) -> Certificat
         ) from error
 
 
-def read_certificate(folder: Path) -> Certificate:
+def read_certificate(folder: str | Path) -> Certificate:
     """The certificate in a folder, checked against schema, seal and arithmetic.
 
     Raises:
         CertificateError: The file is missing or damaged, or says what cannot be.
     """
-    file = folder / CERTIFICATE_FILE
+    file = Path(folder) / CERTIFICATE_FILE
     values = read_json(file, error=CertificateError)
     certificate = parse_certificate(values, where=str(file))
     problems = [problem for problem in (seal_problem(values), *arithmetic_problems(certificate)) if problem]

@@ -26,6 +26,7 @@ from portllm.certifying.certificate import (
 )
 from portllm.certifying.inputs import Asked, CertifySettings, read_asked
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
@@ -33,7 +34,7 @@ from portllm.evaluating.evaluate import unfit
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
-from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, files_of, folder_of
+from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, PatchLike, files_of, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
@@ -95,14 +96,14 @@ class Certification:
 
 
 def certify(
-    patch: Patch[TensorInfo],
+    patch: PatchLike,
     *,
-    base: Checkpoint,
-    data: Path,
-    out: Path,
-    evolved: Checkpoint | None = None,
-    ported: Patch[TensorInfo] | None = None,
-    merged: Checkpoint | None = None,
+    base: ModelLike,
+    data: str | Path,
+    out: str | Path,
+    evolved: ModelLike | None = None,
+    ported: PatchLike | None = None,
+    merged: ModelLike | None = None,
     settings: CertifySettings | None = None,
     allow_other_base: bool = False,
     device: Device = "auto",
@@ -131,19 +132,19 @@ def certify(
         NotFoundError: A model is a single file, without configuration and tokenizer.
         OutputExistsError: `out` exists; said before any work is done.
     """
-    check_free(out, overwrite=overwrite)
+    check_free(Path(out), overwrite=overwrite)
     plan = plan_certify(
-        patch,
-        base=base,
-        data=data,
-        evolved=evolved,
-        ported=ported,
-        merged=merged,
+        load_patch(patch),
+        base=open_checkpoint(base, progress=progress),
+        data=Path(data),
+        evolved=None if evolved is None else open_checkpoint(evolved, progress=progress),
+        ported=None if ported is None else load_patch(ported),
+        merged=None if merged is None else open_checkpoint(merged, progress=progress),
         settings=settings,
         allow_other_base=allow_other_base,
         progress=progress,
     )
-    return run_certify(plan, out, device=device, overwrite=overwrite, progress=progress).certificate
+    return run_certify(plan, Path(out), device=device, overwrite=overwrite, progress=progress).certificate
 
 
 def run_certify(

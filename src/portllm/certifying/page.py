@@ -10,7 +10,7 @@ from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, dots
 from portllm.show.html.figure import facts, figure, figures, table
 from portllm.show.html.markup import Html
-from portllm.show.html.page import Headline, Tone, bullets, document, paragraph, section
+from portllm.show.html.page import Headline, Tone, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points, upper_percent
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement
         *_texts(certificate, disagreements),
     ]
     return document(title, _headline(certificate), parts)
+
+
+def notebook(certificate: Certificate) -> str:
+    """What a notebook shows: what is claimed, and what was counted."""
+    return fragment(_headline(certificate), facts(certificate_facts(certificate)))
 
 
 def _headline(certificate: Certificate) -> Headline:

@@ -19,7 +19,7 @@ from portllm.show.html.figure import facts, figure, figures, folded, table
 from portllm.show.html.heatmap import cell_rows, heatmap, kinds_of, layers_of, stacks_of
 from portllm.show.html.lines import Curve, Point, lines
 from portllm.show.html.markup import Html, element, joined
-from portllm.show.html.page import Headline, Tone, banner, bullets, document, paragraph, section
+from portllm.show.html.page import Headline, Tone, banner, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, three_percent
 
 TONES: Mapping[Answer, Tone] = {
@@ -66,6 +66,12 @@ def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = ()) -> s
         ),
     ]
     return document(title, Headline(tone, verdict_counts(report), wrong), parts)
+
+
+def notebook(report: CheckReport) -> str:
+    """What a notebook shows: the table of all patches."""
+    shown = Headline(_worst(report), verdict_counts(report)) if report.patches else Headline("plain", "no patches")
+    return fragment(shown, table(patch_rows(report), label="All patches"))
 
 
 def _linked(rows: Rows) -> Rows:

@@ -1,6 +1,7 @@
 """What `check` found, as values, and those as JSON."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from portllm.measures.estimate import DriftEstimate
 from portllm.measures.overlap import Alignment, Share
 from portllm.measures.places import Place
 from portllm.measures.quantization_gap import GapSums
+from portllm.notebook import ShownInNotebook
 from portllm.patch.rounding import MergeSums
 
 
@@ -50,6 +52,9 @@ class PatchReport:
     places: Mapping[Place, PlacedDelta] | None = None
     text: TextMeasures | None = None
 
+    def __repr__(self) -> str:
+        return f"PatchReport({self.name!r}, {str(self.verdict.answer)!r})"
+
     @property
     def relative_size(self) -> float | None:
         """`|Δ| / |W1|` over the matrices that the patch changes."""
@@ -62,7 +67,7 @@ class PatchReport:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckReport:
+class CheckReport(ShownInNotebook):
     """What `check` found.
 
     Attributes:
@@ -72,6 +77,10 @@ class CheckReport:
 
     update: UpdateReport
     patches: tuple[PatchReport, ...]
+
+    def __repr__(self) -> str:
+        answers = Counter(str(patch.verdict.answer) for patch in self.patches)
+        return f"CheckReport({self.update.base.name!r} -> {self.update.evolved.name!r}, {dict(answers)})"
 
     @property
     def holds(self) -> bool:

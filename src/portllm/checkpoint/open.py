@@ -22,15 +22,18 @@ from portllm.progress import Progress, silent
 
 BUILTIN_PREFIX = "builtin:"
 
+ModelLike = str | Path | Checkpoint
+"""A model, or where it is."""
+
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
-def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkpoint:
+def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpoint:
     """Open a model lazily.
 
     Args:
         where: A folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the hub (`org/name` or
-            `org/name@revision`), of which headers and small files are read.
+            `org/name@revision`), of which headers and small files are read. A checkpoint is returned as it is.
         progress: Told of the one-time conversion of a built-in model.
 
     Raises:
@@ -38,6 +41,8 @@ def open_checkpoint(where: str | Path, *, progress: Progress = silent) -> Checkp
         HeaderError, IndexFileError, MissingShardError: Its files are damaged or incomplete.
         RemoteError: The hub cannot be reached, or denies access.
     """
+    if isinstance(where, Checkpoint):
+        return where
     name = str(where)
     if name.startswith(BUILTIN_PREFIX):
         return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)

@@ -1,6 +1,5 @@
 """The command that says whether patches will hold: check."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -60,12 +59,11 @@ def check(
     """
     if text is None and (prompt is not None or gradients):
         raise typer.BadParameter("--prompt and --gradients go with --text.")
-    from portllm.checking.check import check as check_patches
     from portllm.checking.text import check_to_json, render_check
-    from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.patch.folders import find_patches, open_each
+    from portllm.probing.check import check as check_patches
 
     page = Page(html, overwrite=overwrite)
     opened = open_each(find_patches(patches), lambda patch, _: patch)
@@ -73,33 +71,25 @@ def check(
     failed = [outcome for outcome in opened if outcome.error is not None]
     if failed and not there:
         raise failed[0].error or AssertionError("an outcome without a value has an error")
-    models = {"base": open_checkpoint(base), "evolved": open_checkpoint(evolved)}
+    settings = None
+    if text is not None:
+        from portllm.probing.passes import TextSettings
+
+        settings = TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients)
     with shown_progress(quiet=quiet) as progress:
-        checked = partial(
-            check_patches,
+        report = check_patches(
             *there,
-            **models,
+            base=base,
+            evolved=evolved,
             full=full,
             places=html is not None,
+            text=text,
+            prompt=prompt,
+            settings=settings,
+            device=device.value,
             allow_other_base=allow_other_base,
             progress=progress,
         )
-        if text is None:
-            report = checked()
-        else:
-            from portllm.probing.probe import TextSettings, add_text, read_domain
-
-            prompts = read_domain(text, there, template=prompt)
-            report = add_text(
-                checked(),
-                there,
-                **models,
-                prompts=prompts,
-                settings=TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients),
-                allow_other_base=allow_other_base,
-                device=device.value,
-                progress=progress,
-            )
     if page.is_wanted:
         from portllm.checking.page import check_page
 

@@ -67,7 +67,6 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Base, base + patch, evolved, evolved + ported (and retrained) on the same rows: score, loss, retention."""
-    from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.evaluate import evaluate as evaluate_patch
@@ -91,12 +90,12 @@ def evaluate(
     with shown_progress(quiet=quiet) as progress:
         comparison = evaluate_patch(
             rows,
-            base=open_checkpoint(base),
+            base=base,
             patch=old,
-            evolved=open_checkpoint(evolved),
-            ported=load_patch(ported),
-            retrained=None if retrained is None else load_patch(retrained),
-            merged=None if merged is None else open_checkpoint(merged),
+            evolved=evolved,
+            ported=ported,
+            retrained=retrained,
+            merged=merged,
             allow_other_base=allow_other_base,
             device=device.value,
             seed=seed,

@@ -122,7 +122,7 @@ def train(
         say(training.preview())
         return
     with shown_progress(quiet=quiet) as progress:
-        report = training.run(device=device.value, progress=progress)
+        _, report = training.run(device=device.value, progress=progress)
     summary = summarize_patch(output)
     if as_json:
         print_json({"patch": summary_to_json(summary), "training": {n: getattr(report, n) for n in report.__slots__}})

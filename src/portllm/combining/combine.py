@@ -18,7 +18,7 @@ from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.files.output_folder import check_apart, staged_folder
 from portllm.files.record import encode
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.adapter_folder import digest_tensors, files_of, write_patch, write_record
+from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.capture import Captured
 from portllm.patch.combine import Selection, concatenate, rerank, select
 from portllm.patch.delta import LowRankDelta
@@ -109,6 +109,9 @@ class CombineReport:
     residuals: Mapping[str, float]
     truncation_residual: float
 
+    def __repr__(self) -> str:
+        return f"CombineReport({len(self.ranks)} modules, truncation_residual={self.truncation_residual:.3g})"
+
 
 def plan_combine(
     patches: Sequence[Patch[TensorInfo]], *, weights: Sequence[float] | None = None, how: Combination = Exact()
@@ -116,7 +119,7 @@ def plan_combine(
     """Plan to combine patches of one base.
 
     Args:
-        patches: At least two, opened with `load_patch`.
+        patches: At least two.
         weights: One for each patch, 1 where not given.
         how: By what rule.
 
@@ -146,9 +149,9 @@ def plan_combine(
 
 
 def combine(
-    patches: Sequence[Patch[TensorInfo]],
+    patches: Sequence[PatchLike],
     *,
-    out: Path,
+    out: str | Path,
     weights: Sequence[float] | None = None,
     how: Combination = Exact(),
     overwrite: bool = False,
@@ -170,7 +173,8 @@ def combine(
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written, or holds what is read.
     """
-    return run_combine(plan_combine(patches, weights=weights, how=how), out, overwrite=overwrite, progress=progress)
+    plan = plan_combine([load_patch(patch) for patch in patches], weights=weights, how=how)
+    return run_combine(plan, Path(out), overwrite=overwrite, progress=progress)
 
 
 def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> CombineReport:

@@ -47,7 +47,7 @@ from portllm.progress import Progress, Unit, silent
 from portllm.running.examples import ExampleFormat, read_examples, read_prompts, read_texts
 from portllm.running.folder import model_folder
 from portllm.training.evolve import evolve
-from portllm.training.train import train
+from portllm.training.train import train_on_rows
 
 BASE = "builtin:smollm2-135m"
 DATA = resources.files("portllm.demo") / "data"
@@ -168,7 +168,7 @@ class _Teller:
     def train(self, name: str, model: Checkpoint, out: Path, *, progress: Progress) -> None:
         def work() -> dict[str, object]:
             with resources.as_file(DATA / TRAINING_ROWS) as rows:
-                _, report = train(
+                _, report = train_on_rows(
                     model,
                     data=rows,
                     fmt=FORMAT,

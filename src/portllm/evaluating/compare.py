@@ -11,6 +11,7 @@ from portllm.errors import PortLLMError
 from portllm.evaluating.metrics import Estimate, Flips, Retention, accuracy, flips, mean_loss, paired_change, retention
 from portllm.evaluating.names import BASE, EVOLVED, MERGED, ORDER, PATCHED, PORTED, PORTS, RETRAINED
 from portllm.evaluating.scoring import Scored, Scores
+from portllm.notebook import ShownInNotebook
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
@@ -81,6 +82,9 @@ class ComparisonRow:
     loss_retention: Retention | None
     scores: Scores = field(repr=False)
 
+    def __repr__(self) -> str:
+        return f"ComparisonRow({self.name!r}, score={self.score.value:.4f}, loss={self.loss.value:.4f})"
+
     def to_json(self) -> dict[str, object]:
         """The numbers by name, without the single rows but those that turned wrong."""
         return {
@@ -116,7 +120,7 @@ class TurnedRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class Comparison(ShownInNotebook):
     """Models side by side on the same rows.
 
     Attributes:
@@ -136,6 +140,10 @@ class Comparison:
     n_cut_rows: int
     seed: int
     examples: tuple[Example, ...] = field(repr=False)
+
+    def __repr__(self) -> str:
+        scores = {row.name: round(row.score.value, 4) for row in self.rows}
+        return f"Comparison({self.n_rows} rows, scores={scores})"
 
     def row(self, name: str) -> ComparisonRow | None:
         """The row of that name, or None where it was not run."""

@@ -5,31 +5,35 @@ belongs to, or not at all.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.evaluating.compare import Comparison, Contestants, compare
-from portllm.evaluating.scoring import Scored
+from portllm.evaluating.scoring import Scored, Task
 from portllm.matching.compatibility import base_mismatch, misfits, unmatchable
-from portllm.patch.adapter_folder import folder_of
+from portllm.patch.adapter_folder import PatchLike, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
+from portllm.running.examples import read_examples
 from portllm.running.folder import model_folder
 from portllm.running.model import Device
+from portllm.running.recorded import recorded_format
 
 
 def evaluate(
-    task: Scored,
+    rows: Scored | str | Path,
     *,
-    base: Checkpoint,
-    patch: Patch[TensorInfo],
-    evolved: Checkpoint,
-    ported: Patch[TensorInfo],
-    retrained: Patch[TensorInfo] | None = None,
-    merged: Checkpoint | None = None,
+    base: ModelLike,
+    patch: PatchLike,
+    evolved: ModelLike,
+    ported: PatchLike,
+    retrained: PatchLike | None = None,
+    merged: ModelLike | None = None,
     allow_other_base: bool = False,
     device: Device = "auto",
     seed: int = 0,
@@ -38,7 +42,8 @@ def evaluate(
     """Compare the models on the rows of a task; each base is loaded once.
 
     Args:
-        task: Rows, and how answers are judged.
+        rows: A JSONL file, asked as `patch` was trained, its completions the labels; or a `Task`, which says otherwise
+            how rows are asked and judged; or a benchmark's, as `HarnessRows`.
         base: The model that the patch was made on.
         patch: The patch.
         evolved: The later version.
@@ -55,17 +60,20 @@ def evaluate(
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows do not fit.
     """
+    old = load_patch(patch)
+    if isinstance(rows, str | Path):
+        rows = Task(examples=tuple(read_examples(rows, recorded_format(old, prompt=None, completion=None))))
     contestants = plan_evaluation(
-        base=base,
-        patch=patch,
-        evolved=evolved,
-        ported=ported,
-        retrained=retrained,
-        merged=merged,
+        base=open_checkpoint(base, progress=progress),
+        patch=old,
+        evolved=open_checkpoint(evolved, progress=progress),
+        ported=load_patch(ported),
+        retrained=None if retrained is None else load_patch(retrained),
+        merged=None if merged is None else open_checkpoint(merged, progress=progress),
         allow_other_base=allow_other_base,
         progress=progress,
     )
-    return compare(contestants, task, device=device, seed=seed, progress=progress)
+    return compare(contestants, rows, device=device, seed=seed, progress=progress)
 
 
 def plan_evaluation(

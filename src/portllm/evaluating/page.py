@@ -17,7 +17,7 @@ from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, bars, dots
 from portllm.show.html.figure import figure, figures, table
 from portllm.show.html.markup import Html
-from portllm.show.html.page import Headline, bullets, document, paragraph, section
+from portllm.show.html.page import Headline, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def evaluate_page(comparison: "Comparison", *, title: str) -> str:
         comparison: What `evaluate` found.
         title: What was compared, such as the names of patch and models.
     """
-    ports = [row for row in comparison.rows if row.name in PORTS]
+    ports = _ports(comparison)
     parts = [
         figures(_scores(comparison), _losses(comparison), *_retention(ports)),
         section(
@@ -48,6 +48,16 @@ def evaluate_page(comparison: "Comparison", *, title: str) -> str:
         *(_turned(comparison, row) for row in ports if row.flips is not None),
     ]
     return document(f"portllm evaluate: {title}", _headline(comparison, ports), parts)
+
+
+def notebook(comparison: "Comparison") -> str:
+    """What a notebook shows: a line for each model."""
+    rows = table(comparison_rows(comparison), label="Scores, losses, flips and retention")
+    return fragment(_headline(comparison, _ports(comparison)), rows, bullets(comparison_notes(comparison)))
+
+
+def _ports(comparison: "Comparison") -> "list[ComparisonRow]":
+    return [row for row in comparison.rows if row.name in PORTS]
 
 
 def _headline(comparison: "Comparison", ports: "list[ComparisonRow]") -> Headline:

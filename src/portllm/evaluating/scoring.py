@@ -86,7 +86,7 @@ class Task:
         DataError: There are no examples, fewer than two labels, or a completion that is no label.
     """
 
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...] = field(repr=False)
     kind: Kind = "labels"
     labels: tuple[str, ...] = ()
     max_tokens: int = 512

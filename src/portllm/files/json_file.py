@@ -7,27 +7,29 @@ from portllm.errors import CheckpointError
 from portllm.files.json_text import parse_json
 
 MAX_JSON_BYTES = 64_000_000
+"""Twice the largest `tokenizer.json` and index that are around, of 33 MB."""
+
+
+MAX_JSON_VALUES = 6_000_000
+"""Three times what the largest of them holds. A value takes some 200 bytes of Python's memory, however short it is."""
+
+MAX_CONFIG_BYTES = 8_000_000
+"""Of a configuration: the largest that are around, with thousands of labels or added tokens, have one or two."""
 
 
 def read_json(
-    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, infinities: bool = False
+    file: Path,
+    *,
+    error: type[CheckpointError] | type[Exception] = CheckpointError,
+    infinities: bool = False,
+    most_bytes: int = MAX_JSON_BYTES,
 ) -> dict[str, object]:
     """A JSON object from a file that nobody vouches for; `infinities` as for `json_text.parse_json`.
 
     Raises:
-        error: The file is none (a pipe could be waited for forever), is too large, is not
-            JSON that every reader reads alike, or is not an object.
+        error: As `read_json_text`; or it is not JSON that every reader reads alike, or not an object.
     """
-    try:
-        if file.exists() and not file.is_file():
-            raise error(f"'{file}': is not a file. Fetch or write it again.")
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            text = stream.read(min(size, MAX_JSON_BYTES) + 1)  # as much room is made as is asked for
-    except OSError as problem:
-        raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
-    if len(text) > MAX_JSON_BYTES:
-        raise error(f"'{file}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+    text = read_json_text(file, error=error, most_bytes=most_bytes)
     try:
         value = parse_json(text, infinities=infinities)
     except ValueError as problem:
@@ -43,4 +45,27 @@ def read_config(file: Path) -> dict[str, object]:
     Raises:
         CheckpointError: As `read_json`.
     """
-    return read_json(file, infinities=True)
+    return read_json(file, infinities=True, most_bytes=MAX_CONFIG_BYTES)
+
+
+def read_json_text(
+    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, most_bytes: int = MAX_JSON_BYTES
+) -> bytes:
+    """The content of a JSON file, which is not so large that what is made of it could fill a machine's memory.
+
+    Raises:
+        error: The file is none (a pipe could be waited for forever), cannot be read, or is too large.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise error(f"'{file}': is not a file. Fetch or write it again.")
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            text = stream.read(min(size, most_bytes) + 1)  # as much room is made as is asked for
+    except OSError as problem:
+        raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
+    if len(text) > most_bytes:
+        raise error(f"'{file}': has {size} bytes; at most {most_bytes} are read.")
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise error(f"'{file}': holds more than {MAX_JSON_VALUES} values; no file of a model has so many.")
+    return text

@@ -48,9 +48,22 @@ def parse_json(text: bytes, *, infinities: bool = False) -> object:
         _check_depth(value)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    check_pairs(text, value)
+    return value
+
+
+def check_pairs(text: bytes, value: object) -> None:
+    """See to it that no text in a value is half of a surrogate pair, which stands for no character.
+
+    Args:
+        text: The JSON of the value.
+        value: What was made of it.
+
+    Raises:
+        ValueError: One is.
+    """
     if _HALF_OF_A_PAIR.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from portllm.checkpoint.safetensors.writer import OUTPUT_FILES
 from portllm.errors import OutputError, OutputExistsError, Refusal
 from portllm.files.own_files import inode_of
 from portllm.files.source import Source
 from portllm.files.staging import Journal, Place, Staged, begin, remove
+
+OUTPUT_FILES = ("patch.json", "portllm.json", "certificate.json", "check.json", "config.json")
+"""One of these, or a file of weights, lies in every folder that this program writes whole."""
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from portllm.files.own_files import open_locked
 from portllm.fleets.cell import RECORDS, Worker
 from portllm.fleets.file import read_fleet_file
 from portllm.fleets.inputs import find_inputs
-from portllm.fleets.plan import Cell, Row, Todo, Work, cells_of, decide, stranger
+from portllm.fleets.plan import Cell, FleetRow, Todo, Work, cells_of, decide, stranger
 from portllm.fleets.processes import MEMORY, Processes, fitting_workers
 from portllm.fleets.run import run_cells
 from portllm.fleets.state import State, read_state
@@ -45,7 +45,7 @@ class FleetPlan:
     work: Work
     cells: tuple[Cell, ...]
     todo: tuple[Todo, ...]
-    rows: dict[str, Row]
+    rows: dict[str, FleetRow]
 
     def chosen(self, todo: Todo) -> tuple[Cell, ...]:
         """The cells about which this is to be done."""
@@ -85,7 +85,7 @@ def plan_fleet(file: Path, *, overwrite: bool = False) -> FleetPlan:
 
 def forecast_fleet(
     plan: FleetPlan, pool: Pool, *, retries: int = RETRIES, progress: Progress = silent
-) -> tuple[Row, ...]:
+) -> tuple[FleetRow, ...]:
     """What running a plan would do, from headers alone: a row for each cell; nothing is written."""
     rows = _settled(plan)
     count = _Count(plan, progress)
@@ -93,7 +93,9 @@ def forecast_fleet(
     return tuple(rows[cell.folder] for cell in plan.cells)
 
 
-def run_fleet(plan: FleetPlan, pool: Pool, *, retries: int = RETRIES, progress: Progress = silent) -> tuple[Row, ...]:
+def run_fleet(
+    plan: FleetPlan, pool: Pool, *, retries: int = RETRIES, progress: Progress = silent
+) -> tuple[FleetRow, ...]:
     """Carry out a plan, and keep `fleet.json` in its output's root.
 
     Args:
@@ -113,11 +115,11 @@ def run_fleet(plan: FleetPlan, pool: Pool, *, retries: int = RETRIES, progress: 
     with _locked(plan.work.output):
         rows = _settled(plan)
         # What is noted as waiting is ours, should this run die after it wrote an output and before it noted that.
-        waiting = {cell.folder: Row(cell.folder, cell.key) for cell in plan.chosen("run")}
+        waiting = {cell.folder: FleetRow(cell.folder, cell.key) for cell in plan.chosen("run")}
         state = State(plan.work.output, (plan.rows | waiting).values())
         count = _Count(plan, progress)
 
-        def note(row: Row) -> None:
+        def note(row: FleetRow) -> None:
             state.note(row)
             count(row)
 
@@ -129,14 +131,14 @@ def run_fleet(plan: FleetPlan, pool: Pool, *, retries: int = RETRIES, progress: 
 
 
 def fleet(
-    file: Path,
+    file: str | Path,
     *,
     workers: int | None = None,
     ray: str | None = None,
     retries: int = RETRIES,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> tuple[Row, ...]:
+) -> tuple[FleetRow, ...]:
     """Carry many patches to many evolved models, as a file says; a second run does only what is missing.
 
     Args:
@@ -155,7 +157,7 @@ def fleet(
         MissingExtraError: Ray, or the file system of a URL, is not installed.
         OutputBusyError, StorageError, WorkersError: As `run_fleet`.
     """
-    plan = plan_fleet(file, overwrite=overwrite)
+    plan = plan_fleet(Path(file), overwrite=overwrite)
     with open_pool(plan, workers=workers, ray=ray) as pool:
         return run_fleet(plan, pool, retries=retries, progress=progress)
 
@@ -192,7 +194,7 @@ def _by_folder(found: Mapping[str, T]) -> dict[str, dict[str, T]]:
     return grouped
 
 
-def _settled(plan: FleetPlan) -> dict[str, Row]:
+def _settled(plan: FleetPlan) -> dict[str, FleetRow]:
     """The rows of cells about which nothing is done."""
     kept = {cell.folder: structs.replace(plan.rows[cell.folder], kept=True) for cell in plan.chosen("keep")}
     return kept | {cell.folder: stranger(cell, plan.rows.get(cell.folder)) for cell in plan.chosen("refuse")}
@@ -205,7 +207,7 @@ class _Count:
         self._total, self._progress = len(plan.cells), progress
         self._done, self._failed = self._total - len(plan.chosen("run")), len(plan.chosen("refuse"))
 
-    def __call__(self, row: Row) -> None:
+    def __call__(self, row: FleetRow) -> None:
         self._done += 1
         self._failed += row.status in ("refused", "failed")
         label = f"fleet: {self._failed} failed" if self._failed else "fleet"

@@ -107,7 +107,7 @@ class Cell:
         }
 
 
-class Row(Recorded, frozen=True, omit_defaults=False):
+class FleetRow(Recorded, frozen=True, omit_defaults=False):
     """What became of a cell.
 
     Attributes:
@@ -135,6 +135,9 @@ class Row(Recorded, frozen=True, omit_defaults=False):
     seconds: float = 0.0
     kept: bool = False
 
+    def __repr__(self) -> str:
+        return f"FleetRow({self.folder!r}, {self.status!r})"
+
     @property
     def holds(self) -> bool:
         """Whether the check's verdict is that the patch holds, where it was checked."""
@@ -159,7 +162,7 @@ def _key(patch: PatchEntry, evolved: ModelEntry, work: Work) -> str:
 
 
 def decide(
-    cell: Cell, row: Row | None, *, files: Mapping[str, int], records: Mapping[str, str], overwrite: bool
+    cell: Cell, row: FleetRow | None, *, files: Mapping[str, int], records: Mapping[str, str], overwrite: bool
 ) -> Todo:
     """What is to be done about a cell.
 
@@ -181,7 +184,9 @@ def decide(
     return "refuse" if files and not overwrite else "run"
 
 
-def stranger(cell: Cell, row: Row | None) -> Row:
+def stranger(cell: Cell, row: FleetRow | None) -> FleetRow:
     """The row of a cell whose folder holds what was not written for these inputs."""
     found = "what is there is of other inputs or options" if row is not None else "something is there already"
-    return Row(cell.folder, cell.key, "refused", reason=f"{found}. Pass --overwrite to replace it, or write elsewhere.")
+    return FleetRow(
+        cell.folder, cell.key, "refused", reason=f"{found}. Pass --overwrite to replace it, or write elsewhere."
+    )

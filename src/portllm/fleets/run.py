@@ -4,14 +4,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from portllm.fleets.plan import Cell, Row
+from portllm.fleets.plan import Cell, FleetRow
 from portllm.fleets.storage import is_url, join
 from portllm.workers.pool import Finished, Lost, Pool
 
 
 def run_cells(
-    cells: Sequence[Cell], pool: Pool, *, retries: int, note: Callable[[Row], None], dry: bool = False
-) -> tuple[Row, ...]:
+    cells: Sequence[Cell], pool: Pool, *, retries: int, note: Callable[[FleetRow], None], dry: bool = False
+) -> tuple[FleetRow, ...]:
     """Do every cell, each by itself: one that fails stops no other.
 
     Args:
@@ -26,7 +26,7 @@ def run_cells(
     """
     waiting = deque(range(len(cells)))
     attempts: list[list[str]] = [[] for _ in cells]
-    rows: dict[int, Row] = {}
+    rows: dict[int, FleetRow] = {}
     while len(rows) < len(cells):
         while waiting and pool.free:
             number = waiting.popleft()
@@ -51,20 +51,20 @@ def _passing(ended: Finished | Lost) -> str | None:
     return str(ended.result["reason"]) if ended.result.get("can_pass") else None
 
 
-def _row(cell: Cell, ended: Finished | Lost, attempts: tuple[str, ...], *, dry: bool) -> Row:
+def _row(cell: Cell, ended: Finished | Lost, attempts: tuple[str, ...], *, dry: bool) -> FleetRow:
     if isinstance(ended, Lost):
-        return Row(cell.folder, cell.key, "failed", reason=ended.reason, attempts=attempts)
+        return FleetRow(cell.folder, cell.key, "failed", reason=ended.reason, attempts=attempts)
     result = {name: value for name, value in ended.result.items() if name != "can_pass"}
-    row = Row(cell.folder, cell.key, attempts=attempts, **result)
+    row = FleetRow(cell.folder, cell.key, attempts=attempts, **result)
     if row.status in ("done", "no") and not dry and not _is_here(cell, row):
         reason = (
             f"a worker wrote it on another machine, where '{cell.work.output}' is another folder. Give a folder that "
             "all machines share, or a URL."
         )
-        return Row(cell.folder, cell.key, "failed", reason=reason, attempts=attempts)
+        return FleetRow(cell.folder, cell.key, "failed", reason=reason, attempts=attempts)
     return row
 
 
-def _is_here(cell: Cell, row: Row) -> bool:
+def _is_here(cell: Cell, row: FleetRow) -> bool:
     place = join(cell.work.output, cell.folder)
     return is_url(place) or all(Path(place, name).exists() for name in row.records)

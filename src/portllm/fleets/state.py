@@ -8,7 +8,7 @@ from portllm.errors import FleetFileError
 from portllm.files.json_text import parse_json
 from portllm.files.record import Recorded, decode_sealed, encode
 from portllm.files.seal import render_sealed, seal_problem
-from portllm.fleets.plan import FORMAT, Row
+from portllm.fleets.plan import FORMAT, FleetRow
 from portllm.fleets.storage import join, read_text, write_text
 
 STATE_FILE = "fleet.json"
@@ -16,7 +16,7 @@ SHARE_OF_TIME = 0.05
 """At most this part of the time goes into writing the state, however slow its storage is."""
 
 
-def read_state(output: str) -> dict[str, Row]:
+def read_state(output: str) -> dict[str, FleetRow]:
     """What earlier runs noted, by cell; empty where there was none.
 
     Raises:
@@ -45,19 +45,19 @@ class _Fleet(Recorded, frozen=True, tag_field="format", tag=FORMAT):
     """What the file says."""
 
     program: str
-    cells: tuple[Row, ...]
+    cells: tuple[FleetRow, ...]
 
 
 class State:
     """The file while a run goes on: written at the beginning, now and then, and at the end."""
 
-    def __init__(self, output: str, rows: Iterable[Row]) -> None:
+    def __init__(self, output: str, rows: Iterable[FleetRow]) -> None:
         self._place = join(output, STATE_FILE)
         self._rows = {row.folder: row for row in rows}
         self._next = 0.0
         self.write()
 
-    def note(self, row: Row) -> None:
+    def note(self, row: FleetRow) -> None:
         """What became of a cell; on the disk soon."""
         self._rows[row.folder] = row
         if time.monotonic() >= self._next:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from portllm.files.record import encode
 from portllm.fleets.fleet import FleetPlan
-from portllm.fleets.plan import Row
+from portllm.fleets.plan import FleetRow
 from portllm.show.numbers import percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, n_bytes
@@ -13,7 +13,7 @@ from portllm.show.table import columns, n_bytes
 TRACEBACK = "Traceback (most recent call last):"
 
 
-def render_fleet(plan: FleetPlan, rows: Sequence[Row], *, dry: bool) -> str:
+def render_fleet(plan: FleetPlan, rows: Sequence[FleetRow], *, dry: bool) -> str:
     """What `fleet` prints: a line for each cell, the reasons below, then the counts."""
     sizes = {cell.folder: cell.patch.n_bytes for cell in plan.cells}
     head = ("evolved", "patch", "size", "status", "", "seconds")
@@ -24,7 +24,7 @@ def render_fleet(plan: FleetPlan, rows: Sequence[Row], *, dry: bool) -> str:
     return "\n".join([*lines, f"{len(rows)} cells: {told}; {'would write' if dry else 'in'} {plan.work.output}"])
 
 
-def fleet_to_json(plan: FleetPlan, rows: Sequence[Row], *, dry: bool) -> dict[str, object]:
+def fleet_to_json(plan: FleetPlan, rows: Sequence[FleetRow], *, dry: bool) -> dict[str, object]:
     """What `fleet --json` prints."""
     cells = []
     for cell, row in zip(plan.cells, rows, strict=True):
@@ -33,16 +33,16 @@ def fleet_to_json(plan: FleetPlan, rows: Sequence[Row], *, dry: bool) -> dict[st
     return {"output": plan.work.output, "dry_run": dry, "cells": cells}
 
 
-def _names(row: Row) -> tuple[str, str]:
+def _names(row: FleetRow) -> tuple[str, str]:
     evolved, _, patch = row.folder.partition("/")
     return one_line(evolved), one_line(patch)
 
 
-def _outcome(row: Row, *, dry: bool) -> tuple[str, str, str]:
+def _outcome(row: FleetRow, *, dry: bool) -> tuple[str, str, str]:
     return _status(row, dry=dry), ", ".join(_facts(row.facts)), "" if dry or row.kept else f"{row.seconds:.1f}"
 
 
-def _status(row: Row, *, dry: bool) -> str:
+def _status(row: FleetRow, *, dry: bool) -> str:
     if row.kept:
         return "done before"
     return "would be done" if dry and row.status == "done" else row.status
@@ -60,7 +60,7 @@ def _facts(facts: Mapping[str, Mapping[str, object]]) -> list[str]:
     return told
 
 
-def _reasons(row: Row) -> list[str]:
+def _reasons(row: FleetRow) -> list[str]:
     """The first reason of each row, and how many more there are; of a traceback it is the last line that says most."""
     told = (row.reason or "").splitlines()
     first = told[-1:] if told[:1] == [TRACEBACK] else told[:1]

@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.checkpoint.model.checkpoint import names_hub
+from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
 from portllm.checkpoint.model.families import family_of
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.model.ties import tied_embedding
-from portllm.checkpoint.open import on_disk, open_checkpoint
+from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
 from portllm.matching.compatibility import linear_weights
-from portllm.patch.adapter_folder import CONFIG_FILE, open_adapter, stored_tensors
+from portllm.patch.adapter_folder import CONFIG_FILE, PatchLike, open_adapter, stored_tensors
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
+from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
 from portllm.progress import Progress, silent
 
@@ -55,6 +56,9 @@ class CheckpointSummary:
     modules: Mapping[str, int]
     tied_head: bool
 
+    def __repr__(self) -> str:
+        return f"CheckpointSummary({self.name!r}, {self.n_tensors} tensors, {self.n_params:,} numbers)"
+
 
 @dataclass(frozen=True, slots=True)
 class PatchSummary:
@@ -88,21 +92,24 @@ class PatchSummary:
     base_revision: str | None
     record: PatchRecord | None
 
+    def __repr__(self) -> str:
+        return f"PatchSummary({self.name!r}, {self.n_modules} modules, {self.n_params:,} numbers)"
+
 
 def inspect(
-    where: str | Path, *, with_digest: bool = False, progress: Progress = silent
+    where: ModelLike | PatchLike, *, with_digest: bool = False, progress: Progress = silent
 ) -> CheckpointSummary | PatchSummary:
     """Describe a checkpoint, an adapter or a patch.
 
     Args:
-        where: As for `open_checkpoint`, or an adapter folder.
+        where: A model as for `open_checkpoint`, or an adapter or patch.
         with_digest: Read all of a checkpoint's bytes for its digest.
         progress: Told of the bytes read for the digest.
 
     Raises:
         PortLLMError: There is nothing of the kind at that place, or it is damaged.
     """
-    if _is_patch(where):
+    if isinstance(where, Patch) or (not isinstance(where, Checkpoint) and _is_patch(where)):
         return summarize_patch(where)
     return summarize_checkpoint(where, with_digest=with_digest, progress=progress)
 
@@ -116,7 +123,7 @@ def _is_patch(where: str | Path) -> bool:
 
 
 def summarize_checkpoint(
-    where: str | Path, *, with_digest: bool = False, progress: Progress = silent
+    where: ModelLike, *, with_digest: bool = False, progress: Progress = silent
 ) -> CheckpointSummary:
     """Describe a checkpoint; see `inspect`."""
     checkpoint = open_checkpoint(where, progress=progress)
@@ -148,7 +155,7 @@ def summarize_checkpoint(
     )
 
 
-def summarize_patch(where: str | Path) -> PatchSummary:
+def summarize_patch(where: PatchLike) -> PatchSummary:
     """Describe an adapter or patch; see `inspect`."""
     patch = open_adapter(where)
     deltas: dict[str, LowRankDelta[TensorInfo] | ExpertsDelta[TensorInfo]] = {**patch.deltas, **patch.experts}

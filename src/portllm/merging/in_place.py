@@ -44,6 +44,7 @@ from portllm.merging.plan import MergePlan, MergeStep, plan_merge
 from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
 from portllm.merging.tensor import Facts, How, Target, benches, make_tensor, require_device
 from portllm.merging.undo import UNDO_FOLDER, Undo, alone, forget, mark, original, read_undo, unmark, write_undo
+from portllm.patch.adapter_folder import PatchLike, load_patch
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
@@ -149,8 +150,8 @@ def run_in_place(
 
 
 def merge_in_place(
-    patch: Patch[TensorInfo],
-    folder: Path,
+    patch: PatchLike,
+    folder: str | Path,
     *,
     rounding: Rounding = NEAREST,
     device: str = "cpu",
@@ -176,11 +177,11 @@ def merge_in_place(
         OutputError: There is no folder, or another merge was interrupted there.
         NonFiniteError, UnsupportedDtypeError, DeviceError: As `merge`.
     """
-    plan = plan_in_place(patch, folder, allow_other_base=allow_other_base)
+    plan = plan_in_place(load_patch(patch), Path(folder), allow_other_base=allow_other_base)
     return run_in_place(plan, rounding=rounding, device=device, progress=progress)
 
 
-def undo_merge(folder: Path, *, progress: Progress = silent) -> int:
+def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:
     """Restore the weights that a merge in place has overwritten, and the manifest; the number of tensors restored.
 
     The kept bytes are checked before the first is written, and what was written after the last.
@@ -190,6 +191,7 @@ def undo_merge(folder: Path, *, progress: Progress = silent) -> int:
         OutputError: There is nothing to take back, or a file cannot be overwritten.
         OutputBusyError: Another run writes there.
     """
+    folder = Path(folder)
     with alone(folder) as held:
         undo = _read_undo(folder)
         is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)

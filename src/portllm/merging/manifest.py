@@ -17,6 +17,7 @@ from portllm.files.json_text import parse_json
 from portllm.files.record import END, Blake3, Recorded, decode_sealed, encode
 from portllm.files.seal import digest_file, seal_of, seal_problem
 from portllm.measures.quantization_gap import QuantizationGap
+from portllm.notebook import ShownInNotebook
 from portllm.patch.record import ModelIdentity, PatchRecord
 from portllm.patch.rounding import MergeSums
 
@@ -28,7 +29,7 @@ PlainName: TypeAlias = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport:
+class MergeReport(ShownInNotebook):
     """What a merge did.
 
     Attributes:
@@ -58,6 +59,10 @@ class MergeReport:
     files: Mapping[str, str] = field(default_factory=dict)
     quantization: QuantizationGap | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        changed = f"{len(self.tensors)} tensors changed, kept_gain={self.total.kept_gain:.4f}"
+        return f"MergeReport({self.output.name!r}, into={self.into.name!r}, {changed})"
 
     @property
     def total(self) -> MergeSums:

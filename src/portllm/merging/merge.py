@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from blake3 import blake3
 from msgspec import structs
 
 from portllm import __version__
-from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import digest_of, fingerprint, own_tensors, remember_digests
 from portllm.checkpoint.model.side_files import copy_side_files, side_files
-from portllm.checkpoint.open import on_disk, open_checkpoint
+from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES, write_index
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError, PortLLMError, RemoteError, UnsupportedDtypeError, refuse
 from portllm.files.output_folder import Room, check_apart, check_free
 from portllm.files.own_files import holds
@@ -33,10 +32,11 @@ from portllm.merging.plan import MergePlan, plan_merge
 from portllm.merging.quantization_gap import measure_gap
 from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
 from portllm.merging.tensor import Facts, How, require_device
-from portllm.patch.adapter_folder import digest_tensors, files_of
-from portllm.patch.patch import Patch
+from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
+
+Where = TypeVar("Where", str, Path)
 
 MOST_AT_ONCE = 32
 """Outputs that are written side by side: the model is read once for so many. Each has files open, and threads hold what
@@ -44,15 +44,15 @@ all their patches have for a tensor."""
 
 
 def merge(
-    patch: Patch[TensorInfo],
+    patch: PatchLike,
     *,
-    into: Checkpoint,
-    out: Path,
+    into: ModelLike,
+    out: str | Path,
     dtype: str | None = None,
     rounding: Rounding = NEAREST,
     device: str = "cpu",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    quantized_base: Checkpoint | None = None,
+    quantized_base: ModelLike | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -89,20 +89,20 @@ def merge(
         DeviceError: There is no such device here.
     """
     plan = plan_merge(
-        patch,
-        into=into,
+        load_patch(patch),
+        into=open_checkpoint(into, progress=progress),
         dtype=dtype,
         shard_bytes=shard_bytes,
-        quantized_base=quantized_base,
+        quantized_base=None if quantized_base is None else open_checkpoint(quantized_base, progress=progress),
         allow_other_base=allow_other_base,
     )
-    return run_merge(plan, out, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
+    return run_merge(plan, Path(out), rounding=rounding, device=device, overwrite=overwrite, progress=progress)
 
 
 def merge_each(
-    patches: Mapping[Path, Patch[TensorInfo]],
+    patches: Mapping[Where, PatchLike],
     *,
-    into: Checkpoint,
+    into: ModelLike,
     dtype: str | None = None,
     rounding: Rounding = NEAREST,
     device: str = "cpu",
@@ -110,7 +110,7 @@ def merge_each(
     allow_other_base: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[Path, MergeReport | PortLLMError]:
+) -> dict[Where, MergeReport | PortLLMError]:
     """Write the model `into` once for each of some patches, reading it once for all of them.
 
     Each output has the bytes that `merge` writes, and one that fails stops no other.
@@ -133,11 +133,15 @@ def merge_each(
         UnsupportedDtypeError: `dtype` is not one that weights are stored in.
         DeviceError: There is no such device here.
     """
+    model = open_checkpoint(into, progress=progress)
     plans = {
-        out: plan_merge(patch, into=into, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base)
+        Path(out): plan_merge(
+            load_patch(patch), into=model, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base
+        )
         for out, patch in patches.items()
     }
-    return run_merges(plans, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
+    done = run_merges(plans, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
+    return {out: done[Path(out)] for out in patches}
 
 
 def run_merge(

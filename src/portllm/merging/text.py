@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm import __version__
-from portllm.measures.quantization_gap import QuantizationGap
 from portllm.merging.manifest import MergeReport, report_to_json
 from portllm.merging.plan import MergePlan
+from portllm.merging.tables import merge_facts
 from portllm.patch.folders import Outcome
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
@@ -50,21 +50,8 @@ def _merge_plan(plan: MergePlan, output: Mapping[str, str]) -> str:
 
 def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) -> str:
     """What `merge` prints: what was written, and what rounding took of the patch."""
-    total, worst = report.total, report.worst
-    rows = {
-        "output": f"{out}: {_written(report)}",
-        "identity": f"{report.output.fingerprint}, {report.output.digest}",
-        "patch size": f"{percent(total.relative_size, digits=2)} of the changed weights' norm",
-        "kept gain": f"{percent(total.kept_gain)} of the patch survives rounding to {'/'.join(report.dtype)}",
-        "rounding loss": f"{percent(total.rounding_loss)} of the patch's norm",
-    }
-    if report.device != "cpu":
-        rows["computed on"] = f"{report.device}: sums may differ in their last bit from those of a CPU"
-    if worst is not None:
-        rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
-    gap = report.quantization
-    if gap is not None:
-        rows["quantization"] = _quantization(gap)
+    total, worst, gap = report.total, report.worst, report.quantization
+    rows = {"output": f"{out}: {_written(report)}", **merge_facts(report)}
     if report.headers:
         notes += (f"to take it back: portllm merge --undo {out}; to make room instead, delete {out}/.portllm-undo",)
     lines = ["merged", *table(rows), *items("note", notes)]
@@ -81,16 +68,6 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
             "  adapter unmerged, store a wider dtype (--dtype F32 or F16), or use --rounding stochastic.",
         ]
     return "\n".join(lines)
-
-
-def _quantization(gap: QuantizationGap) -> str:
-    """How large is what quantization took, in patches."""
-    if gap.worst is None:
-        return f"none of the changed weights was quantized ({gap.scheme})"
-    return (
-        f"W - dequant(W) of {gap.scheme} is {gap.total.ratio:.3g} times the patch, at worst "
-        f"{gap.tensors[gap.worst].ratio:.3g} times: {gap.worst}"
-    )
 
 
 def _written(report: MergeReport) -> str:

@@ -1,7 +1,7 @@
 /* What the longest streams of the program do with each element, in one pass over memory.
 
    merge: Q(W + s·B·A) and what rounding took of it; drift: the sums of W1 - W0; products and rounding: what a check asks
-   of each of many patches. `portllm.patch.merge` and `portllm.assess` (drift_kernel, overlap, kept_gain) say the same
+   of each of many patches. `portllm.patch.merge` and `portllm.measures` (drift_kernel, overlap, kept_gain) say the same
    with torch and numpy: the tests hold the bytes to be equal, and the sums to within rounding. Python's lock is free
    while a call runs. */
 

@@ -42,6 +42,9 @@ MLX_FILE = "adapters.safetensors"
 UNREAD_FILES = ("non_lora_trainables.bin", "new_embeddings.safetensors", "new_embeddings.bin")
 """What some training programs put beside an adapter: trained values that PEFT does not load."""
 
+PatchLike = str | Path | Patch[TensorInfo]
+"""A patch, or where it is."""
+
 
 class AdapterOpener:
     """Opens adapter folders one after the other.
@@ -81,12 +84,12 @@ class AdapterOpener:
         return patch
 
 
-def load_patch(folder: str | Path) -> Patch[TensorInfo]:
+def load_patch(folder: PatchLike) -> Patch[TensorInfo]:
     """Open an adapter folder that fits its base as it is, with its `patch.json` where it has one; no tensor is read.
 
     Args:
         folder: A folder, or an adapter of the Hugging Face Hub (`org/name` or `org/name@revision`), whose three files
-            are brought into huggingface_hub's cache.
+            are brought into huggingface_hub's cache. A patch is returned as it is.
 
     Raises:
         NotFoundError, RemoteError: An adapter of the hub is not there, or cannot be fetched.
@@ -94,12 +97,12 @@ def load_patch(folder: str | Path) -> Patch[TensorInfo]:
         PatchRecordError: Its `patch.json` breaks the schema or its seal.
         HeaderError: Its tensor file is damaged.
     """
-    return AdapterOpener().load(folder)
+    return folder if isinstance(folder, Patch) else AdapterOpener().load(folder)
 
 
-def open_adapter(folder: str | Path) -> Patch[TensorInfo]:
+def open_adapter(folder: PatchLike) -> Patch[TensorInfo]:
     """Open an adapter folder as it is, though it may belong to a base that PEFT changed; otherwise as `load_patch`."""
-    return AdapterOpener().open(folder)
+    return folder if isinstance(folder, Patch) else AdapterOpener().open(folder)
 
 
 def why_unconverted(patch: Patch[TensorInfo]) -> str:

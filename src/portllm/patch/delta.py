@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, Protocol, runtime_checkable
+
+from typing_extensions import TypeVar
+
+from portllm.checkpoint.tensor.info import TensorInfo
 
 
 @runtime_checkable
@@ -14,7 +18,8 @@ class Factor(Protocol):
         """Its axes, outermost first."""
 
 
-F = TypeVar("F", bound=Factor)
+F = TypeVar("F", bound=Factor, default=TensorInfo)
+"""Factors are on disk where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)

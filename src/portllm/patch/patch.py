@@ -41,6 +41,10 @@ class Patch(Generic[F]):
     experts: Mapping[str, ExpertsDelta[F]] = field(default_factory=dict)
     revision: str | None = None
 
+    def __repr__(self) -> str:
+        base = f", base={self.record.base.name!r}" if self.record else ""
+        return f"Patch({self.name!r}, {len(self.deltas) + len(self.experts)} modules, {self.n_params:,} numbers{base})"
+
     def mapped(self, change: Callable[[F], G]) -> "Patch[G]":
         """The same patch with each of its tensors changed into something else."""
         return Patch(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from portllm import __version__
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.open import on_disk
+from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import refuse
 from portllm.files.output_folder import check_apart, staged_folder
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
-from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
+from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
@@ -20,11 +20,11 @@ from portllm.porting.auto import Route
 
 
 def port(
-    patch: Patch[TensorInfo],
+    patch: PatchLike,
     *,
-    evolved: Checkpoint,
-    out: Path,
-    base: Checkpoint | None = None,
+    evolved: ModelLike,
+    out: str | Path,
+    base: ModelLike | None = None,
     method: str = "add",
     force: bool = False,
     allow_other_base: bool = False,
@@ -56,8 +56,9 @@ def port(
         OutputError: `out` cannot be written, or holds what is read.
         NonFiniteError: A tensor of the patch, or what becomes of it, holds an infinity or NaN.
     """
-    route = Route(Update(base, evolved), method=method, force=force, allow_other_base=allow_other_base)
-    return run_port(route.plan(patch), out, overwrite=overwrite)
+    update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
+    route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
+    return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite)
 
 
 def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:

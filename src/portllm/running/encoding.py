@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int64
 
-from portllm.errors import DataError
+from portllm.errors import CheckpointError, DataError
 from portllm.running.examples import completion_text
+from portllm.running.foreign import foreign
 from portllm.running.model import PreTrainedTokenizerBase
 
 
@@ -66,15 +67,26 @@ class Encoder:
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of a text that stands for itself, with what the tokenizer puts before it and nothing after it."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        ids = self._ids_of(text, add_special_tokens=True)
         if ids and ids[-1] == self.eos and not text.endswith(self.tokenizer.eos_token):
             ids = ids[:-1]
-        return tuple(ids)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without marks."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        with foreign(self._failed):
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def _ids_of(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        with foreign(self._failed):
+            return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _failed(self, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"'{self.tokenizer.name_or_path}': its tokenizer fails on a text: {why} "
+            "Copy 'tokenizer.json' from the model's own folder."
+        )
 
     def encode(self, prompt: str, completion: str, *, max_tokens: int | None = None, reserve: int = 0) -> Encoded:
         """Ids of a prompt and of its completion, apart.
@@ -99,7 +111,7 @@ class Encoder:
         if len(whole) > len(before) and whole[: len(before)] == before:
             after = whole[len(before) :]
         else:
-            after = tuple(self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
+            after = self._ids_of(joined, add_special_tokens=False)
         if not before or not after:
             raise DataError(
                 f"prompt '{_shorten(prompt)}' with completion '{_shorten(completion)}': "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from portllm.errors import DataError
+from portllm.files.json_text import check_pairs
 
 SHOWN_PROBLEMS = 10
 
@@ -58,6 +59,8 @@ class Template:
     text: str
 
     def __post_init__(self) -> None:
+        if not self.text.isprintable() and any(0xD800 <= ord(sign) <= 0xDFFF for sign in self.text):
+            raise DataError(f"template {self.text!r}: is not UTF-8. Write it in the encoding of this terminal.")
         for piece in _PIECE.finditer(self.text):
             field = piece["field"]
             if piece["stray"] or (field is not None and not _FIELD.fullmatch(field)):
@@ -287,6 +290,10 @@ def _parse_row(line: bytes) -> Row:
         raise _RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
         raise _RowError("is nested too deeply") from error
+    try:
+        check_pairs(line, row)
+    except ValueError as error:
+        raise _RowError("holds half of a surrogate pair, which stands for no character") from error
     if not isinstance(row, dict):
         raise _RowError(f"is {_kind(row)}; expected an object with named fields")
     return row

@@ -11,9 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from peft.tuners.lora import LoraLayer
-
-from portllm.running.model import PeftModel
+from portllm.running.foreign import LoraLayer, PeftModel
 
 
 @dataclass(frozen=True, slots=True)

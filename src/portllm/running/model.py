@@ -1,6 +1,7 @@
-"""Models, tokenizers and adapters in memory: the only module that talks to transformers and peft.
+"""Models, tokenizers and adapters in memory: the only module that has transformers and peft load something.
 
-Everything is loaded from folders on disk, by safetensors, without code from the folder and without the network.
+Everything is loaded from folders on disk, by safetensors, without code from the folder and without the network: of a
+folder only what `cleared` lets pass reaches them, and each choice that a file could make is made here.
 """
 
 import contextlib
@@ -8,7 +9,6 @@ import inspect
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,20 +16,25 @@ from typing import Literal
 import torch
 from safetensors import safe_open
 
-from portllm.errors import AdapterFormatError, CheckpointError, MissingExtraError, PortLLMError
-from portllm.running.messages import errors_only
-
-try:
-    # Where bitsandbytes is installed, peft loads it, and it warns of a kernel for 4-bit weights that it lacks.
-    with errors_only("bitsandbytes"):
-        from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.utils import logging as transformers_logging
-except ImportError as missing:
-    raise MissingExtraError(
-        f"'{missing.name}': not installed; training and evaluating need transformers and peft. "
-        "Run: pip install 'portllm[live]'"
-    ) from missing
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import open_checkpoint
+from portllm.errors import AdapterFormatError, CheckpointError, PortLLMError
+from portllm.running.budget import no_more_than
+from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
+from portllm.running.foreign import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LoraConfig,
+    PeftModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    foreign,
+    get_peft_model,
+    get_peft_model_state_dict,
+    quiet,
+)
 
 __all__ = [
     "Device",
@@ -65,23 +70,6 @@ NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 """What torch calls the instructions of a CPU that multiply bfloat16."""
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Transformers' and peft's messages, warnings and progress bars are off inside the block and as before after it."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def choose_device(device: Device = "auto") -> torch.device:
     """The device to run on; `auto` is the first CUDA device where there is one, otherwise the CPU.
 
@@ -107,19 +95,25 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint folder.
+    """The tokenizer in a checkpoint folder; it has read a text already.
 
     Raises:
-        CheckpointError: The folder has none that transformers can load.
+        CheckpointError: The folder has none that transformers can load, and that reads a text.
     """
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(_existing(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"'{folder}': transformers cannot load its tokenizer: {_first_line(error)} "
+
+    def failed(why: str) -> CheckpointError:
+        return CheckpointError(
+            f"'{folder}': transformers cannot load its tokenizer: {why} "
             "Expected 'tokenizer.json' and 'tokenizer_config.json'; copy them from the model's own folder."
-        ) from error
+        )
+
+    with cleared_tokenizer(Path(_existing(folder))) as cleared, quiet(), foreign(failed):
+        tokenizer = AutoTokenizer.from_pretrained(str(cleared), local_files_only=True, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise TypeError(f"{type(tokenizer).__name__} does not read 'tokenizer.json'")
+        tokenizer.name_or_path = str(folder)
+        tokenizer.decode(tokenizer("A text, the 1st.", add_special_tokens=True)["input_ids"], skip_special_tokens=True)
+    return tokenizer
 
 
 def load_model(
@@ -139,40 +133,83 @@ def load_model(
         longest: Tokens of the longest input that it will be given; chooses the attention kernel on a CPU.
 
     Raises:
-        CheckpointError: The folder has no model that transformers can load.
+        CheckpointError: The folder has no model that transformers can load and run, or its configuration describes
+            another one than its weights.
     """
-    where = _existing(folder)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                where,
-                config=config,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype="auto",
-                **({"attn_implementation": "eager"} if device.type == "cpu" and longest <= SHORT else {}),
-            )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"'{folder}': transformers cannot load it as a causal language model: {_first_line(error)} "
+
+    def failed(why: str) -> CheckpointError:
+        return CheckpointError(
+            f"'{folder}': transformers cannot load it as a causal language model: {why} "
             "Expected 'config.json' and safetensors files of one model."
-        ) from error
+        )
+
+    checkpoint = open_checkpoint(_existing(folder))
+    with cleared_model(checkpoint) as cleared, quiet(), foreign(failed), no_more_than(checkpoint):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(cleared),
+            config=AutoConfig.from_pretrained(str(cleared), local_files_only=True, trust_remote_code=False),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            use_kernels=False,
+            dtype="auto",
+            attn_implementation="eager" if device.type == "cpu" and longest <= SHORT else None,  # None: torch's own
+            experts_implementation=None,
+            output_loading_info=True,
+        )
+        model.name_or_path = model.config.name_or_path = str(folder)
+    if found["missing_keys"]:
+        raise failed(f"its weights lack {len(found['missing_keys'])} tensors, first '{min(found['missing_keys'])}'.")
     _cast_weights(model, dtype or compute_dtype(model.dtype, device))
     model.to(device)
     model.eval()
-    # The head is given a slice of the hidden states. Where it is frozen, torch multiplies a slice row by row, each time
-    # with a copy of the whole head: two thirds of a small model's time (own measurement).
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    head = model.get_output_embeddings()
     accepted = inspect.signature(model.forward).parameters
     lacking = [name for name in ("attention_mask", "position_ids", "logits_to_keep") if name not in accepted]
-    if lacking:
+    if lacking or head is None:
         raise CheckpointError(
-            f"'{folder}': transformers' {type(model).__name__} takes no {', '.join(lacking)}; "
+            f"'{folder}': transformers' {type(model).__name__} takes no {', '.join(lacking) or 'output embeddings'}; "
             "padded batches cannot be run on it. Use a decoder model with rotary or learned positions."
         )
+    # The head is given a slice of the hidden states. Where it is frozen, torch multiplies a slice row by row, each time
+    # with a copy of the whole head: two thirds of a small model's time (own measurement).
+    head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    _check_rows(model, checkpoint)
+    with quiet(), foreign(failed):
+        _try(model, device)
     return model
+
+
+def _check_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """From here on, an id or a position without a row in its embedding is refused, as a GPU would not."""
+
+    def check(name: str, n_rows: int, inputs: tuple[object, ...]) -> None:
+        ids = inputs[0] if inputs else None
+        if isinstance(ids, torch.Tensor) and ids.numel() and (row := int(ids.max())) >= n_rows:
+            raise CheckpointError(
+                f"'{checkpoint.name}': its '{name}' has {n_rows} rows, and row {row} is asked for. "
+                "Give it the tokenizer that belongs to it, or fewer tokens."
+            )
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: check(name, module.num_embeddings, inputs)
+            )
+
+
+@torch.no_grad()
+def _try(model: PreTrainedModel, device: torch.device) -> None:
+    """Runs a model over two tokens, since a configuration can be wrong in what only a run makes use of."""
+    ids = torch.tensor([[0, 0]], device=device)
+    output = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.tensor([[0, 1]], device=device),
+        logits_to_keep=1,
+    )
+    if output.logits.shape[:2] != (1, 1):
+        raise ValueError(f"its output has the shape {tuple(output.logits.shape)}")
 
 
 def add_fresh_lora(
@@ -189,22 +226,23 @@ def add_fresh_lora(
     Raises:
         AdapterFormatError: No module of the model has a name among `target_modules`.
     """
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        use_rslora=use_rslora,
-        lora_dropout=dropout,
-    )
-    try:
-        with quiet():
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise AdapterFormatError(
-            f"target modules {target_modules!r}: peft cannot put LoRA there: {_first_line(error)} "
+
+    def failed(why: str) -> AdapterFormatError:
+        return AdapterFormatError(
+            f"target modules {target_modules!r}: peft cannot put LoRA there: {why} "
             "Name linear modules of the model, or use 'all-linear'."
-        ) from error
+        )
+
+    with quiet(), foreign(failed):
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+            use_rslora=use_rslora,
+            lora_dropout=dropout,
+        )
+        return get_peft_model(model, config)
 
 
 def continue_lora(model: PreTrainedModel, folder: str | Path, *, dropout: float) -> PeftModel:
@@ -213,14 +251,14 @@ def continue_lora(model: PreTrainedModel, folder: str | Path, *, dropout: float)
     Raises:
         AdapterFormatError: peft cannot load it, or not all of it lands on the model.
     """
-    where = _existing_adapter(folder)
-    with _translated(folder):
+    with _adapter(folder) as where:
         config = LoraConfig.from_pretrained(where)
         config.lora_dropout = dropout
         model = PeftModel.from_pretrained(
             model, where, config=config, is_trainable=True, local_files_only=True, torch_device=str(model.device)
         )
-    _check_landed(model, where, name="default")
+        landed = _names_of(model, name="default")
+    _check_landed(landed, folder)
     return model
 
 
@@ -273,12 +311,12 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path, *, name: str) -> 
     Raises:
         AdapterFormatError: peft cannot load it, or not all of it lands on the model.
     """
-    where = _existing_adapter(folder)
-    with _translated(folder):
+    with _adapter(folder) as where:
         patched = PeftModel.from_pretrained(
             model, where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
         )
-    _check_landed(patched, where, name=name)
+        landed = _names_of(patched, name=name)
+    _check_landed(landed, folder)
     return patched
 
 
@@ -288,12 +326,12 @@ def add_adapter(model: PeftModel, folder: str | Path, *, name: str) -> None:
     Raises:
         AdapterFormatError: peft cannot load it, or not all of it lands on the model.
     """
-    where = _existing_adapter(folder)
-    with _translated(folder):
+    with _adapter(folder) as where:
         model.load_adapter(
             where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
         )
-    _check_landed(model, where, name=name)
+        landed = _names_of(model, name=name)
+    _check_landed(landed, folder)
 
 
 def detach_adapter(model: PeftModel) -> PreTrainedModel:
@@ -302,12 +340,31 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
         return model.unload()
 
 
-def _check_landed(model: PeftModel, folder: str, *, name: str) -> None:
+@contextlib.contextmanager
+def _adapter(folder: str | Path) -> Iterator[str]:
+    """A folder from which peft loads an adapter, and the border for the block in which it does."""
+
+    def failed(why: str) -> AdapterFormatError:
+        return AdapterFormatError(
+            f"'{folder}': peft cannot load it onto this model: {why} "
+            "Check that the adapter was made on a model of the same shapes."
+        )
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise AdapterFormatError(f"'{folder}': has no '{name}'; expected an adapter folder as PEFT writes it.")
+    with cleared_adapter(Path(folder)) as cleared, quiet(), foreign(failed):
+        yield str(cleared)
+
+
+def _names_of(model: PeftModel, *, name: str) -> set[str]:
+    return set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+
+
+def _check_landed(landed: set[str], folder: str | Path) -> None:
     # peft passes over tensors that match no module with a warning, and leaves modules without tensors at zero.
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), framework="pt") as file:
         stored = set(file.keys())
-    with quiet():
-        landed = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     for names, fate in ((stored - landed, "match no module of the model"), (landed - stored, "are not in the adapter")):
         if names:
             raise AdapterFormatError(
@@ -316,31 +373,7 @@ def _check_landed(model: PeftModel, folder: str, *, name: str) -> None:
             )
 
 
-@contextlib.contextmanager
-def _translated(folder: str | Path) -> Iterator[None]:
-    try:
-        with quiet():
-            yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise AdapterFormatError(
-            f"'{folder}': peft cannot load it onto this model: {_first_line(error)} "
-            "Check that the adapter was made on a model of the same shapes."
-        ) from error
-
-
 def _existing(folder: str | Path) -> str:
     if not os.path.isdir(folder):
         raise CheckpointError(f"'{folder}': is not a folder; expected one with 'config.json' and safetensors files.")
     return str(folder)
-
-
-def _existing_adapter(folder: str | Path) -> str:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (Path(folder) / name).is_file():
-            raise AdapterFormatError(f"'{folder}': has no '{name}'; expected an adapter folder as PEFT writes it.")
-    return str(folder)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0].rstrip(".:") if lines else type(error).__name__) + "."

@@ -17,7 +17,7 @@ from portllm.study.definition.estimate import Estimated, estimate
 from portllm.study.definition.file import read_study
 from portllm.study.definition.plan import Identities, Step
 from portllm.study.definition.settings import Study
-from portllm.study.results.table import Results, tabulate
+from portllm.study.results.table import StudyResults, tabulate
 from portllm.study.schedule.cluster import open_cluster
 from portllm.study.schedule.ledger import Ledger
 from portllm.study.schedule.machine import describe_machine
@@ -49,16 +49,16 @@ class Told:
 
 
 def run_study(
-    file: Path,
+    file: str | Path,
     *,
-    out: Path | None = None,
-    data: Path | None = None,
+    out: str | Path | None = None,
+    data: str | Path | None = None,
     device: Device = "auto",
     ray: str | None = None,
     workers: int | None = None,
     on_step: Callable[[Told], None] = lambda _: None,
     progress: Progress = silent,
-) -> Results:
+) -> StudyResults:
     """Do the steps of a study that have not been done.
 
     A step is done whole or not at all; the next run of the same file begins with the first that is missing. One is done
@@ -89,8 +89,8 @@ def run_study(
         StudyStepError: A step failed on a worker.
         MissingExtraError, WorkersError: There is no Ray, or no worker can be started.
     """
-    study = read_study(file)
-    out = out or default_folder(file)
+    study, out = _named(file, out)
+    data = None if data is None else Path(data)
     with _locked(out):
         inputs = open_inputs(study, data, progress=progress)
         ledger = Ledger(study, Places(out), inputs.identities())
@@ -122,7 +122,7 @@ def _do_in_turn(ledger: Ledger, work: Work, note: Callable[[Step, Record], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class StudyStatus:
     """How far a study is.
 
     Attributes:
@@ -139,27 +139,35 @@ class Status:
     seconds: float
     left: Estimated
 
+    def __repr__(self) -> str:
+        return f"StudyStatus({str(self.out)!r}, {len(self.left.steps)} of {self.n_steps} steps left)"
 
-def study_status(file: Path, *, out: Path | None = None) -> Status:
+
+def study_status(file: str | Path, *, out: str | Path | None = None) -> StudyStatus:
     """How far a study is, from its folder alone: data and base are taken to be those of the last run.
 
     Raises:
         StudyFileError: The file is wrong.
     """
-    study, out = read_study(file), out or default_folder(file)
+    study, out = _named(file, out)
     ledger = Ledger(study, Places(out), study_identities(out))
     seconds = ledger.seconds()
-    return Status(study, out, len(ledger.steps), sum(seconds.values()), estimate(ledger.left(), seconds))
+    return StudyStatus(study, out, len(ledger.steps), sum(seconds.values()), estimate(ledger.left(), seconds))
 
 
-def study_results(file: Path, *, out: Path | None = None) -> Results:
+def study_results(file: str | Path, *, out: str | Path | None = None) -> StudyResults:
     """The results of the steps that are done, whatever the versions of the programs that did them.
 
     Raises:
         StudyFileError: The file is wrong.
     """
-    study, out = read_study(file), out or default_folder(file)
+    study, out = _named(file, out)
     return tabulate(study, Ledger(study, Places(out), study_identities(out), any_version=True).results())
+
+
+def _named(file: str | Path, out: str | Path | None) -> tuple[Study, Path]:
+    """The study in a file, and the folder of its results."""
+    return read_study(Path(file)), default_folder(Path(file)) if out is None else Path(out)
 
 
 def default_folder(file: Path) -> Path:

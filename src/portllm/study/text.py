@@ -4,12 +4,12 @@ from collections import Counter
 
 from portllm.study.definition.estimate import Estimated
 from portllm.study.definition.plan import steps_of
-from portllm.study.run import Status, Told
+from portllm.study.run import StudyStatus, Told
 
 MINUTE, HOUR = 60, 3600
 
 
-def render_status(status: Status, *, steps: bool) -> str:
+def render_status(status: StudyStatus, *, steps: bool) -> str:
     """What `study status` prints: done and left by kind, and the time; with `steps`, each step that is left."""
     kinds = Counter(step.kind for step in steps_of(status.study))
     left = Counter(step.kind for step in status.left.steps)
@@ -23,7 +23,7 @@ def render_status(status: Status, *, steps: bool) -> str:
     return "\n".join([*lines, still(status.left)])
 
 
-def status_to_json(status: Status) -> dict[str, object]:
+def status_to_json(status: StudyStatus) -> dict[str, object]:
     """What `study status --json` prints."""
     return {
         "title": status.study.title,

@@ -128,6 +128,10 @@ class TrainReport:
     device: str
     peak_bytes: int | None
 
+    def __repr__(self) -> str:
+        ends = f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else ""
+        return f"TrainReport({self.steps} steps on {self.n_rows} rows{ends}, {self.seconds:.1f} s)"
+
 
 def train_lora(
     base_folder: str | Path,

@@ -4,18 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError
+from portllm.errors import DataError, PlanRefusedError, PortLLMError
 from portllm.files.output_folder import check_apart, check_free
+from portllm.patch.adapter_folder import PatchLike, load_patch
 from portllm.patch.patch import Patch
-from portllm.progress import Progress
+from portllm.progress import Progress, silent
 from portllm.running.examples import ExampleFormat, read_examples, read_texts
 from portllm.running.folder import check_runnable
 from portllm.running.model import Device
 from portllm.running.recorded import recorded_format, recorded_prompt
 from portllm.training.distil import Teacher, check_teacher, distil
 from portllm.training.lora import TrainReport, TrainSettings
-from portllm.training.train import train, unfit_start
+from portllm.training.train import train_on_rows, unfit_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,10 @@ class Training:
         what = f"a patch of {self.base.name}{began} on {count} rows{taught}"
         return f"would train {what}; the first:\n{first}\nto {self.out}"
 
-    def run(self, *, device: Device, progress: Progress) -> TrainReport:
+    def run(self, *, device: Device, progress: Progress) -> tuple[Patch[TensorInfo], TrainReport]:
         """Train, and write the patch."""
         if self.teacher is not None:
-            _, report = distil(
+            return distil(
                 self.base,
                 data=self.data,
                 prompt=self._prompt(self.teacher),
@@ -68,8 +70,7 @@ class Training:
                 overwrite=self.overwrite,
                 progress=progress,
             )
-            return report
-        _, report = train(
+        return train_on_rows(
             self.base,
             data=self.data,
             fmt=self._format(),
@@ -80,14 +81,80 @@ class Training:
             overwrite=self.overwrite,
             progress=progress,
         )
-        return report
 
     def _format(self) -> ExampleFormat:
         if self.prompt is not None and self.completion is not None:
             return ExampleFormat(prompt=self.prompt, completion=self.completion)
         if self.start is None:
-            raise AssertionError("the command asks for both where there is no patch to say them")
+            raise DataError("train: neither prompt and completion are given, nor a patch or teacher that says them.")
         return recorded_format(self.start, prompt=self.prompt, completion=self.completion)
 
     def _prompt(self, teacher: Teacher) -> str:
         return recorded_prompt(teacher.patch) if self.prompt is None else self.prompt
+
+
+def train(
+    base: ModelLike,
+    *,
+    data: str | Path,
+    out: str | Path,
+    prompt: str | None = None,
+    completion: str | None = None,
+    start: PatchLike | None = None,
+    teacher: PatchLike | None = None,
+    teacher_base: ModelLike | None = None,
+    max_new_tokens: int | None = None,
+    settings: TrainSettings | None = None,
+    device: Device = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> tuple[Patch[TensorInfo], TrainReport]:
+    """Fine-tune a patch for a base and write it to `out`; the loss counts completions only.
+
+    With a teacher, completions are what an older patch answers on its own base, and the loss is the mean divergence
+    `KL(teacher ‖ student)` over their tokens: no answer in the data is read.
+
+    Args:
+        base: The model; a folder with configuration and tokenizer.
+        data: JSONL rows.
+        out: The patch's folder.
+        prompt: Template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`.
+        completion: The field of what to answer; None for that of `start`, and with a teacher.
+        start: A patch of `base` to train on, such as a ported one; its rank, alpha and modules are kept.
+        teacher: An older patch that answers the prompts, in place of a completion.
+        teacher_base: The model that the older patch belongs to.
+        max_new_tokens: Most tokens that the teacher writes after a prompt; 32 if not given.
+        settings: Rank, learning rate and the like.
+        device: Where to train.
+        overwrite: Replace `out` where it exists.
+        progress: Told of what the teacher writes and of every step.
+
+    Returns:
+        The patch, opened from `out`, and what training did.
+
+    Raises:
+        DataError: Rows do not fit, nothing says what prompt and completion are, or models do not share their tokens.
+        PlanRefusedError: `start` cannot be trained on, or the teacher's patch is not one of its base.
+        NotFoundError: A model is a single file, without configuration and tokenizer.
+        OutputExistsError: `out` exists; said before any work is done.
+    """
+    if (teacher is None) != (teacher_base is None):
+        raise PortLLMError("train: teacher and teacher_base go together. Give both, or neither.")
+    if teacher is None and max_new_tokens is not None:
+        raise PortLLMError("train: max_new_tokens goes with a teacher. Leave it out.")
+    if teacher is not None and completion is not None:
+        raise PortLLMError("train: completion names answers to learn; with a teacher these are the teacher's.")
+    training = Training(
+        base=open_checkpoint(base, progress=progress),
+        data=Path(data),
+        prompt=prompt,
+        completion=completion,
+        start=None if start is None else load_patch(start),
+        teacher=None
+        if teacher is None or teacher_base is None
+        else Teacher(open_checkpoint(teacher_base, progress=progress), load_patch(teacher), max_new_tokens or 32),
+        settings=settings or TrainSettings(),
+        out=Path(out),
+        overwrite=overwrite,
+    )
+    return training.run(device=device, progress=progress)

@@ -24,7 +24,7 @@ from portllm.running.model import Device
 from portllm.training.lora import TrainReport, TrainSettings, train_lora
 
 
-def train(
+def train_on_rows(
     base: Checkpoint,
     *,
     data: Path,
@@ -90,7 +90,7 @@ def train_on(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> tuple[Patch[TensorInfo], TrainReport]:
-    """As `train`, on prompts and completions.
+    """As `train_on_rows`, on prompts and completions.
 
     Args:
         base: The model.

@@ -12,6 +12,7 @@ from portllm.certifying.certificate import (
     parse_certificate,
 )
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import CertificateError, NotFoundError
 from portllm.files.json_file import read_json
 from portllm.files.seal import digest_file
@@ -29,10 +30,10 @@ class Certified:
         data: The file of inputs.
     """
 
-    evolved: Checkpoint | None = None
-    patch: Path | None = None
-    ported: Path | None = None
-    data: Path | None = None
+    evolved: ModelLike | None = None
+    patch: str | Path | None = None
+    ported: str | Path | None = None
+    data: str | Path | None = None
 
 
 def certificate_checks(folder: Path, base: Checkpoint | None, certified: Certified) -> Iterator[Check]:
@@ -54,13 +55,13 @@ def certificate_checks(folder: Path, base: Checkpoint | None, certified: Certifi
     if base is not None:
         yield model_check("base", certificate.specialist.model, base)
     if certified.patch is not None:
-        yield from _patch_checks("patch", certificate.specialist.patch, certified.patch)
+        yield from _patch_checks("patch", certificate.specialist.patch, Path(certified.patch))
     if certified.evolved is not None:
-        yield model_check("evolved", certificate.ported.model, certified.evolved)
+        yield model_check("evolved", certificate.ported.model, open_checkpoint(certified.evolved))
     if certified.ported is not None:
-        yield from _patch_checks("ported", certificate.ported.patch, certified.ported)
+        yield from _patch_checks("ported", certificate.ported.patch, Path(certified.ported))
     if certified.data is not None:
-        yield _data_check(certificate.inputs.digest, certified.data)
+        yield _data_check(certificate.inputs.digest, Path(certified.data))
 
 
 def unchecked(base: Checkpoint | None, certified: Certified) -> Iterator[str]:

@@ -51,6 +51,10 @@ class Verification:
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        wrong = [check.subject for check in self.checks if not check.holds]
+        return f"Verification({self.name!r}, verified={self.verified}" + (f", wrong={wrong[:3]})" if wrong else ")")
+
     @property
     def verified(self) -> bool:
         """Whether everything holds."""

@@ -3,18 +3,20 @@
 from pathlib import Path
 
 from portllm.errors import SignatureError
+from portllm.patch.adapter_folder import PatchLike, folder_of
+from portllm.patch.patch import Patch
 from portllm.verifying.signature import SIGNATURE_FILE, Signer, sign_folder
 from portllm.verifying.verify import verify
 
 
-def sign(where: str | Path, signer: Signer, *, signature: Path | None = None, overwrite: bool = False) -> Path:
+def sign(where: PatchLike, signer: Signer, *, signature: str | Path | None = None, overwrite: bool = False) -> Path:
     """Sign every file of a patch, or of a model that `merge` wrote.
 
     The signed statement holds the digest of each file. `patch.json` is among them, so the signature covers the identity
     of the base, how the patch was captured, and every port.
 
     Args:
-        where: The folder.
+        where: The folder, or a patch opened from there.
         signer: By what right.
         signature: The file to write, or None for `model.sig` in the folder.
         overwrite: Replace it where it exists.
@@ -29,6 +31,7 @@ def sign(where: str | Path, signer: Signer, *, signature: Path | None = None, ov
         OutputError: It cannot be written.
         MissingExtraError: The extra `sign` is not installed.
     """
+    where = folder_of(where) if isinstance(where, Patch) else where
     verification = verify(where)
     wrong = [check for check in verification.checks if not check.holds]
     if wrong:
@@ -36,6 +39,6 @@ def sign(where: str | Path, signer: Signer, *, signature: Path | None = None, ov
             f"'{where}': does not verify, so it was not signed: {wrong[0].subject}: {wrong[0].finding}. "
             f"'portllm verify {where}' tells all."
         )
-    file = Path(where) / SIGNATURE_FILE if signature is None else signature
+    file = Path(where) / SIGNATURE_FILE if signature is None else Path(signature)
     sign_folder(Path(where), signer, signature=file, overwrite=overwrite)
     return file

@@ -40,7 +40,7 @@ class KeySigner:
         password: What it is encrypted with, or None.
     """
 
-    private_key: Path
+    private_key: str | Path
     password: str | None = None
 
 
@@ -54,9 +54,9 @@ class CertificateSigner:
         chain: The certificates between it and a root.
     """
 
-    private_key: Path
-    certificate: Path
-    chain: tuple[Path, ...] = ()
+    private_key: str | Path
+    certificate: str | Path
+    chain: tuple[str | Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class PublicKey:
         file: The public key, PEM.
     """
 
-    file: Path
+    file: str | Path
 
     def __str__(self) -> str:
         return f"the key of {self.file}"
@@ -97,7 +97,7 @@ class Roots:
         files: PEM, at least one: the roots that a system comes with vouch for web sites, not for who may sign models.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[str | Path, ...]
 
     def __post_init__(self) -> None:
         if not self.files:

@@ -10,7 +10,7 @@ from pathlib import Path
 from portllm.certifying.certificate import CERTIFICATE_FILE
 from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
 from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint, own_tensors
-from portllm.checkpoint.open import open_checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.safetensors.header import render_header
 from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.writer import METADATA
@@ -21,8 +21,9 @@ from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.merging.manifest import MANIFEST_FILE, Manifest
 from portllm.patch.adapter_config import parse_adapter_config
-from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE, parse_record
+from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE, PatchLike, folder_of, parse_record
 from portllm.patch.adapter_tensors import sort_out
+from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.verifying.certificate import Certified, certificate_checks, unchecked
@@ -42,18 +43,18 @@ from portllm.verifying.signature import Trust
 
 
 def verify(
-    where: str | Path,
+    where: PatchLike,
     *,
-    base: Checkpoint | None = None,
+    base: ModelLike | None = None,
     trust: Trust | None = None,
-    signature: Path | None = None,
+    signature: str | Path | None = None,
     certified: Certified | None = None,
     progress: Progress = silent,
 ) -> Verification:
     """Verify a patch, a model that `merge` wrote, or a certificate.
 
     Args:
-        where: Its folder.
+        where: Its folder, or a patch opened from there.
         base: The model that the patch belongs to, that was merged into, or that the old specialist of a certificate was
             made of; its fingerprint is compared.
         trust: Whose signature it must bear.
@@ -71,6 +72,9 @@ def verify(
         MissingExtraError: A signature is to be checked without the extra `sign`.
         PortLLMError: `certified` is given for what is no certificate.
     """
+    where = folder_of(where) if isinstance(where, Patch) else where
+    base = None if base is None else open_checkpoint(base)
+    signature = None if signature is None else Path(signature)
     folder = _folder(where)
     if (folder / CERTIFICATE_FILE).is_file():
         return _verify_certificate(folder, str(where), base, certified or Certified(), trust, signature)

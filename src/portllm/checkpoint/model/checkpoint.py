@@ -41,6 +41,9 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(repr=False)
     revision: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.name!r}, {len(self.infos)} tensors, {self.n_params:,} numbers)"
+
     @property
     def files(self) -> tuple[Source, ...]:
         """The files that hold the tensors, sorted."""

@@ -22,9 +22,6 @@ METADATA = {"format": "pt"}
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
-OUTPUT_FILES = ("patch.json", "portllm.json", "certificate.json", "check.json", "config.json")
-"""One of these, or a file of weights, lies in every folder that this program writes whole."""
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from portllm.errors import DataError
+from portllm.errors import CheckpointError, DataError
 from portllm.evaluating.harness.package import HFLM, CacheHook, Instance, quiet_harness
 from portllm.evaluating.harness.task import HarnessTask, Question
 from portllm.evaluating.scoring import Scores, Tick
-from portllm.running.model import PeftModel, PreTrainedModel, PreTrainedTokenizerBase, quiet
+from portllm.running.foreign import PeftModel, PreTrainedModel, PreTrainedTokenizerBase, foreign, quiet
 
 FLEXIBLE = "flexible-extract"
 """The filter that counts where a task reads an answer out of a text in more than one way."""
@@ -108,6 +108,19 @@ class _Loaded(HFLM):  # type: ignore[misc]
     def max_length(self) -> int:
         own = int(super().max_length)
         return own if self._most is None else min(own, self._most)
+
+    def tok_encode(self, *arguments: object, **options: object) -> list[int]:
+        with foreign(self._failed):
+            ids: list[int] = super().tok_encode(*arguments, **options)
+        return ids
+
+    def tok_batch_encode(self, *arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        with foreign(self._failed):
+            batch: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(*arguments, **options)
+        return batch
+
+    def _failed(self, why: str) -> CheckpointError:
+        return CheckpointError(f"'{self.tokenizer.name_or_path}': its tokenizer fails on a text: {why}")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **options: object

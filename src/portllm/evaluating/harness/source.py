@@ -39,14 +39,14 @@ class HarnessRows:
         self,
         name: str,
         *,
-        data: Path | None = None,
+        data: str | Path | None = None,
         train_rows: int | None = None,
         score_rows: int | None = None,
         max_tokens: int | None = None,
         max_new_tokens: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        self._task = HarnessTask(name, data=data)
+        self._task = HarnessTask(name, data=None if data is None else Path(data))
         self._train_rows = train_rows
         self._questions = self._task.scored_questions(score_rows)
         self._max_tokens = max_tokens

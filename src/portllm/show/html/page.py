@@ -63,6 +63,11 @@ def document(title: str, headline: Headline, parts: Iterable[str]) -> str:
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
+def fragment(headline: Headline, *parts: str) -> Html:
+    """The verdict and some parts of a page, to be shown inside another one, such as a notebook."""
+    return element("div", banner(headline), *parts)
+
+
 def banner(headline: Headline, *, heading: str = "p") -> Html:
     """A headline in its box.
 

@@ -10,7 +10,7 @@ from portllm.study.definition.paper import published
 from portllm.study.definition.variants import HEADS, VARIANTS
 
 if TYPE_CHECKING:
-    from portllm.study.results.table import ModelRow, Results, Scored, TaskRow
+    from portllm.study.results.table import ModelRow, Scored, StudyResults, TaskRow
 
 COMPARED = ("ported - retrained", "retention, accuracy", "retention, loss", "negative flips")
 LEGEND = """\
@@ -61,7 +61,7 @@ class Part:
     blocks: tuple[str | Table, ...]
 
 
-def parts_of(results: "Results") -> Iterator[Part]:
+def parts_of(results: "StudyResults") -> Iterator[Part]:
     """The page in order: models, tasks, residuals, chains, and what others have published."""
     about = f"Base: {results.base}. Seeds: {', '.join(map(str, results.seeds))}."
     unfinished = not_finished(results)
@@ -81,7 +81,7 @@ def parts_of(results: "Results") -> Iterator[Part]:
         yield Part("published", "Published numbers", 2, tuple(_published(results.compare)))
 
 
-def render_page(results: "Results") -> str:
+def render_page(results: "StudyResults") -> str:
     """The page as Markdown."""
     blocks: list[str] = []
     for part in parts_of(results):
@@ -90,7 +90,7 @@ def render_page(results: "Results") -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def not_finished(results: "Results") -> str | None:
+def not_finished(results: "StudyResults") -> str | None:
     """How far a study is that is not finished; None where it is."""
     if results.n_done >= results.n_steps:
         return None

@@ -9,7 +9,7 @@ from portllm.show.html.bars import Row, bars, dots
 from portllm.show.html.figure import figure, figures, table
 from portllm.show.html.lines import Curve, Point, lines
 from portllm.show.html.markup import Html, joined
-from portllm.show.html.page import Headline, document, paragraph, section
+from portllm.show.html.page import Headline, document, fragment, paragraph, section
 from portllm.show.numbers import counted, percent
 from portllm.study.definition.variants import BASE, EVOLVED, HEADS, PATCHED, PORTED, RETRAINED
 from portllm.study.results.markdown import (
@@ -24,7 +24,7 @@ from portllm.study.results.markdown import (
 )
 
 if TYPE_CHECKING:
-    from portllm.study.results.table import Results, Spectra, TaskRow
+    from portllm.study.results.table import Spectra, StudyResults, TaskRow
 
 BEFORE, AFTER = (BASE, PATCHED), (EVOLVED, PORTED, RETRAINED)
 SERIES = {PATCHED: 1, PORTED: 2, RETRAINED: 3}
@@ -33,7 +33,7 @@ SERIES = {PATCHED: 1, PORTED: 2, RETRAINED: 3}
 MARKS = "Dot: in accuracy, square: in loss; the line is the 95 % interval. No mark: retention is no number."
 
 
-def study_page(results: "Results") -> str:
+def study_page(results: "StudyResults") -> str:
     """The page of what a study has found so far."""
     first, *others = parts_of(results)
     found = joined(_blocks(first))
@@ -41,7 +41,13 @@ def study_page(results: "Results") -> str:
     return document(f"portllm study: {results.title}", _headline(results), [found, *sections])
 
 
-def _headline(results: "Results") -> Headline:
+def notebook(results: "StudyResults") -> str:
+    """What a notebook shows: the tables, without the pictures."""
+    parts = (section(part.title, *_blocks(part), level=part.level) for part in parts_of(results))
+    return fragment(_headline(results), *parts)
+
+
+def _headline(results: "StudyResults") -> Headline:
     """How far it is, and between what retention lies."""
     unfinished = not_finished(results)
     lines = list(_retained(results.tasks))
@@ -73,7 +79,7 @@ def _blocks(part: Part) -> Iterator[Html]:
             yield paragraph(block, quiet=part.level > 1)
 
 
-def _pictures(part: Part, results: "Results") -> list[Html]:
+def _pictures(part: Part, results: "StudyResults") -> list[Html]:
     """What goes above the tables of a part."""
     rows = [row for row in results.tasks if part.subject != "task" or row.task == part.title]
     match part.subject:

@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from portllm.evaluating.metrics import Estimate, Retention, accuracy, flips, mean_loss, paired_change, retention
+from portllm.notebook import ShownInNotebook
 from portllm.study.definition.plan import NEW_TEXT, OLD_TEXT, Step, model_name, steps_of
 from portllm.study.definition.settings import Study
 from portllm.study.definition.variants import BASE, EVOLVED, PATCHED, PORTED, RETRAINED
@@ -140,7 +141,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class StudyResults(ShownInNotebook):
     """All that a study has found so far.
 
     Attributes:
@@ -163,19 +164,22 @@ class Results:
     tasks: tuple[TaskRow, ...]
     compare: str | None
 
+    def __repr__(self) -> str:
+        return f"StudyResults({self.title!r}, {self.n_done} of {self.n_steps} steps)"
+
     def to_json(self) -> dict[str, object]:
         """Every number, in types that JSON has: an end of an interval that is infinite is null."""
         return {name: _finite(value) for name, value in asdict(self).items()}
 
 
-def tabulate(study: Study, found: Found) -> Results:
+def tabulate(study: Study, found: Found) -> StudyResults:
     """The table that follows from what the steps found.
 
     Args:
         study: The study.
         found: What the steps found that are done, as their kinds return it.
     """
-    return Results(
+    return StudyResults(
         title=study.title,
         base=study.base,
         seeds=study.seeds,

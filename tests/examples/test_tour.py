@@ -1,0 +1,92 @@
+"""The library as a person in a notebook meets it: the tour runs, and what it leaves is shown in a line or a table."""
+
+import json
+import re
+import runpy
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import portllm
+from portllm.running.model import load_tokenizer
+from tests.language import make_reader
+from tests.models import make_adapter, make_evolved
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    {"question": "what causes measles?", "kind": "cause"},
+    {"question": "how is a fever treated?", "kind": "treatment"},
+    {"question": "what causes a cold?", "kind": "cause"},
+]
+LONGEST_LINE = 160
+
+
+def write_models(folder):
+    """What the examples ask for."""
+    make_reader(folder / "base-v1")
+    make_evolved(folder / "base-v1", folder / "base-v2", drift=0.003)
+    load_tokenizer(folder / "base-v1").save_pretrained(folder / "base-v2")
+    make_adapter(folder / "base-v1", folder / "adapter", r=2)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    others = (json.dumps({"question": f"what causes {name}?"}) + "\n" for name in ("a cold", "a fever", "measles"))
+    (folder / "questions.jsonl").write_text("".join(others))
+
+
+def python_blocks(page):
+    """The Python on a page, one block after the other."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return "".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def toured(tmp_path_factory):
+    """What the tour has named, after it ran."""
+    folder = tmp_path_factory.mktemp("tour")
+    write_models(folder)
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setenv("PORTLLM_CACHE", str(folder / "cache"))
+        patcher.chdir(folder)
+        return runpy.run_path(str(ROOT / "examples" / "tour.py"))
+
+
+RESULTS = (
+    portllm.CheckReport,
+    portllm.MergeReport,
+    portllm.Comparison,
+    portllm.Certificate,
+)
+
+
+def test_every_value_of_the_tour_is_shown_in_a_line(toured):
+    shown = {name: repr(value) for name, value in toured.items() if type(value).__module__.startswith("portllm")}
+    assert len(shown) > len(RESULTS)
+    assert {name: text for name, text in shown.items() if len(text) > LONGEST_LINE or "\n" in text} == {}
+
+
+@pytest.mark.parametrize("kind", RESULTS, ids=lambda kind: kind.__name__)
+def test_a_notebook_shows_a_result_as_a_table(toured, kind):
+    result = next(value for value in toured.values() if isinstance(value, kind))
+    shown = result._repr_html_()
+    assert "<table" in shown
+    assert "<html" not in shown
+
+
+def test_what_a_table_shows_of_a_check_is_the_verdict_of_each_patch(toured):
+    report = toured["report"]
+    assert all(f"<td>{patch.name}" in report._repr_html_() for patch in report.patches)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md", "the package's docstring"])
+def test_the_python_of_a_page_runs_as_it_stands(page, tmp_path, monkeypatch):
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if page.endswith(".md"):
+        code = python_blocks(page)
+    else:
+        lines = [line for line in portllm.__doc__.splitlines() if line.startswith("    ")]
+        code = textwrap.dedent("\n".join(["    import portllm", *lines]))
+    assert "portllm.port(" in code
+    (tmp_path / "page.py").write_text(code)
+    named = runpy.run_path("page.py")
+    assert named["merged"].into.fingerprint == named["ported"].record.base.fingerprint
