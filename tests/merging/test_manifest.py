@@ -53,7 +53,7 @@ def test_a_weight_of_zero_has_no_relative_size_and_the_file_stays_json():
 
     value = json.loads(render_manifest(report(), program="0.1.0"), parse_constant=refuse)
     assert value["tensors"]["a"]["relative_size"] is None
-    assert value == json.loads(json.dumps(report_to_json(report(), program="0.1.0")))
+    assert value == report_to_json(report(), program="0.1.0")
 
 
 def test_a_text_is_a_manifest_if_this_program_would_write_it():

@@ -39,7 +39,7 @@ def test_by_hand_a_record_in_json():
         "program": "0.1.0",
         "base": evolved,
         "capture": {"method": "train", "settings": {"steps": 3}},
-        "ports": ({"from": base, "to": evolved, "method": "add", "evidence": {"sampled_drift": 0.5}},),
+        "ports": [{"from": base, "to": evolved, "method": "add", "evidence": {"sampled_drift": 0.5}}],
         "tensors": {"a": "1" * 64, "b": "2" * 64},
         "files": FILES,
     }
@@ -54,7 +54,7 @@ def test_a_method_that_was_chosen_keeps_its_reason_in_json():
     assert value["ports"][0]["choice"] == {
         "verdict": "uncertain",
         "reason": "addition may hold",
-        "findings": ("a cosine", "a drift"),
+        "findings": ["a cosine", "a drift"],
         "forced": False,
     }
     assert read(value) == record

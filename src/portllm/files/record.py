@@ -1,5 +1,6 @@
 """What this program writes to disk and reads again: values of one class, in JSON, sealed; nothing else is let in."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,8 +41,8 @@ class Recorded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
 
 def encode(value: msgspec.Struct) -> dict[str, Any]:
-    """A value as those of JSON; `decode` is the inverse."""
-    values: dict[str, Any] = msgspec.to_builtins(value)
+    """A value as those of JSON, lists in place of tuples; `decode` is the inverse."""
+    values: dict[str, Any] = json.loads(json.dumps(msgspec.to_builtins(value)))
     return values
 
 

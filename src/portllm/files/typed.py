@@ -108,7 +108,7 @@ def _inside(value: object, expected: Any, path: Path, known: Collection[str]) ->
     for part in _alternatives(expected):
         if isinstance(value, Mapping) and _is_table(part):
             yield from _in_table(value, part, path, known)
-        elif isinstance(value, Mapping) and typing.get_origin(part) is Mapping:
+        elif isinstance(value, Mapping) and typing.get_origin(part) in (Mapping, dict):
             of_key, of_value = typing.get_args(part)
             for key, item in value.items():
                 yield from problems(key, of_key, (*path, key))
