@@ -253,11 +253,11 @@ def _merge(inputs: Inputs) -> Job:
 
 def _digest(folder: Path) -> Facts:
     """Of every byte that was written, read afresh: not what the program remembers of it."""
-    from portllm.checkpoint.model.identity import digest_of, digest_tensor, own_tensors
+    from portllm.checkpoint.model.identity import digest_of, digest_tensor
     from portllm.checkpoint.open import open_checkpoint
 
-    infos = own_tensors(open_checkpoint(str(folder)))
-    return {"digest": digest_of({info.name: digest_tensor(info) for info in infos.values()}, infos)}
+    model = open_checkpoint(str(folder))
+    return {"digest": digest_of({name: digest_tensor(info) for name, info in model.infos.items()}, model)}
 
 
 def _portllm(*arguments: object) -> tuple[str, ...]:

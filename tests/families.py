@@ -175,3 +175,14 @@ def merge_with_peft(kind, base, adapter, folder, *, current=False):
     merged = load_tuned(kind, base, adapter).merge_and_unload()
     merged.save_pretrained(folder, save_original_format=not current)
     return Path(folder)
+
+
+def spelled(family, name, spelling):
+    """A tensor or module as one of the family's spellings has it."""
+    name = family.current_name(name) + "."
+    for old, new in family.spellings[spelling]:
+        if new.startswith("."):
+            name = name.replace(new, old)
+        elif name.startswith(new):
+            name = old + name.removeprefix(new)
+    return name[:-1]

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 import portllm
 from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned import capture_tuned
-from portllm.checkpoint.model.families import current_tensors, family_of
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.inspecting.inspect import inspect
@@ -59,7 +58,7 @@ def made(tmp_path_factory):
 def tensors_of(folder):
     """Every tensor of a folder by its current name, whichever way it is spelled."""
     stored = load_file(folder / "model.safetensors")
-    return {name: stored[info.name] for name, info in current_tensors(open_checkpoint(folder)).items()}
+    return {name: stored[info.name] for name, info in open_checkpoint(folder).tensors.items()}
 
 
 def assert_equal_bytes(ours, theirs):
@@ -130,7 +129,7 @@ def test_inspect_names_the_family_and_its_linear_modules(kind, made):
     files = made(kind)
     found = inspect(files.base)
     names = {module.rpartition(" ")[0] for module in found.modules}
-    family = family_of(open_checkpoint(files.base).config)
+    family = open_checkpoint(files.base).family
     assert found.family == family.id == tiny.KINDS[kind].family
     assert {module.rpartition(".")[2] for module in tiny.KINDS[kind].targets} <= names
     assert names <= {module.rpartition(".")[2] for module in family.linear} | {"lm_head"}
@@ -160,8 +159,10 @@ def test_a_patch_of_one_spelling_is_ported_to_and_merged_into_the_other(kind, ma
 
 @pytest.mark.parametrize("kind", ["gemma3-vision", "qwen2-vision"])
 def test_an_adapter_of_transformers_4_is_understood_as_the_one_it_became(kind, made, tmp_path):
+    from tests import families as tiny
+
     files = made(kind)
-    family = family_of(open_checkpoint(files.base).config)
+    family = open_checkpoint(files.base).family
     old = tmp_path / "adapter"
     old.mkdir()
     for file in files.adapter.iterdir():
@@ -169,7 +170,7 @@ def test_an_adapter_of_transformers_4_is_understood_as_the_one_it_became(kind, m
     prefix = "base_model.model."
     rename(
         old / "adapter_model.safetensors",
-        lambda key: prefix + family.spelled(key.removeprefix(prefix), "transformers 4"),
+        lambda key: prefix + tiny.spelled(family, key.removeprefix(prefix), "transformers 4"),
     )
     assert set(load_patch(old).deltas) != set(load_patch(files.adapter).deltas)
     for name, adapter in (("old", old), ("new", files.adapter)):

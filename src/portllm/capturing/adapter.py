@@ -6,11 +6,12 @@ from pathlib import Path
 from portllm import __version__
 from portllm.capturing.initial_plan import needs_conversion, unconvertible
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.output_folder import check_apart, staged_folder
-from portllm.matching.compatibility import altered_copies, misfits
+from portllm.matching.compatibility import altered_copies, misfits, taken_copies
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.finite import require_finite
@@ -77,7 +78,7 @@ def capture_adapter(
         settings: What shaped it, for the record.
         fitted_to: How the base was quantized when the adapter was trained on it (QLoRA); None where it was not.
         overwrite: Replace `out` where it exists.
-        progress: Told of a conversion.
+        progress: Told of a conversion, and of weights that the adapter has copies of.
 
     Raises:
         PlanRefusedError: The adapter does not fit the base, or cannot be converted, with every reason.
@@ -92,6 +93,7 @@ def capture_adapter(
     check_apart(out, files)
     require_finite(adapter)
     if not needs_conversion(adapter, initial):
+        require_equal(taken_copies(adapter, base), progress=progress)
         with staged_folder(out, overwrite=overwrite) as folder:
             _write(folder, adapter, base, Capture(method, dict(settings or {}), fitted_to))
         return load_patch(out)

@@ -8,9 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from portllm.capturing.tensor import CapturedTensor, Compared, Known, not_finite
-from portllm.capturing.tuned_plan import Experts, ExpertsPair, TunedPlan
+from portllm.capturing.tuned_plan import ExpertsPair, TunedPlan
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.identity import are_stored_alike, digest_stored
+from portllm.checkpoint.model.equality import are_stored_alike
+from portllm.checkpoint.model.experts import Experts
+from portllm.checkpoint.model.identity import digest_stored
 from portllm.checkpoint.reading.spool import Spool
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo

@@ -15,7 +15,7 @@ from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.linalg import frobenius
-from portllm.matching.compatibility import oriented, tensor_of
+from portllm.matching.compatibility import oriented
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_start import converted_fields
 from portllm.patch.adapter_tensors import WEIGHT
@@ -73,7 +73,7 @@ def convert(
         if initial is not None:
             less = without(_loaded(delta), load(initial.deltas[module].a), load(initial.deltas[module].b))
         else:
-            weight = tensor_of(module + WEIGHT, base) or base.info(module + WEIGHT)
+            weight = base.tensor(module + WEIGHT) or base.info(module + WEIGHT)
             values = load(weight)
             began = _computed(adapter.config, delta, values)
             less = without(_loaded(delta), began.a, began.b)

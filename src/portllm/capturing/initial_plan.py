@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_bytes
 from portllm.checkpoint.model.identity import READ_BYTES
-from portllm.checkpoint.model.ties import HEAD_MODULE, tied_embedding
+from portllm.checkpoint.model.names import HEAD_MODULE
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
@@ -29,7 +29,7 @@ def unconvertible(adapter: Patch[TensorInfo], base: Checkpoint, initial: Patch[T
     began = adapter.config.changed_base
     for name in adapter.experts:
         yield Refusal(name, "it is a parameter, and PEFT takes no part out of those. Was the adapter put together?")
-    if tied_embedding(base) is not None:
+    if base.tied_embedding is not None:
         for module, delta in adapter.deltas.items():
             if module == HEAD_MODULE or delta.is_embedding:
                 yield Refusal(

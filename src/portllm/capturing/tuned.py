@@ -16,8 +16,8 @@ from portllm.capturing.experts import are_equal, compare_experts
 from portllm.capturing.tensor import CapturedTensor, Compared, Known, compare_linear, compare_whole
 from portllm.capturing.tuned_plan import Dense, TunedPlan, plan_capture_tuned
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.families import family_of
-from portllm.checkpoint.model.identity import are_stored_alike, digest_of, known_digests, own_tensors, remember_digests
+from portllm.checkpoint.model.equality import are_stored_alike, require_equal
+from portllm.checkpoint.model.identity import digest_of, known_digests, remember_digests
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.tensor.info import TensorInfo
@@ -118,6 +118,7 @@ def run_capture_tuned(
         plan = plan_capture_tuned(*here, rank=plan.rank, max_rank=plan.max_rank, dense=plan.dense)
     check_apart(out, (*plan.base.files, *plan.tuned.files))
     with staged_folder(out, overwrite=overwrite) as folder:
+        require_equal((*plan.base.stored_twice, *plan.tuned.stored_twice), progress=progress)
         with Spool(folder / SPOOL_FILE) as spool:
             report = _capture(plan, folder, spool, progress)
         return replace(report, record=write_record(folder, report.record))
@@ -184,8 +185,7 @@ def _configured(
     fields: Mapping[str, object],
 ) -> dict[str, object]:
     """The configuration; the router of experts is no linear module of PEFT's, but a parameter as they are."""
-    family = family_of(plan.base.config)
-    routers = [] if family is None or not family.experts else [name for name in factors if not family.is_linear(name)]
+    routers = [name for name in factors if plan.base.expert_parts and not plan.base.is_linear(name)]
     ranks = {module: delta.rank for module, delta in factors.items() if module not in routers}
     parameters = {module + WEIGHT: factors[module].rank for module in routers}
     parameters |= {name: delta.rank for name, delta in experts.items()}
@@ -248,7 +248,7 @@ def _report(
     found: _Found,
 ) -> TunedReport:
     base, tuned = (
-        structs.replace(identity, digest=digest_of(known, own_tensors(checkpoint)))
+        structs.replace(identity, digest=digest_of(known, checkpoint))
         for identity, known, checkpoint in zip(
             (plan.source, plan.target), found.digests, (plan.base, plan.tuned), strict=True
         )

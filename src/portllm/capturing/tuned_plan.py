@@ -8,19 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.families import family_of
-from portllm.checkpoint.model.identity import own_tensors
-from portllm.checkpoint.model.ties import EMBEDDING_SUFFIX, HEAD, tied_embedding
+from portllm.checkpoint.model.experts import Experts
+from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, HEAD, is_embedding
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, read_vocabulary
 from portllm.errors import Refusal
-from portllm.matching.experts import expert_matrices
-from portllm.patch.adapter_config import HEAD_NAMES, is_embedding
+from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.identify import identify
 from portllm.patch.record import ModelIdentity
-
-Experts = tuple[tuple[TensorInfo, ...], ...]
-"""For each expert its matrices, to be stacked."""
 
 Dense = Literal["keep", "drop"]
 """What becomes of norms, biases, embeddings and heads: kept as the tuned model's whole values, or left out."""
@@ -160,7 +155,6 @@ def plan_capture_tuned(
         )
     )
     refusals += _alone(before, base, after, tuned)
-    family = family_of(base.config)
     pairs: dict[str, Pair] = {}
     maps: dict[tuple[int, int], RowMap | None] = {}
     for name in sorted(before.keys() & after.keys()):
@@ -175,19 +169,18 @@ def plan_capture_tuned(
         if problem:
             refusals.append(Refusal(name, problem))
         module = _linear_module(name, left)
-        transposed = module is not None and family is not None and family.is_transposed(module)
+        transposed = module is not None and bool(base.is_transposed(module))
         pairs[name] = Pair(left, right, module, row_map, transposed)
-    shared = tied_embedding(base)
-    is_tied = shared is not None and tied_embedding(tuned) is not None
-    tied = next((name for name, info in before.items() if is_tied and info is shared), None)
+    is_tied = base.tied_embedding is not None and tuned.tied_embedding is not None
+    tied = next((name for name, info in before.items() if is_tied and info is base.tied_embedding), None)
     return TunedPlan(base, tuned, source, target, pairs, experts, tied, rank, max_rank, dense, tuple(sorted(refusals)))
 
 
 def _pair_experts(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, ExpertsPair], list[Refusal]]:
     """The experts that both models have, and why they cannot be compared."""
-    mine, theirs = expert_matrices(base), expert_matrices(tuned)
     pairs = {
-        name: ExpertsPair(*(_frozen(side[name]) for side in (mine, theirs))) for name in mine.keys() & theirs.keys()
+        name: ExpertsPair(base.experts[name], tuned.experts[name])
+        for name in base.experts.keys() & tuned.experts.keys()
     }
     refusals = []
     for name, pair in pairs.items():
@@ -211,10 +204,6 @@ def _pair_experts(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Expert
                 )
             )
     return dict(sorted(pairs.items())), refusals
-
-
-def _frozen(experts: Iterable[Iterable[TensorInfo]]) -> Experts:
-    return tuple(tuple(matrices) for matrices in experts)
 
 
 def _names(sides: Iterable[Experts]) -> set[str]:
@@ -244,11 +233,9 @@ def match_rows(base: Checkpoint, tuned: Checkpoint, *, n_base: int, n_tuned: int
 
 def _with_own_head(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, TensorInfo]:
     """A model's tensors by name; a tied head counts as one where the other model has a head of its own."""
-    tensors = dict(own_tensors(checkpoint))
-    shared = tied_embedding(checkpoint)
-    if shared is not None and HEAD in own_tensors(other):
-        tensors[HEAD] = shared
-    return tensors
+    if checkpoint.tied_embedding is None or HEAD not in other.own_tensors:
+        return dict(checkpoint.own_tensors)
+    return {**checkpoint.own_tensors, HEAD: checkpoint.tied_embedding}
 
 
 def _alone(

@@ -16,10 +16,11 @@ from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.update.measures import MeasuredUpdate, measure_update
 from portllm.checking.verdict import Measures, judge
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.matching.compatibility import changes_on, tensor_of
+from portllm.matching.compatibility import changes_on
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.quantized_base import quantization_of
 from portllm.matching.tensor_pairs import Pair
@@ -63,9 +64,11 @@ def check(
 
     Raises:
         CheckpointError, RemoteError: A model cannot be read.
+        PlanRefusedError: By `full`, a head is found not to be the embedding that its model says it is tied to.
     """
     if full:
         base, evolved = (on_disk(model, progress=progress) for model in (base, evolved))
+        require_equal((*base.stored_twice, *evolved.stored_twice), progress=progress)
     known = measure_update(Update(base, evolved), full=full, progress=progress)
     plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
     reader = AlikeReader()
@@ -147,7 +150,7 @@ def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:
     evolved = known.update.evolved
     found: dict[str, tuple[Change[TensorInfo], Pair]] = {}
     for name, change in changes_on(patch, evolved).items():
-        tensor = tensor_of(name, evolved)
+        tensor = evolved.tensor(name)
         for pair in known.pairs_of.get(name if tensor is None else tensor.name, ()):
             found[pair.name] = (change, pair)
     return found

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
-from portllm.checkpoint.model.families import family_of
 from portllm.checkpoint.model.identity import digest, fingerprint
-from portllm.checkpoint.model.ties import tied_embedding
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
-from portllm.matching.compatibility import linear_weights
 from portllm.patch.adapter_folder import CONFIG_FILE, PatchLike, open_adapter, stored_tensors
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
 from portllm.patch.patch import Patch
@@ -130,16 +127,14 @@ def summarize_checkpoint(
     if with_digest:
         checkpoint = on_disk(checkpoint, progress=progress)
     architectures = checkpoint.config.get("architectures")
-    family = family_of(checkpoint.config)
     kinds = Counter(
-        f"{module.rsplit('.', 1)[-1]} {info.shape[0]}x{info.shape[1]}"
-        for module, info in linear_weights(checkpoint).items()
+        f"{module.rsplit('.', 1)[-1]} {info.shape[0]}x{info.shape[1]}" for module, info in checkpoint.linear.items()
     )
     return CheckpointSummary(
         name=checkpoint.name,
         revision=checkpoint.revision,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
-        family=None if family is None else family.id,
+        family=None if checkpoint.family is None else checkpoint.family.id,
         fingerprint=fingerprint(checkpoint),
         digest=digest(checkpoint, progress=progress) if with_digest else None,
         n_params=checkpoint.n_params,
@@ -151,7 +146,7 @@ def summarize_checkpoint(
             Counter(info.encoding.scheme if info.encoding else info.dtype for info in checkpoint.infos.values())
         ),
         modules=dict(kinds),
-        tied_head=tied_embedding(checkpoint) is not None,
+        tied_head=checkpoint.tied_embedding is not None,
     )
 
 

@@ -1,53 +1,21 @@
 """Does a patch fit a model? From headers and fingerprints; every reason why not is gathered, none is raised."""
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import same_values
-from portllm.checkpoint.model.families import current_tensors, family_of, resolve
-from portllm.checkpoint.model.ties import HEAD, HEAD_MODULE, tied_embedding
+from portllm.checkpoint.model.equality import TakenForEqual, look_same
+from portllm.checkpoint.model.names import HEAD, HEAD_MODULE, is_embedding
 from portllm.checkpoint.tensor.encoding import FourBit
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_misfits
-from portllm.patch.adapter_config import AdapterConfig, is_embedding
+from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
-
-
-def linear_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The weight of every linear module, by the module's current name.
-
-    A head that is tied to the embedding is such a module too: its weight is the embedding's.
-    """
-    family = family_of(checkpoint.config)
-    return {
-        module: info
-        for module, info in _matrices(checkpoint).items()
-        if (not is_embedding(module) if family is None else family.is_linear(module))
-    }
-
-
-def _matrices(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The weight of every linear module and of every embedding, by the module's current name."""
-    weights = {
-        name.removesuffix(WEIGHT): info
-        for name, info in current_tensors(checkpoint).items()
-        if name.endswith(WEIGHT) and len(info.shape) == 2
-    }
-    shared = tied_embedding(checkpoint)
-    return weights if shared is None else {**weights, HEAD_MODULE: shared}
-
-
-def tensor_of(name: str, checkpoint: Checkpoint) -> TensorInfo | None:
-    """The tensor that a patch means by a name; a tied head is the embedding."""
-    if name == HEAD and (shared := tied_embedding(checkpoint)) is not None:
-        return shared
-    return resolve(name, checkpoint)
 
 
 def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorInfo]:
@@ -56,14 +24,11 @@ def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorIn
     `fan_in_fan_out` is one word for all modules, and PEFT corrects it module by module when it loads an adapter: a
     GPT-2 adapter of Conv1D layers and the head may say either. Where the model's family is known it is asked instead.
     """
-    family = family_of(checkpoint.config)
-    if family is None:
-        return patch
-    turned = {
-        module: replace(delta, transposed=not delta.transposed)
-        for module, delta in patch.deltas.items()
-        if delta.transposed != (delta.is_embedding or family.is_transposed(module))
-    }
+    turned = {}
+    for module, delta in patch.deltas.items():
+        is_transposed = checkpoint.is_transposed(module)
+        if is_transposed is not None and delta.transposed != (delta.is_embedding or is_transposed):
+            turned[module] = replace(delta, transposed=not delta.transposed)
     return replace(patch, deltas={**patch.deltas, **turned}) if turned else patch
 
 
@@ -71,7 +36,7 @@ def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Ch
     """What a patch that fits a model does, by the name of the tensor in the model; a tied head has a name too."""
     changes: dict[str, Change[TensorInfo]] = {}
     for name, change in changes_of(patch).items():
-        tensor = resolve(name, checkpoint)
+        tensor = checkpoint.stored(name)
         changes[name if tensor is None else tensor.name] = change
     for name, delta in patch.experts.items():
         changes |= expert_changes(name, delta, checkpoint)
@@ -91,10 +56,10 @@ def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
 def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
     patch = oriented(patch, checkpoint)
-    weights = _matrices(checkpoint)
+    weights = checkpoint.matrices
     named = _Named(patch.config, checkpoint, [*weights, *patch.deltas])
     for name, change in changes_of(patch).items():
-        tensor = tensor_of(name, checkpoint)
+        tensor = checkpoint.tensor(name)
         where = name.removesuffix(WEIGHT) if isinstance(change, LowRankDelta) else name
         if tensor is None:
             yield Refusal(
@@ -170,7 +135,7 @@ class _Named:
     def __init__(self, config: AdapterConfig, checkpoint: Checkpoint, modules: Iterable[str]) -> None:
         self.checkpoint = checkpoint
         self.config = config
-        self.tied = tied_embedding(checkpoint)
+        self.tied = checkpoint.tied_embedding
         modules = list(modules)
         self.targets = {*config.targets(modules), *(m for m in modules if "weight" in config.parameters_of(m))}
         if self._ties_head_to(self.targets):
@@ -230,17 +195,16 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
 
 def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     """What the configuration names, the model has and the patch lacks."""
-    infos = dict(current_tensors(named.checkpoint))
+    model = named.checkpoint
+    infos = dict(model.tensors)
     if named.tied is not None:
         infos[HEAD] = named.tied
-    family = family_of(named.checkpoint.config)
     deltas, values, targets = (
-        set(part) if family is None else set(map(family.current_name, part))
-        for part in (patch.deltas, patch.values, named.targets)
+        set(map(model.current_name, part)) for part in (patch.deltas, patch.values, named.targets)
     )
-    if family is not None and not any(map(family.is_of_expert, deltas)):
+    if not any(map(model.is_of_expert, deltas)):
         # One expert is a module of its own in a file, and in the model that transformers 4 builds; not in today's.
-        targets = {module for module in targets if not family.is_of_expert(module)}
+        targets = {module for module in targets if not model.is_of_expert(module)}
     expected = [module for module in targets if not named.saves(module + WEIGHT) and module not in deltas]
     expected += [
         name
@@ -265,7 +229,7 @@ def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
 
 def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     """Trained rows of a tied embedding are the head's too, so nothing else may be done to the head."""
-    if named.tied is None or not any(tensor_of(name, named.checkpoint) is named.tied for name in patch.rows):
+    if named.tied is None or not any(named.checkpoint.tensor(name) is named.tied for name in patch.rows):
         return
     if HEAD_MODULE in patch.deltas or HEAD in patch.values:
         yield Refusal(
@@ -278,18 +242,38 @@ def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
 def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
     """Where a copy of the base's weight that an adapter carries is not this base's."""
     for module, copy in patch.base_copies.items():
-        weight = tensor_of(module + WEIGHT, base)
-        if weight is None or not same_values(copy, weight):
-            yield Refusal(
-                module,
-                f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it "
-                "belongs to another base, or trained this module whole, which is not supported.",
-            )
+        weight = base.tensor(module + WEIGHT)
+        if weight is None or not look_same(copy, weight):
+            yield _altered_copy(module, base)
+
+
+def taken_copies(patch: Patch[TensorInfo], base: Checkpoint) -> tuple[TakenForEqual, ...]:
+    """The copies of the base's weights that an adapter carries and that `altered_copies` compares by samples."""
+    weights = {module: base.tensor(module + WEIGHT) for module in patch.base_copies}
+    return tuple(
+        TakenForEqual(patch.base_copies[module], weight, _altered_copy(module, base))
+        for module, weight in weights.items()
+        if weight is not None
+    )
+
+
+def taken_tie(patch: Patch[TensorInfo], model: Checkpoint) -> tuple[TakenForEqual, ...]:
+    """The head that is stored beside the embedding it is tied to, where a patch changes either."""
+    is_touched = any(model.tensor(name) is model.tied_embedding for name in changes_of(patch))
+    return model.stored_twice if is_touched else ()
+
+
+def _altered_copy(module: str, base: Checkpoint) -> Refusal:
+    return Refusal(
+        module,
+        f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it belongs to "
+        "another base, or trained this module whole, which is not supported.",
+    )
 
 
 def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> Iterator[Refusal]:
     """Why trained token rows cannot go where head and embedding are tied otherwise than in the base."""
-    was_tied, is_tied = (tied_embedding(checkpoint) is not None for checkpoint in (base, evolved))
+    was_tied, is_tied = (checkpoint.tied_embedding is not None for checkpoint in (base, evolved))
     if was_tied == is_tied:
         return
     for name in patch.rows:
@@ -341,10 +325,9 @@ def base_mismatch(
     if patch.record is None or allow_other_base or patch.record.base.fingerprint == given.fingerprint:
         return
     belongs = patch.record.base
-    family = family_of(model.config)
     hint = (
         " A file that stores the experts otherwise, each alone or all in one tensor, has another fingerprint too."
-        if family is not None and family.experts
+        if model.expert_parts
         else ""
     )
     yield Refusal(
@@ -362,7 +345,7 @@ def _of_quantized(belongs: ModelIdentity, given: ModelIdentity) -> str:
     return f" If {belongs.name} was quantized from {given.name}, add --quantized-base {belongs.name}."
 
 
-def _near(module: str, weights: dict[str, TensorInfo]) -> str:
+def _near(module: str, weights: Mapping[str, TensorInfo]) -> str:
     """A hint at modules that differ only in what stands before or between the names."""
     tail = module.rsplit(".", 2)[-2:]
     near = [other for other in weights if other.endswith(".".join(tail))]

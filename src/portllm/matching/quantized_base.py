@@ -7,7 +7,6 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.windows import load_spans, sample_span
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.compatibility import tensor_of
 from portllm.measures.drift import DriftSums, measure_drift
 from portllm.measures.four_bit import SCHEMES
 from portllm.patch.adapter_tensors import WEIGHT
@@ -94,7 +93,7 @@ def _weights(patch: Patch[TensorInfo], into: Checkpoint, quantized: Checkpoint) 
     """The quantized form of each weight that the patch changes, by its name in the model merged into."""
     weights = {}
     for module in patch.deltas:
-        mine, theirs = tensor_of(module + WEIGHT, into), tensor_of(module + WEIGHT, quantized)
+        mine, theirs = into.tensor(module + WEIGHT), quantized.tensor(module + WEIGHT)
         if mine is not None and theirs is not None and theirs.encoding is not None and mine.shape == theirs.shape:
             weights[mine.name] = theirs
     return weights

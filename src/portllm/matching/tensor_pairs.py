@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.identity import own_tensors
-from portllm.checkpoint.model.ties import HEAD, embedding
+from portllm.checkpoint.model.experts import Experts
+from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
-from portllm.matching.experts import expert_matrices
 from portllm.measures.places import Place, place_of
 
 
@@ -70,10 +69,9 @@ def pair_tensors(base: Checkpoint, evolved: Checkpoint) -> Pairing:
 
     Of an embedding or a head whose number of rows has changed, the first rows are compared, as many as both have.
     """
-    before, after = dict(own_tensors(base)), dict(own_tensors(evolved))
+    before, after = dict(base.own_tensors), dict(evolved.own_tensors)
     pairs = _expert_pairs(base, evolved, before, after)
-    shared = embedding(base)
-    by_token = {HEAD, *(() if shared is None else (name for name, info in before.items() if info is shared))}
+    by_token = {HEAD, *(name for name, info in before.items() if info is base.embedding)}
     reshaped, grown, no_numbers = {}, {}, []
     for name in sorted(before.keys() & after.keys()):
         old, new = before[name], after[name]
@@ -115,7 +113,7 @@ def _expert_pairs(
 ) -> dict[str, Pair]:
     """The matrices of experts that one model stores apart and the other as one; they leave `before` and `after`."""
     pairs: dict[str, Pair] = {}
-    old, new = expert_matrices(base), expert_matrices(evolved)
+    old, new = base.experts, evolved.experts
     for name in sorted(old.keys() & new.keys()):
         if name in before and name not in after:
             found = _split(new[name], old[name], after)
@@ -133,7 +131,7 @@ def _expert_pairs(
 
 
 def _split(
-    apart: list[list[TensorInfo]], fused: list[list[TensorInfo]], tensors: Mapping[str, TensorInfo]
+    apart: Experts, fused: Experts, tensors: Mapping[str, TensorInfo]
 ) -> list[tuple[str, TensorInfo, TensorInfo, int]]:
     """For each matrix of each expert: its name, itself, its piece of the fused tensor, and the row that begins at."""
     names = {info.name: name for name, info in tensors.items()}

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.ties import HEAD, HEAD_MODULE, embedding
+from portllm.checkpoint.model.names import HEAD, HEAD_MODULE
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer, read_vocabulary
 from portllm.errors import Refusal
-from portllm.matching.compatibility import changes_of, tensor_of
+from portllm.matching.compatibility import changes_of
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Factor, LowRankDelta, RowValues, WholeValue
@@ -50,7 +50,7 @@ def match_tokens(base: Checkpoint, evolved: Checkpoint) -> TokenMap | None:
 
     A row that stands for no token in either model, as padding does, keeps its place.
     """
-    before, after = embedding(base), embedding(evolved)
+    before, after = base.embedding, evolved.embedding
     if before is not None and after is not None and before.shape == after.shape and has_same_tokenizer(base, evolved):
         return None
     old, new = read_vocabulary(base), read_vocabulary(evolved)
@@ -90,11 +90,11 @@ def token_changes(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> list[str]
 
 
 def _with_token_rows(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
-    shared = embedding(checkpoint)
+    shared = checkpoint.embedding
     return [
         name
         for name in names
-        if name in (HEAD, HEAD_MODULE + BIAS) or (shared is not None and tensor_of(name, checkpoint) is shared)
+        if name in (HEAD, HEAD_MODULE + BIAS) or (shared is not None and checkpoint.tensor(name) is shared)
     ]
 
 

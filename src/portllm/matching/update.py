@@ -8,7 +8,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.windows import load_spans, sample_span
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.compatibility import misfits, outline, tensor_of
+from portllm.matching.compatibility import misfits, outline
 from portllm.matching.token_rows import TokenMap, match_tokens
 from portllm.measures.drift import DriftSums, measure_drift
 from portllm.patch.identify import identify
@@ -55,8 +55,8 @@ class Update:
         names = list(names)
         known, spans, missing = self._windows, [], []
         for name in [name for name in names if name not in known]:
-            weight = None if self.base is None else tensor_of(name, self.base)
-            moved = tensor_of(name, self.evolved)
+            weight = None if self.base is None else self.base.tensor(name)
+            moved = self.evolved.tensor(name)
             known[name] = DriftSums()
             if (
                 weight is not None

@@ -19,7 +19,8 @@ from msgspec import structs
 
 from portllm import __version__
 from portllm.checkpoint.folder import open_folder
-from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint, own_tensors
+from portllm.checkpoint.model.equality import require_equal
+from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
 from portllm.checkpoint.model.unfinished import UNFINISHED_FILE
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.writer import ShardWriter, lay_out
@@ -31,6 +32,7 @@ from portllm.files.own_files import Held, is_own_file, open_own, remove_file, wr
 from portllm.files.page_cache import is_large
 from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
+from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.merging.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -132,6 +134,8 @@ def run_in_place(
     with alone(plan.folder) as held:
         if _read_undo(plan.folder) != plan.undo:
             raise OutputBusyError(f"'{plan.folder}': another run has written there meanwhile. Run again.")
+        taken = (*taken_copies(plan.merge.patch, plan.merge.into), *taken_tie(plan.merge.patch, plan.merge.into))
+        require_equal(taken, progress=progress)
         undo = plan.undo or _keep(held, plan, _digest(plan, how), progress)
         if undo.plan != _digest(plan, how):
             raise OutputError(
@@ -140,7 +144,7 @@ def run_in_place(
             )
         try:
             facts = _overwrite(held, plan, undo, how, progress)
-            report = _report(plan, how, facts)
+            report = _report(plan, undo, how, facts)
             write_within(held, MANIFEST_FILE, render_manifest(report, program=__version__))
         except BaseException:
             _restore(held, plan.folder, undo, progress)
@@ -355,14 +359,16 @@ def _require_unchanged(folder: Path) -> None:
         )
 
 
-def _report(plan: InPlacePlan, how: How, facts: Facts) -> MergeReport:
+def _report(plan: InPlacePlan, undo: Undo, how: How, facts: Facts) -> MergeReport:
     written = open_folder(plan.folder, name=str(plan.folder))
-    before = plan.merge.into
+    before = original(plan.folder, undo, name=plan.merge.into.name)
     return MergeReport(
         output=ModelIdentity(
-            plan.folder.resolve().name, fingerprint(written), digest_of(facts.written, own_tensors(written))
+            plan.folder.resolve().name,
+            fingerprint(written),
+            digest_of(facts.written, written),
         ),
-        into=structs.replace(plan.merge.identity, digest=digest_of(facts.read, own_tensors(before))),
+        into=structs.replace(plan.merge.identity, digest=digest_of(facts.read, before)),
         patch=plan.merge.patch.record,
         dtype=tuple(sorted({plan.merge.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

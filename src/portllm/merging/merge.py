@@ -18,7 +18,8 @@ from blake3 import blake3
 from msgspec import structs
 
 from portllm import __version__
-from portllm.checkpoint.model.identity import digest_of, fingerprint, own_tensors, remember_digests
+from portllm.checkpoint.model.equality import require_equal
+from portllm.checkpoint.model.identity import digest_of, fingerprint, remember_digests
 from portllm.checkpoint.model.side_files import copy_side_files, side_files
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES, write_index
@@ -26,6 +27,7 @@ from portllm.errors import OutputError, PortLLMError, RemoteError, UnsupportedDt
 from portllm.files.output_folder import Room, check_apart, check_free
 from portllm.files.own_files import holds
 from portllm.files.page_cache import is_large
+from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.outputs import Output, good, write_outputs
 from portllm.merging.plan import MergePlan, plan_merge
@@ -181,6 +183,7 @@ def run_merges(
     for output in good(outputs):
         with output.alone():
             _require_apart(output, outputs)
+            require_equal(taken_copies(output.plan.patch, output.plan.into), progress=progress)
     reports: dict[Path, MergeReport] = {}
     left = good(outputs)
     for start in range(0, len(left), MOST_AT_ONCE):
@@ -213,6 +216,7 @@ def _run(outputs: Sequence[Output], how: How, *, overwrite: bool, progress: Prog
 def _finish(output: Output, folder: Path, how: How, progress: Progress) -> MergeReport:
     """Write what goes beside the weights."""
     plan = output.plan
+    require_equal(taken_tie(plan.patch, plan.into), known=output.known.read, progress=progress)
     write_index(folder, plan.shards)
     if plan.into.folder is not None:
         copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes)
@@ -311,8 +315,8 @@ def _report(
 ) -> MergeReport:
     written = open_checkpoint(folder)
     return MergeReport(
-        output=ModelIdentity(out.name, fingerprint(written), digest_of(facts.written, own_tensors(written))),
-        into=structs.replace(plan.identity, digest=digest_of(facts.read, own_tensors(plan.into))),
+        output=ModelIdentity(out.name, fingerprint(written), digest_of(facts.written, written)),
+        into=structs.replace(plan.identity, digest=digest_of(facts.read, plan.into)),
         patch=plan.patch.record,
         dtype=tuple(sorted({plan.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

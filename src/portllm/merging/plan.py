@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_bytes
-from portllm.checkpoint.model.ties import HEAD, stored_head, tied_embedding
+from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal, UnsupportedDtypeError
@@ -164,7 +164,7 @@ def _untangle(
     values for both; otherwise each goes its own way, as it does when PEFT runs the adapter unmerged.
     """
     sources = dict(into.infos)
-    shared, stored = tied_embedding(into), stored_head(into)
+    shared, stored = into.tied_embedding, into.head
     name = HEAD if stored is None else stored.name
     if shared is None:
         return changes, sources, False

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from portllm.checkpoint.model.names import is_embedding
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_start import changed_base, is_known_init
 from portllm.patch.name_pattern import BEARABLE_WAYS, compile_pattern
@@ -21,8 +22,6 @@ from portllm.patch.name_pattern import BEARABLE_WAYS, compile_pattern
 LORA = "LORA"
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "score", "classifier")
-EMBEDDING_NAMES = ("wte", "wpe")
-"""Modules that are embeddings though their names do not say so."""
 
 
 IGNORED_FIELDS = frozenset(
@@ -228,17 +227,6 @@ class AdapterConfig:
             return False
         index = int(match["index"])
         return index == chosen if isinstance(chosen, int) else index in cast(list[int], chosen)
-
-
-def is_embedding(module: str) -> bool:
-    """Whether a module is an embedding, by its name.
-
-    Example:
-        >>> is_embedding("model.embed_tokens"), is_embedding("transformer.wte"), is_embedding("lm_head")
-        (True, True, False)
-    """
-    kind = module.rsplit(".", 1)[-1]
-    return "embed" in kind or kind in EMBEDDING_NAMES
 
 
 def parse_adapter_config(fields: Mapping[str, object], *, where: str) -> AdapterConfig:

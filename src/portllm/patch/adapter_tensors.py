@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from portllm.checkpoint.model.families import order_of
-from portllm.checkpoint.model.ties import HEAD
+from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig

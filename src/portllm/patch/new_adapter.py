@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from portllm.checkpoint.model.ties import HEAD
+from portllm.checkpoint.model.names import HEAD
 from portllm.patch.adapter_keys import PREFIX, Role, parse_key
 from portllm.patch.adapter_tensors import BIAS
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from portllm import __version__
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import refuse
 from portllm.files.output_folder import check_apart, staged_folder
+from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
@@ -33,8 +35,9 @@ def port(
     """Carry a patch to an evolved model and write it to `out`, a folder that PEFT loads.
 
     Reads the headers and fingerprint samples of the models and the patch itself. Weights are read only for what the
-    patch holds whole (saved modules, biases, token rows, DoRA magnitudes), which is re-based on the evolved ones. Where
-    the tokenizers differ, what belongs to a token goes to the row that the token has in the evolved model.
+    patch holds whole (saved modules, biases, token rows, DoRA magnitudes), which is re-based on the evolved ones, and
+    for a copy of a base's weight that an adapter carries, which must be that weight. Where the tokenizers differ, what
+    belongs to a token goes to the row that the token has in the evolved model.
 
     Args:
         patch: What to carry.
@@ -67,6 +70,7 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     check_apart(out, plan.files)
     require_finite(plan.patch)
     patch = plan.patch
+    require_equal(() if plan.base is None else taken_copies(patch, plan.base))
     deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
     ported = replace(patch, name=str(out), deltas=deltas)
     with staged_folder(out, overwrite=overwrite) as folder:
@@ -82,8 +86,10 @@ def _write_rebased(folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, b
     from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
     from portllm.porting.whole_values import rebase
 
+    base, evolved = on_disk(base), on_disk(plan.evolved)
+    require_equal((*taken_tie(plan.patch, base), *taken_tie(plan.patch, evolved)))
     with Spool(folder / SPOOL_FILE) as spool:
-        moved = rebase(ported, base=on_disk(base), evolved=on_disk(plan.evolved), tokens=plan.tokens, spool=spool)
+        moved = rebase(ported, base=base, evolved=evolved, tokens=plan.tokens, spool=spool)
         _write(folder, plan, moved.patch, left_out=moved.left_out)
 
 

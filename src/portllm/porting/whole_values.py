@@ -11,7 +11,6 @@ from portllm.checkpoint.reading.spool import Spool
 from portllm.checkpoint.reading.tensors import load, load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
-from portllm.matching.compatibility import tensor_of
 from portllm.matching.token_rows import TokenMap, moved_config, runs, token_changes, with_token_factor
 from portllm.methods.add_values import add_value, carry_magnitude
 from portllm.patch.adapter_tensors import WEIGHT
@@ -93,8 +92,7 @@ def _whole_names(patch: Patch[TensorInfo]) -> list[str]:
 
 
 def _tensor(name: str, checkpoint: Checkpoint) -> TensorInfo:
-    found = tensor_of(name, checkpoint)
-    return checkpoint.info(name) if found is None else found
+    return checkpoint.tensor(name) or checkpoint.info(name)
 
 
 def _rebase_value(name: str, values: TensorInfo, pair: Pair, spool: Spool) -> TensorInfo:

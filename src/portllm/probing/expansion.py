@@ -26,7 +26,7 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import misfits, oriented, tensor_of
+from portllm.matching.compatibility import misfits, oriented
 from portllm.measures.terms import Terms
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.adapter_tensors import WEIGHT
@@ -209,7 +209,7 @@ def _terms(delta: LowRankDelta[Tensor], moments: ModuleMoments, seen: Moments, d
 
 def _drift(module: str, delta: LowRankDelta[Tensor], base: Checkpoint, evolved: Checkpoint) -> Iterator[Rows]:
     """`W1 - W0` of a module, as (d_out, d_in) whichever way it is stored."""
-    old, new = tensor_of(module + WEIGHT, base), tensor_of(module + WEIGHT, evolved)
+    old, new = base.tensor(module + WEIGHT), evolved.tensor(module + WEIGHT)
     if old is None or new is None:
         raise AssertionError("the patch fits both models")
     step = max(1, BLOCK_ELEMENTS // old.shape[1])

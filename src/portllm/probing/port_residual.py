@@ -16,7 +16,7 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import misfits, oriented, tensor_of
+from portllm.matching.compatibility import misfits, oriented
 from portllm.measures.residual import Residual, measure_residual
 from portllm.measures.spectral import SpectralNorm, spectral_norm
 from portllm.patch.adapter_tensors import WEIGHT
@@ -157,7 +157,7 @@ def port_residual(
     for module in ported.deltas:
         one, other = (load_delta(patch.deltas[module]) for patch in (ported, retrained))
         deltas = measure_residual(one, other)
-        weight = tensor_of(module + WEIGHT, evolved)
+        weight = evolved.tensor(module + WEIGHT)
         if weight is None:
             raise AssertionError("the patch fits the model")
         modules[module] = ModuleResidual(deltas, *_update_norms(module, weight, one, seed=seed))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from portllm.certifying.certificate import CERTIFICATE_FILE
 from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
-from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint, own_tensors
+from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.safetensors.header import render_header
 from portllm.checkpoint.safetensors.header_file import read_header
@@ -221,7 +221,7 @@ def _weight_checks(folder: Path, manifest: Manifest, weights: Collection[str], p
         digests[name] = digest_tensor(info)
         done += info.n_bytes
         progress("verify", done, checkpoint.n_bytes, "bytes")
-    found = digest_of(digests, own_tensors(checkpoint))
+    found = digest_of(digests, checkpoint)
     told = f"{len(digests)} tensors, all bytes" if found == manifest.output.digest else _unlike(found, manifest.output)
     yield Check("digest", found == manifest.output.digest, told)
     mark = fingerprint(checkpoint)

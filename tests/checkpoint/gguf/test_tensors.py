@@ -7,9 +7,7 @@ import pytest
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
 from portllm.checkpoint.gguf.tensors import architectures
-from portllm.checkpoint.model.families import family_of
 from portllm.checkpoint.model.identity import digest, fingerprint
-from portllm.checkpoint.model.ties import tied_embedding
 from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError, MissingTensorError, NotFoundError
@@ -47,14 +45,14 @@ def test_every_weight_is_the_one_that_was_written(tmp_path, name, storage):
 def test_its_family_is_known_and_its_head_is_tied(tmp_path, name):
     write_gguf(tmp_path / "m.gguf", name)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    assert family_of(checkpoint.config) is not None
-    assert tied_embedding(checkpoint).name == "model.embed_tokens.weight"
+    assert checkpoint.family is not None
+    assert checkpoint.tied_embedding.name == "model.embed_tokens.weight"
     assert checkpoint.quantization == "Q8_0"
 
 
 def test_a_head_of_its_own_is_not_tied(tmp_path):
     write_tiny_gguf(tmp_path / "m.gguf", untied=True)
-    assert tied_embedding(open_checkpoint(tmp_path / "m.gguf")) is None
+    assert open_checkpoint(tmp_path / "m.gguf").tied_embedding is None
 
 
 def test_the_page_names_every_architecture():

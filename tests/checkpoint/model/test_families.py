@@ -6,9 +6,8 @@ from importlib.resources import files
 
 import pytest
 
-from portllm.checkpoint.model.families import current_tensors, families, family_named, family_of, resolve, respelled
+from portllm.checkpoint.model.families import families, family_named, family_of
 from portllm.checkpoint.model.identity import digest, fingerprint
-from portllm.checkpoint.model.ties import embedding, stored_head, tied_embedding
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError
 from tests.safetensors_files import write_tensors
@@ -115,7 +114,7 @@ def test_current_names_are_those_of_the_model(kind, tiny_families):
     family = family_of(built.config.to_dict())
     expected = {name for name, _ in built.named_parameters()}
     for folder in folders:
-        names = current_tensors(open_checkpoint(folder))
+        names = open_checkpoint(folder).tensors
         experts = {name for name in expected for fused in family.experts if name.endswith(f"experts.{fused}")}
         single = {name for name in names if ".experts." in name and name.endswith(".weight")}
         assert set(names) - single - experts == expected - experts
@@ -132,21 +131,25 @@ def test_two_spellings_of_a_model_have_one_identity(kind, tiny_families):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_is_found_by_all_its_names(kind, tiny_families):
+    from tests import families as tiny
+
     _, folder, _ = tiny_families(kind)
     opened = open_checkpoint(folder)
-    family = family_of(opened.config)
     for name, info in opened.infos.items():
-        assert {resolve(other, opened) for other in family.names_of(name)} == {info}
+        others = [tiny.spelled(opened.family, name, spelling) for spelling in opened.family.spellings]
+        assert {opened.stored(other) for other in (name, opened.current_name(name), *others)} == {info}
 
 
 @pytest.mark.parametrize("family", [family.id for family in families()])
 def test_names_stay_what_they_are_when_spelled_back(family):
+    from tests import families as tiny
+
     family = family_named(family)
     for name in (family.embedding, family.head, "model.layers.0.input_layernorm.weight", "anything.else"):
         current = family.current_name(name)
         assert family.current_name(current) == current
         for spelling in family.spellings:
-            assert family.current_name(family.spelled(name, spelling)) == current
+            assert family.current_name(tiny.spelled(family, name, spelling)) == current
 
 
 @pytest.mark.parametrize("family", [family.id for family in families()])
@@ -173,21 +176,20 @@ def test_a_model_that_is_not_known_has_no_family():
 
 def test_a_name_in_a_model_that_is_not_known_means_itself_alone(tmp_path):
     opened = model(tmp_path, ["h.0.x.weight"], model_type="bert")
-    assert resolve("h.0.x.weight", opened) is opened.infos["h.0.x.weight"]
-    assert resolve("transformer.h.0.x.weight", opened) is None
-    assert respelled(opened, ["transformer.h.0.x"]) is opened
+    assert opened.stored("h.0.x.weight") is opened.infos["h.0.x.weight"]
+    assert opened.stored("transformer.h.0.x.weight") is None
 
 
 def test_a_tensor_of_exactly_the_name_is_taken_first(tmp_path):
     opened = model(tmp_path, ["h.0.x.weight", "transformer.h.0.x.weight"], model_type="gpt2")
-    assert resolve("h.0.x.weight", opened).name == "h.0.x.weight"
+    assert opened.stored("h.0.x.weight").name == "h.0.x.weight"
 
 
 def test_a_name_that_could_mean_two_tensors_is_refused(tmp_path):
     names = ["language_model.model.norm.weight", "language_model.norm.weight"]
     opened = model(tmp_path, names, model_type="gemma3")
     with pytest.raises(CheckpointError) as caught:
-        resolve("model.language_model.norm.weight", opened)
+        opened.stored("model.language_model.norm.weight")
     assert str(caught.value) == (
         f"'model.language_model.norm.weight': {tmp_path} has language_model.model.norm.weight and "
         "language_model.norm.weight, which are two spellings of it. Save the model again with one of them."
@@ -197,22 +199,7 @@ def test_a_name_that_could_mean_two_tensors_is_refused(tmp_path):
 
 
 def test_a_name_that_means_nothing_is_not_found(tmp_path):
-    assert resolve("h.1.x.weight", model(tmp_path, ["h.0.x.weight"], model_type="gpt2")) is None
-
-
-def test_a_checkpoint_is_seen_in_the_spelling_of_other_names(tmp_path):
-    opened = model(tmp_path, ["h.0.x.weight", "wte.weight"], model_type="gpt2")
-    assert set(respelled(opened, ["h.0.x"]).infos) == set(opened.infos)
-    seen = respelled(opened, ["transformer.h.0.x"])
-    assert {name: info.name for name, info in seen.infos.items()} == {
-        name: name for name in ("transformer.h.0.x.weight", "transformer.wte.weight")
-    }
-    assert seen.infos["transformer.h.0.x.weight"].start == opened.infos["h.0.x.weight"].start
-
-
-def test_names_of_no_one_spelling_are_seen_as_current(tmp_path):
-    opened = model(tmp_path, ["h.0.x.weight"], model_type="gpt2")
-    assert set(respelled(opened, ["h.0.x", "transformer.h.1.x"]).infos) == {"transformer.h.0.x.weight"}
+    assert model(tmp_path, ["h.0.x.weight"], model_type="gpt2").stored("h.1.x.weight") is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,20 +207,20 @@ def test_a_head_of_its_own_is_found_in_every_family(kind, tiny_families):
     _, *folders = tiny_families(kind)
     for folder in folders:
         opened = open_checkpoint(folder)
-        assert tied_embedding(opened) is None
-        assert embedding(opened).shape == stored_head(opened).shape == (31, 12)
-        assert embedding(opened) != stored_head(opened)
+        assert opened.tied_embedding is None
+        assert opened.embedding.shape == opened.head.shape == (31, 12)
+        assert opened.embedding != opened.head
 
 
 def test_the_embedding_of_gpt2_serves_as_its_head_when_there_is_no_other(tmp_path):
     opened = model(tmp_path, ["wte.weight", "wpe.weight"], model_type="gpt2")
-    assert tied_embedding(opened).name == "wte.weight"
+    assert opened.tied_embedding.name == "wte.weight"
 
 
 def test_a_model_of_vision_and_text_may_say_in_the_part_about_text_that_it_is_tied(tmp_path):
     names = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
     tied = model(tmp_path / "tied", names, model_type="gemma3", text_config={"tie_word_embeddings": True})
-    assert tied_embedding(tied).name == names[0]
+    assert tied.tied_embedding.name == names[0]
     untied = model(tmp_path / "untied", names, model_type="gemma3", text_config={"tie_word_embeddings": False})
-    assert tied_embedding(untied) is None
+    assert untied.tied_embedding is None
     assert fingerprint(tied) != fingerprint(untied)

@@ -16,7 +16,7 @@ from portllm.checking.update.lineage import lineage_of
 from portllm.checking.update.report import KindReport, UpdateReport
 from portllm.checking.update.samples import DriftColumns, DriftSample, drawn, sample_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.ties import HEAD, embedding
+from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.open import side_file
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.matching.tensor_pairs import Pair, Pairing, pair_tensors
@@ -161,8 +161,7 @@ def _update_report(
 
 def _matrices(pairing: Pairing, base: Checkpoint) -> list[Pair]:
     """The weights that tell lineage: neither vectors, whose values lie around one, nor rows of tokens."""
-    shared = embedding(base)
-    by_token = {HEAD, *(() if shared is None else (shared.name,))}
+    by_token = {HEAD, *(() if base.embedding is None else (base.embedding.name,))}
     return [
         pair
         for pair in pairing.pairs.values()

@@ -1,61 +1,124 @@
-"""Do two stored tensors hold the same numbers? All of them on disk; on a server, as far as samples tell."""
+"""Do two stored tensors hold the same numbers? By samples, for whoever plans; by every byte, for whoever runs.
 
-from functools import lru_cache
+A plan reads headers and samples. What it takes for equal by these, the run that depends on it compares whole, by
+`require_equal`, before its output gets its name.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
 from portllm.checkpoint.reading.decoding import decode_floats
 from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
-from portllm.files.source import Source
+from portllm.errors import Refusal, refuse
+from portllm.progress import Progress, silent
 
 BLOCK_ELEMENTS = 1 << 23
+NOTHING: Mapping[str, str] = MappingProxyType({})
 WINDOWS = 16
 WINDOW_ELEMENTS = 4096
 WIDENED = ("BF16", "F16", "F32")
 """Dtypes whose numbers are compared where they are not stored in the same one: float32 holds each of them."""
 
 
+@dataclass(frozen=True, slots=True)
+class TakenForEqual:
+    """Two tensors that a plan takes for equal, by samples.
+
+    Attributes:
+        left: The one.
+        right: The other.
+        otherwise: Why there can be no output where they differ after all.
+    """
+
+    left: TensorInfo
+    right: TensorInfo
+    otherwise: Refusal
+
+
+def require_equal(
+    taken: Iterable[TakenForEqual], *, known: Mapping[str, str] = NOTHING, progress: Progress = silent
+) -> None:
+    """Compare whole what a plan takes for equal. Of a model that stays on the hub, samples are all there is.
+
+    Args:
+        taken: What to compare.
+        known: Digests of tensors of one model that has been read, by name; what they show to be equal is not read.
+        progress: Told of the bytes compared.
+
+    Raises:
+        PlanRefusedError: Two tensors differ where no sample lies.
+        CheckpointError: A file cannot be read.
+    """
+    here = [pair for pair in taken if isinstance(pair.left.file, Path) and isinstance(pair.right.file, Path)]
+    done, total = 0, sum(pair.left.n_bytes + pair.right.n_bytes for pair in here)
+    refusals = []
+    for pair in here:
+        if not same_values(pair.left, pair.right, known=known):
+            refusals.append(pair.otherwise)
+        done += pair.left.n_bytes + pair.right.n_bytes
+        progress(f"compare: {pair.left.name}", done, total, "bytes")
+    refuse(refusals)
+
+
+def stored_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, TensorInfo]]:
+    """Every tensor with bytes of its own, by name: what decoding needs besides a tensor follows it."""
+    for name, info in infos.items():
+        yield name, info
+        for suffix, part in info.parts:
+            yield name + suffix, part
+
+
+def are_stored_alike(
+    left: TensorInfo, right: TensorInfo, left_digests: Mapping[str, str], right_digests: Mapping[str, str]
+) -> bool:
+    """Whether two tensors are known to hold the same values, by the digests of all their bytes."""
+    sides = [
+        [(suffix, part.stored_as, part.shape, digests.get(part.name)) for suffix, part in stored_tensors({"": info})]
+        for info, digests in ((left, left_digests), (right, right_digests))
+    ]
+    return sides[0] == sides[1] and all(digest is not None for *_, digest in sides[0])
+
+
 def same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
-    """Whether two tensors are stored alike and equal, byte for byte."""
-    return _stored_alike(left, right) and _all_equal(left, right)
+    """Whether two tensors are stored alike and equal, byte for byte. Reads both whole."""
+    return _stored_alike(left, right, _all_equal) and _all_equal(left, right)
 
 
-def same_values(left: TensorInfo, right: TensorInfo) -> bool:
+def same_values(left: TensorInfo, right: TensorInfo, *, known: Mapping[str, str] = NOTHING) -> bool:
     """Whether two tensors hold the same numbers; a float32 copy of a bfloat16 tensor does.
 
-    Tensors on disk are compared whole, once for each version of their files. Of tensors on a server windows are
-    compared that lie evenly over the whole of them.
+    Reads both whole, unless `known` digests, by name, show that they are stored alike.
     """
+    return are_stored_alike(left, right, known, known) or _same(left, right, _all_equal)
+
+
+def look_same(left: TensorInfo, right: TensorInfo) -> bool:
+    """As `same_values`, by windows that lie evenly over the whole of both tensors."""
+    return _same(left, right, _windows_equal)
+
+
+Equal = Callable[[TensorInfo, TensorInfo], bool]
+
+
+def _same(left: TensorInfo, right: TensorInfo, equal: Equal) -> bool:
     widened = left.encoding is None is right.encoding and left.dtype in WIDENED and right.dtype in WIDENED
-    if not (_stored_alike(left, right) or (widened and left.shape == right.shape)):
-        return False
-    return _compared(left, right, _version(left.file), _version(right.file))
+    comparable = _stored_alike(left, right, equal) or (widened and left.shape == right.shape)
+    return comparable and equal(left, right)
 
 
-def _stored_alike(left: TensorInfo, right: TensorInfo) -> bool:
+def _stored_alike(left: TensorInfo, right: TensorInfo, equal: Equal) -> bool:
     kinds = ((info.stored_as, info.shape, info.encoding, info.n_bytes) for info in (left, right))
     if next(kinds) != next(kinds) or len(left.parts) != len(right.parts):
         return False
     return all(
-        mine[0] == theirs[0] and same_bytes(mine[1], theirs[1])
+        mine[0] == theirs[0] and _stored_alike(mine[1], theirs[1], equal) and equal(mine[1], theirs[1])
         for mine, theirs in zip(left.parts, right.parts, strict=True)
     )
-
-
-def _version(file: Source) -> tuple[int, int] | None:
-    """What changes when a file does; None for one on a server, which is read at one commit."""
-    if not isinstance(file, Path):
-        return None
-    facts = file.stat()
-    return facts.st_size, facts.st_mtime_ns
-
-
-@lru_cache(maxsize=256)
-def _compared(left: TensorInfo, right: TensorInfo, *versions: tuple[int, int] | None) -> bool:
-    """Whether both are equal; many parts of one run ask, and it is remembered while the files stay as they are."""
-    return _windows_equal(left, right) if None in versions else _all_equal(left, right)
 
 
 def _all_equal(left: TensorInfo, right: TensorInfo) -> bool:

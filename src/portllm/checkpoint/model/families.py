@@ -2,21 +2,19 @@
 
 A tensor has one *current* name: the one it has in the model that transformers 5 builds, which is also what PEFT's keys
 are made of. A file may spell it otherwise: as transformers 4 did, or without what stands in front when a model was
-saved without its head. Each such spelling is a list of rewrites from its names to the current ones, and is read both
-ways. A rewrite that begins with a dot may stand anywhere in a name, any other stands at its beginning.
+saved without its head. Each such spelling is a list of rewrites from its names to the current ones. A rewrite that
+begins with a dot may stand anywhere in a name, any other stands at its beginning.
+
+A model's own facts are attributes of its `Checkpoint`, which alone asks here.
 """
 
 import importlib.resources
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
-
-from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import CheckpointError
 
 Rewrite = tuple[str, str]
 """What stands in a name of a spelling, and what stands in its place in the current name."""
@@ -67,39 +65,6 @@ class Family:
             name = _rewritten(name, rewrites)
         return name
 
-    def spelled(self, name: str, spelling: str) -> str:
-        """A tensor or module of any spelling in the one of this name.
-
-        Example:
-            >>> family_named("gemma3-vision").spelled("lm_head.weight", "transformers 4")
-            'language_model.lm_head.weight'
-        """
-        return _rewritten(self.current_name(name), [(new, old) for old, new in self.spellings[spelling]])
-
-    def spelling_of(self, names: Collection[str]) -> str | None:
-        """The spelling that all these tensors or modules are named in; None where that is the current one, or none is.
-
-        Example:
-            >>> family = family_named("gpt2")
-            >>> family.spelling_of(["h.0.attn.c_attn", "wte"]), family.spelling_of(["transformer.h.0.attn.c_attn"])
-            ('without its head', None)
-        """
-        if all(self.current_name(name) == name for name in names):
-            return None
-        return next(
-            (spelling for spelling in self.spellings if all(self.spelled(n, spelling) == n for n in names)), None
-        )
-
-    def names_of(self, name: str) -> tuple[str, ...]:
-        """Every name that a tensor or module can have: as it is given, the current one, those of the spellings.
-
-        Example:
-            >>> family_named("llama").names_of("model.norm.weight")
-            ('model.norm.weight', 'norm.weight')
-        """
-        spelled = (self.spelled(name, spelling) for spelling in self.spellings)
-        return tuple(dict.fromkeys((name, self.current_name(name), *spelled)))
-
     def is_linear(self, module: str) -> bool:
         """Whether a module is a linear layer.
 
@@ -139,64 +104,6 @@ def family_of(config: Mapping[str, object]) -> Family | None:
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     return next((family for family in families() if first in family.architectures), None)
-
-
-def resolve(name: str, checkpoint: Checkpoint) -> TensorInfo | None:
-    """The tensor that a name means in a checkpoint, in whatever spelling either is; None where there is none.
-
-    A tensor of exactly that name is taken first; for a model whose family is not known there is no other.
-
-    Raises:
-        CheckpointError: Two tensors of other names could be meant.
-    """
-    if name in checkpoint.infos:
-        return checkpoint.infos[name]
-    family = family_of(checkpoint.config)
-    if family is None:
-        return None
-    found = [checkpoint.infos[other] for other in family.names_of(name) if other in checkpoint.infos]
-    if len(found) > 1:
-        raise _two_spellings(name, checkpoint, found)
-    return found[0] if found else None
-
-
-def current_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
-    """Every tensor of a checkpoint by its current name, sorted; as stored for a model whose family is not known.
-
-    Raises:
-        CheckpointError: It holds one tensor in two spellings.
-    """
-    family = family_of(checkpoint.config)
-    if family is None:
-        return checkpoint.infos
-    tensors: dict[str, TensorInfo] = {}
-    for name, stored in sorted((family.current_name(name), name) for name in checkpoint.infos):
-        if name in tensors:
-            raise _two_spellings(name, checkpoint, [tensors[name], checkpoint.infos[stored]])
-        tensors[name] = checkpoint.infos[stored]
-    return tensors
-
-
-def respelled(checkpoint: Checkpoint, like: Collection[str]) -> Checkpoint:
-    """The same checkpoint with its tensors named in the spelling that the tensors or modules `like` are named in.
-
-    Where these are in no one spelling, the names are the current ones.
-    """
-    family = family_of(checkpoint.config)
-    if family is None:
-        return checkpoint
-    spelling = family.spelling_of(like)
-    named = current_tensors(checkpoint)
-    if spelling is not None:
-        named = {family.spelled(name, spelling): info for name, info in named.items()}
-    return replace(checkpoint, infos={name: replace(info, name=name) for name, info in sorted(named.items())})
-
-
-def _two_spellings(name: str, checkpoint: Checkpoint, infos: Sequence[TensorInfo]) -> CheckpointError:
-    return CheckpointError(
-        f"'{name}': {checkpoint.name} has {' and '.join(sorted(info.name for info in infos))}, which are two spellings "
-        "of it. Save the model again with one of them."
-    )
 
 
 def family_named(name: str) -> Family:

@@ -5,20 +5,19 @@ any size, and any two trained versions differ in it; it does not prove that ever
 covers all bytes. It is taken when the bytes are read anyway or when asked for, and kept in the user's cache by path,
 size and time of change.
 
-A head stored beside the embedding it is tied to counts for neither, so that both ways to store it are one model. So
-are the spellings that a family has for the names of its tensors. Both are over bytes as they are stored: a model and
-what was quantized of it never have the same identity.
+A head stored beside the embedding it is tied to counts for neither, so that both ways to store it are one model; the
+fingerprint knows it by samples, the digest by every number. So are the spellings that a family has for the names of its
+tensors. Both are over bytes as they are stored: a model and what was quantized of it never have the same identity.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from blake3 import blake3
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.families import current_tensors
-from portllm.checkpoint.model.ties import stored_head, tied_embedding
+from portllm.checkpoint.model.equality import same_values, stored_tensors
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
 from portllm.checkpoint.reading.windows import sample_window
 from portllm.checkpoint.tensor.info import TensorInfo
@@ -35,23 +34,6 @@ DIGEST_PREFIX = "blake3:"
 READ_BYTES = 1 << 24
 
 
-def own_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
-    """The tensors that make the model what it is, by current name: all but a stored copy of a tied embedding."""
-    tensors = current_tensors(checkpoint)
-    head = stored_head(checkpoint)
-    if head is not None and tied_embedding(checkpoint) is not None:
-        return {name: info for name, info in tensors.items() if info.name != head.name}
-    return tensors
-
-
-def stored_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, TensorInfo]]:
-    """Every tensor with bytes of its own, by name: what decoding needs besides a tensor follows it."""
-    for name, info in infos.items():
-        yield name, info
-        for suffix, part in info.parts:
-            yield name + suffix, part
-
-
 def fingerprint(checkpoint: Checkpoint) -> str:
     """The checkpoint's fingerprint, such as `s4k1:` and 40 hexadecimal digits.
 
@@ -59,7 +41,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         CheckpointError: A file cannot be read.
     """
     state = blake3()
-    infos = list(stored_tensors(own_tensors(checkpoint)))
+    infos = list(stored_tensors(checkpoint.own_tensors))
     windows = [(info, *sample_window(name, info.n_bytes)) for name, info in infos]
     for (name, info), sample in zip(infos, read_spans(windows), strict=True):
         state.update(json.dumps([name, info.stored_as, info.shape]).encode())
@@ -73,11 +55,16 @@ def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:
     Raises:
         CheckpointError: A file cannot be read.
     """
-    return digest_of(tensor_digests(checkpoint, progress=progress), own_tensors(checkpoint))
+    return digest_of(tensor_digests(checkpoint, progress=progress), checkpoint)
 
 
-def digest_of(digests: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
-    """The digest of a model of the tensors `infos`, by current name, with these `digests`, by the names in the file."""
+def digest_of(digests: Mapping[str, str], checkpoint: Checkpoint) -> str:
+    """The digest of a model whose tensors have these digests, by the names in the file.
+
+    A head that only looks like the embedding it is said to be tied to counts: every byte of the model does.
+    """
+    is_tied = all(same_values(pair.left, pair.right, known=digests) for pair in checkpoint.stored_twice)
+    infos = checkpoint.own_tensors if is_tied else checkpoint.tensors
     stored = sorted(stored_tensors(infos), key=lambda pair: pair[0])
     rows = [[name, info.stored_as, list(info.shape), digests[info.name]] for name, info in stored]
     return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
@@ -123,17 +110,6 @@ def digest_stored(info: TensorInfo, known: Mapping[str, str]) -> dict[str, str]:
     """
     parts = [part for _, part in stored_tensors({info.name: info})]
     return {part.name: known.get(part.name) or digest_tensor(part) for part in parts}
-
-
-def are_stored_alike(
-    left: TensorInfo, right: TensorInfo, left_digests: Mapping[str, str], right_digests: Mapping[str, str]
-) -> bool:
-    """Whether two tensors are known to hold the same values, by the digests of all their bytes."""
-    sides = [
-        [(suffix, part.stored_as, part.shape, digests.get(part.name)) for suffix, part in stored_tensors({"": info})]
-        for info, digests in ((left, left_digests), (right, right_digests))
-    ]
-    return sides[0] == sides[1] and all(digest is not None for *_, digest in sides[0])
 
 
 def digest_tensor(info: TensorInfo) -> str:

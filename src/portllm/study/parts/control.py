@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.families import family_of
 from portllm.checkpoint.model.side_files import copy_side_files
 from portllm.checkpoint.reading.tensors import encode, load
 from portllm.checkpoint.safetensors.writer import Entry, ShardWriter, lay_out, write_index
@@ -81,7 +80,6 @@ def make_control(
         OutputError: It cannot be written; `OutputExistsError` if something is there.
     """
     change = _twin(before, settings) if isinstance(settings, TwinSettings) else _reinit(before, settings)
-    family = family_of(before.config)
     entries = {name: Entry(name, info.dtype, info.shape) for name, info in before.infos.items()}
     with staged_folder(out, overwrite=overwrite) as folder:
         shards = lay_out(entries)
@@ -89,7 +87,7 @@ def make_control(
         for shard in shards:
             with ShardWriter(folder, shard) as writer:
                 for entry in shard.entries:
-                    name = entry.name if family is None else family.current_name(entry.name)
+                    name = before.current_name(entry.name)
                     writer.append(encode(change(name, load(before.infos[entry.name]))))
                     done += 1
                     progress("evolve", done, len(entries), "tensors")
