@@ -41,6 +41,8 @@ report = portllm.check(
 # Carry it over, and look at it.
 evolved: portllm.Checkpoint = portllm.open_checkpoint("base-v2")
 ported: portllm.Patch = portllm.port(patch, evolved=evolved, base=Path("base-v1"), out="ported")
+for place, carried in portllm.port_each({"first": patch}, evolved=evolved, base="base-v1").items():
+    print(place, carried.name if isinstance(carried, portllm.Patch) else f"failed: {carried}")
 summary = portllm.inspect(evolved)
 if isinstance(summary, portllm.CheckpointSummary):
     print(summary.fingerprint, portllm.load_patch("ported").name)
@@ -58,7 +60,9 @@ refreshed, _ = portllm.train(
 )
 
 # Into the weights: a new model, several at once, or in place and back.
-merged = portllm.merge(ported, into=evolved, out="merged", rounding=portllm.Stochastic(seed=1))
+merged = portllm.merge(
+    ported, into=evolved, out="merged", options=portllm.MergeOptions(rounding=portllm.Stochastic(seed=1))
+)
 print(merged.total.kept_gain, merged.tensors[merged.worst].kept_gain if merged.worst else 1.0)
 for place, done in portllm.merge_each({"one": ported, "other": refreshed}, into=evolved).items():
     print(place, done.n_bytes if isinstance(done, portllm.MergeReport) else f"failed: {done}")
@@ -115,7 +119,7 @@ def mistakes() -> None:
     """What a type checker refuses: were one of these accepted, its mark would be an error."""
     portllm.port(3, evolved="base-v2", out="ported")  # type: ignore[arg-type]
     portllm.port("patch", evolved="base-v2")  # type: ignore[call-arg]
-    portllm.merge("patch", into="base-v2", out="merged", rounding="stochastic")  # type: ignore[arg-type]
+    portllm.merge("patch", into="base-v2", out="merged", options="stochastic")  # type: ignore[arg-type]
     portllm.capture("adapter", base="base-v1", out="patch", rank=4)  # type: ignore[call-overload]
     report.holds()  # type: ignore[operator]
     portllm.digest("base-v1")  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ SCHEMAS: dict[str, tuple[type[Recorded], str]] = {
     "certifying/certificate.schema.json": (Certificate, "certificate.json"),
     "fleets/fleet.schema.json": (FleetTable, "fleet.toml"),
 }
+WIDTH = 120
 _ATTRIBUTE = re.compile(r"^(\w+): ((?:.|\n(?=    ))*)", re.MULTILINE)
 
 
@@ -45,7 +46,17 @@ def render(name: str) -> str:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"https://portllm.invalid/{Path(name).name}",
     }
-    return json.dumps(head | schema, indent=2) + "\n"
+    return laid_out(head | schema) + "\n"
+
+
+def laid_out(value: Any, indent: str = "") -> str:
+    """JSON on one line where that is short enough, as people write schemas."""
+    line = json.dumps(value)
+    if not isinstance(value, dict) or len(indent) + len(line) < WIDTH:
+        return line
+    inside = indent + "  "
+    parts = ",\n".join(f"{inside}{json.dumps(key)}: {laid_out(item, inside)}" for key, item in value.items())
+    return f"{{\n{parts}\n{indent}}}"
 
 
 def describe(definition: dict[str, Any]) -> None:

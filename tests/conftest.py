@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from portllm.merging.options import MergeOptions
 from tests import checked, plain
 
 if plain.ASKED_FOR:
@@ -125,7 +126,7 @@ def written(tiny, tmp_path_factory):
         patcher.setenv("PORTLLM_CACHE", str(folder / "cache"))
         patch = capture_adapter(load_patch(tiny("adapter")), base=base, out=folder / "first")
         ported = port(patch, evolved=evolved, out=folder / "patch")
-        merge(ported, into=evolved, out=folder / "merged", shard_bytes=4000)
+        merge(ported, into=evolved, out=folder / "merged", options=MergeOptions(shard_bytes=4000))
     return folder
 
 

@@ -12,7 +12,7 @@ from .inspecting.inspect import inspect as inspect
 from .merging.in_place import merge_in_place as merge_in_place, undo_merge as undo_merge
 from .merging.merge import merge as merge, merge_each as merge_each
 from .patch.adapter_folder import load_patch as load_patch
-from .porting.port import port as port
+from .porting.port import port as port, port_each as port_each
 from .probing.check import check as check
 from .running.examples import read_examples as read_examples
 from .study.run import run_study as run_study, study_results as study_results, study_status as study_status
@@ -27,6 +27,7 @@ from .checkpoint.open import ModelLike as ModelLike
 from .combining.combine import Exact as Exact, Selected as Selected
 from .evaluating.harness.source import HarnessRows as HarnessRows
 from .evaluating.scoring import Task as Task
+from .merging.options import MergeOptions as MergeOptions
 from .merging.rounding_modes import Nearest as Nearest, Stochastic as Stochastic
 from .patch.adapter_folder import PatchLike as PatchLike
 from .patch.patch import Patch as Patch

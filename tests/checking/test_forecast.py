@@ -9,8 +9,8 @@ import pytest
 
 from portllm.checking import forecast
 from portllm.checking.check import check
-from portllm.checking.forecast import FILE, Shipped, expect, forecaster_from_json, forecaster_to_json, shipped
-from portllm.checking.forecast_model import Feature, Forecaster, Slope
+from portllm.checking.forecast import FILE, forecaster_from_json, forecaster_to_json, shipped, with_forecast
+from portllm.checking.forecast_model import Feature, Forecaster, Shipped, Slope
 from portllm.checking.prompts.measures import Outputs, TextMeasures
 from portllm.checkpoint.open import open_checkpoint
 from portllm.measures.outputs import Distance
@@ -59,7 +59,7 @@ def report_on(tiny, evolved):
 
 def test_a_patch_is_forecast_from_what_was_measured(known, tiny):
     report = report_on(tiny, tiny("evolved", drift=0.002))
-    found = expect(report.update, report.patches[0])
+    found = report.patches[0].forecast
     drift = report.patches[0].drift.relative.value
     for target in ("loss", "accuracy"):
         assert found.forecasts[target] == KNOWN.forecasters[target]["weights"].predict({"drift": drift})
@@ -73,7 +73,9 @@ def test_prompts_are_rested_on_where_there_are_some(known, tiny):
     report = report_on(tiny, tiny("evolved", drift=0.002))
     drift = report.patches[0].drift.relative.value
     for share in (0.2, 0.9):
-        found = expect(report.update, replace(report.patches[0], text=text_of_a_patch_that_keeps(share)))
+        found = with_forecast(
+            report.update, replace(report.patches[0], text=text_of_a_patch_that_keeps(share))
+        ).forecast
         assert found.rests_on == "text"
         expected = KNOWN.forecasters["loss"]["text"].predict({"drift": drift, "effect_kept": share})
         assert found.forecasts["loss"].retention == pytest.approx(expected.retention)
@@ -81,12 +83,12 @@ def test_prompts_are_rested_on_where_there_are_some(known, tiny):
 
 def test_what_lies_outside_of_the_measured_cells_is_said_to(known, tiny):
     report = report_on(tiny, tiny("evolved", drift=0.05))
-    assert expect(report.update, report.patches[0]).to_json()["extrapolated"] == ["drift"]
+    assert report.patches[0].forecast.to_json()["extrapolated"] == ["drift"]
 
 
 def test_nothing_is_forecast_of_a_patch_that_cannot_be_ported(known, tiny):
     report = report_on(tiny, tiny("base", inner=24))
-    assert expect(report.update, report.patches[0]) is None
+    assert report.patches[0].forecast is None
 
 
 def test_a_forecast_is_the_same_after_a_file():

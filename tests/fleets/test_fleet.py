@@ -13,6 +13,7 @@ from portllm.files.own_files import open_locked
 from portllm.files.seal import seal_problem
 from portllm.fleets.fleet import fleet, forecast_fleet, plan_fleet, run_fleet
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
 from portllm.verifying.verify import verify
@@ -40,7 +41,7 @@ def test_each_output_is_what_the_commands_write_one_by_one(run, write, folder, m
     monkeypatch.chdir(folder)
     base, evolved = open_checkpoint("base"), open_checkpoint("v3")
     ported = port(load_patch("adapters/b"), evolved=evolved, base=base, out=Path("alone"))
-    merge(ported, into=evolved, out=Path("merge"), dtype="F32")
+    merge(ported, into=evolved, out=Path("merge"), options=MergeOptions(dtype="F32"))
     assert bytes_below(folder / "out/v3/b/port") == bytes_below(folder / "alone")
     assert bytes_below(folder / "out/v3/b/merge") == bytes_below(folder / "merge")
 

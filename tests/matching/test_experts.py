@@ -17,6 +17,7 @@ from portllm.checkpoint.reading.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError, PlanRefusedError
 from portllm.inspecting.inspect import inspect
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
@@ -312,4 +313,4 @@ def test_a_model_with_its_experts_stored_otherwise_is_refused_with_that_reason(m
     (refusal,) = plan_merge(patch, into=open_checkpoint(fused)).refusals
     assert refusal.where == "--into"
     assert "stores the experts otherwise, each alone or all in one tensor, has another fingerprint" in refusal.reason
-    assert plan_merge(patch, into=open_checkpoint(fused), allow_other_base=True).refusals == ()
+    assert plan_merge(patch, into=open_checkpoint(fused), options=MergeOptions(allow_other_base=True)).refusals == ()

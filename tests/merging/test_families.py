@@ -15,6 +15,7 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.inspecting.inspect import inspect
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
@@ -148,7 +149,8 @@ def test_a_patch_of_one_spelling_is_ported_to_and_merged_into_the_other(kind, ma
             load_patch(tmp_path / "ported"),
             into=open_checkpoint(evolved),
             out=tmp_path / name,
-            allow_other_base=kind == "mixtral",  # its experts are stored apart or together, so no byte is the same
+            # Experts of Mixtral are stored apart or together, so no byte is the same.
+            options=MergeOptions(allow_other_base=kind == "mixtral"),
         )
         assert set(load_file(tmp_path / name / "model.safetensors")) == set(open_checkpoint(evolved).infos)
     merged = [tensors_of(tmp_path / name) for name in ("old", "new")]

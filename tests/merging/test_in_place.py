@@ -23,6 +23,7 @@ from portllm.merging import tensor as make_tensor
 from portllm.merging import undo as keeping
 from portllm.merging.in_place import merge_in_place, plan_in_place, undo_merge
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.adapter_folder import load_patch
 from portllm.verifying.verify import verify
@@ -94,7 +95,7 @@ def test_undone_a_manifest_of_an_earlier_merge_is_back(patch, tiny, tmp_path):
 
 
 def test_stochastic_rounding_in_place_is_that_of_any_merge(model, patch, tmp_path):
-    merge(patch, into=open_checkpoint(model), out=tmp_path / "out", rounding=Stochastic(3))
+    merge(patch, into=open_checkpoint(model), out=tmp_path / "out", options=MergeOptions(rounding=Stochastic(3)))
     merge_in_place(patch, model, rounding=Stochastic(3))
     assert tensors(model) == tensors(tmp_path / "out")
 

@@ -25,6 +25,7 @@ from portllm.files import page_cache
 from portllm.merging import blocks as merging
 from portllm.merging import tensor as make_tensor
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.merging.rounding_modes import Nearest, Stochastic
 from portllm.patch.adapter_folder import load_patch
 from tests.safetensors_files import contents, write_tensors
@@ -106,10 +107,10 @@ def leftovers(folder):
 @pytest.mark.parametrize(("dtype", "rounding"), [("BF16", Nearest()), ("F32", Nearest()), ("BF16", Stochastic(7))])
 def test_the_size_of_blocks_changes_no_byte(shape, elements, dtype, rounding, case, tmp_path, monkeypatch):
     patch, into = case(shape=shape, dtype=dtype, rank=8)
-    whole = merge(patch, into=into, out=tmp_path / "whole", rounding=rounding)
+    whole = merge(patch, into=into, out=tmp_path / "whole", options=MergeOptions(rounding=rounding))
     monkeypatch.setattr(merging, "BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(merging, "COPY_BYTES", 5)
-    blocks = merge(patch, into=into, out=tmp_path / "blocks", rounding=rounding)
+    blocks = merge(patch, into=into, out=tmp_path / "blocks", options=MergeOptions(rounding=rounding))
     name = "model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "blocks" / name).read_bytes()
     assert blocks.total.kept_gain == pytest.approx(whole.total.kept_gain, rel=MEASURE_TOLERANCE)
@@ -120,9 +121,13 @@ def test_the_size_of_blocks_changes_no_byte(shape, elements, dtype, rounding, ca
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_number_of_threads_changes_no_byte(threads, tiny, tmp_path, monkeypatch):
     adapter = load_patch(tiny("adapter"))
-    expected = merge(adapter, into=open_checkpoint(tiny("base")), out=tmp_path / "a" / "out", shard_bytes=2000)
+    expected = merge(
+        adapter, into=open_checkpoint(tiny("base")), out=tmp_path / "a" / "out", options=MergeOptions(shard_bytes=2000)
+    )
     monkeypatch.setattr(make_tensor, "default_threads", lambda: threads)
-    report = merge(adapter, into=open_checkpoint(tiny("base")), out=tmp_path / "b" / "out", shard_bytes=2000)
+    report = merge(
+        adapter, into=open_checkpoint(tiny("base")), out=tmp_path / "b" / "out", options=MergeOptions(shard_bytes=2000)
+    )
     assert report == expected
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -140,7 +145,7 @@ def test_a_model_that_is_large_for_the_machine_is_written_all_the_same(tiny, tmp
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(case, tmp_path):
     patch, into = case()
     with pytest.raises(DeviceError, match="--device cuda: torch finds none here"):
-        merge(patch, into=into, out=tmp_path / "out", device="cuda")
+        merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(device="cuda"))
     assert leftovers(tmp_path) == []
 
 
@@ -177,7 +182,7 @@ def test_the_remainder_of_a_block_is_added_to_its_own_rows(case, tmp_path, monke
 @pytest.mark.parametrize("dtype", [None, "F64", "F32", "F16", "BF16"])
 def test_weights_are_stored_in_the_dtype_that_is_asked_for(stored_as, dtype, case, tmp_path):
     patch, into = case(dtype=stored_as, counter=("I64", (2,), bytes(16)), scalar=stored(torch.tensor(1.5), stored_as))
-    report = merge(patch, into=into, out=tmp_path / "out", dtype=dtype)
+    report = merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype=dtype))
     found, before = values(open_checkpoint(tmp_path / "out")), values(into)
     kind = TORCH_DTYPES[dtype or stored_as]
     (delta,) = patch.deltas.values()
@@ -194,7 +199,12 @@ def test_weights_are_stored_in_the_dtype_that_is_asked_for(stored_as, dtype, cas
 def test_the_configuration_names_the_new_dtype(tiny, tmp_path):
     from transformers import LlamaForCausalLM
 
-    merge(load_patch(tiny("adapter")), into=open_checkpoint(tiny("base")), out=tmp_path / "out", dtype="F32")
+    merge(
+        load_patch(tiny("adapter")),
+        into=open_checkpoint(tiny("base")),
+        out=tmp_path / "out",
+        options=MergeOptions(dtype="F32"),
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32
 
@@ -203,7 +213,7 @@ def test_a_dtype_that_weights_are_not_stored_in_is_refused(case, tmp_path):
     patch, into = case()
     for dtype in ("I8", "float32", "F8_E4M3"):
         with pytest.raises(UnsupportedDtypeError, match=f"dtype '{dtype}': weights are stored as F64, F32, F16, BF16"):
-            merge(patch, into=into, out=tmp_path / "out", dtype=dtype)
+            merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype=dtype))
     assert leftovers(tmp_path) == []
 
 
@@ -230,7 +240,7 @@ def test_a_second_run_writes_the_same_bytes_and_leaves_the_inputs_as_they_were(s
     shard_bytes = 2000 if shards == "many" else 10**9
     for name in ("a", "b"):
         into = open_checkpoint(base)
-        merge(patch, into=into, out=tmp_path / name / "merged", shard_bytes=shard_bytes)
+        merge(patch, into=into, out=tmp_path / name / "merged", options=MergeOptions(shard_bytes=shard_bytes))
     first, second = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert first == second
     assert (len([name for name in first if name.endswith(".safetensors")]) > 2) == (shards == "many")
@@ -262,7 +272,7 @@ def test_shards_are_loaded_by_transformers(tiny, tmp_path):
     from tests.models import load_tuned, logits
 
     base, adapter = tiny("base", dtype=torch.float32), tiny("adapter")
-    merge(load_patch(adapter), into=open_checkpoint(base), out=tmp_path / "out", shard_bytes=4000)
+    merge(load_patch(adapter), into=open_checkpoint(base), out=tmp_path / "out", options=MergeOptions(shard_bytes=4000))
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     expected = logits(load_tuned(base, adapter))
@@ -285,7 +295,12 @@ def test_progress_ends_when_all_bytes_are_written(case, tmp_path):
 
 def test_the_digests_of_input_and_output_are_known_afterwards(tiny, tmp_path, monkeypatch):
     base = tiny("base", max_shard_size="3KB", seed=3)
-    report = merge(load_patch(tiny("adapter")), into=open_checkpoint(base), out=tmp_path / "out", shard_bytes=4000)
+    report = merge(
+        load_patch(tiny("adapter")),
+        into=open_checkpoint(base),
+        out=tmp_path / "out",
+        options=MergeOptions(shard_bytes=4000),
+    )
 
     def refuse(*_):
         raise AssertionError("a tensor was read again")
@@ -301,7 +316,7 @@ def test_the_digests_of_input_and_output_are_known_afterwards(tiny, tmp_path, mo
 def test_stochastic_rounding_keeps_a_gain_that_nearest_rounding_loses(case, tmp_path):
     patch, into = case(shape=(200, 300), weight=torch.ones(200, 300), delta=2e-5)
     nearest = merge(patch, into=into, out=tmp_path / "nearest")
-    chance = merge(patch, into=into, out=tmp_path / "chance", rounding=Stochastic(1))
+    chance = merge(patch, into=into, out=tmp_path / "chance", options=MergeOptions(rounding=Stochastic(1)))
     assert nearest.total.kept_gain < 0.01
     # The gain's standard error is about the step over the size of the delta, over the root of the number of elements.
     error = chance.total.rounding_loss / math.sqrt(200 * 300)
@@ -313,7 +328,7 @@ def test_stochastic_rounding_depends_on_its_seed_alone(case, tmp_path):
     patch, into = case(delta=0.001)
     found = []
     for number, seed in enumerate((1, 1, 2)):
-        merge(patch, into=into, out=tmp_path / str(number), rounding=Stochastic(seed))
+        merge(patch, into=into, out=tmp_path / str(number), options=MergeOptions(rounding=Stochastic(seed)))
         found.append((tmp_path / str(number) / "model.safetensors").read_bytes())
     assert found[0] == found[1] != found[2]
 
@@ -322,7 +337,7 @@ def test_stochastic_rounding_depends_on_its_seed_alone(case, tmp_path):
 def test_stochastic_rounding_to_another_dtype_is_refused(stored_as, dtype, case, tmp_path):
     patch, into = case(dtype=stored_as)
     with pytest.raises(UnsupportedDtypeError, match=r"'h.q_proj.weight': .* stochastic rounding is for BF16"):
-        merge(patch, into=into, out=tmp_path / "out", dtype=dtype, rounding=Stochastic())
+        merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype=dtype, rounding=Stochastic()))
     assert leftovers(tmp_path) == []
 
 
@@ -350,20 +365,20 @@ def test_a_sum_that_does_not_fit_into_float16_is_refused(case, tmp_path):
     with pytest.raises(NonFiniteError, match="in what they become as F16"):
         merge(patch, into=into, out=tmp_path / "out")
     assert leftovers(tmp_path) == []
-    merge(patch, into=into, out=tmp_path / "out", dtype="F32")
+    merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype="F32"))
 
 
 def test_an_untouched_value_that_does_not_fit_into_the_new_dtype_is_refused(case, tmp_path):
     patch, into = case(dtype="F32", big=stored(torch.tensor([1.0, 1e6]), "F32"))
     with pytest.raises(NonFiniteError, match="'big': rows 0 to 2 hold a value that does not fit into F16"):
-        merge(patch, into=into, out=tmp_path / "out", dtype="F16")
+        merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype="F16"))
     assert leftovers(tmp_path) == []
 
 
 def test_an_untouched_infinity_stays_one(case, tmp_path):
     mask = torch.tensor([0.0, -math.inf])
     patch, into = case(dtype="F32", mask=stored(mask, "F32"))
-    merge(patch, into=into, out=tmp_path / "out", dtype="F16")
+    merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype="F16"))
     assert values(open_checkpoint(tmp_path / "out"))["mask"].float().equal(mask)
 
 
@@ -376,7 +391,7 @@ def test_a_patch_of_another_base_is_refused_unless_it_is_meant(tiny, tmp_path):
     assert refusal.where == "--into"
     assert fingerprint(evolved) in refusal.reason
     assert leftovers(tmp_path) == ["patch"]
-    merge(patch, into=evolved, out=tmp_path / "out", allow_other_base=True)
+    merge(patch, into=evolved, out=tmp_path / "out", options=MergeOptions(allow_other_base=True))
 
 
 def test_a_patch_that_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path):

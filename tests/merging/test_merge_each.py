@@ -25,6 +25,7 @@ from portllm.merging import merge as merging
 from portllm.merging import with_torch as changes
 from portllm.merging.manifest import MergeReport
 from portllm.merging.merge import merge, merge_each
+from portllm.merging.options import MergeOptions
 from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.adapter_folder import load_patch
 from tests.processes import die, in_child
@@ -97,9 +98,10 @@ def test_each_output_is_that_of_a_merge_alone_and_the_model_is_read_once(
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 12 * 16)
     base = tiny("base", tied=tied, dtype=torch.bfloat16)
     into, given = open_checkpoint(base), patches(of=base)
-    reports = merge_each(under(tmp_path / "each", given), into=into, shard_bytes=SHARD_BYTES, **options)
+    options = MergeOptions(shard_bytes=SHARD_BYTES, **options)
+    reports = merge_each(under(tmp_path / "each", given), into=into, options=options)
     assert read == once(into)
-    alone = merge_one_by_one(tmp_path / "alone", given, into, shard_bytes=SHARD_BYTES, **options)
+    alone = merge_one_by_one(tmp_path / "alone", given, into, options=options)
     assert contents(tmp_path / "each") == contents(tmp_path / "alone")
     assert {out.name: report for out, report in reports.items()} == alone
 
@@ -121,7 +123,7 @@ def test_what_no_patch_touches_is_rounded_once_for_all(patches, tiny, tmp_path, 
     rounded, cast = [], changes._cast
     monkeypatch.setattr(changes, "_cast", lambda step, *rest: rounded.append(step.entry.name) or cast(step, *rest))
     given = {name: patches()["another"] for name in "abc"}
-    merge_each(under(tmp_path, given), into=open_checkpoint(tiny("base")), dtype="F32")
+    merge_each(under(tmp_path, given), into=open_checkpoint(tiny("base")), options=MergeOptions(dtype="F32"))
     assert rounded
     assert set(Counter(rounded).values()) == {1}
 
@@ -180,7 +182,9 @@ def test_an_output_that_cannot_be_written_fails_alone(method, patches, tiny, tmp
 
     monkeypatch.setattr(ShardWriter, method, fail)
     given = {name: patches()["plain"] for name in ("full", "a")}
-    found = merge_each(under(tmp_path, given), into=open_checkpoint(tiny("base")), shard_bytes=SHARD_BYTES)
+    found = merge_each(
+        under(tmp_path, given), into=open_checkpoint(tiny("base")), options=MergeOptions(shard_bytes=SHARD_BYTES)
+    )
     assert isinstance(found[tmp_path / "a"], MergeReport)
     assert isinstance(found[tmp_path / "full"], OutputError)
     assert "full': could not be written: No space left on device" in str(found[tmp_path / "full"])
@@ -247,7 +251,7 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(deaths, pa
         start(self, folder, shard, **options)
 
     monkeypatch.setattr(ShardWriter, "__init__", note)
-    merge_each(under(tmp_path / "whole", given), into=into, shard_bytes=SHARD_BYTES)
+    merge_each(under(tmp_path / "whole", given), into=into, options=MergeOptions(shard_bytes=SHARD_BYTES))
     expected, all_files, n_kept = contents(tmp_path / "whole"), len(started), 0
     total = sum(len(data) for name, data in expected.items() if name.endswith(".safetensors"))
     for n_bytes in range(0, total, total // deaths):
@@ -267,12 +271,12 @@ def test_after_a_death_at_any_byte_the_same_call_makes_the_same_bytes(deaths, pa
                 write(self, data, place)
 
             ShardWriter._write = count
-            merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
+            merge_each(under(folder, given), into=into, options=MergeOptions(shard_bytes=SHARD_BYTES), overwrite=True)
 
         assert in_child(run) == -signal.SIGKILL
         assert contents(folder / "head") == contents(folder / "plain") == {"patch.json": b"old"}
         started.clear()
-        merge_each(under(folder, given), into=into, shard_bytes=SHARD_BYTES, overwrite=True)
+        merge_each(under(folder, given), into=into, options=MergeOptions(shard_bytes=SHARD_BYTES), overwrite=True)
         assert contents(folder) == expected
         assert sorted(os.listdir(folder)) == sorted(given)
         n_kept += all_files - len(started)

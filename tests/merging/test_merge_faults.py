@@ -18,7 +18,9 @@ from portllm.checkpoint.safetensors.writer import ShardWriter
 from portllm.errors import OutputBusyError, OutputError, PlanRefusedError
 from portllm.files import output_folder
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.patch.adapter_folder import load_patch
+from portllm.progress import silent
 from tests.processes import die, die_at_event, in_child, limited
 from tests.safetensors_files import contents
 
@@ -31,10 +33,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 def case(tiny):
     """A patch, the model it belongs to, and a call that merges them into several shards."""
 
-    def run(out, *, adapter=None, overwrite=True, **options):
+    def run(out, *, adapter=None, overwrite=True, progress=silent, **options):
         patch = load_patch(adapter or tiny("adapter"))
         return merge(
-            patch, into=open_checkpoint(tiny("base")), out=out, shard_bytes=SHARD_BYTES, overwrite=overwrite, **options
+            patch,
+            into=open_checkpoint(tiny("base")),
+            out=out,
+            options=MergeOptions(shard_bytes=SHARD_BYTES, **options),
+            overwrite=overwrite,
+            progress=progress,
         )
 
     return run
@@ -178,11 +185,17 @@ def test_shards_of_another_plan_are_not_taken_over(change, case, tiny, expected,
         "patch": lambda out: case(out, adapter=tiny("adapter", seed=9)),
         "dtype": lambda out: case(out, dtype="F32"),
         "layout": lambda out: merge(
-            load_patch(tiny("adapter")), into=open_checkpoint(tiny("base")), out=out, shard_bytes=SHARD_BYTES + 300
+            load_patch(tiny("adapter")),
+            into=open_checkpoint(tiny("base")),
+            out=out,
+            options=MergeOptions(shard_bytes=SHARD_BYTES + 300),
         ),
         "rounding": lambda out: case(out, rounding=Stochastic(3)),
         "model": lambda out: merge(
-            load_patch(tiny("adapter")), into=open_checkpoint(base), out=out, shard_bytes=SHARD_BYTES
+            load_patch(tiny("adapter")),
+            into=open_checkpoint(base),
+            out=out,
+            options=MergeOptions(shard_bytes=SHARD_BYTES),
         ),
     }[change]
     options(tmp_path / "out")
@@ -212,14 +225,15 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(case, expe
 # ---- signals, as a user or a scheduler sends them
 
 PROGRAM = """
-import functools, signal, sys, time
+import dataclasses, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits that it is ignored
 import portllm.merging.plan as plan
 from portllm.files.staging import Staged
 
-plan.plan_merge = functools.partial(plan.plan_merge, shard_bytes=int(sys.argv.pop(1)))
-plan_merge = plan.plan_merge
-plan.plan_merge = lambda *patch, shard_bytes, **options: plan_merge(*patch, **options)
+shard_bytes, plan_merge = int(sys.argv.pop(1)), plan.plan_merge
+plan.plan_merge = lambda *patch, options, **more: plan_merge(
+    *patch, options=dataclasses.replace(options, shard_bytes=shard_bytes), **more
+)
 ready, shards, finish = sys.argv.pop(1), [], Staged.finish
 
 def wait_in_the_third(self, *noted):

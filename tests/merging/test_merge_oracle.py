@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import portllm
+from portllm.merging.options import MergeOptions
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SUBSETS = (
@@ -95,7 +96,10 @@ def test_merged_bytes_equal_those_of_peft(case, tiny, tmp_path_factory):
 
     into = portllm.open_checkpoint(base)
     portllm.merge(
-        portllm.load_patch(adapter), into=into, out=folder / "ours", shard_bytes=4000 if case.sharded else 10**9
+        portllm.load_patch(adapter),
+        into=into,
+        out=folder / "ours",
+        options=MergeOptions(shard_bytes=4000 if case.sharded else 10**9),
     )
 
     assert_equal_bytes(tensors_of(folder / "ours"), tensors_of(expected))

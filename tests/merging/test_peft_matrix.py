@@ -17,6 +17,7 @@ from portllm.checkpoint.reading.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError
 from portllm.matching.port_plan import plan_port
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.adapter_config import NEUTRAL_VALUES
 from portllm.patch.adapter_folder import folder_of, load_patch
@@ -451,7 +452,7 @@ def test_values_are_rebased_in_float32_between_models_of_other_dtypes(kind, one,
 def test_saved_values_are_rounded_once_from_the_file_to_the_dtype_asked_for(dtype, cell, tmp_path):
     case = cell("saved norms", "BF16")
     patch = load_patch(case.adapter)
-    merge(patch, into=open_checkpoint(case.base), out=tmp_path / "out", dtype=dtype)
+    merge(patch, into=open_checkpoint(case.base), out=tmp_path / "out", options=MergeOptions(dtype=dtype))
     found = stored(tmp_path / "out")
     assert {tensor.dtype for tensor in found.values()} == {DTYPES[dtype]}
     for name, value in patch.values.items():
@@ -462,7 +463,7 @@ def test_values_and_rows_are_rounded_by_chance_too(tiny, tmp_path):
     base = tiny("base", tied=False)
     fields = {"modules_to_save": ["norm"], "trainable_token_indices": [4]}
     patch = load_patch(tiny("adapter", of=base, target_modules=["q_proj"], **fields))
-    merge(patch, into=open_checkpoint(base), out=tmp_path / "out", rounding=Stochastic(3))
+    merge(patch, into=open_checkpoint(base), out=tmp_path / "out", options=MergeOptions(rounding=Stochastic(3)))
     found = stored(tmp_path / "out")
     exact = {name: load(value.values) for name, value in patch.values.items()}
     (rows,) = patch.rows.values()

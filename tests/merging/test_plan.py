@@ -9,6 +9,7 @@ from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError, refuse
 from portllm.matching.port_plan import plan_port
+from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.identify import identify
@@ -74,7 +75,7 @@ def test_a_plan_reads_no_tensor_but_for_samples(sparse, monkeypatch):
 
 def test_a_merge_into_another_dtype_is_planned_with_its_bytes(tiny):
     into = open_checkpoint(tiny("base"))
-    plan = plan_merge(load_patch(tiny("adapter")), into=into, dtype="F32")
+    plan = plan_merge(load_patch(tiny("adapter")), into=into, options=MergeOptions(dtype="F32"))
     assert plan.n_bytes == 2 * into.n_bytes
     assert plan.config_changes == {"dtype": "float32"}
     assert {step.entry.dtype for step in plan.steps.values()} == {"F32"}
@@ -83,7 +84,7 @@ def test_a_merge_into_another_dtype_is_planned_with_its_bytes(tiny):
 def test_tensors_that_are_no_floats_keep_their_dtype(sparse):
     weights = {"q_proj.weight": ("BF16", (3, 4)), "counts": ("I64", (5,)), "norm": ("F32", (2,))}
     patch, into = sparse({"q_proj": (3, 4)}, weights)
-    steps = plan_merge(patch, into=into, dtype="F16").steps
+    steps = plan_merge(patch, into=into, options=MergeOptions(dtype="F16")).steps
     assert {name: step.entry.dtype for name, step in steps.items()} == {
         "q_proj.weight": "F16",
         "counts": "I64",
@@ -92,7 +93,9 @@ def test_tensors_that_are_no_floats_keep_their_dtype(sparse):
 
 
 def test_the_size_of_shards_is_part_of_the_plan(tiny):
-    plan = plan_merge(load_patch(tiny("adapter")), into=open_checkpoint(tiny("base")), shard_bytes=2000)
+    plan = plan_merge(
+        load_patch(tiny("adapter")), into=open_checkpoint(tiny("base")), options=MergeOptions(shard_bytes=2000)
+    )
     assert len(plan.shards) > 2
     assert sorted(entry.name for shard in plan.shards for entry in shard.entries) == sorted(plan.steps)
 

@@ -23,6 +23,7 @@ from portllm.errors import PlanRefusedError
 from portllm.inspecting.inspect import inspect
 from portllm.merging import quantization_gap
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
 from portllm.patch.record import FittedTo, ModelIdentity
 from portllm.porting.port import port
@@ -91,7 +92,7 @@ def test_merging_into_quantized_weights_is_refused_with_the_way_out(patch, model
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_merging_with_a_dtype_stores_what_the_quantized_weights_stand_for(dtype, patch, models, tmp_path):
     quantized = portllm.open_checkpoint(models["base"])
-    report = merge(patch, into=quantized, out=tmp_path / "merged", dtype=dtype)
+    report = merge(patch, into=quantized, out=tmp_path / "merged", options=MergeOptions(dtype=dtype))
     assert report.quantization is None  # the patch meets the weights that it was fitted to
     assert report.into.digest == identity.digest(quantized)
     plain = tmp_path / "plain"
@@ -135,6 +136,7 @@ import portllm
 from portllm.capturing.adapter import capture_adapter
 from portllm.merging.plan import plan_merge
 from portllm.porting.port import port
+from portllm.merging.options import MergeOptions
 root = Path({str(tmp_path)!r})
 base, evolved = (portllm.open_checkpoint(root / name) for name in ("base.gguf", "evolved.gguf"))
 patch = capture_adapter(portllm.load_patch(root / "adapter"), base=base, out=root / "patch")
@@ -221,7 +223,12 @@ def test_a_patch_of_a_quantized_base_is_merged_into_what_that_was_made_from(patc
     assert {name: sums.ratio for name, sums in report.quantization.tensors.items()} == pytest.approx(
         by_torch(models, patch), rel=1e-6
     )
-    of_plain = merge(portllm.load_patch(tmp_path / "patch"), into=plain, out=tmp_path / "again", allow_other_base=True)
+    of_plain = merge(
+        portllm.load_patch(tmp_path / "patch"),
+        into=plain,
+        out=tmp_path / "again",
+        options=MergeOptions(allow_other_base=True),
+    )
     assert of_plain.output.digest == report.output.digest
     assert of_plain.quantization.total.ratio == pytest.approx(report.quantization.total.ratio, rel=1e-3)
 

@@ -22,11 +22,11 @@ WIDE = {"hidden": 24, "inner": 536}
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def merge_both_ways(patch, into, tmp_path, monkeypatch, **options):
+def merge_both_ways(patch, into, tmp_path, monkeypatch):
     """The folders and reports of a merge in one pass and of one by torch."""
-    one_pass = portllm.merge(patch, into=into, out=tmp_path / "fused", **options)
+    one_pass = portllm.merge(patch, into=into, out=tmp_path / "fused")
     monkeypatch.setattr(make_tensor, "can_fuse", lambda *_: False)
-    by_torch = portllm.merge(patch, into=into, out=tmp_path / "torch", **options)
+    by_torch = portllm.merge(patch, into=into, out=tmp_path / "torch")
     return one_pass, by_torch
 
 

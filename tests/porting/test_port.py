@@ -18,7 +18,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError, OutputExistsError, PlanRefusedError, UnknownMethodError
 from portllm.matching.port_plan import plan_port
 from portllm.patch.adapter_folder import digest_tensors, load_patch
-from portllm.porting.port import port
+from portllm.porting.port import port, port_each
 from tests.safetensors_files import contents, write_sparse, write_tensors
 
 LOGITS_TOLERANCE = 2e-5
@@ -428,3 +428,16 @@ def test_the_plan_of_a_port_names_every_file_that_it_reads(tiny, tmp_path):
     plan = plan_port(load_patch(tiny("adapter")), evolved=evolved, base=base)
     assert set(plan.files) == {*base.files, *evolved.files, tiny("adapter") / "adapter_model.safetensors"}
     assert all(isinstance(delta.a, TensorInfo) for delta in plan.patch.deltas.values())
+
+
+def test_each_patch_is_ported_as_if_alone_and_one_that_fails_stops_no_other(tiny, tmp_path):
+    models = {"base": open_checkpoint(tiny("base")), "evolved": open_checkpoint(tiny("evolved"))}
+    given = {tmp_path / str(seed): load_patch(tiny("adapter", seed=seed)) for seed in (1, 2)}
+    unfit = load_patch(tiny("adapter", of=tiny("base", inner=24)))
+    done = port_each({tmp_path / "unfit": unfit, **given}, **models)
+    assert list(done) == [tmp_path / "unfit", *given]
+    assert isinstance(done[tmp_path / "unfit"], PlanRefusedError)
+    assert not (tmp_path / "unfit").exists()
+    for out, patch in given.items():
+        assert done[out].record == port(patch, **models, out=tmp_path / "alone", overwrite=True).record
+        assert contents(out) == contents(tmp_path / "alone")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checking.check import check
+from portllm.checking.forecast import expect
 from portllm.checking.report import patch_to_json
 from portllm.checking.verdict import with_answers
 from portllm.checkpoint.open import open_checkpoint
@@ -366,6 +367,8 @@ def test_a_report_has_the_measures_and_the_doubts_that_they_raise(story, tmp_pat
     assert agreement < AGREEMENT.value
     assert more.patches[0].verdict == with_answers(report.patches[0].verdict, agreement=agreement, n_prompts=6)
     assert more.patches[1].verdict == report.patches[1].verdict
+    assert more.patches[0].forecast == expect(report.update, more.patches[0])
+    assert (report.patches[0].forecast.rests_on, more.patches[0].forecast.rests_on) == ("weights", "text")
     assert more.patches[0].text.features() == measure(story)[0].features()
     assert more.patches[1].text is None
     found = json.loads(json.dumps(patch_to_json(more.patches[0]), allow_nan=False))["text"]

@@ -14,10 +14,10 @@ from portllm.checkpoint.model.identity import digest_stored
 from portllm.checkpoint.reading.rows import RowReader
 from portllm.checkpoint.reading.spool import Spool
 from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load_rows
+from portllm.checkpoint.reading.windows import runs
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.linalg import square_sum, working_dtype
-from portllm.matching.token_rows import runs
 from portllm.patch.capture import RoundingNoise, truncate
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
 

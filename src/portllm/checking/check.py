@@ -5,13 +5,14 @@ against what was read; of its own tensors every byte is read, of at most `MOST_T
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from portllm.checking.delta.measures import ChangeMeasures, measure_changes
+from portllm.checking.delta.measures import ChangeMeasures, measure_changes, summed
 from portllm.checking.delta.places import place_patch
 from portllm.checking.delta.quantization import sample_gap
+from portllm.checking.forecast import with_forecast
 from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.update.measures import MeasuredUpdate, measure_update
 from portllm.checking.verdict import Measures, judge
@@ -26,10 +27,9 @@ from portllm.matching.quantized_base import quantization_of
 from portllm.matching.tensor_pairs import Pair
 from portllm.matching.token_rows import has_token_rows
 from portllm.matching.update import Update
-from portllm.measures.overlap import Alignment, Share
+from portllm.measures.overlap import Alignment
 from portllm.patch.delta import Change
 from portllm.patch.patch import Patch
-from portllm.patch.rounding import MergeSums
 from portllm.progress import Progress, silent
 
 MOST_TENSORS = 32
@@ -106,8 +106,6 @@ def check_patch(
     matrices = {pair.place for _, pair in changes.values() if len(pair.base.shape) > 1}
     changed = frozenset(matrices or {pair.place for _, pair in changes.values()})
     drift = known.drift_of(changed)
-    rounding = _total_rounding(measured.values())
-    overlaps = _total_overlaps(measured.values())
     alignment = sum((found.alignment for found in measured.values()), Alignment())
     gap = sample_gap(patch, measured, known.sample.rows)
     stored_as = Counter(pair.evolved.dtype for _, pair in changes.values()).most_common(1)
@@ -121,28 +119,27 @@ def check_patch(
             broken=(*known.report.broken, *(name for name, found in measured.items() if not found.is_finite)),
             config_changes=known.report.config_changes,
             alignment=alignment.cosine,
-            overlaps=overlaps,
-            kept_gain={dtype: sums.kept_gain for dtype, sums in rounding.items()},
+            overlaps=summed(found.overlaps for found in measured.values()),
+            kept_gain={
+                dtype: sums.kept_gain for dtype, sums in summed(found.rounding for found in measured.values()).items()
+            },
             stored_as=stored_as[0][0] if stored_as else None,
             changes_vocabulary=plan.tokens is not None,
             fitted_to=quantization_of(patch),
             quantization_gap=None if gap is None else gap.ratio,
         )
     )
-    return PatchReport(
+    report = PatchReport(
         patch.name,
         verdict,
         drift,
         _total_size(changes, measured),
-        alignment,
-        overlaps,
-        rounding,
         stored_as[0][0] if stored_as else None,
         measured,
-        sum(found.is_rescaled for found in measured.values()),
         gap,
         place_patch(changes, measured, known.report.cells) if places else None,
     )
+    return with_forecast(known.report, report)
 
 
 def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:
@@ -173,20 +170,4 @@ def _total_size(changes: Changes, measured: Mapping[str, ChangeMeasures]) -> flo
     for kind in sorted(names):
         found = [measured[name].delta_sq for name in names[kind] if name in measured]
         total += sum(found) * len(names[kind]) / max(1, len(found))
-    return total
-
-
-def _total_overlaps(measured: Iterable[ChangeMeasures]) -> dict[str, Share]:
-    total: dict[str, Share] = {}
-    for found in measured:
-        for side, share in found.overlaps.items():
-            total[side] = total.get(side, Share()) + share
-    return total
-
-
-def _total_rounding(measured: Iterable[ChangeMeasures]) -> dict[str, MergeSums]:
-    total: dict[str, MergeSums] = {}
-    for found in measured:
-        for dtype, sums in found.rounding.items():
-            total[dtype] = total.get(dtype, MergeSums()) + sums
     return total

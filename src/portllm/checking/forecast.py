@@ -3,75 +3,19 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from portllm.checking.forecast_features import weight_features
-from portllm.checking.forecast_model import Feature, Forecast, Forecaster, Slope
+from portllm.checking.forecast_model import Expected, Feature, Forecaster, Shipped, Slope
 from portllm.checking.report import PatchReport
 from portllm.checking.update.report import UpdateReport
 
 FILE = "forecast.json"
 LOSS, ACCURACY = "loss", "accuracy"
 WEIGHTS, TEXT = "weights", "text"
-
-
-@dataclass(frozen=True, slots=True)
-class Shipped:
-    """What was fitted, and on what.
-
-    Attributes:
-        forecasters: Of retention by `loss` and by `accuracy`; of each, by what it rests on: `weights`, or `text` too.
-        base: The model whose updates the cells are of.
-        n_updates: Updates of it.
-        n_cells: Patches on them.
-    """
-
-    forecasters: Mapping[str, Mapping[str, Forecaster]]
-    base: str
-    n_updates: int
-    n_cells: int
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """The forecast of one patch, and what it rests on.
-
-    Attributes:
-        forecasts: Of retention by `loss` and by `accuracy`.
-        rests_on: `weights` or `text`.
-        confidence: Of the intervals.
-        shipped: What it was fitted on.
-    """
-
-    forecasts: Mapping[str, Forecast]
-    rests_on: str
-    confidence: float
-    shipped: Shipped
-
-    @property
-    def outside(self) -> tuple[str, ...]:
-        """Measures outside of the range that it was fitted on."""
-        return tuple(dict.fromkeys(name for forecast in self.forecasts.values() for name in forecast.outside))
-
-    def to_json(self) -> dict[str, object]:
-        """What `check --json` shows."""
-        return {
-            **{
-                name: {"retention": forecast.retention, "low": forecast.low, "high": forecast.high}
-                for name, forecast in self.forecasts.items()
-            },
-            "confidence": self.confidence,
-            "extrapolated": list(self.outside),
-            "rests_on": self.rests_on,
-            "fitted_on": {
-                "base": self.shipped.base,
-                "updates": self.shipped.n_updates,
-                "cells": self.shipped.n_cells,
-            },
-        }
 
 
 def expect(update: UpdateReport, patch: PatchReport) -> Expected | None:
@@ -93,6 +37,11 @@ def expect(update: UpdateReport, patch: PatchReport) -> Expected | None:
             forecasts = {target: forecaster.predict(measures) for target, forecaster in forecasters.items()}
             return Expected(forecasts, name, forecasters[LOSS].confidence, known)
     return None
+
+
+def with_forecast(update: UpdateReport, patch: PatchReport) -> PatchReport:
+    """The report with what is to be expected of the patch, by all that it says."""
+    return replace(patch, forecast=expect(update, patch))
 
 
 @cache

@@ -41,7 +41,7 @@ def weight_features(update: UpdateReport, patch: PatchReport) -> dict[str, float
     found["drift_of_size"] = _inverse(patch.size_against_drift)
     cosine = patch.alignment.cosine
     found["with_drift"] = None if cosine is None else abs(cosine)
-    for side, share in (patch.overlaps or {}).items():
+    for side, share in patch.overlaps.items():
         found[f"overlap_{side}"] = _against_chance(share)
     return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 

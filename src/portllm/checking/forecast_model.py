@@ -134,6 +134,62 @@ class Forecaster:
         return Forecast(mean, max(0.0, mean - around), min(1.0, mean + around), outside)
 
 
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What was fitted, and on what.
+
+    Attributes:
+        forecasters: Of retention by `loss` and by `accuracy`; of each, by what it rests on: `weights`, or `text` too.
+        base: The model whose updates the cells are of.
+        n_updates: Updates of it.
+        n_cells: Patches on them.
+    """
+
+    forecasters: Mapping[str, Mapping[str, Forecaster]]
+    base: str
+    n_updates: int
+    n_cells: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The forecast of one patch, and what it rests on.
+
+    Attributes:
+        forecasts: Of retention by `loss` and by `accuracy`.
+        rests_on: `weights` or `text`.
+        confidence: Of the intervals.
+        shipped: What it was fitted on.
+    """
+
+    forecasts: Mapping[str, Forecast]
+    rests_on: str
+    confidence: float
+    shipped: Shipped
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Measures outside of the range that it was fitted on."""
+        return tuple(dict.fromkeys(name for forecast in self.forecasts.values() for name in forecast.outside))
+
+    def to_json(self) -> dict[str, object]:
+        """What `check --json` shows."""
+        return {
+            **{
+                name: {"retention": forecast.retention, "low": forecast.low, "high": forecast.high}
+                for name, forecast in self.forecasts.items()
+            },
+            "confidence": self.confidence,
+            "extrapolated": list(self.outside),
+            "rests_on": self.rests_on,
+            "fitted_on": {
+                "base": self.shipped.base,
+                "updates": self.shipped.n_updates,
+                "cells": self.shipped.n_cells,
+            },
+        }
+
+
 def room(mean: float) -> float:
     """What a miss is measured against: `FLAT + √(μ(1 - μ))`."""
     return FLAT + math.sqrt(mean * (1 - mean))

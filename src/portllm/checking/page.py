@@ -48,7 +48,7 @@ def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = ()) -> s
     title = f"portllm check: from {update.base.name} to {update.evolved.name}"
     if len(report.patches) == 1 and not failed:
         patch = report.patches[0]
-        parts = [_patch(patch, update, beside=_drift_figures(update)), _update(update)]
+        parts = [_patch(patch, beside=_drift_figures(update)), _update(update)]
         return document(title, _headline(patch, update), parts)
     wrong = [f"{name}: {error}" for name, error in failed]
     tone = _worst(report) if not wrong else "bad"
@@ -59,7 +59,7 @@ def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = ()) -> s
             element(
                 "section",
                 banner(_headline(patch, update), heading="h2"),
-                _patch(patch, update, beside=()),
+                _patch(patch, beside=()),
                 id=f"patch-{number}",
             )
             for number, patch in enumerate(report.patches, start=1)
@@ -102,11 +102,11 @@ def _reason(reason: Reason) -> str:
     )
 
 
-def _patch(patch: PatchReport, update: UpdateReport, *, beside: Sequence[Html]) -> Html:
+def _patch(patch: PatchReport, *, beside: Sequence[Html]) -> Html:
     """The pictures of one patch, those of `beside` first, and its numbers."""
     places = {place: found for place, found in (patch.places or {}).items() if math.isfinite(found.relative_size)}
     found = [*beside, *_size_figures(patch, places), *_kept_figure(patch)]
-    known = facts(patch_facts(patch, update))
+    known = facts(patch_facts(patch))
     parts = [section("The patch in numbers", known, level=3)] if known else []
     if patch.text is not None:
         said = text_facts(patch.text)

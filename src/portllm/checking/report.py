@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from portllm.checking.delta.measures import ChangeMeasures
+from portllm.checking.delta.measures import ChangeMeasures, summed
 from portllm.checking.delta.places import PlacedDelta
+from portllm.checking.forecast_model import Expected
 from portllm.checking.prompts.measures import TextMeasures, text_to_json
 from portllm.checking.update.report import UpdateReport, _drift, _number, _place
 from portllm.checking.verdict import Answer, Reason, Verdict
@@ -27,30 +28,44 @@ class PatchReport:
         verdict: Whether it will hold, and why.
         drift: Of the matrices that it changes; None where none could be measured.
         delta_sq: |Δ|² over all that it changes.
-        alignment: Patch and drift.
-        overlaps: By side, how much of the drift lies where the patch works.
-        rounding: By storage dtype, what a merge would keep.
         stored_as: The dtype that the evolved model stores most of what the patch changes in.
-        changes: By tensor of the evolved model, what was measured of each.
-        n_rescaled: How many of them have a DoRA magnitude.
+        changes: By tensor of the evolved model, what was measured of each; empty where it cannot be ported.
         quantization: What quantization took of the weights that it was fitted to (QLoRA); None where not measured.
         places: Where in the model it sits; None where that was not asked for.
         text: What prompts say of it; None where none were given, or it does not fit.
+        forecast: How much of its gain it may be expected to keep; None where measures are lacking.
     """
 
     name: str
     verdict: Verdict
     drift: DriftEstimate | None = None
     delta_sq: float = 0.0
-    alignment: Alignment = field(default_factory=Alignment)
-    overlaps: Mapping[str, Share] | None = None
-    rounding: Mapping[str, MergeSums] | None = None
     stored_as: str | None = None
-    changes: Mapping[str, ChangeMeasures] | None = None
-    n_rescaled: int = 0
+    changes: Mapping[str, ChangeMeasures] = field(default_factory=dict)
     quantization: GapSums | None = None
     places: Mapping[Place, PlacedDelta] | None = None
     text: TextMeasures | None = None
+    forecast: Expected | None = None
+
+    @property
+    def alignment(self) -> Alignment:
+        """Patch and drift."""
+        return sum((change.alignment for change in self.changes.values()), Alignment())
+
+    @property
+    def overlaps(self) -> Mapping[str, Share]:
+        """By side, how much of the drift lies where the patch works."""
+        return summed(change.overlaps for change in self.changes.values())
+
+    @property
+    def rounding(self) -> Mapping[str, MergeSums]:
+        """By storage dtype, what a merge would keep."""
+        return summed(change.rounding for change in self.changes.values())
+
+    @property
+    def n_rescaled(self) -> int:
+        """How many of the changes have a DoRA magnitude."""
+        return sum(change.is_rescaled for change in self.changes.values())
 
     def __repr__(self) -> str:
         return f"PatchReport({self.name!r}, {str(self.verdict.answer)!r})"
@@ -99,12 +114,12 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
         "relative_size": _number(patch.relative_size),
         "size_against_drift": _number(patch.size_against_drift),
         "cosine_with_drift": _number(patch.alignment.cosine),
-        "overlap": {side: _share(share) for side, share in (patch.overlaps or {}).items()},
-        "kept_gain": {dtype: _number(sums.kept_gain) for dtype, sums in (patch.rounding or {}).items()},
+        "overlap": {side: _share(share) for side, share in patch.overlaps.items()},
+        "kept_gain": {dtype: _number(sums.kept_gain) for dtype, sums in patch.rounding.items()},
         "stored_as": patch.stored_as,
         "quantization_gap": None if patch.quantization is None else _number(patch.quantization.ratio),
         "text": None if patch.text is None else text_to_json(patch.text),
-        "tensors": {name: _change(change) for name, change in (patch.changes or {}).items()},
+        "tensors": {name: _change(change) for name, change in patch.changes.items()},
         "layers": None
         if patch.places is None
         else [
@@ -112,6 +127,7 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
             | {"relative_size": _number(found.relative_size), "spectrum": list(map(_number, found.spectrum))}
             for place, found in patch.places.items()
         ],
+        "forecast": None if patch.forecast is None else patch.forecast.to_json(),
     }
 
 

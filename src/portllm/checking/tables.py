@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from portllm.checking.forecast import Expected, expect
+from portllm.checking.forecast_model import Expected
 from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.update.report import UpdateReport
 from portllm.measures.estimate import Estimate
@@ -29,8 +29,8 @@ def patch_rows(report: CheckReport) -> Rows:
     """A line for each patch."""
     rows: Rows = [("verdict", "patch", "forecast", "size", "drift", "with drift", "kept", "why")]
     for patch in report.patches:
-        expected = expect(report.update, patch)
-        kept = (patch.rounding or {}).get(patch.stored_as or "")
+        expected = patch.forecast
+        kept = patch.rounding.get(patch.stored_as or "")
         rows.append(
             (
                 str(patch.verdict.answer),
@@ -46,7 +46,7 @@ def patch_rows(report: CheckReport) -> Rows:
     return rows
 
 
-def patch_facts(patch: PatchReport, update: UpdateReport) -> dict[str, str]:
+def patch_facts(patch: PatchReport) -> dict[str, str]:
     """What was measured of one patch; nothing where it cannot be ported."""
     if not patch.changes:
         return {}
@@ -55,14 +55,13 @@ def patch_facts(patch: PatchReport, update: UpdateReport) -> dict[str, str]:
         "size": f"{three_percent(patch.relative_size)} of the norm of the weights it changes"
         + ("" if against is None else f", {three_digits(against)} times their drift"),
     }
-    expected = expect(update, patch)
-    if expected is not None:
-        rows["forecast"] = _forecast(expected)
+    if patch.forecast is not None:
+        rows["forecast"] = _forecast(patch.forecast)
     if patch.n_rescaled:
         rows["size"] += f"; without the rescaling of {patch.n_rescaled} DoRA modules"
     if patch.alignment.cosine is not None:
         rows["with drift"] = f"cosine {patch.alignment.cosine:.4f} between patch and drift"
-    for side, share in (patch.overlaps or {}).items():
+    for side, share in patch.overlaps.items():
         if share.share is not None and share.by_chance is not None:
             rows[f"in its {side}s"] = (
                 f"{three_percent(share.share)} of the drift, {three_percent(share.by_chance)} by chance"

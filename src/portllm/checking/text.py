@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from portllm.checking.forecast import Expected, expect
 from portllm.checking.prompts.text import render_text, render_texts
 from portllm.checking.report import CheckReport, PatchReport, patch_to_json
 from portllm.checking.tables import kind_rows, layer_rows, patch_facts, patch_rows, update_facts, verdict_counts
-from portllm.checking.update.report import UpdateReport, update_to_json
+from portllm.checking.update.report import update_to_json
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
@@ -19,19 +18,15 @@ LONGEST_WHY = 70
 
 def check_to_json(report: CheckReport, failed: Failed) -> dict[str, object]:
     """What `check --json` prints: the update once, and a list of the patches."""
-    patches = [patch_to_json(patch) | {"forecast": _json(expect(report.update, patch))} for patch in report.patches]
+    patches = [patch_to_json(patch) for patch in report.patches]
     wrong = [{"patch": str(outcome.folder), "error": str(outcome.error)} for outcome in failed]
     return {"update": update_to_json(report.update), "patches": [*patches, *wrong]}
-
-
-def _json(expected: Expected | None) -> dict[str, object] | None:
-    return None if expected is None else expected.to_json()
 
 
 def render_check(report: CheckReport, failed: Failed, *, by_layer: bool = False) -> str:
     """What `check` prints."""
     update = report.update
-    lines = _one_patch(report.patches[0], update) if len(report.patches) == 1 else _several_patches(report)
+    lines = _one_patch(report.patches[0], update.evolved.name) if len(report.patches) == 1 else _several_patches(report)
     lines += [f"{outcome.folder}: {outcome.error}" for outcome in failed]
     lines += ["", f"update from {update.base.name} to {update.evolved.name}", *table(update_facts(update))]
     lines += ["", "drift by kind of module", *columns(kind_rows(update))]
@@ -40,11 +35,11 @@ def render_check(report: CheckReport, failed: Failed, *, by_layer: bool = False)
     return "\n".join(lines)
 
 
-def _one_patch(patch: PatchReport, update: UpdateReport) -> list[str]:
-    lines = [f"{patch.verdict.answer}: {patch.name} on {update.evolved.name}"]
+def _one_patch(patch: PatchReport, evolved: str) -> list[str]:
+    lines = [f"{patch.verdict.answer}: {patch.name} on {evolved}"]
     lines += [f"  - {reason.text}" for reason in patch.verdict.reasons]
     lines += [f"  note: {remark}" for remark in patch.verdict.remarks]
-    facts = patch_facts(patch, update)
+    facts = patch_facts(patch)
     if facts:
         lines += ["", "patch", *table(facts)]
     return lines if patch.text is None else [*lines, "", *render_text(patch.text)]

@@ -1,6 +1,5 @@
 """The command merge: into another folder, into the model's own files, and back."""
 
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,14 +12,11 @@ from portllm.cli.terminal import print_json, say
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from portllm.checkpoint.tensor.info import TensorInfo
     from portllm.errors import PortLLMError
     from portllm.merging.manifest import MergeReport
+    from portllm.merging.options import MergeOptions
     from portllm.merging.plan import MergePlan
     from portllm.merging.rounding_modes import Rounding
-    from portllm.merging.text import Merged
-    from portllm.patch.folders import Outcome
-    from portllm.patch.patch import Patch
 
 
 class DType(StrEnum):
@@ -84,23 +80,47 @@ def merge(
         if patches or into is not None or output is not None or in_place or dry_run:
             raise typer.BadParameter("--undo DIR stands alone.")
         _undo(undo, as_json=as_json, quiet=quiet)
-        return
-    if not patches or into is None or in_place == (output is not None):
+    elif not patches or into is None or in_place == (output is not None):
         raise typer.BadParameter("give PATCH, --into MODEL, and either -o DIR or --in-place.")
-    if output is None:
-        if len(patches) > 1:
-            raise typer.BadParameter("--in-place takes one patch.")
-        if dtype is not None or overwrite or quantized_base is not None:
-            raise typer.BadParameter("--dtype, --overwrite and --quantized-base go with -o, not with --in-place.")
+    elif output is not None:
+        from portllm.merging.options import MergeOptions
+
+        options = MergeOptions(
+            dtype=None if dtype is None else dtype.value,
+            rounding=_rounding(rounding, seed),
+            device=device.value,
+            shard_bytes=int(max_shard_size * 10**9),
+            allow_other_base=allow_other_base,
+        )
+        _merge_to(
+            patches, into, output, options, quantized_base,
+            dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+    elif len(patches) > 1:
+        raise typer.BadParameter("--in-place takes one patch.")
+    elif dtype is not None or overwrite or quantized_base is not None:
+        raise typer.BadParameter("--dtype, --overwrite and --quantized-base go with -o, not with --in-place.")
+    else:
         _merge_in_place(
-            patches[0], Path(into), rounding, seed, device,
+            patches[0], Path(into), _rounding(rounding, seed), device.value,
             allow_other_base=allow_other_base, dry_run=dry_run, as_json=as_json, quiet=quiet,
         )  # fmt: skip
-        return
+
+
+def _merge_to(
+    patches: list[Path],
+    into: str,
+    output: Path,
+    options: "MergeOptions",
+    quantized_base: str | None,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Each patch into weights of its own."""
     from portllm.checkpoint.open import open_checkpoint
-    from portllm.cli.progress import shown_progress
-    from portllm.errors import refuse
-    from portllm.files.output_folder import Room, check_free
     from portllm.merging.plan import plan_merge
     from portllm.merging.text import merge_outcomes_to_json, render_merge_outcomes, render_merge_plan
     from portllm.patch.folders import find_patches, open_each
@@ -109,69 +129,48 @@ def merge(
     quantized = None if quantized_base is None else open_checkpoint(quantized_base)
     found = find_patches(patches)
     outputs = found.outputs(output)
-    room = Room()
-
-    def plan(patch: "Patch[TensorInfo]", number: int) -> "MergePlan":
-        plan = plan_merge(
-            patch,
-            into=model,
-            dtype=None if dtype is None else dtype.value,
-            shard_bytes=int(max_shard_size * 10**9),
-            quantized_base=quantized,
-            allow_other_base=allow_other_base,
-        )
-        plan = replace(plan, refusals=(*plan.refusals, *room.refusals(outputs[number], plan.n_bytes)))
-        if dry_run and found.is_single:
+    planned = open_each(
+        found, lambda patch, _: plan_merge(patch, into=model, options=options, quantized_base=quantized)
+    )
+    plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
+    if dry_run and found.is_single:
+        for plan in plans.values():
             say(render_merge_plan(plan, output))
-        refuse(plan.refusals)
-        check_free(outputs[number], overwrite=overwrite)
-        room.promise(outputs[number], plan.n_bytes)
-        return plan
-
-    def run(plans: "Mapping[Path, MergePlan]") -> "Mapping[Path, MergeReport | PortLLMError]":
-        if dry_run or not plans:
-            return {}
-        from portllm.merging.merge import run_merges
-
-        with shown_progress(quiet=quiet) as progress:
-            how = _rounding(rounding, seed)
-            return run_merges(plans, rounding=how, device=device.value, overwrite=overwrite, progress=progress)
-
-    planned = open_each(found, plan)
-    done = run({out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None})
-    outcomes = [_outcome(outcome, done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
-    if found.is_single:
-        if outcomes[0].error is not None:
-            raise outcomes[0].error
-        if outcomes[0].value is not None and outcomes[0].value[1] is not None:
-            _show(outcomes[0].value[1], output, outcomes[0].value[0].notes, as_json=as_json)
+    done = _carry_out(plans, dry_run=dry_run, overwrite=overwrite, quiet=quiet)
+    outcomes = [outcome.followed_by(done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
+    if not found.is_single:
+        if as_json:
+            print_json(merge_outcomes_to_json(outcomes, outputs))
+        else:
+            say(render_merge_outcomes(outcomes, outputs))
+        if any(outcome.error for outcome in outcomes):
+            raise typer.Exit(1)
         return
-    if as_json:
-        print_json(merge_outcomes_to_json(outcomes, outputs))
-    else:
-        say(render_merge_outcomes(outcomes, outputs))
-    if any(outcome.error for outcome in outcomes):
-        raise typer.Exit(1)
+    plan, report = outcomes[0].result()
+    if report is not None:
+        _show(report, output, plan.notes, as_json=as_json)
 
 
-def _outcome(planned: "Outcome[MergePlan]", done: "MergeReport | PortLLMError | None") -> "Outcome[Merged]":
-    """What became of a patch that was planned, and of the plan where it was carried out."""
-    from portllm.errors import PortLLMError
-    from portllm.patch.folders import Outcome
+def _carry_out(
+    plans: "Mapping[Path, MergePlan]", *, dry_run: bool, overwrite: bool, quiet: bool
+) -> "Mapping[Path, MergeReport | PortLLMError]":
+    """What becomes of plans, or what would become of those that cannot be carried out."""
+    if not plans:
+        return {}
+    from portllm.cli.progress import shown_progress
+    from portllm.merging.merge import problems, run_merges
 
-    if isinstance(done, PortLLMError):
-        return Outcome(planned.folder, None, done)
-    if planned.value is None:
-        return Outcome(planned.folder, None, planned.error)
-    return Outcome(planned.folder, (planned.value, done))
+    if dry_run:
+        return problems(plans, overwrite=overwrite)
+    with shown_progress(quiet=quiet) as progress:
+        return run_merges(plans, overwrite=overwrite, progress=progress)
 
 
 def _merge_in_place(
     patch: Path,
     folder: Path,
-    rounding: RoundingName,
-    seed: int,
-    device: MergeDevice,
+    rounding: "Rounding",
+    device: str,
     *,
     allow_other_base: bool,
     dry_run: bool,
@@ -184,14 +183,14 @@ def _merge_in_place(
     from portllm.merging.text import render_in_place_plan
     from portllm.patch.adapter_folder import load_patch
 
-    plan = plan_in_place(load_patch(patch), folder, allow_other_base=allow_other_base)
+    plan = plan_in_place(load_patch(patch), folder, rounding=rounding, device=device, allow_other_base=allow_other_base)
     if dry_run:
         say(render_in_place_plan(plan))
     refuse(plan.merge.refusals)
     if dry_run:
         return
     with shown_progress(quiet=quiet) as progress:
-        report = run_in_place(plan, rounding=_rounding(rounding, seed), device=device.value, progress=progress)
+        report = run_in_place(plan, progress=progress)
     _show(report, folder, plan.merge.notes, as_json=as_json)
 
 

@@ -1,7 +1,7 @@
-"""Commands that read headers and samples: inspect, port."""
+"""The command port."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,11 +15,6 @@ from portllm.cli.options import (
     OverwriteOption,
 )
 from portllm.cli.terminal import print_json, say
-
-if TYPE_CHECKING:
-    from portllm.checkpoint.tensor.info import TensorInfo
-    from portllm.matching.port_plan import PortPlan
-    from portllm.patch.patch import Patch
 
 
 def port(
@@ -45,13 +40,10 @@ def port(
     patches go each to a subfolder of the output, named like its own folder; one that fails does not stop the others.
     """
     from portllm.checkpoint.open import open_checkpoint
-    from portllm.errors import refuse
-    from portllm.files.output_folder import check_free
     from portllm.matching.update import Update
-    from portllm.patch.adapter_folder import load_patch
-    from portllm.patch.folders import find_patches, open_each
+    from portllm.patch.folders import each, find_patches, open_each
     from portllm.porting.auto import AUTO, Route
-    from portllm.porting.port import run_port
+    from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
         port_outcomes_to_json,
         port_warning,
@@ -66,25 +58,21 @@ def port(
     route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
     found = find_patches(patches)
     outputs = found.outputs(output)
-
-    def carry(patch: "Patch[TensorInfo]", number: int) -> "tuple[PortPlan, Patch[TensorInfo] | None]":
-        plan = route.plan(patch)
+    planned = open_each(found, lambda patch, _: route.plan(patch))
+    plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
+    for plan in plans.values():
         if warning := port_warning(plan):
             say(warning, err=True)
         if found.is_single and not as_json:
             say(render_port_plan(plan, output))
-        if not dry_run:
-            return plan, run_port(plan, outputs[number], overwrite=overwrite)
-        refuse(plan.refusals)
-        check_free(outputs[number], overwrite=overwrite)
-        return plan, None
-
+    run = require_port if dry_run else run_port
+    done = each(plans, lambda out, plan: run(plan, out, overwrite=overwrite))
+    outcomes = [outcome.followed_by(done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
     if found.is_single:
-        _, ported = carry(load_patch(found.folders[0]), 0)
+        _, ported = outcomes[0].result()
         if as_json and ported is not None:
             print_json(ported_to_json(ported, output))
         return
-    outcomes = open_each(found, carry)
     if as_json:
         print_json(port_outcomes_to_json(outcomes, outputs))
     else:

@@ -14,7 +14,6 @@ from typing import Any
 from blake3 import blake3
 
 from portllm.checking.check import check
-from portllm.checking.forecast import expect
 from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
@@ -232,12 +231,11 @@ class _Teller:
                 progress=self._progress,
             )
             (found,) = report.patches
-            expected = expect(report.update, found)
             return {
                 "verdict": str(found.verdict.answer),
                 "reasons": [reason.text for reason in found.verdict.reasons],
                 "agreement": None if found.text is None else found.text.outputs.specialist_to_ported.agreement,
-                "forecast": None if expected is None else expected.to_json(),
+                "forecast": None if found.forecast is None else found.forecast.to_json(),
             }
 
         inputs = {

@@ -34,7 +34,9 @@ from portllm.fleets.storage import digests, fetch_patch, is_url, join, publish, 
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.update import Update
 from portllm.merging.manifest import MANIFEST_FILE
+from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
+from portllm.merging.rounding_modes import NEAREST, Stochastic
 from portllm.patch.adapter_folder import RECORD_FILE, load_patch
 from portllm.patch.patch import Patch
 from portllm.porting.port import run_port
@@ -173,7 +175,7 @@ def _forecast(plan: PortPlan, job: Job) -> Result:
     facts: dict[str, Any] = {"port": _port_facts(plan)}
     if "merge" in job["steps"]:
         # The ported patch does not exist yet; the patch itself has the same shapes, and belongs to another model.
-        merged = plan_merge(plan.patch, into=plan.evolved, allow_other_base=True, **_layout(job))
+        merged = plan_merge(plan.patch, into=plan.evolved, options=replace(_how(job), allow_other_base=True))
         refuse(merged.refusals)
         facts["merge"] = {"bytes": merged.n_bytes}
     return {"status": "done", "facts": facts}
@@ -253,21 +255,19 @@ def _place(write: Callable[[Path], None], place: str | None, staged: Path, step:
 
 def _merge(ported: Patch[TensorInfo], evolved: Checkpoint, job: Job, out: Path) -> dict[str, object]:
     from portllm.merging.merge import run_merge
-    from portllm.merging.rounding_modes import Nearest, Stochastic
 
-    options = job["options"].get("merge", {})
-    rounding = Stochastic(options.get("seed", 0)) if options.get("rounding") == "stochastic" else Nearest()
-    plan = plan_merge(ported, into=evolved, **_layout(job))
-    report = run_merge(plan, out, rounding=rounding, overwrite=True)
+    plan = plan_merge(ported, into=evolved, options=_how(job))
+    report = run_merge(plan, out, overwrite=True)
     measures = {"kept_gain": report.total.kept_gain, "rounding_loss": report.total.rounding_loss}
     told = {name: value if math.isfinite(value) else None for name, value in measures.items()}  # JSON has no infinity
     return {"bytes": report.n_bytes, **told, "notes": list(plan.notes)}
 
 
-def _layout(job: Job) -> dict[str, Any]:
+def _how(job: Job) -> MergeOptions:
     options = job["options"].get("merge", {})
     gigabytes = options.get("max_shard_size", DEFAULT_SHARD_BYTES / 10**9)
-    return {"dtype": options.get("dtype"), "shard_bytes": int(gigabytes * 10**9)}
+    rounding = Stochastic(options.get("seed", 0)) if options.get("rounding") == "stochastic" else NEAREST
+    return MergeOptions(dtype=options.get("dtype"), rounding=rounding, shard_bytes=int(gigabytes * 10**9))
 
 
 def _port_facts(plan: PortPlan) -> dict[str, object]:

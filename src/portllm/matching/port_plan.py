@@ -10,9 +10,10 @@ from portllm.checkpoint.vocabulary import read_vocabulary
 from portllm.errors import Refusal
 from portllm.files.source import Source
 from portllm.matching.compatibility import altered_copies, base_mismatch, misfits, oriented, tie_mismatch
-from portllm.matching.token_rows import TokenMap, following, token_changes, unmovable
+from portllm.matching.token_rows import TokenMap, following, resized, token_changes, unmovable
 from portllm.matching.update import Update
-from portllm.methods.table import PortMethod, method_named
+from portllm.methods.contract import Need, PortMethod
+from portllm.methods.table import method_named
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.patch import Patch
@@ -83,17 +84,18 @@ def plan_port_on(
     chosen = method_named(method)
     base, evolved = update.base, update.evolved
     patch = oriented(patch, evolved)
+    needs_weights = Need.WEIGHTS in chosen.needs_for(patch)
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
     tokens = update.tokens if by_token else None
-    refusals = list(update.misfits(patch if tokens is None else following(patch, by_token, tokens)))
+    refusals = list(update.misfits(patch if tokens is None else following(patch, by_token, tokens, resized)))
     refusals += () if tokens is None else unmovable(patch, by_token)
     given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
         refusals += base_mismatch(patch, given, model=base, option="--base", allow_other_base=allow_other_base)
         refusals += altered_copies(patch, base)
-        refusals += () if patch.is_relative else misfits(patch, base)
+        refusals += misfits(patch, base) if needs_weights else ()
         refusals += tie_mismatch(patch, base, evolved)
         source = given
     elif not patch.is_relative:
@@ -102,6 +104,14 @@ def plan_port_on(
                 "--base",
                 f"{patch.name} holds values that stand in the place of the base's (saved modules, biases, token rows "
                 "or DoRA magnitudes). They are carried over by what they changed: name the base with --base.",
+            )
+        )
+    elif needs_weights:
+        refusals.append(
+            Refusal(
+                "--base",
+                f"method '{chosen.id}' reads the weights of the model that {patch.name} belongs to: name it with "
+                "--base.",
             )
         )
     elif by_token and read_vocabulary(evolved) is not None:

@@ -4,7 +4,7 @@ From tokenizers and headers alone. An embedding's row, a head's row and the colu
 token go where the evolved tokenizer has that token; what belongs to a token that is gone is left out and named.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
@@ -16,7 +16,7 @@ from portllm.errors import Refusal
 from portllm.matching.compatibility import changes_of
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
-from portllm.patch.delta import Factor, LowRankDelta, RowValues, WholeValue
+from portllm.patch.delta import Factor, RowValues, WholeValue
 from portllm.patch.patch import Patch
 
 F = TypeVar("F", bound=Factor)
@@ -110,33 +110,42 @@ def unmovable(patch: Patch[TensorInfo], names: Sequence[str]) -> Iterator[Refusa
             )
 
 
-def following(patch: Patch[TensorInfo], names: Sequence[str], tokens: TokenMap) -> Patch[TensorInfo]:
-    """The patch as it will be, with every shape and field in place; its moved tensors are not written yet."""
-    n = len(tokens.rows)
+def following(
+    patch: Patch[F], names: Sequence[str], tokens: TokenMap, take: Callable[[F, Sequence[int], int], F]
+) -> Patch[F]:
+    """The patch with every row, column and id of a token where the evolved model has it.
+
+    Args:
+        patch: In the base's order.
+        names: What of it has a row for each token: `token_changes`.
+        tokens: Which rows follow which.
+        take: The factor that holds these rows of another, along an axis; -1 stands for zeros.
+    """
     deltas, values, rows = dict(patch.deltas), dict(patch.values), dict(patch.rows)
+    places = tokens.places
     for name in names:
         module = name.removesuffix(WEIGHT)
         if module in deltas:
-            a, b = deltas[module].a, deltas[module].b
-            resized = replace(a, shape=(a.shape[0], n)), replace(b, shape=(n, b.shape[1]))
-            deltas[module] = with_token_factor(
-                deltas[module], resized[0] if deltas[module].is_embedding else resized[1]
+            delta = deltas[module]
+            deltas[module] = (
+                replace(delta, a=take(delta.a, tokens.rows, 1))
+                if delta.is_embedding
+                else replace(delta, b=take(delta.b, tokens.rows, 0))
             )
         if name in values:
-            info = values[name].values
-            values[name] = WholeValue(replace(info, shape=(n, *info.shape[1:])))
+            values[name] = WholeValue(take(values[name].values, tokens.rows, 0))
         if name in rows:
-            kept = [tokens.places[row] for row in rows[name].rows if row in tokens.places]
-            info = rows[name].values
-            rows[name] = RowValues(replace(info, shape=(len(kept), *info.shape[1:])), tuple(kept))
+            kept = [number for number, row in enumerate(rows[name].rows) if row in places]
+            moved = tuple(places[rows[name].rows[number]] for number in kept)
+            rows[name] = RowValues(take(rows[name].values, kept, 0), moved)
             if not kept:
                 del rows[name]
     return replace(patch, deltas=deltas, values=values, rows=rows, config=moved_config(patch.config, tokens))
 
 
-def with_token_factor(delta: LowRankDelta[F], factor: F) -> LowRankDelta[F]:
-    """A delta with another factor on the side of the tokens."""
-    return replace(delta, a=factor) if delta.is_embedding else replace(delta, b=factor)
+def resized(info: TensorInfo, rows: Sequence[int], axis: int) -> TensorInfo:
+    """For `following`, where shapes are all that is asked for: the tensor as its header will say, written or not."""
+    return replace(info, shape=(*info.shape[:axis], len(rows), *info.shape[axis + 1 :]))
 
 
 def moved_config(config: AdapterConfig, tokens: TokenMap) -> AdapterConfig:
@@ -162,17 +171,3 @@ def moved_config(config: AdapterConfig, tokens: TokenMap) -> AdapterConfig:
 def _moved(ids: Sequence[int], tokens: TokenMap) -> list[int]:
     places = tokens.places
     return [places[row] for row in ids if row in places]
-
-
-def runs(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Places in a list between which its numbers count up by one.
-
-    Example:
-        >>> list(runs([4, 5, 6, -1, 0, 1]))
-        [(0, 3), (3, 4), (4, 6)]
-    """
-    first = 0
-    for place in range(1, len(wanted) + 1):
-        if place == len(wanted) or wanted[place] != wanted[place - 1] + 1 or wanted[place - 1] < 0:
-            yield first, place
-            first = place

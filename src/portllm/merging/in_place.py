@@ -42,6 +42,7 @@ from portllm.merging.manifest import (
     render_manifest,
 )
 from portllm.merging.merge import digest_inputs, require_bfloat16
+from portllm.merging.options import MergeOptions
 from portllm.merging.plan import MergePlan, MergeStep, plan_merge
 from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
 from portllm.merging.tensor import Facts, How, Target, benches, make_tensor, require_device
@@ -80,13 +81,22 @@ class InPlacePlan:
         return sum(step.source.n_bytes for step in self.kept.values())
 
 
-def plan_in_place(patch: Patch[TensorInfo], folder: Path, *, allow_other_base: bool = False) -> InPlacePlan:
+def plan_in_place(
+    patch: Patch[TensorInfo],
+    folder: Path,
+    *,
+    rounding: Rounding = NEAREST,
+    device: str = "cpu",
+    allow_other_base: bool = False,
+) -> InPlacePlan:
     """Plan to merge a patch into a model's own files.
 
     Args:
         patch: What to add.
         folder: The model that it belongs to.
-        allow_other_base: Go on though the patch belongs to another model.
+        rounding: As for `merge_in_place`.
+        device: As for `merge_in_place`.
+        allow_other_base: As for `merge_in_place`.
 
     Raises:
         NotFoundError: There is no model.
@@ -99,7 +109,8 @@ def plan_in_place(patch: Patch[TensorInfo], folder: Path, *, allow_other_base: b
         )
     undo = _read_undo(folder)
     is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)
-    plan = plan_merge(patch, into=original(folder, undo, name=str(folder)), allow_other_base=allow_other_base)
+    options = MergeOptions(rounding=rounding, device=device, allow_other_base=allow_other_base)
+    plan = plan_merge(patch, into=original(folder, undo, name=str(folder)), options=options)
     refusals = [*plan.refusals, *_fixed_files(folder)]
     if undo is not None and not is_unfinished:
         refusals.append(
@@ -123,14 +134,13 @@ def plan_in_place(patch: Patch[TensorInfo], folder: Path, *, allow_other_base: b
     return replace(found, merge=replace(plan, refusals=tuple(sorted(refusals))))
 
 
-def run_in_place(
-    plan: InPlacePlan, *, rounding: Rounding = NEAREST, device: str = "cpu", progress: Progress = silent
-) -> MergeReport:
+def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeReport:
     """Carry out a plan; see `merge_in_place`."""
     refuse(plan.merge.refusals)
-    if isinstance(rounding, Stochastic):
+    options = plan.merge.options
+    if isinstance(options.rounding, Stochastic):
         require_bfloat16(plan.merge)
-    how = How(rounding, require_device(device), keep_cached=not is_large(plan.merge.n_bytes))
+    how = How(options.rounding, require_device(options.device), keep_cached=not is_large(plan.merge.n_bytes))
     with alone(plan.folder) as held:
         if _read_undo(plan.folder) != plan.undo:
             raise OutputBusyError(f"'{plan.folder}': another run has written there meanwhile. Run again.")
@@ -181,8 +191,10 @@ def merge_in_place(
         OutputError: There is no folder, or another merge was interrupted there.
         NonFiniteError, UnsupportedDtypeError, DeviceError: As `merge`.
     """
-    plan = plan_in_place(load_patch(patch), Path(folder), allow_other_base=allow_other_base)
-    return run_in_place(plan, rounding=rounding, device=device, progress=progress)
+    plan = plan_in_place(
+        load_patch(patch), Path(folder), rounding=rounding, device=device, allow_other_base=allow_other_base
+    )
+    return run_in_place(plan, progress=progress)
 
 
 def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from blake3 import blake3
 from msgspec import structs
@@ -22,23 +21,23 @@ from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.model.identity import digest_of, fingerprint, remember_digests
 from portllm.checkpoint.model.side_files import copy_side_files, side_files
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
-from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES, write_index
+from portllm.checkpoint.safetensors.writer import write_index
 from portllm.errors import OutputError, PortLLMError, RemoteError, UnsupportedDtypeError, refuse
 from portllm.files.output_folder import Room, check_apart, check_free
 from portllm.files.own_files import holds
 from portllm.files.page_cache import is_large
 from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
-from portllm.merging.outputs import Output, good, write_outputs
+from portllm.merging.options import AS_IT_IS, MergeOptions
+from portllm.merging.outputs import Output, good, not_written, write_outputs
 from portllm.merging.plan import MergePlan, plan_merge
 from portllm.merging.quantization_gap import measure_gap
-from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
+from portllm.merging.rounding_modes import Stochastic
 from portllm.merging.tensor import Facts, How, require_device
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch
+from portllm.patch.folders import Where
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
-
-Where = TypeVar("Where", str, Path)
 
 MOST_AT_ONCE = 32
 """Outputs that are written side by side: the model is read once for so many. Each has files open, and threads hold what
@@ -50,12 +49,8 @@ def merge(
     *,
     into: ModelLike,
     out: str | Path,
-    dtype: str | None = None,
-    rounding: Rounding = NEAREST,
-    device: str = "cpu",
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    options: MergeOptions = AS_IT_IS,
     quantized_base: ModelLike | None = None,
-    allow_other_base: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
@@ -69,12 +64,8 @@ def merge(
         patch: What to add.
         into: The model the patch belongs to; one of the hub is downloaded once the patch is known to fit it.
         out: The new model's folder.
-        dtype: Storage dtype of the output (`F32`, `BF16`, `F16`, `F64`), or None to keep each tensor's.
-        rounding: How the sum is brought to the storage dtype.
-        device: Where the arithmetic is done, `cpu` or `cuda`; bytes are promised to equal PEFT's on the CPU only.
-        shard_bytes: Size above which the output is split into shards.
+        options: How.
         quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
-        allow_other_base: Go on though the patch belongs to another model.
         overwrite: Replace `out` where it exists.
         progress: Told of the bytes written.
 
@@ -87,29 +78,23 @@ def merge(
         OutputBusyError: Another run writes to `out`.
         OutputError: `out` cannot be written, or holds what is read.
         NonFiniteError: A weight, a delta or a sum is infinite or not a number.
-        UnsupportedDtypeError: `dtype` is not one that weights are stored in, or not one for this rounding.
+        UnsupportedDtypeError: The dtype is not one that weights are stored in, or not one for this rounding.
         DeviceError: There is no such device here.
     """
     plan = plan_merge(
         load_patch(patch),
         into=open_checkpoint(into, progress=progress),
-        dtype=dtype,
-        shard_bytes=shard_bytes,
+        options=options,
         quantized_base=None if quantized_base is None else open_checkpoint(quantized_base, progress=progress),
-        allow_other_base=allow_other_base,
     )
-    return run_merge(plan, Path(out), rounding=rounding, device=device, overwrite=overwrite, progress=progress)
+    return run_merge(plan, Path(out), overwrite=overwrite, progress=progress)
 
 
 def merge_each(
     patches: Mapping[Where, PatchLike],
     *,
     into: ModelLike,
-    dtype: str | None = None,
-    rounding: Rounding = NEAREST,
-    device: str = "cpu",
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    allow_other_base: bool = False,
+    options: MergeOptions = AS_IT_IS,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[Where, MergeReport | PortLLMError]:
@@ -120,67 +105,53 @@ def merge_each(
     Args:
         patches: What to add, by the folder of the new model.
         into: The model that the patches belong to.
-        dtype: As for `merge`.
-        rounding: As for `merge`.
-        device: As for `merge`.
-        shard_bytes: As for `merge`.
-        allow_other_base: As for `merge`.
-        overwrite: As for `merge`.
+        options: How.
+        overwrite: Replace outputs that exist.
         progress: Told of the bytes written, of all outputs together.
 
     Returns:
         For each folder what was done, or the error that `merge` would have raised.
 
     Raises:
-        UnsupportedDtypeError: `dtype` is not one that weights are stored in.
+        UnsupportedDtypeError: The dtype is not one that weights are stored in.
         DeviceError: There is no such device here.
     """
     model = open_checkpoint(into, progress=progress)
-    plans = {
-        Path(out): plan_merge(
-            load_patch(patch), into=model, dtype=dtype, shard_bytes=shard_bytes, allow_other_base=allow_other_base
-        )
-        for out, patch in patches.items()
-    }
-    done = run_merges(plans, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
+    plans = {Path(out): plan_merge(load_patch(patch), into=model, options=options) for out, patch in patches.items()}
+    done = run_merges(plans, overwrite=overwrite, progress=progress)
     return {out: done[Path(out)] for out in patches}
 
 
-def run_merge(
-    plan: MergePlan,
-    out: Path,
-    *,
-    rounding: Rounding = NEAREST,
-    device: str = "cpu",
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> MergeReport:
+def run_merge(plan: MergePlan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> MergeReport:
     """Carry out a plan; see `merge`."""
-    results = run_merges({out: plan}, rounding=rounding, device=device, overwrite=overwrite, progress=progress)
-    result = results[out]
+    result = run_merges({out: plan}, overwrite=overwrite, progress=progress)[out]
     if isinstance(result, PortLLMError):
         raise result
     return result
 
 
 def run_merges(
-    plans: Mapping[Path, MergePlan],
-    *,
-    rounding: Rounding = NEAREST,
-    device: str = "cpu",
-    overwrite: bool = False,
-    progress: Progress = silent,
+    plans: Mapping[Path, MergePlan], *, overwrite: bool = False, progress: Progress = silent
 ) -> dict[Path, MergeReport | PortLLMError]:
-    """Carry out plans that are all for one model, which is opened once; see `merge_each`."""
+    """Carry out plans that are all for one model, which is opened once, and with one set of options; see `merge_each`.
+
+    Raises:
+        DeviceError: There is no such device here.
+    """
+    if not plans:
+        return {}
+    first = next(iter(plans.values()))
+    if any(plan.into is not first.into or plan.options != first.options for plan in plans.values()):
+        raise ValueError("the plans are for several models, or for several ways to merge")
     n_bytes = sum(plan.n_bytes for plan in plans.values())
-    how = How(rounding, require_device(device), keep_cached=not is_large(n_bytes))
-    outputs = [Output(out, plan) for out, plan in plans.items()]
-    room = Room()
+    how = How(first.options.rounding, require_device(first.options.device), keep_cached=not is_large(n_bytes))
+    failed = problems(plans, overwrite=overwrite)
+    there = {out: plan for out, plan in plans.items() if out not in failed}
+    try:
+        outputs = [Output(out, plan) for out, plan in _on_disk(there, progress).items()]
+    except PortLLMError as error:
+        return {out: failed.get(out, error) for out in plans}
     for output in outputs:
-        with output.alone():
-            _require(output.plan, output.out, room, how, overwrite=overwrite)
-    _bring_to_disk(good(outputs), progress)
-    for output in good(outputs):
         with output.alone():
             _require_apart(output, outputs)
             require_equal(taken_copies(output.plan.patch, output.plan.into), progress=progress)
@@ -188,7 +159,24 @@ def run_merges(
     left = good(outputs)
     for start in range(0, len(left), MOST_AT_ONCE):
         reports |= _run(left[start : start + MOST_AT_ONCE], how, overwrite=overwrite, progress=progress)
-    return {output.out: output.error or reports[output.out] for output in outputs}
+    failed |= {output.out: output.error for output in outputs if output.error is not None}
+    return {out: failed[out] if out in failed else reports[out] for out in plans}
+
+
+def problems(plans: Mapping[Path, MergePlan], *, overwrite: bool = False) -> dict[Path, PortLLMError]:
+    """Why plans cannot be carried out, by the output's folder; room on the disk is counted for those that can."""
+    room = Room()
+    found: dict[Path, PortLLMError] = {}
+    for out, plan in plans.items():
+        try:
+            refuse((*plan.refusals, *room.refusals(out, plan.n_bytes)))
+            if isinstance(plan.options.rounding, Stochastic):
+                require_bfloat16(plan)
+            check_free(out, overwrite=overwrite)
+            room.promise(out, plan.n_bytes)
+        except (PortLLMError, OSError) as error:
+            found[out] = not_written(out, error)
+    return found
 
 
 def _run(outputs: Sequence[Output], how: How, *, overwrite: bool, progress: Progress) -> dict[Path, MergeReport]:
@@ -226,15 +214,6 @@ def _finish(output: Output, folder: Path, how: How, progress: Progress) -> Merge
         report = replace(report, quantization=gap)
     (folder / MANIFEST_FILE).write_text(render_manifest(report, program=__version__), encoding="utf-8")
     return report
-
-
-def _require(plan: MergePlan, out: Path, room: Room, how: How, *, overwrite: bool) -> None:
-    """Raise if a plan cannot be carried out, else set room aside for its output."""
-    refuse((*plan.refusals, *room.refusals(out, plan.n_bytes)))
-    if isinstance(how.rounding, Stochastic):
-        require_bfloat16(plan)
-    check_free(out, overwrite=overwrite)
-    room.promise(out, plan.n_bytes)
 
 
 def _require_apart(output: Output, outputs: Sequence[Output]) -> None:
@@ -281,29 +260,31 @@ def digest_inputs(plan: MergePlan, how: How) -> dict[str, object]:
     }
 
 
-def _bring_to_disk(outputs: Sequence[Output], progress: Progress) -> None:
-    """Download the model that all plans are for, where it is not on disk."""
-    if not outputs:
-        return
-    model = outputs[0].plan.into
-    if any(output.plan.into is not model for output in outputs):
-        raise ValueError("the plans are for several models")
-    try:
-        into = on_disk(model, progress=progress)
-        if into is not model and fingerprint(into) != outputs[0].plan.identity.fingerprint:
-            raise RemoteError(
-                f"'{into.folder}': is not what {into.name} is on the hub: its fingerprint differs from "
-                f"{outputs[0].plan.identity.fingerprint}. Delete it and run again."
-            )
-    except PortLLMError as error:
-        for output in outputs:
-            output.fail(error)
-        return
-    if into is not model:
-        for output in outputs:
-            steps = output.plan.steps.items()
-            moved = {name: replace(step, source=into.infos[step.source.name]) for name, step in steps}
-            output.plan = replace(output.plan, into=into, steps=moved)
+def _on_disk(plans: Mapping[Path, MergePlan], progress: Progress) -> Mapping[Path, MergePlan]:
+    """The plans for the model as it is on this disk; downloaded where it was not there.
+
+    Raises:
+        RemoteError: It cannot be had, or is not the one that was planned with.
+    """
+    if not plans:
+        return plans
+    planned = next(iter(plans.values()))
+    into = on_disk(planned.into, progress=progress)
+    if into is planned.into:
+        return plans
+    if fingerprint(into) != planned.identity.fingerprint:
+        raise RemoteError(
+            f"'{into.folder}': is not what {into.name} is on the hub: its fingerprint differs from "
+            f"{planned.identity.fingerprint}. Delete it and run again."
+        )
+    return {
+        out: replace(
+            plan,
+            into=into,
+            steps={name: replace(step, source=into.infos[step.source.name]) for name, step in plan.steps.items()},
+        )
+        for out, plan in plans.items()
+    }
 
 
 def _report(

@@ -65,12 +65,7 @@ class Output:
 
     def fail(self, error: Failure) -> None:
         """Give up; the first error stays."""
-        if isinstance(error, OSError):
-            found = f"'{self.out}': could not be written: {error.strerror or error}. Nothing was left there."
-            failure = OutputError(found)
-            failure.__cause__ = error
-            error = failure
-        self.error = self.error or error
+        self.error = self.error or not_written(self.out, error)
 
     def begin(self, *, overwrite: bool, digest: str) -> None:
         """Take the place, and find out what an earlier run of the same plan has finished.
@@ -125,6 +120,15 @@ class Output:
             file.writer.close()
             self._staged.finish(file.name, encode(file.facts))
             self.known.add(file.facts)
+
+
+def not_written(out: Path, error: Failure) -> PortLLMError:
+    """The error of an output that could not be written."""
+    if isinstance(error, PortLLMError):
+        return error
+    failure = OutputError(f"'{out}': could not be written: {error.strerror or error}. Nothing was left there.")
+    failure.__cause__ = error
+    return failure
 
 
 def good(outputs: Sequence[Output]) -> list[Output]:

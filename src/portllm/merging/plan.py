@@ -1,4 +1,4 @@
-"""Decide before reading: what a port or a merge would do, and every reason not to, from headers alone.
+"""Decide before reading: what a merge would do, and every reason not to, from headers alone.
 
 A plan is a value. It can be printed, compared and tested without weights; running it is another module's job, and a
 plan with refusals does not run.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_bytes
 from portllm.checkpoint.model.names import HEAD
-from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES, Entry, Shard, lay_out
+from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal, UnsupportedDtypeError
 from portllm.matching.compatibility import (
@@ -22,6 +22,7 @@ from portllm.matching.compatibility import (
     unmergeable,
 )
 from portllm.matching.quantized_base import Fitted, fitted_of, misnamed, quantization_of
+from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -59,6 +60,7 @@ class MergePlan:
         patch: The patch.
         into: The model.
         identity: Its identity.
+        options: How.
         steps: One for each tensor of the output, by name.
         shards: Which tensor goes into which file.
         config_changes: Fields of `config.json` that the output needs otherwise; None for one that it must not have.
@@ -70,6 +72,7 @@ class MergePlan:
     patch: Patch[TensorInfo]
     into: Checkpoint
     identity: ModelIdentity
+    options: MergeOptions
     steps: Mapping[str, MergeStep]
     shards: tuple[Shard, ...]
     config_changes: Mapping[str, object]
@@ -92,31 +95,30 @@ def plan_merge(
     patch: Patch[TensorInfo],
     *,
     into: Checkpoint,
-    dtype: str | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    options: MergeOptions = AS_IT_IS,
     quantized_base: Checkpoint | None = None,
-    allow_other_base: bool = False,
 ) -> MergePlan:
     """Plan to add a patch to a model's weights.
 
     Args:
         patch: What to add.
         into: The model that it belongs to.
-        dtype: Storage dtype of every floating-point tensor of the output, or None to keep each one's.
-        shard_bytes: Size above which the output is split.
+        options: How.
         quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
-        allow_other_base: Go on though the patch belongs to another model.
 
     Raises:
-        UnsupportedDtypeError: `dtype` is not one that weights are stored in.
+        UnsupportedDtypeError: The dtype is not one that weights are stored in.
     """
+    dtype = options.dtype
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UnsupportedDtypeError(f"dtype {dtype!r}: weights are stored as {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
     patch = oriented(patch, into)
     refusals = list(misfits(patch, into))
     if quantized_base is None:
-        refusals += base_mismatch(patch, identity, model=into, option="--into", allow_other_base=allow_other_base)
+        refusals += base_mismatch(
+            patch, identity, model=into, option="--into", allow_other_base=options.allow_other_base
+        )
     else:
         refusals += misnamed(patch, into, quantized_base)
     refusals += altered_copies(patch, into)
@@ -145,9 +147,9 @@ def plan_merge(
         name: MergeStep(Entry(name, _stored_as(info, dtype), info.shape), info, changes.get(name))
         for name, info in sorted(sources.items())
     }
-    shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=shard_bytes)
+    shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=options.shard_bytes)
     return MergePlan(
-        patch, into, identity, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted
+        patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted
     )
 
 

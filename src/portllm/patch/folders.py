@@ -6,7 +6,7 @@ patch's own folder; a single patch that is named itself is written to the output
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -19,6 +19,10 @@ from portllm.patch.adapter_folder import CONFIG_FILE, AdapterOpener
 from portllm.patch.patch import Patch
 
 T = TypeVar("T")
+U = TypeVar("U")
+K = TypeVar("K")
+Where = TypeVar("Where", str, Path)
+"""How an output folder is named: each result is found under the name that was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,22 @@ class Outcome(Generic[T]):
     value: T | None
     error: PortLLMError | None = None
 
+    def result(self) -> T:
+        """What the work gave.
+
+        Raises:
+            PortLLMError: Why it failed.
+        """
+        if self.value is None:
+            raise self.error or AssertionError("an outcome without a value has an error")
+        return self.value
+
+    def followed_by(self, done: U | PortLLMError | None) -> "Outcome[tuple[T, U | None]]":
+        """This with what came of it next: None where that was left out, or an error."""
+        if isinstance(done, PortLLMError):
+            return Outcome(self.folder, None, done)
+        return Outcome(self.folder, None if self.value is None else (self.value, done), self.error)
+
 
 def find_patches(given: Sequence[str | Path]) -> PatchFolders:
     """The patches that the arguments of a command stand for; no file is read.
@@ -81,6 +101,22 @@ def find_patches(given: Sequence[str | Path]) -> PatchFolders:
         inner = () if names_hub(where) or (where / CONFIG_FILE).is_file() else where.glob(f"*/{CONFIG_FILE}")
         found += sorted(config.parent for config in inner) or [where]
     return PatchFolders(tuple(found), is_single=found == [Path(where) for where in given] and len(found) == 1)
+
+
+def each(items: Mapping[K, T], work: Callable[[K, T], U]) -> dict[K, U | PortLLMError]:
+    """What the work gives for each item, or the error by which it failed.
+
+    Example:
+        >>> each({"a": 1, "b": 2}, lambda name, number: f"{name}{number}")
+        {'a': 'a1', 'b': 'b2'}
+    """
+    done: dict[K, U | PortLLMError] = {}
+    for key, item in items.items():
+        try:
+            done[key] = work(key, item)
+        except PortLLMError as error:
+            done[key] = error
+    return done
 
 
 def open_each(folders: PatchFolders, work: Callable[[Patch[TensorInfo], int], T]) -> list[Outcome[T]]:

@@ -11,7 +11,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortError, Refusal
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.update import Update
-from portllm.methods.table import method_named
+from portllm.methods.table import METHODS
 from portllm.patch.patch import Patch
 from portllm.patch.record import Choice
 from portllm.porting.choice import choose
@@ -48,8 +48,8 @@ class Route:
             CheckpointError, RemoteError: A model cannot be read.
         """
         if self.method != AUTO:
-            return plan_port_on(patch, self.update, method=self.method, allow_other_base=self.allow_other_base)
-        plan = plan_port_on(patch, self.update, allow_other_base=self.allow_other_base)
+            return self._plan_by(self.method, patch)
+        plan = self._plan_by(next(iter(METHODS)), patch)
         if self.update.base is None and not any(refusal.where == "--base" for refusal in plan.refusals):
             unnamed = Refusal("--base", f"method '{AUTO}' measures what became of the base: name it with --base.")
             return replace(plan, refusals=tuple(sorted((*plan.refusals, unnamed))))
@@ -57,16 +57,20 @@ class Route:
 
     def _chosen(self, plan: PortPlan) -> PortPlan:
         report = check_patch(plan, self._measured)
-        verdict = report.verdict
-        decision = choose(verdict, force=self.force)
+        verdict, evidence = report.verdict, _evidence(report)
+        decision = choose(verdict, evidence, force=self.force)
         choice = Choice(
             str(verdict.answer), decision.reason, tuple(reason.text for reason in verdict.reasons), decision.is_forced
         )
         if decision.method is None:
             found = f"{plan.patch.name}: {verdict.answer}; {decision.reason}"
             return replace(plan, choice=choice, refusals=(Refusal(f"--method {AUTO}", f"{found} {_remedies(plan)}"),))
-        evidence = {**plan.evidence, **_evidence(report)}
-        return replace(plan, method=method_named(decision.method), choice=choice, evidence=evidence)
+        if decision.method != plan.method.id:  # another one may ask for more
+            plan = self._plan_by(decision.method, plan.patch)
+        return replace(plan, choice=choice, evidence={**plan.evidence, **evidence})
+
+    def _plan_by(self, method: str, patch: Patch[TensorInfo]) -> PortPlan:
+        return plan_port_on(patch, self.update, method=method, allow_other_base=self.allow_other_base)
 
     @cached_property
     def _measured(self) -> MeasuredUpdate:
@@ -89,7 +93,7 @@ def _evidence(report: PatchReport) -> dict[str, float]:
         "cosine_with_drift": report.alignment.cosine,
         "relative_size": report.relative_size,
         "quantization_gap": None if report.quantization is None else report.quantization.ratio,
-        **{f"overlap_{side}": share.share for side, share in (report.overlaps or {}).items()},
+        **{f"overlap_{side}": share.share for side, share in report.overlaps.items()},
     }
     if drift is not None:
         found |= {"drift": drift.relative.value, "drift_error": drift.relative.error, "cosine": drift.cosine.value}

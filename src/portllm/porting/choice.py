@@ -1,11 +1,13 @@
 """Which method carries a patch, from what was measured of it and the update. Pure: a verdict in, a decision out.
 
-A new method in `METHODS` that carries on where addition stops gets its rule here, by what the verdict's reasons say.
+The table is climbed from the cheapest method on; what each is known to carry stands in its row.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.checking.verdict import Answer, Verdict
+from portllm.methods.table import METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +25,13 @@ class Decision:
     is_forced: bool = False
 
 
-def choose(verdict: Verdict, *, force: bool = False) -> Decision:
-    """The method that a verdict leads to.
-
-    Addition is taken unless it is known to fail: where it holds, and where nobody has measured whether it does.
+def choose(verdict: Verdict, evidence: Mapping[str, float] | None = None, *, force: bool = False) -> Decision:
+    """The cheapest method that is known to carry a patch.
 
     Args:
         verdict: What `check` found of the patch.
-        force: Take addition though it will not hold. What cannot be ported is not ported by force.
+        evidence: The numbers that it rests on.
+        force: Where none suits, take the cheapest all the same. What cannot be ported is not ported by force.
 
     Example:
         >>> from portllm.checking.verdict import Reason
@@ -38,17 +39,15 @@ def choose(verdict: Verdict, *, force: bool = False) -> Decision:
         >>> choose(lost).method is None
         True
         >>> choose(lost, force=True).reason
-        'addition was forced: the weights have nothing in common.'
+        "'add' was forced: the weights have nothing in common."
     """
     why = verdict.reasons[0].text if verdict.reasons else "nothing was found for or against the patch."
-    match verdict.answer:
-        case Answer.HOLDS:
-            return Decision("add", f"addition is known to hold: {why}")
-        case Answer.UNCERTAIN:
-            return Decision("add", f"addition may hold, and nothing found rules it out: {why}")
-        case Answer.WILL_NOT_HOLD if force:
-            return Decision("add", f"addition was forced: {why}", is_forced=True)
-        case Answer.WILL_NOT_HOLD:
-            return Decision(None, f"no method is known to carry it: {why}")
-        case Answer.CANNOT_BE_PORTED:
-            return Decision(None, f"no method carries what does not fit: {why}")
+    if verdict.answer is Answer.CANNOT_BE_PORTED:
+        return Decision(None, f"no method carries what does not fit: {why}")
+    for method in METHODS.values():
+        if (suits := method.suits(verdict.answer, evidence or {})) is not None:
+            return Decision(method.id, f"{suits}: {why}")
+    if not force:
+        return Decision(None, f"no method is known to carry it: {why}")
+    cheapest = next(iter(METHODS))
+    return Decision(cheapest, f"'{cheapest}' was forced: {why}", is_forced=True)

@@ -1,24 +1,24 @@
-"""Carry a patch to an evolved model: plan, run the method module by module, write the adapter with its new record."""
+"""Carry a patch to an evolved model: plan, run the method, write the adapter with its new record."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from portllm import __version__
-from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
-from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import refuse
-from portllm.files.output_folder import check_apart, staged_folder
-from portllm.matching.compatibility import taken_copies, taken_tie
+from portllm.errors import PortLLMError, refuse
+from portllm.files.output_folder import check_apart, check_free, staged_folder
+from portllm.matching.compatibility import taken_copies
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
+from portllm.patch.folders import Where, each
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import Route
+from portllm.porting.inputs import gather, left_out, settled
 
 
 def port(
@@ -64,50 +64,69 @@ def port(
     return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite)
 
 
+def port_each(
+    patches: Mapping[Where, PatchLike],
+    *,
+    evolved: ModelLike,
+    base: ModelLike | None = None,
+    method: str = "add",
+    force: bool = False,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+) -> dict[Where, Patch[TensorInfo] | PortLLMError]:
+    """Carry patches to an evolved model; what is read of the models is read once for all of them.
+
+    Each becomes what `port` makes of it, and one that fails stops no other.
+
+    Args:
+        patches: What to carry, by the folder of the new patch.
+        evolved: Where to.
+        base: As for `port`, and so are the others.
+        method: Likewise.
+        force: Likewise.
+        allow_other_base: Likewise.
+        overwrite: Likewise.
+
+    Returns:
+        For each folder the ported patch, or the error that `port` would have raised.
+
+    Raises:
+        PortError: There is no such method, or `force` is given with another than `auto`.
+    """
+    update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
+    route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
+    return each(patches, lambda out, patch: run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite))
+
+
 def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
     """Carry out a plan; see `port`."""
-    refuse(plan.refusals)
-    check_apart(out, plan.files)
+    require_port(plan, out, overwrite=overwrite)
     require_finite(plan.patch)
-    patch = plan.patch
-    require_equal(() if plan.base is None else taken_copies(patch, plan.base))
-    deltas = {module: plan.method.port(delta) for module, delta in patch.deltas.items()}
-    ported = replace(patch, name=str(out), deltas=deltas)
+    require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
     with staged_folder(out, overwrite=overwrite) as folder:
-        if plan.base is None or (patch.is_relative and plan.tokens is None):
-            _write(folder, plan, ported)
-        else:
-            _write_rebased(folder, plan, ported, base=plan.base)
+        ported = plan.method.port(*gather(plan))
+        with settled(ported.patch, folder) as patch:
+            write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
+            write_record(folder, _record(plan, patch, ported.evidence))
     return load_patch(out)
 
 
-def _write_rebased(folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, base: Checkpoint) -> None:
-    # What is held whole needs weights, and so torch; most patches do without both.
-    from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
-    from portllm.porting.whole_values import rebase
-
-    base, evolved = on_disk(base), on_disk(plan.evolved)
-    require_equal((*taken_tie(plan.patch, base), *taken_tie(plan.patch, evolved)))
-    with Spool(folder / SPOOL_FILE) as spool:
-        moved = rebase(ported, base=base, evolved=evolved, tokens=plan.tokens, spool=spool)
-        _write(folder, plan, moved.patch, left_out=moved.left_out)
+def require_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> None:
+    """Raise what `run_port` would raise before it reads the patch."""
+    refuse(plan.refusals)
+    check_apart(out, plan.files)
+    check_free(out, overwrite=overwrite)
 
 
-def _write(
-    folder: Path, plan: PortPlan, ported: Patch[TensorInfo], *, left_out: Mapping[str, tuple[str, ...]] | None = None
-) -> None:
-    """Write the ported patch and its record."""
+def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, float]) -> PatchRecord:
     before = plan.patch.record
-    record = PatchRecord(
+    found = {**plan.evidence, **evidence}
+    step = PortStep(plan.source, plan.target, plan.method.id, found, left_out(plan), plan.choice)
+    return PatchRecord(
         program=__version__,
         base=plan.target,
         capture=before.capture if before else Capture("adapter", {}),
-        ports=(
-            *(before.ports if before else ()),
-            PortStep(plan.source, plan.target, plan.method.id, plan.evidence, left_out or {}, plan.choice),
-        ),
+        ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
         files={},
     )
-    write_patch(folder, ported, base_name=plan.target.name, base_revision=plan.target.revision)
-    write_record(folder, record)

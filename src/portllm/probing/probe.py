@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from portllm.checking.forecast import with_forecast
 from portllm.checking.prompts.measures import Outputs, TextMeasures
 from portllm.checking.report import CheckReport, PatchReport
+from portllm.checking.update.report import UpdateReport
 from portllm.checking.verdict import Answer, with_answers
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load
@@ -156,14 +158,14 @@ def add_text(
         )
     )
     found = zip(report.patches, fits, strict=True)
-    return replace(report, patches=tuple(_with_text(one, next(measured)) if fit else one for one, fit in found))
+    more = (_with_text(report.update, one, next(measured)) if fit else one for one, fit in found)
+    return replace(report, patches=tuple(more))
 
 
-def _with_text(report: PatchReport, text: TextMeasures) -> PatchReport:
+def _with_text(update: UpdateReport, report: PatchReport, text: TextMeasures) -> PatchReport:
     agreement = text.outputs.specialist_to_ported.agreement
-    return replace(
-        report, text=text, verdict=with_answers(report.verdict, agreement=agreement, n_prompts=text.n_prompts)
-    )
+    verdict = with_answers(report.verdict, agreement=agreement, n_prompts=text.n_prompts)
+    return with_forecast(update, replace(report, text=text, verdict=verdict))
 
 
 def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: str | None = None) -> list[str]:

@@ -7,8 +7,9 @@ follows from `A Aᵀ`, `Bᵀ B`, `A D_Sᵀ` and `B_S`, matrices with as many row
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
@@ -59,6 +60,18 @@ class ChangeMeasures:
     def is_finite(self) -> bool:
         """Whether no infinity or NaN came out."""
         return math.isfinite(self.delta_sq)
+
+
+S = TypeVar("S", Share, MergeSums)
+
+
+def summed(parts: Iterable[Mapping[str, S]]) -> dict[str, S]:
+    """The sums of what has the same name, such as the overlaps of several changes by their side."""
+    total: dict[str, S] = {}
+    for part in parts:
+        for name, sums in part.items():
+            total[name] = total[name] + sums if name in total else sums
+    return total
 
 
 def measure_changes(

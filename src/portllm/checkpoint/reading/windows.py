@@ -60,3 +60,17 @@ def sample_window(name: str, n_bytes: int) -> tuple[int, int]:
     draw = int.from_bytes(blake3(f"portllm sample 1\0{name}".encode()).digest(8), "little")
     start = draw % (n_bytes - SAMPLE_BYTES + 1) // 8 * 8
     return start, start + SAMPLE_BYTES
+
+
+def runs(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Places in a list between which its numbers count up by one.
+
+    Example:
+        >>> list(runs([4, 5, 6, -1, 0, 1]))
+        [(0, 3), (3, 4), (4, 6)]
+    """
+    first = 0
+    for place in range(1, len(wanted) + 1):
+        if place == len(wanted) or wanted[place] != wanted[place - 1] + 1 or wanted[place - 1] < 0:
+            yield first, place
+            first = place
