@@ -319,6 +319,8 @@ def header_of_an_adapter(folder, changes):
 def sealed(value, changes):
     """A file whose seal fits what it says, where that can be sealed, so that the seal does not hide the rest."""
     said = changed_value(value, changes)
+    if not isinstance(said, dict):
+        return json_bytes(value, changes)
     try:
         return changed_bytes(render_sealed(said).encode("utf-8", "surrogatepass"), changes)
     except (ValueError, AttributeError, TypeError, RecursionError):
