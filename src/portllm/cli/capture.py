@@ -32,34 +32,49 @@ class FittedName(StrEnum):
 
 
 def capture(
-    base: Annotated[str, typer.Option("--base", help=f"The model it was made on. {MODEL}")],
+    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
     output: OutOption,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA folder.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA adapter.")] = None,
     initial: Annotated[
-        Path | None, typer.Option("--initial", help="It before training, if it began with a part of the base (PiSSA).")
+        Path | None,
+        typer.Option(
+            "--initial",
+            help="The adapter before training, if it was initialized from the base's weights (PiSSA, OLoRA).",
+        ),
     ] = None,
-    tuned: Annotated[str | None, typer.Option("--tuned", help="The base after fine-tuning, whole.")] = None,
+    tuned: Annotated[str | None, typer.Option("--tuned", help="The fine-tuned model, to extract a patch from.")] = None,
     fitted_to: Annotated[
         FittedName | None,
-        typer.Option("--fitted-to", help="With --adapter: how --base was quantized while it was trained (QLoRA)."),
+        typer.Option("--fitted-to", help="With --adapter: how --base was quantized during training (QLoRA)."),
     ] = None,
     left_alone: Annotated[
         str | None,
-        typer.Option("--left-alone", help="With --fitted-to: modules that stayed in 16 bit, between commas; lm_head."),
+        typer.Option(
+            "--left-alone", help="With --fitted-to: comma-separated modules kept in 16 bit. Defaults to lm_head."
+        ),
     ] = None,
     rank: Annotated[
-        str | None, typer.Option("--rank", help="Of deltas from --tuned: a number, or auto: above rounding noise.")
+        str | None,
+        typer.Option(
+            "--rank",
+            help="With --tuned: rank of the extracted deltas; auto keeps what stands above rounding noise. "
+            "Defaults to auto.",
+        ),
     ] = None,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", min=1, help="Bounds --rank auto.")] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", min=1, help="Upper limit for --rank auto.")] = None,
     dense: Annotated[
-        DenseName | None, typer.Option("--dense", help="Norms, biases, embeddings, heads of --tuned; else kept.")
+        DenseName | None,
+        typer.Option(
+            "--dense",
+            help="With --tuned: keep or drop changes to norms, biases, embeddings and heads. Defaults to keep.",
+        ),
     ] = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a patch that knows its base: from an adapter, or from a base and what fine-tuning made of it."""
+    """Make a patch from a PEFT adapter and its base, or from a base and its fine-tuned version."""
     if (adapter is None) == (tuned is None):
         raise typer.BadParameter("give exactly one of --adapter and --tuned.")
     if fitted_to is None and left_alone is not None:

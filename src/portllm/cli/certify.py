@@ -31,36 +31,56 @@ class AnswerName(StrEnum):
 def certify(
     base: Annotated[str | None, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")] = None,
     patch: Annotated[Path | None, typer.Option("--patch", help="The patch.")] = None,
-    evolved: Annotated[str | None, typer.Option("--evolved", help="The later version of the base.")] = None,
-    ported: Annotated[Path | None, typer.Option("--ported", help="The patch carried over to it.")] = None,
+    evolved: Annotated[str | None, typer.Option("--evolved", help="The updated base.")] = None,
+    ported: Annotated[Path | None, typer.Option("--ported", help="The patch ported to the evolved model.")] = None,
     merged: Annotated[
-        str | None, typer.Option("--merged", help="Instead of both: a model with the ported patch in its weights.")
+        str | None,
+        typer.Option(
+            "--merged", help="Instead of --evolved and --ported: the evolved model with the ported patch merged in."
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Inputs as JSONL, with or without right answers.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for certificate.json.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Template; as in training where the patch says.")] = None,
-    completion: Annotated[str | None, typer.Option(help="Field of the right answer, if any; likewise.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Inputs: a JSONL file, with or without answers.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for certificate.json.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt template. Defaults to the one recorded in the patch.")
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option(help="JSONL field with the correct answer, if there is one. Same default.")
+    ] = None,
     answers: Annotated[
         AnswerName,
-        typer.Option(help="choices: the likeliest; exact: written and compared whole; free: token by token, no bound."),
+        typer.Option(
+            help="choices picks the likeliest choice; exact compares whole generated answers; free compares token "
+            "by token and gives no bound."
+        ),
     ] = AnswerName.CHOICES,
-    choices: Annotated[str | None, typer.Option(help="Between commas; else the right answers that occur.")] = None,
-    one_line: Annotated[bool, typer.Option("--one-line", help="A written answer ends with its first line.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning.")] = 512,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Written at most.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 16,
-    bound: Annotated[float | None, typer.Option(help="The loss of score to rule out, such as 0.02.")] = None,
-    confidence: Annotated[float, typer.Option(help="Of the bound.")] = 0.95,
-    sample: Annotated[int | None, typer.Option(min=1, help="Draw so many rows of the file.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    choices: Annotated[
+        str | None, typer.Option(help="Comma-separated choices. Defaults to the answers that occur in the data.")
+    ] = None,
+    one_line: Annotated[
+        bool, typer.Option("--one-line", help="Stop a generated answer at the end of its first line.")
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Maximum tokens per row; longer prompts are truncated from the left.")
+    ] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    bound: Annotated[float | None, typer.Option(help="The accuracy loss to rule out, such as 0.02.")] = None,
+    confidence: Annotated[float, typer.Option(help="Confidence level of the bound.")] = 0.95,
+    sample: Annotated[int | None, typer.Option(min=1, help="Draw this many rows of the file at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for --sample.")] = 0,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only say how many inputs the --bound takes; needs no model and no data.")
+        bool, typer.Option("--plan", help="Only compute how many inputs --bound needs; takes no model and no data.")
     ] = False,
     expected: Annotated[
         float,
-        typer.Option("--expected-disagreement", help="For --plan: share of inputs that may be answered otherwise."),
+        typer.Option(
+            "--expected-disagreement", help="With --plan: fraction of inputs expected to be answered differently."
+        ),
     ] = 0.0,
-    power: Annotated[float, typer.Option(help="For --plan: the chance of meeting the bound, if so many are.")] = 0.9,
+    power: Annotated[
+        float, typer.Option(help="With --plan: probability of meeting the bound at the expected disagreement.")
+    ] = 0.9,
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
@@ -69,9 +89,9 @@ def certify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """A bound on what a port can have lost, from inputs that nobody has labeled.
+    """Bound the accuracy a port can have lost, from unlabeled inputs.
 
-    Ends with 3 if the --bound is not met. docs/certify.md says what is claimed and what is not.
+    Exits with 3 if --bound is not met. docs/certify.md says what is claimed and what is not.
     """
     if plan and html is not None:
         raise typer.BadParameter("--html goes with a certificate, not with --plan.")

@@ -21,41 +21,46 @@ from portllm.cli.terminal import print_json, say
 
 def check(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=PATCHES)],
-    base: Annotated[str, typer.Option("--base", help=f"The model they belong to. {MODEL}")],
-    evolved: Annotated[str, typer.Option("--evolved", help="The later version of it.")],
+    base: Annotated[str, typer.Option("--base", help=f"The model the patches were made on. {MODEL}")],
+    evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
     full: Annotated[
-        bool, typer.Option("--full", help="Read every weight of both models, instead of a few megabytes of each.")
+        bool, typer.Option("--full", help="Read every weight of both models instead of a few megabytes of each.")
     ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
             "--text",
-            help="Unlabeled prompts of the patches' domain (.jsonl, or .txt with one a line): run both models.",
+            help="Also run both models on unlabeled prompts from the patches' domain (.jsonl, or .txt with one per "
+            "line).",
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="For --text: template of the rows; as in training where patches say.")
+        str | None,
+        typer.Option("--prompt", help="With --text: prompt template. Defaults to the one recorded in the patches."),
     ] = None,
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="For --text: first-order gain and interference, by backward passes.")
+        bool,
+        typer.Option(
+            "--gradients", help="With --text: also measure first-order gain and interference (backward passes)."
+        ),
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option(min=2, help="For --text: of a prompt; a longer one loses its beginning.")
+        int,
+        typer.Option(min=2, help="With --text: maximum tokens per prompt; longer prompts are truncated from the left."),
     ] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="For --text: prompts of a forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --text: prompts per forward pass.")] = 16,
     device: DeviceOption = DeviceName.AUTO,
-    by_layer: Annotated[bool, typer.Option("--by-layer", help="Show the drift of every layer, too.")] = False,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Show the drift of each layer.")] = False,
     allow_other_base: OtherBaseOption = False,
     html: HtmlOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Say whether patches will hold on an evolved model, from weights alone: the verdict before porting.
+    """Predict from the weights whether patches will hold on an evolved model, before porting them.
 
-    With --text, models are run on prompts too, and the report says what the patches do there; that can put a patch in
-    doubt. Ends with 3 unless every patch holds. docs/check.md says what each number means and where the thresholds come
-    from.
+    With --text, both models also run on prompts, which can put a patch in doubt. Exits with 3 unless every patch holds.
+    docs/check.md explains each number and where the thresholds come from.
     """
     if text is None and (prompt is not None or gradients):
         raise typer.BadParameter("--prompt and --gradients go with --text.")

@@ -23,25 +23,31 @@ class CombineMethod(StrEnum):
 
 
 def combine(
-    patches: Annotated[list[Path], typer.Argument(help="Two patches or more, of one base.")],
+    patches: Annotated[list[Path], typer.Argument(help="Two or more patches of the same base.")],
     output: OutOption,
-    weights: Annotated[str | None, typer.Option("--weights", help="Between commas, one a patch; else 1.")] = None,
-    rank: Annotated[
-        str | None, typer.Option("--rank", help="Cut to a number, or auto: what is more than rounding. Else exact.")
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Comma-separated weights, one per patch. Defaults to 1 each.")
     ] = None,
-    method: Annotated[CombineMethod, typer.Option("--method", help="ties and dare choose elements.")] = (
-        CombineMethod.CONCATENATE
-    ),
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            "--rank", help="Truncate to this rank, or auto to keep what stands above rounding noise. Exact by default."
+        ),
+    ] = None,
+    method: Annotated[
+        CombineMethod,
+        typer.Option("--method", help="concatenate is exact; ties and dare select elements before they are summed."),
+    ] = (CombineMethod.CONCATENATE),
     density: Annotated[
-        float, typer.Option("--density", min=0.0, max=1.0, help="Share of elements that ties and dare keep.")
+        float, typer.Option("--density", min=0.0, max=1.0, help="Fraction of elements that ties and dare keep.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", help="Of ties and dare.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed for ties and dare.")] = 0,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Several patches of one base into one: their weighted sum, exact, or cut to a rank."""
+    """Combine patches of one base into one: their weighted sum, exact or truncated to a rank."""
     from portllm.cli.progress import shown_progress
     from portllm.combining.combine import plan_combine, run_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report

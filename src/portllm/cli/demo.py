@@ -11,11 +11,11 @@ from portllm.cli.terminal import print_json, say
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for its files.")] = Path("portllm-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the demo's files.")] = Path("portllm-demo"),
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The whole story on a real small model, in minutes, on a CPU, offline; a second run reuses what is there."""
+    """Run the whole story on a small real model: minutes on a CPU, offline. A second run reuses finished steps."""
     from portllm.cli.progress import shown_progress
     from portllm.demo.story import Step, tell
     from portllm.demo.text import render_estimate, render_opening, render_step, render_story, story_to_json

@@ -34,31 +34,48 @@ class Judging(StrEnum):
 def evaluate(
     base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
     patch: Annotated[Path, typer.Option("--patch", help="The patch.")],
-    evolved: Annotated[str, typer.Option("--evolved", help="The later version of the base.")],
-    ported: Annotated[Path, typer.Option("--ported", help="The patch carried over to it.")],
+    evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
+    ported: Annotated[Path, typer.Option("--ported", help="The patch ported to the evolved model.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="A JSONL file, one row an object; with --task, a folder of tasks.")
+        Path | None, typer.Option("--data", help="Test data: a JSONL file; with --task, a folder of task data.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="Of lm-evaluation-harness, such as sst2; without --data from the hub.")
+        str | None,
+        typer.Option(
+            "--task",
+            help="A task of lm-evaluation-harness, such as sst2; its data comes from the Hub unless --data is given.",
+        ),
     ] = None,
     retrained: Annotated[
-        Path | None, typer.Option("--retrained", help="A patch trained on the evolved model; retention needs it.")
+        Path | None, typer.Option("--retrained", help="A patch retrained on the evolved model; retention needs it.")
     ] = None,
     merged: Annotated[
-        str | None, typer.Option("--merged", help="The evolved model with the ported patch in its weights.")
+        str | None, typer.Option("--merged", help="The evolved model with the ported patch merged in.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Template; as in training where the patch says.")] = None,
-    completion: Annotated[str | None, typer.Option(help="Field of the right answer; likewise.")] = None,
-    judge: Annotated[Judging | None, typer.Option(help="labels, if not given: the likeliest; text: written.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Between commas; else the answers that occur.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt template. Defaults to the one recorded in the patch.")
+    ] = None,
+    completion: Annotated[str | None, typer.Option(help="JSONL field with the correct answer. Same default.")] = None,
+    judge: Annotated[
+        Judging | None,
+        typer.Option(help="labels picks the likeliest label; text compares generated text. Defaults to labels."),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Comma-separated labels. Defaults to the answers that occur in the data.")
+    ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning. 512, or a --task's.")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Maximum tokens per row; longer prompts are truncated from the left. Defaults to 512, or the task's.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Written at most. 32, or a --task's.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the intervals' resampling.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of tokens to generate. Defaults to 32, or the task's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for the intervals' bootstrap.")] = 0,
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
     html: HtmlOption = None,
@@ -66,7 +83,7 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Base, base + patch, evolved, evolved + ported (and retrained) on the same rows: score, loss, retention."""
+    """Compare base, base + patch, evolved, evolved + ported (and retrained) on the same rows."""
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.evaluate import evaluate as evaluate_patch

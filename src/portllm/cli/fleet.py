@@ -10,25 +10,27 @@ from portllm.cli.terminal import print_json, say
 
 
 def fleet(
-    file: Annotated[Path, typer.Argument(help="A TOML file: patches, evolved models, what to do, where to write.")],
+    file: Annotated[
+        Path, typer.Argument(help="TOML file that lists patches, evolved models, what to do and where to write.")
+    ],
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="How many; else as many as cores and memory allow.")
+        int | None, typer.Option("--workers", min=1, help="Number of workers. Defaults to what cores and memory allow.")
     ] = None,
     ray: Annotated[
-        str | None, typer.Option("--ray", help="Work on Ray: auto, local, host:port or ray://host:port.")
+        str | None, typer.Option("--ray", help="Run on Ray: auto, local, host:port or ray://host:port.")
     ] = None,
     retries: Annotated[
-        int, typer.Option("--retries", min=0, help="Of a cell whose worker died or whose network failed.")
+        int, typer.Option("--retries", min=0, help="Retries of a cell whose worker died or whose network failed.")
     ] = 2,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Carry many patches to many evolved models, on this machine or on Ray.
+    """Port many patches to many evolved models, on this machine or on Ray.
 
-    One cell that fails stops no other. A second run of the same file does only what is missing. Ends with 3 unless
-    every patch holds that was checked.
+    A failing cell does not stop the others. A second run of the same file does only what is missing. Exits with 3
+    unless every checked patch holds.
     """
     from portllm.cli.progress import shown_progress
     from portllm.fleets.fleet import forecast_fleet, open_pool, plan_fleet, run_fleet

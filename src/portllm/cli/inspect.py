@@ -10,11 +10,13 @@ from portllm.cli.terminal import print_json, say
 
 def inspect(
     path: Annotated[str, typer.Argument(help=f"A checkpoint, adapter or patch. {MODEL}")],
-    digest: Annotated[bool, typer.Option("--digest", help="Read all bytes of a checkpoint for its digest.")] = False,
+    digest: Annotated[
+        bool, typer.Option("--digest", help="Compute a checkpoint's digest, which reads all of its bytes.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """What a checkpoint, adapter or patch is: identity, family, modules, ranks, scales, size."""
+    """Describe a checkpoint, adapter or patch: identity, family, modules, ranks, scales, size."""
     from portllm.cli.progress import shown_progress
     from portllm.inspecting.inspect import inspect as inspect_path
     from portllm.inspecting.inspect import summary_to_json

@@ -58,7 +58,7 @@ INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 @app.callback(invoke_without_command=True)
 def program(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Carry a fine-tuned model's patch over to the next version of its base, without training."""
     if version:

@@ -44,26 +44,34 @@ class MergeDevice(StrEnum):
 
 def merge(
     patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=PATCHES)] = None,
-    into: Annotated[str | None, typer.Option("--into", help=f"The model it belongs to. {MODEL}")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    into: Annotated[str | None, typer.Option("--into", help=f"The model to merge into. {MODEL}")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Overwrite the model's own files; what they lose is kept beside them.")
+        bool,
+        typer.Option(
+            "--in-place", help="Overwrite the model's own files; the overwritten bytes are kept beside them for --undo."
+        ),
     ] = False,
     undo: Annotated[
-        Path | None, typer.Option("--undo", help="Alone: take back what --in-place did to the model in this folder.")
+        Path | None, typer.Option("--undo", help="Undo an --in-place merge of the model in this folder (use alone).")
     ] = None,
-    dtype: Annotated[DType | None, typer.Option("--dtype", help="Store all weights so; else as they are.")] = None,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="Output dtype. Defaults to each tensor's own.")] = None,
     rounding: Annotated[
-        RoundingName, typer.Option("--rounding", help="stochastic is for BF16.")
+        RoundingName,
+        typer.Option("--rounding", help="How sums are rounded to the output dtype; stochastic is for BF16."),
     ] = RoundingName.NEAREST,
-    seed: Annotated[int, typer.Option("--seed", help="Of stochastic rounding.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed for stochastic rounding.")] = 0,
     device: Annotated[
-        MergeDevice, typer.Option("--device", help="Computes the sums; a GPU may round its last bit otherwise.")
+        MergeDevice, typer.Option("--device", help="Device for the sums; a GPU may differ in the last bit.")
     ] = MergeDevice.CPU,
-    max_shard_size: Annotated[float, typer.Option("--max-shard-size", help="In GB.", min=0.001)] = 5.0,
+    max_shard_size: Annotated[
+        float, typer.Option("--max-shard-size", help="Maximum size of an output shard, in GB.", min=0.001)
+    ] = 5.0,
     quantized_base: Annotated[
         str | None,
-        typer.Option("--quantized-base", help="What the patch belongs to, if that was quantized from --into."),
+        typer.Option(
+            "--quantized-base", help="The quantized model the patch was trained on, if it was made from --into."
+        ),
     ] = None,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
@@ -71,9 +79,9 @@ def merge(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Add a patch to a model's weights, streamed; says what rounding takes of it.
+    """Merge a patch into a model's weights, streamed, and report what rounding costs.
 
-    Several patches go each into weights of its own, in a subfolder of the output that is named like the patch's folder;
+    Several patches each get a merged model of their own, in a subfolder of the output;
     the model is read once for all of them, and one that fails does not stop the others.
     """
     if undo is not None:

@@ -6,34 +6,36 @@ from typing import Annotated
 
 import typer
 
-PATCHES = "A patch or PEFT LoRA folder, or a folder that holds such folders; may be given more than once."
+PATCHES = "A patch, a PEFT LoRA adapter, or a folder of them. Can be repeated."
 
 
-MODEL = "A folder, a .safetensors or .gguf file, org/name[@revision] of the Hugging Face Hub, or builtin:smollm2-135m."
+MODEL = "A folder, a .safetensors or .gguf file, a Hugging Face Hub id (org/name[@revision]), or builtin:smollm2-135m."
 
 
-OutOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+OutOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder.")]
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and every reason not to.")]
-
-
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists.")]
-
-
-HtmlOption = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page: one file, for a browser.")
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, or why it cannot be, and write nothing.")
 ]
 
 
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a self-contained HTML page.")
+]
+
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
 
 OtherBaseOption = Annotated[
-    bool, typer.Option("--allow-other-base", help="Go on though the patch belongs to another model.")
+    bool, typer.Option("--allow-other-base", help="Accept a model other than the one the patch was made on.")
 ]
 
 
@@ -45,7 +47,9 @@ class DeviceName(StrEnum):
     CUDA = "cuda"
 
 
-DeviceOption = Annotated[DeviceName, typer.Option("--device", help="auto takes a GPU where there is one.")]
+DeviceOption = Annotated[
+    DeviceName, typer.Option("--device", help="Device to run on; auto uses a GPU if there is one.")
+]
 
 
-DataOption = Annotated[Path, typer.Option("--data", help="A JSONL file, one row an object.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Training data: a JSONL file.")]

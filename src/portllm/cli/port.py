@@ -19,25 +19,32 @@ from portllm.cli.terminal import print_json, say
 
 def port(
     patches: Annotated[
-        list[Path], typer.Argument(metavar="PATCH", help=f"{PATCHES} One without a record needs --base.")
+        list[Path], typer.Argument(metavar="PATCH", help=f"{PATCHES} An adapter without patch.json needs --base.")
     ],
-    evolved: Annotated[str, typer.Option("--evolved", help=f"The model to carry it to. {MODEL}")],
+    evolved: Annotated[str, typer.Option("--evolved", help=f"The updated base to port to. {MODEL}")],
     output: OutOption,
-    base: Annotated[str | None, typer.Option("--base", help="The model the patch belongs to.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The model the patch was made on.")] = None,
     method: Annotated[
-        str, typer.Option("--method", help="'add' takes the delta as it is; 'auto' asks check, needs --base.")
+        str,
+        typer.Option(
+            "--method",
+            help="Port method: add carries the delta over unchanged; auto chooses from what check finds (needs "
+            "--base).",
+        ),
     ] = "add",
-    force: Annotated[bool, typer.Option("--force", help="With --method auto: port what will not hold.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --method auto: port even if check says the patch will not hold.")
+    ] = False,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Carry patches over to an evolved model; they stay adapters. Reads headers and samples.
+    """Port patches to an evolved model. They stay adapters; only headers and samples are read.
 
-    Weights are read only of tensors that a patch holds whole; these need --base. With --method auto a few megabytes of
-    both models are read as by check: what will not hold is refused, what is uncertain is ported with a warning. Several
-    patches go each to a subfolder of the output, named like its own folder; one that fails does not stop the others.
+    Weights are read only for tensors that a patch stores in full; these need --base. --method auto reads a few
+    megabytes of both models, as check does: a patch that will not hold is refused, an uncertain one is ported with a
+    warning. Several patches each get a subfolder of the output; one that fails does not stop the others.
     """
     from portllm.checkpoint.open import open_checkpoint
     from portllm.matching.update import Update

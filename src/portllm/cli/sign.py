@@ -15,27 +15,30 @@ if TYPE_CHECKING:
 
 def sign(
     path: PathArgument,
-    key: Annotated[Path | None, typer.Option("--key", help="Your private key: a PEM file, on P-256 to P-521.")] = None,
-    password_file: Annotated[
-        Path | None, typer.Option("--password-file", help="Its first line is the password of the --key.")
+    key: Annotated[
+        Path | None, typer.Option("--key", help="Your private key (PEM; elliptic curve P-256 to P-521).")
     ] = None,
-    certificate: Annotated[Path | None, typer.Option("--certificate", help="Of the --key: a PEM file.")] = None,
+    password_file: Annotated[
+        Path | None, typer.Option("--password-file", help="File whose first line is the password of --key.")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option("--certificate", help="The certificate of --key (PEM).")] = None,
     chain: Annotated[
         list[Path] | None,
-        typer.Option("--certificate-chain", help="What lies between it and a root: PEM; may be given again."),
+        typer.Option("--certificate-chain", help="An intermediate certificate (PEM). Can be repeated."),
     ] = None,
     sigstore: Annotated[
-        bool, typer.Option("--sigstore", help="Sign by your identity, without a key; needs the network.")
+        bool, typer.Option("--sigstore", help="Sign with your identity instead of a key (Sigstore; needs the network).")
     ] = False,
     identity_token: Annotated[
-        str | None, typer.Option("--identity-token", help="Who you are, for --sigstore; else a browser asks.")
+        str | None,
+        typer.Option("--identity-token", help="OpenID Connect token for --sigstore. Without it, a browser opens."),
     ] = None,
     staging: StagingOption = False,
     signature: SignatureOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign every file, and with patch.json the identity of the base and the chain of ports."""
+    """Sign a patch, merged model or certificate: every file of it."""
     signer = _signer(key, password_file, certificate, chain or [], identity_token, sigstore=sigstore, staging=staging)
     from portllm.verifying.sign import sign as sign_path
 

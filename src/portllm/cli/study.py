@@ -10,14 +10,14 @@ from portllm.cli.terminal import print_json, say
 
 study = typer.Typer(
     name="study",
-    help="The paper's experiment on any model, from a file: train, evolve, port, retrain, score.",
+    help="Run the paper's experiment on any model, from a file: train, evolve, port, retrain, score.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-FileArgument = Annotated[Path, typer.Argument(help="A TOML file: base, patches, tasks, evolutions.")]
+FileArgument = Annotated[Path, typer.Argument(help="TOML file that describes base, patches, tasks and evolutions.")]
 OutOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="The folder of the results; without it, FILE's name with .study.")
+    Path | None, typer.Option("--output", "-o", help="Folder for the results. Defaults to FILE with the suffix .study.")
 ]
 
 
@@ -25,25 +25,27 @@ OutOption = Annotated[
 def run(
     file: FileArgument,
     out: OutOption = None,
-    data: Annotated[Path | None, typer.Option("--data", help="The folder that the study's data files lie in.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with the study's data files.")] = None,
     device: DeviceOption = DeviceName.AUTO,
     ray: Annotated[
         str | None,
-        typer.Option("--ray", help="Side by side on Ray, one a device: auto, local, host:port or ray://host:port."),
+        typer.Option("--ray", help="Run on Ray, one worker per device: auto, local, host:port or ray://host:port."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="With --ray, how many; else one a GPU, or one a machine.")
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="With --ray: number of workers. Defaults to one per GPU, or one per machine."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the file and print the steps that are left; needs no weights.")
+        bool, typer.Option("--dry-run", help="Check the file and list the remaining steps; reads no weights.")
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Do the steps of a study that have not been done, and print its tables.
+    """Run the remaining steps of a study and print its tables.
 
-    A run that is interrupted or dies is gone on with by the same command. A step is done again where what its result
-    depends on has changed.
+    The same command resumes an interrupted run. A step is run again if anything its result depends on has changed.
     """
     if workers is not None and ray is None:
         raise typer.BadParameter("--workers needs --ray.")
@@ -78,7 +80,7 @@ def run(
 
 @study.command()
 def status(file: FileArgument, out: OutOption = None, as_json: JsonOption = False) -> None:
-    """How far a study is, and how long it will take."""
+    """Show how far a study is and how long the rest will take."""
     from portllm.study.run import study_status
     from portllm.study.text import render_status, status_to_json
 
@@ -97,7 +99,7 @@ def report(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The tables of a study, of the steps that are done, as Markdown."""
+    """Print the tables of the finished steps of a study as Markdown."""
     from portllm.cli.pages import Page
     from portllm.study.results.markdown import render_page
     from portllm.study.run import study_results

@@ -28,44 +28,57 @@ def train(
     output: OutOption,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", help="Template such as 'Question: {question} Type:'; else as another patch says."),
+        typer.Option(
+            "--prompt",
+            help="Prompt template, such as 'Question: {question} Type:'. Defaults to the one recorded in "
+            "--init-from or --teacher.",
+        ),
     ] = None,
     completion: Annotated[
-        str | None, typer.Option("--completion", help="The field that holds what to answer; likewise.")
+        str | None, typer.Option("--completion", help="JSONL field with the target text. Same default.")
     ] = None,
     init_from: Annotated[
-        Path | None, typer.Option("--init-from", help="A patch of --base to train on, such as a ported one.")
+        Path | None, typer.Option("--init-from", help="Start from this patch of --base, such as a ported one.")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option("--teacher", help="An older patch; it answers the prompts, in place of --completion.")
+        Path | None, typer.Option("--teacher", help="Learn from this older patch's answers instead of --completion.")
     ] = None,
     teacher_base: Annotated[
-        str | None, typer.Option("--teacher-base", help="The model that the older patch belongs to.")
+        str | None, typer.Option("--teacher-base", help="The model the --teacher patch was made on.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="That the teacher writes at most; 32.")
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="Maximum number of tokens the teacher generates. Defaults to 32."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Inner size of the factors; 8.")] = None,
-    alpha: Annotated[int | None, typer.Option(min=1, help="The scale is alpha / rank; 16.")] = None,
-    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="The scale is alpha / sqrt(rank).")] = False,
-    target_modules: Annotated[str | None, typer.Option(help="Names between commas, or all-linear, as else.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-4,
-    epochs: Annotated[float, typer.Option(help="Times that every row is seen.")] = 3.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of an update.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Of a row; a longer prompt loses its beginning.")] = 512,
-    dropout: Annotated[float, typer.Option(min=0, help="Of the factors' inputs.")] = 0.0,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    rank: Annotated[int | None, typer.Option(min=1, help="LoRA rank. Defaults to 8.")] = None,
+    alpha: Annotated[
+        int | None, typer.Option(min=1, help="LoRA alpha; the delta is scaled by alpha / rank. Defaults to 16.")
+    ] = None,
+    use_rslora: Annotated[
+        bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank) (rank-stabilized LoRA).")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of factors and row order.")] = 0,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated module names, or all-linear. Defaults to all-linear.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    epochs: Annotated[float, typer.Option(help="Number of passes over the data.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of optimizer steps, instead of --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per optimizer step.")] = 8,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Maximum tokens per row; longer prompts are truncated from the left.")
+    ] = 512,
+    dropout: Annotated[float, typer.Option(min=0, help="LoRA dropout.")] = 0.0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Trade about a third more time for less memory.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Random seed for initialization and row order.")] = 0,
     device: DeviceOption = DeviceName.AUTO,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """A first patch by LoRA fine-tuning, or a patch refreshed on an evolved model; the loss counts completions only."""
+    """Train a patch by LoRA fine-tuning, or refresh one on an evolved model. The loss covers completions only."""
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.inspecting.inspect import summarize_patch, summary_to_json

@@ -11,42 +11,42 @@ from portllm.cli.terminal import print_json, say
 if TYPE_CHECKING:
     from portllm.verifying.signature import Trust
 
-PathArgument = Annotated[Path, typer.Argument(help="A patch, a model that merge wrote, or a certificate.")]
+PathArgument = Annotated[Path, typer.Argument(help="A patch, a merged model, or a certificate.")]
 SignatureOption = Annotated[
-    Path | None, typer.Option("--signature", help="The signature's file, if not model.sig in the folder.")
+    Path | None, typer.Option("--signature", help="Signature file. Defaults to model.sig in the folder.")
 ]
-StagingOption = Annotated[bool, typer.Option("--staging", help="Sigstore's instance for tests.")]
+StagingOption = Annotated[bool, typer.Option("--staging", help="Use Sigstore's staging instance.")]
 
 
 def verify(
     path: PathArgument,
     base: Annotated[
-        str | None, typer.Option("--base", help=f"The model that it must belong to, or be merged into. {MODEL}")
+        str | None, typer.Option("--base", help=f"The model it must belong to or be merged into. {MODEL}")
     ] = None,
     evolved: Annotated[
         str | None,
-        typer.Option("--evolved", help="Of a certificate: the model, evolved or merged, that it must be about."),
+        typer.Option("--evolved", help="For a certificate: the evolved or merged model it must be about."),
     ] = None,
-    patch: Annotated[Path | None, typer.Option("--patch", help="Likewise: the old specialist's patch.")] = None,
-    ported: Annotated[Path | None, typer.Option("--ported", help="Likewise: the ported patch.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Likewise: the file of inputs.")] = None,
-    public_key: Annotated[
-        Path | None, typer.Option("--public-key", help="Who must have signed it: a PEM file.")
-    ] = None,
+    patch: Annotated[Path | None, typer.Option("--patch", help="For a certificate: the original patch.")] = None,
+    ported: Annotated[Path | None, typer.Option("--ported", help="For a certificate: the ported patch.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="For a certificate: the file of inputs.")] = None,
+    public_key: Annotated[Path | None, typer.Option("--public-key", help="The signer's public key (PEM).")] = None,
     roots: Annotated[
         list[Path] | None,
-        typer.Option("--certificate-chain", help="Who must vouch for the signer: a PEM file; may be given again."),
+        typer.Option("--certificate-chain", help="A trusted certificate (PEM). Can be repeated."),
     ] = None,
-    identity: Annotated[str | None, typer.Option("--identity", help="Who must have signed it by Sigstore.")] = None,
+    identity: Annotated[
+        str | None, typer.Option("--identity", help="The identity that must have signed it with Sigstore.")
+    ] = None,
     provider: Annotated[
-        str | None, typer.Option("--identity-provider", help="Address of who knows the --identity.")
+        str | None, typer.Option("--identity-provider", help="URL of the OpenID Connect provider of --identity.")
     ] = None,
     staging: StagingOption = False,
     signature: SignatureOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Whether every byte is as it was written, and by whom: digests, schema, base identity, signature."""
+    """Verify digests, schema, base identity and signature."""
     trust = _trust(public_key, roots, identity, provider, staging=staging)
     if signature is not None and trust is None:
         raise typer.BadParameter("--signature: say whose it must be, for example with --public-key.")
