@@ -321,7 +321,9 @@ def listed(tmp_path):
 def test_a_manifest_names_no_file_outside_its_folder(name, listed):
     verification = verify(listed([name]))
     assert wrong(verification) == ["portllm.json"]
-    assert "the values are not those of portllm.json" in verification.checks[0].finding
+    assert (
+        f"files.{name}: is {name!r}; expected the name of a file in the same folder" in verification.checks[0].finding
+    )
 
 
 def test_what_a_manifest_names_and_is_no_file_is_not_read(listed):

@@ -111,7 +111,7 @@ def capture_adapter(
 def _write(folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture) -> None:
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
-    write_record(folder, PatchRecord(identify(base), capture, (), tensors, __version__))
+    write_record(folder, PatchRecord(__version__, identify(base), capture, ports=(), tensors=tensors, files={}))
 
 
 def _conversion(

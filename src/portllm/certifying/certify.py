@@ -5,13 +5,16 @@ more than the share of inputs that are answered otherwise. See `docs/certify.md`
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import structs
 
 from portllm import __version__
 from portllm.certifying.agreement import Agreement, Respondent, compare_answers
 from portllm.certifying.bounds import least_inputs, upper_bound
 from portllm.certifying.certificate import (
+    ASSUMES,
     AnswerRule,
     Certificate,
     LabelCounts,
@@ -223,9 +226,10 @@ def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certifi
     from_labels = questions.kind == "choices" and not plan.settings.choices
     return Certificate(
         program=__version__,
+        assumes=ASSUMES,
         specialist=plan.specialist,
         ported=plan.ported,
-        inputs=replace(asked.inputs, cut=agreement.first.n_cut_rows),
+        inputs=structs.replace(asked.inputs, cut=agreement.first.n_cut_rows),
         answers=AnswerRule(
             kind=questions.kind,
             choices=questions.choices,
@@ -237,6 +241,7 @@ def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certifi
         ),
         confidence=confidence,
         n=n,
+        k=None if differing is None else len(differing),
         differing=None if differing is None else tuple(asked.rows[index] for index in differing),
         bound=bound,
         wanted=plan.settings.wanted,

@@ -8,21 +8,16 @@ name.
 import errno
 import os
 import stat
-import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from portllm.errors import InputChangedError
-from portllm.files.json_text import require_shallow
 from portllm.files.source import FileState, LocalFile, Source
 
 MAX_BYTES = 1 << 30
 """Of a file that is read whole."""
-
-MAX_TOML_BYTES = 4_000_000
-"""Which is a fleet of forty thousand patches, each by its name."""
 
 
 def open_input(path: str | Path) -> BinaryIO:
@@ -63,22 +58,6 @@ def read_input(path: str | Path, *, most: int = MAX_BYTES) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"has {size} bytes; at most {most} are read", str(path))
     return data
-
-
-def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
-    """A TOML file: its text, and what it says.
-
-    Raises:
-        OSError: As `read_input`.
-        ValueError: It is not TOML, or not UTF-8; the message says where.
-    """
-    text = read_input(path, most=MAX_TOML_BYTES).decode("utf-8")
-    try:
-        values = tomllib.loads(text)
-        require_shallow(values)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    return text, values
 
 
 def state_of(descriptor: int) -> FileState:

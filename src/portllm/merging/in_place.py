@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import structs
 
 from portllm import __version__
 from portllm.checkpoint.folder import open_folder
@@ -31,15 +32,16 @@ from portllm.files.json_file import read_json
 from portllm.files.output_folder import staged_folder
 from portllm.files.own_files import Held, is_own_file, open_own, remove_file, write_within
 from portllm.files.page_cache import is_large
+from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.files.source import LocalFile
 from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.merging.manifest import (
     MANIFEST_FILE,
+    Manifest,
     MergeReport,
     digest_side_files,
     is_manifest,
-    manifest_from_json,
     render_manifest,
 )
 from portllm.merging.merge import digest_inputs, require_bfloat16
@@ -397,7 +399,7 @@ def _require_unchanged(folder: Path) -> None:
     """Raise CheckpointError if the weights are not those that the merge in place has left."""
     said = None
     with suppress(CheckpointError, ValueError):
-        said = manifest_from_json(read_json(folder / MANIFEST_FILE)).output.fingerprint
+        said = decode_sealed(Manifest, read_json(folder / MANIFEST_FILE)).output.fingerprint
     if said != fingerprint(open_folder(folder, name=str(folder))):
         raise CheckpointError(
             f"'{folder}': its weights are not those that the merge in place left, or its '{MANIFEST_FILE}' is gone: "
@@ -414,7 +416,7 @@ def _report(plan: InPlacePlan, undo: Undo, how: How, facts: Facts) -> MergeRepor
             fingerprint(written),
             digest_of(facts.written, written),
         ),
-        into=replace(plan.merge.identity, digest=digest_of(facts.read, before)),
+        into=structs.replace(plan.merge.identity, digest=digest_of(facts.read, before)),
         patch=plan.merge.patch.record,
         dtype=tuple(sorted({plan.merge.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import structs
 
 from portllm import __version__
 from portllm.checkpoint.model.equality import require_equal
@@ -297,7 +298,7 @@ def _report(
     written = open_checkpoint(folder)
     return MergeReport(
         output=ModelIdentity(out.name, fingerprint(written), digest_of(facts.written, written)),
-        into=replace(plan.identity, digest=digest_of(facts.read, plan.into)),
+        into=structs.replace(plan.identity, digest=digest_of(facts.read, plan.into)),
         patch=plan.patch.record,
         dtype=tuple(sorted({plan.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

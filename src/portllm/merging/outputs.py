@@ -15,7 +15,9 @@ from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.writer import Shard, ShardWriter
 from portllm.errors import CheckpointError, OutputError, PortLLMError
 from portllm.files.output_folder import resumable_folder
+from portllm.files.record import encode
 from portllm.files.staging import Staged
+from portllm.files.typed import decode
 from portllm.merging.plan import MergePlan, MergeStep
 from portllm.merging.tensor import Facts, Failure, How, Target, benches, make_tensor
 from portllm.workers.threads import Tell, run_side_by_side
@@ -117,7 +119,7 @@ class Output:
         if not file.missing:
             assert self._staged is not None
             file.writer.close()
-            self._staged.finish(file.name, file.facts.to_json())
+            self._staged.finish(file.name, encode(file.facts))
             self.known.add(file.facts)
 
 
@@ -208,7 +210,7 @@ def _finished(staged: Staged, shard: Shard) -> Facts | None:
             if stream.read(len(shard.header)) != shard.header:
                 return None
         written = {name: digest_tensor(info) for name, info in read_header(file).tensors.items()}
-        facts = Facts.from_json(staged.finished[shard.file])
-    except (OSError, CheckpointError, ValueError, TypeError):
+        facts = decode(Facts, staged.finished[shard.file])
+    except (OSError, CheckpointError, ValueError):
         return None
     return facts if facts.written == written else None

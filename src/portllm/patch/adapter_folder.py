@@ -4,16 +4,14 @@ Reading takes the headers only; a factor stays on disk, described by a `TensorIn
 tensor of the file is accounted for: it becomes part of a delta, or the folder is refused with all such tensors named.
 """
 
-import importlib.resources
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-import fastjsonschema
 from blake3 import blake3
+from msgspec import structs
 
 from portllm.checkpoint.model.checkpoint import MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.model.families import order_of
@@ -25,14 +23,15 @@ from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
 from portllm.errors import AdapterFormatError, PatchRecordError
 from portllm.files.json_file import MAX_CONFIG_BYTES, read_json
 from portllm.files.json_text import is_utf8
-from portllm.files.seal import digest_file, render_sealed, seal_problem
+from portllm.files.record import decode_sealed, write_sealed
+from portllm.files.seal import digest_file, seal_problem
 from portllm.files.source import Source
 from portllm.patch.adapter_config import parse_adapter_config
 from portllm.patch.adapter_keys import INNER, PREFIX, Role, plain_key, render_key
 from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.patch import Patch
-from portllm.patch.record import PatchRecord, record_from_json, record_to_json
+from portllm.patch.record import PatchRecord
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -155,9 +154,8 @@ def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
         PatchRecordError: They break the schema.
     """
     try:
-        _validator()(dict(values))
-        return record_from_json(values)
-    except (fastjsonschema.JsonSchemaValueException, ValueError) as error:
+        return decode_sealed(PatchRecord, values)
+    except ValueError as error:
         raise PatchRecordError(
             f"'{where}': {error}. It was written by another version or changed by hand; capture the patch again."
         ) from error
@@ -165,8 +163,8 @@ def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
 
 def write_record(folder: Path, record: PatchRecord) -> PatchRecord:
     """Write `patch.json` beside the patch's other files, sealed and with their digests; the record as written."""
-    whole = replace(record, files={name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
-    (folder / RECORD_FILE).write_text(render_sealed(record_to_json(whole)), encoding="utf-8")
+    whole = structs.replace(record, files={name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
+    write_sealed(folder / RECORD_FILE, whole)
     return whole
 
 
@@ -265,7 +263,7 @@ def digest_tensors(patch: Patch[TensorInfo]) -> dict[str, str]:
         for part in _parts(info):
             state.update(part)
         digests[key] = state.hexdigest()
-    return digests
+    return dict(sorted(digests.items()))
 
 
 def _parts(info: TensorInfo) -> Iterator[bytes]:
@@ -332,10 +330,3 @@ def _require_read(files: Collection[str], name: str) -> None:
             f"'{name}': {MLX_FILE} is mlx-lm's layout, whose names and axes are other than PEFT's. Convert it into "
             f"PEFT's, or merge it with mlx_lm.fuse and give the result: portllm capture --base BASE --tuned TUNED."
         )
-
-
-@cache
-def _validator() -> Callable[[object], object]:
-    text = importlib.resources.files("portllm.patch").joinpath("patch.schema.json").read_text(encoding="utf-8")
-    compiled: Callable[[object], object] = fastjsonschema.compile(json.loads(text))
-    return compiled

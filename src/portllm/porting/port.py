@@ -123,9 +123,10 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, fl
     found = {**plan.evidence, **evidence}
     step = PortStep(plan.source, plan.target, plan.method.id, found, left_out(plan), plan.choice)
     return PatchRecord(
+        program=__version__,
         base=plan.target,
-        capture=before.capture if before else Capture("adapter"),
+        capture=before.capture if before else Capture("adapter", {}),
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
-        program=__version__,
+        files={},
     )

@@ -12,6 +12,7 @@ from portllm.files.input_file import read_input
 from portllm.files.json_text import parse_json
 from portllm.files.kept_results import Record
 from portllm.files.own_files import open_locked, require_real, write_text
+from portllm.files.typed import decode
 from portllm.progress import Progress, silent
 from portllm.running.model import Device
 from portllm.study.definition.estimate import Estimated, estimate
@@ -184,13 +185,9 @@ def default_folder(file: Path) -> Path:
 def study_identities(out: Path) -> Identities:
     """What the results in a folder came from, as its last run noted it; of nothing where none did."""
     try:
-        values = parse_json(read_input(out / IDENTITIES))
+        return decode(Identities, parse_json(read_input(out / IDENTITIES)))
     except (OSError, ValueError):
-        values = None
-    match values:
-        case {"base": str(base), "data": dict(data)}:
-            return Identities(base, data)
-    return Identities("", {})  # nothing has been run, or nobody knows with what: no record is of these
+        return Identities("", {})  # nothing has been run, or nobody knows with what: no record is of these
 
 
 def _write(file: Path, values: object) -> None:

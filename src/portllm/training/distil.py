@@ -8,11 +8,11 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError
 from portllm.files.input_file import local_file, unchanged
 from portllm.files.output_folder import check_apart
+from portllm.files.record import encode
 from portllm.matching.compatibility import misfits, strangers
 from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
-from portllm.patch.record import identity_to_json
 from portllm.progress import Progress, silent
 from portllm.running.examples import digested, read_texts
 from portllm.running.folder import model_folder
@@ -95,7 +95,7 @@ def distil(
         **_answers_in(teacher.patch),
         "data": digest,
         "teacher": {
-            "base": identity_to_json(identify(teacher.base)),
+            "base": encode(identify(teacher.base)),
             "patch": origin_of(teacher.patch),
             "max_new_tokens": teacher.max_new_tokens,
         },

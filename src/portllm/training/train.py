@@ -11,11 +11,11 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.input_file import local_file, unchanged
 from portllm.files.output_folder import check_apart, check_free
+from portllm.files.record import encode
 from portllm.matching.compatibility import misfits, strangers
 from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
 from portllm.patch.low_rank import is_plain
 from portllm.patch.patch import Patch
-from portllm.patch.record import record_to_json
 from portllm.progress import Progress, silent
 from portllm.running.examples import Example, ExampleFormat, digested, read_examples
 from portllm.running.folder import model_folder
@@ -174,7 +174,7 @@ def unfit_start(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]
 
 def origin_of(patch: Patch[TensorInfo]) -> dict[str, object]:
     """What a record says of another patch: its name, its tensors, and where it comes from and was ported to."""
-    record = {} if patch.record is None else record_to_json(patch.record)
+    record = {} if patch.record is None else encode(patch.record)
     known: dict[str, object] = {name: record[name] for name in ("base", "capture", "ports") if name in record}
     return {"name": patch.name, "tensors": dict(sorted(digest_tensors(patch).items())), **known}
 
