@@ -10,8 +10,9 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from portllm.errors import InputChangedError
 from portllm.files.source import FileState, LocalFile, Source
@@ -26,8 +27,7 @@ def open_input(path: str | Path) -> BinaryIO:
     Raises:
         OSError: It is none, or cannot be opened; also for what can be no name.
     """
-    # Without a buffer of its own where it is read whole, which a buffered reader does, too.
-    return cast(BinaryIO, open(path, "rb", opener=lambda name, _: open_descriptor(name)))
+    return os.fdopen(open_descriptor(path), "rb")
 
 
 def open_descriptor(path: str | Path) -> int:
@@ -100,6 +100,22 @@ def require_unchanged(files: Iterable[Source]) -> None:
     for file in sorted(local):
         if file.state is not None and file.state != _state_now(file.path):
             raise _changed(file)
+
+
+def require_in_place(files: Iterable[Source]) -> None:
+    """See to it that files which this program writes to are still those that were opened, as large as they were.
+
+    Raises:
+        InputChangedError: One was replaced, cut or removed.
+    """
+    for file in files:
+        if isinstance(file, LocalFile) and file.state is not None:
+            now = _state_now(file.path)
+            if now is None or astuple(now)[:3] != astuple(file.state)[:3]:
+                raise InputChangedError(
+                    f"'{file}': was replaced, cut or removed while it was written to, and is left as it is. Bring the "
+                    "file back, then run again."
+                )
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from portllm.checkpoint.model.unfinished import UNFINISHED_FILE
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.writer import ShardWriter, lay_out
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import CheckpointError, InputChangedError, OutputBusyError, OutputError, Refusal, refuse
-from portllm.files.input_file import local_file, require_unchanged
+from portllm.errors import CheckpointError, OutputBusyError, OutputError, Refusal, refuse
+from portllm.files.input_file import require_in_place, require_unchanged
 from portllm.files.json_file import read_json
 from portllm.files.output_folder import staged_folder
 from portllm.files.own_files import Held, is_own_file, open_own, remove_file, write_within
@@ -158,12 +158,12 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
             )
         try:
             facts = _overwrite(held, plan, undo, how, progress)
-            _require_in_place(plan)
+            require_in_place(plan.merge.into.files)
             require_unchanged(files_of(plan.merge.patch))
             report = _report(plan, undo, how, facts)
             write_within(held, MANIFEST_FILE, render_manifest(report, program=__version__))
         except BaseException:
-            _require_in_place(plan)  # old bytes in a file that somebody else put there would be a mixture
+            require_in_place(plan.merge.into.files)  # or old bytes would go into somebody else's file
             _restore(held, plan.folder, undo, progress)
             raise
         unmark(held)
@@ -371,22 +371,6 @@ def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
         write_within(held, MANIFEST_FILE, undo.manifest)
     forget(held)
     unmark(held)
-
-
-def _require_in_place(plan: InPlacePlan) -> None:
-    """Raise InputChangedError if a file that is being overwritten is not the one that was planned for."""
-    for file in plan.merge.into.files:
-        if isinstance(file, LocalFile) and file.path.parent == plan.folder and file.state is not None:
-            now = local_file(file.path).state if os.path.lexists(file.path) else None
-            if now is None or (now.device, now.inode, now.size) != (
-                file.state.device,
-                file.state.inode,
-                file.state.size,
-            ):
-                raise InputChangedError(
-                    f"'{file}': was replaced, cut or removed while the patch was merged into it. The old bytes are "
-                    f"kept in '{plan.folder / UNDO_FOLDER}'. Bring the file back, then run again."
-                )
 
 
 def _written_beside(info: TensorInfo) -> TensorInfo:
