@@ -7,20 +7,20 @@ import pytest
 from portllm.checkpoint.gguf.file import open_gguf
 from portllm.checkpoint.safetensors import header
 from portllm.checkpoint.safetensors.header_file import read_header
-from portllm.errors import CheckpointError, DataError, HeaderError, InputChangedError
-from portllm.files import input_file, json_text
+from portllm.errors import CheckpointError, DataError, FleetFileError, HeaderError, InputChangedError
+from portllm.files import json_text, toml_file
 from portllm.files.input_file import (
     local_file,
     open_descriptor,
     open_unchanged,
     read_input,
-    read_toml,
     require_unchanged,
     unchanged,
 )
 from portllm.files.json_file import MAX_CONFIG_BYTES, read_config
 from portllm.files.json_text import parse_json
 from portllm.files.source import LocalFile, RemoteFile
+from portllm.files.toml_file import read_toml
 from portllm.running import examples
 from portllm.running.examples import read_texts
 from tests.odd_places import device, loop
@@ -104,10 +104,10 @@ def test_files_of_the_hub_and_of_the_program_itself_are_not_watched(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"a = " + b"[" * 20_000 + b"]" * 20_000, b"a." * 20_000 + b"a = 1", b"\xff", b"a ="])
-def test_toml_that_cannot_be_understood_is_a_value_error(text, file):
+def test_toml_that_cannot_be_understood_is_told(text, file):
     file.write_bytes(text)
-    with pytest.raises(ValueError):  # noqa: PT011 (of TOML, of UTF-8, or ours)
-        read_toml(file)
+    with pytest.raises(FleetFileError, match="is not TOML"):
+        read_toml(file, kind="fleet", error=FleetFileError)
 
 
 def test_more_values_than_any_file_has_are_refused_before_they_are_made(monkeypatch):
@@ -149,6 +149,6 @@ def test_a_row_longer_than_any_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_toml_file_larger_than_any_is_not_read(file, monkeypatch):
-    monkeypatch.setattr(input_file, "MAX_TOML_BYTES", 3)
-    with pytest.raises(OSError, match="at most 3 are read"):
-        read_toml(file)
+    monkeypatch.setattr(toml_file, "MAX_TOML_BYTES", 3)
+    with pytest.raises(FleetFileError, match="at most 3 are read"):
+        read_toml(file, kind="fleet", error=FleetFileError)
