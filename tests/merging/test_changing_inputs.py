@@ -15,14 +15,15 @@ from portllm.checking import check
 from portllm.checking.check import check as check_patch
 from portllm.checkpoint.model.identity import digest
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.safetensors import writer
 from portllm.combining.combine import combine
 from portllm.errors import InputChangedError
 from portllm.evaluating import evaluate
+from portllm.files import output_folder
 from portllm.files.input_file import require_unchanged
 from portllm.merging import in_place
 from portllm.merging.in_place import merge_in_place, undo_merge
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
 from tests.safetensors_files import contents
@@ -101,7 +102,7 @@ WRITERS = {
         {"patch": PATCH},
     ),
     "merge": (
-        lambda room, out: merge(load_patch(room.patch), into=open_checkpoint(room.base), out=out, shard_bytes=3000),
+        lambda room, out: merge(room.patch, into=room.base, out=out, options=MergeOptions(shard_bytes=3000)),
         {"patch": PATCH, "base": MODEL},
     ),
 }  # fmt: skip
@@ -124,7 +125,7 @@ def when(monkeypatch):
             return call
 
         name = {"begun": "begin", "written": "require_unchanged"}[moment]
-        monkeypatch.setattr(writer, name, changed(getattr(writer, name)))
+        monkeypatch.setattr(output_folder, name, changed(getattr(output_folder, name)))
 
     return arrange
 

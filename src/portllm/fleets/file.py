@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from msgspec import UNSET, Meta, UnsetType
 
 from portllm.errors import FleetFileError, UnknownMethodError
-from portllm.files.record import Recorded, one_of
+from portllm.files.record import END, Recorded, one_of
 from portllm.files.toml_file import read_toml, told
 from portllm.files.typed import EACH_ONCE, problems
 from portllm.methods.table import method_named
@@ -19,7 +19,9 @@ Step: TypeAlias = Literal["check", "port", "merge"]
 STEPS: tuple[Step, ...] = ("check", "port", "merge")
 """What can be done for a patch and an evolved model, in the order in which it is done."""
 
-Place: TypeAlias = Annotated[str, Meta(min_length=1, description="a text that is not empty")]
+Place: TypeAlias = Annotated[
+    str, Meta(pattern=rf"^[^\x00]+{END}", description="a text that is not empty and has no NUL")
+]
 Places: TypeAlias = Annotated[tuple[Place, ...], EACH_ONCE]
 
 
