@@ -41,17 +41,17 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
         (
             '["v2"]',
             '"v2"',
-            "line 2, evolved: is 'v2'; expected a list, each a text that is not empty and has no NUL; one or more, each once.",
+            "line 2, evolved: is 'v2'; expected a list, each a text that is not empty and has no NUL",
         ),
         (
             '["v2"]',
             "[]",
-            "line 2, evolved: is the list []; expected a list, each a text that is not empty and has no NUL; one or more",
+            "line 2, evolved: is the list []; expected a list, each a text that is not empty and has no NUL",
         ),
         (
             '["v2"]',
             '["v2", "v2"]',
-            "line 2, evolved: is the list ['v2', 'v2']; expected a list, each a text that is not empty and has no NUL; one or",
+            "line 2, evolved: is the list ['v2', 'v2']; expected a list, each a text that is not empty and has no NUL",
         ),
         ('["a"]', "[3]", "line 1, patches: is the list [3]; expected a list, each a text"),
         (
@@ -71,7 +71,11 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
             "[merge]\nmax_shard_size = 0",
             "line 7, merge.max_shard_size: is 0; expected a number, 0.001 or more.",
         ),
-        ('"out"', "2020-01-01\n", "line 4, output: is datetime.date(2020, 1, 1); expected a text that is not empty and has no NUL."),
+        (
+            '"out"',
+            "2020-01-01\n",
+            "line 4, output: is datetime.date(2020, 1, 1); expected a text that is not empty and has no NUL.",
+        ),
         ("[merge]", "[merge", "is not TOML: Expected ']' at the end of a table declaration (at line 6"),
     ],
 )
