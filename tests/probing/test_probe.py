@@ -418,7 +418,7 @@ def test_rows_are_asked_as_the_patch_was_trained_unless_told(story, tmp_path):
         ('{"q": "  "}', "the prompt is blank"),
         ('{"q": "a", "q": "b"}', "stands twice"),
         (b'{"q": "\xff"}', "is not UTF-8"),
-        ('{"q": NaN}', "is not a number"),
+        ('{"q": NaN}', "is no row: NaN is not JSON"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_by_its_line(line, problem, tmp_path):
