@@ -73,7 +73,9 @@ def test_anything_but_a_plain_name_between_braces_is_refused(text):
 
 def test_half_of_a_surrogate_pair_in_a_row_is_told_with_its_line_and_a_whole_one_is_read(write):
     path = write(r'{"question": "\ud83d\ude00", "type": "a"}' + "\n" + r'{"question": "\ud800", "type": "a"}')
-    with pytest.raises(DataError, match=r"rows\.jsonl': 1 of 2 rows[^\0]*line 2: is no row: it holds half of a surrogate pair"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl': 1 of 2 rows[^\0]*line 2: is no row: it holds half of a surrogate pair"
+    ):
         read_examples(path, FORMAT)
 
 
