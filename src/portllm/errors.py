@@ -192,7 +192,7 @@ class PlanRefusedError(PortLLMError):
         lines = [str(refusal) for refusal in self.refusals[: self.SHOWN]]
         rest = len(self.refusals) - self.SHOWN
         if rest > 0:
-            lines.append(f"and {rest} more of the same run; --json lists them all.")
+            lines.append(f"and {rest} more; --json lists them all.")
         super().__init__("\n".join(lines))
 
 

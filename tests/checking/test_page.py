@@ -107,15 +107,15 @@ def test_a_patch_that_cannot_be_ported_has_its_reasons_and_no_picture_of_itself(
     assert any(text.startswith("cannot be ported") for text in page.texts)
     assert "the delta is (out=20, in=12)" in page.text
     assert "Where the patch sits, in numbers" not in page.tables
-    assert "Of another shape: 6" in page.text
+    assert "With a different shape: 6" in page.text
 
 
 def test_what_the_configuration_changed_stands_in_a_table(checked):
     report = checked()
     change = ConfigChange("rope theta", 1e4, None, Effect.POSITION)
     page = Page(check_page(replace(report, update=replace(report.update, config_changes=(change,)))))
-    row = page.tables["What config.json says otherwise"][1]
-    assert row == ["rope theta", "10000.0", "not said", "attention sees positions otherwise"]
+    row = page.tables["Changes in config.json"][1]
+    assert row == ["rope theta", "10000.0", "not said", "attention encodes positions differently"]
 
 
 def test_an_infinite_drift_does_not_spoil_the_picture(checked):

@@ -13,7 +13,7 @@ CELLS = cells_of(
     [PatchEntry(name, f"/{name}", name, 1) for name in "abc"], [MODEL], Work(None, ("port",), {}, "s3://o")
 )
 DONE = {"status": "done", "seconds": 0.1}
-REFUSED = {"status": "refused", "reason": "does not fit", "seconds": 0.1}
+REFUSED = {"status": "refused", "reason": "incompatible", "seconds": 0.1}
 PASSING = {"status": "failed", "reason": "network", "can_pass": True, "seconds": 0.1}
 FAILED = {"status": "failed", "reason": "a bug", "seconds": 0.1}
 

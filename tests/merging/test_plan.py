@@ -137,7 +137,7 @@ def test_a_weight_that_is_no_matrix_takes_no_delta(shape, said, sparse):
     patch, into = sparse({"norm": (3, 4)}, {"norm.weight": ("F32", shape)})
     (refusal,) = plan_merge(patch, into=into).refusals
     assert refusal.where == "norm"
-    assert f"the delta is (out=3, in=4), its weight in {into.name} is {said}." in refusal.reason
+    assert f"the delta is (out=3, in=4), but its weight in {into.name} is {said}." in refusal.reason
 
 
 def test_a_module_under_another_prefix_gets_a_hint(sparse):

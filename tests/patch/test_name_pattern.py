@@ -75,10 +75,10 @@ def test_the_patterns_of_training_programs_are_matched_and_may_go_to_peft(text):
 @pytest.mark.parametrize(
     ("text", "why"),
     {
-        "(": "not a regular expression",
-        "[": "not a regular expression",
-        "(" * 5000: "not a regular expression",
-        "a{99999999999}": "not a regular expression",
+        "(": "not a valid regular expression",
+        "[": "not a valid regular expression",
+        "(" * 5000: "not a valid regular expression",
+        "a{99999999999}": "not a valid regular expression",
         "a" * 100_001: "100001 characters",
         r"(a+)+\1": "could take long",
         "(a+)+(?>b)": "could take long",

@@ -67,11 +67,11 @@ def test_a_record_from_before_revisions_were_kept_is_one_without():
 def test_values_without_a_field_are_no_record(field):
     value = record_to_json(RECORD)
     del value[field]
-    with pytest.raises(ValueError, match=r"do not fit the schema of patch\.json"):
+    with pytest.raises(ValueError, match=r"do not match the schema of patch\.json"):
         record_from_json(value)
 
 
 @pytest.mark.parametrize("identity", [None, {}, {"name": "x", "fingerprint": 1, "digest": None}])
 def test_values_without_an_identity_are_no_record(identity):
-    with pytest.raises(ValueError, match="do not fit the schema of a model's identity"):
+    with pytest.raises(ValueError, match="do not match the schema of a model's identity"):
         record_from_json({**record_to_json(RECORD), "base": identity})

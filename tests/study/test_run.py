@@ -203,7 +203,7 @@ def test_a_report_is_made_of_what_is_done(again):
 
 
 def test_data_that_is_not_there_is_told_before_any_step(again):
-    with pytest.raises(DataError, match="rows.jsonl': is not there. Name the folder that holds it with --data"):
+    with pytest.raises(DataError, match="rows.jsonl': does not exist. Name the folder that holds it with --data"):
         run_study(again / "small.toml", out=again / "new", device="cpu")
     assert not (again / "new" / "steps").exists()
 
@@ -217,6 +217,6 @@ def test_a_folder_of_something_else_is_left_alone(again):
     other = again / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="is no study's folder"):
+    with pytest.raises(OutputExistsError, match="is not a study's folder"):
         run_study(again / "small.toml", out=other, data=again, device="cpu")
     assert [file.name for file in other.iterdir()] == ["notes.txt"]

@@ -36,16 +36,16 @@ def plan_capture(
         refusals.append(
             Refusal(
                 "--adapter",
-                f"{adapter.name} is a patch already: its patch.json names {adapter.record.base.name} as its base. Use "
-                "it as it is; 'portllm port' carries it to another base.",
+                f"'{adapter.name}' is already a patch: its patch.json names {adapter.record.base.name} as its "
+                "base. Use it as it is, or port it to another base with 'portllm port'.",
             )
         )
     if fitted_to is not None and base.quantization is not None:
         refusals.append(
             Refusal(
                 "--fitted-to",
-                f"{base.name} is quantized already ({base.quantization}), and the patch says so. Leave the option out, "
-                "or name the 16-bit model that was quantized when the adapter was trained.",
+                f"{base.name} is already quantized ({base.quantization}), and the patch records it. Omit the "
+                "option, or pass the 16-bit model that was quantized when the adapter was trained.",
             )
         )
     return tuple(sorted(refusals))

@@ -83,7 +83,7 @@ def capture(
         NonFiniteError: A tensor holds an infinity or NaN.
     """
     if (adapter is None) == (tuned is None):
-        raise PortLLMError("capture: give an adapter, or the tuned model, and not both.")
+        raise PortLLMError("capture: pass either an adapter or the tuned model, not both.")
     alone = (
         {"rank": rank, "max_rank": max_rank, "dense": dense}
         if tuned is None
@@ -91,7 +91,7 @@ def capture(
     )
     if stray := [name for name, value in alone.items() if value is not None]:
         other = "an adapter" if tuned is None else "a tuned model"
-        raise PortLLMError(f"capture: {stray[0]} does not go with {other}. Leave it out.")
+        raise PortLLMError(f"capture: {stray[0]} cannot be used with {other}. Omit it.")
     before, out = open_checkpoint(base, progress=progress), Path(out)
     if adapter is not None:
         return capture_adapter(

@@ -231,7 +231,7 @@ def _same(base: Tensor, tuned: Tensor) -> bool:
 def not_finite(name: str) -> NonFiniteError:
     """What is said of a weight that holds something else than numbers."""
     return NonFiniteError(
-        f"'{name}': the base or the tuned model holds an infinity or NaN. Look for a training run that diverged."
+        f"'{name}': the base or the tuned model contains an infinity or NaN. The training run may have diverged."
     )
 
 

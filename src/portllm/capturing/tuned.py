@@ -31,9 +31,9 @@ from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.workers.one_thread import one_thread_each
 
-BELOW_NOISE = "its change is not above the rounding noise of the two files"
-DROPPED = "it is no linear weight, and --dense drop leaves those out"
-NOISE = "edge of the rounding of both files, step^2/12 an element"
+BELOW_NOISE = "its change does not exceed the rounding noise of the two files"
+DROPPED = "it is not a linear weight, and --dense drop leaves those out"
+NOISE = "upper edge of the rounding noise of both files, step^2/12 per element"
 
 MEMORY_BYTES = 1 << 31
 """What the dense differences that are in memory at once may take together; one of them may be larger."""
@@ -271,12 +271,14 @@ def _report(
 
 def _nothing(plan: TunedPlan, found: _Found) -> Refusal:
     if not found.left_out and not found.values:
-        return Refusal("--tuned", f"{plan.tuned.name} and {plan.base.name} have the same values: there is no patch.")
+        return Refusal(
+            "--tuned", f"{plan.tuned.name} and {plan.base.name} have identical values: there is nothing to capture."
+        )
     return Refusal(
         "--tuned",
-        f"{len(found.left_out) + len(found.values)} tensors differ from {plan.base.name}, but no linear weight by more "
-        "than the rounding noise of the two files, and PEFT loads no adapter without a delta. --rank 1 takes the "
-        "largest direction of each, noise or not.",
+        f"{len(found.left_out) + len(found.values)} tensors differ from {plan.base.name}, but no linear weight by "
+        "more than the rounding noise of the two files, and PEFT cannot load an adapter without a delta. --rank "
+        "1 keeps the largest direction of each weight, noise or not.",
     )
 
 

@@ -242,7 +242,7 @@ def certificate_from_json(values: Mapping[str, Any], *, where: str) -> Certifica
         _check_count(values["k"], values["differing"])
     except (fastjsonschema.JsonSchemaValueException, ValueError) as error:
         raise CertificateError(
-            f"'{where}': {error}. It was written by another version or changed by hand; certify again."
+            f"'{where}': {error}. It was written by another version or edited by hand; certify again."
         ) from error
     answers, differing, labels, tokens = (values[key] for key in ("answers", "differing", "labels", "tokens"))
     return Certificate(
@@ -273,7 +273,7 @@ def read_certificate(folder: str | Path) -> Certificate:
     certificate = certificate_from_json(values, where=str(file))
     problems = [problem for problem in (seal_problem(values), *arithmetic_problems(certificate)) if problem]
     if problems:
-        raise CertificateError(f"'{file}': {'; '.join(problems)}. Fetch it again, or certify again.")
+        raise CertificateError(f"'{file}': {'; '.join(problems)}. Download it again, or certify again.")
     return certificate
 
 
@@ -287,13 +287,13 @@ def arithmetic_problems(certificate: Certificate) -> Iterator[str]:
     """What in a certificate does not follow from what it counts; nothing where all of it does."""
     n, rows, sample = certificate.n, certificate.inputs.rows, certificate.inputs.sample
     if n != (rows if sample is None else sample) or n > rows:
-        yield f"{n} inputs of {rows} rows were asked, which is not what it says was drawn"
+        yield f"{n} inputs of {rows} rows were evaluated, which does not match the sample it records"
         return
     if (certificate.answers.kind == "free") != (certificate.differing is None):
-        yield f"answers of kind '{certificate.answers.kind}' do not go with the counts"
+        yield f"the counts do not match answers of kind '{certificate.answers.kind}'"
         return
     if certificate.tokens is not None and not _fits_tokens(certificate.tokens, n):
-        yield "more tokens or inputs are alike than there are"
+        yield "more tokens or inputs agree than there are"
     if certificate.differing is None:
         if certificate.bound is not None or certificate.labels is not None or certificate.tokens is None:
             yield "a bound is claimed for free text"
@@ -308,7 +308,7 @@ def _bound_problems(certificate: Certificate, differing: tuple[int, ...]) -> Ite
         or len(differing) > n
         or max(differing, default=0) > certificate.inputs.rows
     ):
-        yield "the rows that differ are not rows of the file, each once"
+        yield "the differing rows are not distinct rows of the file"
         return
     if certificate.bound is None or not _same(certificate.bound, upper_bound(len(differing), n, confidence=confidence)):
         yield f"the bound does not follow from {len(differing)} of {n} answers that differ"
@@ -316,11 +316,11 @@ def _bound_problems(certificate: Certificate, differing: tuple[int, ...]) -> Ite
         return
     negative, positive, right = labels.negative_flips, labels.positive_flips, labels.specialist_right
     if negative + positive > len(differing) or negative > right or right + positive > n:
-        yield "the flips do not go with the answers that differ"
+        yield "the flips do not match the differing answers"
         return
     counted = count_labels(negative, positive, right, n, confidence=confidence)
     if not all(map(_same, asdict(labels).values(), asdict(counted).values())):
-        yield "what is said of right answers does not follow from the flips"
+        yield "the counts of correct answers do not follow from the flips"
 
 
 def _check_count(k: object, differing: Sequence[object] | None) -> None:

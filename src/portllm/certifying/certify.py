@@ -171,9 +171,7 @@ def plan_certify(
     """What `certify` would do, every reason not to checked; arguments and errors as there."""
     settings = settings or CertifySettings()
     if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
-        raise PortLLMError(
-            "the ported model: give the evolved model and the ported patch, or a merged model in place of both."
-        )
+        raise PortLLMError("the ported model: pass either the evolved model and the ported patch, or a merged model.")
     successor = merged if evolved is None else evolved
     if successor is None:
         raise AssertionError("one of the two is given")
@@ -185,7 +183,7 @@ def plan_certify(
         refusals += unfit("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
     refusals += _too_few(len(asked.rows), settings)
     if settings.kind == "free" and not has_same_tokenizer(base, successor):
-        reason = "the two models have other tokenizers, so their tokens cannot be compared. Use --answers exact."
+        reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
     refusals += _trained_on(asked.inputs.digest, patch, ported)
     if refusals:
@@ -258,8 +256,8 @@ def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:
     least = least_inputs(0, settings.wanted, confidence=settings.confidence)
     yield Refusal(
         "--bound",
-        f"{settings.wanted} cannot be met with {n} inputs, even if all are answered alike: that takes {least}. Give "
-        "more inputs, or ask for less.",
+        f"{settings.wanted} cannot be met with {n} inputs, even if all answers agree: it takes {least}. Provide "
+        "more inputs, or a weaker bound.",
     )
 
 
@@ -268,8 +266,8 @@ def _trained_on(digest: str, *patches: Patch[TensorInfo] | None) -> Iterator[Ref
         if patch is not None and patch.record is not None and patch.record.capture.settings.get("data") == digest:
             yield Refusal(
                 "--data",
-                f"is the file that {patch.name} was trained on. The models know these rows, and the bound would say "
-                "nothing about others. Give inputs that were not trained on.",
+                f"is the file that {patch.name} was trained on. The bound would say nothing about other inputs. "
+                "Provide inputs that were not used for training.",
             )
             return
 

@@ -52,13 +52,13 @@ class CertifySettings:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.confidence <= MOST_CONFIDENCE:
-            raise PortLLMError(f"the confidence is {self.confidence}; it must lie between 0 and {MOST_CONFIDENCE}.")
+            raise PortLLMError(f"the confidence is {self.confidence}; it must be between 0 and {MOST_CONFIDENCE}.")
         if self.wanted is not None and not 0.0 < self.wanted < 1.0:
-            raise PortLLMError(f"the bound is {self.wanted}; it must lie between 0 and 1, such as 0.02 for 2 %.")
+            raise PortLLMError(f"the bound is {self.wanted}; it must be between 0 and 1, such as 0.02 for 2 %.")
         if self.kind == "free" and self.wanted is not None:
             raise PortLLMError(
-                "a bound on free text: no score follows from tokens that agree. Leave the bound out, or compare whole "
-                "answers ('exact')."
+                "a bound is not available for free text: token agreement implies no score. Omit the bound, or "
+                "compare whole answers ('exact')."
             )
 
 
@@ -97,7 +97,9 @@ def read_asked(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) 
     prompt, completion = _format(patch, settings)
     prompts, completions = read_prompts(data, prompt, completion=completion)
     if settings.sample is not None and settings.sample > len(prompts):
-        raise DataError(f"'{data}': has {len(prompts)} rows; {settings.sample} cannot be drawn. Draw fewer.")
+        raise DataError(
+            f"'{data}': has {len(prompts)} rows, fewer than the sample of {settings.sample}. Use a smaller sample."
+        )
     rows = draw_rows(len(prompts), settings.sample, seed=settings.seed)
     texts = tuple(prompts[row - 1] for row in rows)
     questions = Questions(
@@ -147,7 +149,7 @@ def _format(patch: Patch[TensorInfo], settings: CertifySettings) -> tuple[str, s
     )
     if prompt is None:
         raise DataError(
-            f"'{patch.name}': does not say how its prompts were made, as it was not trained with 'portllm train'. "
+            f"'{patch.name}': has no recorded prompt template, since it was not trained with 'portllm train'. "
             "Pass --prompt."
         )
     return prompt, None if settings.kind == "free" else completion
@@ -160,6 +162,7 @@ def _choices(data: Path, completions: list[str] | None, settings: CertifySetting
     if settings.choices and strangers:
         shown = ", ".join(map(repr, strangers[:10]))
         raise DataError(
-            f"'{data}': {len(strangers)} completions are not among the choices: {shown}. Add them, or correct the rows."
+            f"'{data}': {len(strangers)} completions are not among the choices: {shown}. Add them to the choices, "
+            "or correct the rows."
         )
     return settings.choices or tuple(right)

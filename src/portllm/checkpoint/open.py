@@ -57,10 +57,10 @@ def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpo
 
         return open_remote(name)
     could_be = len(name) <= MAX_NAME_LENGTH and HUB_ID.fullmatch(name)
-    hint = f" For the model of the Hugging Face Hub, write {name}@main." if could_be else ""
+    hint = f" For the model on the Hugging Face Hub, write {name}@main." if could_be else ""
     raise NotFoundError(
-        f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Give a folder, a .safetensors or .gguf file, a model of "
-        f"the Hugging Face Hub (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
+        f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Pass a folder, a .safetensors or .gguf file, a "
+        f"Hugging Face Hub id (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
     )
 
 
@@ -100,6 +100,6 @@ def _open_file(path: Path, *, name: str) -> Checkpoint:
             "first."
         )
     if _SHARD_NAME.search(path.name):
-        raise CheckpointError(f"'{name}': is one shard of a model. Give the folder that holds all of them.")
+        raise CheckpointError(f"'{name}': is one shard of a model. Pass the folder that contains all shards.")
     header = read_header(path)
     return Checkpoint(name, None, tensors_of(header.tensors), {}, header.metadata)

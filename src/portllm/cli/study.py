@@ -48,7 +48,7 @@ def run(
     The same command resumes an interrupted run. A step is run again if anything its result depends on has changed.
     """
     if workers is not None and ray is None:
-        raise typer.BadParameter("--workers needs --ray.")
+        raise typer.BadParameter("--workers requires --ray.")
     from portllm.cli.progress import shown_progress
     from portllm.study.results.markdown import render_page
     from portllm.study.run import run_study, study_status

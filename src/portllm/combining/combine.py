@@ -127,23 +127,23 @@ def plan_combine(
     """
     given = tuple(weights) if weights is not None else (1.0,) * len(patches)
     if len(given) != len(patches):
-        raise ValueError(f"{len(given)} weights for {len(patches)} patches: give one for each.")
+        raise ValueError(f"{len(given)} weights for {len(patches)} patches: pass one weight per patch.")
     if not all(map(math.isfinite, given)):
         raise ValueError(f"weights {given}: each must be a finite number.")
     refusals = [refusal for patch in patches for refusal in _unfit(patch, patches[0])]
     if len(patches) < 2:
-        refusals.append(Refusal("patches", f"{len(patches)} given; combining takes two or more."))
+        refusals.append(Refusal("patches", f"{len(patches)} given; expected two or more."))
     modules: dict[str, tuple[int, ...]] = {}
     for module in sorted({module for patch in patches for module in patch.deltas}):
         shapes = {patch.name: patch.deltas[module].shape for patch in patches if module in patch.deltas}
         if len(set(shapes.values())) > 1:
             said = ", ".join(f"(out={out}, in={width}) in {name}" for name, (out, width) in shapes.items())
-            refusals.append(Refusal(module, f"the deltas are {said}. Only deltas of one shape can be combined."))
+            refusals.append(Refusal(module, f"the deltas are {said}. Only deltas of the same shape can be combined."))
         numbers = tuple(n for n, patch in enumerate(patches) if module in patch.deltas and given[n])
         if numbers:
             modules[module] = numbers
     if not modules:
-        refusals.append(Refusal("--weights", "all are zero: nothing is left to write."))
+        refusals.append(Refusal("--weights", "all weights are zero, so the result would be empty."))
     return CombinePlan(tuple(patches), given, how, modules, tuple(sorted(refusals)))
 
 
@@ -241,7 +241,7 @@ def _combined(
 
 def _weights_of(record: PatchRecord) -> str:
     fitted = record.capture.fitted_to
-    return "the base as it is" if fitted is None else f"the base quantized to {fitted.scheme}"
+    return "the base itself" if fitted is None else f"the base quantized to {fitted.scheme}"
 
 
 def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
@@ -250,8 +250,8 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
         return [
             Refusal(
                 patch.name,
-                "has no patch.json, so the base it belongs to is not known. Write it down once: portllm capture "
-                f"--adapter {patch.name} --base BASE -o PATCH.",
+                "has no patch.json, so its base is unknown. Record it once: portllm capture --adapter "
+                f"{patch.name} --base BASE -o PATCH.",
             )
         ]
     refusals = []
@@ -260,7 +260,7 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
             Refusal(
                 patch.name,
                 f"belongs to {patch.record.base.name} ({patch.record.base.fingerprint}), {first.name} to "
-                f"{first.record.base.name} ({first.record.base.fingerprint}). Carry it over first: portllm port "
+                f"{first.record.base.name} ({first.record.base.fingerprint}). Port it first: portllm port "
                 f"{patch.name} --evolved {first.record.base.name} -o PATCH.",
             )
         )
@@ -268,8 +268,8 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
         refusals.append(
             Refusal(
                 patch.name,
-                f"was fitted to {_weights_of(patch.record)}, {first.name} to {_weights_of(first.record)}: nothing "
-                "could say what their sum was fitted to.",
+                f"was trained on {_weights_of(patch.record)}, but {first.name} on {_weights_of(first.record)}: "
+                "their sum would match neither.",
             )
         )
     used = [field for field in NOT_ADDITIVE if patch.config.fields.get(field)]
@@ -279,12 +279,12 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
         refusals.append(
             Refusal(
                 patch.name,
-                f"holds more than low-rank deltas ({', '.join(used) or 'whole values'}), and only those add up. "
-                "Capture it from checkpoints with --dense drop, or train it without these.",
+                f"contains more than low-rank deltas ({', '.join(used) or 'tensors stored in full'}), and only "
+                "those can be added. Capture it from checkpoints with --dense drop, or train it without these.",
             )
         )
     if bool(patch.config.fields.get("fan_in_fan_out")) != bool(first.config.fields.get("fan_in_fan_out")):
-        refusals.append(Refusal(patch.name, f"its fan_in_fan_out is not that of {first.name}."))
+        refusals.append(Refusal(patch.name, f"its fan_in_fan_out differs from that of {first.name}."))
     return refusals
 
 
@@ -309,7 +309,7 @@ def _record_of(patch: Patch[TensorInfo]) -> PatchRecord:
 def _loaded(delta: LowRankDelta[TensorInfo], module: str) -> LowRankDelta[Tensor]:
     a, b = load(delta.a), load(delta.b)
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise NonFiniteError(f"'{module}': a patch holds an infinity or NaN. Look for a training run that diverged.")
+        raise NonFiniteError(f"'{module}': a patch contains an infinity or NaN. The training run may have diverged.")
     return LowRankDelta(a=a, b=b, scale=delta.scale)
 
 

@@ -111,7 +111,7 @@ def tell(
         progress: Told of what goes on within a step.
     """
     if folder.is_dir() and os.listdir(folder) and not (folder / STEPS).is_dir():
-        raise OutputExistsError(f"'{folder}': is there already, and is no demo's folder. Name another with --output.")
+        raise OutputExistsError(f"'{folder}': already exists and is not a demo's folder. Choose another with --output.")
     require_real(folder, STEPS)
     try:
         (folder / STEPS).mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ class Contestants:
         orphans = [name for name in ("ported", "retrained", "merged") if getattr(self, name) is not None]
         if orphans and self.evolved is None:
             raise PortLLMError(
-                f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Name it as well."
+                f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Pass it as well."
             )
 
 

@@ -110,8 +110,8 @@ class Task:
             )
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise DataError(
-                f"task: the labels are {', '.join(map(repr, self.labels))}; expected two or more, each once. "
-                "Name the labels, or judge by the written text."
+                f"task: the labels are {', '.join(map(repr, self.labels))}; expected two or more, each once. Pass "
+                "the labels, or judge by the generated text."
             )
 
     @property

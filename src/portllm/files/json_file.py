@@ -33,9 +33,9 @@ def read_json(
     try:
         value = parse_json(text, infinities=infinities)
     except ValueError as problem:
-        raise error(f"'{file}': is not valid JSON ({problem}). Fetch or write it again.") from problem
+        raise error(f"'{file}': is not valid JSON ({problem}). Download or write it again.") from problem
     if not isinstance(value, dict):
-        raise error(f"'{file}': must hold a JSON object, holds a {type(value).__name__}.")
+        raise error(f"'{file}': must contain a JSON object, not a {type(value).__name__}.")
     return value
 
 
@@ -58,14 +58,14 @@ def read_json_text(
     """
     try:
         if file.exists() and not file.is_file():
-            raise error(f"'{file}': is not a file. Fetch or write it again.")
+            raise error(f"'{file}': is not a file. Download or write it again.")
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             text = stream.read(min(size, most_bytes) + 1)  # as much room is made as is asked for
     except OSError as problem:
         raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
     if len(text) > most_bytes:
-        raise error(f"'{file}': has {size} bytes; at most {most_bytes} are read.")
+        raise error(f"'{file}': has {size} bytes; the limit is {most_bytes}.")
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise error(f"'{file}': holds more than {MAX_JSON_VALUES} values; no file of a model has so many.")
+        raise error(f"'{file}': contains more than {MAX_JSON_VALUES} values; no model file has that many.")
     return text

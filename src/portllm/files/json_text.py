@@ -35,7 +35,7 @@ def parse_json(text: bytes, *, infinities: bool = False) -> object:
         {'r': 4}
         >>> parse_json(b'{"r": 4, "r": 8}')
         Traceback (most recent call last):
-        ValueError: 'r' stands twice
+        ValueError: duplicate key 'r'
     """
     try:
         value: object = json.loads(
@@ -72,25 +72,25 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"{name!r} stands twice")
+                raise ValueError(f"duplicate key {name!r}")
             seen.add(name)
     return found
 
 
 def _no_constant(token: str) -> float:
-    raise ValueError(f"{token} is not JSON")
+    raise ValueError(f"{token} is not valid JSON")
 
 
 def _number(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"the number {text[:20]} is larger than any that is read")
+        raise ValueError(f"the number {text[:20]} exceeds the supported range")
     return value
 
 
 def _whole_number(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits is larger than any that is read")
+        raise ValueError(f"a number of {len(text)} digits exceeds the supported range")
     return int(text)
 
 

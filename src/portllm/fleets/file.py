@@ -54,9 +54,9 @@ def read_fleet_file(file: Path) -> FleetFile:
         text = file.read_text(encoding="utf-8")
         values = tomllib.loads(text)
     except OSError as error:
-        raise FleetFileError(f"'{file}': cannot be read: {error.strerror}. Name the fleet's TOML file.") from error
+        raise FleetFileError(f"'{file}': cannot be read: {error.strerror}. Pass the fleet's TOML file.") from error
     except ValueError as error:  # of TOML, which names the line, or of UTF-8
-        raise FleetFileError(f"'{file}': is not TOML: {error}.") from error
+        raise FleetFileError(f"'{file}': is not valid TOML: {error}.") from error
     problems = [f"'{file}'{_place(text, path)}: {problem}" for path, problem in problems_of(values)]
     if problems:
         raise FleetFileError("\n".join(problems))
@@ -79,7 +79,7 @@ def problems_of(values: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...],
         >>> list(problems_of(fleet))
         []
         >>> list(problems_of({**fleet, "port": {"metod": "add"}}))
-        [(('port', 'metod'), 'is no key here. Did you mean method?')]
+        [(('port', 'metod'), 'unknown key. Did you mean method?')]
     """
     checked = json.loads(json.dumps(values, default=lambda _: None))  # a copy; no key takes one of TOML's dates
     while True:
@@ -91,11 +91,11 @@ def problems_of(values: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...],
             if error.rule == "additionalProperties":
                 known = error.definition["properties"]
                 for key in sorted(set(error.value) - set(known)):
-                    yield (*path, key), f"is no key here. {meant(key, known)}"
+                    yield (*path, key), f"unknown key. {meant(key, known)}"
                     del error.value[key]
             elif error.rule == "required":
                 for key in sorted(set(error.definition["required"]) - set(error.value)):
-                    yield (), f"{key} must be given"
+                    yield (), f"{key} is required"
                     _forget(checked, (key,))
             else:
                 yield path, error.message.partition(" ")[2]
@@ -104,7 +104,7 @@ def problems_of(values: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...],
         if step != "port" and step in checked and step not in checked["do"]:  # merging alone ports, too
             yield (step,), f"has options, but do = {json.dumps(checked['do'])} does not {step}"
     if "check" in checked["do"] and "base" not in checked:
-        yield ("do",), "check compares evolved models with their base: give base"
+        yield ("do",), "check compares evolved models with their base: base is required"
     try:
         method_named(checked.get("port", {}).get("method", "add"))
     except UnknownMethodError as error:

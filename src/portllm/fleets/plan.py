@@ -184,7 +184,9 @@ def decide(
 
 def stranger(cell: Cell, row: FleetRow | None) -> FleetRow:
     """The row of a cell whose folder holds what was not written for these inputs."""
-    found = "what is there is of other inputs or options" if row is not None else "something is there already"
+    found = (
+        "the existing output was made from other inputs or options" if row is not None else "the output already exists"
+    )
     return FleetRow(
-        cell.folder, cell.key, "refused", reason=f"{found}. Pass --overwrite to replace it, or write elsewhere."
+        cell.folder, cell.key, "refused", reason=f"{found}. Pass --overwrite to replace it, or choose another path."
     )

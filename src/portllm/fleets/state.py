@@ -35,8 +35,8 @@ def read_state(output: str) -> dict[str, FleetRow]:
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise FleetFileError(
-        f"'{place}': is damaged, or was written by another version, so nobody knows which outputs are whole. Delete "
-        "it, and run with --overwrite."
+        f"'{place}': is corrupt or was written by another version, so it is unknown which outputs are complete. "
+        "Delete it, and run with --overwrite."
     )
 
 

@@ -102,15 +102,15 @@ def plan_port_on(
         refusals.append(
             Refusal(
                 "--base",
-                f"{patch.name} holds values that stand in the place of the base's (saved modules, biases, token rows "
-                "or DoRA magnitudes). They are carried over by what they changed: name the base with --base.",
+                f"{patch.name} contains values that replace the base's (saved modules, biases, token rows or DoRA "
+                "magnitudes). Porting them needs their difference from the base: pass the base with --base.",
             )
         )
     elif needs_weights:
         refusals.append(
             Refusal(
                 "--base",
-                f"method '{chosen.id}' reads the weights of the model that {patch.name} belongs to: name it with "
+                f"method '{chosen.id}' reads the weights of the model that {patch.name} belongs to: pass it with "
                 "--base.",
             )
         )
@@ -118,8 +118,8 @@ def plan_port_on(
         refusals.append(
             Refusal(
                 "--base",
-                f"{patch.name} changes {by_token[0]}, whose rows belong to tokens. They follow their tokens from the "
-                "base's tokenizer to the evolved model's: name the base with --base.",
+                f"{patch.name} changes {by_token[0]}, whose rows belong to tokens. They are matched by token "
+                "between the tokenizers of base and evolved model: pass the base with --base.",
             )
         )
     if source is None:
@@ -127,8 +127,8 @@ def plan_port_on(
         refusals.append(
             Refusal(
                 "--base",
-                f"{patch.name} has no patch.json, so the model it belongs to is not known. Name it with --base, or "
-                f"write it down once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
+                f"{patch.name} has no patch.json, so the model it belongs to is unknown. Pass it with --base, or "
+                f"record it once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
             )
         )
     evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}

@@ -182,7 +182,7 @@ def require_finite(sums: MergeSums, step: MergeStep, stored: Stored) -> None:
     """Raise NonFiniteError if rows of a changed weight are not all numbers, before or after."""
     if not sums.is_finite:
         raise NonFiniteError(
-            f"'{step.entry.name}': rows {stored.start} to {stored.stop} hold an infinity or NaN in the weight, in the "
-            f"patch or in what they become as {step.entry.dtype}. Look for a diverged training run, or store a wider "
-            "dtype."
+            f"'{step.entry.name}': rows {stored.start} to {stored.stop} contain an infinity or NaN in the weight, "
+            f"in the patch or after the cast to {step.entry.dtype}. Check for a diverged training run, or use a "
+            "wider dtype."
         )

@@ -102,7 +102,7 @@ def plan_in_place(
     """
     if not folder.is_dir():
         raise OutputError(
-            f"'{folder}': only a folder's own files are overwritten, not a single file, a model of the hub or a "
+            f"'{folder}': only a local folder can be merged in place, not a single file, a Hub model or a "
             "built-in one. Write to another folder with --output."
         )
     undo = _read_undo(folder)
@@ -114,19 +114,21 @@ def plan_in_place(
         refusals.append(
             Refusal(
                 str(folder),
-                "holds a merge in place that can be taken back. Take it back (portllm merge --undo FOLDER), or delete "
-                f"'{UNDO_FOLDER}' to keep it for good.",
+                "has an in-place merge that can still be undone. Undo it (portllm merge --undo FOLDER), or "
+                f"delete '{UNDO_FOLDER}' to keep it for good.",
             )
         )
     if plan.config_changes:
-        refusals.append(Refusal(str(folder), "the output has a head of its own, for which its files have no place."))
+        refusals.append(
+            Refusal(str(folder), "the output has a separate head, for which the model's files have no space.")
+        )
     found = InPlacePlan(plan, folder, undo)
     free = shutil.disk_usage(folder).free
     if undo is None and found.kept_bytes > free:
         refusals.append(
             Refusal(
                 str(folder),
-                f"{found.kept_bytes:,} bytes are overwritten and kept for the way back, the disk has {free:,} free.",
+                f"{found.kept_bytes:,} bytes must be saved for --undo, but the disk has {free:,} free.",
             )
         )
     return replace(found, merge=replace(plan, refusals=tuple(sorted(refusals))))
@@ -141,14 +143,14 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
     how = How(options.rounding, require_device(options.device), keep_cached=not is_large(plan.merge.n_bytes))
     with alone(plan.folder) as held:
         if _read_undo(plan.folder) != plan.undo:
-            raise OutputBusyError(f"'{plan.folder}': another run has written there meanwhile. Run again.")
+            raise OutputBusyError(f"'{plan.folder}': was changed by another run in the meantime. Run again.")
         taken = (*taken_copies(plan.merge.patch, plan.merge.into), *taken_tie(plan.merge.patch, plan.merge.into))
         require_equal(taken, progress=progress)
         undo = plan.undo or _keep(held, plan, _digest(plan, how), progress)
         if undo.plan != _digest(plan, how):
             raise OutputError(
-                f"'{plan.folder}': a merge of another patch, or in another way, was interrupted there. Finish that one "
-                f"with its own command, or take it back: portllm merge --undo {plan.folder}"
+                f"'{plan.folder}': a merge with another patch or other options was interrupted here. Finish it "
+                f"with its own command, or undo it: portllm merge --undo {plan.folder}"
             )
         try:
             facts = _overwrite(held, plan, undo, how, progress)
@@ -211,7 +213,7 @@ def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:
         is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)
         if undo is None:
             if not is_unfinished:
-                raise OutputError(f"'{folder}': there is no merge in place to take back.")
+                raise OutputError(f"'{folder}': there is no in-place merge to undo.")
             unmark(held)
             return 0
         original(folder, undo, name=str(folder))  # raises where the old bytes are of another model
@@ -220,8 +222,8 @@ def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:
         for name, info in undo.tensors.items():
             if digest_tensor(info) != undo.digests[name]:
                 raise CheckpointError(
-                    f"'{info.file}': the kept bytes of '{name}' are damaged, so nothing was changed. Fetch the model "
-                    "again."
+                    f"'{info.file}': the saved bytes of '{name}' are corrupt, so nothing was changed. Download "
+                    "the model again."
                 )
         _restore(held, folder, undo, progress)
     return len(undo.tensors)
@@ -233,12 +235,14 @@ def _fixed_files(folder: Path) -> list[Refusal]:
     for file in open_folder(folder, name=str(folder)).files:
         path = Path(str(file))
         if path.is_symlink() or path.stat().st_nlink > 1:
-            refusals.append(Refusal(str(path), "is a link: its bytes belong to others too. Copy the model first."))
+            refusals.append(
+                Refusal(str(path), "is a link, so its contents are shared with other files. Copy the model first.")
+            )
         elif not os.access(path, os.W_OK):
             refusals.append(Refusal(str(path), "may not be written."))
     manifest = folder / MANIFEST_FILE
     if os.path.lexists(manifest) and not (is_own_file(manifest) and is_manifest(_said(manifest))):
-        refusals.append(Refusal(str(manifest), "is not a merge's manifest, and could not be put back. Move it away."))
+        refusals.append(Refusal(str(manifest), "is not a merge manifest and could not be restored. Move it away."))
     return refusals
 
 
@@ -247,8 +251,8 @@ def _read_undo(folder: Path) -> Undo | None:
     undo = read_undo(folder)
     if undo is not None and undo.manifest is not None and not is_manifest(undo.manifest):
         raise CheckpointError(
-            f"'{folder / UNDO_FOLDER}': holds another text than a merge's manifest, which no merge in place keeps, so "
-            "nothing was changed. Fetch the model again."
+            f"'{folder / UNDO_FOLDER}': contains a file that no in-place merge writes, so nothing was changed. "
+            "Download the model again."
         )
     return undo
 
@@ -348,7 +352,9 @@ def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
             os.fsync(file)
     for name in undo.tensors:
         if digest_tensor(places[name]) != undo.digests[name]:
-            raise OutputError(f"'{folder}': '{name}' has other bytes than were written to it. Is the disk failing?")
+            raise OutputError(
+                f"'{folder}': '{name}' does not contain the bytes that were written to it. The disk may be failing."
+            )
     if undo.manifest is None:
         remove_file(held, MANIFEST_FILE)
     else:
@@ -364,8 +370,8 @@ def _require_unchanged(folder: Path) -> None:
         said = manifest_from_json(read_json(folder / MANIFEST_FILE)).output.fingerprint
     if said != fingerprint(open_folder(folder, name=str(folder))):
         raise CheckpointError(
-            f"'{folder}': its weights are not those that the merge in place left, or its '{MANIFEST_FILE}' is gone: "
-            f"they were changed since, and would become a mixture. Delete '{UNDO_FOLDER}' to keep them as they are."
+            f"'{folder}': its weights changed since the in-place merge, or its '{MANIFEST_FILE}' is missing: "
+            f"undoing it would mix two models. Delete '{UNDO_FOLDER}' to keep the weights as they are."
         )
 
 

@@ -116,7 +116,7 @@ def manifest_from_json(values: Mapping[str, object]) -> Manifest:
         ):
             return Manifest(identity_from_json(output), identity_from_json(into), files, headers)
         case _:
-            raise ValueError(f"the values are not those of {MANIFEST_FILE}")
+            raise ValueError(f"the values do not match the schema of {MANIFEST_FILE}")
 
 
 def digest_side_files(folder: Path) -> dict[str, str]:

@@ -221,7 +221,7 @@ def _require_apart(output: Output, outputs: Sequence[Output]) -> None:
     check_apart(output.out, (*output.plan.into.files, *patches))
     inner = next((other.out for other in outputs if other is not output and holds(output.out, other.out)), None)
     if inner is not None:
-        raise OutputError(f"'{output.out}': is or would hold '{inner}', another output. Write to another folder.")
+        raise OutputError(f"'{output.out}': is or would contain '{inner}', another output. Write to another folder.")
     if output.plan.into.folder is not None:
         side_files(output.plan.into.folder)  # refuses what must not be copied, before there is any work to lose
 
@@ -273,7 +273,7 @@ def _on_disk(plans: Mapping[Path, MergePlan], progress: Progress) -> Mapping[Pat
         return plans
     if fingerprint(into) != planned.identity.fingerprint:
         raise RemoteError(
-            f"'{into.folder}': is not what {into.name} is on the hub: its fingerprint differs from "
+            f"'{into.folder}': is not {into.name} as it is on the Hub: its fingerprint differs from "
             f"{planned.identity.fingerprint}. Delete it and run again."
         )
     return {
@@ -313,6 +313,6 @@ def require_bfloat16(plan: MergePlan) -> None:
     other = next((step.entry for step in plan.steps.values() if step.change and step.entry.dtype != "BF16"), None)
     if other is not None:
         raise UnsupportedDtypeError(
-            f"'{other.name}': is to be stored as {other.dtype}; stochastic rounding is for BF16. Store BF16, or round "
-            "to nearest."
+            f"'{other.name}': would be stored as {other.dtype}, but stochastic rounding only supports BF16. Use "
+            "--dtype BF16, or round to nearest."
         )

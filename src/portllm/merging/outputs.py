@@ -124,7 +124,7 @@ def not_written(out: Path, error: Failure) -> PortLLMError:
     """The error of an output that could not be written."""
     if isinstance(error, PortLLMError):
         return error
-    failure = OutputError(f"'{out}': could not be written: {error.strerror or error}. Nothing was left there.")
+    failure = OutputError(f"'{out}': could not be written: {error.strerror or error}. Nothing was left behind.")
     failure.__cause__ = error
     return failure
 

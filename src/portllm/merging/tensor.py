@@ -205,7 +205,7 @@ def require_device(device: str) -> str:
         import torch
 
         if not torch.cuda.is_available():
-            raise DeviceError(f"--device {device}: torch finds none here. Leave the option out to compute on the CPU.")
+            raise DeviceError(f"--device {device}: torch finds no such device. Omit the option to compute on the CPU.")
     return device
 
 

@@ -50,8 +50,8 @@ def _cast(step: MergeStep, cut: Cut, stored: Stored) -> Block:
     cast = values.to(TORCH_DTYPES[step.entry.dtype])
     if not cast.isfinite().all() and (values.isfinite() & ~cast.isfinite()).any():
         raise NonFiniteError(
-            f"'{step.entry.name}': rows {stored.start} to {stored.stop} hold a value that does not fit into "
-            f"{step.entry.dtype}. Store a wider dtype."
+            f"'{step.entry.name}': rows {stored.start} to {stored.stop} contain a value that overflows "
+            f"{step.entry.dtype}. Use a wider dtype."
         )
     return Block(encode(cast))
 

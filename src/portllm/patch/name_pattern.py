@@ -118,7 +118,7 @@ def compile_pattern(text: str) -> NamePattern:
         ways = _ways(parsed)
         program = None if ways <= FEW_WAYS else tuple(_written([], parsed, parsed.state.flags, looks=0))
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError("is not a regular expression") from error
+        raise ValueError("is not a valid regular expression") from error
     return NamePattern(ways, expression, program)
 
 

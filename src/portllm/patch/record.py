@@ -162,7 +162,7 @@ def record_from_json(value: Mapping[str, object]) -> PatchRecord:
                 identity_from_json(base), Capture(method, settings, _fitted_to(more)), steps, tensors, program, files
             )
         case _:
-            raise ValueError("the values do not fit the schema of patch.json")
+            raise ValueError("the values do not match the schema of patch.json")
 
 
 def _choice_to_json(choice: Choice) -> dict[str, object]:
@@ -224,4 +224,4 @@ def identity_from_json(value: object) -> ModelIdentity:
             )
             return ModelIdentity(name, fingerprint, digest, revision, quantization)
         case _:
-            raise ValueError("the values do not fit the schema of a model's identity")
+            raise ValueError("the values do not match the schema of a model's identity")

@@ -163,7 +163,7 @@ def _finite(values: Values, start: int, stop: int) -> "Tensor":
     block = values.rows(start, stop)
     if not block.isfinite().all():
         raise NonFiniteError(
-            f"'{values.name}': carried to the evolved model it holds an infinity or NaN. Look for one in the patch and "
-            "in both models, and for rows of zeros under a DoRA magnitude."
+            f"'{values.name}': contains an infinity or NaN after porting. Look for one in the patch and in both "
+            "models, and for zero rows under a DoRA magnitude."
         )
     return block

@@ -53,7 +53,7 @@ def check(
         DataError: The prompts do not fit, or there are fewer than two.
     """
     if not (isinstance(text, str | Path) or prompt is None) or (text is None and settings is not None):
-        raise PortLLMError("check: prompt goes with a file of prompts as text, and settings with text. Leave it out.")
+        raise PortLLMError("check: prompt requires text to be a file of prompts, and settings require text. Omit it.")
     opened = [load_patch(patch) for patch in patches]
     old, new = (open_checkpoint(model, progress=progress) for model in (base, evolved))
     if isinstance(text, str | Path):

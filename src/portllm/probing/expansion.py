@@ -171,8 +171,8 @@ def _unhooked(patch: Patch[TensorInfo]) -> Iterator[Refusal]:
     if not has_terms(patch):
         yield Refusal(
             patch.name,
-            "holds more than LoRA deltas of linear modules (a DoRA magnitude, experts, embeddings, saved tensors, "
-            "token rows or biases), whose inputs are no vectors that a hook sees. Use a patch of plain LoRA.",
+            "contains more than LoRA deltas of linear modules (a DoRA magnitude, experts, embeddings, saved "
+            "tensors, token rows or biases), whose inputs a hook cannot observe. Use a plain LoRA patch.",
         )
 
 

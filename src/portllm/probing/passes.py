@@ -226,8 +226,8 @@ class Passes:
         )
         if not bool(seen.logits.isfinite().all()):
             raise NonFiniteError(
-                f"'{host.name}': answers a prompt with an infinity or NaN. Its weights or the patch's are damaged, or "
-                "too large for its dtype. Check the files; 'portllm check' names a tensor that is not finite."
+                f"'{host.name}': outputs an infinity or NaN for a prompt. Its weights or the patch's are corrupt, "
+                "or too large for its dtype. Check the files; 'portllm check' names any non-finite tensor."
             )
         return seen
 

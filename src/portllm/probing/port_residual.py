@@ -171,12 +171,12 @@ def incomparable(ported: Patch[TensorInfo], retrained: Patch[TensorInfo]) -> Ite
         if not is_plain(patch):
             yield Refusal(
                 patch.name,
-                "holds more than plain LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or biases); "
-                "the residual is a product of factors for these alone. Compare patches of plain LoRA.",
+                "contains more than plain LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or "
+                "biases); the residual is only defined for plain LoRA. Compare plain LoRA patches.",
             )
     for module in sorted(ported.deltas.keys() ^ retrained.deltas.keys()):
         there, lacks = (ported, retrained) if module in ported.deltas else (retrained, ported)
-        yield Refusal(module, f"{there.name} changes it, {lacks.name} does not. Train both on the same modules.")
+        yield Refusal(module, f"{there.name} changes it, but {lacks.name} does not. Train both on the same modules.")
 
 
 def _update_norms(
@@ -189,7 +189,9 @@ def _update_norms(
     blocks = _blocks(weight)
     total = sum(square_sum(rows + left[start : start + len(rows)] @ right) for start, rows in blocks())
     if not math.isfinite(total):
-        raise NonFiniteError(f"'{module}': its weight or its delta holds an infinity or NaN. Nothing can be measured.")
+        raise NonFiniteError(
+            f"'{module}': its weight or its delta contains an infinity or NaN, so nothing can be measured."
+        )
 
     def gram(x: Tensor) -> Tensor:
         vector = x.float()

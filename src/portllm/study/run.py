@@ -196,7 +196,7 @@ def _write(file: Path, values: object) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """Keep other runs on this machine from writing to the same folder."""
     if out.is_dir() and any(out.iterdir()) and not (out / LOCK_FILE).exists():
-        raise OutputExistsError(f"'{out}': is there already, and is no study's folder. Name another with --output.")
+        raise OutputExistsError(f"'{out}': already exists and is not a study's folder. Choose another with --output.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = open_locked(out / LOCK_FILE, wait=False)

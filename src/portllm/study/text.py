@@ -54,7 +54,7 @@ def still(left: Estimated) -> str:
         return "nothing left"
     if left.n_unknown == len(left.steps):
         return f"{len(left.steps)} steps left"
-    unknown = f" and {left.n_unknown} steps of which nobody knows yet" if left.n_unknown else ""
+    unknown = f" and {left.n_unknown} steps of unknown duration" if left.n_unknown else ""
     return f"{len(left.steps)} steps left: about {lasting(left.seconds)}{unknown}"
 
 

@@ -243,7 +243,7 @@ def encode_all(encoder: Encoder, examples: Sequence[Example], *, max_tokens: int
             problems.append(f"  example {number}: {error}")
     if problems:
         more = [f"  and {len(problems) - 10} more."] if len(problems) > 10 else []
-        raise DataError("\n".join([f"{len(problems)} of {len(examples)} examples do not fit:", *problems[:10], *more]))
+        raise DataError("\n".join([f"{len(problems)} of {len(examples)} examples are invalid:", *problems[:10], *more]))
     return rows
 
 

@@ -86,7 +86,7 @@ class Training:
         if self.prompt is not None and self.completion is not None:
             return ExampleFormat(prompt=self.prompt, completion=self.completion)
         if self.start is None:
-            raise DataError("train: neither prompt and completion are given, nor a patch or teacher that says them.")
+            raise DataError("train: pass prompt and completion, or a patch or teacher that records them.")
         return recorded_format(self.start, prompt=self.prompt, completion=self.completion)
 
     def _prompt(self, teacher: Teacher) -> str:
@@ -139,11 +139,11 @@ def train(
         OutputExistsError: `out` exists; said before any work is done.
     """
     if (teacher is None) != (teacher_base is None):
-        raise PortLLMError("train: teacher and teacher_base go together. Give both, or neither.")
+        raise PortLLMError("train: teacher and teacher_base must be used together.")
     if teacher is None and max_new_tokens is not None:
-        raise PortLLMError("train: max_new_tokens goes with a teacher. Leave it out.")
+        raise PortLLMError("train: max_new_tokens requires a teacher. Omit it.")
     if teacher is not None and completion is not None:
-        raise PortLLMError("train: completion names answers to learn; with a teacher these are the teacher's.")
+        raise PortLLMError("train: completion cannot be used with a teacher, whose answers are learned instead.")
     training = Training(
         base=open_checkpoint(base, progress=progress),
         data=Path(data),

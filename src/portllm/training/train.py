@@ -169,8 +169,8 @@ def unfit_start(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]
     if not is_plain(start):
         yield Refusal(
             "--init-from",
-            f"{start.name} holds more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or "
-            "biases), and training goes on with LoRA factors alone. Train a new patch.",
+            f"{start.name} contains more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows "
+            "or biases), but training can only continue from LoRA factors. Train a new patch.",
         )
 
 

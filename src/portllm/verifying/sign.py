@@ -36,8 +36,8 @@ def sign(where: PatchLike, signer: Signer, *, signature: str | Path | None = Non
     wrong = [check for check in verification.checks if not check.holds]
     if wrong:
         raise SignatureError(
-            f"'{where}': does not verify, so it was not signed: {wrong[0].subject}: {wrong[0].finding}. "
-            f"'portllm verify {where}' tells all."
+            f"'{where}': does not verify, so it was not signed: {wrong[0].subject}: {wrong[0].finding}. 'portllm "
+            f"verify {where}' shows all checks."
         )
     file = Path(where) / SIGNATURE_FILE if signature is None else Path(signature)
     sign_folder(Path(where), signer, signature=file, overwrite=overwrite)

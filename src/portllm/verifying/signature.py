@@ -144,9 +144,9 @@ def sign_folder(folder: Path, signer: Signer, *, signature: Path, overwrite: boo
         MissingExtraError: model-signing is not installed.
     """
     if os.path.lexists(signature) and not overwrite:
-        raise OutputExistsError(f"'{signature}': is there already. Choose another place, or pass --overwrite.")
+        raise OutputExistsError(f"'{signature}': already exists. Choose another path, or pass --overwrite.")
     if os.path.lexists(signature) and not signature.is_symlink() and not _is_signature(signature):
-        raise OutputExistsError(f"'{signature}': is no signature, and is not replaced. Choose another place.")
+        raise OutputExistsError(f"'{signature}': is not a signature, so it is not replaced. Choose another path.")
     model_signing = _load()
     hashing = model_signing.hashing.Config().set_ignored_paths(paths=_signatures_in(folder, signature))
     with _translated(f"'{folder}': could not be signed", hint=_hint(signer)):
@@ -180,14 +180,14 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
     if not file.is_file():
         return f"there is no '{file}'"
     if (size := file.stat().st_size) > MAX_SIGNATURE_BYTES:
-        return f"'{file}' has {size} bytes, and no signature has more than {MAX_SIGNATURE_BYTES}"
+        return f"'{file}' has {size} bytes, the limit for a signature is {MAX_SIGNATURE_BYTES}"
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config.verify(folder, file)
         unsigned = sorted(set(required) - _signed_files(file))
     except Exception as error:  # what a hostile signature makes the parsers and verifiers below raise has no bound
         return f"not by {trust}, or not over these files: {_told(error)}"
-    return f"leaves out '{unsigned[0]}'" if unsigned else None
+    return f"does not cover '{unsigned[0]}'" if unsigned else None
 
 
 def _is_signature(file: Path) -> bool:
@@ -264,7 +264,7 @@ def _translated(what: str, *, hint: str) -> Iterator[None]:
 def _hint(means: Signer | Trust) -> str:
     if isinstance(means, SigstoreSigner | Identity):
         return "Sigstore needs the network; a key file does not."
-    return "Give PEM files, with keys on P-256, P-384 or P-521."
+    return "Pass PEM files, with keys on P-256, P-384 or P-521."
 
 
 def _told(error: Exception) -> str:

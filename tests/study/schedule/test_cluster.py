@@ -32,5 +32,5 @@ def test_no_more_workers_are_asked_for_than_there_are_steps():
 def test_a_cluster_without_what_is_asked_for_is_refused():
     with pytest.raises(WorkersError, match="no machine of the cluster has a GPU"):
         share(TWO, device="cuda")
-    with pytest.raises(WorkersError, match="has a core"):
+    with pytest.raises(WorkersError, match="has a free core"):
         share()

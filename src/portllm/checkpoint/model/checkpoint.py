@@ -92,8 +92,8 @@ class Checkpoint:
         if name not in self.infos:
             tail = name.rsplit(".", 2)[-2:]
             near = [other for other in self.infos if other.endswith(".".join(tail))][:3]
-            hint = f" Names that end alike: {', '.join(near)}." if near else ""
-            raise MissingTensorError(f"'{name}': not among the {len(self.infos)} tensors of {self.name}.{hint}")
+            hint = f" Similar names: {', '.join(near)}." if near else ""
+            raise MissingTensorError(f"'{name}': {self.name} has no such tensor among its {len(self.infos)}.{hint}")
         return self.infos[name]
 
     @cached_property
@@ -112,8 +112,8 @@ class Checkpoint:
         for name, stored in sorted((self.current_name(name), name) for name in self.infos):
             if name in tensors:
                 raise CheckpointError(
-                    f"'{name}': {self.name} has {tensors[name].name} and {stored}, which are two spellings of it. Save "
-                    "the model again with one of them."
+                    f"'{name}': {self.name} has {tensors[name].name} and {stored}, which are two names of the "
+                    "same tensor. Save the model again with only one of them."
                 )
             tensors[name] = self.infos[stored]
         return tensors
@@ -168,8 +168,8 @@ class Checkpoint:
             return ()
         reason = (
             f"config.json of {self.name} ties it to {self.tied_embedding.name}, and samples of both are equal, "
-            "but not every number is. If it is a head of its own, set tie_word_embeddings to false there, else save "
-            "the model again with one matrix for both."
+            "but the full matrices differ. If the head is separate, set tie_word_embeddings to false there; "
+            "otherwise save the model again with one matrix for both."
         )
         return (TakenForEqual(self.head, self.tied_embedding, Refusal(self.head.name, reason)),)
 

@@ -30,8 +30,8 @@ def side_files(folder: Path) -> list[Path]:
         target = file.resolve()
         if not any(target.is_relative_to(root) for root in _roots(folder.resolve())):
             raise CheckpointError(
-                f"'{file}': is a link to '{target}', outside of the model's folder, and would be copied into the "
-                "output. Delete the link, or put the file itself in its place."
+                f"'{file}': is a link to '{target}', outside the model's folder, and would be copied into the "
+                "output. Delete the link, or replace it with the file itself."
             )
     return files
 

@@ -66,11 +66,11 @@ def _write(source: Path, out: Path) -> Path:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"'{source}': cannot be read: {error}. Expected a folder for each task with {TRAIN} and {VALIDATION}."
+            f"'{source}': cannot be read: {error}. Expected one folder per task with {TRAIN} and {VALIDATION}."
         ) from error
     made = [json.dumps(hub_row(_parsed(line, source, number))) for number, line in enumerate(lines, 1) if line.strip()]
     if not made:
-        raise DataError(f"'{source}': has no rows; expected one JSON object a line.")
+        raise DataError(f"'{source}': has no rows; expected one JSON object per line.")
     out.write_text("\n".join(made) + "\n", encoding="utf-8")
     return out
 
@@ -79,7 +79,7 @@ def _parsed(line: str, source: Path, number: int) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"'{source}', line {number}: is not JSON: {error}. Correct the line.") from error
+        raise DataError(f"'{source}', line {number}: is not valid JSON: {error}. Correct the line.") from error
     if not isinstance(row, dict):
-        raise DataError(f"'{source}', line {number}: is not an object with named fields. Correct the line.")
+        raise DataError(f"'{source}', line {number}: is not a JSON object. Correct the line.")
     return row

@@ -33,7 +33,7 @@ def read_table(cls: type[T], table: object, path: tuple[str, ...], tell: Tell, *
     right = True
     for key in table:
         if key not in fields:
-            tell((*path, key), f"is no key here. {meant(key, fields)}")
+            tell((*path, key), f"unknown key. {meant(key, fields)}")
             right = False
     values: dict[str, Any] = {}
     for name, field in fields.items():
@@ -44,7 +44,7 @@ def read_table(cls: type[T], table: object, path: tuple[str, ...], tell: Tell, *
                 tell((*path, name), f"is {kind_of(table[name])}; expected {describe(expected)}")
                 right = False
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            tell((*path, name), "must be given")
+            tell((*path, name), "is required")
             right = False
     if not right:
         return None
@@ -80,7 +80,7 @@ def describe(expected: Any) -> str:  # noqa: ANN401 (a type, of any form)
 
     Example:
         >>> describe(int | None), describe(tuple[str, ...]), describe(typing.Literal["lora", "full"])
-        ('a whole number', 'a list, each a text', "'lora' or 'full'")
+        ('an integer', 'a list, each a text', "'lora' or 'full'")
     """
     match typing.get_origin(expected):
         case types.UnionType | typing.Union:
@@ -89,7 +89,7 @@ def describe(expected: Any) -> str:  # noqa: ANN401 (a type, of any form)
             return " or ".join(map(repr, typing.get_args(expected)))
         case _tuple if _tuple is tuple:
             return f"a list, each {describe(typing.get_args(expected)[0])}"
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    names = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
     return names[expected]
 
 

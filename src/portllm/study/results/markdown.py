@@ -165,7 +165,7 @@ def _losses(rows: "Sequence[TaskRow]") -> Table:
     for row in rows:
         losses = [row.scored[name].loss if name in row.scored else None for name in VARIANTS]
         lines.append((update_name(row), *("" if loss is None else f"{loss.value:.4f}" for loss in losses)))
-    return Table(("loss, nats a token", *(HEADS[name] for name in VARIANTS)), tuple(lines))
+    return Table(("loss, nats per token", *(HEADS[name] for name in VARIANTS)), tuple(lines))
 
 
 def _answers(rows: "Sequence[TaskRow]") -> Iterator[Table]:

@@ -77,7 +77,7 @@ def one_a_device(machines: Sequence[Machine], device: Device, *, workers: int | 
         cores = min(machine.cores // machine.gpus for machine in with_gpu)
         return Share(min(workers or n_gpus, n_gpus, n_steps), max(1, cores), gpus=1)
     if not machines:
-        raise WorkersError("no machine of the cluster has a core. Look at 'ray status', or run without --ray.")
+        raise WorkersError("no machine of the cluster has a free core. Check 'ray status', or run without --ray.")
     n_workers = min(workers or len(machines), n_steps)
     on_one = -(-n_workers // len(machines))
     return Share(n_workers, max(1, min(machine.cores for machine in machines) // on_one))

@@ -86,14 +86,14 @@ class StepWorker:
         for name, version in asked.versions.items():
             if versions()[name] != version:
                 raise WorkersError(
-                    f"the machine '{here}' has {name} {versions()[name]}, the run has {version}. Install one version "
-                    "everywhere."
+                    f"machine '{here}' has {name} {versions()[name]}, but this run has {version}. Install the "
+                    "same version everywhere."
                 )
         require_mark(asked.out, asked.mark)
         inputs = open_inputs(asked.study, asked.data)
         if inputs.identities() != asked.identities:
             raise DataError(
-                f"on the machine '{here}' base or data of the study are not those of the run. Both must be the same "
-                "everywhere: put them on a shared file system, or name the base's revision."
+                f"on machine '{here}' the study's base or data differ from those of this run. Both must be the "
+                "same everywhere: put them on a shared file system, or pin the base's revision."
             )
         return Work(asked.study, inputs, Places(asked.out), asked.device, silent)
