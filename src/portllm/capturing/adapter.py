@@ -77,13 +77,13 @@ def capture_adapter(
         method: How the adapter came to be, for the record.
         settings: What shaped it, for the record.
         fitted_to: How the base was quantized when the adapter was trained on it (QLoRA); None where it was not.
-        overwrite: Replace `out` where it exists.
+        overwrite: Replace `out` if it exists.
         progress: Told of a conversion, and of weights that the adapter has copies of.
 
     Raises:
         PlanRefusedError: The adapter does not fit the base, or cannot be converted, with every reason.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
+        OutputError: `out` cannot be written, or contains an input.
         NonFiniteError: A tensor of the adapter holds an infinity or NaN.
     """
     refusals = plan_capture(adapter, base=base, initial=initial, fitted_to=fitted_to)

@@ -63,7 +63,7 @@ def convert(
         base: The model as it was before PEFT changed it.
         initial: The adapter before training; None to compute what it began with from the weights.
         spool: Takes the new factors.
-        progress: Told of the weights done.
+        progress: Progress callback (weights).
 
     Raises:
         PlanRefusedError: The weights do not determine what the adapter began with.

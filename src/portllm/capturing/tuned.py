@@ -1,4 +1,4 @@
-"""Capture a patch from two checkpoints: the difference of each pair of tensors, cut to its rank.
+"""Capture a patch from two checkpoints: the difference of each pair of tensors, truncated to a rank.
 
 Each worker takes one tensor after another and holds one dense difference, in float32, whatever the size of the models;
 what it found goes to disk. Every file is read once, tensors that are known to be equal not at all.
@@ -41,7 +41,7 @@ MEMORY_BYTES = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class TunedReport:
-    """What a capture from two checkpoints found.
+    """Report of a capture from two checkpoints.
 
     Attributes:
         record: The content of the new `patch.json`.
@@ -91,14 +91,14 @@ def capture_tuned(
         rank: Of every delta; None keeps the singular values above the edge of the two files' rounding noise.
         max_rank: Bounds the rank where `rank` is None.
         dense: Keep norms, biases, embeddings and heads whole, or leave them out.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the bytes of both models that are compared.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (bytes of both models that are compared).
 
     Raises:
         PlanRefusedError: The models do not go together, or nothing is left to write.
         NonFiniteError: A weight holds an infinity or NaN.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
+        OutputError: `out` cannot be written, or contains an input.
     """
     plan = plan_capture_tuned(base, tuned, rank=rank, max_rank=max_rank, dense=dense)
     return run_capture_tuned(plan, out, overwrite=overwrite, progress=progress)

@@ -1,4 +1,4 @@
-"""The certificate of a port: `certificate.json` says what was asked, how many answers differ, and what follows.
+"""The certificate of a port: `certificate.json` records the inputs, the answers that differ and the resulting bound.
 
 The same questions to the same models give the same bytes, up to rounding of the device: no time and no host stands in
 it. It is sealed like `patch.json`, and its arithmetic can be done again by anyone who reads it.
@@ -135,20 +135,20 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate(ShownInNotebook):
-    """What a port can have lost.
+    """A bound on the accuracy that a port can have lost.
 
     Attributes:
         program: Version of PortLLM that asked.
         specialist: The base and the patch that was made on it.
         ported: The evolved model and the ported patch, or the merged model.
-        inputs: What was asked.
+        inputs: The inputs.
         answers: What counts as an answer.
-        confidence: Of the bound and the interval, each for itself.
-        n: Inputs that were asked.
-        differing: Rows of the file, from 1, that are answered otherwise; None for free text.
+        confidence: Confidence of the bound and of the interval, separately.
+        n: Number of inputs.
+        differing: Rows of the file, from 1, whose answers differ; None for free text.
         bound: `u(k, n)`: the score has fallen by no more than this; None for free text.
-        wanted: The bound that was asked for, or None.
-        labels: What right answers add, where the inputs have them.
+        wanted: The requested bound, or None.
+        labels: Results that need correct answers, if the inputs have them.
         tokens: For free text, the agreement token by token, from which no bound follows.
         device: `cpu` or `cuda`.
     """
@@ -172,7 +172,7 @@ class Certificate(ShownInNotebook):
 
     @property
     def loss_bound(self) -> float | None:
-        """The best bound that holds: from negative flips where there are right answers, else from answers that differ.
+        """The tightest bound: from negative flips if there are correct answers, otherwise from answers that differ.
 
         The former is never the larger one, so nothing is picked after looking.
         """
@@ -180,7 +180,7 @@ class Certificate(ShownInNotebook):
 
     @property
     def met(self) -> bool | None:
-        """Whether the bound is as small as was asked for; None where nothing was."""
+        """Whether the bound is as small as requested; None if none was requested."""
         if self.wanted is None or self.loss_bound is None:
             return None
         return self.loss_bound <= self.wanted
@@ -263,7 +263,7 @@ def certificate_from_json(values: Mapping[str, Any], *, where: str) -> Certifica
 
 
 def read_certificate(folder: str | Path) -> Certificate:
-    """The certificate in a folder, checked against schema, seal and arithmetic.
+    """Read the certificate in a folder; schema, seal and arithmetic are checked.
 
     Raises:
         CertificateError: The file is missing or damaged, or says what cannot be.

@@ -1,4 +1,4 @@
-"""Certify what a port can have lost: two models answer the user's own inputs, and the answers that differ are counted.
+"""Bound the accuracy that a port can have lost: two models answer the user's inputs, and differing answers are counted.
 
 Nobody has to say what is right, and no model has to be the better one: a score that counts right answers cannot fall by
 more than the share of inputs that are answered otherwise. See `docs/certify.md` for what is claimed and what is not.
@@ -107,27 +107,27 @@ def certify(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Certificate:
-    """Ask the old specialist and the ported model the same questions, and write `out/certificate.json`.
+    """Compare the answers of the old specialist and the ported model, and write `out/certificate.json`.
 
     Args:
-        patch: The patch that made the base a specialist.
+        patch: The original patch.
         base: Its base.
         data: JSONL rows, with or without right answers.
         out: The certificate's folder.
-        evolved: The later version of the base, if `merged` is not given.
-        ported: The patch carried over to it.
-        merged: A model with the ported patch in its weights, instead of these two.
-        settings: What is asked, and what is claimed.
-        allow_other_base: Go on though a patch belongs to another model.
-        device: Where to run.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the rows done.
+        evolved: The updated base, unless `merged` is given.
+        ported: The patch ported to it.
+        merged: The evolved model with the ported patch merged in, instead of these two.
+        settings: How answers are computed and what is claimed.
+        allow_other_base: Accept a model other than the one a patch was made on.
+        device: Device to run on.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (rows).
 
     Raises:
-        PlanRefusedError: A patch does not fit its model, or the wanted bound cannot be met by so few rows.
-        DataError: Rows do not fit, or are those that the patch was trained on.
+        PlanRefusedError: A patch does not match its model, or the requested bound needs more rows.
+        DataError: Rows are invalid, or are the patch's training data.
         NotFoundError: A model is a single file, without configuration and tokenizer.
-        OutputExistsError: `out` exists; said before any work is done.
+        OutputExistsError: `out` exists; raised before any work is done.
     """
     check_free(Path(out), overwrite=overwrite)
     plan = plan_certify(

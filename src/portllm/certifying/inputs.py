@@ -1,4 +1,4 @@
-"""What a certificate asks: rows of the user's file, all or some that are drawn, and what counts as an answer."""
+"""Inputs of a certificate: all rows of the user's file or a random sample, and what counts as an answer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +17,24 @@ from portllm.running.examples import read_prompts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertifySettings:
-    """What is asked, and what is claimed.
+    """Settings of a certificate: how answers are computed and what is claimed.
 
     Attributes:
         kind: What counts as an answer; see `Questions`.
-        choices: All possible answers; without them, for `choices`, the completions that occur.
-        prompt: Template of the prompts; without it, the one that the patch was trained with.
-        completion: Field of the right answer; likewise.
-        one_line: A written answer ends with its first line.
-        max_tokens: Most tokens of a row.
-        max_new_tokens: Most tokens written.
-        batch_size: Rows of a forward pass.
-        confidence: Of the bound.
-        wanted: The bound that is asked for, or None.
-        sample: How many rows to draw, or None for all.
-        seed: Of the drawing.
+        choices: All possible answers; by default, for `choices`, the completions that occur.
+        prompt: Prompt template; by default the one recorded in the patch.
+        completion: Field with the correct answer; same default.
+        one_line: Stop a generated answer at the end of its first line.
+        max_tokens: Maximum tokens per row.
+        max_new_tokens: Maximum number of tokens to generate.
+        batch_size: Rows per forward pass.
+        confidence: Confidence level of the bound.
+        wanted: The accuracy loss to rule out, or None.
+        sample: Number of rows to draw at random, or None for all.
+        seed: Random seed of the sample.
 
     Raises:
-        PortLLMError: A confidence or a wanted bound is not between 0 and 1, or free text is to have a bound.
+        PortLLMError: A confidence or bound is not between 0 and 1, or a bound is requested for free text.
     """
 
     kind: AnswerKind = "choices"

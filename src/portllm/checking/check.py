@@ -59,8 +59,8 @@ def check(
         evolved: The later version of it.
         full: Read every weight of both, instead of a few megabytes spread over all of them.
         places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
-        allow_other_base: Go on though `base` is not the one that a patch names.
-        progress: Told of the bytes that `full` reads.
+        allow_other_base: Accept a `base` other than the one a patch names.
+        progress: Progress callback (bytes that `full` reads).
 
     Raises:
         CheckpointError, RemoteError: A model cannot be read.

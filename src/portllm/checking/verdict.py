@@ -1,4 +1,4 @@
-"""Will a patch hold on the evolved model? Pure: measures in, a verdict and every reason out.
+"""Decide whether a patch will hold on the evolved model. Pure: measures in, a verdict and its reasons out.
 
 The rules are few and cautious: between a short continuation, where plain addition was seen to hold, and another model,
 where it is known to fail, some patches keep all of their gain and others lose it. What lies between is uncertain, and
@@ -29,7 +29,7 @@ from portllm.measures.thresholds import (
 
 
 class Answer(StrEnum):
-    """What a verdict says, from the best to the worst."""
+    """Verdicts, from best to worst."""
 
     HOLDS = "holds"
     UNCERTAIN = "uncertain"
@@ -57,7 +57,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of a patch.
+    """A verdict on a patch, with its reasons.
 
     Attributes:
         answer: In one word.

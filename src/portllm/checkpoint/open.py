@@ -1,4 +1,4 @@
-"""Open a model: a folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the Hugging Face Hub.
+"""Open a model: a folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a Hugging Face Hub id.
 
 A folder holds one file, or shards with an index; a model of the hub is `org/name` or `org/name@revision`.
 Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for:
@@ -29,17 +29,17 @@ _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpoint:
-    """Open a model lazily.
+    """Open a model lazily; only headers and small files are read.
 
     Args:
         where: A folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the hub (`org/name` or
             `org/name@revision`), of which headers and small files are read. A checkpoint is returned as it is.
-        progress: Told of the one-time conversion of a built-in model.
+        progress: Progress callback (one-time conversion of a built-in model).
 
     Raises:
         NotFoundError: There is no model at that place.
-        HeaderError, IndexFileError, MissingShardError: Its files are damaged or incomplete.
-        RemoteError: The hub cannot be reached, or denies access.
+        HeaderError, IndexFileError, MissingShardError: Its files are corrupt or incomplete.
+        RemoteError: The Hub cannot be reached, or denies access.
     """
     if isinstance(where, Checkpoint):
         return where

@@ -1,4 +1,4 @@
-"""Combine several patches of one base into one: plan, then module by module; factors only, but for TIES and DARE."""
+"""Combine several patches of one base into one, module by module; on factors, except for TIES and DARE."""
 
 import json
 import math
@@ -33,10 +33,10 @@ NOT_ADDITIVE = ("use_dora", "trainable_token_indices", "target_parameters", "lor
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """The weighted sum itself.
+    """The exact weighted sum, optionally truncated to a rank.
 
     Attributes:
-        rank: None adds ranks up; `auto` drops directions that are nothing but rounding; a number cuts to it.
+        rank: None adds up the ranks; `auto` drops directions within rounding noise; a number truncates to it.
     """
 
     rank: int | Literal["auto"] | None = None
@@ -47,13 +47,13 @@ class Exact:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """Elements of the dense deltas chosen by TIES or DARE, cut to a rank again.
+    """The sum of elements selected by TIES or DARE, truncated to a rank.
 
     Attributes:
-        method: Which.
-        density: Share of each delta's elements that takes part, above 0 and at most 1.
-        rank: Of the result; None takes the sum of the ranks that go in.
-        seed: Of what is drawn.
+        method: `ties` or `dare`.
+        density: Fraction of each delta's elements to keep, above 0 and at most 1.
+        rank: Rank of the result; None for the sum of the patches' ranks.
+        seed: Random seed.
     """
 
     method: Selection
@@ -80,7 +80,7 @@ class CombinePlan:
     Attributes:
         patches: What goes in.
         weights: One for each.
-        how: By what rule.
+        how: The combination rule.
         modules: For each module of the result, the numbers of the patches that change it.
         refusals: Every reason not to run.
     """
@@ -94,7 +94,7 @@ class CombinePlan:
 
 @dataclass(frozen=True, slots=True)
 class CombineReport:
-    """What combining brought.
+    """Result of combining patches.
 
     Attributes:
         record: The content of the new `patch.json`.
@@ -119,8 +119,8 @@ def plan_combine(
 
     Args:
         patches: At least two.
-        weights: One for each patch, 1 where not given.
-        how: By what rule.
+        weights: One weight per patch; 1 each by default.
+        how: The combination rule.
 
     Raises:
         ValueError: There are not as many weights as patches, or one is no number.
@@ -156,21 +156,21 @@ def combine(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> CombineReport:
-    """Write the combination of patches of one base to `out`, a folder that PEFT loads.
+    """Combine patches of one base and write the result to `out`, a folder that PEFT loads.
 
     Args:
         patches: At least two, opened with `load_patch`.
         out: The new patch's folder.
-        weights: One for each patch, 1 where not given.
-        how: By what rule.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the modules done.
+        weights: One weight per patch; 1 each by default.
+        how: The combination rule.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (modules).
 
     Raises:
-        PlanRefusedError: The patches do not go together, with every reason.
-        NonFiniteError: A factor holds an infinity or NaN.
+        PlanRefusedError: The patches cannot be combined; lists every reason.
+        NonFiniteError: A factor contains an infinity or NaN.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
+        OutputError: `out` cannot be written, or contains an input.
     """
     plan = plan_combine([load_patch(patch) for patch in patches], weights=weights, how=how)
     return run_combine(plan, Path(out), overwrite=overwrite, progress=progress)

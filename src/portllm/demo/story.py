@@ -108,7 +108,7 @@ def tell(
         on_step: Told of each step when it is done.
         on_estimate: Told how long the whole story takes here, after the first steps of training, unless an earlier run
             did them.
-        progress: Told of what goes on within a step.
+        progress: Progress callback within a step.
     """
     if folder.is_dir() and os.listdir(folder) and not (folder / STEPS).is_dir():
         raise OutputExistsError(f"'{folder}': already exists and is not a demo's folder. Choose another with --output.")

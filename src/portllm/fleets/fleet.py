@@ -1,4 +1,4 @@
-"""A fleet: many patches, each carried to many evolved models; planned from its file, run, and gone on with.
+"""A fleet: many patches ported to many evolved models; planned from its file, run and resumed.
 
 The work is done by processes of this machine or by Ray; see `portllm.workers.pool`.
 """
@@ -99,8 +99,8 @@ def run_fleet(
     Args:
         plan: What to do.
         pool: Who does it.
-        retries: How often a cell is tried again whose worker died, or whose failure may pass.
-        progress: Told of the cells that are done.
+        retries: Retries of a cell whose worker died or whose failure may be temporary.
+        progress: Progress callback (finished cells).
 
     Returns:
         What became of each cell, those of earlier runs with them.
@@ -137,21 +137,21 @@ def fleet(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> tuple[FleetRow, ...]:
-    """Carry many patches to many evolved models, as a file says; a second run does only what is missing.
+    """Port many patches to many evolved models, as described in a file; a second run does only what is missing.
 
     Args:
         file: A TOML file; see `docs/fleet.md`.
-        workers: How many; None for as many as fit this machine, or as Ray has cores.
+        workers: Number of workers; None for what cores and memory of this machine allow, or one per core on Ray.
         ray: The address of a Ray cluster, as `ray.init` takes it, or None for processes of this machine.
-        retries: How often a cell is tried again whose worker died, or whose failure may pass.
-        overwrite: Replace outputs that no run for these inputs wrote.
-        progress: Told of the cells that are done.
+        retries: Retries of a cell whose worker died or whose failure may be temporary.
+        overwrite: Replace outputs that were not made from these inputs.
+        progress: Progress callback (finished cells).
 
     Returns:
-        What became of each cell. A cell that fails stops no other and raises nothing.
+        The outcome of each cell. A failing cell does not stop the others and raises nothing.
 
     Raises:
-        FleetFileError: The file is wrong, or what it names is not there.
+        FleetFileError: The file is invalid, or something it names does not exist.
         MissingExtraError: Ray, or the file system of a URL, is not installed.
         OutputBusyError, StorageError, WorkersError: As `run_fleet`.
     """

@@ -106,7 +106,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class FleetRow:
-    """What became of a cell.
+    """The outcome of one cell of a fleet.
 
     Attributes:
         folder: The cell's.

@@ -1,4 +1,4 @@
-"""Merge a patch into a model's own files, for those without room for two copies, and take it back bit for bit.
+"""Merge a patch into a model's own files, where there is no space for a copy, and undo it bit for bit.
 
 First the old bytes of the tensors that change are kept beside the weights, then these are overwritten. After a death at
 any moment the same command finishes, or `undo` restores: everything is made again from the old bytes, so that it does
@@ -90,7 +90,7 @@ def plan_in_place(
     """Plan to merge a patch into a model's own files.
 
     Args:
-        patch: What to add.
+        patch: The patch to add.
         folder: The model that it belongs to.
         rounding: As for `merge_in_place`.
         device: As for `merge_in_place`.
@@ -172,21 +172,21 @@ def merge_in_place(
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
-    """Overwrite a model's weights with those that have a patch in them; `undo_merge` takes it back.
+    """Merge a patch into a model's own files; `undo_merge` restores them.
 
-    The old bytes of what changes are kept in the folder. A run that fails restores them; one that dies leaves a mark,
-    with which no command takes the folder for a model, until the same call finishes or `undo_merge` restores.
+    The overwritten bytes are kept in the folder. A run that fails restores them; a killed one leaves a marker file,
+    with which every command refuses the folder until the same call finishes or `undo_merge` restores it.
 
     Args:
-        patch: What to add.
+        patch: The patch to add.
         folder: The model that it belongs to.
-        rounding: How the sum is brought to the storage dtype.
-        device: Where the arithmetic is done, `cpu` or `cuda`.
-        allow_other_base: Go on though the patch belongs to another model.
-        progress: Told of the bytes done.
+        rounding: How sums are rounded to the storage dtype.
+        device: Device for the sums, `cpu` or `cuda`.
+        allow_other_base: Accept a model other than the one the patch was made on.
+        progress: Progress callback (bytes).
 
     Raises:
-        PlanRefusedError: The patch does not fit, the files cannot be overwritten, or there is no room.
+        PlanRefusedError: The patch does not match, the files cannot be overwritten, or the disk is full.
         OutputBusyError: Another run writes there.
         OutputError: There is no folder, or another merge was interrupted there.
         NonFiniteError, UnsupportedDtypeError, DeviceError: As `merge`.
@@ -198,13 +198,13 @@ def merge_in_place(
 
 
 def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:
-    """Restore the weights that a merge in place has overwritten, and the manifest; the number of tensors restored.
+    """Undo an in-place merge: restore the overwritten weights and manifest, and return the number of tensors restored.
 
-    The kept bytes are checked before the first is written, and what was written after the last.
+    The saved bytes are checked before the first is written, and the written ones after the last.
 
     Raises:
-        CheckpointError: What was kept is damaged or of another model, or the model was changed after the merge.
-        OutputError: There is nothing to take back, or a file cannot be overwritten.
+        CheckpointError: The saved bytes are corrupt or of another model, or the model was changed after the merge.
+        OutputError: There is nothing to undo, or a file cannot be overwritten.
         OutputBusyError: Another run writes there.
     """
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""Add patches to a model's weights, streamed, each for itself: plan, then the tensors, in blocks of rows.
+"""Merge patches into a model's weights, one output per patch, streamed in blocks of rows.
 
 Each thread takes a tensor through reading, arithmetic, digests and writing, so that disk and processors work at the
 same time. The model is read once, however many patches there are. Memory holds one block a thread, whatever the size of
@@ -53,32 +53,32 @@ def merge(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
-    """Write the model `into` with a patch in its weights to the folder `out`.
+    """Merge a patch into the weights of `into` and write the model to `out`.
 
     Each changed weight is `Q(W + s·B·A)`: the sum in float32, rounded once. For plain LoRA with nearest rounding the
-    bytes equal those of PEFT's `merge_and_unload`. What is at `out` stays until the output is whole; a run that was
-    interrupted or died leaves its finished files beside `out`, where the next one with the same arguments finds them.
+    bytes equal those of PEFT's `merge_and_unload`. An existing `out` stays until the new one is complete. An
+    interrupted run leaves its finished files beside `out`, and the next one with the same arguments resumes from them.
 
     Args:
-        patch: What to add.
-        into: The model the patch belongs to; one of the hub is downloaded once the patch is known to fit it.
+        patch: The patch to add.
+        into: The model the patch belongs to; a Hub model is downloaded once the patch is known to match it.
         out: The new model's folder.
-        options: How.
-        quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the bytes written.
+        options: Output dtype, rounding, device and shard size.
+        quantized_base: The quantized model the patch was trained on, if it was made from `into`.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (bytes written).
 
     Returns:
-        What was done, with kept gain and rounding loss of each tensor.
+        A report with the kept gain and rounding loss of each tensor.
 
     Raises:
-        PlanRefusedError: The patch does not fit, or the output not on the disk, with every reason.
+        PlanRefusedError: The patch does not match, or the disk is too small; lists every reason.
         OutputExistsError: `out` exists.
         OutputBusyError: Another run writes to `out`.
-        OutputError: `out` cannot be written, or holds what is read.
-        NonFiniteError: A weight, a delta or a sum is infinite or not a number.
-        UnsupportedDtypeError: The dtype is not one that weights are stored in, or not one for this rounding.
-        DeviceError: There is no such device here.
+        OutputError: `out` cannot be written, or contains an input.
+        NonFiniteError: A weight, a delta or a sum is infinite or NaN.
+        UnsupportedDtypeError: The dtype is not supported, or not with this rounding.
+        DeviceError: The device is not available.
     """
     plan = plan_merge(
         load_patch(patch),
@@ -97,23 +97,23 @@ def merge_each(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[Where, MergeReport | PortLLMError]:
-    """Write the model `into` once for each of some patches, reading it once for all of them.
+    """Merge each of several patches into `into`, one output per patch, reading the model once.
 
-    Each output has the bytes that `merge` writes, and one that fails stops no other.
+    Each output has the bytes that `merge` writes; a failing one does not stop the others.
 
     Args:
-        patches: What to add, by the folder of the new model.
+        patches: The patches to add, by output folder.
         into: The model that the patches belong to.
-        options: How.
+        options: Output dtype, rounding, device and shard size.
         overwrite: Replace outputs that exist.
-        progress: Told of the bytes written, of all outputs together.
+        progress: Progress callback (bytes written, over all outputs).
 
     Returns:
-        For each folder what was done, or the error that `merge` would have raised.
+        For each folder the report, or the error that `merge` would have raised.
 
     Raises:
-        UnsupportedDtypeError: The dtype is not one that weights are stored in.
-        DeviceError: There is no such device here.
+        UnsupportedDtypeError: The dtype is not supported.
+        DeviceError: The device is not available.
     """
     model = open_checkpoint(into, progress=progress)
     plans = {Path(out): plan_merge(load_patch(patch), into=model, options=options) for out, patch in patches.items()}
@@ -135,7 +135,7 @@ def run_merges(
     """Carry out plans that are all for one model, which is opened once, and with one set of options; see `merge_each`.
 
     Raises:
-        DeviceError: There is no such device here.
+        DeviceError: The device is not available.
     """
     if not plans:
         return {}

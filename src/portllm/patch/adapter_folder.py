@@ -1,4 +1,4 @@
-"""PEFT's adapter folder, both directions. The names of its keys live here and nowhere else.
+"""Read and write PEFT's adapter folder.
 
 Reading takes the headers only; a factor stays on disk, described by a `TensorInfo`, until somebody loads it. Every
 tensor of the file is accounted for: it becomes part of a delta, or the folder is refused with all such tensors named.
@@ -86,17 +86,17 @@ class AdapterOpener:
 
 
 def load_patch(folder: PatchLike) -> Patch[TensorInfo]:
-    """Open an adapter folder that fits its base as it is, with its `patch.json` where it has one; no tensor is read.
+    """Open a patch: an adapter folder, with its `patch.json` if it has one; no tensor is read.
 
     Args:
         folder: A folder, or an adapter of the Hugging Face Hub (`org/name` or `org/name@revision`), whose three files
             are brought into huggingface_hub's cache. A patch is returned as it is.
 
     Raises:
-        NotFoundError, RemoteError: An adapter of the hub is not there, or cannot be fetched.
-        AdapterFormatError: It is not an adapter that is understood whole, or it belongs to a base that PEFT changed.
+        NotFoundError, RemoteError: The adapter does not exist on the Hub, or cannot be downloaded.
+        AdapterFormatError: It is not a fully supported adapter, or it belongs to a base that PEFT changed.
         PatchRecordError: Its `patch.json` breaks the schema or its seal.
-        HeaderError: Its tensor file is damaged.
+        HeaderError: Its tensor file is corrupt.
     """
     return folder if isinstance(folder, Patch) else AdapterOpener().load(folder)
 

@@ -99,7 +99,7 @@ def expand(
         sketch: Columns of the sketches.
         seed: Of the sketches and of drawn labels.
         device: Where models run.
-        progress: Told of the batches done.
+        progress: Progress callback (batches).
 
     Raises:
         PlanRefusedError: The patch does not fit a model, or holds more than LoRA deltas of linear modules.

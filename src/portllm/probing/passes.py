@@ -1,4 +1,4 @@
-"""Runs a model over prompts, without a patch and with one after another: the passes behind `check --text`."""
+"""Run a model over prompts, without a patch and with each patch in turn: the passes behind `check --text`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,15 +37,15 @@ Logits = Float32[Tensor, "prompts vocabulary"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSettings:
-    """Everything that the measures depend on but models, patches and prompts.
+    """Settings of `check` on prompts.
 
     Attributes:
-        max_tokens: Most tokens of a prompt; longer ones lose their beginning.
-        positions: Tokens of a prompt at which modules are looked at, at most: evenly spaced, the last one among them.
-        batch_size: Prompts of a pass; a quarter of it where gradients are taken.
-        gradients: Measure the terms of the loss, too: backward passes.
+        max_tokens: Maximum tokens per prompt; longer ones are truncated from the left.
+        positions: Maximum number of tokens per prompt at which modules are observed: evenly spaced, including the last.
+        batch_size: Prompts per forward pass; a quarter of it for gradients.
+        gradients: Also measure first-order gain and interference (backward passes).
         sketch: Columns of the sketches of curvature.
-        seed: Of the sketches and of labels that are drawn for them.
+        seed: Random seed of the sketches and of the labels drawn for them.
 
     Raises:
         PortLLMError: A value is out of its range; all of them are named.
@@ -131,7 +131,7 @@ class Passes:
         settings: How much is looked at.
         device: Where the models are.
         n_passes: Forward passes there will be, for the progress.
-        progress: Told of the prompts that were run.
+        progress: Progress callback (prompts).
     """
 
     def __init__(

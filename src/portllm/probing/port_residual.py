@@ -143,7 +143,7 @@ def port_residual(
         ported: Of plain LoRA deltas.
         retrained: Of plain LoRA deltas of the same modules.
         seed: Of the first vectors of the spectral norms.
-        progress: Told of the modules done.
+        progress: Progress callback (modules).
 
     Raises:
         PlanRefusedError: A patch does not fit, holds more than LoRA deltas, or the modules differ; with every reason.

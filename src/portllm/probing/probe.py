@@ -77,9 +77,9 @@ def measure_text(
         patches: What may be ported.
         prompts: Of the domain that the patches are for, as they would be given to the model; nobody has to answer them.
         settings: How much is looked at.
-        allow_other_base: Go on though `base` is not the one that a patch names.
+        allow_other_base: Accept a `base` other than the one a patch names.
         device: Where models run.
-        progress: Told of the prompts that were run.
+        progress: Progress callback (prompts).
 
     Returns:
         What was measured of each patch, in their order.

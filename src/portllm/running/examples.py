@@ -26,7 +26,7 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the model is given, and what it should say.
+    """A prompt and its correct completion.
 
     Attributes:
         prompt: The text before the completion, as it is; whitespace at its end counts.
@@ -84,7 +84,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class ExampleFormat:
-    r"""How a row becomes an `Example`.
+    r"""The template and field that turn a row into an `Example`.
 
     Args:
         prompt: Template of the prompt, such as `"Question: {question}\nType:"`.
@@ -122,14 +122,14 @@ def completion_text(prompt: str, completion: str) -> str:
 
 
 def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
-    """The examples in a JSONL file, in order; blank lines are passed over.
+    """Read the examples in a JSONL file, in order; blank lines are skipped.
 
     Text is UTF-8, with or without a byte order mark; lines may end in CRLF. Numbers and booleans become the JSON text
     that stands in the file.
 
     Args:
         path: The file.
-        fmt: What of a row is prompt and what completion.
+        fmt: Prompt template and completion field.
 
     Raises:
         DataError: The file cannot be read, has no rows, or some rows do not fit; all of them are counted, the first

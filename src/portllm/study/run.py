@@ -1,4 +1,4 @@
-"""Run a study: what is missing is done, in turn or side by side on Ray, and noted as soon as it is whole."""
+"""Run a study: missing steps are run in turn or in parallel on Ray, and recorded as soon as they are complete."""
 
 import contextlib
 import json
@@ -58,33 +58,33 @@ def run_study(
     on_step: Callable[[Told], None] = lambda _: None,
     progress: Progress = silent,
 ) -> StudyResults:
-    """Do the steps of a study that have not been done.
+    """Run the remaining steps of a study and return its results.
 
-    A step is done whole or not at all; the next run of the same file begins with the first that is missing. One is done
-    again where anything that its result depends on has changed: settings, base, data, versions of programs.
+    A step is completed or not done at all; the next run of the same file starts with the first missing one. A step
+    is run again if anything its result depends on has changed: settings, base, data, versions of programs.
 
-    On Ray, steps that do not need each other are done side by side, each on a device of its own. The folder must then
-    be one that all workers reach under the same name.
+    On Ray, independent steps run in parallel, each on its own device. The folder must then
+    be reachable by all workers under the same path.
 
     Args:
         file: A TOML file; see `docs/study.md`.
-        out: The folder of the results; without it, `default_folder(file)`.
-        data: The folder that the study's data files lie in.
-        device: Where models are trained and run.
+        out: The folder for the results; by default, `default_folder(file)`.
+        data: The folder with the study's data files.
+        device: Device to train and run models on.
         ray: The address of a Ray cluster, as `ray.init` takes it, or None for this process alone.
-        workers: How many of them, on Ray; None for one a GPU, or where there is none one a machine.
-        on_step: Told of each step when it is done.
-        progress: Told of what goes on within a step.
+        workers: Number of workers on Ray; None for one per GPU, or one per machine if there is none.
+        on_step: Callback after each finished step.
+        progress: Progress callback within a step.
 
     Returns:
-        The results, which also are in `results.json`.
+        The results, also written to `results.json`.
 
     Raises:
-        StudyFileError: The file is wrong.
-        CheckpointError, DataError: The base or the data are not there, or do not fit.
-        OutputExistsError: The folder is there and holds something else.
+        StudyFileError: The file is invalid.
+        CheckpointError, DataError: The base or the data are missing or invalid.
+        OutputExistsError: The folder exists and contains something else.
         OutputBusyError: Another run writes to the same folder.
-        OutputError: The folder cannot be written to, or on Ray not be seen from a worker.
+        OutputError: The folder cannot be written to, or, on Ray, is not visible to a worker.
         StudyStepError: A step failed on a worker.
         MissingExtraError, WorkersError: There is no Ray, or no worker can be started.
     """
@@ -122,7 +122,7 @@ def _do_in_turn(ledger: Ledger, work: Work, note: Callable[[Step, Record], None]
 
 @dataclass(frozen=True, slots=True)
 class StudyStatus:
-    """How far a study is.
+    """Progress of a study.
 
     Attributes:
         study: The study.
@@ -143,10 +143,10 @@ class StudyStatus:
 
 
 def study_status(file: str | Path, *, out: str | Path | None = None) -> StudyStatus:
-    """How far a study is, from its folder alone: data and base are taken to be those of the last run.
+    """Report the progress of a study from its folder alone; data and base are assumed to be those of the last run.
 
     Raises:
-        StudyFileError: The file is wrong.
+        StudyFileError: The file is invalid.
     """
     study, out = _named(file, out)
     ledger = Ledger(study, Places(out), study_identities(out))
@@ -155,10 +155,10 @@ def study_status(file: str | Path, *, out: str | Path | None = None) -> StudySta
 
 
 def study_results(file: str | Path, *, out: str | Path | None = None) -> StudyResults:
-    """The results of the steps that are done, whatever the versions of the programs that did them.
+    """Return the results of the finished steps, whatever the program versions that computed them.
 
     Raises:
-        StudyFileError: The file is wrong.
+        StudyFileError: The file is invalid.
     """
     study, out = _named(file, out)
     return tabulate(study, Ledger(study, Places(out), study_identities(out), any_version=True).results())

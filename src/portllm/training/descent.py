@@ -56,7 +56,7 @@ def descend(
         loss_of: The mean loss of a batch.
         how: The rest.
         label: Of progress and messages: `train`, `evolve`.
-        progress: Told of every step.
+        progress: Progress callback (steps).
 
     Returns:
         The loss of each step.

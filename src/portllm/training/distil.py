@@ -65,8 +65,8 @@ def distil(
         settings: Rank, learning rate and the like.
         start: A patch of `base` to train on, such as the teacher's, ported; its rank, alpha and modules are kept.
         device: Where to train.
-        overwrite: Replace `out` where it exists.
-        progress: Told of what is written and of every step.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (generated answers, steps).
 
     Returns:
         The patch, opened from `out`, and what training did.

@@ -62,7 +62,7 @@ def distil_lora(
         device: Where to train.
         start: An adapter to go on from, as in `train_lora`.
         overwrite: Replace what is at `adapter_folder`.
-        progress: Told of what is written and of every step.
+        progress: Progress callback (generated answers, steps).
 
     Returns:
         As `train_lora`, its losses being divergences in nats per token.

@@ -114,7 +114,7 @@ def evolve(
         out_folder: The folder to be; a failed run leaves nothing there.
         device: Where to train.
         overwrite: Replace what is at `out_folder`.
-        progress: Told of every step.
+        progress: Progress callback (steps).
 
     Raises:
         CheckpointError: The base cannot be loaded.

@@ -46,8 +46,8 @@ def train_on_rows(
         settings: Rank, learning rate and the like.
         start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
         device: Where to train.
-        overwrite: Replace `out` where it exists.
-        progress: Told of every step.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (steps).
 
     Returns:
         The patch, opened from `out`, and what training did.
@@ -100,8 +100,8 @@ def train_on(
         settings: Rank, learning rate and the like.
         start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
         device: Where to train.
-        overwrite: Replace `out` where it exists.
-        progress: Told of every step.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (steps).
     """
     settings = settings or TrainSettings()
 
@@ -134,8 +134,8 @@ def capture_training(
         recorded: What the record says of the rows and the loss.
         settings: What else shaped the patch.
         start: What the adapter began with, or None.
-        overwrite: Replace `out` where it exists.
-        progress: Told of a download.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (downloaded bytes).
 
     Raises:
         PlanRefusedError: `start` cannot be trained on.

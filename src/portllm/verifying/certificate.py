@@ -1,4 +1,4 @@
-"""Whether a certificate is as it was written, adds up, and is about the models, patches and inputs that are shown."""
+"""Verify that a certificate is unchanged, consistent, and about the given models, patches and inputs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from portllm.verifying.checks import AS_WRITTEN, Check, file_checks, model_check
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """What a certificate may be compared with; only what is given is.
+    """Models, patches and inputs to compare a certificate with; all are optional.
 
     Attributes:
         evolved: The model that answered after the port: the evolved one, or the merged one.

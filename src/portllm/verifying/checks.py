@@ -1,4 +1,4 @@
-"""What a verification consists of, and the checks that patches, merged models and certificates have in common."""
+"""The result of a verification, and checks that patches, merged models and certificates share."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Signatures by OpenSSF model-signing: the border to that library, which is loaded when a signature is made or checked.
+"""Signatures with OpenSSF model-signing, which is imported only when a signature is made or checked.
 
 A signature is a Sigstore bundle in one file. What it signs is a statement with the SHA-256 digest of every file of the
 folder; `patch.json` is one of them, and with it the identity of the base and the chain of ports.
@@ -61,7 +61,7 @@ class CertificateSigner:
 
 @dataclass(frozen=True, slots=True)
 class SigstoreSigner:
-    """Sign without a key of one's own: Sigstore vouches for an identity, such as an e-mail address. Needs the network.
+    """Sign with an identity, such as an e-mail address, instead of a key (Sigstore). Needs the network.
 
     Attributes:
         identity_token: An OpenID Connect token, or None: that of the machine's environment, else a browser is opened.
@@ -77,7 +77,7 @@ Signer = KeySigner | CertificateSigner | SigstoreSigner
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """Trust what the private half of a key signed.
+    """Trust signatures by the private half of this key.
 
     Attributes:
         file: The public key, PEM.
@@ -91,7 +91,7 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """Trust whom these certificates vouch for, directly or through others.
+    """Trust signers with a certificate issued under these roots.
 
     Attributes:
         files: PEM, at least one: the roots that a system comes with vouch for web sites, not for who may sign models.
@@ -109,7 +109,7 @@ class Roots:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Trust an identity that Sigstore vouches for. Needs the network.
+    """Trust signatures by a Sigstore identity. Needs the network.
 
     Attributes:
         name: Such as an e-mail address.

@@ -1,4 +1,4 @@
-"""Verify that a patch, a merged model or a certificate is byte for byte what was written. Needs no torch.
+"""Verify that a patch, merged model or certificate is byte for byte as it was written. Needs no torch.
 
 A patch says in `patch.json` what its other files and its tensors must be, and seals what it says; a merged model does
 so in `portllm.json`, and a certificate stands in one file. Every byte is read again: nothing is taken from a cache.
@@ -50,26 +50,26 @@ def verify(
     certified: Certified | None = None,
     progress: Progress = silent,
 ) -> Verification:
-    """Verify a patch, a model that `merge` wrote, or a certificate.
+    """Verify a patch, a model written by `merge`, or a certificate.
 
     Args:
         where: Its folder, or a patch opened from there.
         base: The model that the patch belongs to, that was merged into, or that the old specialist of a certificate was
             made of; its fingerprint is compared.
-        trust: Whose signature it must bear.
-        signature: Where the signature is, if not in the folder under its usual name.
-        certified: Of a certificate, what else it names, to be compared with what it says.
-        progress: Told of the bytes read of a model.
+        trust: The signer to require.
+        signature: The signature file, if not the default one in the folder.
+        certified: For a certificate, the models, patches and inputs to compare it with.
+        progress: Progress callback (bytes read of a model).
 
     Returns:
-        What holds and what does not; damage is a finding, not an error.
+        All checks and their outcome; corruption is a finding, not an error.
 
     Raises:
-        NotFoundError: There is no folder, or nothing in it that could be verified.
-        PatchRecordError, CheckpointError: What says how the rest must be is no JSON, or a file cannot be read.
+        NotFoundError: The folder does not exist, or contains nothing to verify.
+        PatchRecordError, CheckpointError: The record is not valid JSON, or a file cannot be read.
         SignatureError: The key or certificate to check against cannot be used.
         MissingExtraError: A signature is to be checked without the extra `sign`.
-        PortLLMError: `certified` is given for what is no certificate.
+        PortLLMError: `certified` is given for something else than a certificate.
     """
     where = folder_of(where) if isinstance(where, Patch) else where
     base = None if base is None else open_checkpoint(base)

@@ -79,7 +79,7 @@ def measure_drift(
         evolved: The later one.
         threads: Blocks that are read and measured side by side; by default one for each processor. The result is the
             same for any number.
-        progress: Told of the bytes that were read of both.
+        progress: Progress callback (bytes read of both models).
 
     Raises:
         CheckpointError: A file cannot be read.

@@ -86,7 +86,7 @@ def measure_update(update: Update, *, full: bool = False, progress: Progress = s
     Args:
         update: Of a base that is known.
         full: Read every weight of both, which lie on this disk, instead of a few megabytes spread over all of them.
-        progress: Told of the bytes that `full` reads.
+        progress: Progress callback (bytes that `full` reads).
 
     Raises:
         CheckpointError, RemoteError: A model cannot be read.

@@ -58,7 +58,7 @@ def write_gguf_as_checkpoint(gguf_path: Path, folder: Path, *, progress: Progres
         gguf_path: The file to convert.
         folder: An existing folder, which gets `model.safetensors` (bfloat16; shards and an index above 5 GB),
             `config.json`, `generation_config.json`, `tokenizer.json` and `tokenizer_config.json`.
-        progress: Told of the bytes of weights written.
+        progress: Progress callback (bytes of weights written).
 
     Raises:
         MissingTensorError: A tensor that the architecture needs is not in the file.

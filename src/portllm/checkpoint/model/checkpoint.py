@@ -1,4 +1,4 @@
-"""A checkpoint: named tensors in files, the configuration beside them, and what they are in the model they make."""
+"""A checkpoint: named tensors in files, their configuration, and their roles in the model."""
 
 import os
 import re
@@ -28,13 +28,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk or on the hub, opened lazily.
+    """A model on disk or on the Hub, opened lazily.
 
-    What its tensors are in the model is found when it is first asked for, and kept. No byte of a tensor is read for it
-    but by `tied_embedding`, and that reads samples.
+    The roles of its tensors in the model are computed on first use and cached. No byte of a tensor is read for them
+    except by `tied_embedding`, which reads samples.
 
     Attributes:
-        name: What the user called it; stands in messages and in `patch.json`.
+        name: Its name, as given by the user, in messages and in `patch.json`.
         folder: Its folder, or None for a single file given by itself and for a model that stays on the hub.
         infos: Every tensor by name, sorted by name.
         config: `config.json`, or an empty mapping where there is none.

@@ -67,7 +67,7 @@ def measure_check(
         examples: Rows of its task; their completions are not looked at.
         settings: Everything else.
         device: Where models run.
-        progress: Told of each part.
+        progress: Progress callback (parts).
 
     Returns:
         `verdict`, the texts of its `reasons`, and `weights` and `text`: measures by name, as in `weight_features` and

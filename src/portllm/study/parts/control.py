@@ -73,7 +73,7 @@ def make_control(
         settings: Its kind and seed.
         out: The folder to be; a failed run leaves nothing there.
         overwrite: Replace what is at `out`.
-        progress: Told of every tensor.
+        progress: Progress callback (tensors).
 
     Raises:
         CheckpointError: No control can be made of this model.

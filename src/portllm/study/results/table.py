@@ -1,4 +1,4 @@
-"""The study's table: what each model scored on each task, and how much of what retraining gains porting gains. Pure.
+"""The study's results: scores of each model on each task, and retention. Pure.
 
 Rows are paired: row `i` is the same row for every model and seed. A model's column is the mean over seeds, row by row.
 Intervals are over rows, those of differences and ratios by a bootstrap that draws the same rows for all models; seeds
@@ -142,7 +142,7 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class StudyResults(ShownInNotebook):
-    """All that a study has found so far.
+    """Results of a study so far.
 
     Attributes:
         title: The study's.

@@ -95,7 +95,7 @@ class Work:
         inputs: What it reads.
         places: Where outputs of steps lie.
         device: Where models run.
-        progress: Told of what goes on within a step.
+        progress: Progress callback within a step.
     """
 
     study: Study
