@@ -6,7 +6,7 @@ import pytest
 
 from portllm import __version__
 from portllm.capturing.adapter import capture_adapter, plan_capture
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.verdict import Answer
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import open_checkpoint
@@ -99,7 +99,7 @@ def test_a_number_that_is_none_is_refused_by_its_name_wherever_a_patch_goes(valu
         with pytest.raises(NonFiniteError, match=name.removeprefix("base_model.model.").rpartition(".lora")[0]):
             way()
         assert not (tmp_path / "out").exists()
-    found = check(load_patch(adapter), base=base, evolved=evolved).patches[0].verdict
+    found = check_weights(load_patch(adapter), base=base, evolved=evolved).patches[0].verdict
     assert found.answer is Answer.WILL_NOT_HOLD
     assert "contains an infinity or NaN" in found.reasons[0].text
 

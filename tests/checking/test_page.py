@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.page import check_page
 from portllm.checking.report import patch_to_json
 from portllm.checking.update.config_changes import ConfigChange, Effect
@@ -23,7 +23,7 @@ def checked(tiny):
     def run(kind="evolved", *, adapters=1, **how):
         patches = [load_patch(tiny("adapter", seed=seed)) for seed in range(1, adapters + 1)]
         base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny(kind, **(how or {"drift": 0.00003})))
-        return check(*patches, base=base, evolved=evolved, places=True)
+        return check_weights(*patches, base=base, evolved=evolved, places=True)
 
     return run
 

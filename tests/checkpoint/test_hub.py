@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned import capture_tuned
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checkpoint.hub import fetch, look_up
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint, side_file
@@ -163,8 +163,8 @@ def test_a_check_of_models_of_the_hub_is_that_of_the_models_on_disk_and_download
     hub.add("org/base", tiny("base"))
     hub.add("org/evolved", tiny("evolved"))
     patch = load_patch(tiny("adapter"))
-    report = check(patch, base=open_checkpoint("org/base"), evolved=open_checkpoint("org/evolved"))
-    local = check(patch, base=open_checkpoint(tiny("base")), evolved=open_checkpoint(tiny("evolved")))
+    report = check_weights(patch, base=open_checkpoint("org/base"), evolved=open_checkpoint("org/evolved"))
+    local = check_weights(patch, base=open_checkpoint(tiny("base")), evolved=open_checkpoint(tiny("evolved")))
     assert all(asked.range for asked in hub.asked if asked.path.endswith(".safetensors"))
     assert report.update.cells == local.update.cells
     assert report.patches[0].verdict == local.patches[0].verdict
@@ -175,7 +175,7 @@ def test_checking_between_7b_models_takes_megabytes(hub, seven):
     hub.add(BASE_OF_7B, seven / "base")
     hub.add(EVOLVED_OF_7B, seven / "evolved")
     patch = load_patch(seven / "adapter")
-    report = check(patch, base=open_checkpoint(BASE_OF_7B), evolved=open_checkpoint(EVOLVED_OF_7B))
+    report = check_weights(patch, base=open_checkpoint(BASE_OF_7B), evolved=open_checkpoint(EVOLVED_OF_7B))
     assert report.update.n_elements > 1_000_000
     assert hub.n_bytes < 20_000_000
     assert len(hub.asked) < 2_500

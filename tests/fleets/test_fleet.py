@@ -271,7 +271,7 @@ def test_a_second_run_at_the_same_time_is_refused(here, write, folder):
 def test_a_damaged_state_is_told_and_not_guessed_at(run, write, folder, text):
     run(write())
     (folder / "out/fleet.json").write_text(text)
-    with pytest.raises(FleetFileError, match="fleet.json': is damaged"):
+    with pytest.raises(FleetFileError, match="fleet.json': is corrupt"):
         plan_fleet(write())
 
 

@@ -8,7 +8,7 @@ import pytest
 from portllm.capturing.adapter import capture_adapter, plan_capture
 from portllm.capturing.tuned import capture_tuned
 from portllm.capturing.tuned_plan import plan_capture_tuned
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.inspecting.inspect import inspect
@@ -109,7 +109,9 @@ PLANS = {
     "capture of a tuned model": lambda base, evolved, _: plan_capture_tuned(
         open_checkpoint(base), open_checkpoint(evolved)
     ),
-    "check of a model": lambda base, evolved, _: check(base=open_checkpoint(base), evolved=open_checkpoint(evolved)),
+    "check of a model": lambda base, evolved, _: check_weights(
+        base=open_checkpoint(base), evolved=open_checkpoint(evolved)
+    ),
     "inspect": lambda base, *_: inspect(base),
 }
 
@@ -230,6 +232,6 @@ def test_a_copy_of_the_bases_weight_that_differs_where_no_sample_lies_is_refused
 
 def test_a_check_of_every_weight_is_refused_where_a_head_differs_from_its_embedding(fine, untied):
     models = {"base": open_checkpoint(fine), "evolved": open_checkpoint(untied)}
-    check(**models)
+    check_weights(**models)
     with pytest.raises(PlanRefusedError, match=REFUSED):
-        check(**models, full=True)
+        check_weights(**models, full=True)

@@ -144,7 +144,7 @@ def test_a_model_that_is_large_for_the_machine_is_written_all_the_same(tiny, tmp
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(case, tmp_path):
     patch, into = case()
-    with pytest.raises(DeviceError, match="--device cuda: torch finds none here"):
+    with pytest.raises(DeviceError, match="--device cuda: torch finds no such device"):
         merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(device="cuda"))
     assert leftovers(tmp_path) == []
 
@@ -352,7 +352,7 @@ def test_a_value_that_is_not_finite_is_refused_by_its_tensor(value, where, tmp_p
     patch = write_adapter(tmp_path / "adapter", {"q": (a, b)})
     into = open_checkpoint(write_tensors(tmp_path / "m.safetensors", {"q.weight": stored(weight, "BF16")}))
     before = contents(tmp_path)
-    with pytest.raises(NonFiniteError, match=r"'q.weight': rows \d+ to \d+ hold an infinity or NaN"):
+    with pytest.raises(NonFiniteError, match=r"'q.weight': rows \d+ to \d+ contain an infinity or NaN"):
         merge(patch, into=into, out=tmp_path / "out")
     assert contents(tmp_path) == before
     assert not (tmp_path / "out").exists()
@@ -362,7 +362,7 @@ def test_a_sum_that_does_not_fit_into_float16_is_refused(case, tmp_path):
     weight = torch.zeros(20, 12)
     weight[19] = 65500.0
     patch, into = case(dtype="F16", weight=weight, delta=1000.0)
-    with pytest.raises(NonFiniteError, match="in what they become as F16"):
+    with pytest.raises(NonFiniteError, match="after the cast to F16"):
         merge(patch, into=into, out=tmp_path / "out")
     assert leftovers(tmp_path) == []
     merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype="F32"))

@@ -263,7 +263,7 @@ def test_a_signal_stops_the_program_and_the_next_run_goes_on(sent, status, case,
         told = run.communicate(timeout=60)[1]
     assert run.returncode == status, told
     assert "Traceback" not in told
-    assert "no output is half written, and the same command goes on" in told
+    assert "no partial output was left, and the same command resumes" in told
     assert contents(folder / "out") == before
     written.clear()
     case(folder / "out")

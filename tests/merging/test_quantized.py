@@ -171,16 +171,16 @@ def test_a_qlora_patch_says_what_it_was_fitted_to(models, tiny, tmp_path):
 
 
 def test_check_estimates_the_gap_of_a_qlora_patch_from_samples(models, tiny, tmp_path):
-    from portllm.checking.check import check
+    from portllm.checking.check import check_weights
 
     patch = qlora_patch(models, tiny, tmp_path / "patch")
     base, evolved = portllm.open_checkpoint(models["plain"]), portllm.open_checkpoint(tiny("base", seed=5))
-    found = check(patch, base=base, evolved=evolved).patches[0]
+    found = check_weights(patch, base=base, evolved=evolved).patches[0]
     whole = merge(patch, into=base, out=tmp_path / "merged").quantization.total.ratio
     assert found.quantization.ratio == pytest.approx(whole, rel=SAMPLED)
     assert any("trained on nf4-double weights" in remark for remark in found.verdict.remarks)
     of_plain = capture_adapter(portllm.load_patch(tiny("adapter", of=models["plain"])), base=base, out=tmp_path / "p")
-    other = check(of_plain, base=base, evolved=evolved).patches[0]
+    other = check_weights(of_plain, base=base, evolved=evolved).patches[0]
     assert other.quantization is None
     assert not any("fitted to" in remark for remark in other.verdict.remarks)
 
@@ -314,7 +314,7 @@ def test_a_patch_of_a_gguf_file_is_merged_into_what_it_was_made_from(tmp_path):
     ported = port(patch, base=quantized, evolved=into, out=tmp_path / "ported")
     plan = plan_merge(ported, into=into)
     assert plan.fitted is None
-    assert any("fitted to Q8_0 weights" in note and "is not measured" in note for note in plan.notes)
+    assert any("trained on Q8_0 weights" in note and "the difference is not measured" in note for note in plan.notes)
     assert any(
         "has been ported since" in str(why) for why in plan_merge(ported, into=into, quantized_base=quantized).refusals
     )

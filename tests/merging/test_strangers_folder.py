@@ -165,7 +165,7 @@ def test_old_bytes_of_another_model_are_not_written(change, evil, tiny, tmp_path
     text = json.dumps(header).encode()
     kept.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
     before = contents(evil)
-    with pytest.raises(CheckpointError, match="is not of the model that '.portllm-undo' was kept for"):
+    with pytest.raises(CheckpointError, match="does not belong to the model that '.portllm-undo' was saved for"):
         undo_merge(evil)
     assert contents(evil) == before
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError, PortError
 from portllm.matching.port_plan import plan_port
@@ -35,7 +35,9 @@ def auto(tiny, tmp_path):
 def test_what_drifted_little_is_added_and_the_record_says_why(auto, tiny):
     evolved = tiny("evolved", drift=SHORT)
     (step,) = auto(evolved).record.ports
-    report = check(load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), evolved=open_checkpoint(evolved))
+    report = check_weights(
+        load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), evolved=open_checkpoint(evolved)
+    )
     (found,) = report.patches
     assert (step.method, step.choice.verdict, step.choice.is_forced) == ("add", "holds", False)
     assert step.choice.findings == tuple(reason.text for reason in found.verdict.reasons)

@@ -15,7 +15,7 @@ from scipy.stats import entropy
 from transformers import AutoModelForCausalLM
 
 from portllm.capturing.adapter import capture_adapter
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.forecast import expect
 from portllm.checking.report import patch_to_json
 from portllm.checking.verdict import with_answers
@@ -361,7 +361,7 @@ def test_a_report_has_the_measures_and_the_doubts_that_they_raise(story, tmp_pat
     config = json.loads((unfit / "adapter_config.json").read_text())
     (unfit / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
     patches = [load_patch(story["patch"]), load_patch(unfit)]
-    report = check(*patches, **models)
+    report = check_weights(*patches, **models)
     more = add_text(report, patches, **models, prompts=PROMPTS, settings=SETTINGS, device="cpu")
     agreement = more.patches[0].text.features()["ported_agreement"]
     assert agreement < AGREEMENT.value

@@ -10,7 +10,7 @@ from portllm.errors import DataError, PortLLMError
         ({"teacher": "patch"}, "teacher and teacher_base must be used together"),
         ({"teacher_base": "base"}, "teacher and teacher_base must be used together"),
         ({"max_new_tokens": 3}, "requires a teacher"),
-        ({"teacher": "patch", "teacher_base": "base", "completion": "kind"}, "the teacher's"),
+        ({"teacher": "patch", "teacher_base": "base", "completion": "kind"}, "cannot be used with a teacher"),
     ],
 )
 def test_what_cannot_be_trained_for_is_refused_before_anything_is_opened(given, said):

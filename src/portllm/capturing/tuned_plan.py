@@ -35,7 +35,7 @@ class RowMap:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class TunedPair:
     """One tensor of both models.
 
     Attributes:
@@ -108,7 +108,7 @@ class TunedPlan:
     tuned: Checkpoint
     source: ModelIdentity
     target: ModelIdentity
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, TunedPair]
     experts: Mapping[str, ExpertsPair]
     tied: str | None
     rank: int | None
@@ -157,7 +157,7 @@ def plan_capture_tuned(
         )
     )
     refusals += _alone(before, base, after, tuned)
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, TunedPair] = {}
     maps: dict[tuple[int, int], RowMap | None] = {}
     for name in sorted(before.keys() & after.keys()):
         left, right = before[name], after[name]
@@ -172,7 +172,7 @@ def plan_capture_tuned(
             refusals.append(Refusal(name, problem))
         module = _linear_module(name, left)
         transposed = module is not None and bool(base.is_transposed(module))
-        pairs[name] = Pair(left, right, module, row_map, transposed)
+        pairs[name] = TunedPair(left, right, module, row_map, transposed)
     is_tied = base.tied_embedding is not None and tuned.tied_embedding is not None
     tied = next((name for name, info in before.items() if is_tied and info is base.tied_embedding), None)
     return TunedPlan(base, tuned, source, target, pairs, experts, tied, rank, max_rank, dense, tuple(sorted(refusals)))

@@ -27,7 +27,7 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
-from portllm.evaluating.evaluate import unfit
+from portllm.evaluating.evaluate import model_refusals
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
@@ -178,9 +178,9 @@ def plan_certify(
     specialist = Side(identify(base), _files(patch))
     after = Side(identify(successor), None if ported is None else _files(ported))
     asked = read_asked(data, patch, settings)
-    refusals = list(unfit("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
+    refusals = list(model_refusals("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
     if ported is not None:
-        refusals += unfit("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
+        refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
     refusals += _too_few(len(asked.rows), settings)
     if settings.kind == "free" and not has_same_tokenizer(base, successor):
         reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."

@@ -24,7 +24,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.matching.compatibility import changes_on
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.quantized_base import quantization_of
-from portllm.matching.tensor_pairs import Pair
+from portllm.matching.tensor_pairs import TensorPair
 from portllm.matching.token_rows import has_token_rows
 from portllm.matching.update import Update
 from portllm.measures.overlap import Alignment
@@ -35,11 +35,11 @@ from portllm.progress import Progress, silent
 MOST_TENSORS = 32
 """Tensors of one patch that are read: enough for its angle, its size and what rounding takes of it."""
 
-Changes = Mapping[str, tuple[Change[TensorInfo], Pair]]
+Changes = Mapping[str, tuple[Change[TensorInfo], TensorPair]]
 """What a patch does, by the name of a pair."""
 
 
-def check(
+def check_weights(
     *patches: Patch[TensorInfo],
     base: Checkpoint,
     evolved: Checkpoint,
@@ -89,7 +89,7 @@ def check_patch(
         plan: To carry it through that update; where it has refusals, they are what is found.
         known: What was read of the update.
         reader: Keeps its memory from patch to patch, where several are checked.
-        places: As for `check`.
+        places: As for `check_weights`.
     """
     if (found := refused(plan)) is not None:
         return found
@@ -145,7 +145,7 @@ def check_patch(
 def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:
     """What a patch that fits does to weights that both models have."""
     evolved = known.update.evolved
-    found: dict[str, tuple[Change[TensorInfo], Pair]] = {}
+    found: dict[str, tuple[Change[TensorInfo], TensorPair]] = {}
     for name, change in changes_on(patch, evolved).items():
         tensor = evolved.tensor(name)
         for pair in known.pairs_of.get(name if tensor is None else tensor.name, ()):

@@ -12,7 +12,7 @@ from portllm.checking.tables import Rows, kind_rows, patch_facts, patch_rows, up
 from portllm.checking.update.config_changes import Effect
 from portllm.checking.update.report import UpdateReport
 from portllm.checking.verdict import Answer, Reason
-from portllm.measures.places import Place
+from portllm.measures.places import TensorPlace
 from portllm.measures.thresholds import KEPT_GAIN
 from portllm.show.html.bars import Row, bars
 from portllm.show.html.figure import facts, figure, figures, folded, table
@@ -154,7 +154,7 @@ def _drift_figures(update: UpdateReport) -> list[Html]:
     return [_map(cells, stack, "Where the update changed the model", explained) for stack in stacks_of(cells)]
 
 
-def _size_figures(patch: PatchReport, places: Mapping[Place, PlacedDelta]) -> list[Html]:
+def _size_figures(patch: PatchReport, places: Mapping[TensorPlace, PlacedDelta]) -> list[Html]:
     cells = {place: found.relative_size for place, found in places.items()}
     explained = (
         "|Δ| / |W1| of each matrix: the stronger the color, the larger the patch. Blank where it changes nothing."
@@ -164,7 +164,7 @@ def _size_figures(patch: PatchReport, places: Mapping[Place, PlacedDelta]) -> li
     return [_map(cells, stack, "Where the patch sits", explained) for stack in stacks_of(cells)]
 
 
-def _map(cells: Mapping[Place, float], stack: str, title: str, explained: str) -> Html:
+def _map(cells: Mapping[TensorPlace, float], stack: str, title: str, explained: str) -> Html:
     inside = {
         place: value for place, value in cells.items() if place.stack == stack and place.kind in kinds_of(cells, stack)
     }
@@ -203,7 +203,7 @@ def _kept_figure(patch: PatchReport) -> list[Html]:
     return [figure(title, explained, picture, [("stored as", "kept gain"), *((row.name, row.text) for row in rows)])]
 
 
-def _spectra(places: Mapping[Place, PlacedDelta]) -> list[Html]:
+def _spectra(places: Mapping[TensorPlace, PlacedDelta]) -> list[Html]:
     """A picture for each kind of module: singular values over all its layers."""
     by_kind: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     for place, found in places.items():

@@ -12,8 +12,8 @@ from portllm.checking.prompts.measures import TextMeasures, text_to_json
 from portllm.checking.update.report import UpdateReport, _drift, _number, _place
 from portllm.checking.verdict import Answer, Reason, Verdict
 from portllm.measures.estimate import DriftEstimate
-from portllm.measures.overlap import Alignment, Share
-from portllm.measures.places import Place
+from portllm.measures.overlap import Alignment, DriftShare
+from portllm.measures.places import TensorPlace
 from portllm.measures.quantization_gap import GapSums
 from portllm.notebook import ShownInNotebook
 from portllm.patch.rounding import MergeSums
@@ -43,7 +43,7 @@ class PatchReport:
     stored_as: str | None = None
     changes: Mapping[str, ChangeMeasures] = field(default_factory=dict)
     quantization: GapSums | None = None
-    places: Mapping[Place, PlacedDelta] | None = None
+    places: Mapping[TensorPlace, PlacedDelta] | None = None
     text: TextMeasures | None = None
     forecast: Expected | None = None
 
@@ -53,7 +53,7 @@ class PatchReport:
         return sum((change.alignment for change in self.changes.values()), Alignment())
 
     @property
-    def overlaps(self) -> Mapping[str, Share]:
+    def overlaps(self) -> Mapping[str, DriftShare]:
         """Fraction of the drift in the patch's input and output directions."""
         return summed(change.overlaps for change in self.changes.values())
 
@@ -151,7 +151,7 @@ def _reason(reason: Reason) -> dict[str, object]:
     return {"verdict": str(reason.answer), "text": reason.text, "threshold": decided}
 
 
-def _share(share: Share) -> dict[str, object]:
+def _share(share: DriftShare) -> dict[str, object]:
     return {"share": _number(share.share), "by_chance": _number(share.by_chance)}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from portllm.checking.forecast_model import Expected
 from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.update.report import UpdateReport
-from portllm.measures.estimate import Estimate
+from portllm.measures.estimate import SampledEstimate
 from portllm.show.numbers import n_params, percent, three_digits, three_percent
 
 SHOWN = 3
@@ -161,14 +161,14 @@ def _vocabulary(update: UpdateReport) -> str:
     return "the same tokens in the same rows" if update.has_vocabularies else "a model has no tokenizer.json"
 
 
-def _with_error(estimate: Estimate) -> str:
+def _with_error(estimate: SampledEstimate) -> str:
     if not estimate.error:
         return three_percent(estimate.value)
     error = "?" if math.isinf(estimate.error) else f"{100 * estimate.error:.1g}"
     return f"{three_digits(100 * estimate.value)} ± {error} %"
 
 
-def _plain_with_error(estimate: Estimate) -> str:
+def _plain_with_error(estimate: SampledEstimate) -> str:
     return f"{estimate.value:.6f}" + (f" ± {estimate.error:.1g}" if estimate.error else "")
 
 

@@ -14,7 +14,7 @@ from portllm.checking.update.config_changes import ConfigChange, Effect
 from portllm.checking.update.lineage import Lineage
 from portllm.errors import Refusal
 from portllm.measures.estimate import DriftEstimate
-from portllm.measures.overlap import Share
+from portllm.measures.overlap import DriftShare
 from portllm.measures.thresholds import (
     AGREEMENT,
     ALIGNED_COSINE,
@@ -95,7 +95,7 @@ class Measures:
     broken: tuple[str, ...] = ()
     config_changes: tuple[ConfigChange, ...] = ()
     alignment: float | None = None
-    overlaps: Mapping[str, Share] | None = None
+    overlaps: Mapping[str, DriftShare] | None = None
     kept_gain: Mapping[str, float] | None = None
     stored_as: str | None = None
     changes_vocabulary: bool = False

@@ -13,7 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
@@ -67,7 +67,7 @@ Estimate = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DemoStep:
     """One step that is done.
 
     Attributes:
@@ -97,7 +97,7 @@ class Story:
 def tell(
     folder: Path,
     *,
-    on_step: Callable[[Step], None],
+    on_step: Callable[[DemoStep], None],
     on_estimate: Estimate = lambda _: None,
     progress: Progress = silent,
 ) -> Story:
@@ -156,7 +156,7 @@ def estimating(progress: Progress, on_estimate: Estimate) -> Progress:
 class _Teller:
     """The steps, each with all that its result depends on: that is the key under which it is kept."""
 
-    def __init__(self, folder: Path, on_step: Callable[[Step], None], progress: Progress) -> None:
+    def __init__(self, folder: Path, on_step: Callable[[DemoStep], None], progress: Progress) -> None:
         self.steps: dict[str, Kept] = {}
         self._records = folder / STEPS
         self.patch, self.evolved, self.ported = folder / "patch", folder / "evolved", folder / "ported"
@@ -221,7 +221,7 @@ class _Teller:
                 prompts = read_prompts(rows, PROMPT, completion=None)[0][:CHECKED_PROMPTS]
             patches = [load_patch(self.patch)]
             report = add_text(
-                check(*patches, base=base, evolved=evolved),
+                check_weights(*patches, base=base, evolved=evolved),
                 patches,
                 base=base,
                 evolved=evolved,
@@ -330,7 +330,7 @@ class _Teller:
         work: Callable[[], Mapping[str, object]],
     ) -> None:
         self.steps[name] = keep(self._records / f"{name}.json", inputs=inputs, identify=identify, work=work)
-        self._on_step(Step(name, self.steps[name]))
+        self._on_step(DemoStep(name, self.steps[name]))
 
 
 def _digest(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS
 from portllm.demo.settings import EVOLVE, MERGED_ROWS, SCORED_ROWS, TRAIN
-from portllm.demo.story import BASE, Step, Story
+from portllm.demo.story import BASE, DemoStep, Story
 from portllm.evaluating.text import render_comparison
 from portllm.files.kept_results import Kept
 from portllm.show.numbers import percent
@@ -39,7 +39,7 @@ def render_estimate(seconds: float) -> str:
     return f"On this machine it will take about {minutes} minute{'s' if minutes > 1 else ''}.\n"
 
 
-def render_step(step: Step) -> str:
+def render_step(step: DemoStep) -> str:
     """One line for a step that is done, and one for what it found."""
     when = f"{step.kept.seconds:7.1f} s" + ("  (done in an earlier run)" if step.kept.reused else "")
     found = _FOUND.get(step.name, _nothing)(step.kept.result)

@@ -91,7 +91,7 @@ def plan_evaluation(
     old, new = identify(base), identify(evolved)
     pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
     pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
-    refusals = [refusal for pair in pairs for refusal in unfit(*pair, allow_other_base=allow_other_base)]
+    refusals = [refusal for pair in pairs for refusal in model_refusals(*pair, allow_other_base=allow_other_base)]
     if refusals:
         raise PlanRefusedError(refusals)
     return Contestants(
@@ -104,7 +104,7 @@ def plan_evaluation(
     )
 
 
-def unfit(
+def model_refusals(
     option: str,
     patch: Patch[TensorInfo],
     model: Checkpoint,

@@ -56,12 +56,12 @@ NO = ("will not hold", "cannot be ported")
 """Verdicts of a check after which nothing is ported."""
 
 
-class Worker:
+class CellWorker:
     """Does one cell after another; the models of the last one stay open for the next.
 
     Example:
         >>> job = {"folder": "v2/a", "base": None, "steps": ["port"], "options": {}, "dry": False}
-        >>> Worker().do({**job, "evolved": {"place": "nowhere", "said": "nowhere"}})["reason"]
+        >>> CellWorker().do({**job, "evolved": {"place": "nowhere", "said": "nowhere"}})["reason"]
         "'nowhere': no such file or folder. ..."
     """
 

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from portllm.errors import OutputError
 from portllm.files.own_files import open_locked
-from portllm.fleets.cell import RECORDS, Worker
+from portllm.fleets.cell import RECORDS, CellWorker
 from portllm.fleets.file import read_fleet_file
 from portllm.fleets.inputs import find_inputs
-from portllm.fleets.plan import Cell, FleetRow, Todo, Work, cells_of, decide, stranger
+from portllm.fleets.plan import Cell, FleetRow, FleetWork, Todo, cells_of, decide, stranger
 from portllm.fleets.processes import MEMORY, Processes, fitting_workers
 from portllm.fleets.run import run_cells
 from portllm.fleets.state import State, read_state
@@ -40,7 +40,7 @@ class FleetPlan:
         rows: What earlier runs noted, by cell.
     """
 
-    work: Work
+    work: FleetWork
     cells: tuple[Cell, ...]
     todo: tuple[Todo, ...]
     rows: dict[str, FleetRow]
@@ -63,7 +63,7 @@ def plan_fleet(file: Path, *, overwrite: bool = False) -> FleetPlan:
     """
     asked = read_fleet_file(file)
     patches, evolved, base = find_inputs(asked)
-    work = Work(base, asked.steps, asked.options, resolve(asked.output, file.resolve().parent))
+    work = FleetWork(base, asked.steps, asked.options, resolve(asked.output, file.resolve().parent))
     cells = cells_of(patches, evolved, work)
     rows = read_state(work.output)
     files = _by_folder(sizes(work.output))
@@ -165,15 +165,15 @@ def open_pool(plan: FleetPlan, *, workers: int | None, ray: str | None) -> Pool:
     n_jobs = len(plan.chosen("run"))
     if ray is None:
         return Processes(workers or fitting_workers(plan.work.steps, n_jobs))
-    from portllm.workers.on_ray import Machine, OnRay, Share
+    from portllm.workers.on_ray import ClusterRequest, Machine, OnRay
 
-    def share(machines: Sequence[Machine]) -> Share:
+    def share(machines: Sequence[Machine]) -> ClusterRequest:
         """A core for each."""
         cores = sum(machine.cores for machine in machines)
         memory = max(MEMORY[step] for step in plan.work.steps)
-        return Share(max(1, min(workers or cores, n_jobs)), memory=memory)
+        return ClusterRequest(max(1, min(workers or cores, n_jobs)), memory=memory)
 
-    return OnRay(ray, Worker, share, own_cores=workers)
+    return OnRay(ray, CellWorker, share, own_cores=workers)
 
 
 def _records(files: Mapping[str, Mapping[str, int]], steps: Sequence[str]) -> list[str]:

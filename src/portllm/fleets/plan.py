@@ -53,7 +53,7 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class FleetWork:
     """What is done in every cell.
 
     Attributes:
@@ -82,7 +82,7 @@ class Cell:
 
     patch: PatchEntry
     evolved: ModelEntry
-    work: Work = field(repr=False)
+    work: FleetWork = field(repr=False)
     key: str
 
     @property
@@ -142,12 +142,12 @@ class FleetRow:
         return self.facts.get("check", {}).get("verdict", "holds") == "holds"
 
 
-def cells_of(patches: Sequence[PatchEntry], evolved: Sequence[ModelEntry], work: Work) -> tuple[Cell, ...]:
+def cells_of(patches: Sequence[PatchEntry], evolved: Sequence[ModelEntry], work: FleetWork) -> tuple[Cell, ...]:
     """Every patch with every evolved model; the cells of one model follow each other, so that it is opened once."""
     return tuple(Cell(patch, model, work, _key(patch, model, work)) for model in evolved for patch in patches)
 
 
-def _key(patch: PatchEntry, evolved: ModelEntry, work: Work) -> str:
+def _key(patch: PatchEntry, evolved: ModelEntry, work: FleetWork) -> str:
     inputs = [
         FORMAT,
         patch.identity,

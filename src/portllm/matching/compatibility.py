@@ -361,7 +361,7 @@ def _near(module: str, weights: Mapping[str, TensorInfo]) -> str:
     return f" Similar modules: {near[0]}{more}."
 
 
-def strangers(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Iterator[Refusal]:
+def base_refusals(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Iterator[Refusal]:
     """Why a patch is not one of a model: it says so, or PEFT could take forever to find its modules."""
     given = identify(base)
     if patch.record is not None and patch.record.base.fingerprint != given.fingerprint:

@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class TensorPlace:
     """The place of a tensor.
 
     Attributes:
@@ -24,7 +24,7 @@ class Place:
     is_expert: bool = False
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> TensorPlace:
     """The place of a tensor, from its current name.
 
     Example:
@@ -38,6 +38,6 @@ def place_of(name: str) -> Place:
     name = name.removesuffix(".weight")
     found = _LAYER.match(name)
     if found is None:
-        return Place("", -1, name)
+        return TensorPlace("", -1, name)
     kind, numbers = _NUMBER.subn("", found[3])
-    return Place(found[1] or "", int(found[2]), kind, numbers > 0)
+    return TensorPlace(found[1] or "", int(found[2]), kind, numbers > 0)

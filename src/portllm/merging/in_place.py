@@ -43,7 +43,7 @@ from portllm.merging.merge import digest_inputs, require_bfloat16
 from portllm.merging.options import MergeOptions
 from portllm.merging.plan import MergePlan, MergeStep, plan_merge
 from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
-from portllm.merging.tensor import Facts, How, Target, benches, make_tensor, require_device
+from portllm.merging.tensor import Target, TensorOptions, TensorResults, make_tensor, require_device, workspaces
 from portllm.merging.undo import UNDO_FOLDER, Undo, alone, forget, mark, original, read_undo, unmark, write_undo
 from portllm.patch.adapter_folder import PatchLike, load_patch
 from portllm.patch.patch import Patch
@@ -140,7 +140,7 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
     options = plan.merge.options
     if isinstance(options.rounding, Stochastic):
         require_bfloat16(plan.merge)
-    how = How(options.rounding, require_device(options.device), keep_cached=not is_large(plan.merge.n_bytes))
+    how = TensorOptions(options.rounding, require_device(options.device), keep_cached=not is_large(plan.merge.n_bytes))
     with alone(plan.folder) as held:
         if _read_undo(plan.folder) != plan.undo:
             raise OutputBusyError(f"'{plan.folder}': was changed by another run in the meantime. Run again.")
@@ -261,7 +261,7 @@ def _said(manifest: Path) -> str:
     return manifest.read_text(encoding="utf-8", errors="replace")
 
 
-def _digest(plan: InPlacePlan, how: How) -> str:
+def _digest(plan: InPlacePlan, how: TensorOptions) -> str:
     """A digest of all that the new bytes depend on."""
     inputs = {**digest_inputs(plan.merge, how), "into": plan.merge.identity.fingerprint}
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -300,9 +300,9 @@ def _unmarked_if_it_fails(held: Held) -> Iterator[None]:
         raise
 
 
-def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> Facts:
+def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: TensorOptions, progress: Progress) -> TensorResults:
     """Write the new bytes, made from the old ones that are kept; what is not changed is read for its digest."""
-    total, done = Facts(), 0
+    total, done = TensorResults(), 0
     places = open_folder(plan.folder, name=str(plan.folder)).infos
 
     def told(n_bytes: int) -> None:
@@ -310,7 +310,7 @@ def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: How, progress: Pr
         done += n_bytes
         progress("merge", done, plan.merge.n_bytes, "bytes")
 
-    def job(step: MergeStep, tell: Tell) -> Facts:
+    def job(step: MergeStep, tell: Tell) -> TensorResults:
         place = places[step.entry.name]
         write = _nowhere if step.change is None else partial(_write, files[str(place.file)], place.start)
         bench = free.get()
@@ -318,11 +318,11 @@ def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: How, progress: Pr
             (made,) = make_tensor([Target(step, write)], bench, tell)
         finally:
             free.put(bench)
-        if not isinstance(made, Facts):
+        if not isinstance(made, TensorResults):
             raise made
         return made
 
-    with ExitStack() as opened, benches(how, plan.merge.steps.values()) as free:
+    with ExitStack() as opened, workspaces(how, plan.merge.steps.values()) as free:
         files = _open(held, {str(info.file) for info in places.values()}, opened)
         steps = (
             replace(step, source=undo.tensors[name]) if step.change is not None else step
@@ -375,7 +375,7 @@ def _require_unchanged(folder: Path) -> None:
         )
 
 
-def _report(plan: InPlacePlan, undo: Undo, how: How, facts: Facts) -> MergeReport:
+def _report(plan: InPlacePlan, undo: Undo, how: TensorOptions, facts: TensorResults) -> MergeReport:
     written = open_folder(plan.folder, name=str(plan.folder))
     before = original(plan.folder, undo, name=plan.merge.into.name)
     return MergeReport(

@@ -32,7 +32,7 @@ from portllm.merging.outputs import Output, good, not_written, write_outputs
 from portllm.merging.plan import MergePlan, plan_merge
 from portllm.merging.quantization_gap import measure_gap
 from portllm.merging.rounding_modes import Stochastic
-from portllm.merging.tensor import Facts, How, require_device
+from portllm.merging.tensor import TensorOptions, TensorResults, require_device
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch
 from portllm.patch.folders import Where
 from portllm.patch.record import ModelIdentity
@@ -143,7 +143,7 @@ def run_merges(
     if any(plan.into is not first.into or plan.options != first.options for plan in plans.values()):
         raise ValueError("the plans are for several models, or for several ways to merge")
     n_bytes = sum(plan.n_bytes for plan in plans.values())
-    how = How(first.options.rounding, require_device(first.options.device), keep_cached=not is_large(n_bytes))
+    how = TensorOptions(first.options.rounding, require_device(first.options.device), keep_cached=not is_large(n_bytes))
     failed = problems(plans, overwrite=overwrite)
     there = {out: plan for out, plan in plans.items() if out not in failed}
     try:
@@ -178,7 +178,9 @@ def problems(plans: Mapping[Path, MergePlan], *, overwrite: bool = False) -> dic
     return found
 
 
-def _run(outputs: Sequence[Output], how: How, *, overwrite: bool, progress: Progress) -> dict[Path, MergeReport]:
+def _run(
+    outputs: Sequence[Output], how: TensorOptions, *, overwrite: bool, progress: Progress
+) -> dict[Path, MergeReport]:
     """Write outputs side by side; the reports of those that have not failed."""
     reports: dict[Path, MergeReport] = {}
     with ExitStack() as opened:
@@ -200,7 +202,7 @@ def _run(outputs: Sequence[Output], how: How, *, overwrite: bool, progress: Prog
     return reports
 
 
-def _finish(output: Output, folder: Path, how: How, progress: Progress) -> MergeReport:
+def _finish(output: Output, folder: Path, how: TensorOptions, progress: Progress) -> MergeReport:
     """Write what goes beside the weights."""
     plan = output.plan
     require_equal(taken_tie(plan.patch, plan.into), known=output.known.read, progress=progress)
@@ -240,7 +242,7 @@ def _count(total: int, left: int, progress: Progress) -> Callable[[int], None]:
     return wrote
 
 
-def _digest_plan(plan: MergePlan, how: How) -> str:
+def _digest_plan(plan: MergePlan, how: TensorOptions) -> str:
     """A digest of all that the bytes of the weights depend on; the model's files count by size and time of change."""
     facts = [file.stat() for file in plan.into.files if isinstance(file, Path)]
     files = [[fact.st_size, fact.st_mtime_ns] for fact in facts]
@@ -248,7 +250,7 @@ def _digest_plan(plan: MergePlan, how: How) -> str:
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def digest_inputs(plan: MergePlan, how: How) -> dict[str, object]:
+def digest_inputs(plan: MergePlan, how: TensorOptions) -> dict[str, object]:
     """All that the bytes of the weights depend on, but for the model's own bytes."""
     return {
         "programs": {name: importlib.metadata.version(name) for name in ("portllm", "torch")},
@@ -290,8 +292,8 @@ def _report(
     plan: MergePlan,
     out: Path,
     folder: Path,
-    how: How,
-    facts: Facts,
+    how: TensorOptions,
+    facts: TensorResults,
 ) -> MergeReport:
     written = open_checkpoint(folder)
     return MergeReport(

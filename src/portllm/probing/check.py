@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.checking.check import check as check_weights
+from portllm.checking.check import check_weights
 from portllm.checking.report import CheckReport
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import PortLLMError

@@ -31,7 +31,7 @@ from portllm.measures.terms import Terms
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain, load_delta
+from portllm.patch.low_rank import is_plain_lora, load_delta
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoded, Encoder
@@ -164,7 +164,7 @@ def terms_of(
 
 def has_terms(patch: Patch[TensorInfo]) -> bool:
     """Whether a patch is made of LoRA deltas of linear modules alone, whose terms can be gathered."""
-    return is_plain(patch) and not any(delta.is_embedding for delta in patch.deltas.values())
+    return is_plain_lora(patch) and not any(delta.is_embedding for delta in patch.deltas.values())
 
 
 def _unhooked(patch: Patch[TensorInfo]) -> Iterator[Refusal]:

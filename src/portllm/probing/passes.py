@@ -14,7 +14,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain, load_delta
+from portllm.patch.low_rank import is_plain_lora, load_delta
 from portllm.patch.patch import Patch
 from portllm.probing.expansion import SKETCH, has_terms
 from portllm.progress import Progress
@@ -111,7 +111,7 @@ class Host:
         patched = attach_adapter(self.bare(), folder_of(patch), name="patch").eval()
         self._model = None
         yield patched
-        if is_plain(patch):
+        if is_plain_lora(patch):
             self._model = detach_adapter(patched)
 
     def release(self) -> None:

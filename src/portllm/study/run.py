@@ -22,7 +22,7 @@ from portllm.study.schedule.ledger import Ledger
 from portllm.study.schedule.machine import describe_machine
 from portllm.study.schedule.places import Places
 from portllm.study.schedule.side_by_side import do_side_by_side
-from portllm.study.schedule.work import Work, open_inputs
+from portllm.study.schedule.work import StepRunner, open_inputs
 
 LOCK_FILE = ".study.lock"
 IDENTITIES = "inputs.json"
@@ -31,7 +31,7 @@ RESULTS = "results.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class StepReport:
     """A step that has just been done, and how far the study is.
 
     Attributes:
@@ -55,7 +55,7 @@ def run_study(
     device: Device = "auto",
     ray: str | None = None,
     workers: int | None = None,
-    on_step: Callable[[Told], None] = lambda _: None,
+    on_step: Callable[[StepReport], None] = lambda _: None,
     progress: Progress = silent,
 ) -> StudyResults:
     """Run the remaining steps of a study and return its results.
@@ -99,12 +99,12 @@ def run_study(
 
         def note(step: Step, record: Record, n_workers: int = 1) -> None:
             dropped, left = tuple(ledger.drop()), ledger.left()
-            on_step(Told(step, record, dropped, estimate(left, ledger.seconds(), workers=n_workers)))
+            on_step(StepReport(step, record, dropped, estimate(left, ledger.seconds(), workers=n_workers)))
             if ray is not None:  # what goes on within a step is told to nobody here
                 progress("study", len(ledger.steps) - len(left), len(ledger.steps), "steps")
 
         if ray is None:
-            _do_in_turn(ledger, Work(study, inputs, ledger.places, device, progress), note)
+            _do_in_turn(ledger, StepRunner(study, inputs, ledger.places, device, progress), note)
         elif ledger.left():
             with open_cluster(ray, ledger, data=data, device=device, workers=workers) as pool:
                 do_side_by_side(ledger, pool, note=note)
@@ -113,7 +113,7 @@ def run_study(
     return results
 
 
-def _do_in_turn(ledger: Ledger, work: Work, note: Callable[[Step, Record], None]) -> None:
+def _do_in_turn(ledger: Ledger, work: StepRunner, note: Callable[[Step, Record], None]) -> None:
     """Do what is left in this process, one step after another."""
     while left := ledger.left():
         step = left[0]

@@ -4,7 +4,7 @@ from collections import Counter
 
 from portllm.study.definition.estimate import Estimated
 from portllm.study.definition.plan import steps_of
-from portllm.study.run import StudyStatus, Told
+from portllm.study.run import StepReport, StudyStatus
 
 MINUTE, HOUR = 60, 3600
 
@@ -37,7 +37,7 @@ def status_to_json(status: StudyStatus) -> dict[str, object]:
     }
 
 
-def render_told(told: Told) -> str:
+def render_told(told: StepReport) -> str:
     """The line that `study run` prints when a step is done."""
     dropped = f"; {len(told.dropped)} outputs dropped" if told.dropped else ""
     return f"{told.step.name}: {lasting(told.record.seconds)}{dropped}; {still(told.left)}"

@@ -12,9 +12,9 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.output_folder import check_apart, check_free
-from portllm.matching.compatibility import misfits, strangers
+from portllm.matching.compatibility import base_refusals, misfits
 from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
-from portllm.patch.low_rank import is_plain
+from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
 from portllm.patch.record import record_to_json
 from portllm.progress import Progress, silent
@@ -165,8 +165,8 @@ def capture_training(
 def unfit_start(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be trained on with a base."""
     yield from misfits(start, base)
-    yield from strangers(start, base, option="--init-from")
-    if not is_plain(start):
+    yield from base_refusals(start, base, option="--init-from")
+    if not is_plain_lora(start):
         yield Refusal(
             "--init-from",
             f"{start.name} contains more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows "

@@ -47,7 +47,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ClusterRequest:
     """What is asked of a cluster.
 
     Attributes:
@@ -87,7 +87,7 @@ class OnRay(Pool):
         self,
         address: str,
         make: Callable[[], Worker],
-        share: Callable[[Sequence[Machine]], Share],
+        share: Callable[[Sequence[Machine]], ClusterRequest],
         *,
         own_cores: int | None = None,
     ) -> None:

@@ -60,5 +60,5 @@ def test_another_version_of_a_program_is_told(study):
 
 def test_a_bug_is_told_with_its_traceback(study, monkeypatch):
     assignment, job = study
-    monkeypatch.setattr("portllm.study.schedule.work.Work.do", lambda self, step: {"x": 1 / 0})
+    monkeypatch.setattr("portllm.study.schedule.work.StepRunner.do", lambda self, step: {"x": 1 / 0})
     assert "ZeroDivisionError" in StepWorker(assignment).do(job)["reason"]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from portllm.checking.prompts.measures import TextMeasures
-from portllm.measures.outputs import Kept
+from portllm.measures.outputs import KeptShare
 from portllm.show.numbers import percent
 
 Rows = list[tuple[str, ...]]
@@ -96,7 +96,7 @@ def _terms(text: TextMeasures) -> Mapping[str, str]:
     }
 
 
-def _kept(kept: Kept | None) -> str:
+def _kept(kept: KeptShare | None) -> str:
     if kept is None:
         return "nothing to keep"
     error = "" if math.isinf(kept.error) else f" ± {100 * kept.error:.1g}"

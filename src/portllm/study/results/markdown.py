@@ -10,7 +10,7 @@ from portllm.study.definition.paper import published
 from portllm.study.definition.variants import HEADS, VARIANTS
 
 if TYPE_CHECKING:
-    from portllm.study.results.table import ModelRow, Scored, StudyResults, TaskRow
+    from portllm.study.results.table import ModelRow, StudyResults, TaskRow, TaskScore
 
 COMPARED = ("ported - retrained", "retention, accuracy", "retention, loss", "negative flips")
 LEGEND = """\
@@ -122,7 +122,7 @@ def retention_text(value: Retention | None) -> str:
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
-def accuracy_text(scored: "Scored | None") -> str:
+def accuracy_text(scored: "TaskScore | None") -> str:
     """An accuracy in percent, its spread over seeds and its interval over rows; empty where it was not scored."""
     if scored is None:
         return ""

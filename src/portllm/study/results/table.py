@@ -26,7 +26,7 @@ MOST_ANSWERS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class TaskScore:
     """What one of the five models scored on a task.
 
     Attributes:
@@ -105,7 +105,7 @@ class TaskRow:
     task: str
     method: str
     seeds: tuple[int, ...]
-    scored: Mapping[str, Scored]
+    scored: Mapping[str, TaskScore]
     change: Estimate | None
     behind: Estimate | None
     accuracy_retention: Retention | None
@@ -329,10 +329,10 @@ def _row(
     )
 
 
-def _scored(by_seed: Sequence[Mapping[str, Any]]) -> Scored:
+def _scored(by_seed: Sequence[Mapping[str, Any]]) -> TaskScore:
     columns = [scores["correct"] for scores in by_seed]
     shares = tuple(map(fmean, columns))
-    return Scored(
+    return TaskScore(
         accuracy=accuracy(columns[0]) if len(columns) == 1 else mean_loss(mean_rows(columns)),
         loss=mean_loss(mean_rows([scores["losses"] for scores in by_seed])),
         by_seed=shares,

@@ -16,7 +16,7 @@ from portllm.study.definition.plan import Identities, steps_of
 from portllm.study.definition.settings import Study
 from portllm.study.schedule.places import Places
 from portllm.study.schedule.shared import require_mark
-from portllm.study.schedule.work import Work, open_inputs
+from portllm.study.schedule.work import StepRunner, open_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class StepWorker:
         return {"record": asdict(record)}
 
     @cached_property
-    def _work(self) -> Work:
+    def _work(self) -> StepRunner:
         """What does the steps, once it is sure that here they come out as in the run.
 
         Raises:
@@ -96,4 +96,4 @@ class StepWorker:
                 f"on machine '{here}' the study's base or data differ from those of this run. Both must be the "
                 "same everywhere: put them on a shared file system, or pin the base's revision."
             )
-        return Work(asked.study, inputs, Places(asked.out), asked.device, silent)
+        return StepRunner(asked.study, inputs, Places(asked.out), asked.device, silent)
