@@ -11,7 +11,7 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.output_folder import check_apart, staged_folder
-from portllm.matching.compatibility import altered_copies, misfits, taken_copies
+from portllm.matching.compatibility import altered_copies, mismatches, taken_copies
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.finite import require_finite
@@ -29,7 +29,7 @@ def plan_capture(
     fitted_to: FittedTo | None = None,
 ) -> tuple[Refusal, ...]:
     """Every reason why an adapter cannot be captured as a patch of this base, fitted to it as said."""
-    refusals = [*misfits(adapter, base), *unconvertible(adapter, base, initial)]
+    refusals = [*mismatches(adapter, base), *unconvertible(adapter, base, initial)]
     # The copies that come with an adapter which is to be converted are of what was left of the base's weights.
     refusals += () if needs_conversion(adapter, initial) else altered_copies(adapter, base)
     if adapter.record is not None:

@@ -130,7 +130,7 @@ def plan_combine(
         raise ValueError(f"{len(given)} weights for {len(patches)} patches: pass one weight per patch.")
     if not all(map(math.isfinite, given)):
         raise ValueError(f"weights {given}: each must be a finite number.")
-    refusals = [refusal for patch in patches for refusal in _unfit(patch, patches[0])]
+    refusals = [refusal for patch in patches for refusal in _mismatches(patch, patches[0])]
     if len(patches) < 2:
         refusals.append(Refusal("patches", f"{len(patches)} given; expected two or more."))
     modules: dict[str, tuple[int, ...]] = {}
@@ -244,7 +244,7 @@ def _weights_of(record: PatchRecord) -> str:
     return "the base itself" if fitted is None else f"the base quantized to {fitted.scheme}"
 
 
-def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
+def _mismatches(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
     """Why one patch cannot be combined with the first."""
     if patch.record is None:
         return [

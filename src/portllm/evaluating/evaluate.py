@@ -13,7 +13,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.evaluating.compare import Comparison, Contestants, compare
 from portllm.evaluating.scoring import Scored, Task
-from portllm.matching.compatibility import base_mismatch, misfits, unmatchable
+from portllm.matching.compatibility import base_mismatch, mismatches, unmatchable
 from portllm.patch.adapter_folder import PatchLike, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -114,5 +114,5 @@ def model_refusals(
 ) -> Iterator[Refusal]:
     """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
     yield from unmatchable(patch, option=option)
-    yield from misfits(patch, model)
+    yield from mismatches(patch, model)
     yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)

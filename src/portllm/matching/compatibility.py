@@ -9,7 +9,7 @@ from portllm.checkpoint.model.names import HEAD, HEAD_MODULE, is_embedding
 from portllm.checkpoint.tensor.encoding import FourBit
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.experts import expert_changes, expert_misfits
+from portllm.matching.experts import expert_changes, expert_mismatches
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
@@ -53,7 +53,7 @@ def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
     }
 
 
-def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
     patch = oriented(patch, checkpoint)
     weights = checkpoint.matrices
@@ -70,12 +70,12 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
             yield Refusal(where, problem)
     yield from _unnamed(patch, named)
     yield from _missing(patch, named)
-    yield from expert_misfits(patch, checkpoint)
+    yield from expert_mismatches(patch, checkpoint)
     yield from _shared_rows(patch, named)
 
 
 def outline(patch: Patch[TensorInfo]) -> Hashable:
-    """All that `misfits` asks of a patch: the same for patches of one recipe, however they were trained."""
+    """All that `mismatches` asks of a patch: the same for patches of one recipe, however they were trained."""
     return (
         repr(patch.config.fields),
         tuple((name, _outline(change)) for name, change in changes_of(patch).items()),

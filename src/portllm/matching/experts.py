@@ -23,7 +23,7 @@ def expert_changes(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Check
     return changes
 
 
-def expert_misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+def expert_mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why the deltas of experts cannot be added to a model's weights, and which of them are missing."""
     for name, delta in patch.experts.items():
         if name.rpartition(".")[2] not in checkpoint.expert_parts:

@@ -9,7 +9,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import read_vocabulary
 from portllm.errors import Refusal
 from portllm.files.source import Source
-from portllm.matching.compatibility import altered_copies, base_mismatch, misfits, oriented, tie_mismatch
+from portllm.matching.compatibility import altered_copies, base_mismatch, mismatches, oriented, tie_mismatch
 from portllm.matching.token_rows import TokenMap, following, resized, token_changes, unmovable
 from portllm.matching.update import Update
 from portllm.methods.contract import Need, PortMethod
@@ -88,14 +88,14 @@ def plan_port_on(
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
     tokens = update.tokens if by_token else None
-    refusals = list(update.misfits(patch if tokens is None else following(patch, by_token, tokens, resized)))
+    refusals = list(update.mismatches(patch if tokens is None else following(patch, by_token, tokens, resized)))
     refusals += () if tokens is None else unmovable(patch, by_token)
     given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
         refusals += base_mismatch(patch, given, model=base, option="--base", allow_other_base=allow_other_base)
         refusals += altered_copies(patch, base)
-        refusals += misfits(patch, base) if needs_weights else ()
+        refusals += mismatches(patch, base) if needs_weights else ()
         refusals += tie_mismatch(patch, base, evolved)
         source = given
     elif not patch.is_relative:

@@ -17,7 +17,7 @@ from portllm.matching.compatibility import (
     altered_copies,
     base_mismatch,
     changes_on,
-    misfits,
+    mismatches,
     oriented,
     unmergeable,
 )
@@ -114,7 +114,7 @@ def plan_merge(
         raise UnsupportedDtypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
     patch = oriented(patch, into)
-    refusals = list(misfits(patch, into))
+    refusals = list(mismatches(patch, into))
     if quantized_base is None:
         refusals += base_mismatch(
             patch, identity, model=into, option="--into", allow_other_base=options.allow_other_base

@@ -26,7 +26,7 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import misfits, oriented
+from portllm.matching.compatibility import mismatches, oriented
 from portllm.measures.terms import Terms
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.adapter_tensors import WEIGHT
@@ -106,7 +106,7 @@ def expand(
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows do not fit.
     """
-    refusals = sorted({*misfits(patch, base), *misfits(patch, evolved), *_unhooked(patch)})
+    refusals = sorted({*mismatches(patch, base), *mismatches(patch, evolved), *_unhooked(patch)})
     if refusals:
         raise PlanRefusedError(refusals)
     patch = oriented(patch, base)

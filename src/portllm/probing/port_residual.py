@@ -16,7 +16,7 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import misfits, oriented
+from portllm.matching.compatibility import mismatches, oriented
 from portllm.measures.residual import Residual, measure_residual
 from portllm.measures.spectral import SpectralNorm, spectral_norm
 from portllm.patch.adapter_tensors import WEIGHT
@@ -149,7 +149,7 @@ def port_residual(
         PlanRefusedError: A patch does not fit, holds more than LoRA deltas, or the modules differ; with every reason.
         NonFiniteError: A weight or a delta holds an infinity or NaN.
     """
-    refusals = [*misfits(ported, evolved), *misfits(retrained, evolved), *incomparable(ported, retrained)]
+    refusals = [*mismatches(ported, evolved), *mismatches(retrained, evolved), *incomparable(ported, retrained)]
     if refusals:
         raise PlanRefusedError(refusals)
     ported, retrained = oriented(ported, evolved), oriented(retrained, evolved)

@@ -37,10 +37,10 @@ def status_to_json(status: StudyStatus) -> dict[str, object]:
     }
 
 
-def render_told(told: StepReport) -> str:
+def render_step(step: StepReport) -> str:
     """The line that `study run` prints when a step is done."""
-    dropped = f"; {len(told.dropped)} outputs dropped" if told.dropped else ""
-    return f"{told.step.name}: {lasting(told.record.seconds)}{dropped}; {still(told.left)}"
+    dropped = f"; {len(step.dropped)} outputs dropped" if step.dropped else ""
+    return f"{step.step.name}: {lasting(step.record.seconds)}{dropped}; {still(step.left)}"
 
 
 def still(left: Estimated) -> str:

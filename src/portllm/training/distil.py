@@ -9,7 +9,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError
 from portllm.files.output_folder import check_apart
-from portllm.matching.compatibility import base_refusals, misfits
+from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -106,7 +106,7 @@ def distil(
 
 def check_teacher(teacher: Teacher) -> None:
     """Raise PlanRefusedError if the teacher's patch is not one of its base, with every reason."""
-    found = {*misfits(teacher.patch, teacher.base), *base_refusals(teacher.patch, teacher.base, option="--teacher")}
+    found = {*mismatches(teacher.patch, teacher.base), *base_refusals(teacher.patch, teacher.base, option="--teacher")}
     if found:
         raise PlanRefusedError(found)
 

@@ -17,7 +17,7 @@ from portllm.running.model import Device
 from portllm.running.recorded import recorded_format, recorded_prompt
 from portllm.training.distil import Teacher, check_teacher, distil
 from portllm.training.lora import TrainReport, TrainSettings
-from portllm.training.train import train_on_rows, unfit_start
+from portllm.training.train import start_refusals, train_on_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Training:
             rows = read_examples(self.data, self._format())
             first, count = rows[0], len(rows)
         check_runnable(self.base)
-        if self.start is not None and (refusals := set(unfit_start(self.start, self.base))):
+        if self.start is not None and (refusals := set(start_refusals(self.start, self.base))):
             raise PlanRefusedError(refusals)
         check_free(self.out, overwrite=self.overwrite)
         check_apart(self.out, [self.data])

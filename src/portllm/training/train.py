@@ -12,7 +12,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.output_folder import check_apart, check_free
-from portllm.matching.compatibility import base_refusals, misfits
+from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
 from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
@@ -143,7 +143,7 @@ def capture_training(
     """
     check_free(out, overwrite=overwrite)
     check_apart(out, [*base.files, *(() if start is None else files_of(start))])
-    if start is not None and (refusals := sorted(set(unfit_start(start, base)))):
+    if start is not None and (refusals := sorted(set(start_refusals(start, base)))):
         raise PlanRefusedError(refusals)
     folder = model_folder(base, progress=progress)
     with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
@@ -162,9 +162,9 @@ def capture_training(
     return patch, report
 
 
-def unfit_start(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
+def start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be trained on with a base."""
-    yield from misfits(start, base)
+    yield from mismatches(start, base)
     yield from base_refusals(start, base, option="--init-from")
     if not is_plain_lora(start):
         yield Refusal(
