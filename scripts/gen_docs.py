@@ -1,9 +1,9 @@
-"""Writes the pages of docs/ that say what the code says: commands, families, adapters, an example of the patch format.
+"""Write the pages of docs/ that come from the code: commands, families, adapters, forecast, an example of a patch.
 
     python scripts/gen_docs.py            write them
-    python scripts/gen_docs.py --check    exit with 1 where a page differs from what would be written
+    python scripts/gen_docs.py --check    exit with 1 if a page is stale
 
-The text depends on the code alone: fixed width, no color, nothing of the machine.
+The text depends on the code alone: fixed width, no color, nothing from the machine.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,18 @@ MEASURED_END = "<!-- end of measured -->"
 
 
 def find_program() -> Any:
-    """The command line as typer sees it, with every command registered."""
+    """The command line as a Typer command, with every subcommand registered."""
     return typer.main.get_command(app)
 
 
 def open_context(command: Any, name: str, parent: Any = None) -> Any:
-    """A context in which a command's help has a fixed width."""
+    """A context that renders a command's help at a fixed width."""
     widths = {"terminal_width": WIDTH, "max_content_width": WIDTH}
     return command.make_context(name, [], parent=parent, resilient_parsing=True, **widths)
 
 
 def render_help(context: Any) -> str:
-    """What `--help` prints."""
+    """The output of `--help`."""
     return "\n".join(line.rstrip() for line in context.get_help().strip().splitlines())
 
 
@@ -52,8 +53,11 @@ def render_commands() -> str:
     parts = [
         "# Commands",
         "Written by `scripts/gen_docs.py` from the program; change the program, not this page.",
-        "Results go to stdout, progress and messages to stderr. Exit status: 0 done; 1 refused or failed, with a "
-        "message that\nnames the tensor or file and the way out; 2 wrong usage; 3 done, and the verdict is no.",
+        paragraph(
+            "Results go to stdout, progress and messages to stderr. The exit status is 0 for success; 1 if the "
+            "command was refused or failed, with a message that names the tensor or file at fault and how to fix it; "
+            "2 for wrong usage; 3 if it ran and the verdict is no."
+        ),
         fence(render_help(context)),
     ]
     for name in program.list_commands(context):
@@ -66,7 +70,7 @@ def render_commands() -> str:
 
 
 def write_example_models(folder: Path) -> None:
-    """Two versions of a model of one module, and an adapter of the first, with numbers that are the same every time."""
+    """Write two versions of a one-module model, and an adapter of the first, with fixed numbers."""
     module = "model.layers.0.mlp.down_proj"
     for name, shift in (("base", 0.0), ("evolved", 0.125)):
         (folder / name).mkdir()
@@ -84,7 +88,7 @@ def write_example_models(folder: Path) -> None:
 
 
 def render_example() -> str:
-    """The files of a patch that was captured and ported, as the program writes them."""
+    """The files of a captured and ported patch, as the program writes them."""
     import portllm
 
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
@@ -98,29 +102,31 @@ def render_example() -> str:
 
 
 def render_patch_format() -> str:
-    """The page `patch-format.md`: what stands there, with a fresh example."""
+    """The page `patch-format.md`, with a fresh example."""
     return filled("patch-format.md", EXAMPLE_START, EXAMPLE_END, render_example())
 
 
 def filled(name: str, start: str, end: str, text: str) -> str:
-    """A page with a text between two marks, in the place of what stands there."""
+    """A page with the text between two marks replaced."""
     page = (DOCS / name).read_text(encoding="utf-8")
     return f"{page[: page.index(start) + len(start)]}\n\n{text}\n\n{page[page.index(end) :]}"
 
 
 def render_forecast() -> str:
-    """The page `forecast.md`: what stands there, with the numbers of the forecast that comes with the program."""
+    """The page `forecast.md`, with the numbers of the forecast that ships with the program."""
     from portllm.checking.forecast import FILE
 
     values = json.loads((ROOT / "src" / "portllm" / "checking" / FILE).read_text(encoding="utf-8"))
     lost = values["lost_from"]
     is_fitted = any(of_target["forecasters"] for of_target in values["targets"].values())
     parts = [
-        *(() if is_fitted else ("**Too few updates are measured for a fit: `check` shows no forecast yet.**",)),
-        f"{values['n_cells']} cells of {values['n_updates']} updates of {values['base']}. Left out are those in which "
-        "retraining gains nothing that can\nbe told from noise.",
+        *(() if is_fitted else ("**There are too few measured updates for a fit: `check` shows no forecast yet.**",)),
+        paragraph(
+            f"{values['n_cells']} cells from {values['n_updates']} updates of {values['base']}. Cells in which "
+            "retraining gains nothing beyond noise are left out."
+        ),
         table(
-            ("retention by", "forecast from", "cells", "Spearman", "95 % interval", "mean miss", "inside", "width"),
+            ("retention by", "forecast from", "cells", "Spearman", "95 % interval", "mean error", "coverage", "width"),
             [
                 (
                     target,
@@ -136,13 +142,15 @@ def render_forecast() -> str:
                 for name, found in of_target["held_out"].items()
             ],
         ),
-        "*Inside* are the cells that lie in the interval that was forecast for them, *width* is its mean.",
-        "What it costs to decide by a rule whether a patch is ported or trained again: accuracy below the better of "
-        "the two, in points, mean\nover all cells and over those of the worst update; and the share of patches that "
-        "the rule has trained again, needlessly where the\nport was as good within two points. The forecasts port from "
-        "90 % on.",
+        "*Coverage* is the share of cells inside their predicted interval; *width* is the mean width of the intervals.",
+        paragraph(
+            "The next table shows the cost of deciding by a rule whether to port or to retrain: the accuracy lost "
+            "against the better of the two, in points, as a mean over all cells and over those of the worst update; "
+            "and the share of patches that the rule retrains, and retrains needlessly because the port was as good "
+            "within two points. The forecasts port from 90 % on."
+        ),
         table(
-            ("rule", "points lost", "on the worst update", "trained again", "needlessly"),
+            ("rule", "points lost", "on the worst update", "retrained", "needlessly"),
             [
                 (
                     name,
@@ -154,12 +162,15 @@ def render_forecast() -> str:
                 for name, found in values["rules"].items()
             ],
         ),
-        "What became of the patches by the verdict of `check` beforehand, prompts included; points are of accuracy, "
-        "ported minus\nretrained. *Lost* are those that lie behind by more than two points with the whole interval of "
-        "the difference, and behind the\nold specialist too: what sets a port apart from a retrained patch alone may "
-        "be the luck of training, which makes up to 9 points\nhere at hardly any drift.",
+        paragraph(
+            "The last table shows what happened to the patches, by the verdict of `check` before the port, prompts "
+            "included. Points are accuracy points, ported minus retrained. A patch is *lost* if the whole interval of "
+            "this difference is more than two points below zero and the patch is also behind the old specialist. A "
+            "difference from the retrained patch alone may be luck in training, which amounts to up to 9 points here "
+            "at hardly any drift."
+        ),
         table(
-            ("verdict", "cells", "retention, least", "mean", "most", "points, mean", "least", "lost"),
+            ("verdict", "cells", "retention, min", "mean", "max", "points, mean", "min", "lost"),
             [
                 (
                     verdict,
@@ -171,7 +182,7 @@ def render_forecast() -> str:
                 for verdict, found in values["verdicts"].items()
             ],
         ),
-        f"The least drift at which a patch has lost: {'none has' if lost is None else f'{100 * lost:.3g} %'}.",
+        f"The smallest drift at which a patch was lost: {'none was' if lost is None else f'{100 * lost:.3g} %'}.",
         *(
             render_slopes(f"{target} from {name}", found)
             for target, of_target in values["targets"].items()
@@ -192,19 +203,19 @@ def render_slopes(name: str, forecaster: Any) -> str:
         )
         for slope in forecaster["slopes"]
     ]
-    return f"Slopes of the forecast of retention by {name}, for one standard deviation:\n\n" + table(
-        ("measure", "sign", "slope", "measured from"), rows
+    return f"Slopes of the forecast of retention by {name}, per standard deviation:\n\n" + table(
+        ("measure", "sign", "slope", "measured range"), rows
     )
 
 
 def table(head: tuple[str, ...], rows: Any) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def digits(value: float | None) -> str:
-    """A number with two digits behind the point; nothing for None."""
+    """A number with two decimals; empty for None."""
     return "" if value is None else f"{value:.2f}"
 
 
@@ -215,17 +226,23 @@ def render_families() -> str:
     parts = [
         "# Families of models",
         "Written by `scripts/gen_docs.py` from `checkpoint/model/families/*.toml`; change those, not this page.",
-        "A family says how the tensors of its models are called and laid out. The *current* name of a tensor is the "
-        "one it has in\nthe model that transformers 5 builds; PEFT's keys are made of it. A file or an adapter may "
-        "spell it otherwise: PortLLM\nreads every spelling below, on either side, and writes a model in the spelling "
-        "it was read in and an adapter in its own.\nA name that could mean two tensors is refused.",
-        "Experts may be stored each alone or all in one tensor. An adapter of all at once (PEFT's `target_parameters`) "
-        "goes onto\neither: in float32 the merged bytes are PEFT's; in 16 bits PEFT rounds the delta and the sum, here "
-        "the float32 sum is\nrounded once. Adapters of single experts, from transformers 4, go onto experts that are "
-        "stored alone. A patch that is\ncaptured from two models holds one delta of all experts of a layer, whichever "
-        "way either model stores them.",
-        "A model of no family is read too: names are then taken as they are stored, an embedding is what is called "
-        "one, and\n`fan_in_fan_out` is believed as the adapter says it.",
+        paragraph(
+            "A family defines how the tensors of its models are named and laid out. The *current* name of a tensor is "
+            "its name in the model that transformers 5 builds; PEFT's keys derive from it. A file or an adapter may "
+            "use another spelling. PortLLM reads all spellings below, on either side, and writes a model or an "
+            "adapter in the spelling it was read in. A name that could mean two tensors is refused."
+        ),
+        paragraph(
+            "Experts may be stored one per tensor or all in one tensor. An adapter of all experts at once (PEFT's "
+            "`target_parameters`) can be merged into either: in float32 the merged bytes are PEFT's; in 16 bits PEFT "
+            "rounds the delta and then the sum, while PortLLM rounds the float32 sum once. Adapters of single "
+            "experts, from transformers 4, fit experts that are stored one per tensor. A patch captured from two "
+            "models holds one delta for all experts of a layer, however either model stores them."
+        ),
+        paragraph(
+            "A model of an unknown family can also be read: names are then used as stored, an embedding is recognized "
+            "by its name, and `fan_in_fan_out` is taken from the adapter."
+        ),
         "\n".join(
             [
                 "| family | models | `model_type` |",
@@ -244,10 +261,10 @@ def render_family(family: Any) -> str:
         "embedding, head": listed((family.embedding, family.head)),
         "linear modules": listed(family.linear),
         "stored transposed": listed(family.transposed) or "none",
-        "facts from": f"<{family.source}>",
+        "source": f"<{family.source}>",
     }
     for fused, parts in family.experts.items():
-        rows[f"experts: `{fused}`"] = f"of all experts, or {listed(parts)} of each"
+        rows[f"experts: `{fused}`"] = f"for all experts, or {listed(parts)} for each"
     for spelling, rewrites in family.spellings.items():
         rows[f"spelling: {spelling}"] = ", ".join(f"`{old}` for `{new}`" for old, new in rewrites)
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
@@ -255,7 +272,7 @@ def render_family(family: Any) -> str:
 
 
 def render_adapters() -> str:
-    """The page `adapters.md`, from the rows that the tests try one by one."""
+    """The page `adapters.md`, from the rows that the tests go through."""
     sys.path.insert(0, str(ROOT))  # the table is the tests'
     from tests.adapter_matrix import (
         CONVERSION,
@@ -286,12 +303,17 @@ def render_adapters() -> str:
 
 
 def listed(names: Any) -> str:
-    """Names as code, with commas."""
+    """Names as code, separated by commas."""
     return ", ".join(f"`{name}`" for name in names)
 
 
+def paragraph(text: str) -> str:
+    """A text in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def fence(text: str, *, kind: str = "text") -> str:
-    """A block of verbatim text."""
+    """A fenced block of text."""
     return f"```{kind}\n{text}\n```"
 
 
@@ -307,7 +329,7 @@ PAGES = {
 def main() -> int:
     """Write the pages, or compare them."""
     parser = argparse.ArgumentParser(description="Write the generated pages of docs/, or check them.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is stale")
     check = parser.parse_args().check
     stale = []
     for name, render in PAGES.items():

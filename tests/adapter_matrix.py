@@ -12,32 +12,33 @@ ONCE = "float32, rounded once"
 LOGITS = "PEFT's logits"
 
 ORACLES = {
-    BYTES: "equal to what PEFT's `merge_and_unload` makes, bit for bit, in bfloat16, float32 and some in float16",
-    ONCE: "the same in float32. In 16 bits PEFT rounds the delta and the sum, here the float32 sum is rounded once",
-    LOGITS: "head and embedding are tied, and the adapter sets them apart. PEFT's merge gives another model than its "
-    "adapter does;\n  here the output is untied and has the logits of the adapter, to 2e-5 of the largest in float32",
+    BYTES: "bit for bit the result of PEFT's `merge_and_unload`, in bfloat16, float32 and for some rows in float16",
+    ONCE: "the same in float32. In 16 bits PEFT rounds the delta and then the sum; PortLLM rounds the float32 sum once",
+    LOGITS: "head and embedding are tied, and the adapter changes only one of them or both differently. PEFT's merge "
+    "gives another model\n  than its adapter; PortLLM's output is untied and has the adapter's logits, to 2e-5 of the "
+    "largest in float32",
 }
 
 INTRODUCTION = """\
 Written by `scripts/gen_docs.py` from the table that the tests go through row by row; change the table, not this page.
 
-Adapters are those of PEFT 0.21 (`adapter_config.json`, `adapter_model.safetensors`). Every row is merged, captured and
-loaded again by PEFT, and ported to an evolved base; in every row each tensor that is missing, each that the
-configuration does not explain, and each field that contradicts the tensors is refused by its name."""
+This page lists the adapters of PEFT 0.21 (`adapter_config.json`, `adapter_model.safetensors`). Each row is tested:
+merged, captured and loaded again by PEFT, and ported to an evolved base. In each row, a missing tensor, a tensor that
+the configuration does not explain, and a field that contradicts the tensors are refused by name."""
 
 NOTES = """\
-How it is ported: a delta that is added to a weight is carried *as it is*. What stands whole in the place of the base's
-values is *re-based*, carried by what it changed: with V the value in the file and W0, W1 base and evolved it becomes
-`V + (W1 - W0)`, in float32, so that a port without drift changes nothing. A DoRA weight `m (W + Δ) / |W + Δ|` keeps the
-factor by which each row is scaled: the magnitude becomes `m |W1 + Δ| / |W0 + Δ|`; a row of zeros has no such factor and
-is refused. Whatever is re-based needs `--base`. Where base and evolved have other tokenizers, rows of embeddings, heads
-and token lists follow their token's string, whichever of these kinds they are of.
+How they are ported: a delta that is added to a weight is carried over *as it is*. A value that replaces the base's is
+*re-based*: what it changed is carried over. With V the value in the file and W0, W1 the base's and the evolved model's,
+it becomes `V + (W1 - W0)` in float32, so a port without drift changes nothing. A DoRA weight `m (W + Δ) / |W + Δ|`
+keeps the factor by which each row is scaled: the magnitude becomes `m |W1 + Δ| / |W0 + Δ|`; a row of zeros has no such
+factor and is refused. Re-basing needs `--base`. If base and evolved model have different tokenizers, rows of
+embeddings, heads and token lists follow their token's string, whatever kind of change they are.
 
-`modules_to_save` names modules as PEFT does, by the end of their names: `norm` saves every `input_layernorm` too.
-Copies of the base's own head or embedding in an adapter are compared with the base and left out of what is written, for
-PEFT would put them over the evolved model's. A DoRA of an embedding is refused: PEFT's merge leaves its magnitude out.
-Refused are also token rows of a tied embedding with another change of the head beside them, and token rows for a model
-in which head and embedding are tied otherwise than in the base."""
+`modules_to_save` matches the end of module names, as in PEFT: `norm` also saves every `input_layernorm`. Copies of the
+base's own head or embedding in an adapter are compared with the base and not written, because PEFT would overwrite the
+evolved model's with them. A DoRA of an embedding is refused, because PEFT's merge ignores its magnitude. Two more cases
+are refused: token rows of a tied embedding together with another change of the head, and token rows for a model that
+ties head and embedding differently from the base."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,22 @@ MATRIX: Mapping[str, Row] = {
         "`rank_pattern`, `alpha_pattern`",
         {"target_modules": QV, "rank_pattern": {r"layers\.1\..*": 3}, "alpha_pattern": {"v_proj": 11}},
     ),
-    "expression": Row("`target_modules` as an expression", {"target_modules": r"model\.layers\..*\.(q|up)_proj"}),
+    "expression": Row("`target_modules` as a regex", {"target_modules": r"model\.layers\..*\.(q|up)_proj"}),
     "all-linear": Row('`target_modules: "all-linear"`', {"target_modules": "all-linear"}),
     "some layers": Row(
         "`layers_to_transform`, `layers_pattern`",
         {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": "layers"},
     ),
     "excluded": Row("`exclude_modules`", {"target_modules": QV, "exclude_modules": r".*layers\.0\.self_attn\.v_proj"}),
-    "head": Row("a head of its own among `target_modules`", {"target_modules": [*QV, "lm_head"]}, base=UNTIED),
+    "head": Row("an untied head in `target_modules`", {"target_modules": [*QV, "lm_head"]}, base=UNTIED),
     "tied head": Row(
-        "a tied head among `target_modules`", {"target_modules": [*QV, "lm_head"]}, LOGITS, base=TIED, untied=True
+        "a tied head in `target_modules`", {"target_modules": [*QV, "lm_head"]}, LOGITS, base=TIED, untied=True
     ),
     "embedding": Row(
-        "an embedding among `target_modules`", {"target_modules": [*QV, "embed_tokens"]}, ONCE, base=UNTIED
+        "an embedding in `target_modules`", {"target_modules": [*QV, "embed_tokens"]}, ONCE, base=UNTIED
     ),
     "tied embedding": Row(
-        "a tied embedding among `target_modules`",
+        "a tied embedding in `target_modules`",
         {"target_modules": [*QV, "embed_tokens"]},
         LOGITS,
         base=TIED,
@@ -128,14 +129,14 @@ MATRIX: Mapping[str, Row] = {
         untied=True,
     ),
     "embedding of gpt2": Row(
-        "GPT-2's tied embedding among `target_modules`",
+        "GPT-2's tied embedding in `target_modules`",
         {"target_modules": ["c_attn", "wte"]},
         LOGITS,
         model="gpt2",
         untied=True,
     ),
     "positions of gpt2": Row(
-        "GPT-2's embedding of positions among `target_modules`",
+        "GPT-2's embedding of positions in `target_modules`",
         {"target_modules": ["c_attn", "wpe"]},
         ONCE,
         model="gpt2",
@@ -227,7 +228,7 @@ MATRIX: Mapping[str, Row] = {
         port=MAGNITUDES,
     ),
     "dora of a tied head": Row(
-        "`use_dora` with a tied head among `target_modules`",
+        "`use_dora` with a tied head in `target_modules`",
         {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
         LOGITS,
         port=MAGNITUDES,
@@ -273,7 +274,7 @@ CONVERTED: Mapping[str, Start] = {
         "`pissa` with `modules_to_save`", {"init_lora_weights": "pissa", "modules_to_save": ["norm"]}
     ),
     "pissa, head": Start(
-        "`pissa`, a head of its own among `target_modules`",
+        "`pissa`, an untied head in `target_modules`",
         {"init_lora_weights": "pissa", "target_modules": [*QVOU, "lm_head"]},
     ),
     "olora": Start("`olora`", {"init_lora_weights": "olora"}),
@@ -287,55 +288,56 @@ CONVERTED: Mapping[str, Start] = {
 }  # fmt: skip
 
 CONVERSION = """\
-Some values of `init_lora_weights` take a part `s B0 A0` out of the base's weights W before training; the adapter then
-belongs to what is left. `portllm capture` converts it into a patch of the base as it was: what was learned is
-`s B A - s B0 A0`, a delta of twice the rank, relative to W. Every other command refuses such an adapter and names
-`capture`. The record says how it was converted.
+With some values of `init_lora_weights`, PEFT subtracts a part `s B0 A0` from the base's weights W before training, and
+the adapter belongs to the remainder. `portllm capture` converts such an adapter into a patch of the original base: the
+learned change is `s B A - s B0 A0`, a delta of twice the rank, relative to W. Every other command refuses the adapter
+and points to `capture`. The record says how it was converted.
 
-- **With `--initial START`**, the adapter as it was saved before training (PEFT's own way): the factors are those that
-  PEFT's `path_initial_model_for_weight_conversion` writes, bit for bit; also where PEFT has none, for `use_rslora` with
-  patterns.
-- **Without it**, where the part follows from W: PiSSA's exact kind (the largest singular values) and OLoRA (the first
-  columns). It is computed from W as stored, in float64, and must be known to 1 % of the delta or better than the
-  rounding of the base's own dtype: where singular values r and r + 1 nearly coincide it is not, and `--initial` is
-  asked for. In bfloat16 this is the more exact way, for PEFT rounds the initial factors but not what it takes out. A
-  base that was loaded for training in another dtype than it is stored in needs `--initial`.
+- **With `--initial START`**, the adapter as saved before training (PEFT's own way), the factors are bit for bit those
+  that PEFT's `path_initial_model_for_weight_conversion` writes. This also covers `use_rslora` with patterns, which PEFT
+  does not convert.
+- **Without it**, if the part can be computed from W: exact PiSSA (the largest singular values) and OLoRA (the first
+  columns). It is computed in float64 from W as stored, and must be known to 1 % of the delta or better than the
+  rounding of the base's own dtype. If singular values r and r + 1 nearly coincide it is not, and `--initial` is
+  required. In bfloat16 this way is more accurate, since PEFT rounds the initial factors but not what it subtracts. A
+  base that was loaded for training in a dtype other than its stored one needs `--initial`.
 
-Compared with the weights of PEFT's own merge on the base that it changed: to 5e-5 of the largest in float32, 2^-7 in
-bfloat16, in which PEFT rounds what is left of the weights too; no low-rank patch can hold that rounding. LoftQ
-also quantizes what is left: its patch holds what training changed, not the error of the quantization.
+The tests compare with the weights of PEFT's own merge on the base that it changed: to 5e-5 of the largest in float32,
+and 2^-7 in bfloat16, where PEFT also rounds the remaining weights; no low-rank patch can hold that rounding. LoftQ also
+quantizes the remainder: its patch holds what training changed, not the quantization error.
 
-Not converted at all: a head or an embedding that are tied (PEFT takes the part out of both, and the adapter puts it
-back into one), and `olora` of GPT-2's Conv1D (PEFT takes out something else than the adapter puts back). PEFT's recipe
-for saving sets `init_lora_weights: true`; an adapter that was saved so and is not converted cannot be told from a plain
-one, but by the `corda_config`, `lora_ga_config` or `loftq_config` that stays behind: give such a one `--initial`."""
+Two kinds are not converted: adapters of a tied head or embedding (PEFT subtracts the part from both, and the adapter
+adds it back to one), and `olora` with GPT-2's Conv1D (PEFT subtracts something other than what the adapter adds back).
+PEFT's recipe for saving sets `init_lora_weights: true`. An unconverted adapter that was saved this way looks like a
+plain one, except for the `corda_config`, `lora_ga_config` or `loftq_config` left in it. Pass `--initial` for such an
+adapter."""
 
 REFUSED: Mapping[str, tuple[Mapping[str, object], str]] = {
-    "another `peft_type`": ({"peft_type": "LOHA"}, "not a low-rank sum"),
+    "any other `peft_type`": ({"peft_type": "LOHA"}, "not a low-rank sum"),
     "`pissa_niter_N`, `corda`, `lora_ga`, `loftq` without `--initial`": (
         {"init_lora_weights": "corda"},
-        "the part that was taken out of the base is random, or depends on data",
+        "the part subtracted from the base is random or depends on data",
     ),
     "`corda_config`, `lora_ga_config` or `loftq_config` without its `init_lora_weights`": (
         {"corda_config": {"corda_method": "kpm"}},
-        "PEFT's recipe for saving overwrites it: give `--initial`, or take the field out where PEFT has converted it",
+        "PEFT's recipe for saving overwrites it: pass `--initial`, or remove the field if PEFT converted the adapter",
     ),
-    "another `init_lora_weights`": ({"init_lora_weights": "newest"}, "may change the base"),
-    "`target_parameters` without their factors, or for experts of no family": (
+    "any other `init_lora_weights`": ({"init_lora_weights": "newest"}, "may change the base"),
+    "`target_parameters` without their factors, or for experts of an unknown family": (
         {"target_parameters": ["experts.w1"]},
-        "a part is missing, or which tensor it belongs to is not known; experts of the [families](families.md) "
+        "a part is missing, or it is unclear which tensor it belongs to; experts of the [families](families.md) "
         "are supported",
     ),
-    "`layer_replication`": ({"layer_replication": [[0, 2], [1, 2]]}, "layers that the base does not have"),
-    "`alora_invocation_tokens`": ({"alora_invocation_tokens": [1]}, "acts on a part of the text, so it is no weight"),
+    "`layer_replication`": ({"layer_replication": [[0, 2], [1, 2]]}, "adds layers that the base does not have"),
+    "`alora_invocation_tokens`": ({"alora_invocation_tokens": [1]}, "acts on part of the text, so it is not a weight"),
     "`arrow_config`": ({"arrow_config": {"top_k": 3}}, "routes between adapters"),
     "`use_qalora`": ({"use_qalora": True}, "acts on pooled inputs"),
-    "`use_bdlora`": ({"use_bdlora": {"nblocks": 2}}, "its factors are blocks"),
+    "`use_bdlora`": ({"use_bdlora": {"nblocks": 2}}, "its factors are block-diagonal"),
     "`kasa_config`": ({"kasa_config": {"beta": 1}}, "has a diagonal between its factors"),
-    "`velora_config`": ({"velora_config": {"a": 1}}, "not known to leave the result alone"),
+    "`velora_config`": ({"velora_config": {"a": 1}}, "may change the result"),
     "`monteclora_config`": ({"monteclora_config": {"a": 1}}, "samples its factors"),
-    "`megatron_config`": ({"megatron_config": {"a": 1}}, "modules of another library"),
-    "a field that is not known": ({"newest_field": 1}, "may change the result"),
+    "`megatron_config`": ({"megatron_config": {"a": 1}}, "targets modules of another library"),
+    "an unknown field": ({"newest_field": 1}, "may change the result"),
 }
 
 FACTORS = r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta)((?:\.weight|\.bias)?)$"
@@ -387,8 +389,7 @@ LAYOUTS: Mapping[str, Layout] = {
 }  # fmt: skip
 
 LAYOUT_NOTE = """\
-What training programs store of a running model has other keys than an adapter that PEFT saved; PEFT drops most such
-tensors without a word. Those below are read where what is meant is certain, and `portllm capture` writes them as PEFT
-does; the rest is refused by the name of a tensor. Also refused are the adapters of mlx-lm (`adapters.safetensors`),
-and a folder with trained values that PEFT does not load beside the adapter (`non_lora_trainables.bin`,
-`new_embeddings`)."""
+Training programs that save a running model's tensors use other keys than PEFT does, and PEFT silently ignores most of
+them. The layouts below are read if their meaning is certain, and `portllm capture` writes them as PEFT does; the rest
+are refused, with the name of a tensor. Also refused are adapters of mlx-lm (`adapters.safetensors`), and folders with
+trained values that PEFT does not load with the adapter (`non_lora_trainables.bin`, `new_embeddings`)."""

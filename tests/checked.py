@@ -4,6 +4,7 @@ That the shapes of one call agree takes jaxtyping, whose call costs many times t
 name shapes pay that, and those with names that only the type checker imports, which beartype alone cannot do without.
 """
 
+import sys
 from pathlib import Path
 
 from beartype import BeartypeConf
@@ -18,6 +19,7 @@ def check_types():
 
     An int passes where a float is asked for, as it does for the type checker.
     """
+    assert "portllm" not in sys.modules, "the package was imported before its types could be checked"
     by_jaxtyping = tuple(module_name(file) for file in SOURCE.rglob("*.py") if needs_jaxtyping(file.read_text()))
     install_import_hook(by_jaxtyping, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
     others = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, claw_skip_package_names=by_jaxtyping)

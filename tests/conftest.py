@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from portllm.merging.options import MergeOptions
 from tests import checked, plain
 
 if plain.ASKED_FOR:
@@ -117,6 +116,7 @@ def written(tiny, tmp_path_factory):
     from portllm.capturing.adapter import capture_adapter
     from portllm.checkpoint.open import open_checkpoint
     from portllm.merging.merge import merge
+    from portllm.merging.options import MergeOptions
     from portllm.patch.adapter_folder import load_patch
     from portllm.porting.port import port
 

@@ -41,7 +41,10 @@ class Asked:
 
 
 class FakeHub:
-    """The hub and its storage host; `faults` are used up by the requests for bytes of large files, in order."""
+    """The hub and its storage host; `faults` are used up by the requests for bytes of large files, in order.
+
+    `changed` are headers, by host, that every answer has as they are here, or lacks where they are None.
+    """
 
     def __init__(self):
         self.repos = {}
@@ -52,6 +55,7 @@ class FakeHub:
         self.redirects = True
         self.expired = set()
         self.etags = {}
+        self.changed = {}
         self._lock = threading.Lock()
         self._servers = {name: self._serve(name) for name in ("hub", "storage")}
 
@@ -227,14 +231,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status, headers=None, body=b"", *, length=None):
         self.asked.status, self.asked.n_bytes = status, len(body)
         self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
+        shown = {**(headers or {}), "Content-Length": str(len(body) if length is None else length)}
+        for name, value in {**shown, **self.hub.changed.get(self.name, {})}.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-            if length not in (None, len(body)):
-                self.close_connection = True
+        if length not in (None, len(body)) or self.hub.changed:
+            self.close_connection = True
 
 
 def _says(first, last, size):

@@ -4,18 +4,26 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
+from pathlib import Path
 
 import pytest
 
 from portllm.errors import OutputError
 
+HANGS_AFTER = 300
+"""Seconds after which an alarm ends a child, so that one that hangs fails its test."""
+
 
 def in_child(work):
     """Runs `work` in a forked process; its exit status, or minus the signal that ended it."""
+    while not others_sleep():
+        os.sched_yield()
     child = os.fork()
     if child == 0:
         status = 1
+        signal.alarm(HANGS_AFTER)
         try:
             work()
             status = 0
@@ -27,6 +35,24 @@ def in_child(work):
             sys.stderr.flush()
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def others_sleep():
+    """Whether no other thread of this process runs.
+
+    A thread that was joined still tidies up for a moment. If it does so in MKL when the process is forked, the child
+    waits for ever for the lock that it held there.
+    """
+    others = [task for task in Path("/proc/self/task").glob("*") if task.name != str(threading.get_native_id())]
+    return all(state_of(task) == "S" for task in others)
+
+
+def state_of(task):
+    """The letter for what a thread does; that of one that sleeps where it has just ended."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "S"
 
 
 def die():

@@ -80,3 +80,9 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 def test_the_version_is_the_one_that_is_installed():
     assert portllm.__version__ == version("portllm")
+
+
+def test_windows_is_refused_in_one_sentence_when_the_package_is_imported():
+    program = "import sys; sys.platform = 'win32'; import portllm"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("ImportError: PortLLM runs on Linux and macOS; on Windows, run it in WSL.\n")

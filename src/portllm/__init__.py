@@ -13,6 +13,9 @@ when it is used, so that `import portllm` costs nothing; `docs/library.md` intro
 
 import sys
 
+if sys.platform == "win32":  # whose files have neither the locks nor the links that are relied on
+    raise ImportError("PortLLM runs on Linux and macOS; on Windows, run it in WSL.")
+
 __version__ = "0.1.0"
 
 

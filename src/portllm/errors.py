@@ -6,6 +6,7 @@
         IndexFileError         a shard index does not describe the shards beside it
         MissingShardError      a shard that the index names is not there
         MissingTensorError     a tensor that the caller needs is not there
+        InputChangedError    a file changed while it was read
         UnsupportedDtypeError  a dtype that this program does not compute with
         NotFoundError          no model at the place that was named
         RemoteError            a server does not give the bytes it was asked for
@@ -60,6 +61,10 @@ class MissingShardError(CheckpointError):
 
 class MissingTensorError(CheckpointError):
     """A required tensor is missing from the checkpoint."""
+
+
+class InputChangedError(CheckpointError):
+    """A file changed while it was read: what was read may be neither the old one nor the new one."""
 
 
 class UnsupportedDtypeError(CheckpointError):

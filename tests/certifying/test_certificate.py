@@ -1,12 +1,13 @@
 """The file: what is written is read again, and what cannot be is named."""
 
 import json
-from dataclasses import asdict, replace
 
 import pytest
+from msgspec.structs import replace
 
 from portllm.certifying.bounds import upper_bound
 from portllm.certifying.certificate import (
+    ASSUMES,
     AnswerRule,
     Certificate,
     Inputs,
@@ -14,20 +15,21 @@ from portllm.certifying.certificate import (
     Side,
     TokenCounts,
     arithmetic_problems,
-    certificate_to_json,
     count_labels,
     read_certificate,
     write_certificate,
 )
 from portllm.errors import CertificateError
+from portllm.files.record import encode
 from portllm.files.seal import render_sealed
 from portllm.patch.record import ModelIdentity
 
 FILES = {"adapter_config.json": "a" * 64, "adapter_model.safetensors": "b" * 64}
 WHOLE = Certificate(
     program="0.1.0",
-    specialist=Side(ModelIdentity("base", "s4k1:" + "0" * 40), PatchFiles("patch", FILES)),
-    ported=Side(ModelIdentity("merged", "s4k1:" + "1" * 40, quantization="nf4"), None),
+    assumes=ASSUMES,
+    specialist=Side(ModelIdentity("base", "s4k1:" + "0" * 40, None), PatchFiles("patch", FILES)),
+    ported=Side(ModelIdentity("merged", "s4k1:" + "1" * 40, None, quantization="nf4"), None),
     inputs=Inputs(
         digest="blake3:" + "2" * 64, rows=50, prompt="{q}", completion="a", sample=40, seed=7, repeated=1, cut=2
     ),
@@ -42,6 +44,7 @@ WHOLE = Certificate(
     ),
     confidence=0.95,
     n=40,
+    k=3,
     differing=(3, 9, 50),
     bound=upper_bound(3, 40),
     wanted=0.2,
@@ -52,6 +55,7 @@ WHOLE = Certificate(
 FREE = replace(
     WHOLE,
     answers=replace(WHOLE.answers, kind="free", choices=(), choices_from=None),
+    k=None,
     differing=None,
     bound=None,
     wanted=None,
@@ -61,7 +65,7 @@ FREE = replace(
 
 
 @pytest.mark.parametrize(
-    "certificate", [WHOLE, FREE, replace(WHOLE, differing=(), bound=upper_bound(0, 40), labels=None)]
+    "certificate", [WHOLE, FREE, replace(WHOLE, k=0, differing=(), bound=upper_bound(0, 40), labels=None)]
 )
 def test_what_is_written_is_read_again(certificate, tmp_path):
     write_certificate(tmp_path, certificate)
@@ -87,7 +91,7 @@ def test_the_best_bound_decides_and_free_text_decides_nothing():
         ({"differing": (3, 3, 9)}, "not distinct rows of the file"),
         ({"differing": (9, 3, 50)}, "not distinct rows of the file"),
         ({"differing": (3, 9, 51)}, "not distinct rows of the file"),
-        ({"differing": (3,), "bound": upper_bound(1, 40)}, "the flips do not match"),
+        ({"k": 1, "differing": (3,), "bound": upper_bound(1, 40)}, "the flips do not match"),
         ({"labels": replace(WHOLE.labels, bound=0.01)}, "do not follow from the flips"),
         ({"labels": replace(WHOLE.labels, ported_right=32)}, "do not follow from the flips"),
         ({"labels": replace(WHOLE.labels, change_low=0.0)}, "do not follow from the flips"),
@@ -116,12 +120,12 @@ def test_free_text_that_claims_more_is_refused(wrong, tmp_path):
 
 
 def test_a_count_beside_other_rows_is_refused(tmp_path):
-    (tmp_path / "certificate.json").write_text(render_sealed({**certificate_to_json(WHOLE), "k": 0}))
+    (tmp_path / "certificate.json").write_text(render_sealed({**encode(WHOLE), "k": 0}))
     with pytest.raises(CertificateError, match="k is not the number of rows that differ"):
         read_certificate(tmp_path)
 
 
-@pytest.mark.parametrize("key", [*certificate_to_json(WHOLE), "seal"])
+@pytest.mark.parametrize("key", [*encode(WHOLE), "seal"])
 def test_no_key_may_be_missing(key, tmp_path):
     write_certificate(tmp_path, WHOLE)
     values = json.loads((tmp_path / "certificate.json").read_text())
@@ -131,12 +135,14 @@ def test_no_key_may_be_missing(key, tmp_path):
         read_certificate(tmp_path)
 
 
-def test_whole_numbers_that_are_written_with_a_point_are_whole_numbers(tmp_path):
-    labels = {name: float(value) for name, value in asdict(WHOLE.labels).items()}
-    (tmp_path / "certificate.json").write_text(
-        render_sealed({**certificate_to_json(WHOLE), "n": 40.0, "labels": labels})
-    )
-    assert read_certificate(tmp_path) == WHOLE
+def test_a_number_that_is_written_without_a_point_is_one_and_a_count_with_a_point_is_none(tmp_path):
+    certain = replace(WHOLE, k=0, differing=(), bound=1, labels=None)
+    write_certificate(tmp_path, certain)
+    with pytest.raises(CertificateError, match="the bound does not follow from 0 of 40"):
+        read_certificate(tmp_path)
+    (tmp_path / "certificate.json").write_text(render_sealed({**encode(WHOLE), "n": 40.0}))
+    with pytest.raises(CertificateError, match=r"certificate\.json': n: is 40\.0; expected an integer from 1 to"):
+        read_certificate(tmp_path)
 
 
 def test_a_missing_file_is_an_error_of_ours(tmp_path):

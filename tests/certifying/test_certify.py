@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 from portllm.certifying import agreement
 from portllm.certifying.bounds import change_interval, upper_bound
@@ -228,8 +229,8 @@ def test_the_rows_that_the_patch_was_trained_on_are_refused(story, questions, ru
     import blake3
 
     data = "blake3:" + blake3.blake3(questions.read_bytes()).hexdigest()
-    capture = replace(record.capture, settings={**record.capture.settings, "data": data})
-    write_record(folder, replace(record, capture=capture))
+    capture = structs.replace(record.capture, settings={**record.capture.settings, "data": data})
+    write_record(folder, structs.replace(record, capture=capture))
     with pytest.raises(PlanRefusedError, match=r"--data: is the file that .*ported was trained on"):
         run(questions, ported=load_patch(folder))
     assert not (tmp_path / "certificate").exists()

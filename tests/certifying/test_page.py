@@ -1,13 +1,13 @@
 """The page of certify: whether the bound is met, what it says and what not, and the answers that differ as text."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from portllm.certifying.bounds import least_inputs, plan_inputs
-from portllm.certifying.certificate import ASSUMES, certificate_to_json
+from portllm.certifying.certificate import ASSUMES
 from portllm.certifying.certify import Disagreement
 from portllm.certifying.page import certify_page
+from portllm.files.record import encode
 from portllm.show.numbers import points, upper_percent
 from tests.certifying.test_certificate import FREE, WHOLE
 from tests.show.html.reading import EVIL, Page, with_texts
@@ -38,7 +38,7 @@ def test_where_no_bound_was_asked_for_the_claim_comes_first():
 
 
 def test_the_numbers_are_those_of_json():
-    told = certificate_to_json(WHOLE)
+    told = encode(WHOLE)
     counted = dict(PAGE.tables["How many answers differ, in numbers"][1:])
     assert counted["answers differ"] == f"{told['k']} of {told['n']}; at most {upper_percent(told['bound'])}"
     labels = told["labels"]

@@ -17,12 +17,14 @@ from portllm.errors import (
     CheckpointError,
     HeaderError,
     IndexFileError,
+    InputChangedError,
     MissingShardError,
     MissingTensorError,
     NotFoundError,
 )
 from portllm.files import json_file
 from portllm.files.json_file import read_json
+from portllm.files.source import LocalFile
 from portllm.patch.adapter_folder import load_patch
 from tests.safetensors_files import file_bytes, rewrite_header, write_tensors
 
@@ -231,7 +233,7 @@ def test_a_config_that_is_not_an_object_is_refused(sharded):
 
 def test_a_json_file_that_is_too_large_is_not_read(sharded, monkeypatch):
     with pytest.raises(IndexFileError, match="the limit is 10"):
-        read_json(sharded / INDEX_FILE, error=IndexFileError, most_bytes=10)
+        read_json(sharded / INDEX_FILE, error=IndexFileError, most=10)
     monkeypatch.setattr(json_file, "MAX_JSON_VALUES", 2)
     with pytest.raises(IndexFileError, match="contains more than 2 values"):
         read_json(sharded / INDEX_FILE, error=IndexFileError)
@@ -295,8 +297,11 @@ def test_a_path_that_is_not_there_gets_no_hint_of_the_hub(tmp_path):
 def test_a_file_that_shrinks_after_it_was_opened_is_noticed(sharded):
     opened = open_checkpoint(sharded)
     os.truncate(sharded / SHARDS[1], (sharded / SHARDS[1]).stat().st_size - 1)
-    with pytest.raises(CheckpointError, match=f"'{NORM}': .* ended at 3 of 4 bytes; it changed while it was read"):
+    with pytest.raises(InputChangedError, match="changed while it was being read"):
         read_bytes(opened.infos[NORM])
+    own = opened.infos[NORM].in_file(LocalFile(sharded / SHARDS[1]))
+    with pytest.raises(InputChangedError, match=f"'{NORM}': .* ended at 3 of 4 bytes; it changed while it was read"):
+        read_bytes(own)
 
 
 def test_a_file_that_is_gone_after_it_was_opened_is_noticed(sharded):

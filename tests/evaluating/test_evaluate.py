@@ -8,10 +8,12 @@ import pytest
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.evaluating.evaluate import plan_evaluation
+from portllm.patch import name_pattern
 from portllm.patch.adapter_folder import load_patch
 
 
-def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_path):
+def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(name_pattern, "TRIAL_SECONDS", 2.0)
     base, evolved, hostile = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved")), tmp_path / "hostile"
     shutil.copytree(tiny("adapter"), hostile)
     config = json.loads((hostile / "adapter_config.json").read_text())

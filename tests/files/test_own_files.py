@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from portllm.errors import OutputError
+from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart
 from portllm.files.own_files import (
     holds,
@@ -152,13 +153,14 @@ def test_letters_are_the_same_where_the_file_system_takes_them_for_the_same(tmp_
 BIND = """
 import os, subprocess, sys
 from pathlib import Path
+from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart
 from portllm.errors import OutputError
 models, alias = map(Path, sys.argv[1:])
 if subprocess.run(["mount", "--bind", models, alias], capture_output=True).returncode:
     sys.exit(2)
 try:
-    check_apart(alias / "base", [models / "base" / "model.safetensors"])
+    check_apart(alias / "base", [local_file(models / "base" / "model.safetensors")])
 except OutputError:
     sys.exit(0)
 sys.exit(1)
@@ -187,5 +189,5 @@ def test_an_output_on_top_of_an_input_is_found_through_a_link_above_it(tmp_path)
     (tmp_path / "alias").symlink_to("models")
     for out in (tmp_path / "alias", tmp_path / "alias" / "base", tmp_path / "x" / ".." / "alias" / "base"):
         with pytest.raises(OutputError, match="which is an input"):
-            check_apart(out, [file])
-    check_apart(tmp_path / "alias" / "other", [file])
+            check_apart(out, [local_file(file)])
+    check_apart(tmp_path / "alias" / "other", [local_file(file)])

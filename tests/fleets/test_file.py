@@ -34,15 +34,31 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('"F32"', '"BF8"', "line 7, merge.dtype: must be one of ['F64', 'F32', 'F16', 'BF16']"),
+        ('"F32"', '"BF8"', "line 7, merge.dtype: is 'BF8'; expected 'F64' or 'F32' or 'F16' or 'BF16'."),
         ("dtype", "dtyp", "line 7, merge.dtyp: unknown key. Did you mean dtype?"),
         ("evolved", "evolve", "line 2, evolve: unknown key. Did you mean evolved?"),
-        ('output = "out"\n', "", "fleet.toml': output is required"),
-        ('["v2"]', '"v2"', "line 2, evolved: must be array"),
-        ('["v2"]', "[]", "line 2, evolved: must contain at least 1 items"),
-        ('["v2"]', '["v2", "v2"]', "line 2, evolved: must contain unique items"),
-        ('["a"]', "[3]", "line 1, patches: must be string"),
-        ('"port"]', '"fly"]', "line 3, do: must be one of"),
+        ('output = "out"\n', "", "fleet.toml', output: is required."),
+        (
+            '["v2"]',
+            '"v2"',
+            "line 2, evolved: is 'v2'; expected a list, each a text that is not empty and has no NUL",
+        ),
+        (
+            '["v2"]',
+            "[]",
+            "line 2, evolved: is the list []; expected a list, each a text that is not empty and has no NUL",
+        ),
+        (
+            '["v2"]',
+            '["v2", "v2"]',
+            "line 2, evolved: is the list ['v2', 'v2']; expected a list, each a text that is not empty and has no NUL",
+        ),
+        ('["a"]', "[3]", "line 1, patches: is the list [3]; expected a list, each a text"),
+        (
+            '"port"]',
+            '"fly"]',
+            "line 3, do: is the list ['merge', 'fly']; expected a list, each 'check' or 'port' or 'merge'; one or",
+        ),
         (
             '["merge", "port"]',
             '["merge", "check"]',
@@ -50,8 +66,16 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
         ),
         ('["merge", "port"]', '["port"]', 'line 6, merge: has options, but do = ["port"] does not merge'),
         ("[merge]", '[port]\nmethod = "magic"\n[merge]', "line 7, port.method: unknown port method 'magic'"),
-        ("[merge]", "[merge]\nmax_shard_size = 0", "line 7, merge.max_shard_size: must be bigger than or equal to"),
-        ('"out"', "2020-01-01\n", "line 4, output: must be"),
+        (
+            "[merge]",
+            "[merge]\nmax_shard_size = 0",
+            "line 7, merge.max_shard_size: is 0; expected a number, 0.001 or more.",
+        ),
+        (
+            '"out"',
+            "2020-01-01\n",
+            "line 4, output: is datetime.date(2020, 1, 1); expected a text that is not empty and has no NUL.",
+        ),
         ("[merge]", "[merge", "is not valid TOML: Expected ']' at the end of a table declaration (at line 6"),
     ],
 )

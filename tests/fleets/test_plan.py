@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from portllm.fleets.plan import FleetRow, FleetWork, ModelEntry, PatchEntry, cells_of, decide, stranger
 
@@ -58,17 +59,17 @@ def test_what_is_done_and_there_is_kept():
         (DONE, {}, {}),
         (DONE, {**FILES, "port/adapter_model.safetensors": 49}, RECORDS),
         (DONE, FILES, {"port/patch.json": "another"}),
-        (replace(DONE, status="waiting"), FILES, RECORDS),
-        (replace(DONE, status="failed"), FILES, RECORDS),
-        (replace(DONE, status="refused"), {}, {}),
-        (replace(DONE, key="another"), {}, {}),
+        (structs.replace(DONE, status="waiting"), FILES, RECORDS),
+        (structs.replace(DONE, status="failed"), FILES, RECORDS),
+        (structs.replace(DONE, status="refused"), {}, {}),
+        (structs.replace(DONE, key="another"), {}, {}),
     ],
 )
 def test_what_is_missing_damaged_or_was_not_finished_is_done_again(row, files, records):
     assert todo(row, files, records) == "run"
 
 
-@pytest.mark.parametrize("row", [None, replace(DONE, key="another")])
+@pytest.mark.parametrize("row", [None, structs.replace(DONE, key="another")])
 def test_what_was_not_written_for_these_inputs_is_replaced_only_when_told_to(row):
     assert todo(row) == "refuse"
     assert todo(row, overwrite=True) == "run"

@@ -241,7 +241,7 @@ def test_a_note_of_what_was_kept_that_was_changed_is_refused(model, patch):
     merge_in_place(patch, model)
     note = model / ".portllm-undo" / "undo.json"
     note.write_text(note.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="or was edited by hand"):
+    with pytest.raises(CheckpointError, match=r"undo\.json': format: is 2; expected 1\. Download"):
         undo_merge(model)
 
 

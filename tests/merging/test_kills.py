@@ -16,6 +16,7 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError, OutputError, PlanRefusedError
 from portllm.merging.in_place import merge_in_place, undo_merge
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.patch.adapter_folder import load_patch
 from tests.processes import killed_after
 from tests.safetensors_files import contents
@@ -66,7 +67,7 @@ def test_a_merge_that_is_killed_leaves_the_old_or_the_new_and_the_next_finishes(
     into, place = open_checkpoint(base), tmp_path / "place"
 
     def run(folder, patch=patch):
-        merge(patch, into=into, out=folder / "out", shard_bytes=SHARD_BYTES, overwrite=True)
+        merge(patch, into=into, out=folder / "out", options=MergeOptions(shard_bytes=SHARD_BYTES), overwrite=True)
 
     run(tmp_path / "old", load_patch(tiny("adapter", seed=5)))
     longest = duration_of(lambda: run(tmp_path / "new"))

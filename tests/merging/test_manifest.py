@@ -3,12 +3,16 @@
 import json
 import math
 
+from portllm.files.record import encode
 from portllm.merging.manifest import MergeReport, is_manifest, render_manifest, report_to_json
-from portllm.patch.record import Capture, ModelIdentity, PatchRecord, record_to_json
+from portllm.patch.record import Capture, ModelIdentity, PatchRecord
 from portllm.patch.rounding import MergeSums
 
-INTO, OUT = ModelIdentity("evolved", "s4k1:1", "blake3:1"), ModelIdentity("out", "s4k1:2", "blake3:2")
-RECORD = PatchRecord(base=INTO, capture=Capture("adapter"), ports=(), tensors={}, program="0.1.0")
+INTO, OUT = (
+    ModelIdentity("evolved", "s4k1:" + "1" * 40, "blake3:" + "1" * 64),
+    ModelIdentity("out", "s4k1:" + "2" * 40, "blake3:" + "2" * 64),
+)
+RECORD = PatchRecord("0.1.0", INTO, Capture("adapter", {}), ports=(), tensors={}, files={})
 
 
 def report(**changes):
@@ -32,9 +36,9 @@ def report(**changes):
 def test_by_hand_the_content_of_a_manifest():
     value = report_to_json(report(), program="0.1.0")
     assert value["program"] == "0.1.0"
-    assert value["into"]["fingerprint"] == "s4k1:1"
-    assert value["output"]["digest"] == "blake3:2"
-    assert value["patch"] == record_to_json(RECORD)
+    assert value["into"]["fingerprint"] == INTO.fingerprint
+    assert value["output"]["digest"] == OUT.digest
+    assert value["patch"] == encode(RECORD)
     assert (value["dtype"], value["rounding"]) == (["BF16"], "nearest")
     assert (value["tensors_changed"], value["tensors_copied"], value["bytes"]) == (2, 3, 10)
     assert value["worst"] == "b"

@@ -432,7 +432,7 @@ def test_no_merge_replaces_what_it_reads(case, tiny, tmp_path):
 def test_a_model_that_shrinks_meanwhile_leaves_nothing_behind(case, tmp_path):
     patch, into = case()
     (file,) = into.files
-    file.write_bytes(file.read_bytes()[:-1])
+    file.path.write_bytes(file.path.read_bytes()[:-1])
     with pytest.raises(portllm.PortLLMError, match="changed while it was read"):
         merge(patch, into=into, out=tmp_path / "out")
     assert leftovers(tmp_path) == []

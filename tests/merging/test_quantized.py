@@ -153,12 +153,13 @@ assert "torch" not in sys.modules
 
 
 def test_an_identity_without_quantization_is_written_as_it_was_before():
-    from portllm.patch.record import identity_from_json, identity_to_json
+    from portllm.files.record import encode
+    from portllm.files.typed import decode
 
-    plain = ModelIdentity("m", "s4k1:" + "0" * 40)
-    assert set(identity_to_json(plain)) == {"name", "fingerprint", "digest", "revision"}
-    quantized = ModelIdentity("m", "s4k1:" + "0" * 40, quantization="Q4_K")
-    assert identity_from_json(identity_to_json(quantized)) == quantized
+    plain = ModelIdentity("m", "s4k1:" + "0" * 40, None)
+    assert set(encode(plain)) == {"name", "fingerprint", "digest", "revision"}
+    quantized = ModelIdentity("m", "s4k1:" + "0" * 40, None, quantization="Q4_K")
+    assert decode(ModelIdentity, encode(quantized)) == quantized
 
 
 def test_a_qlora_patch_says_what_it_was_fitted_to(models, tiny, tmp_path):

@@ -15,6 +15,7 @@ from portllm.files.seal import render_sealed
 from portllm.merging import tensor as make_tensor
 from portllm.merging.in_place import merge_in_place, undo_merge
 from portllm.merging.merge import merge
+from portllm.merging.options import MergeOptions
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
 from tests.processes import die, in_child
@@ -204,7 +205,7 @@ def killed_merge(patch, into, out):
             if now[1] > now[2] / 2:
                 die()
 
-        merge(patch, into=into, out=out, shard_bytes=3000, progress=progress)
+        merge(patch, into=into, out=out, options=MergeOptions(shard_bytes=3000), progress=progress)
 
     assert in_child(run) == -signal.SIGKILL
     assert len(list(out.with_name(f".{out.name}.part").glob("*.safetensors"))) > 1
@@ -241,18 +242,18 @@ def test_what_is_planted_beside_an_output_leads_nowhere(plant, tiny, patch, home
     BESIDE[plant](folder, home)
     before = contents(home)
     if plant in ("the part's shards are links", "the part's shards are second names", "the part holds more links"):
-        merge(patch, into=into, out=folder / "out", shard_bytes=3000)
+        merge(patch, into=into, out=folder / "out", options=MergeOptions(shard_bytes=3000))
         assert contents(folder / "out") == expected
         assert not any(file.is_symlink() or file.stat().st_nlink > 1 for file in (folder / "out").iterdir())
     else:
         with pytest.raises(OutputError, match=r"\.out\.(part|journal|old)"):
-            merge(patch, into=into, out=folder / "out", shard_bytes=3000)
+            merge(patch, into=into, out=folder / "out", options=MergeOptions(shard_bytes=3000))
         assert not os.path.lexists(folder / "out")
     assert contents(home) == before
 
 
 def merge_elsewhere(patch, into, out):
-    merge(patch, into=into, out=out, shard_bytes=3000)
+    merge(patch, into=into, out=out, options=MergeOptions(shard_bytes=3000))
     return out
 
 

@@ -3,17 +3,19 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import pytest
 from blake3 import blake3
+from msgspec import structs
 from safetensors import safe_open
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.errors import AdapterFormatError, HeaderError, PatchRecordError
+from portllm.files.record import encode
 from portllm.files.seal import render_sealed
+from portllm.files.typed import decode
 from portllm.patch.adapter_folder import (
     digest_tensors,
     files_of,
@@ -23,7 +25,7 @@ from portllm.patch.adapter_folder import (
     write_patch,
     write_record,
 )
-from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep, record_from_json, record_to_json
+from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep
 from tests.safetensors_files import contents, count, write_tensors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
@@ -62,7 +64,9 @@ def test_by_hand_an_adapter_is_a_delta_with_its_scale(adapter):
     assert (delta.rank, delta.shape, delta.scale, delta.n_params) == (2, (5, 3), 3.0, 16)
     assert (read_bytes(delta.a), read_bytes(delta.b)) == tuple(data for _, _, data in FACTORS.values())
     assert (patch.n_params, patch.record, patch.base_copies) == (16, None, {})
-    assert files_of(patch) == (adapter() / "adapter_model.safetensors",)
+    (file,) = files_of(patch)
+    assert file.path == adapter() / "adapter_model.safetensors"
+    assert [other.name for other in file.described_by] == ["adapter_config.json"]
 
 
 def test_the_factors_of_an_adapter_of_peft_are_all_there(tiny):
@@ -408,7 +412,7 @@ def test_a_tensor_file_that_is_damaged_is_refused(adapter):
 
 
 IDENTITY = ModelIdentity("base", "s4k1:" + "a" * 40, "blake3:" + "b" * 64)
-OTHER = ModelIdentity("größer", "s4k1:" + "c" * 40)
+OTHER = ModelIdentity("größer", "s4k1:" + "c" * 40, None)
 RECORD = PatchRecord(
     base=OTHER,
     capture=Capture("train", {"steps": 3, "rate": 1e-4, "data": {"file": "x.jsonl"}}),
@@ -425,14 +429,14 @@ def test_a_record_survives_its_file_and_names_the_files_beside_it(tmp_path):
     written = write_record(tmp_path, RECORD)
     assert read_record(tmp_path) == written
     assert written.files == {name: blake3(name.encode()).hexdigest() for name in RECORD.files}
-    assert replace(written, files=RECORD.files) == RECORD
-    assert record_from_json(record_to_json(RECORD)) == RECORD
+    assert structs.replace(written, files=RECORD.files) == RECORD
+    assert decode(PatchRecord, encode(RECORD)) == RECORD
 
 
 @pytest.mark.parametrize("seal", ["kept", "of other values", "none"])
 def test_a_record_that_was_changed_by_hand_is_refused(seal, adapter):
     folder = adapter()
-    values = json.loads(render_sealed(record_to_json(RECORD)))
+    values = json.loads(render_sealed(encode(RECORD)))
     values["base"]["name"] = "another"
     if seal == "of other values":
         values["seal"] = "blake3:" + "0" * 64
@@ -448,7 +452,7 @@ def test_a_folder_without_a_record_has_none(tmp_path):
 
 
 def change(*path, value=None, drop=False):
-    record = json.loads(json.dumps(record_to_json(RECORD)))
+    record = json.loads(json.dumps(encode(RECORD)))
     place = record
     for step in path[:-1]:
         place = place[step]

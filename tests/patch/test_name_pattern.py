@@ -6,11 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from portllm.errors import AdapterFormatError
 from portllm.patch import name_pattern
-from portllm.patch.name_pattern import BEARABLE_WAYS, compile_pattern
+from portllm.patch.name_pattern import NamePattern, takes_python_long
 
-ATOMS = ("a", "b", r"\.", "[ab]", "[^a]", r"\w", ".", "^", "$", r"\b", r"\B", "(?=a)", "(?!b)", "(?<=a)", "(?<!ab)", "")
-REPEATS = ("*", "+", "?", "{0,2}", "{2}", "{1,}", "*?", "+?")
+ATOMS = (
+    "a", "b", r"\.", "[ab]", "[^a]", r"\w", ".", "^", "$", r"\b", r"\B", "(?=a)", "(?!b)", "(?<=a)", "(?<!ab)", "x{}",
+    r"\d", "(?>a*)", "",
+)  # fmt: skip
+REPEATS = ("*", "+", "?", "{0,2}", "{2}", "{1,}", "*?", "+?", "??", "++", "{,2}")
 patterns = st.recursive(
     st.sampled_from(ATOMS),
     lambda inner: st.one_of(
@@ -23,35 +27,48 @@ patterns = st.recursive(
 )
 
 
-@given(patterns, st.lists(st.text("abAB.\n", max_size=6), min_size=1, max_size=4))
+NAMES = st.text("abAB._{}", min_size=1, max_size=6)
+
+
+@given(patterns, st.lists(NAMES, min_size=1, max_size=4))
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_all_states_at_once_match_what_pythons_engine_matches(text, names):
-    parsed = re.compile(text)
-    program = tuple(name_pattern._written([], name_pattern._parser.parse(text), parsed.flags, looks=0))
-    forced = name_pattern.NamePattern(0, parsed, program)
+def test_names_are_matched_as_pythons_engine_matches_them(text, names):
     for name in names:
-        assert forced.begins(name) == (parsed.match(name) is not None)
-        assert forced.is_all_of(name) == (parsed.fullmatch(name) is not None)
+        for whole, python in ((True, re.fullmatch), (False, re.match)):
+            try:
+                expected = python(text, name)
+            except SystemError:  # a fault of Python's engine, which it reports itself
+                continue
+            found = _pattern(text, whole=whole).match(name)
+            assert (found and found.span()) == (expected and expected.span())
 
 
-CATASTROPHIC = {
+def _pattern(text, *, whole=True):
+    """A pattern that can be used."""
+    pattern = NamePattern(text, whole=whole)
+    assert pattern.problem() is None
+    return pattern
+
+
+QUICK = {
     "(a+)+$": ("a" * 60 + "!", False),
-    "(a|a)*b": ("a" * 60, False),
-    "(a|aa)+$": ("a" * 60 + "!", False),
     "(a?){50}a{50}": ("a" * 50, True),
     "(.*a){25}": ("a" * 24 + "b" * 40, False),
-    "(((a*)*)*)*b": ("a" * 60, False),
-    ".*.*.*.*.*.*.*.*x": ("a" * 200, False),
-    "(x+x+)+y": ("x" * 60, False),
-    "(?=(a+)+$)a": ("a" * 60 + "!", False),
-    r"^(([a-z])+.)+[A-Z]([a-z])+$": ("a" * 60, False),
+    ".*.*.*.*.*.*.*.*x": ("a" * 60, False),
+    r"model(\.\w+)*\.q_proj": ("model.layers.0.self_attn.q_proj", True),
 }
 
 
-@pytest.mark.parametrize("text", CATASTROPHIC)
-def test_a_pattern_that_pythons_engine_tries_for_hours_is_answered(text):
-    name, expected = CATASTROPHIC[text]
-    assert compile_pattern(text).is_all_of(name) == expected
+@pytest.mark.parametrize("text", QUICK)
+def test_what_can_be_matched_in_time_is_answered(text):
+    name, expected = QUICK[text]
+    assert (_pattern(text).match(name) is not None) == expected
+
+
+def test_what_cannot_be_matched_in_time_is_refused(monkeypatch):
+    monkeypatch.setattr(name_pattern, "MATCH_SECONDS", 0.05)
+    with pytest.raises(AdapterFormatError, match="takes more than 0.05 s to match the name 'aaa"):
+        _pattern("(a|aa)+$").match("a" * 60 + "!")
 
 
 WRITTEN_BY_TRAINERS = (
@@ -66,10 +83,11 @@ WRITTEN_BY_TRAINERS = (
 
 @pytest.mark.parametrize("text", WRITTEN_BY_TRAINERS)
 def test_the_patterns_of_training_programs_are_matched_and_may_go_to_peft(text):
-    found = compile_pattern(text)
-    assert found.ways <= BEARABLE_WAYS
-    for name in ("model.language_model.layers.10.self_attn.q_proj", "q_proj", "visual.blocks.1.mlp.fc1", "model.norm"):
-        assert found.is_all_of(name) == (re.fullmatch(text, name) is not None)
+    pattern = _pattern(text)
+    names = ("model.language_model.layers.10.self_attn.q_proj", "q_proj", "visual.blocks.1.mlp.fc1", "model.norm")
+    assert not takes_python_long([pattern], names)
+    for name in names:
+        assert (pattern.match(name) is not None) == (re.fullmatch(text, name) is not None)
 
 
 @pytest.mark.parametrize(
@@ -80,19 +98,20 @@ def test_the_patterns_of_training_programs_are_matched_and_may_go_to_peft(text):
         "(" * 5000: "not a valid regular expression",
         "a{99999999999}": "not a valid regular expression",
         "a" * 100_001: "100001 characters",
-        r"(a+)+\1": "could take long",
-        "(a+)+(?>b)": "could take long",
-        "(?=(?=(a+)+))a": "could take long",
-        "(a{200}){200}(a+)+": "more than 10000 states",
-        "(?:){0,4000000000}(a+)+": "more than 10000 states",
-        "((){9999}){9999}((){9999}){0,9999}(a*)*": "more than 10000 states",
+        "(a{200}){200}(a+)+": "could take long",
+        "(?:){0,4000000000}(a+)+": "could take long",
+        "((){9999}){9999}((){9999}){0,9999}(a*)*": "could take long",
+        "(?:q_proj){e<=1}": "not all engines read alike",
+        "(?:q_proj){1<=e<=2:[a-z]}": "not all engines read alike",
+        "[[:alpha:]]+": "not all engines read alike",
+        r"\p{L}": "not a valid regular expression",
+        "(?R)?": "not a valid regular expression",
     }.items(),
-    ids=range(11),
+    ids=range(13),
 )
-def test_a_pattern_that_cannot_be_bounded_is_refused(text, why):
-    with pytest.raises(ValueError, match=why):
-        compile_pattern(text)
+def test_a_pattern_that_cannot_be_bounded_or_means_two_things_is_refused(text, why):
+    assert why in NamePattern(text).problem()
 
 
 def test_a_nested_set_of_the_future_is_read_without_a_warning():
-    assert compile_pattern("[[a]").is_all_of("[")
+    assert _pattern("[[a]").match("[")

@@ -17,7 +17,7 @@ from portllm.checkpoint.reading.windows import SAMPLE_BYTES
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError, OutputExistsError, PlanRefusedError, UnknownMethodError
 from portllm.matching.port_plan import plan_port
-from portllm.patch.adapter_folder import digest_tensors, load_patch
+from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch
 from portllm.porting.port import port, port_each
 from tests.safetensors_files import contents, write_sparse, write_tensors
 
@@ -426,7 +426,7 @@ def test_a_patch_of_a_large_model_is_ported_without_torch(with_base, seven_billi
 def test_the_plan_of_a_port_names_every_file_that_it_reads(tiny, tmp_path):
     base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved", max_shard_size="3KB"))
     plan = plan_port(load_patch(tiny("adapter")), evolved=evolved, base=base)
-    assert set(plan.files) == {*base.files, *evolved.files, tiny("adapter") / "adapter_model.safetensors"}
+    assert set(plan.files) == {*base.files, *evolved.files, *files_of(plan.patch)}
     assert all(isinstance(delta.a, TensorInfo) for delta in plan.patch.deltas.values())
 
 

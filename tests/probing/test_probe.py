@@ -416,9 +416,9 @@ def test_rows_are_asked_as_the_patch_was_trained_unless_told(story, tmp_path):
         ('{"q": null}', "field 'q' is null"),
         ('{"a": "b"}', "no field 'q'"),
         ('{"q": "  "}', "the prompt is blank"),
-        ('{"q": "a", "q": "b"}', "duplicate field"),
-        (b'{"q": "\xff"}', "is not (valid )?UTF-8"),
-        ('{"q": NaN}', "is not a number"),
+        ('{"q": "a", "q": "b"}', "duplicate key"),
+        (b'{"q": "\xff"}', "is not UTF-8"),
+        ('{"q": NaN}', "is not a valid row: NaN is not valid JSON"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_by_its_line(line, problem, tmp_path):

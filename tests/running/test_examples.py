@@ -73,7 +73,9 @@ def test_anything_but_a_plain_name_between_braces_is_refused(text):
 
 def test_half_of_a_surrogate_pair_in_a_row_is_told_with_its_line_and_a_whole_one_is_read(write):
     path = write(r'{"question": "\ud83d\ude00", "type": "a"}' + "\n" + r'{"question": "\ud800", "type": "a"}')
-    with pytest.raises(DataError, match=r"rows\.jsonl': 1 of 2 rows[^\0]*line 2: contains an unpaired surrogate"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl': 1 of 2 rows[^\0]*line 2: is not a valid row: it contains an unpaired surrogate"
+    ):
         read_examples(path, FORMAT)
 
 
@@ -138,10 +140,11 @@ def test_line_separators_of_unicode_inside_a_text_do_not_end_a_row(write):
         ("true", "is a boolean; expected an object"),
         ('{"question": "a", "type": "b"', "is not JSON"),
         ('{"question": "a", "type": "b"} {}', "is not JSON: Extra data at character 32"),
-        ('{"question": "a", "type": NaN}', "is not JSON: 'NaN' is not a number"),
-        ('{"question": "a", "type": "b", "type": "c"}', "duplicate field 'type'"),
-        ("[" * 100_000, "is nested too deeply"),
+        ('{"question": "a", "type": NaN}', "is not a valid row: NaN is not valid JSON"),
+        ('{"question": "a", "type": "b", "type": "c"}', "is not a valid row: 'type' duplicate key"),
+        ("[" * 100_000, "is not a valid row: it is nested too deeply"),
         (b'{"question": "\xff", "type": "b"}', "byte 15 is not UTF-8"),
+        (rb'{"question": "\ud800", "type": "b"}', "is not a valid row: it contains an unpaired surrogate"),
     ],
 )
 def test_a_row_that_does_not_fit_is_told_with_its_line_and_reason(write, line, problem):

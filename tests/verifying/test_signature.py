@@ -175,6 +175,64 @@ def test_files_added_and_taken_away_are_caught(copy, keys):
     assert "README.md" in found.checks[-1].finding
 
 
+LATER = (
+    ".git/hooks/post-checkout", ".github/workflows/x.yml", ".gitignore", ".gitattributes", ".hidden", "deep/er/file",
+    "model.sig.bak", ".git/model.sig",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_file_that_came_later_is_named_whatever_its_name(name, copy, keys):
+    folder = copy()
+    sign(folder, KeySigner(keys / "mine.key"))
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("came later")
+    found = verify(folder, trust=PublicKey(keys / "mine.pub"))
+    assert wrong(found) == ["signature"]
+    assert name in found.checks[-1].finding
+
+
+def test_what_git_left_in_a_folder_is_signed_with_the_rest(copy, keys):
+    folder = copy()
+    (folder / ".git").mkdir()
+    for name in (".git/config", ".gitattributes"):
+        (folder / name).write_text("as it was")
+    sign(folder, KeySigner(keys / "mine.key"))
+    assert verify(folder, trust=PublicKey(keys / "mine.pub")).verified
+    (folder / ".git/config").write_text("as it is")
+    assert wrong(verify(folder, trust=PublicKey(keys / "mine.pub"))) == ["signature"]
+
+
+def test_a_signature_that_passes_over_gits_files_holds_where_there_are_none(copy, keys):
+    """As the library makes them by default, and as `portllm sign` did."""
+    import model_signing
+
+    folder = copy()
+    hashing = model_signing.hashing.Config().set_ignored_paths(paths=["model.sig"])
+    config = model_signing.signing.Config().use_elliptic_key_signer(private_key=keys / "mine.key")
+    config.set_hashing_config(hashing).sign(folder, folder / "model.sig")
+    assert verify(folder, trust=PublicKey(keys / "mine.pub")).verified
+    (folder / ".gitignore").write_text("*")
+    found = verify(folder, trust=PublicKey(keys / "mine.pub"))
+    assert "leaves out '.gitignore'" in found.checks[-1].finding
+
+
+def test_a_folder_of_which_a_part_was_not_read_is_not_signed(copy, keys, monkeypatch):
+    import model_signing
+
+    folder = copy()
+    passed_over = [".git", ".github", ".gitattributes", ".gitignore"]
+    (folder / ".gitignore").write_text("*")
+    monkeypatch.setattr(
+        model_signing.hashing.Config,
+        "set_ignored_paths",
+        lambda self, *, paths, ignore_git_paths: self.use_file_serialization(ignore_paths=[*paths, *passed_over]),
+    )
+    with pytest.raises(SignatureError, match=r"\.gitignore': could not be read"):
+        sign(folder, KeySigner(keys / "mine.key"))
+    assert not (folder / "model.sig").exists()
+
+
 def test_a_statement_that_leaves_out_the_record_is_no_signature(copy, keys):
     """Another program may sign a folder and ignore files of it; such a signature says nothing about them."""
     folder = copy()

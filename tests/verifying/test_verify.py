@@ -323,7 +323,9 @@ def listed(tmp_path):
 def test_a_manifest_names_no_file_outside_its_folder(name, listed):
     verification = verify(listed([name]))
     assert wrong(verification) == ["portllm.json"]
-    assert "the values do not match the schema of portllm.json" in verification.checks[0].finding
+    assert (
+        f"files.{name}: is {name!r}; expected the name of a file in the same folder" in verification.checks[0].finding
+    )
 
 
 def test_what_a_manifest_names_and_is_no_file_is_not_read(listed):
@@ -343,7 +345,7 @@ def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(name, small, tmp_path
     with pytest.raises(PortLLMError):
         verify(folder)
     if name == "patch.json":
-        with pytest.raises(PatchRecordError, match=r"patch\.json': is not a file"):
+        with pytest.raises(PatchRecordError, match=r"patch\.json': cannot be read: is a pipe or a device"):
             load_patch(folder)
 
 

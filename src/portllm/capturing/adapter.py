@@ -10,7 +10,7 @@ from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
-from portllm.files.output_folder import check_apart, staged_folder
+from portllm.files.output_folder import staged_folder
 from portllm.matching.compatibility import altered_copies, mismatches, taken_copies
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
@@ -90,11 +90,10 @@ def capture_adapter(
     if refusals:
         raise PlanRefusedError(refusals)
     files = (*base.files, *files_of(adapter), *(() if initial is None else files_of(initial)))
-    check_apart(out, files)
     require_finite(adapter)
     if not needs_conversion(adapter, initial):
         require_equal(taken_copies(adapter, base), progress=progress)
-        with staged_folder(out, overwrite=overwrite) as folder:
+        with staged_folder(out, overwrite=overwrite, inputs=files) as folder:
             _write(folder, adapter, base, Capture(method, dict(settings or {}), fitted_to))
         return load_patch(out)
     from portllm.capturing.initial import convert  # loads torch, which few adapters need
@@ -102,7 +101,7 @@ def capture_adapter(
 
     if initial is None:
         base = on_disk(base, progress=progress)
-    with staged_folder(out, overwrite=overwrite) as folder, Spool(folder / SPOOL_FILE) as spool:
+    with staged_folder(out, overwrite=overwrite, inputs=files) as folder, Spool(folder / SPOOL_FILE) as spool:
         converted = convert(adapter, base=base, initial=initial, spool=spool, progress=progress)
         how = _conversion(adapter, initial, converted.known_to)
         _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}, fitted_to))
@@ -112,7 +111,7 @@ def capture_adapter(
 def _write(folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture) -> None:
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
-    write_record(folder, PatchRecord(identify(base), capture, (), tensors, __version__))
+    write_record(folder, PatchRecord(__version__, identify(base), capture, ports=(), tensors=tensors, files={}))
 
 
 def _conversion(

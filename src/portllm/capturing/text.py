@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.capturing.tuned_plan import TunedPlan
-from portllm.patch.record import record_to_json
+from portllm.files.record import encode
 from portllm.show.numbers import percent
 from portllm.show.printable import one_line
 from portllm.show.table import items, table
@@ -68,7 +68,7 @@ def tuned_report_to_json(report: "TunedReport", out: Path) -> dict[str, object]:
     """What `capture --tuned --json` prints."""
     return {
         "output": str(out),
-        "record": record_to_json(report.record),
+        "record": encode(report.record),
         "truncation_residual": report.truncation_residual,
         "n_unchanged": report.n_unchanged,
         "deltas": {

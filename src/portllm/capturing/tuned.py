@@ -6,8 +6,10 @@ what it found goes to disk. Every file is read once, tensors that are known to b
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from msgspec import structs
 
 from portllm import __version__
 from portllm.capturing.experts import are_equal, compare_experts
@@ -20,7 +22,7 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
-from portllm.files.output_folder import check_apart, check_free, staged_folder
+from portllm.files.output_folder import check_free, staged_folder
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
 from portllm.patch.adapter_tensors import WEIGHT
@@ -114,8 +116,8 @@ def run_capture_tuned(
         check_free(out, overwrite=overwrite)
         here = (on_disk(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned))
         plan = plan_capture_tuned(*here, rank=plan.rank, max_rank=plan.max_rank, dense=plan.dense)
-    check_apart(out, (*plan.base.files, *plan.tuned.files))
-    with staged_folder(out, overwrite=overwrite) as folder:
+    inputs = (*plan.base.files, *plan.tuned.files)
+    with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder:
         require_equal((*plan.base.stored_twice, *plan.tuned.stored_twice), progress=progress)
         with Spool(folder / SPOOL_FILE) as spool:
             report = _capture(plan, folder, spool, progress)
@@ -246,7 +248,7 @@ def _report(
     found: _Found,
 ) -> TunedReport:
     base, tuned = (
-        replace(identity, digest=digest_of(known, checkpoint))
+        structs.replace(identity, digest=digest_of(known, checkpoint))
         for identity, known, checkpoint in zip(
             (plan.source, plan.target), found.digests, (plan.base, plan.tuned), strict=True
         )
@@ -254,7 +256,7 @@ def _report(
     settings: dict[str, object] = {
         "rank": "auto" if plan.rank is None else plan.rank,
         "dense": plan.dense,
-        "tuned": asdict(tuned),
+        "tuned": structs.asdict(tuned),
     }
     if plan.rank is None:
         settings["noise"] = NOISE
@@ -262,11 +264,10 @@ def _report(
         settings["max_rank"] = plan.max_rank
     left_out = dict(sorted(found.left_out.items()))
     n_unchanged = len(plan.pairs) + len(plan.experts) - len(found.changed)
-    blank = PatchRecord(base, Capture("tuned"), (), digest_tensors(patch), __version__)
+    blank = PatchRecord(__version__, base, Capture("tuned", {}), ports=(), tensors=digest_tensors(patch), files={})
     report = TunedReport(blank, found.deltas, found.values, left_out, found.reasons, n_unchanged)
     settings |= {"truncation_residual": _rounded(report.truncation_residual), "left_out": left_out}
-    record = PatchRecord(base, Capture("tuned", settings), (), blank.tensors, __version__)
-    return TunedReport(record, found.deltas, found.values, left_out, found.reasons, n_unchanged)
+    return replace(report, record=structs.replace(blank, capture=Capture("tuned", settings)))
 
 
 def _nothing(plan: TunedPlan, found: _Found) -> Refusal:

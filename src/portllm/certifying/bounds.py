@@ -1,7 +1,7 @@
 """How much a port can have lost, from answers that were counted: exact binomial bounds. Pure; no model, no file.
 
 Of n inputs that are drawn independently, k are answered otherwise by the ported model than by the old specialist. A
-score that counts right answers cannot fall by more than the share of all inputs that are answered otherwise,
+score that counts right answers cannot fall by more than the share of all inputs whose answers differ,
 
     score(ported) = score(specialist) - P(turned wrong) + P(turned right) >= score(specialist) - P(answered otherwise),
 

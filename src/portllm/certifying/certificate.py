@@ -4,22 +4,19 @@ The same questions to the same models give the same bytes, up to rounding of the
 it. It is sealed like `patch.json`, and its arithmetic can be done again by anyone who reads it.
 """
 
-import importlib.resources
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeAlias
 
-import fastjsonschema
+from msgspec import Meta, structs
 
 from portllm.certifying.bounds import change_interval, upper_bound
 from portllm.errors import CertificateError
 from portllm.files.json_file import read_json
-from portllm.files.seal import render_sealed, seal_problem
+from portllm.files.record import NamedBlake3, Recorded, decode_sealed, one_of, write_sealed
+from portllm.files.seal import seal_problem
 from portllm.notebook import ShownInNotebook
-from portllm.patch.record import ModelIdentity, identity_from_json, identity_to_json
+from portllm.patch.record import ModelIdentity, PatchFileDigests
 
 CERTIFICATE_FILE = "certificate.json"
 FORMAT = 1
@@ -30,31 +27,35 @@ ASSUMES = (
 )
 """What the bound holds for; stands in every certificate, and wherever one is shown."""
 
-COUNTED = ("specialist_right", "ported_right", "negative_flips", "positive_flips")
-"""What of `LabelCounts` are whole numbers; JSON has one kind of number for all."""
-
 SAME_NUMBER = 1e-9
 """Bounds by other versions of the mathematics library differ by less than a millionth of this."""
 
+MOST_ROWS = 1_000_000_000
 
-@dataclass(frozen=True, slots=True)
-class PatchFiles:
+Count: TypeAlias = Annotated[int, Meta(ge=0, description="an integer, 0 or more")]
+Positive: TypeAlias = Annotated[int, Meta(ge=1, description="an integer, 1 or more")]
+Rows: TypeAlias = Annotated[int, Meta(ge=1, le=MOST_ROWS, description=f"an integer from 1 to {MOST_ROWS}")]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
+Change: TypeAlias = Annotated[float, Meta(ge=-1, le=1, description="a number from -1 to 1")]
+Wanted: TypeAlias = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
+Confidence: TypeAlias = Annotated[float, Meta(gt=0, le=0.999999999, description="a number between 0 and 1")]
+
+
+class PatchFiles(Recorded, frozen=True):
     """An adapter by content: the blake3 digest of each of its files, and its name for people."""
 
     name: str
-    files: Mapping[str, str]
+    files: PatchFileDigests
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Recorded, frozen=True):
     """One of the two models that were asked: a checkpoint, and the patch on it unless that is in its weights."""
 
     model: ModelIdentity
     patch: PatchFiles | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class Inputs(Recorded, frozen=True, kw_only=True):
     """What was asked.
 
     Attributes:
@@ -68,18 +69,17 @@ class Inputs:
         cut: Prompts that were too long and lost their beginning.
     """
 
-    digest: str
-    rows: int
+    digest: NamedBlake3
+    rows: Rows
     prompt: str
     completion: str | None
-    sample: int | None
+    sample: Positive | None
     seed: int | None
-    repeated: int
-    cut: int
+    repeated: Count
+    cut: Count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerRule:
+class AnswerRule(Recorded, frozen=True, kw_only=True):
     """What counts as an answer; as in `portllm.evaluating.answers.Questions`.
 
     Attributes:
@@ -92,17 +92,16 @@ class AnswerRule:
         batch_size: Rows of a forward pass.
     """
 
-    kind: str
+    kind: Annotated[str, one_of("choices", "exact", "free")]
     choices: tuple[str, ...]
-    choices_from: str | None
+    choices_from: Annotated[str, one_of("given", "labels")] | None
     one_line: bool
-    max_tokens: int
-    max_new_tokens: int
-    batch_size: int
+    max_tokens: Positive
+    max_new_tokens: Positive
+    batch_size: Positive
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelCounts:
+class LabelCounts(Recorded, frozen=True, kw_only=True):
     """What right answers add.
 
     Attributes:
@@ -115,37 +114,37 @@ class LabelCounts:
         change_high: Upper end.
     """
 
-    specialist_right: int
-    ported_right: int
-    negative_flips: int
-    positive_flips: int
-    bound: float
-    change_low: float
-    change_high: float
+    specialist_right: Count
+    ported_right: Count
+    negative_flips: Count
+    positive_flips: Count
+    bound: Share
+    change_low: Change
+    change_high: Change
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenCounts:
+class TokenCounts(Recorded, frozen=True, kw_only=True):
     """For free text: tokens that the specialist wrote, those that the ported model would, inputs that are all alike."""
 
-    written: int
-    same: int
-    inputs_same: int
+    written: Positive
+    same: Count
+    inputs_same: Count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate(ShownInNotebook):
+class Certificate(Recorded, ShownInNotebook, frozen=True, kw_only=True, tag_field="format", tag=FORMAT):
     """A bound on the accuracy that a port can have lost.
 
     Attributes:
         program: Version of PortLLM that asked.
+        assumes: What the bound holds for: `ASSUMES`.
         specialist: The base and the patch that was made on it.
         ported: The evolved model and the ported patch, or the merged model.
         inputs: The inputs.
         answers: What counts as an answer.
         confidence: Confidence of the bound and of the interval, separately.
         n: Number of inputs.
-        differing: Rows of the file, from 1, whose answers differ; None for free text.
+        k: Inputs that are answered otherwise; None for free text.
+        differing: Which rows of the file these are, from 1.
         bound: `u(k, n)`: the score has fallen by no more than this; None for free text.
         wanted: The requested bound, or None.
         labels: Results that need correct answers, if the inputs have them.
@@ -154,18 +153,20 @@ class Certificate(ShownInNotebook):
     """
 
     program: str
+    assumes: str
     specialist: Side
     ported: Side
     inputs: Inputs
     answers: AnswerRule
-    confidence: float
-    n: int
-    differing: tuple[int, ...] | None
-    bound: float | None
-    wanted: float | None
+    confidence: Confidence
+    n: Rows
+    k: Count | None
+    differing: tuple[Positive, ...] | None
+    bound: Share | None
+    wanted: Wanted | None
     labels: LabelCounts | None
     tokens: TokenCounts | None
-    device: str
+    device: Annotated[str, one_of("cpu", "cuda")]
 
     def __repr__(self) -> str:
         return f"Certificate(loss_bound={self.loss_bound}, confidence={self.confidence}, n={self.n}, met={self.met})"
@@ -208,58 +209,18 @@ def count_labels(n_negative: int, n_positive: int, n_right: int, n: int, *, conf
     )
 
 
-def certificate_to_json(certificate: Certificate) -> dict[str, object]:
-    """The certificate as JSON values; `certificate_from_json` is its inverse."""
-    differing = certificate.differing
-    return {
-        "format": FORMAT,
-        "program": certificate.program,
-        "assumes": ASSUMES,
-        "specialist": _side_to_json(certificate.specialist),
-        "ported": _side_to_json(certificate.ported),
-        "inputs": asdict(certificate.inputs),
-        "answers": {**asdict(certificate.answers), "choices": list(certificate.answers.choices)},
-        "confidence": certificate.confidence,
-        "n": certificate.n,
-        "k": None if differing is None else len(differing),
-        "differing": None if differing is None else list(differing),
-        "bound": certificate.bound,
-        "wanted": certificate.wanted,
-        "labels": None if certificate.labels is None else asdict(certificate.labels),
-        "tokens": None if certificate.tokens is None else asdict(certificate.tokens),
-        "device": certificate.device,
-    }
-
-
-def certificate_from_json(values: Mapping[str, Any], *, where: str) -> Certificate:
+def parse_certificate(values: Mapping[str, object], *, where: str) -> Certificate:
     """The certificate that the values of a `certificate.json` stand for, whatever its seal and its arithmetic.
 
     Raises:
-        CertificateError: They break the schema.
+        CertificateError: They do not fit.
     """
     try:
-        _validator()(dict(values))
-        _check_count(values["k"], values["differing"])
-    except (fastjsonschema.JsonSchemaValueException, ValueError) as error:
+        return decode_sealed(Certificate, values)
+    except ValueError as error:
         raise CertificateError(
             f"'{where}': {error}. It was written by another version or edited by hand; certify again."
         ) from error
-    answers, differing, labels, tokens = (values[key] for key in ("answers", "differing", "labels", "tokens"))
-    return Certificate(
-        program=values["program"],
-        specialist=_side_from_json(values["specialist"]),
-        ported=_side_from_json(values["ported"]),
-        inputs=Inputs(**values["inputs"]),
-        answers=AnswerRule(**{**answers, "choices": tuple(answers["choices"])}),
-        confidence=values["confidence"],
-        n=int(values["n"]),
-        differing=None if differing is None else tuple(differing),
-        bound=values["bound"],
-        wanted=values["wanted"],
-        labels=None if labels is None else LabelCounts(**{**labels, **{key: int(labels[key]) for key in COUNTED}}),
-        tokens=None if tokens is None else TokenCounts(**tokens),
-        device=values["device"],
-    )
 
 
 def read_certificate(folder: str | Path) -> Certificate:
@@ -270,7 +231,7 @@ def read_certificate(folder: str | Path) -> Certificate:
     """
     file = Path(folder) / CERTIFICATE_FILE
     values = read_json(file, error=CertificateError)
-    certificate = certificate_from_json(values, where=str(file))
+    certificate = parse_certificate(values, where=str(file))
     problems = [problem for problem in (seal_problem(values), *arithmetic_problems(certificate)) if problem]
     if problems:
         raise CertificateError(f"'{file}': {'; '.join(problems)}. Download it again, or certify again.")
@@ -279,13 +240,15 @@ def read_certificate(folder: str | Path) -> Certificate:
 
 def write_certificate(folder: Path, certificate: Certificate) -> None:
     """Write `certificate.json`, sealed."""
-    text = render_sealed(certificate_to_json(certificate))
-    (folder / CERTIFICATE_FILE).write_text(text, encoding="utf-8")
+    write_sealed(folder / CERTIFICATE_FILE, certificate)
 
 
 def arithmetic_problems(certificate: Certificate) -> Iterator[str]:
     """What in a certificate does not follow from what it counts; nothing where all of it does."""
     n, rows, sample = certificate.n, certificate.inputs.rows, certificate.inputs.sample
+    if certificate.k != (None if certificate.differing is None else len(certificate.differing)):
+        yield "k is not the number of rows that differ"
+        return
     if n != (rows if sample is None else sample) or n > rows:
         yield f"{n} inputs of {rows} rows were evaluated, which does not match the sample it records"
         return
@@ -319,13 +282,8 @@ def _bound_problems(certificate: Certificate, differing: tuple[int, ...]) -> Ite
         yield "the flips do not match the differing answers"
         return
     counted = count_labels(negative, positive, right, n, confidence=confidence)
-    if not all(map(_same, asdict(labels).values(), asdict(counted).values())):
+    if not all(map(_same, structs.astuple(labels), structs.astuple(counted))):
         yield "the counts of correct answers do not follow from the flips"
-
-
-def _check_count(k: object, differing: Sequence[object] | None) -> None:
-    if k != (None if differing is None else len(differing)):
-        raise ValueError("k is not the number of rows that differ")
 
 
 def _fits_tokens(tokens: TokenCounts, n: int) -> bool:
@@ -334,24 +292,3 @@ def _fits_tokens(tokens: TokenCounts, n: int) -> bool:
 
 def _same(one: float, other: float) -> bool:
     return abs(one - other) <= SAME_NUMBER
-
-
-def _side_to_json(side: Side) -> dict[str, object]:
-    patch = None if side.patch is None else {"name": side.patch.name, "files": dict(sorted(side.patch.files.items()))}
-    return {"model": identity_to_json(side.model), "patch": patch}
-
-
-def _side_from_json(value: Mapping[str, Any]) -> Side:
-    patch = value["patch"]
-    return Side(
-        identity_from_json(value["model"]), None if patch is None else PatchFiles(patch["name"], patch["files"])
-    )
-
-
-@cache
-def _validator() -> Callable[[object], object]:
-    text = (
-        importlib.resources.files("portllm.certifying").joinpath("certificate.schema.json").read_text(encoding="utf-8")
-    )
-    compiled: Callable[[object], object] = fastjsonschema.compile(json.loads(text))
-    return compiled

@@ -1,17 +1,20 @@
 """Bound the accuracy that a port can have lost: two models answer the user's inputs, and differing answers are counted.
 
 Nobody has to say what is right, and no model has to be the better one: a score that counts right answers cannot fall by
-more than the share of inputs that are answered otherwise. See `docs/certify.md` for what is claimed and what is not.
+more than the share of inputs whose answers differ. See `docs/certify.md` for what is claimed and what is not.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import structs
 
 from portllm import __version__
 from portllm.certifying.agreement import Agreement, Respondent, compare_answers
 from portllm.certifying.bounds import least_inputs, upper_bound
 from portllm.certifying.certificate import (
+    ASSUMES,
     AnswerRule,
     Certificate,
     LabelCounts,
@@ -28,6 +31,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
 from portllm.evaluating.evaluate import model_refusals
+from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
@@ -49,7 +53,7 @@ class CertifyPlan:
         respondents: The same two as folders to load.
         asked: What to ask.
         settings: As given.
-        reads: The files that all this comes from.
+        files: What is read.
     """
 
     specialist: Side
@@ -57,7 +61,7 @@ class CertifyPlan:
     respondents: tuple[Respondent, Respondent]
     asked: Asked
     settings: CertifySettings
-    reads: tuple[Source, ...]
+    files: tuple[Source, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +152,10 @@ def run_certify(
     plan: CertifyPlan, out: Path, *, device: Device = "auto", overwrite: bool = False, progress: Progress = silent
 ) -> Certification:
     """Carry out a plan; see `certify`."""
-    check_apart(out, plan.reads)
+    check_apart(out, plan.files)
     agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
     certificate = conclude(plan, agreement, device=choose_device(device).type)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         write_certificate(folder, certificate)
     return Certification(certificate=certificate, disagreements=tuple(_disagreements(plan.asked, agreement)))
 
@@ -201,7 +205,13 @@ def plan_certify(
         ),
         asked=asked,
         settings=settings,
-        reads=(data, *base.files, *successor.files, *files_of(patch), *(() if ported is None else files_of(ported))),
+        files=(
+            local_file(data),
+            *base.files,
+            *successor.files,
+            *files_of(patch),
+            *(() if ported is None else files_of(ported)),
+        ),
     )
 
 
@@ -214,9 +224,10 @@ def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certifi
     from_labels = questions.kind == "choices" and not plan.settings.choices
     return Certificate(
         program=__version__,
+        assumes=ASSUMES,
         specialist=plan.specialist,
         ported=plan.ported,
-        inputs=replace(asked.inputs, cut=agreement.first.n_cut_rows),
+        inputs=structs.replace(asked.inputs, cut=agreement.first.n_cut_rows),
         answers=AnswerRule(
             kind=questions.kind,
             choices=questions.choices,
@@ -228,6 +239,7 @@ def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certifi
         ),
         confidence=confidence,
         n=n,
+        k=None if differing is None else len(differing),
         differing=None if differing is None else tuple(asked.rows[index] for index in differing),
         bound=bound,
         wanted=plan.settings.wanted,

@@ -10,9 +10,8 @@ from portllm.certifying.certificate import Inputs
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError, PortLLMError
 from portllm.evaluating.answers import AnswerKind, Questions
-from portllm.files.seal import digest_file
 from portllm.patch.patch import Patch
-from portllm.running.examples import read_prompts
+from portllm.running.examples import digested, read_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +89,9 @@ def read_asked(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) 
     Raises:
         DataError: Rows do not fit, there are fewer than are to be drawn, or the choices are not known.
     """
-    try:
-        digest = f"blake3:{digest_file(data)}"
-    except OSError as error:
-        raise DataError(f"'{data}': cannot be read: {error.strerror}. Name a JSONL file.") from error
     prompt, completion = _format(patch, settings)
-    prompts, completions = read_prompts(data, prompt, completion=completion)
+    with digested(data) as digest:
+        prompts, completions = read_prompts(data, prompt, completion=completion)
     if settings.sample is not None and settings.sample > len(prompts):
         raise DataError(
             f"'{data}': has {len(prompts)} rows, fewer than the sample of {settings.sample}. Use a smaller sample."

@@ -35,7 +35,7 @@ def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement
 
     Args:
         certificate: As it was written.
-        disagreements: The inputs that are answered otherwise, as text.
+        disagreements: The inputs whose answers differ, as text.
     """
     title = f"portllm certify: {side_name(certificate.ported)} against {side_name(certificate.specialist)}"
     parts = [
@@ -64,7 +64,7 @@ def _shares(certificate: Certificate) -> list[Html]:
     """What was counted, and up to where the share among all inputs may reach."""
     rows = []
     if certificate.differing is not None and certificate.bound is not None:
-        rows.append(_share("answered otherwise", len(certificate.differing), certificate.bound, certificate.n))
+        rows.append(_share("answers differ", len(certificate.differing), certificate.bound, certificate.n))
     if certificate.labels is not None:
         labels = certificate.labels
         rows.append(_share("turned wrong", labels.negative_flips, labels.bound, certificate.n))

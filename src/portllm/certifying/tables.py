@@ -25,7 +25,7 @@ def certificate_facts(certificate: Certificate) -> dict[str, str]:
     if differing is not None and certificate.bound is not None:
         more = f" and {len(differing) - SHOWN_ROWS} more" if len(differing) > SHOWN_ROWS else ""
         named = f" (rows {', '.join(map(str, differing[:SHOWN_ROWS]))}{more})" if differing else ""
-        rows["answered otherwise"] = f"{len(differing)} of {n}{named}; {_at_most(certificate.bound, certificate)}"
+        rows["answers differ"] = f"{len(differing)} of {n}{named}; {_at_most(certificate.bound, certificate)}"
     if labels is not None:
         change = (labels.ported_right - labels.specialist_right) / n
         interval = f"{points(labels.change_low)} to {points(labels.change_high)}"

@@ -21,6 +21,7 @@ from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.files.input_file import unchanged
 from portllm.matching.compatibility import changes_on
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.quantized_base import quantization_of
@@ -28,6 +29,7 @@ from portllm.matching.tensor_pairs import TensorPair
 from portllm.matching.token_rows import has_token_rows
 from portllm.matching.update import Update
 from portllm.measures.overlap import Alignment
+from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
@@ -64,15 +66,18 @@ def check_weights(
 
     Raises:
         CheckpointError, RemoteError: A model cannot be read.
+        InputChangedError: A file changed while it was read.
         PlanRefusedError: By `full`, a head is found not to be the embedding that its model says it is tied to.
     """
     if full:
         base, evolved = (on_disk(model, progress=progress) for model in (base, evolved))
-        require_equal((*base.stored_twice, *evolved.stored_twice), progress=progress)
-    known = measure_update(Update(base, evolved), full=full, progress=progress)
-    plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
-    reader = AlikeReader()
-    return CheckReport(known.report, tuple(check_patch(plan, known, reader, places=places) for plan in plans))
+    with unchanged([*base.files, *evolved.files, *(file for patch in patches for file in files_of(patch))]):
+        if full:
+            require_equal((*base.stored_twice, *evolved.stored_twice), progress=progress)
+        known = measure_update(Update(base, evolved), full=full, progress=progress)
+        plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
+        reader = AlikeReader()
+        return CheckReport(known.report, tuple(check_patch(plan, known, reader, places=places) for plan in plans))
 
 
 def refused(plan: PortPlan) -> PatchReport | None:

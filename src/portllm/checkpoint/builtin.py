@@ -7,6 +7,7 @@ not be installed.
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from blake3 import blake3
 
 from portllm.errors import NotFoundError, OutputError
 from portllm.files.cache import CACHE_VARIABLE, cache_root
+from portllm.files.input_file import read_input
+from portllm.files.json_text import parse_json
 from portllm.files.own_files import write_text
 from portllm.progress import Progress, silent
 
@@ -100,10 +103,10 @@ def _content_key(source: Path, record: Path) -> str:
     """
     status = source.stat()
     stamp = [str(source), status.st_size, status.st_mtime_ns, CONVERSION]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        remembered = json.loads(record.read_text(encoding="utf-8"))
-        if remembered["stamp"] == stamp:
-            return str(remembered["key"])
+    with contextlib.suppress(OSError, ValueError):
+        match parse_json(read_input(record)):
+            case {"stamp": found, "key": str(key)} if found == stamp and re.fullmatch("[0-9a-f]{12}", key):
+                return key
     digest = blake3(f"conversion {CONVERSION}\n".encode())
     digest.update_mmap(source)
     key = digest.hexdigest()[:12]

@@ -37,11 +37,12 @@ from huggingface_hub.file_download import repo_folder_name
 
 from portllm import __version__
 from portllm.checkpoint.folder import open_folder, why_no_model
-from portllm.checkpoint.model.checkpoint import CONFIG_FILE, Checkpoint
+from portllm.checkpoint.model.checkpoint import CONFIG_FILE, SIDE_SUFFIXES, Checkpoint
 from portllm.checkpoint.reading.ranges import (
     PASSING_STATUSES,
     TryAgainError,
     concurrently,
+    guard_client,
     read_range,
     requested_wait,
     with_retries,
@@ -49,7 +50,7 @@ from portllm.checkpoint.reading.ranges import (
 from portllm.checkpoint.safetensors.folder import join_shards, read_weight_map, require_shards, tensors_of
 from portllm.checkpoint.safetensors.header import Header, parse_header, parse_header_length
 from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
-from portllm.errors import CheckpointError, NotFoundError, OutputError, RemoteError
+from portllm.errors import CheckpointError, NotFoundError, OutputError, PortLLMError, RemoteError
 from portllm.files.json_file import MAX_JSON_BYTES, read_config
 from portllm.files.own_files import write_text
 from portllm.files.source import RemoteFile
@@ -59,9 +60,8 @@ HEADER_GUESS_BYTES = 100_000
 """Read at the start of a file in one request: its length and, for most files, the whole header."""
 
 
-SIDE_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
-"""What belongs to a model besides its weights: configuration, tokenizer, terms; never pickled weights or code."""
+"""What is fetched besides weights and `SIDE_SUFFIXES`: terms; never pickled weights or code."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
@@ -198,6 +198,7 @@ def fetch(repository: Repository, names: Iterable[str], *, progress: Progress = 
         RemoteError: A file cannot be fetched.
         CheckpointError: A JSON file is larger than any that is read.
     """
+    guard_client()
     names = list(names)
     for name in names:
         size = repository.files[name].size
@@ -384,7 +385,9 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise RemoteError(
             f"'{name}': {constants.ENDPOINT} returned status {error.response.status_code}: {_first_line(error)}"
         ) from error
-    except (httpx2.HTTPError, OSError) as error:
+    except (PortLLMError, TryAgainError):
+        raise
+    except Exception as error:  # what a server that breaks the protocol makes libraries raise has no bound
         raise RemoteError(f"'{name}': could not be downloaded: {type(error).__name__}: {_first_line(error)}") from error
 
 

@@ -18,6 +18,7 @@ from portllm.checkpoint.safetensors.folder import tensors_of
 from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
 from portllm.errors import CheckpointError, NotFoundError
+from portllm.files.json_text import is_utf8
 from portllm.progress import Progress, silent
 
 BUILTIN_PREFIX = "builtin:"
@@ -44,6 +45,8 @@ def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpo
     if isinstance(where, Checkpoint):
         return where
     name = str(where)
+    if not is_utf8(name):
+        raise NotFoundError(f"{name!r}: is not valid UTF-8, so no record can name it. Rename the folder.")
     if name.startswith(BUILTIN_PREFIX):
         return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
     path = Path(where)

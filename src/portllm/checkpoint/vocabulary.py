@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import side_file
 from portllm.errors import CheckpointError
-from portllm.files.json_file import read_json
+from portllm.files.input_file import read_input
+from portllm.files.json_file import MAX_JSON_BYTES, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -32,7 +33,7 @@ def has_same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether two checkpoints have the same `tokenizer.json`, byte for byte; that is seen sooner than it is parsed."""
     files = [side_file(checkpoint, TOKENIZER_FILE) for checkpoint in (one, other)]
     try:
-        contents = [file.read_bytes() for file in files if file is not None]
+        contents = [read_input(file, most=MAX_JSON_BYTES) for file in files if file is not None]
     except OSError:  # parsing says what is wrong
         return False
     return len(contents) == 2 and contents[0] == contents[1]

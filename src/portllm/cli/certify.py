@@ -102,7 +102,6 @@ def certify(
         raise typer.BadParameter("--base, --patch, --data and --output are required, or --plan and --bound alone.")
     if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
         raise typer.BadParameter("pass --evolved and --ported, or --merged instead of both.")
-    from portllm.certifying.certificate import certificate_to_json
     from portllm.certifying.certify import plan_certify, run_certify
     from portllm.certifying.inputs import CertifySettings
     from portllm.certifying.text import render_certificate, render_certify_plan
@@ -110,6 +109,7 @@ def certify(
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.files.output_folder import check_free
+    from portllm.files.record import encode
     from portllm.patch.adapter_folder import load_patch
 
     settings = CertifySettings(
@@ -150,7 +150,7 @@ def certify(
 
         page.write(certify_page(certificate, found.disagreements))
     if as_json:
-        print_json(certificate_to_json(certificate))
+        print_json(encode(certificate))
     else:
         say(render_certificate(certificate, output))
     if certificate.met is False:

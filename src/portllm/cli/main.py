@@ -29,7 +29,7 @@ from portllm.cli.merge import merge
 from portllm.cli.port import port
 from portllm.cli.sign import sign
 from portllm.cli.study import study
-from portllm.cli.terminal import say
+from portllm.cli.terminal import let_go, say
 from portllm.cli.train import train
 from portllm.cli.verify import verify
 from portllm.errors import PortLLMError
@@ -52,6 +52,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO)
+
+MAX_SHOWN = 250
+"""Characters of a name that is too long for any file."""
 
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -91,14 +96,22 @@ def main() -> None:
         say(f"portllm: {error}".replace("\n", "\n  "), err=True)
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        # What the system refuses about a file that it names, or for want of room, is no bug.
+        if error.filename is None and error.errno not in _OUT_OF_ROOM:
             raise
-        say(f"portllm: '{str(error.filename)[:80]}...': the name is too long for a file or model.", err=True)
+        place = "" if error.filename is None else f"'{_short(str(error.filename))}': "
+        say(f"portllm: {place}{error.strerror}.", err=True)
+        if error.filename is None and sys.stdout is not None:
+            let_go(sys.stdout)
         sys.exit(1)
     except SystemExit as end:
         if end.code in INTERRUPTED:
             say(f"portllm: interrupted; no partial output was left, and {after_interruption(sys.argv[1:])}.", err=True)
         raise
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
 
 
 def after_interruption(arguments: Sequence[str]) -> str:

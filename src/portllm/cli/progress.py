@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from portllm.cli.terminal import say
 from portllm.progress import Progress, Unit, silent
 from portllm.show.table import amount
 
@@ -16,7 +17,7 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Progress]:
     """A callback that shows progress on stderr while the block runs."""
     if quiet:
         yield silent
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         with _bars() as progress:
             yield progress
     else:
@@ -72,8 +73,7 @@ def _lines() -> Progress:
         if now - spoken.get(work, started[work]) >= LINE_EVERY_SECONDS or (is_end and work in spoken):
             spoken[work] = now
             seconds = now - started[work]
-            sys.stderr.write(f"{label}: {amount(done, unit)} of {amount(total, unit)}, {seconds:.0f} s\n")
-            sys.stderr.flush()
+            say(f"{label}: {amount(done, unit)} of {amount(total, unit)}, {seconds:.0f} s", err=True)
         if is_end:  # the next work of that name begins anew
             del started[work]
             spoken.pop(work, None)

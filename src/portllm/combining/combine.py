@@ -15,7 +15,8 @@ from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
-from portllm.files.output_folder import check_apart, staged_folder
+from portllm.files.output_folder import staged_folder
+from portllm.files.record import encode
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.capture import Captured
@@ -23,7 +24,7 @@ from portllm.patch.combine import Selection, concatenate, rerank, select
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.new_adapter import canonical_config
 from portllm.patch.patch import Patch
-from portllm.patch.record import Capture, PatchRecord, record_to_json
+from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.workers.one_thread import one_thread
 
@@ -180,8 +181,8 @@ def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progre
     """Carry out a plan; see `combine`."""
     if plan.refusals:
         raise PlanRefusedError(plan.refusals)
-    check_apart(out, [file for patch in plan.patches for file in files_of(patch)])
-    with staged_folder(out, overwrite=overwrite) as folder, one_thread():
+    inputs = [file for patch in plan.patches for file in files_of(patch)]
+    with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder, one_thread():
         with Spool(folder / SPOOL_FILE) as spool:
             report = _combine(plan, folder, spool, progress)
         return replace(report, record=write_record(folder, report.record))
@@ -219,9 +220,8 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
         "truncation_residual": _rounded(total),
         "truncation_residuals": {module: residual for module, residual in residuals.items() if residual},
     }
-    record = PatchRecord(
-        base, Capture("combine", settings, first.capture.fitted_to), (), digest_tensors(patch), __version__
-    )
+    capture = Capture("combine", settings, first.capture.fitted_to)
+    record = PatchRecord(__version__, base, capture, ports=(), tensors=digest_tensors(patch), files={})
     return CombineReport(record, {name: captured.rank for name, captured in found.items()}, residuals, total)
 
 
@@ -290,7 +290,7 @@ def _mismatches(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refu
 
 def _input(patch: Patch[TensorInfo], weight: float) -> dict[str, object]:
     """What the record says of one patch that went in."""
-    record = record_to_json(_record_of(patch))
+    record = encode(_record_of(patch))
     digest = blake3(json.dumps(record["tensors"], sort_keys=True).encode()).hexdigest()
     return {
         "name": patch.name,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.capturing.text import _ranks
-from portllm.patch.record import record_to_json
+from portllm.files.record import encode
 from portllm.show.numbers import percent
 from portllm.show.table import items, table
 
@@ -44,7 +44,7 @@ def combine_report_to_json(report: "CombineReport", out: Path) -> dict[str, obje
     """What `combine --json` prints."""
     return {
         "output": str(out),
-        "record": record_to_json(report.record),
+        "record": encode(report.record),
         "truncation_residual": report.truncation_residual,
         "deltas": {
             module: {"rank": rank, "truncation_residual": report.residuals[module]}

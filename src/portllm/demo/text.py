@@ -1,6 +1,5 @@
 """The demo as text for people: what happens, what came of it, and what to type next."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def render_opening(folder: Path) -> str:
 
 def render_estimate(seconds: float) -> str:
     """What the demo says when it knows how fast this machine is."""
-    minutes = max(1, math.ceil(seconds / 60))
+    minutes = max(1, round(seconds / 60))
     return f"On this machine it will take about {minutes} minute{'s' if minutes > 1 else ''}.\n"
 
 

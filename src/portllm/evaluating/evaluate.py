@@ -13,8 +13,9 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.evaluating.compare import Comparison, Contestants, compare
 from portllm.evaluating.scoring import Scored, Task
+from portllm.files.input_file import unchanged
 from portllm.matching.compatibility import base_mismatch, mismatches, unmatchable
-from portllm.patch.adapter_folder import PatchLike, folder_of, load_patch
+from portllm.patch.adapter_folder import PatchLike, files_of, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
@@ -59,21 +60,28 @@ def evaluate(
         PlanRefusedError: A patch does not match its model; lists every reason.
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows are invalid.
+        InputChangedError: A file of theirs changed meanwhile.
     """
-    old = load_patch(patch)
+    old, new = load_patch(patch), load_patch(ported)
+    again = None if retrained is None else load_patch(retrained)
+    before, after = (open_checkpoint(model, progress=progress) for model in (base, evolved))
+    whole = None if merged is None else open_checkpoint(merged, progress=progress)
     if isinstance(rows, str | Path):
         rows = Task(examples=tuple(read_examples(rows, recorded_format(old, prompt=None, completion=None))))
-    contestants = plan_evaluation(
-        base=open_checkpoint(base, progress=progress),
-        patch=old,
-        evolved=open_checkpoint(evolved, progress=progress),
-        ported=load_patch(ported),
-        retrained=None if retrained is None else load_patch(retrained),
-        merged=None if merged is None else open_checkpoint(merged, progress=progress),
-        allow_other_base=allow_other_base,
-        progress=progress,
-    )
-    return compare(contestants, rows, device=device, seed=seed, progress=progress)
+    patches = [given for given in (old, new, again) if given is not None]
+    models = [given for given in (before, after, whole) if given is not None]
+    with unchanged(file for files in (*map(files_of, patches), *(model.files for model in models)) for file in files):
+        contestants = plan_evaluation(
+            base=before,
+            patch=old,
+            evolved=after,
+            ported=new,
+            retrained=again,
+            merged=whole,
+            allow_other_base=allow_other_base,
+            progress=progress,
+        )
+        return compare(contestants, rows, device=device, seed=seed, progress=progress)
 
 
 def plan_evaluation(
@@ -113,6 +121,6 @@ def model_refusals(
     allow_other_base: bool,
 ) -> Iterator[Refusal]:
     """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
-    yield from unmatchable(patch, option=option)
+    yield from unmatchable(patch, model, option=option)
     yield from mismatches(patch, model)
     yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)

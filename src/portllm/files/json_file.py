@@ -1,9 +1,9 @@
 """JSON files of others, read with a limit on their size."""
 
-import os
 from pathlib import Path
 
 from portllm.errors import CheckpointError
+from portllm.files.input_file import read_input
 from portllm.files.json_text import parse_json
 
 MAX_JSON_BYTES = 64_000_000
@@ -21,17 +21,16 @@ def read_json(
     file: Path,
     *,
     error: type[CheckpointError] | type[Exception] = CheckpointError,
+    most: int = MAX_JSON_BYTES,
     infinities: bool = False,
-    most_bytes: int = MAX_JSON_BYTES,
 ) -> dict[str, object]:
     """A JSON object from a file that nobody vouches for; `infinities` as for `json_text.parse_json`.
 
     Raises:
         error: As `read_json_text`; or it is not JSON that every reader reads alike, or not an object.
     """
-    text = read_json_text(file, error=error, most_bytes=most_bytes)
     try:
-        value = parse_json(text, infinities=infinities)
+        value = parse_json(read_json_text(file, error=error, most=most), infinities=infinities)
     except ValueError as problem:
         raise error(f"'{file}': is not valid JSON ({problem}). Download or write it again.") from problem
     if not isinstance(value, dict):
@@ -40,32 +39,22 @@ def read_json(
 
 
 def read_config(file: Path) -> dict[str, object]:
-    """A model's `config.json`, in which transformers writes infinities as Python does.
-
-    Raises:
-        CheckpointError: As `read_json`.
-    """
-    return read_json(file, infinities=True, most_bytes=MAX_CONFIG_BYTES)
+    """A model's `config.json`, in which transformers writes infinities as Python does; otherwise as `read_json`."""
+    return read_json(file, most=MAX_CONFIG_BYTES, infinities=True)
 
 
 def read_json_text(
-    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, most_bytes: int = MAX_JSON_BYTES
+    file: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError, most: int = MAX_JSON_BYTES
 ) -> bytes:
     """The content of a JSON file, which is not so large that what is made of it could fill a machine's memory.
 
     Raises:
-        error: The file is none (a pipe could be waited for forever), cannot be read, or is too large.
+        error: The file is none, cannot be read, or is too large.
     """
     try:
-        if file.exists() and not file.is_file():
-            raise error(f"'{file}': is not a file. Download or write it again.")
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            text = stream.read(min(size, most_bytes) + 1)  # as much room is made as is asked for
+        text = read_input(file, most=most)
     except OSError as problem:
         raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
-    if len(text) > most_bytes:
-        raise error(f"'{file}': has {size} bytes; the limit is {most_bytes}.")
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise error(f"'{file}': contains more than {MAX_JSON_VALUES} values; no model file has that many.")
     return text

@@ -17,15 +17,21 @@ MAX_DEPTH = 64
 MAX_DIGITS = 300
 """Of a whole number: what a float can hold, and far more than any size or identity has."""
 
+MAX_VALUES = 6_000_000
+"""In one text, counted by commas and opening brackets; the largest tokenizers have two million. Without a bound 60 MB
+of lists inside lists would take 3 GB of memory, a hundred bytes for each three.
+"""
+
 _HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_json(text: bytes, *, infinities: bool = False) -> object:
+def parse_json(text: bytes, *, infinities: bool = False, numbers_as_text: bool = False) -> object:
     """The value that a JSON text stands for.
 
     Args:
         text: In UTF-8, without a byte order mark.
         infinities: Let Python's `Infinity` and `NaN` pass, which transformers writes into `config.json`.
+        numbers_as_text: Leave numbers as they are written: no digit is lost, and 1e5 is not turned into 100000.0.
 
     Raises:
         ValueError: It is no JSON, or not such as every reader reads alike; the message says what is wrong.
@@ -37,15 +43,17 @@ def parse_json(text: bytes, *, infinities: bool = False) -> object:
         Traceback (most recent call last):
         ValueError: duplicate key 'r'
     """
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES} values")
     try:
         value: object = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_unique_keys,
             parse_constant=float if infinities else _no_constant,
-            parse_float=_number,
-            parse_int=_whole_number,
+            parse_float=str if numbers_as_text else _number,
+            parse_int=str if numbers_as_text else _whole_number,
         )
-        _check_depth(value)
+        require_shallow(value)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     check_pairs(text, value)
@@ -63,7 +71,14 @@ def check_pairs(text: bytes, value: object) -> None:
         ValueError: One is.
     """
     if _HALF_OF_A_PAIR.search(text):
+        _require_whole_pairs(value)
+
+
+def _require_whole_pairs(value: object) -> None:
+    try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("it contains an unpaired surrogate") from error
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -94,7 +109,8 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _check_depth(value: object) -> None:
+def require_shallow(value: object) -> None:
+    """Raise ValueError if a value of objects and lists is nested more deeply than `MAX_DEPTH`."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         inside = chain.from_iterable(
@@ -104,3 +120,17 @@ def _check_depth(value: object) -> None:
         if not level:
             return
     raise ValueError("it is nested too deeply")
+
+
+def is_utf8(text: str) -> bool:
+    r"""Whether a text can be written to a file: the name of one may hold bytes that stand for no character.
+
+    Example:
+        >>> is_utf8("modèle"), is_utf8("mod\udce8le")
+        (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import PortLLMError
+from portllm.files.input_file import read_input
+from portllm.files.json_text import parse_json
 from portllm.files.own_files import write_text
+from portllm.files.record import Recorded, encode
+from portllm.files.typed import decode
 
 PROGRAMS = ("portllm", "torch", "transformers", "peft")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Recorded, frozen=True):
     """What stands in a record's file.
 
     Attributes:
@@ -95,8 +98,7 @@ def do(
     seconds = time.perf_counter() - began
     record = Record(with_versions(inputs), identify(), seconds, result)
     place.parent.mkdir(parents=True, exist_ok=True)
-    content = {"inputs": record.inputs, "files": record.files, "seconds": seconds, "result": result}
-    write_text(place, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(place, json.dumps(encode(record), indent=2, sort_keys=True) + "\n")
     return record
 
 
@@ -104,9 +106,8 @@ def read_record(place: Path) -> Record | None:
     """The record in a file; None where there is none that is whole."""
     # The program's own file: damage to it means no more than that the work is done again.
     try:
-        value = json.loads(place.read_text(encoding="utf-8"))
-        return Record(value["inputs"], value["files"], value["seconds"], value["result"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return decode(Record, parse_json(read_input(place)))
+    except (OSError, ValueError):
         return None
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from portllm.errors import OutputError, OutputExistsError, Refusal
+from portllm.files.input_file import require_unchanged
+from portllm.files.json_text import is_utf8
 from portllm.files.own_files import inode_of
-from portllm.files.source import Source
+from portllm.files.source import LocalFile, Source
 from portllm.files.staging import Journal, Place, Staged, begin, remove
 
 OUTPUT_FILES = ("patch.json", "portllm.json", "certificate.json", "check.json", "config.json")
@@ -17,7 +19,7 @@ OUTPUT_FILES = ("patch.json", "portllm.json", "certificate.json", "check.json", 
 
 
 @contextlib.contextmanager
-def staged_folder(final: Path, *, overwrite: bool, wait: bool = False) -> Iterator[Path]:
+def staged_folder(final: Path, *, overwrite: bool, inputs: Iterable[Source] = (), wait: bool = False) -> Iterator[Path]:
     """A fresh folder beside `final` that takes its name when the block ends, and vanishes if the block fails.
 
     What a run that died left there is removed, and what it was about to replace gets its name back.
@@ -25,30 +27,39 @@ def staged_folder(final: Path, *, overwrite: bool, wait: bool = False) -> Iterat
     Args:
         final: The folder to be.
         overwrite: Replace what is there; it stays whole until the new folder is.
+        inputs: What is read for it. It lies elsewhere, and is the same at the end as when it was opened.
         wait: For another run that writes there, to its end.
 
     Raises:
         OutputExistsError: `final` exists and `overwrite` is False.
         OutputBusyError: Another run writes there, and `wait` is False.
-        OutputError: The parent folder is missing or cannot be written.
+        OutputError: The parent folder is missing or cannot be written, or an input lies in `final`.
+        InputChangedError: An input changed while it was read.
     """
-    with resumable_folder(final, overwrite=overwrite, plan=None, wait=wait) as staged:
+    with resumable_folder(final, overwrite=overwrite, plan=None, inputs=inputs, wait=wait) as staged:
         yield staged.folder
 
 
 @contextlib.contextmanager
-def resumable_folder(final: Path, *, overwrite: bool, plan: str | None, wait: bool = False) -> Iterator[Staged]:
+def resumable_folder(
+    final: Path, *, overwrite: bool, plan: str | None, inputs: Iterable[Source] = (), wait: bool = False
+) -> Iterator[Staged]:
     """As `staged_folder`, but what a run that was interrupted or died has finished stays for the next of the same plan.
 
     Args:
         final: The folder to be.
         overwrite: Replace what is there; it stays whole until the new folder is.
         plan: Digest of all that the output depends on, or None: nothing is ever kept.
+        inputs: As for `staged_folder`.
         wait: For another run that writes there, to its end.
 
     Raises:
-        OutputExistsError, OutputBusyError, OutputError: As `staged_folder`.
+        OutputExistsError, OutputBusyError, OutputError, InputChangedError: As `staged_folder`.
     """
+    inputs = tuple(inputs)
+    if not is_utf8(final.name):
+        raise OutputError(f"{str(final)!r}: is not valid UTF-8, so no record can name it. Choose another name.")
+    check_apart(final, inputs)
     check_free(final, overwrite=overwrite)
     place = _place_of(final)
     with _journal(place, wait=wait) as journal:
@@ -61,6 +72,7 @@ def resumable_folder(final: Path, *, overwrite: bool, plan: str | None, wait: bo
         try:
             yield staged
             check_free(final, overwrite=overwrite)
+            require_unchanged(inputs)
             place.take()
         except BaseException as error:
             place.settle(journal.inode)
@@ -140,7 +152,7 @@ def check_apart(final: Path, inputs: Iterable[Source]) -> None:
     place = _place_of(Path(os.path.realpath(final.parent), final.name))
     taken = {inode_of(folder) for folder in (place.final, place.part, place.old)} - {None}
     # A file may be a link out of its folder, as in the cache of the Hugging Face Hub; neither end may be lost.
-    files = [file for file in inputs if isinstance(file, Path)] if taken else []
+    files = [file.path for file in inputs if isinstance(file, LocalFile)] if taken else []
     read = {end: file for file in files for end in (file.parent.resolve(), file.resolve().parent)}
     for folder, file in read.items():
         if any(inode_of(above) in taken for above in (folder, *folder.parents)):

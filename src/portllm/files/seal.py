@@ -10,6 +10,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from portllm.files.input_file import open_input
+
 SEAL = "seal"
 READ_BYTES = 1 << 22
 
@@ -55,7 +57,7 @@ def digest_file(file: Path) -> str:
         OSError: It cannot be read.
     """
     state = blake3()
-    with open(file, "rb", buffering=0) as stream:
+    with open_input(file) as stream:
         while part := stream.read(READ_BYTES):
             state.update(part)
     return state.hexdigest()
@@ -67,7 +69,7 @@ def digest_header(file: Path) -> str:
     Raises:
         OSError: It cannot be read.
     """
-    with open(file, "rb") as stream:
+    with open_input(file) as stream:
         length = stream.read(8)
         return blake3(length + stream.read(int.from_bytes(length, "little"))).hexdigest()
 

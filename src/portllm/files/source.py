@@ -1,7 +1,43 @@
 """Where a tensor's bytes lie: in a file on disk, or in one on a server that is read by ranges. Values, no reading."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FileState:
+    """What is another where a file was replaced, cut or written to."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LocalFile:
+    """A file on this disk.
+
+    Attributes:
+        path: Where.
+        state: As it was when it was opened, or None: it is this program's own, and may change.
+        described_by: The small files that say what its tensors are: a configuration, an index, a record.
+    """
+
+    path: Path
+    state: FileState | None = field(default=None, repr=False)
+    described_by: tuple["LocalFile", ...] = field(default=(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """Its name in its folder."""
+        return self.path.name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -26,5 +62,5 @@ class RemoteFile:
         return self.label
 
 
-Source = Path | RemoteFile
+Source = LocalFile | RemoteFile
 """What holds a tensor's bytes; `portllm.checkpoint.reading.bytes.read_bytes` reads either."""

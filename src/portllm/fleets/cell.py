@@ -212,7 +212,7 @@ def _check(plan: PortPlan, known: "MeasuredUpdate", place: str, scratch: Path) -
     report = check_patch(plan, known)
 
     def write(out: Path) -> None:
-        with staged_folder(out, overwrite=True) as folder:
+        with staged_folder(out, overwrite=True, inputs=plan.files) as folder:
             text = render_sealed({"update": update_to_json(known.report), **patch_to_json(report)})
             (folder / CHECK_FILE).write_text(text, encoding="utf-8")
 

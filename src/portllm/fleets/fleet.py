@@ -6,9 +6,11 @@ The work is done by processes of this machine or by Ray; see `portllm.workers.po
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from msgspec import structs
 
 from portllm.errors import OutputError
 from portllm.files.own_files import open_locked
@@ -194,7 +196,7 @@ def _by_folder(found: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 def _settled(plan: FleetPlan) -> dict[str, FleetRow]:
     """The rows of cells about which nothing is done."""
-    kept = {cell.folder: replace(plan.rows[cell.folder], kept=True) for cell in plan.chosen("keep")}
+    kept = {cell.folder: structs.replace(plan.rows[cell.folder], kept=True) for cell in plan.chosen("keep")}
     return kept | {cell.folder: stranger(cell, plan.rows.get(cell.folder)) for cell in plan.chosen("refuse")}
 
 

@@ -6,9 +6,12 @@ be kept for as long as it is the one that the file asks for.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import msgspec
 from blake3 import blake3
+
+from portllm.files.record import Recorded
 
 FORMAT = 1
 """Version of what a key covers; a key of another version fits nothing."""
@@ -104,8 +107,7 @@ class Cell:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class FleetRow:
+class FleetRow(Recorded, frozen=True, omit_defaults=False):
     """The outcome of one cell of a fleet.
 
     Attributes:
@@ -125,9 +127,9 @@ class FleetRow:
     folder: str
     key: str
     status: Literal["waiting", "done", "no", "refused", "failed"] = "waiting"
-    facts: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    files: Mapping[str, int] = field(default_factory=dict)
-    records: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = msgspec.field(default_factory=dict)
+    files: Mapping[str, int] = msgspec.field(default_factory=dict)
+    records: Mapping[str, str] = msgspec.field(default_factory=dict)
     reason: str | None = None
     attempts: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -139,7 +141,7 @@ class FleetRow:
     @property
     def holds(self) -> bool:
         """Whether the check's verdict is that the patch holds, where it was checked."""
-        return self.facts.get("check", {}).get("verdict", "holds") == "holds"
+        return bool(self.facts.get("check", {}).get("verdict", "holds") == "holds")
 
 
 def cells_of(patches: Sequence[PatchEntry], evolved: Sequence[ModelEntry], work: FleetWork) -> tuple[Cell, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from portllm.fleets.plan import Cell, FleetRow
 from portllm.fleets.storage import is_url, join
-from portllm.workers.pool import Finished, Lost, Pool
+from portllm.workers.pool import Finished, Lost, Pool, Retries
 
 
 def run_cells(
@@ -25,7 +25,7 @@ def run_cells(
         A row for each cell, in their order.
     """
     waiting = deque(range(len(cells)))
-    attempts: list[list[str]] = [[] for _ in cells]
+    tried = Retries(retries)
     rows: dict[int, FleetRow] = {}
     while len(rows) < len(cells):
         while waiting and pool.free:
@@ -34,21 +34,12 @@ def run_cells(
         ended = pool.wait()
         if ended is None:
             continue
-        reason = _passing(ended)
-        if reason is not None and len(attempts[ended.number]) < retries:
-            attempts[ended.number].append(reason)
+        if tried.again(ended):
             waiting.append(ended.number)  # behind the others, so that what passes has time to
             continue
-        rows[ended.number] = _row(cells[ended.number], ended, tuple(attempts[ended.number]), dry=dry)
+        rows[ended.number] = _row(cells[ended.number], ended, tried.reasons(ended.number), dry=dry)
         note(rows[ended.number])
     return tuple(rows[number] for number in range(len(cells)))
-
-
-def _passing(ended: Finished | Lost) -> str | None:
-    """Why a cell failed, if that may pass."""
-    if isinstance(ended, Lost):
-        return ended.reason
-    return str(ended.result["reason"]) if ended.result.get("can_pass") else None
 
 
 def _row(cell: Cell, ended: Finished | Lost, attempts: tuple[str, ...], *, dry: bool) -> FleetRow:

@@ -1,13 +1,12 @@
 """What became of a fleet's cells, in one JSON file beside their outputs: the next run does only what is missing."""
 
-import json
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable
 
 from portllm import __version__
 from portllm.errors import FleetFileError
+from portllm.files.json_text import parse_json
+from portllm.files.record import Recorded, decode_sealed, encode
 from portllm.files.seal import render_sealed, seal_problem
 from portllm.fleets.plan import FORMAT, FleetRow
 from portllm.fleets.storage import join, read_text, write_text
@@ -29,24 +28,24 @@ def read_state(output: str) -> dict[str, FleetRow]:
     if text is None:
         return {}
     try:
-        values = json.loads(text)
-        if isinstance(values, dict) and seal_problem(values) is None and values["format"] == FORMAT:
-            return {values["folder"]: _row(values) for values in values["cells"]}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise FleetFileError(
-        f"'{place}': is corrupt or was written by another version, so it is unknown which outputs are complete. "
-        "Delete it, and run with --overwrite."
-    )
+        values = parse_json(text.encode())
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        if problem := seal_problem(values):
+            raise ValueError(problem)
+        return {row.folder: row for row in decode_sealed(_Fleet, values).cells}
+    except ValueError as error:
+        raise FleetFileError(
+            f"'{place}': is corrupt or was written by another version, so it is unknown which outputs are "
+            f"complete ({error}). Delete it, and run with --overwrite."
+        ) from error
 
 
-def row_to_json(row: FleetRow) -> dict[str, object]:
-    """A row as JSON values."""
-    return asdict(row)
+class _Fleet(Recorded, frozen=True, tag_field="format", tag=FORMAT):
+    """What the file says."""
 
-
-def _row(values: Mapping[str, Any]) -> FleetRow:
-    return FleetRow(**{**values, "attempts": tuple(values["attempts"])})
+    program: str
+    cells: tuple[FleetRow, ...]
 
 
 class State:
@@ -67,7 +66,7 @@ class State:
     def write(self) -> None:
         """Write the file whole."""
         began = time.monotonic()
-        cells = [row_to_json(row) for _, row in sorted(self._rows.items())]
-        write_text(self._place, render_sealed({"format": FORMAT, "program": __version__, "cells": cells}))
+        cells = tuple(row for _, row in sorted(self._rows.items()))
+        write_text(self._place, render_sealed(encode(_Fleet(__version__, cells))))
         ended = time.monotonic()
         self._next = ended + (ended - began) / SHARE_OF_TIME

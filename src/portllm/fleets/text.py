@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from portllm.files.record import encode
 from portllm.fleets.fleet import FleetPlan
 from portllm.fleets.plan import FleetRow
-from portllm.fleets.state import row_to_json
 from portllm.show.numbers import percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, n_bytes
@@ -29,7 +29,7 @@ def fleet_to_json(plan: FleetPlan, rows: Sequence[FleetRow], *, dry: bool) -> di
     cells = []
     for cell, row in zip(plan.cells, rows, strict=True):
         names = {"patch": cell.patch.place, "evolved": cell.evolved.said, "patch_bytes": cell.patch.n_bytes}
-        cells.append({**names, **row_to_json(row), "status": _status(row, dry=dry)})
+        cells.append({**names, **encode(row), "status": _status(row, dry=dry)})
     return {"output": plan.work.output, "dry_run": dry, "cells": cells}
 
 

@@ -9,10 +9,11 @@ from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.files.record import encode
 from portllm.patch.adapter_folder import CONFIG_FILE, PatchLike, open_adapter, stored_tensors
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
 from portllm.patch.patch import Patch
-from portllm.patch.record import PatchRecord, record_to_json
+from portllm.patch.record import PatchRecord
 from portllm.progress import Progress, silent
 
 
@@ -175,7 +176,7 @@ def summary_to_json(summary: CheckpointSummary | PatchSummary) -> dict[str, obje
     values: dict[str, object] = {name: getattr(summary, name) for name in summary.__slots__}
     if isinstance(summary, PatchSummary):
         values["kind"] = "patch" if summary.record else "adapter"
-        values["record"] = None if summary.record is None else record_to_json(summary.record)
+        values["record"] = None if summary.record is None else encode(summary.record)
     else:
         values["kind"] = "checkpoint"
     return values

@@ -308,9 +308,9 @@ def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
     )
 
 
-def unmatchable(patch: Patch[TensorInfo], *, option: str) -> Iterator[Refusal]:
-    """Why PEFT must not put a patch on any model: it could take forever to find the modules."""
-    if patch.config.is_costly_elsewhere:
+def unmatchable(patch: Patch[TensorInfo], model: Checkpoint, *, option: str) -> Iterator[Refusal]:
+    """Why PEFT must not put a patch on a model: it could take forever to find the modules."""
+    if patch.config.takes_peft_long(tensor.rpartition(".")[0] for tensor in model.infos):
         yield Refusal(
             option,
             f"{patch.name} selects modules by a regular expression that PEFT could take forever to match. List "
@@ -371,4 +371,4 @@ def base_refusals(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) ->
             f"patch '{patch.name}' belongs to {belongs.name} ({belongs.fingerprint}), not to {base.name} "
             f"({given.fingerprint}). Pass that model, or port the patch first with 'portllm port'.",
         )
-    yield from unmatchable(patch, option=option)
+    yield from unmatchable(patch, base, option=option)

@@ -15,28 +15,33 @@ from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import structs
 
 from portllm import __version__
 from portllm.checkpoint.folder import open_folder
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
+from portllm.checkpoint.model.side_files import require_writable_name
 from portllm.checkpoint.model.unfinished import UNFINISHED_FILE
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.writer import ShardWriter, lay_out
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, OutputBusyError, OutputError, Refusal, refuse
+from portllm.files.input_file import require_in_place, require_unchanged
 from portllm.files.json_file import read_json
 from portllm.files.output_folder import staged_folder
 from portllm.files.own_files import Held, is_own_file, open_own, remove_file, write_within
 from portllm.files.page_cache import is_large
+from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
+from portllm.files.source import LocalFile
 from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.merging.manifest import (
     MANIFEST_FILE,
+    Manifest,
     MergeReport,
     digest_side_files,
     is_manifest,
-    manifest_from_json,
     render_manifest,
 )
 from portllm.merging.merge import digest_inputs, require_bfloat16
@@ -45,7 +50,7 @@ from portllm.merging.plan import MergePlan, MergeStep, plan_merge
 from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
 from portllm.merging.tensor import Target, TensorOptions, TensorResults, make_tensor, require_device, workspaces
 from portllm.merging.undo import UNDO_FOLDER, Undo, alone, forget, mark, original, read_undo, unmark, write_undo
-from portllm.patch.adapter_folder import PatchLike, load_patch
+from portllm.patch.adapter_folder import PatchLike, files_of, load_patch
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
@@ -144,6 +149,7 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
     with alone(plan.folder) as held:
         if _read_undo(plan.folder) != plan.undo:
             raise OutputBusyError(f"'{plan.folder}': was changed by another run in the meantime. Run again.")
+        require_unchanged(plan.merge.files)
         taken = (*taken_copies(plan.merge.patch, plan.merge.into), *taken_tie(plan.merge.patch, plan.merge.into))
         require_equal(taken, progress=progress)
         undo = plan.undo or _keep(held, plan, _digest(plan, how), progress)
@@ -154,9 +160,12 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
             )
         try:
             facts = _overwrite(held, plan, undo, how, progress)
+            require_in_place(plan.merge.into.files)
+            require_unchanged(files_of(plan.merge.patch))
             report = _report(plan, undo, how, facts)
             write_within(held, MANIFEST_FILE, render_manifest(report, program=__version__))
         except BaseException:
+            require_in_place(plan.merge.into.files)  # or old bytes would go into somebody else's file
             _restore(held, plan.folder, undo, progress)
             raise
         unmark(held)
@@ -243,6 +252,8 @@ def _fixed_files(folder: Path) -> list[Refusal]:
     manifest = folder / MANIFEST_FILE
     if os.path.lexists(manifest) and not (is_own_file(manifest) and is_manifest(_said(manifest))):
         refusals.append(Refusal(str(manifest), "is not a merge manifest and could not be restored. Move it away."))
+    for entry in folder.iterdir():
+        require_writable_name(entry)
     return refusals
 
 
@@ -271,8 +282,12 @@ def _keep(held: Held, plan: InPlacePlan, digest: str, progress: Progress) -> Und
     """Bring the old bytes of what will be overwritten to another place on the disk, and mark the model."""
     digests: dict[str, str] = {}
     done = 0
+    kept_from = {step.source.file for step in plan.kept.values()}
     (shard,) = lay_out({name: step.entry for name, step in plan.kept.items()}, shard_bytes=plan.kept_bytes + 1)
-    with _unmarked_if_it_fails(held), staged_folder(plan.folder / UNDO_FOLDER, overwrite=False) as folder:
+    with (
+        _unmarked_if_it_fails(held),
+        staged_folder(plan.folder / UNDO_FOLDER, overwrite=False, inputs=kept_from) as folder,
+    ):
         with ShardWriter(folder, shard) as writer:
             for entry in shard.entries:
                 state, info = blake3(), plan.kept[entry.name].source
@@ -325,7 +340,7 @@ def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: TensorOptions, pr
     with ExitStack() as opened, workspaces(how, plan.merge.steps.values()) as free:
         files = _open(held, {str(info.file) for info in places.values()}, opened)
         steps = (
-            replace(step, source=undo.tensors[name]) if step.change is not None else step
+            replace(step, source=_written_beside(step.source) if step.change is None else undo.tensors[name])
             for name, step in plan.merge.steps.items()
         )
         run_side_by_side((partial(job, step) for step in steps), threads=how.threads, told=told, done=total.add)
@@ -350,8 +365,9 @@ def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
                 progress("undo", done, total, "bytes")
         for file in files.values():
             os.fsync(file)
+    restored = open_folder(folder, name=str(folder)).infos
     for name in undo.tensors:
-        if digest_tensor(places[name]) != undo.digests[name]:
+        if digest_tensor(restored[name]) != undo.digests[name]:
             raise OutputError(
                 f"'{folder}': '{name}' does not contain the bytes that were written to it. The disk may be failing."
             )
@@ -363,11 +379,17 @@ def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
     unmark(held)
 
 
+def _written_beside(info: TensorInfo) -> TensorInfo:
+    """A tensor that is read while this program writes to other places of its file."""
+    parts = tuple((suffix, _written_beside(part)) for suffix, part in info.parts)
+    return replace(info, file=LocalFile(Path(str(info.file))), parts=parts)
+
+
 def _require_unchanged(folder: Path) -> None:
     """Raise CheckpointError if the weights are not those that the merge in place has left."""
     said = None
     with suppress(CheckpointError, ValueError):
-        said = manifest_from_json(read_json(folder / MANIFEST_FILE)).output.fingerprint
+        said = decode_sealed(Manifest, read_json(folder / MANIFEST_FILE)).output.fingerprint
     if said != fingerprint(open_folder(folder, name=str(folder))):
         raise CheckpointError(
             f"'{folder}': its weights changed since the in-place merge, or its '{MANIFEST_FILE}' is missing: "
@@ -384,7 +406,7 @@ def _report(plan: InPlacePlan, undo: Undo, how: TensorOptions, facts: TensorResu
             fingerprint(written),
             digest_of(facts.written, written),
         ),
-        into=replace(plan.merge.identity, digest=digest_of(facts.read, before)),
+        into=structs.replace(plan.merge.identity, digest=digest_of(facts.read, before)),
         patch=plan.merge.patch.record,
         dtype=tuple(sorted({plan.merge.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

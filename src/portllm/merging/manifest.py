@@ -9,15 +9,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import msgspec
 
 from portllm.files.json_text import parse_json
+from portllm.files.record import END, Blake3, Recorded, decode_sealed, encode
 from portllm.files.seal import digest_file, seal_of, seal_problem
 from portllm.measures.quantization_gap import QuantizationGap
 from portllm.notebook import ShownInNotebook
-from portllm.patch.record import ModelIdentity, PatchRecord, identity_from_json, identity_to_json, record_to_json
+from portllm.patch.record import ModelIdentity, PatchRecord
 from portllm.patch.rounding import MergeSums
 
 MANIFEST_FILE = "portllm.json"
+
+PlainName: TypeAlias = Annotated[
+    str, msgspec.Meta(pattern=r"^(?!\.\.?$)[^/]+" + END, description="the name of a file in the same folder")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +79,9 @@ def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
     """The manifest's content, sealed."""
     values: dict[str, object] = {
         "program": program,
-        "output": identity_to_json(report.output),
-        "into": identity_to_json(report.into),
-        "patch": None if report.patch is None else record_to_json(report.patch),
+        "output": encode(report.output),
+        "into": encode(report.into),
+        "patch": None if report.patch is None else encode(report.patch),
         "dtype": list(report.dtype),
         "rounding": report.rounding,
         "device": report.device,
@@ -91,8 +99,7 @@ def report_to_json(report: MergeReport, *, program: str) -> dict[str, object]:
     return {**values, "seal": seal_of(values)}
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Recorded, frozen=True, forbid_unknown_fields=False):
     """What of a manifest can be verified.
 
     Attributes:
@@ -104,19 +111,8 @@ class Manifest:
 
     output: ModelIdentity
     into: ModelIdentity
-    files: Mapping[str, str]
-    headers: Mapping[str, str]
-
-
-def manifest_from_json(values: Mapping[str, object]) -> Manifest:
-    """The manifest that these values stand for; ValueError where they stand for none."""
-    match {"headers": {}, **values}:
-        case {"output": output, "into": into, "files": dict(files), "headers": dict(headers), "seal": str()} if (
-            _are_digests(files) and _are_digests(headers)
-        ):
-            return Manifest(identity_from_json(output), identity_from_json(into), files, headers)
-        case _:
-            raise ValueError(f"the values do not match the schema of {MANIFEST_FILE}")
+    files: Mapping[PlainName, Blake3]
+    headers: Mapping[PlainName, Blake3] = msgspec.field(default_factory=dict)
 
 
 def digest_side_files(folder: Path) -> dict[str, str]:
@@ -144,17 +140,10 @@ def is_manifest(text: str) -> bool:
         values = parse_json(text.encode())
         if not isinstance(values, dict):
             return False
-        manifest_from_json(values)
+        decode_sealed(Manifest, values)
     except ValueError:
         return False
     return seal_problem(values) is None
-
-
-def _are_digests(files: Mapping[str, object]) -> bool:
-    """Whether these are plain names, none of which leads out of the folder, and digests."""
-    return all(
-        name not in ("", "..") and Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
-    )
 
 
 def _gap_to_json(gap: QuantizationGap) -> dict[str, object]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import structs
 
 from portllm import __version__
 from portllm.checkpoint.model.equality import require_equal
@@ -25,6 +26,7 @@ from portllm.errors import OutputError, PortLLMError, RemoteError, UnsupportedDt
 from portllm.files.output_folder import Room, check_apart, check_free
 from portllm.files.own_files import holds
 from portllm.files.page_cache import is_large
+from portllm.files.source import LocalFile
 from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.options import AS_IT_IS, MergeOptions
@@ -244,8 +246,8 @@ def _count(total: int, left: int, progress: Progress) -> Callable[[int], None]:
 
 def _digest_plan(plan: MergePlan, how: TensorOptions) -> str:
     """A digest of all that the bytes of the weights depend on; the model's files count by size and time of change."""
-    facts = [file.stat() for file in plan.into.files if isinstance(file, Path)]
-    files = [[fact.st_size, fact.st_mtime_ns] for fact in facts]
+    states = [file.state for file in plan.into.files if isinstance(file, LocalFile)]
+    files = [[state.size, state.mtime_ns] for state in states if state is not None]
     inputs = {**digest_inputs(plan, how), "into": [plan.identity.fingerprint, files]}
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -298,7 +300,7 @@ def _report(
     written = open_checkpoint(folder)
     return MergeReport(
         output=ModelIdentity(out.name, fingerprint(written), digest_of(facts.written, written)),
-        into=replace(plan.identity, digest=digest_of(facts.read, plan.into)),
+        into=structs.replace(plan.identity, digest=digest_of(facts.read, plan.into)),
         patch=plan.patch.record,
         dtype=tuple(sorted({plan.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

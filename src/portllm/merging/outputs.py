@@ -15,7 +15,9 @@ from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.writer import Shard, ShardWriter
 from portllm.errors import CheckpointError, OutputError, PortLLMError
 from portllm.files.output_folder import resumable_folder
+from portllm.files.record import encode
 from portllm.files.staging import Staged
+from portllm.files.typed import decode
 from portllm.merging.plan import MergePlan, MergeStep
 from portllm.merging.tensor import Failure, Target, TensorOptions, TensorResults, make_tensor, workspaces
 from portllm.workers.threads import Tell, run_side_by_side
@@ -71,7 +73,8 @@ class Output:
         Raises:
             OutputError: It cannot be had.
         """
-        self._staged = self.opened.enter_context(resumable_folder(self.out, overwrite=overwrite, plan=digest))
+        staged = resumable_folder(self.out, overwrite=overwrite, plan=digest, inputs=self.plan.files)
+        self._staged = self.opened.enter_context(staged)
         found = {shard.file: _finished(self._staged, shard) for shard in self.plan.shards}
         finished = {file: facts for file, facts in found.items() if facts is not None}
         self._staged.keep(finished)
@@ -116,7 +119,7 @@ class Output:
         if not file.missing:
             assert self._staged is not None
             file.writer.close()
-            self._staged.finish(file.name, file.facts.to_json())
+            self._staged.finish(file.name, encode(file.facts))
             self.known.add(file.facts)
 
 
@@ -209,7 +212,7 @@ def _finished(staged: Staged, shard: Shard) -> TensorResults | None:
             if stream.read(len(shard.header)) != shard.header:
                 return None
         written = {name: digest_tensor(info) for name, info in read_header(file).tensors.items()}
-        facts = TensorResults.from_json(staged.finished[shard.file])
-    except (OSError, CheckpointError, ValueError, TypeError):
+        facts = decode(TensorResults, staged.finished[shard.file])
+    except (OSError, CheckpointError, ValueError):
         return None
     return facts if facts.written == written else None

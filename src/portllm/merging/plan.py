@@ -13,6 +13,7 @@ from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal, UnsupportedDtypeError
+from portllm.files.source import Source
 from portllm.matching.compatibility import (
     altered_copies,
     base_mismatch,
@@ -23,6 +24,7 @@ from portllm.matching.compatibility import (
 )
 from portllm.matching.quantized_base import Fitted, fitted_of, misnamed, quantization_of
 from portllm.merging.options import AS_IT_IS, MergeOptions
+from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -79,6 +81,12 @@ class MergePlan:
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     fitted: Fitted | None = None
+
+    @property
+    def files(self) -> tuple[Source, ...]:
+        """What is read."""
+        quantized = {} if self.fitted is None else self.fitted.weights
+        return (*self.into.files, *files_of(self.patch), *{info.file for info in quantized.values()})
 
     @property
     def n_bytes(self) -> int:

@@ -3,9 +3,10 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
+import msgspec
 from blake3 import blake3
 
 from portllm.checkpoint.model.identity import digest_stored
@@ -38,36 +39,18 @@ class TensorOptions:
     threads: int = field(default_factory=lambda: default_threads())
 
 
-@dataclass(frozen=True, slots=True)
-class TensorResults:
+class TensorResults(msgspec.Struct, frozen=True):
     """What is known of tensors, by name in their files: digests of what was read and written; what rounding took."""
 
-    read: dict[str, str] = field(default_factory=dict)
-    written: dict[str, str] = field(default_factory=dict)
-    sums: dict[str, MergeSums] = field(default_factory=dict)
+    read: dict[str, str] = msgspec.field(default_factory=dict)
+    written: dict[str, str] = msgspec.field(default_factory=dict)
+    sums: dict[str, MergeSums] = msgspec.field(default_factory=dict)
 
     def add(self, other: "TensorResults") -> None:
         """Take in what is known of other tensors."""
         self.read.update(other.read)
         self.written.update(other.written)
         self.sums.update(other.sums)
-
-    def to_json(self) -> dict[str, object]:
-        """As JSON values."""
-        return {
-            "read": self.read,
-            "written": self.written,
-            "sums": {name: astuple(sums) for name, sums in self.sums.items()},
-        }
-
-    @staticmethod
-    def from_json(values: Mapping[str, object]) -> "TensorResults":
-        """The facts that these values stand for; ValueError where they stand for none."""
-        match values:
-            case {"read": dict(read), "written": dict(written), "sums": dict(sums)}:
-                return TensorResults(read, written, {name: MergeSums(*numbers) for name, numbers in sums.items()})
-            case _:
-                raise ValueError("these are not the facts of a merge")
 
 
 @dataclass(frozen=True, slots=True)

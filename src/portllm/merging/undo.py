@@ -36,7 +36,8 @@ from portllm.errors import CheckpointError, OutputBusyError, OutputError
 from portllm.files.json_file import read_json
 from portllm.files.output_folder import sweep
 from portllm.files.own_files import Held, is_own_file, opened, part_of, remove_file, remove_folder, write_within
-from portllm.files.seal import render_sealed, seal_problem
+from portllm.files.record import Blake3, Recorded, decode_sealed, write_sealed
+from portllm.files.seal import seal_problem
 
 UNDO_FOLDER = ".portllm-undo"
 UNDO_FILE = "undo.json"
@@ -61,10 +62,17 @@ class Undo:
     tensors: Mapping[str, TensorInfo]
 
 
+class _Kept(Recorded, frozen=True, tag_field="format", tag=1):
+    """What `undo.json` says; attributes as of `Undo`."""
+
+    plan: str
+    digests: Mapping[str, Blake3]
+    manifest: str | None
+
+
 def write_undo(folder: Path, *, plan: str, digests: Mapping[str, str], manifest: str | None) -> None:
     """Describe the old bytes that lie in an undo folder."""
-    values = {"format": 1, "plan": plan, "digests": dict(digests), "manifest": manifest}
-    (folder / UNDO_FILE).write_text(render_sealed(values), encoding="utf-8")
+    write_sealed(folder / UNDO_FILE, _Kept(plan, digests, manifest))
 
 
 def read_undo(model: Path) -> Undo | None:
@@ -83,16 +91,16 @@ def read_undo(model: Path) -> Undo | None:
         )
     values = read_json(folder / UNDO_FILE)
     tensors = read_header(folder / SINGLE_FILE).tensors
-    match values:
-        case {"format": 1, "plan": str(plan), "digests": dict(digests), "manifest": str() | None as manifest} if (
-            seal_problem(values) is None and set(digests) == set(tensors)
-        ):
-            return Undo(plan, digests, manifest, tensors)
-        case _:
-            raise CheckpointError(
-                f"'{folder}': is not the undo data of an in-place merge, or was edited by hand. Download the "
-                "model again."
-            )
+    try:
+        kept = decode_sealed(_Kept, values)
+    except ValueError as error:
+        raise CheckpointError(f"'{folder / UNDO_FILE}': {error}. Download the model again.") from error
+    problem = seal_problem(values)
+    if problem is None and kept.digests.keys() != tensors.keys():
+        problem = f"lists other tensors than {SINGLE_FILE} beside it contains"
+    if problem is not None:
+        raise CheckpointError(f"'{folder / UNDO_FILE}': {problem}. Download the model again.")
+    return Undo(kept.plan, kept.digests, kept.manifest, tensors)
 
 
 def original(model: Path, undo: Undo | None, *, name: str) -> Checkpoint:

@@ -8,16 +8,16 @@ below restate their behavior.
 """
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 from portllm.checkpoint.model.names import is_embedding
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_start import changed_base, is_known_init
-from portllm.patch.name_pattern import BEARABLE_WAYS, compile_pattern
+from portllm.patch.name_pattern import NamePattern, takes_python_long
 
 LORA = "LORA"
 ALL_LINEAR = "all-linear"
@@ -59,13 +59,13 @@ MAX_COMPARISONS = 10**8
 """Of a module with a name or pattern of a configuration, at most: a minute. Every module of the largest models with a
 rank of its own takes a hundredth of it."""
 
+ANY_LAYER = NamePattern("", before=r".*?\.[^.]*\.(?P<index>\d+)\.")
+"""Finds the number of a layer where no name of the list of layers is given."""
+
 NAMING_FIELDS = (
     "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "target_modules",
     "target_parameters",
 )  # fmt: skip
-
-FEW_LAYER_WAYS = 256
-"""Ways of a `layers_pattern`, from whose match a number is read; it is the name of a list of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,10 @@ class AdapterConfig:
                 f"{n_modules} tensors. Name modules by their suffixes."
             )
 
-    @property
-    def is_costly_elsewhere(self) -> bool:
-        """Whether a program that has Python's engine for regular expressions alone, as PEFT, could take forever."""
-        used = (used for name in self.fields for used in _patterns_in(name, self.fields[name]).values())
-        return any(compile_pattern(pattern).ways > BEARABLE_WAYS for pattern in used)
+    def takes_peft_long(self, modules: Iterable[str]) -> bool:
+        """Whether PEFT could take forever to find what is meant among modules: it has Python's engine alone."""
+        patterns = [pattern for name, value in self.fields.items() for pattern in _patterns_in(name, value)]
+        return takes_python_long(patterns, modules)
 
     @property
     def is_transposed(self) -> bool:
@@ -204,7 +203,7 @@ class AdapterConfig:
         if excluded and _names(excluded, module):
             return False
         saved = cast(list[str], self.fields.get("modules_to_save") or [])
-        if any(compile_pattern(_at_or_below(name)).begins(module) for name in saved):
+        if any(_at_or_below(name).match(module) for name in saved):
             return False
         targets = self.fields["target_modules"]
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -220,8 +219,8 @@ class AdapterConfig:
         chosen = self.fields.get("layers_to_transform")
         if not by_suffix or chosen is None or chosen == []:
             return True
-        expressions = [_before_a_number(pattern) for pattern in _as_list(self.fields.get("layers_pattern"))]
-        found = (re.match(expression, module) for expression in expressions or [r".*?\.[^.]*\.(?P<index>\d+)\."])
+        patterns = [_before_a_number(pattern) for pattern in _as_list(self.fields.get("layers_pattern"))]
+        found = (pattern.match(module) for pattern in patterns or [ANY_LAYER])
         match = next((match for match in found if match), None)
         if match is None:
             return False
@@ -266,7 +265,7 @@ def _field_problem(name: str, value: object) -> str | None:
         return f"'init_lora_weights' is {_short(value)}; whether that changes the base is unknown"
     if not _has_expected_type(name, value):
         return f"'{name}' is {_short(value)}, which has the wrong type"
-    problems = ((pattern, _pattern_problem(name, used)) for pattern, used in _patterns_in(name, value).items())
+    problems = ((pattern.written, pattern.problem()) for pattern in _patterns_in(name, value))
     return next(
         (f"'{name}' contains {_short(pattern)}, which {problem}" for pattern, problem in problems if problem), None
     )
@@ -302,32 +301,33 @@ def _has_expected_type(name: str, value: object) -> bool:
             return True
 
 
-def _patterns_in(name: str, value: object) -> Mapping[str, str]:
-    """The regular expressions in a field, each with the form in which it is used."""
+def _patterns_in(name: str, value: object) -> list[NamePattern]:
+    """The regular expressions in a field."""
     if name in ("rank_pattern", "alpha_pattern"):
-        return {key: _at_the_end(key) for key in cast(Mapping[str, object], value or {})}
+        return [_at_the_end(key) for key in cast(Mapping[str, object], value or {})]
     if name == "layers_pattern":
-        return {pattern: _before_a_number(pattern) for pattern in _as_list(value)}
+        return [_before_a_number(pattern) for pattern in _as_list(value)]
     if name == "modules_to_save":
-        return {pattern: _at_or_below(pattern) for pattern in _as_list(value)}
+        return [_at_or_below(pattern) for pattern in _as_list(value)]
     if name in ("target_modules", "exclude_modules") and isinstance(value, str):
-        return {value: value}
-    return {}
+        return [NamePattern(value, whole=True)]
+    return []
 
 
-def _at_the_end(pattern: str) -> str:
-    """The expression for modules whose name, or the end of it from a dot on, matches a pattern."""
-    return rf"(.*\.)?({pattern})$"
+@lru_cache(maxsize=1 << 14)  # a configuration may give each module a rank of its own
+def _at_the_end(pattern: str) -> NamePattern:
+    """For modules whose name, or the end of it from a dot on, matches a pattern."""
+    return NamePattern(pattern, before=r"(.*\.)?(", after=")$")
 
 
-def _before_a_number(pattern: str) -> str:
-    """The expression that finds a layer's number behind the name of the list of layers."""
-    return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+def _before_a_number(pattern: str) -> NamePattern:
+    """For what ends in a layer's number behind the name of the list of layers."""
+    return NamePattern(pattern, before=r"(?:^|.*?\.)", after=r"\.(?P<index>\d+)\.")
 
 
-def _at_or_below(pattern: str) -> str:
-    """The expression for a module of that name and for those inside it."""
-    return rf"(^|.*\.){pattern}($|\..*)"
+def _at_or_below(pattern: str) -> NamePattern:
+    """For a module of that name and for those inside it."""
+    return NamePattern(pattern, before=r"(^|.*\.)", after=r"($|\..*)")
 
 
 def _as_list(value: object) -> list[str]:
@@ -336,26 +336,15 @@ def _as_list(value: object) -> list[str]:
 
 def _by_pattern(patterns: Mapping[str, object], module: str, default: object) -> object:
     """The value of the first pattern that the end of a module's name matches, in the order of the file."""
-    return next((value for key, value in patterns.items() if compile_pattern(_at_the_end(key)).begins(module)), default)
+    return next((value for key, value in patterns.items() if _at_the_end(key).match(module)), default)
 
 
 def _names(chosen: object, module: str) -> bool:
     """Whether a regular expression (a string) or a list of names and endings means this module."""
     if isinstance(chosen, str):
-        return compile_pattern(chosen).is_all_of(module)
+        return NamePattern(chosen, whole=True).match(module) is not None
     names = cast(list[str], chosen)
     return module in names or any(module.endswith(f".{name}") for name in names)
-
-
-def _pattern_problem(field: str, pattern: str) -> str | None:
-    """Why an expression cannot be used, or None."""
-    try:
-        found = compile_pattern(pattern)
-    except ValueError as error:
-        return str(error)
-    if field == "layers_pattern" and found.ways > FEW_LAYER_WAYS * compile_pattern(_before_a_number("")).ways:
-        return "could take long to match; write the full name of the layer list"
-    return None
 
 
 def _is_number(value: object) -> bool:

@@ -4,34 +4,34 @@ Reading takes the headers only; a factor stays on disk, described by a `TensorIn
 tensor of the file is accounted for: it becomes part of a delta, or the folder is refused with all such tensors named.
 """
 
-import importlib.resources
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-import fastjsonschema
 from blake3 import blake3
+from msgspec import structs
 
 from portllm.checkpoint.model.checkpoint import MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.model.families import order_of
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.header import parse_header, render_header
-from portllm.checkpoint.safetensors.header_file import read_header_text
+from portllm.checkpoint.safetensors.header_file import describing, read_header_text, size_of
 from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
 from portllm.errors import AdapterFormatError, PatchRecordError
-from portllm.files.json_file import read_json
-from portllm.files.seal import digest_file, render_sealed, seal_problem
+from portllm.files.json_file import MAX_CONFIG_BYTES, read_json
+from portllm.files.json_text import is_utf8
+from portllm.files.record import decode_sealed, write_sealed
+from portllm.files.seal import digest_file, seal_problem
 from portllm.files.source import Source
 from portllm.patch.adapter_config import parse_adapter_config
 from portllm.patch.adapter_keys import INNER, PREFIX, Role, plain_key, render_key
 from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.patch import Patch
-from portllm.patch.record import PatchRecord, record_from_json, record_to_json
+from portllm.patch.record import PatchRecord
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -69,11 +69,15 @@ class AdapterOpener:
         path = Path(folder)
         name = str(folder)
         revision = None
+        if not is_utf8(name):
+            raise AdapterFormatError(f"{name!r}: is not valid UTF-8, so no record can name it. Rename it.")
         if names_hub(name):
             path, revision = _fetch(name)
         _require_files(path, name)
-        fields, file = read_json(path / CONFIG_FILE, error=AdapterFormatError), path / TENSOR_FILE
-        header, file_bytes = read_header_text(file)
+        described_by = describing(file for file in (path / CONFIG_FILE, path / RECORD_FILE) if os.path.isfile(file))
+        fields = read_json(path / CONFIG_FILE, error=AdapterFormatError, most=MAX_CONFIG_BYTES)
+        header, file = read_header_text(path / TENSOR_FILE, described_by=described_by)
+        file_bytes = size_of(file)
         recipe = header, file_bytes, repr(fields)  # as text: 1 and True are equal, and only one of them is a rank
         if self._last is not None and self._last[0] == recipe:
             patch = self._last[1].mapped(lambda info: info.in_file(file))
@@ -133,7 +137,7 @@ def read_record(folder: Path) -> PatchRecord | None:
         PatchRecordError: The file breaks the schema, or its seal does not fit what it says.
     """
     file = folder / RECORD_FILE
-    if not file.exists():
+    if not os.path.exists(file):
         return None
     values = read_json(file, error=PatchRecordError)
     record = parse_record(values, where=str(file))
@@ -150,9 +154,8 @@ def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
         PatchRecordError: They break the schema.
     """
     try:
-        _validator()(dict(values))
-        return record_from_json(values)
-    except (fastjsonschema.JsonSchemaValueException, ValueError) as error:
+        return decode_sealed(PatchRecord, values)
+    except ValueError as error:
         raise PatchRecordError(
             f"'{where}': {error}. It was written by another version or edited by hand; capture the patch again."
         ) from error
@@ -160,8 +163,8 @@ def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
 
 def write_record(folder: Path, record: PatchRecord) -> PatchRecord:
     """Write `patch.json` beside the patch's other files, sealed and with their digests; the record as written."""
-    whole = replace(record, files={name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
-    (folder / RECORD_FILE).write_text(render_sealed(record_to_json(whole)), encoding="utf-8")
+    whole = structs.replace(record, files={name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
+    write_sealed(folder / RECORD_FILE, whole)
     return whole
 
 
@@ -260,7 +263,7 @@ def digest_tensors(patch: Patch[TensorInfo]) -> dict[str, str]:
         for part in _parts(info):
             state.update(part)
         digests[key] = state.hexdigest()
-    return digests
+    return dict(sorted(digests.items()))
 
 
 def _parts(info: TensorInfo) -> Iterator[bytes]:
@@ -295,14 +298,18 @@ def _require_files(path: Path, name: str) -> None:
         raise AdapterFormatError(
             f"'{name[:MAX_NAME_LENGTH]}': no such folder. A patch is a folder with {CONFIG_FILE} and {TENSOR_FILE}."
         )
-    if not (path / CONFIG_FILE).is_file():
+    if not os.path.isfile(path / CONFIG_FILE):
         inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
         hint = f" Its subfolder '{inner}' is one: pass that." if inner else ""
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE}, so it is not an adapter folder.{hint}")
-    _require_read(os.listdir(path), name)
-    if (path / TENSOR_FILE).is_file():
+    try:
+        there = os.listdir(path)
+    except OSError as error:
+        raise AdapterFormatError(f"'{name}': cannot be looked into: {error.strerror}.") from error
+    _require_read(there, name)
+    if os.path.isfile(path / TENSOR_FILE):
         return
-    if (path / PICKLE_FILE).is_file():
+    if os.path.isfile(path / PICKLE_FILE):
         raise AdapterFormatError(
             f"'{name}': contains {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, "
             'convert it once: python -c "import torch, safetensors.torch as s; '
@@ -325,10 +332,3 @@ def _require_read(files: Collection[str], name: str) -> None:
             "PEFT's layout, or merge it with mlx_lm.fuse and pass the result: portllm capture --base BASE "
             "--tuned TUNED."
         )
-
-
-@cache
-def _validator() -> Callable[[object], object]:
-    text = importlib.resources.files("portllm.patch").joinpath("patch.schema.json").read_text(encoding="utf-8")
-    compiled: Callable[[object], object] = fastjsonschema.compile(json.loads(text))
-    return compiled

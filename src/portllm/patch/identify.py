@@ -7,6 +7,4 @@ from portllm.patch.record import ModelIdentity
 
 def identify(checkpoint: Checkpoint) -> ModelIdentity:
     """A checkpoint's identity, from its fingerprint."""
-    return ModelIdentity(
-        checkpoint.name, fingerprint(checkpoint), revision=checkpoint.revision, quantization=checkpoint.quantization
-    )
+    return ModelIdentity(checkpoint.name, fingerprint(checkpoint), None, checkpoint.revision, checkpoint.quantization)

@@ -1,11 +1,11 @@
 """What storing a merged weight takes of the delta: sums over elements, and the measures that follow. Pure."""
 
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class MergeSums:
+class MergeSums(msgspec.Struct, frozen=True, array_like=True):
     """Sums over elements from which the measures of a merge follow; sums of parts add up to the sum of the whole.
 
     With weight W, delta Δ and merged weight Q(W+Δ), rounded to the storage dtype:

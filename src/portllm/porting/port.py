@@ -103,7 +103,7 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     require_port(plan, out, overwrite=overwrite)
     require_finite(plan.patch)
     require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         ported = plan.method.port(*gather(plan))
         with settled(ported.patch, folder) as patch:
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
@@ -123,9 +123,10 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, fl
     found = {**plan.evidence, **evidence}
     step = PortStep(plan.source, plan.target, plan.method.id, found, left_out(plan), plan.choice)
     return PatchRecord(
+        program=__version__,
         base=plan.target,
-        capture=before.capture if before else Capture("adapter"),
+        capture=before.capture if before else Capture("adapter", {}),
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
-        program=__version__,
+        files={},
     )

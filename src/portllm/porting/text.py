@@ -5,11 +5,11 @@ from pathlib import Path
 
 from portllm.checking.verdict import Answer
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.files.record import encode
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
-from portllm.patch.record import record_to_json
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
@@ -57,7 +57,7 @@ def port_outcomes_to_json(outcomes: Sequence[Outcome[Carried]], outputs: Sequenc
 
 def ported_to_json(ported: Patch[TensorInfo], output: Path) -> dict[str, object]:
     """A ported patch as JSON values: where it is, and its record."""
-    return {"output": str(output), "record": None if ported.record is None else record_to_json(ported.record)}
+    return {"output": str(output), "record": None if ported.record is None else encode(ported.record)}
 
 
 def render_port_plan(plan: PortPlan, out: Path) -> str:

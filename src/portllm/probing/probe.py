@@ -25,6 +25,7 @@ from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import DataError, PlanRefusedError
+from portllm.files.input_file import unchanged
 from portllm.matching.compatibility import oriented, unmatchable
 from portllm.matching.port_plan import plan_port_on
 from portllm.matching.update import Update
@@ -32,6 +33,7 @@ from portllm.measures.fidelity import Fidelity, measure_fidelity
 from portllm.measures.outputs import measure_distance, measure_shift
 from portllm.measures.similarity import linear_cka
 from portllm.measures.terms import Terms
+from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.low_rank import load_delta
 from portllm.patch.patch import Patch
@@ -89,6 +91,7 @@ def measure_text(
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: There are fewer than two prompts, one has no tokens, or the models have different tokenizers.
         NonFiniteError: A model answers with an infinity or NaN.
+        InputChangedError: A file changed while it was read.
     """
     settings = settings or TextSettings()
     if len(prompts) < LEAST_PROMPTS:
@@ -103,10 +106,13 @@ def measure_text(
         )
     update = Update(base, evolved)
     plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
-    refusals = [refusal for plan in plans for refusal in (*plan.refusals, *unmatchable(plan.patch, option="PATCH"))]
+    refusals = [
+        refusal for plan in plans for refusal in (*plan.refusals, *unmatchable(plan.patch, base, option="PATCH"))
+    ]
     if refusals:
         raise PlanRefusedError(refusals)
-    with tempfile.TemporaryDirectory(prefix="portllm-check-") as scratch:
+    read = [*base.files, *evolved.files, *(file for patch in patches for file in files_of(patch))]
+    with unchanged(read), tempfile.TemporaryDirectory(prefix="portllm-check-") as scratch:
         carried = [
             Carried(plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base)))
             for number, plan in enumerate(plans)

@@ -10,7 +10,7 @@ import dis
 import inspect
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import cast
@@ -20,7 +20,7 @@ from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.errors import AdapterFormatError, CheckpointError
 from portllm.files.json_file import read_config, read_json_text
-from portllm.files.source import RemoteFile
+from portllm.files.source import LocalFile
 from portllm.patch.adapter_config import UNDERSTOOD_FIELDS
 from portllm.patch.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from portllm.patch.adapter_folder import TENSOR_FILE, load_patch, stored_tensors
@@ -113,7 +113,7 @@ def cleared_model(checkpoint: Checkpoint) -> Iterator[Path]:
     if generation := _only(_read(folder / GENERATION_FILE), GENERATION_FIELDS):
         files[GENERATION_FILE] = generation
     links = [folder / INDEX_FILE] if not (folder / SINGLE_FILE).is_file() else []
-    links += [file for file in checkpoint.files if not isinstance(file, RemoteFile)]
+    links += [file.path for file in checkpoint.files if isinstance(file, LocalFile)]
     with _folder(files, links=links) as cleared:
         yield cleared
 
@@ -148,15 +148,15 @@ def cleared_tokenizer(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def cleared_adapter(folder: Path) -> Iterator[Path]:
-    """A folder with what may pass of an adapter: its tensors, and the fields that this program understands.
+def cleared_adapter(folder: Path, modules: Iterable[str]) -> Iterator[Path]:
+    """A folder with what may pass of an adapter onto these modules: its tensors, and the fields that are understood.
 
     Raises:
         PatchError: It is not an adapter that is understood whole and fits its base as it is.
         AdapterFormatError: PEFT could take forever over its patterns, or would make more of it than its tensors hold.
     """
     patch = load_patch(folder)
-    if patch.config.is_costly_elsewhere:
+    if patch.config.takes_peft_long(modules):
         raise AdapterFormatError(
             f"'{folder}': PEFT could take forever to match the patterns in its '{ADAPTER_CONFIG_FILE}'. Name the "
             "modules without patterns."

@@ -8,14 +8,20 @@ Every row that does not fit is gathered and told of at once.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 from portllm.errors import DataError
-from portllm.files.json_text import check_pairs
+from portllm.files.input_file import local_file, open_input, require_unchanged
+from portllm.files.json_text import parse_json
+from portllm.files.seal import digest_file
 
 SHOWN_PROBLEMS = 10
+MAX_LINE_BYTES = 16_000_000
+"""A row is a text that a model reads, of a million tokens at most."""
 
 _PIECE = re.compile(r"(?P<literal>[^{}]+)|(?P<escape>\{\{|\}\})|\{(?P<field>[^{}]*)\}|(?P<stray>[{}])")
 _FIELD = re.compile(r"[^\W\d][\w-]*")
@@ -227,6 +233,26 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
+@contextmanager
+def digested(path: str | Path) -> Iterator[str]:
+    """The digest of a data file whose rows are read in this block, so that both are of the same bytes.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: It cannot be read.
+        InputChangedError: It changed meanwhile.
+    """
+    try:
+        file = local_file(Path(path))
+        digest = f"blake3:{digest_file(Path(path))}"
+    except OSError as error:
+        raise DataError(f"'{path}': cannot be read: {error.strerror}. Pass a data file.") from error
+    yield digest
+    require_unchanged([file])
+
+
 class _RowError(Exception):
     """Why one row does not fit; gathered by `_read`."""
 
@@ -249,12 +275,18 @@ def _read(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[M
 def _numbered_lines(path: str | Path, *, what: str) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that are not blank, with their numbers, without a byte order mark."""
     try:
-        data = Path(path).read_bytes()
+        with open_input(path) as stream:
+            for number in count(1):
+                line = stream.readline(MAX_LINE_BYTES + 1)
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"'{path}', line {number}: has more than {MAX_LINE_BYTES} bytes. {what}")
+                if not line:
+                    return
+                line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").removesuffix(b"\n")
+                if line.strip():
+                    yield number, line
     except OSError as error:
         raise DataError(f"'{path}': cannot be read: {error.strerror}. {what}") from error
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
 
 
 def _decoded(line: bytes) -> str:
@@ -276,24 +308,13 @@ def _render_problems(path: str, problems: Sequence[str], *, n_rows: int, what: s
 
 def _parse_row(line: bytes) -> Row:
     try:
-        # Numbers stay the text they are: 1e5 is not turned into 100000.0, and no digit is lost.
-        row = json.loads(
-            line.decode("utf-8"),
-            parse_int=str,
-            parse_float=str,
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_unique,
-        )
+        row = parse_json(line, numbers_as_text=True)
     except UnicodeDecodeError as error:
         raise _RowError(f"byte {error.start + 1} is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise _RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
-    except RecursionError as error:
-        raise _RowError("is nested too deeply") from error
-    try:
-        check_pairs(line, row)
     except ValueError as error:
-        raise _RowError("contains an unpaired surrogate, which is not a character") from error
+        raise _RowError(f"is not a valid row: {error}") from error
     if not isinstance(row, dict):
         raise _RowError(f"is {_kind(row)}; expected an object")
     return row
@@ -316,19 +337,6 @@ def _texts(row: Row, fields: Sequence[str]) -> dict[str, str]:
         there = ", ".join(f"'{name}'" for name in row) or "no fields"
         raise _RowError(f"{'; '.join(problems)} (the row has {there})")
     return texts
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _RowError(f"duplicate field '{twice}'")
-    return row
-
-
-def _refuse_constant(text: str) -> object:
-    raise _RowError(f"is not JSON: '{text}' is not a number")
 
 
 def _kind(value: object) -> str:

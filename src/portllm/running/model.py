@@ -252,7 +252,7 @@ def continue_lora(model: PreTrainedModel, folder: str | Path, *, dropout: float)
     Raises:
         AdapterFormatError: peft cannot load it, or not all of it lands on the model.
     """
-    with _adapter(folder) as where:
+    with _adapter(folder, model) as where:
         config = LoraConfig.from_pretrained(where)
         config.lora_dropout = dropout
         model = PeftModel.from_pretrained(
@@ -312,7 +312,7 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path, *, name: str) -> 
     Raises:
         AdapterFormatError: peft cannot load it, or not all of it lands on the model.
     """
-    with _adapter(folder) as where:
+    with _adapter(folder, model) as where:
         patched = PeftModel.from_pretrained(
             model, where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
         )
@@ -327,7 +327,7 @@ def add_adapter(model: PeftModel, folder: str | Path, *, name: str) -> None:
     Raises:
         AdapterFormatError: peft cannot load it, or not all of it lands on the model.
     """
-    with _adapter(folder) as where:
+    with _adapter(folder, model) as where:
         model.load_adapter(
             where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
         )
@@ -342,7 +342,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _adapter(folder: str | Path) -> Iterator[str]:
+def _adapter(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[str]:
     """A folder from which peft loads an adapter, and the border for the block in which it does."""
 
     def failed(why: str) -> AdapterFormatError:
@@ -354,7 +354,9 @@ def _adapter(folder: str | Path) -> Iterator[str]:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (Path(folder) / name).is_file():
             raise AdapterFormatError(f"'{folder}': has no '{name}'; expected an adapter folder as PEFT writes it.")
-    with cleared_adapter(Path(folder)) as cleared, quiet(), foreign(failed):
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [name for name, _ in bare.named_modules()]
+    with cleared_adapter(Path(folder), modules) as cleared, quiet(), foreign(failed):
         yield str(cleared)
 
 

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from portllm.errors import OutputError, OutputExistsError
+from portllm.files.input_file import read_input
+from portllm.files.json_text import parse_json
 from portllm.files.kept_results import Record
 from portllm.files.own_files import open_locked, require_real, write_text
+from portllm.files.typed import decode
 from portllm.progress import Progress, silent
 from portllm.running.model import Device
 from portllm.study.definition.estimate import Estimated, estimate
@@ -182,9 +185,8 @@ def default_folder(file: Path) -> Path:
 def study_identities(out: Path) -> Identities:
     """What the results in a folder came from, as its last run noted it; of nothing where none did."""
     try:
-        values = json.loads((out / IDENTITIES).read_text(encoding="utf-8"))
-        return Identities(values["base"], values["data"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return decode(Identities, parse_json(read_input(out / IDENTITIES)))
+    except (OSError, ValueError):
         return Identities("", {})  # nothing has been run, or nobody knows with what: no record is of these
 
 

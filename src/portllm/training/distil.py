@@ -3,19 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
-
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError
+from portllm.files.input_file import local_file, unchanged
 from portllm.files.output_folder import check_apart
+from portllm.files.record import encode
 from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
-from portllm.patch.record import identity_to_json
 from portllm.progress import Progress, silent
-from portllm.running.examples import read_texts
+from portllm.running.examples import digested, read_texts
 from portllm.running.folder import model_folder
 from portllm.running.model import Device
 from portllm.training.distil_lora import TeacherFolders, distil_lora
@@ -79,22 +78,24 @@ def distil(
     """
     settings = settings or TrainSettings()
     check_teacher(teacher)
-    check_apart(out, [data, *teacher.base.files, *files_of(teacher.patch)])
-    prompts = read_texts(data, prompt)
+    check_apart(out, [local_file(data), *teacher.base.files, *files_of(teacher.patch)])
+    with digested(data) as digest:
+        prompts = read_texts(data, prompt)
 
     def run(model: Path, adapter: Path) -> TrainReport:
         old = TeacherFolders(
             model_folder(teacher.base, progress=progress), folder_of(teacher.patch), teacher.max_new_tokens
         )
         first = None if start is None else folder_of(start)
-        return distil_lora(model, prompts, old, settings, adapter, device=device, start=first, progress=progress)
+        with unchanged((*teacher.base.files, *files_of(teacher.patch))):
+            return distil_lora(model, prompts, old, settings, adapter, device=device, start=first, progress=progress)
 
     recorded = {
         "prompt": prompt,
         **_answers_in(teacher.patch),
-        "data": f"blake3:{blake3(data.read_bytes()).hexdigest()}",
+        "data": digest,
         "teacher": {
-            "base": identity_to_json(identify(teacher.base)),
+            "base": encode(identify(teacher.base)),
             "patch": origin_of(teacher.patch),
             "max_new_tokens": teacher.max_new_tokens,
         },

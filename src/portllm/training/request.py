@@ -7,6 +7,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError, PlanRefusedError, PortLLMError
+from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart, check_free
 from portllm.patch.adapter_folder import PatchLike, load_patch
 from portllm.patch.patch import Patch
@@ -49,7 +50,7 @@ class Training:
         if self.start is not None and (refusals := set(start_refusals(self.start, self.base))):
             raise PlanRefusedError(refusals)
         check_free(self.out, overwrite=self.overwrite)
-        check_apart(self.out, [self.data])
+        check_apart(self.out, [local_file(self.data)])
         began = "" if self.start is None else f", beginning with {self.start.name},"
         taught = "" if self.teacher is None else f" that {self.teacher.patch.name} answers"
         what = f"a patch of {self.base.name}{began} on {count} rows{taught}"

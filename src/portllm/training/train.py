@@ -5,20 +5,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from blake3 import blake3
-
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
+from portllm.files.input_file import local_file, unchanged
 from portllm.files.output_folder import check_apart, check_free
+from portllm.files.record import encode
 from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
 from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
-from portllm.patch.record import record_to_json
 from portllm.progress import Progress, silent
-from portllm.running.examples import Example, ExampleFormat, read_examples
+from portllm.running.examples import Example, ExampleFormat, digested, read_examples
 from portllm.running.folder import model_folder
 from portllm.running.model import Device
 from portllm.training.lora import TrainReport, TrainSettings, train_lora
@@ -59,15 +58,13 @@ def train_on_rows(
         OutputExistsError: `out` exists; said before any work is done.
     """
     check_free(out, overwrite=overwrite)
-    check_apart(out, [data])
-    recorded = {
-        "prompt": fmt.prompt,
-        "completion": fmt.completion,
-        "data": f"blake3:{blake3(data.read_bytes()).hexdigest()}",
-    }
+    check_apart(out, [local_file(data)])
+    with digested(data) as digest:
+        examples = read_examples(data, fmt)
+    recorded = {"prompt": fmt.prompt, "completion": fmt.completion, "data": digest}
     return train_on(
         base,
-        read_examples(data, fmt),
+        examples,
         out=out,
         recorded=recorded,
         settings=settings,
@@ -148,7 +145,8 @@ def capture_training(
     folder = model_folder(base, progress=progress)
     with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
         adapter = Path(scratch) / "adapter"
-        report = run(folder, adapter)
+        with unchanged(() if start is None else files_of(start)):
+            report = run(folder, adapter)
         ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
         began = {} if start is None else _began_with(start)
         patch = capture_adapter(
@@ -176,7 +174,7 @@ def start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refus
 
 def origin_of(patch: Patch[TensorInfo]) -> dict[str, object]:
     """What a record says of another patch: its name, its tensors, and where it comes from and was ported to."""
-    record = {} if patch.record is None else record_to_json(patch.record)
+    record = {} if patch.record is None else encode(patch.record)
     known: dict[str, object] = {name: record[name] for name in ("base", "capture", "ports") if name in record}
     return {"name": patch.name, "tensors": dict(sorted(digest_tensors(patch).items())), **known}
 

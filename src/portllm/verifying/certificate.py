@@ -9,7 +9,7 @@ from portllm.certifying.certificate import (
     Certificate,
     PatchFiles,
     arithmetic_problems,
-    certificate_from_json,
+    parse_certificate,
 )
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
@@ -46,7 +46,7 @@ def certificate_checks(folder: Path, base: Checkpoint | None, certified: Certifi
     file = folder / CERTIFICATE_FILE
     values = read_json(file, error=CertificateError)
     try:
-        certificate = certificate_from_json(values, where=str(file))
+        certificate = parse_certificate(values, where=str(file))
     except CertificateError as error:
         yield wrong(CERTIFICATE_FILE, str(error))
         return

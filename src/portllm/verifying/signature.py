@@ -9,26 +9,33 @@ Source: the format, https://github.com/sigstore/model-transparency/blob/main/doc
 import base64
 import contextlib
 import io
-import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from portllm.errors import CheckpointError, MissingExtraError, OutputError, OutputExistsError, SignatureError
+from portllm.files.input_file import read_input
 from portllm.files.json_file import read_json
+from portllm.files.json_text import parse_json
 from portllm.files.own_files import inode_of, write_text
 
 if TYPE_CHECKING:
+    from model_signing.hashing import Config as HashingConfig
     from model_signing.signing import Config as SigningConfig
     from model_signing.verifying import Config as VerifyingConfig
 
 SIGNATURE_FILE = "model.sig"
-MAX_SIGNATURE_BYTES = 16_000_000
 """Its usual name, in the folder that it signs."""
+
+MAX_KEY_BYTES = 1_000_000
+"""Of a key or a file of certificates; a whole system's roots have a quarter of that."""
+
+MAX_SIGNATURE_BYTES = 16_000_000
+"""A statement has some hundred bytes for each file, so that this is a folder of forty thousand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +155,17 @@ def sign_folder(folder: Path, signer: Signer, *, signature: Path, overwrite: boo
     if os.path.lexists(signature) and not signature.is_symlink() and not _is_signature(signature):
         raise OutputExistsError(f"'{signature}': is not a signature, so it is not replaced. Choose another path.")
     model_signing = _load()
-    hashing = model_signing.hashing.Config().set_ignored_paths(paths=_signatures_in(folder, signature))
+    signatures = _signatures_in(folder, signature)
+    # Left alone, the library passes over .git, .github, .gitignore and .gitattributes, in which programs can lie, too.
+    hashing = model_signing.hashing.Config().set_ignored_paths(paths=signatures, ignore_git_paths=False)
     with _translated(f"'{folder}': could not be signed", hint=_hint(signer)):
+        _require_keys(signer)
         config = _signing_config(model_signing, signer).set_hashing_config(hashing)
         with tempfile.TemporaryDirectory(prefix="portllm-sign-") as scratch:
             made = Path(scratch) / SIGNATURE_FILE
             config.sign(folder, made)
+            if left_out := _uncovered(folder, _resources(_statement(made)), signatures):
+                raise SignatureError(f"'{folder / left_out}': could not be read, so the folder was not signed.")
             try:
                 write_text(signature, made.read_text(encoding="utf-8"))
             except OSError as error:
@@ -163,11 +175,13 @@ def sign_folder(folder: Path, signer: Signer, *, signature: Path, overwrite: boo
 def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, required: Collection[str]) -> str | None:
     """Why a folder does not bear the signature that it must, or None.
 
+    A signature that leaves out a file of the folder is none, whatever its signer chose to ignore.
+
     Args:
         folder: What must be signed.
         trust: By whom.
         signature: The file of the signature, or None for the usual one.
-        required: Files that it must cover; a signature that leaves one of them out is none.
+        required: Files that it must cover, though they may not be there.
 
     Raises:
         SignatureError: The key or certificate cannot be read, or Sigstore cannot be reached.
@@ -176,18 +190,24 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
     file = folder / SIGNATURE_FILE if signature is None else signature
     model_signing = _load()
     with _translated(f"{trust}: cannot be checked against", hint=_hint(trust)):
+        _require_keys(trust)
         config = _verifying_config(model_signing, trust)
-    if not file.is_file():
+    if not os.path.isfile(file):
         return f"there is no '{file}'"
     if (size := file.stat().st_size) > MAX_SIGNATURE_BYTES:
         return f"'{file}' has {size} bytes, the limit for a signature is {MAX_SIGNATURE_BYTES}"
     try:
+        statement = _statement(file)
+        resources = _resources(statement)
+        config.set_hashing_config(_hashing_config(model_signing, statement))
         with contextlib.redirect_stdout(io.StringIO()):
             config.verify(folder, file)
-        unsigned = sorted(set(required) - _signed_files(file))
+        unsigned = min(set(required) - resources, default=None) or _uncovered(
+            folder, resources, _signatures_in(folder, file)
+        )
     except Exception as error:  # what a hostile signature makes the parsers and verifiers below raise has no bound
         return f"not by {trust}, or not over these files: {_told(error)}"
-    return f"does not cover '{unsigned[0]}'" if unsigned else None
+    return None if unsigned is None else f"leaves out '{unsigned}'"
 
 
 def _is_signature(file: Path) -> bool:
@@ -197,11 +217,66 @@ def _is_signature(file: Path) -> bool:
         return False
 
 
-def _signed_files(signature: Path) -> set[str]:
-    """The files that a signature, which was verified, covers: a statement may leave out what its signer chose to."""
-    envelope = json.loads(signature.read_text(encoding="utf-8"))["dsseEnvelope"]
-    statement = json.loads(base64.b64decode(envelope["payload"]))
-    return {resource["name"] for resource in statement["predicate"]["resources"]}
+def _require_keys(means: Signer | Trust) -> None:
+    """Raise OSError if a key or certificate is no file: the libraries below would wait for it, or read without end."""
+    match means:
+        case KeySigner(private_key, _):
+            files: tuple[str | Path, ...] = (private_key,)
+        case CertificateSigner(private_key, certificate, chain):
+            files = (private_key, certificate, *chain)
+        case PublicKey(file):
+            files = (file,)
+        case Roots(files):
+            pass
+        case _:
+            files = ()
+    for file in files:
+        read_input(file, most=MAX_KEY_BYTES)
+
+
+def _statement(signature: Path) -> Mapping[str, Any]:
+    """What a signature signs: which files, and how their digests were taken. It proves nothing by itself."""
+    envelope: Any = parse_json(read_input(signature, most=MAX_SIGNATURE_BYTES))
+    statement: Any = parse_json(base64.b64decode(envelope["dsseEnvelope"]["payload"]))
+    predicate: Mapping[str, Any] = statement["predicate"]
+    return predicate
+
+
+def _resources(statement: Mapping[str, Any]) -> set[str]:
+    """The files that a statement covers."""
+    return {resource["name"] for resource in statement["resources"]}
+
+
+def _hashing_config(model_signing: ModuleType, statement: Mapping[str, Any]) -> "HashingConfig":
+    """How to take the digests of a folder as a statement says it was done, but over git's files too.
+
+    What the signer chose to ignore, the library adds from the statement; `_uncovered` tells what of that is there.
+    """
+    how = statement["serialization"]
+    config: HashingConfig = model_signing.hashing.Config()
+    config.use_file_serialization(hashing_algorithm=how["hash_type"], allow_symlinks=how["allow_symlinks"])
+    return config.set_ignored_paths(paths=(), ignore_git_paths=False)
+
+
+def _uncovered(folder: Path, resources: Collection[str], signatures: Collection[Path]) -> str | None:
+    """The first file of a folder, at any depth, that is not among those which a statement covers; None if none is.
+
+    Raises:
+        OSError: A folder in it cannot be listed, so that nobody knows what it holds.
+    """
+
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    known = {*resources, *map(str, signatures)}
+    for place, folders, files in os.walk(folder, onerror=stop):
+        folders.sort()
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in sorted((*files, *links)):
+            path = (Path(place) / name).relative_to(folder).as_posix()
+            if path not in known:
+                return path
+    return None
 
 
 def _signing_config(model_signing: ModuleType, signer: Signer) -> "SigningConfig":

@@ -17,8 +17,9 @@ from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError, PortLLMError
 from portllm.files.json_file import read_json
+from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
-from portllm.merging.manifest import MANIFEST_FILE, Manifest, manifest_from_json
+from portllm.merging.manifest import MANIFEST_FILE, Manifest
 from portllm.patch.adapter_config import parse_adapter_config
 from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE, PatchLike, folder_of, parse_record
 from portllm.patch.adapter_tensors import sort_out
@@ -192,7 +193,7 @@ def _verify_checkpoint(
     covered = {MANIFEST_FILE, *weights}
     checks: list[Check] = []
     try:
-        manifest = manifest_from_json(values)
+        manifest = decode_sealed(Manifest, values)
     except ValueError as error:
         checks.append(wrong(MANIFEST_FILE, f"{error}; it was written by another version or edited by hand"))
     else:

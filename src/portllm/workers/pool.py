@@ -1,6 +1,7 @@
 """So many workers, each with one job at a time, any of which may die."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,11 @@ class Finished:
     number: int
     result: Mapping[str, Any]
 
+    @property
+    def reason(self) -> str:
+        """Why the job is not done, where it is not."""
+        return str(self.result["reason"])
+
 
 @dataclass(frozen=True, slots=True)
 class Lost:
@@ -30,6 +36,26 @@ class Lost:
 
     number: int
     reason: str
+
+
+class Retries:
+    """Which jobs are tried again: those whose worker died and those whose failure may pass, so often and no more."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._reasons: dict[int, list[str]] = defaultdict(list)
+
+    def again(self, ended: Finished | Lost) -> bool:
+        """Whether a job that ended is to be tried once more, which is counted."""
+        may_pass = isinstance(ended, Lost) or ended.result.get("can_pass", False)
+        if not may_pass or len(self.reasons(ended.number)) >= self._most:
+            return False
+        self._reasons[ended.number].append(ended.reason)
+        return True
+
+    def reasons(self, number: int) -> tuple[str, ...]:
+        """Why a job was tried again."""
+        return tuple(self._reasons[number])
 
 
 class Pool(ABC):

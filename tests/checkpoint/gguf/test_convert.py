@@ -67,12 +67,13 @@ def test_the_block_size_does_not_change_a_byte(converted, tmp_path, monkeypatch)
     folder, _ = converted()
     whole = (folder / "model.safetensors").read_bytes()
     monkeypatch.setattr(gguf, "_BLOCK_ELEMENTS", 5 * HIDDEN)
-    write_gguf_as_checkpoint(tmp_path / "tiny.gguf", folder)
-    assert (folder / "model.safetensors").read_bytes() == whole
+    (tmp_path / "again").mkdir()
+    write_gguf_as_checkpoint(tmp_path / "tiny.gguf", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == whole
 
 
 def test_each_block_is_written_before_the_next_is_dequantized(converted, tmp_path, monkeypatch):
-    folder, _ = converted()
+    converted()
     events = []
     load_values = gguf.load_values
 
@@ -83,7 +84,8 @@ def test_each_block_is_written_before_the_next_is_dequantized(converted, tmp_pat
 
     monkeypatch.setattr(gguf, "_BLOCK_ELEMENTS", 5 * HIDDEN)
     monkeypatch.setattr(gguf, "load_values", watched)
-    write_gguf_as_checkpoint(tmp_path / "tiny.gguf", folder, progress=lambda *_: events.append("written"))
+    (tmp_path / "again").mkdir()
+    write_gguf_as_checkpoint(tmp_path / "tiny.gguf", tmp_path / "again", progress=lambda *_: events.append("written"))
     blocks, written = events[0::2], events[1::2]
     assert set(written) == {"written"}
     assert max(blocks) == 5 * HIDDEN

@@ -31,7 +31,7 @@ def test_what_the_gguf_package_reads_is_read(file):
     for key, field in theirs.fields.items():
         if not key.startswith("GGUF."):
             value = ours.fields[key]
-            found = read_gguf_list(file, value) if isinstance(value, ListPlace) else value
+            found = read_gguf_list(ours.file, value) if isinstance(value, ListPlace) else value
             assert found == field.contents(), key
 
 

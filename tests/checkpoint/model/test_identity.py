@@ -9,6 +9,7 @@ from portllm.checkpoint.model import identity
 from portllm.checkpoint.model.identity import digest, fingerprint, tensor_digests
 from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading.windows import SAMPLE_BYTES, sample_window
+from portllm.files.seal import render_sealed
 from tests.safetensors_files import write_tensors
 
 BIG = bytes(index * 7 % 256 for index in range(3 * SAMPLE_BYTES))
@@ -64,11 +65,12 @@ def identities(checkpoint):
 def test_layout_order_names_of_files_and_metadata_change_no_identity(write):
     expected = identities(write(TENSORS))
     backwards = dict(reversed(TENSORS.items()))
+    alone = write(TENSORS, folder="alone").folder
     others = [
         write(backwards, folder="backwards"),
         write(TENSORS, folder="shards", shards=True),
         write(backwards, folder="backward shards", shards=True, metadata={"format": "pt"}),
-        open_checkpoint(write_tensors(write(TENSORS, folder="alone").files[0].with_name("my.safetensors"), backwards)),
+        open_checkpoint(write_tensors(alone / "my.safetensors", backwards)),
     ]
     assert [identities(other) for other in others] == [expected] * 4
 
@@ -194,24 +196,42 @@ def test_a_file_that_changed_is_read_again(what, write, count_digests):
     opened = write(TENSORS)
     first = digest(opened)
     count_digests.clear()
-    facts = opened.files[0].stat()
+    facts = opened.files[0].path.stat()
     if what == "time":
-        opened = write(changed("model.norm.weight", data=b"abce"))
+        path = write(changed("model.norm.weight", data=b"abce")).folder
         os.utime(opened.files[0], ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
     else:
-        opened = write({**TENSORS, "x": ("U8", (1,), b"x")})
+        path = write({**TENSORS, "x": ("U8", (1,), b"x")}).folder
         os.utime(opened.files[0], ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    opened = open_checkpoint(path)
     assert digest(opened) != first
     assert len(count_digests) == len(opened.infos)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"key": 1}'])
+def with_digests(value):
+    """An entry of the cache, for the right file, with something else for its digests."""
+    return lambda whole: json.dumps({**json.loads(whole), "digests": value}).encode()
+
+
+DAMAGES = {
+    **{repr(content): lambda _, content=content: content for content in (b"", b"{", b"[]", b"\xff", b'{"key": 1}')},
+    "deep": lambda _: b"[" * 100_000,
+    "other digit": lambda whole: whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:],
+    **{f"digests {value!r}": with_digests(value) for value in ({}, 5, None, [], "x", {"model.norm.weight": 5})},
+    "sealed, of another type": lambda whole: render_sealed({**json.loads(whole), "digests": [5]}).encode(),
+    "sealed, of no texts": lambda whole: render_sealed(
+        {**json.loads(whole), "digests": dict.fromkeys(json.loads(whole)["digests"], 5)}
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_cache_is_written_anew(damage, write, cache, count_digests):
     opened = write(TENSORS)
     first = digest(opened)
     (entry,) = (cache / "digests").iterdir()
     whole = entry.read_bytes()
-    entry.write_bytes(damage)
+    entry.write_bytes(damage(whole))
     assert digest(opened) == first
     assert len(count_digests) == 6
     assert entry.read_bytes() == whole

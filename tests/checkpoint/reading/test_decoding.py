@@ -13,6 +13,7 @@ from portllm.checkpoint.reading.tensors import load, load_rows
 from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.encoding import GGML_TYPES, UNREADABLE, GGMLBlocks
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.files.source import LocalFile
 from tests.quantized import BLOCKS, random_blocks
 from tests.tiny_gguf import permute
 
@@ -42,7 +43,8 @@ def stored_tensor(path, kind, *, heads=0, offset=0.0):
     values = dequantize(stored, GGMLQuantizationType[kind])
     path.write_bytes(b"before" + (permute(stored, heads) if heads else stored).tobytes())
     encoding = GGMLBlocks(kind, *BLOCKS[kind], heads, offset)
-    return TensorInfo("w", "F32", (ROWS, WIDTH), path, 6, 6 + stored.size, encoding), values - np.float32(offset)
+    info = TensorInfo("w", "F32", (ROWS, WIDTH), LocalFile(path), 6, 6 + stored.size, encoding)
+    return info, values - np.float32(offset)
 
 
 @pytest.mark.parametrize("heads", [0, HEADS])

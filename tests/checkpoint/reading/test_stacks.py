@@ -9,6 +9,7 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading import bytes as raw_files
 from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.errors import CheckpointError, UnsupportedDtypeError
+from portllm.files.source import LocalFile
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -76,7 +77,8 @@ def test_empty_tensors_have_no_values(written):
 
 def test_a_file_that_became_shorter_is_named_with_the_first_tensor_that_is_not_whole(written):
     infos = written({name: torch.randn(100) for name in "abc"})
-    file = infos["b"].file
+    file = infos["b"].file.path
+    infos = {name: info.in_file(LocalFile(file)) for name, info in infos.items()}
     file.write_bytes(file.read_bytes()[: infos["b"].stop - 1])
     with pytest.raises(CheckpointError, match=r"'b'.*became shorter"):
         AlikeReader().read(list(infos.values()))

@@ -10,6 +10,8 @@ from portllm.checkpoint.reading.decoding import decode_floats
 from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
 from portllm.checkpoint.reading.windows import SAMPLE_BYTES, load_spans, load_values, sample_span
 from portllm.errors import CheckpointError, UnsupportedDtypeError
+from portllm.files.input_file import open_unchanged
+from portllm.files.source import LocalFile
 from tests.safetensors_files import BYTES_OF, write_tensors
 
 
@@ -21,7 +23,7 @@ def test_values_are_those_of_torch(dtype):
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "BOOL", "U16"])
 def test_what_is_no_float_is_refused(dtype):
-    with pytest.raises(UnsupportedDtypeError, match=f"dtype {dtype}: holds no numbers"):
+    with pytest.raises(UnsupportedDtypeError, match=f"dtype {dtype}: cannot be sampled"):
         decode_floats(b"", dtype)
 
 
@@ -43,9 +45,9 @@ def test_spans_of_one_file_are_read_with_one_opening_and_an_error_names_the_tens
 
     def counted(*how, **more):
         opened.append(how)
-        return open(*how, **more)
+        return open_unchanged(*how, **more)
 
-    monkeypatch.setattr(raw_files, "open", counted, raising=False)
+    monkeypatch.setattr(raw_files, "open_unchanged", counted)
     values = {name: ("F32", (4,), np.full(4, number, "<f4").tobytes()) for number, name in enumerate("abc")}
     file = write_tensors(tmp_path / "m.safetensors", values)
     infos = open_checkpoint(file).infos
@@ -55,4 +57,4 @@ def test_spans_of_one_file_are_read_with_one_opening_and_an_error_names_the_tens
     assert len(opened) == 1
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(CheckpointError, match="'c': .* ended at 0 of 8 bytes"):
-        list(load_spans([(infos[name], 1, 3) for name in "abc"]))
+        list(load_spans([(infos[name].in_file(LocalFile(file)), 1, 3) for name in "abc"]))

@@ -15,6 +15,7 @@ from portllm.checkpoint.safetensors.header import MAX_HEADER_BYTES, parse_header
 from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.tensor.info import DTYPE_BITS, n_bytes_of
 from portllm.errors import HeaderError
+from portllm.files.source import LocalFile
 from tests.safetensors_files import file_bytes
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -191,11 +192,11 @@ def test_the_library_refuses_the_hostile_files_too(rule, tmp_path):
 
 def test_the_cap_itself_is_allowed():
     length = MAX_HEADER_BYTES.to_bytes(8, "little")
-    assert parse_header_length(length, file=Path("m"), file_bytes=8 + MAX_HEADER_BYTES) == MAX_HEADER_BYTES
+    assert parse_header_length(length, file=LocalFile(Path("m")), file_bytes=8 + MAX_HEADER_BYTES) == MAX_HEADER_BYTES
 
 
 def test_a_header_without_tensors_is_a_file():
-    assert parse_header(b"{}", file=Path("m"), file_bytes=10).tensors == {}
+    assert parse_header(b"{}", file=LocalFile(Path("m")), file_bytes=10).tensors == {}
 
 
 def test_a_scalar_and_empty_tensors_have_their_place():
@@ -206,7 +207,7 @@ def test_a_scalar_and_empty_tensors_have_their_place():
             "first": {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]},
         }
     ).encode()
-    tensors = parse_header(text, file=Path("m"), file_bytes=8 + len(text) + 4).tensors
+    tensors = parse_header(text, file=LocalFile(Path("m")), file_bytes=8 + len(text) + 4).tensors
     assert {name: info.n_params for name, info in tensors.items()} == {"scalar": 1, "empty": 0, "first": 0}
     assert tensors["empty"].start == tensors["scalar"].stop == 8 + len(text) + 4
 
@@ -235,7 +236,7 @@ def test_what_is_rendered_the_library_reads(tensors, metadata):
 
     entries = dict(safetensors.deserialize(head + data))
     assert {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()} == tensors
-    parsed = parse_header(head[8:], file=Path("m"), file_bytes=len(head) + size)
+    parsed = parse_header(head[8:], file=LocalFile(Path("m")), file_bytes=len(head) + size)
     assert len(head) % 8 == 0
     assert parsed.metadata == metadata
     for name, entry in entries.items():
@@ -255,8 +256,8 @@ def test_what_the_library_writes_is_parsed(tensors, metadata):
     }
     content = save(made, metadata or None)
 
-    length = parse_header_length(content[:8], file=Path("m"), file_bytes=len(content))
-    parsed = parse_header(content[8 : 8 + length], file=Path("m"), file_bytes=len(content))
+    length = parse_header_length(content[:8], file=LocalFile(Path("m")), file_bytes=len(content))
+    parsed = parse_header(content[8 : 8 + length], file=LocalFile(Path("m")), file_bytes=len(content))
     assert {name: (info.dtype, info.shape) for name, info in parsed.tensors.items()} == tensors
     assert parsed.metadata == metadata
     for name, tensor in made.items():

@@ -16,6 +16,7 @@ from portllm.checkpoint.safetensors.writer import Entry, ShardWriter, lay_out, r
 from portllm.checkpoint.tensor.info import DTYPE_BITS
 from portllm.errors import OutputError, OutputExistsError
 from portllm.files import page_cache
+from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from tests.safetensors_files import contents
 
@@ -243,12 +244,12 @@ def test_a_folder_that_holds_what_is_read_is_refused(tmp_path):
     link.symlink_to(file)
     for out in (tmp_path, tmp_path / "model", tmp_path / "x" / ".." / "model"):
         with pytest.raises(OutputError, match=r"which is an input\. Write to another folder"):
-            check_apart(out, [file])
+            check_apart(out, [local_file(file)])
     for out in (tmp_path / "model", tmp_path / "snapshot"):
         with pytest.raises(OutputError, match="link"):
-            check_apart(out, [link])
+            check_apart(out, [local_file(link)])
     for out in (tmp_path / "model" / "out", tmp_path / "mod", tmp_path / "snapshot"):
-        check_apart(out, [file])
+        check_apart(out, [local_file(file)])
 
 
 def test_tensors_are_written_in_parts_and_in_any_order(tmp_path, monkeypatch):

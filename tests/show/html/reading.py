@@ -4,6 +4,8 @@ import dataclasses
 from enum import Enum
 from html.parser import HTMLParser
 
+import msgspec
+
 VOID = {"meta", "link"}
 
 EVIL = (
@@ -74,6 +76,8 @@ def with_texts(value, behind):
             return {with_texts(key, behind): with_texts(inner, behind) for key, inner in value.items()}
         case list() | tuple():
             return type(value)(with_texts(inner, behind) for inner in value)
+    if isinstance(value, msgspec.Struct):
+        return type(value)(**{name: with_texts(getattr(value, name), behind) for name in value.__struct_fields__})
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return type(value)(**{name: with_texts(inner, behind) for name, inner in fields.items()})

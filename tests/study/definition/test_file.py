@@ -110,7 +110,7 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
     )
     assert problems(tmp_path, text) == [
         "FILE, base: is required.",
-        "FILE, line 3, seeds: is [0, 0]; expected one or more, each once.",
+        "FILE, line 3, seeds: is the list [0, 0]; expected a list, each an integer; one or more, each once.",
         "FILE, line 4, methods: unknown port method 'ad'; available: add.",
         "FILE, line 7, patch.rnk: unknown key. Did you mean rank?",
         "FILE, line 8, patch.learning_rate: is 'fast'; expected a number.",
@@ -125,8 +125,8 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (("seeds = [0, 3]", "seeds = [0, 0]"), "line 4, seeds: is [0, 0]; expected one or more, each once"),
-        (("seeds = [0, 3]", "seeds = []"), "line 4, seeds: is []; expected one or more, each once"),
+        (("seeds = [0, 3]", "seeds = [0, 0]"), "seeds: is the list [0, 0]; expected a list, each an integer"),
+        (("seeds = [0, 3]", "seeds = []"), "line 4, seeds: is the list []; expected a list, each an integer"),
         (("seeds = [0, 3]", "seeds = [true]"), "seeds: is the list [True]; expected a list, each an integer"),
         (("seeds = [0, 3]", "methods = ['ad']"), "line 4, methods: unknown port method 'ad'"),
         (("seeds = [0, 3]", "compare = 'x7b'"), "line 4, compare: is 'x7b', which is not a published table. "),

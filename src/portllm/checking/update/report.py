@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from portllm.checking.update.config_changes import ConfigChange
 from portllm.checking.update.lineage import Lineage
+from portllm.files.record import encode
 from portllm.matching.tensor_pairs import Pairing
 from portllm.matching.token_rows import TokenMap
 from portllm.measures.estimate import DriftEstimate, SampledEstimate
 from portllm.measures.places import TensorPlace
-from portllm.patch.record import ModelIdentity, identity_to_json
+from portllm.patch.record import ModelIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,8 @@ def update_to_json(update: UpdateReport) -> dict[str, object]:
     """The update as JSON values."""
     pairing = update.pairing
     return {
-        "base": identity_to_json(update.base),
-        "evolved": identity_to_json(update.evolved),
+        "base": encode(update.base),
+        "evolved": encode(update.evolved),
         "mode": "full" if update.is_full else "sampled",
         "elements_read": update.n_elements,
         "lineage": str(update.lineage),

@@ -142,7 +142,7 @@ def _write_weights(folder: Path, infos: Mapping[str, TensorInfo], *, file: GGUFF
     entries = {name: Entry(name, "BF16", info.shape) for name, info in infos.items()}
     shards = lay_out(entries)
     total = sum(entry.n_bytes for entry in entries.values())
-    label, done = f"converting {file.path.name}", 0
+    label, done = f"converting {file.source.name}", 0
     for shard in shards:
         with ShardWriter(folder, shard) as writer:
             for entry in shard.entries:

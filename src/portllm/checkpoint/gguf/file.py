@@ -11,6 +11,7 @@ from pathlib import Path
 
 from portllm.checkpoint.gguf.header import GGUFHeader, ListPlace, Value, read_gguf_header, read_gguf_list
 from portllm.errors import CheckpointError
+from portllm.files.source import LocalFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +19,15 @@ class GGUFFile:
     """An open GGUF file; lists of its metadata and tensors are read when they are asked for.
 
     Attributes:
-        path: The file, for messages.
         header: What its header says.
     """
 
-    path: Path
     header: GGUFHeader
+
+    @property
+    def source(self) -> LocalFile:
+        """The file."""
+        return self.header.file
 
     def keys(self, prefix: str) -> tuple[str, ...]:
         """The metadata keys that begin with `prefix`, in the order of the file."""
@@ -86,13 +90,13 @@ class GGUFFile:
 
     def refuse(self, found: str) -> CheckpointError:
         """The error that names this file; `found` says what is wrong and what to do."""
-        return CheckpointError(f"'{self.path}': {found}")
+        return CheckpointError(f"'{self.source}': {found}")
 
     def _value(self, key: str) -> Value | list[Value]:
         value = self.header.fields.get(key)
         if value is None:
             raise self.refuse(f"its metadata has no '{key}', which is required. Convert the model again.")
-        return read_gguf_list(self.path, value) if isinstance(value, ListPlace) else value
+        return read_gguf_list(self.source, value) if isinstance(value, ListPlace) else value
 
     def _wrong_type(self, key: str, expected: str, found: object) -> CheckpointError:
         return self.refuse(f"its metadata '{key}' is {str(found)[:80]!r}; expected {expected}.")
@@ -100,7 +104,7 @@ class GGUFFile:
 
 def open_gguf(path: Path) -> GGUFFile:
     """Open a GGUF file; see `read_gguf_header`."""
-    return GGUFFile(path, read_gguf_header(path))
+    return GGUFFile(read_gguf_header(path))
 
 
 def listed(names: Iterable[str]) -> str:

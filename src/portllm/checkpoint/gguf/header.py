@@ -9,6 +9,7 @@ Source: the GGUF specification (https://github.com/ggml-org/ggml/blob/master/doc
 """
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +17,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 from portllm.checkpoint.safetensors.header import name_problem
+from portllm.checkpoint.safetensors.header_file import size_of
 from portllm.checkpoint.tensor.encoding import GGML_TYPES
 from portllm.errors import CheckpointError
+from portllm.files.input_file import open_input, open_unchanged, state_of
+from portllm.files.source import LocalFile
 
-MAX_ENTRIES = 1 << 20
-"""Key-value pairs, or tensors: far more than any model has."""
+MAX_FIELDS = 1 << 16
+MAX_TENSORS = 1 << 18
+"""Far more than any model has: some dozens, and some thousands."""
 
 MAX_TEXT_BYTES = 1 << 24
+MAX_TEXTS_BYTES = 1 << 27
+"""Of all texts of a header or a list together; the tokens and merges of a large vocabulary have some ten million."""
+
 MAX_NAME_BYTES = 1 << 16
-MAX_LIST = 1 << 24
+MAX_LIST = 1 << 22
+"""A large vocabulary has a quarter of a million tokens, and twice as many merges."""
+
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 
@@ -82,8 +92,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """The metadata by key and the tensors by name, both in the order of the file."""
+    """The metadata by key and the tensors by name, both in the order of the file, and the file as it was then."""
 
+    file: LocalFile
     fields: Mapping[str, Value]
     tensors: Mapping[str, StoredTensor]
 
@@ -95,8 +106,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         CheckpointError: The file cannot be read, is not GGUF, is damaged, or has the other byte order.
     """
     try:
-        with open(path, "rb") as stream:
-            return _header(_Cursor(stream, path.stat().st_size), path)
+        with open_input(path) as stream:
+            return _header(_Cursor(stream), LocalFile(path, state_of(stream.fileno())))
     except OSError as error:
         raise CheckpointError(f"'{path}': cannot be read: {error.strerror}.") from error
     except DamagedGGUFError as error:
@@ -105,27 +116,28 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         ) from error
 
 
-def read_gguf_list(path: Path, place: ListPlace) -> list[Value]:
+def read_gguf_list(file: LocalFile, place: ListPlace) -> list[Value]:
     """The items of a list in the metadata.
 
     Raises:
         CheckpointError: The file cannot be read or changed since its header was read.
     """
     try:
-        with open(path, "rb") as stream:
-            cursor = _Cursor(stream, path.stat().st_size)
+        with os.fdopen(open_unchanged(file), "rb") as stream:
+            cursor = _Cursor(stream)
             cursor.skip(place.position)
             return [cursor.value(place.kind) for _ in range(place.count)]
     except (OSError, DamagedGGUFError) as error:
-        raise CheckpointError(f"'{path}': cannot be read ({error}). Download it again.") from error
+        raise CheckpointError(f"'{file}': cannot be read ({error}). Download it again.") from error
 
 
 class _Cursor:
     """A place in a file; every step is checked against the bytes that are left before anything is allocated."""
 
-    def __init__(self, stream: BinaryIO, size: int) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._left = size
+        self._left = os.fstat(stream.fileno()).st_size
+        self._texts_left = MAX_TEXTS_BYTES
         self.position = 0
 
     def take(self, count: int) -> bytes:
@@ -144,7 +156,8 @@ class _Cursor:
         return int(value)
 
     def text(self, limit: int) -> str:
-        data = self.take(self._bounded(self.number(10), limit, "a string of {} bytes"))
+        data = self.take(self._bounded(self.number(10), min(limit, self._texts_left), "a string of {} bytes"))
+        self._texts_left -= len(data)
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -197,17 +210,16 @@ class _Cursor:
         self.position += count
 
 
-def _header(cursor: _Cursor, path: Path) -> GGUFHeader:
-    file_bytes = path.stat().st_size
+def _header(cursor: _Cursor, file: LocalFile) -> GGUFHeader:
     if cursor.take(4) != b"GGUF":
         raise DamagedGGUFError("it does not start with 'GGUF'")
     version = cursor.number(4)
     if version and not version & 0xFFFF:
-        raise CheckpointError(f"'{path}': is big-endian; only little-endian files are supported.")
+        raise CheckpointError(f"'{file}': is big-endian; only little-endian files are supported.")
     if version not in (2, 3):
         raise DamagedGGUFError(f"its version is {version}; versions 2 and 3 are supported")
-    n_tensors = cursor.count(MAX_ENTRIES, "{} tensors")
-    n_fields = cursor.count(MAX_ENTRIES, "{} metadata entries")
+    n_tensors = cursor.count(MAX_TENSORS, "{} tensors")
+    n_fields = cursor.count(MAX_FIELDS, "{} metadata entries")
     fields: dict[str, Value] = {}
     for _ in range(n_fields):
         key = cursor.name()
@@ -219,7 +231,7 @@ def _header(cursor: _Cursor, path: Path) -> GGUFHeader:
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
         raise DamagedGGUFError(f"its alignment is {str(alignment)[:80]}")
     start = -(-cursor.position // alignment) * alignment
-    return GGUFHeader(fields, _placed(described, start, alignment, file_bytes))
+    return GGUFHeader(file, fields, _placed(described, start, alignment, size_of(file)))
 
 
 def _tensor(cursor: _Cursor) -> StoredTensor:

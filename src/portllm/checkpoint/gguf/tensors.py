@@ -18,6 +18,7 @@ from portllm.checkpoint.gguf.header import StoredTensor
 from portllm.checkpoint.tensor.encoding import UNQUANTIZED, UNREADABLE, GGMLBlocks
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, MissingTensorError
+from portllm.files.source import LocalFile
 
 HEAD = "lm_head.weight"
 _HEAD_OF_LAYER = "blk."
@@ -182,7 +183,7 @@ def _infos(file: GGUFFile, architecture: Architecture, sizes: Mapping[str, int])
         raise file.refuse(f"its tensors {listed(unknown)} are not part of this architecture.")
     missing = {source for source, (_, rule) in rules.items() if not rule.optional} - set(tensors)
     if missing:
-        raise MissingTensorError(f"'{file.path}': lacks the tensors {listed(missing)}. Download it again.")
+        raise MissingTensorError(f"'{file.source}': lacks the tensors {listed(missing)}. Download it again.")
     infos = {}
     for source, tensor in tensors.items():
         name, rule = rules[source]
@@ -192,11 +193,11 @@ def _infos(file: GGUFFile, architecture: Architecture, sizes: Mapping[str, int])
             raise file.refuse(f"its tensor '{source}' is {tensor.shape}; its metadata implies ({axes}).")
         if tensor.type in UNREADABLE:
             raise _unreadable(file, tensor)
-        infos[name] = _info(file.path, name, tensor, rule, sizes)
+        infos[name] = _info(file.source, name, tensor, rule, sizes)
     return dict(sorted(infos.items()))
 
 
-def _info(path: Path, name: str, tensor: StoredTensor, rule: TensorRule, sizes: Mapping[str, int]) -> TensorInfo:
+def _info(source: LocalFile, name: str, tensor: StoredTensor, rule: TensorRule, sizes: Mapping[str, int]) -> TensorInfo:
     heads = sizes[rule.heads] if rule.heads else 0
     is_plain = tensor.type in UNQUANTIZED
     encoding = GGMLBlocks(tensor.type, tensor.elements, tensor.block_bytes, heads, rule.offset)
@@ -204,7 +205,7 @@ def _info(path: Path, name: str, tensor: StoredTensor, rule: TensorRule, sizes: 
         name,
         tensor.type if is_plain else "F32",
         tensor.shape,
-        path,
+        source,
         tensor.start,
         tensor.stop,
         None if is_plain and not heads and not rule.offset else encoding,

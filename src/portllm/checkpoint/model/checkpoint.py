@@ -23,6 +23,10 @@ MAX_NAME_LENGTH = 250
 """Of a model of the hub, with its revision; a name there has 96 characters at most."""
 
 
+SIDE_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+"""What belongs to a model besides its weights: index, configuration, tokenizer."""
+
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.\.)\w[\w./-]*)?")
 
 

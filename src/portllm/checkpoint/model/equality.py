@@ -6,7 +6,6 @@ A plan reads headers and samples. What it takes for equal by these, the run that
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -15,6 +14,7 @@ from portllm.checkpoint.reading.bytes import read_bytes, read_spans
 from portllm.checkpoint.reading.decoding import decode_floats
 from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
 from portllm.errors import Refusal, refuse
+from portllm.files.source import LocalFile
 from portllm.progress import Progress, silent
 
 BLOCK_ELEMENTS = 1 << 23
@@ -54,7 +54,7 @@ def require_equal(
         PlanRefusedError: Two tensors differ where no sample lies.
         CheckpointError: A file cannot be read.
     """
-    here = [pair for pair in taken if isinstance(pair.left.file, Path) and isinstance(pair.right.file, Path)]
+    here = [pair for pair in taken if isinstance(pair.left.file, LocalFile) and isinstance(pair.right.file, LocalFile)]
     done, total = 0, sum(pair.left.n_bytes + pair.right.n_bytes for pair in here)
     refusals = []
     for pair in here:

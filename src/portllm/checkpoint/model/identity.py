@@ -23,8 +23,12 @@ from portllm.checkpoint.reading.windows import sample_window
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError
 from portllm.files.cache import cache_root
+from portllm.files.input_file import local_file, read_input, require_unchanged
+from portllm.files.json_file import MAX_JSON_BYTES
+from portllm.files.json_text import parse_json
 from portllm.files.own_files import write_text
-from portllm.files.source import Source
+from portllm.files.seal import render_sealed, seal_of
+from portllm.files.source import LocalFile, Source
 from portllm.progress import Progress, silent
 
 FINGERPRINT_PREFIX = "s4k1:"
@@ -77,12 +81,13 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
     for file in checkpoint.files:
         infos = [info for _, info in stored_tensors(checkpoint.infos) if info.file == file]
         known = _recall(file)
-        if known is None:
+        if not all(info.name in known for info in infos):
             known = {}
             for info in infos:
                 known[info.name] = digest_tensor(info)
                 done += info.n_bytes
                 progress("digest", done, checkpoint.n_bytes, "bytes")
+            require_unchanged([file])
             remember(file, known)
         digests.update(known)
     progress("digest", checkpoint.n_bytes, checkpoint.n_bytes, "bytes")
@@ -91,7 +96,7 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
 
 def known_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """The digests of the tensors in those files that have not changed since the cache was told of them."""
-    return {name: digest for file in checkpoint.files for name, digest in (_recall(file) or {}).items()}
+    return {name: digest for file in checkpoint.files for name, digest in _recall(file).items()}
 
 
 def remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
@@ -126,22 +131,27 @@ def digest_tensor(info: TensorInfo) -> str:
 
 def _cache_entry(file: Source) -> tuple[Path, dict[str, object]]:
     key: dict[str, object]
-    if isinstance(file, Path):
-        path = file.resolve()
-        facts = path.stat()
-        key = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    if isinstance(file, LocalFile):
+        state = file.state or local_file(file.path).state
+        assert state is not None
+        key = {"path": str(file.path.resolve()), "size": state.size, "mtime_ns": state.mtime_ns}
     else:
         key = {"path": file.url, "size": file.size, "etag": file.etag}
     return cache_root() / "digests" / f"{blake3(str(key['path']).encode()).hexdigest(16)}.json", key
 
 
-def _recall(file: Source) -> dict[str, str] | None:
+def _recall(file: Source) -> dict[str, str]:
+    """The digests that the cache has of a file in its state; none where its entry is damaged."""
     entry, key = _cache_entry(file)
     try:
-        stored = json.loads(entry.read_text(encoding="utf-8"))
+        stored = parse_json(read_input(entry, most=MAX_JSON_BYTES))
     except (OSError, ValueError):
-        return None
-    return stored["digests"] if isinstance(stored, dict) and stored.get("key") == key else None
+        return {}
+    match stored:
+        case {"key": found, "digests": dict(digests), "seal": seal} if found == key:
+            is_whole = seal == seal_of({"key": key, "digests": digests})
+            return digests if is_whole and all(isinstance(digest, str) for digest in digests.values()) else {}
+    return {}
 
 
 def remember(file: Source, digests: Mapping[str, str]) -> None:
@@ -149,6 +159,6 @@ def remember(file: Source, digests: Mapping[str, str]) -> None:
     entry, key = _cache_entry(file)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        write_text(entry, json.dumps({"key": key, "digests": dict(digests)}))
+        write_text(entry, render_sealed({"key": key, "digests": dict(digests)}))
     except (OSError, OutputError):
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import CONFIG_FILE
 from portllm.errors import CheckpointError
+from portllm.files.input_file import MAX_BYTES
 from portllm.files.json_file import read_config
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -27,6 +28,12 @@ def side_files(folder: Path) -> list[Path]:
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES + NOT_COPIED)
     )
     for file in files:
+        require_writable_name(file)
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(
+                f"'{file}': has {size} bytes, and would be copied into the output; the limit for files beside the "
+                f"weights is {MAX_BYTES}. Move it elsewhere."
+            )
         target = file.resolve()
         if not any(target.is_relative_to(root) for root in _roots(folder.resolve())):
             raise CheckpointError(
@@ -34,6 +41,16 @@ def side_files(folder: Path) -> list[Path]:
                 "output. Delete the link, or replace it with the file itself."
             )
     return files
+
+
+def require_writable_name(file: Path) -> None:
+    """Raise CheckpointError if the name of a file is no UTF-8, and can stand in no record."""
+    try:
+        file.name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"'{file}': its name is not valid UTF-8 and cannot be recorded. Rename it, or move it elsewhere."
+        ) from error
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:

@@ -5,11 +5,13 @@ The network is touched for a file of the hub only.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import CheckpointError
-from portllm.files.source import RemoteFile
+from portllm.errors import CheckpointError, InputChangedError
+from portllm.files.input_file import open_unchanged
+from portllm.files.source import LocalFile, RemoteFile
 
 _BATCH = 512
 
@@ -36,10 +38,22 @@ def _read_local(spans: Iterable[tuple[TensorInfo, int, int]]) -> Iterator[bytes]
     """Spans of one file on this disk, which is opened once."""
     spans = list(spans)
     info = spans[0][0]
+    with _opened(info) as file:
+        for info, start, stop in spans:
+            yield _read_span(file, info, start, stop)
+
+
+@contextmanager
+def _opened(info: TensorInfo) -> Iterator[int]:
+    """The descriptor of the file on this disk that holds a tensor."""
+    if not isinstance(info.file, LocalFile):
+        raise TypeError(f"'{info.name}': '{info.file}' is not on this disk")
     try:
-        with open(str(info.file), "rb", buffering=0) as file:
-            for info, start, stop in spans:
-                yield _read_span(file.fileno(), info, start, stop)
+        file = open_unchanged(info.file)
+        try:
+            yield file
+        finally:
+            os.close(file)
     except OSError as error:
         raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
 
@@ -49,7 +63,7 @@ def _read_span(file: int, info: TensorInfo, start: int, stop: int) -> bytes:
     while len(data) < stop - start:  # one call returns at most 2 GiB, and may return less
         more = os.pread(file, stop - start - len(data), info.start + start + len(data))
         if not more:
-            raise CheckpointError(
+            raise InputChangedError(
                 f"'{info.name}': '{info.file}' ended at {len(data)} of {stop - start} bytes; "
                 "it changed while it was read. Run again when nothing writes to it."
             )
@@ -69,13 +83,9 @@ def read_into(spans: Iterable[tuple[TensorInfo, memoryview]]) -> None:
         runs[-1].append((info, memory))
     if not runs:
         return
-    info = runs[0][0][0]
-    try:
-        with open(str(info.file), "rb", buffering=0) as file:
-            for run in runs:
-                _fill(file.fileno(), run)
-    except OSError as error:
-        raise CheckpointError(f"'{info.name}': cannot read '{info.file}': {error.strerror}.") from error
+    with _opened(runs[0][0][0]) as file:
+        for run in runs:
+            _fill(file, run)
 
 
 def _fill(file: int, run: Sequence[tuple[TensorInfo, memoryview]]) -> None:
@@ -85,7 +95,7 @@ def _fill(file: int, run: Sequence[tuple[TensorInfo, memoryview]]) -> None:
         place += count
         if not count:
             info = next(info for info, _ in run if place < info.stop)
-            raise CheckpointError(
+            raise InputChangedError(
                 f"'{info.name}': '{info.file}' became shorter while it was read. Run again when nothing writes to it."
             )
         while waiting and count >= len(waiting[0]):

@@ -28,7 +28,8 @@ def spans_of(info: TensorInfo, start: int, stop: int) -> list[Span]:
 
     Example:
         >>> from pathlib import Path
-        >>> info = TensorInfo("w", "F32", (3, 64), Path("m.gguf"), 0, 102, GGMLBlocks("Q8_0", 32, 34))
+        >>> from portllm.files.source import LocalFile
+        >>> info = TensorInfo("w", "F32", (3, 64), LocalFile(Path("m.gguf")), 0, 102, GGMLBlocks("Q8_0", 32, 34))
         >>> [span[1:] for span in spans_of(info, 40, 70)]
         [(34, 102)]
     """

@@ -20,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import constants, get_session, get_token
+from huggingface_hub import constants, get_session, get_token, set_client_factory
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import _http
 
 from portllm import __version__
 from portllm.errors import RemoteError
@@ -50,6 +52,8 @@ REFUSED_STATUSES = frozenset({400, 401, 403, 404, 410})
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _RATE_LIMIT = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
+
+_PLAIN = re.compile(r'(W/)?"?[0-9A-Za-z][\w.:=+-]{0,255}"?', re.ASCII)
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -115,6 +119,35 @@ def forget() -> None:
     with _lock:
         _slices.clear()
         _locations.clear()
+
+
+@cache
+def guard_client() -> None:
+    """Have huggingface_hub's client refuse what a server says and that library would take for a path in its cache.
+
+    It names files by the digests that the hub answers with, as they come: `../../x` would be written outside of the
+    cache, and `/etc/passwd` read. A client that takes the place of another after an error is guarded, too.
+    """
+    make: Callable[[], httpx2.Client] = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+
+    def guarded() -> httpx2.Client:
+        client = make()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _refuse_paths]}
+        return client
+
+    set_client_factory(guarded)
+
+
+def _refuse_paths(response: httpx2.Response) -> None:
+    url = str(response.url)
+    if _origin(url) != _origin(constants.ENDPOINT):
+        return
+    for name in ("etag", "x-linked-etag", "x-repo-commit"):
+        value = response.headers.get(name)
+        if value is not None and not _PLAIN.fullmatch(value):
+            place = url.partition("?")[0]
+            raise RemoteError(f"'{place}': the server answers with {name}: {value[:80]!r}, which is not a digest.")
 
 
 def read_range(file: RemoteFile, start: int, stop: int) -> bytes:

@@ -1,15 +1,16 @@
 """Bytes of tensors on disk, one span after the other, read into memory that is used again, the kernel reading ahead."""
 
 import os
-from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
 
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import CheckpointError
+from portllm.errors import CheckpointError, InputChangedError
 from portllm.files import page_cache
+from portllm.files.input_file import open_unchanged
+from portllm.files.source import LocalFile
 
 Reader = TypeVar("Reader", bound="SpanReader")
 
@@ -56,7 +57,7 @@ class SpanReader:
             except OSError as error:
                 raise _unreadable(info, error) from error
             if not count:
-                raise CheckpointError(
+                raise InputChangedError(
                     f"'{info.name}': '{info.file}' ended at {done} of {len(memory)} bytes; it changed while it was "
                     "read. Run again when nothing writes to it."
                 )
@@ -64,10 +65,10 @@ class SpanReader:
 
     def _turn_to(self, info: TensorInfo) -> None:
         self._close()
-        if not isinstance(info.file, Path):
+        if not isinstance(info.file, LocalFile):
             raise TypeError(f"'{info.name}': '{info.file}' is not on this disk")
         try:
-            self._file = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = open_unchanged(info.file)
         except OSError as error:
             raise _unreadable(info, error) from error
         self._info, self._fetched = info, 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.files.source import LocalFile
 
 SPOOL_FILE = ".spool"
 """Its name in a staged folder, which is gone before the folder takes its place."""
@@ -54,7 +55,7 @@ class Spool:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path = LocalFile(path)
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._written = 0
         self._lock = Lock()
@@ -89,4 +90,4 @@ class Spool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        os.unlink(self._path)
+        os.unlink(self._path.path)

@@ -19,7 +19,8 @@ def sample_span(info: TensorInfo) -> tuple[int, int]:
 
     Example:
         >>> from pathlib import Path
-        >>> sample_span(TensorInfo("w", "BF16", (3, 5), Path("m.safetensors"), 8, 38))
+        >>> from portllm.files.source import LocalFile
+        >>> sample_span(TensorInfo("w", "BF16", (3, 5), LocalFile(Path("m.safetensors")), 8, 38))
         (0, 15)
     """
     start, stop = sample_window(info.name, n_bytes_of(info.dtype, info.shape))

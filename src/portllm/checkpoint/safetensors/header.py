@@ -78,8 +78,9 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
 
     Example:
         >>> from pathlib import Path
+        >>> from portllm.files.source import LocalFile
         >>> text = b'{"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}'
-        >>> parse_header(text, file=Path("m.safetensors"), file_bytes=8 + len(text) + 24).tensors["w"].shape
+        >>> parse_header(text, file=LocalFile(Path("m.safetensors")), file_bytes=8 + len(text) + 24).tensors["w"].shape
         (2, 3)
     """
 
@@ -128,8 +129,10 @@ def render_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
 
     Example:
         >>> from pathlib import Path
+        >>> from portllm.files.source import LocalFile
         >>> header = render_header([("w", "F32", (2, 3))], {})
-        >>> parse_header(header[8:], file=Path("m"), file_bytes=len(header) + 24).tensors["w"].start == len(header)
+        >>> parsed = parse_header(header[8:], file=LocalFile(Path("m")), file_bytes=len(header) + 24)
+        >>> parsed.tensors["w"].start == len(header)
         True
     """
     entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from portllm.errors import DataError
+from portllm.files.input_file import read_input
+from portllm.files.json_text import parse_json
 
 TRAIN, VALIDATION, TEST = "train.jsonl", "validation.jsonl", "test.jsonl"
 
@@ -63,8 +65,8 @@ def _splits(config: Mapping[str, object], *keys: str) -> list[str]:
 
 def _write(source: Path, out: Path) -> Path:
     try:
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_input(source).removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
         raise DataError(
             f"'{source}': cannot be read: {error}. Expected one folder per task with {TRAIN} and {VALIDATION}."
         ) from error
@@ -75,9 +77,9 @@ def _write(source: Path, out: Path) -> Path:
     return out
 
 
-def _parsed(line: str, source: Path, number: int) -> Row:
+def _parsed(line: bytes, source: Path, number: int) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line, infinities=True)
     except ValueError as error:
         raise DataError(f"'{source}', line {number}: is not valid JSON: {error}. Correct the line.") from error
     if not isinstance(row, dict):

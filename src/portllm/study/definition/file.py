@@ -2,19 +2,17 @@
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from portllm.errors import StudyFileError, UnknownMethodError
-from portllm.files.toml_text import line_of, meant
+from portllm.files.toml_file import read_toml, told
+from portllm.files.toml_text import meant
+from portllm.files.typed import Tell, read_table
 from portllm.methods.table import method_named
 from portllm.study.definition.paper import published
 from portllm.study.definition.settings import EVOLUTIONS, Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
-from portllm.study.definition.typed import Tell, read_table
-from portllm.study.parts.check import CheckSettings
-from portllm.study.parts.theory import TheorySettings
 from portllm.training.lora import TrainSettings
 
 TASKS: Mapping[str, type[TaskSettings]] = {"rows": RowsTask, "harness": HarnessTask}
@@ -28,24 +26,11 @@ def read_study(file: Path) -> Study:
     Raises:
         StudyFileError: It cannot be read, is not TOML, or says what a study cannot be; with every problem.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except OSError as error:
-        raise StudyFileError(f"'{file}': cannot be read: {error.strerror}. Pass the study's TOML file.") from error
-    except ValueError as error:  # of TOML, which names the line, or of UTF-8
-        raise StudyFileError(f"'{file}': is not valid TOML: {error}.") from error
-    problems: list[tuple[int, str]] = []
-
-    def tell(path: tuple[str, ...], problem: str) -> None:
-        line = line_of(text, path)
-        place = f", line {line}" if line else ""
-        end = "" if problem.endswith((".", "?")) else "."
-        problems.append((line or 0, f"'{file}'{place}, {'.'.join(path)}: {problem}{end}"))
-
-    study = _read(values, tell)
+    text, values = read_toml(file, kind="study", error=StudyFileError)
+    problems: list[tuple[tuple[str, ...], str]] = []
+    study = _read(values, lambda path, problem: problems.append((path, problem)))
     if study is None or problems:
-        raise StudyFileError("\n".join(problem for _, problem in sorted(problems)))
+        raise StudyFileError(told(file, text, problems))
     return study
 
 
@@ -55,16 +40,10 @@ def _read(values: Mapping[str, Any], tell: Tell) -> Study | None:
     evolutions = {
         name: _read_evolution(table, ("evolutions", name), tell) for name, table in _named(values, "evolutions", tell)
     }
-    old_text = None if "old_text" not in values else read_table(Text, values["old_text"], ("old_text",), tell)
-    check = None if "check" not in values else read_table(CheckSettings, values["check"], ("check",), tell)
-    theory = None if "theory" not in values else read_table(TheorySettings, values["theory"], ("theory",), tell)
     parts = {
         "patch": _read_patch(values.get("patch", {}), tell) or TrainSettings(),
         "tasks": {name: task for name, task in tasks.items() if task is not None},
         "evolutions": {name: evolution for name, evolution in evolutions.items() if evolution is not None},
-        "old_text": old_text,
-        "check": check,
-        "theory": theory,
     }
     _check(values, tell)
     return read_table(Study, {key: value for key, value in values.items() if key not in parts}, (), tell, **parts)
@@ -120,17 +99,12 @@ def _read_evolution(table: object, path: tuple[str, ...], tell: Tell) -> Evoluti
     settings = read_table(cls, {key: rest[key] for key in rest if key not in own}, path, tell)
     new_text = rest.pop("new_text", None)
     text = None if new_text is None else read_table(Text, new_text, (*path, "new_text"), tell)
-    return read_table(
-        Evolution, {key: rest[key] for key in rest if key in own}, path, tell, settings=settings or cls(), new_text=text
-    )
+    mine = {key: rest[key] for key in rest if key in own}
+    return read_table(Evolution, mine, path, tell, settings=settings or cls(), new_text=text)
 
 
 def _check(values: Mapping[str, Any], tell: Tell) -> None:
     """What types do not say; values of a wrong type are left to `read_table`."""
-    for name in ("seeds", "methods"):
-        given = values.get(name, [0])
-        if isinstance(given, list) and (not given or len(set(map(repr, given))) < len(given)):
-            tell((name,), f"is {given}; expected one or more, each once")
     methods = values.get("methods")
     for method in methods if isinstance(methods, list) else []:
         try:

@@ -1,10 +1,11 @@
 """Numbers of the paper and of later work, to set results beside: each with where it was read."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+
+import msgspec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,5 @@ class PublishedTable:
 @cache
 def published() -> Mapping[str, PublishedTable]:
     """The tables by name."""
-    text = resources.files("portllm.study.definition").joinpath("published.json").read_text(encoding="utf-8")
-    return {
-        name: PublishedTable(table["title"], table["provenance"], tuple(PublishedRow(**row) for row in table["rows"]))
-        for name, table in json.loads(text).items()
-    }
+    text = resources.files("portllm.study.definition").joinpath("published.json").read_bytes()
+    return msgspec.json.decode(text, type=dict[str, PublishedTable])

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from portllm.study.definition.settings import Evolution, Study, Text
 from portllm.study.definition.variants import BASE, PATCHED, RETRAINED
@@ -21,7 +21,7 @@ class Identities:
     """
 
     base: str
-    data: Mapping[str, object]
+    data: Mapping[str, Any]
 
 
 OLD_TEXT, NEW_TEXT = "old", "new."

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from portllm.evaluating.scoring import Kind
+from portllm.files.typed import EACH_ONCE
 from portllm.running.examples import ExampleFormat, Template
 from portllm.running.ranges import require_ranges
 from portllm.study.parts.check import CheckSettings
@@ -183,8 +184,8 @@ class Study:
 
     title: str
     base: str
-    seeds: tuple[int, ...] = (0,)
-    methods: tuple[str, ...] = ("add",)
+    seeds: Annotated[tuple[int, ...], EACH_ONCE] = (0,)
+    methods: Annotated[tuple[str, ...], EACH_ONCE] = ("add",)
     patch: TrainSettings = field(default_factory=TrainSettings)
     tasks: Mapping[str, TaskSettings]
     evolutions: Mapping[str, Evolution]

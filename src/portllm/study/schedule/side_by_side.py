@@ -1,6 +1,5 @@
 """Do the steps of a study side by side: each as soon as what it reads is done and a worker is free."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from portllm.files.kept_results import Record, identity_or_none, read_record
 from portllm.study.definition.plan import Step, startable
 from portllm.study.schedule.ledger import Ledger
 from portllm.study.schedule.shared import appears
-from portllm.workers.pool import Finished, Lost, Pool
+from portllm.workers.pool import Finished, Pool, Retries
 
 RETRIES = 2
 """Of a step whose worker died, or whose failure may pass."""
@@ -31,7 +30,7 @@ def do_side_by_side(ledger: Ledger, pool: Pool, *, note: Callable[[Step, Record,
         WorkersError: No worker can be started.
     """
     running: dict[int, Step] = {}
-    tries: Counter[Step] = Counter()
+    tried = Retries(RETRIES)
     failure: StudyStepError | None = None
     while running or (failure is None and ledger.left()):
         if failure is None:
@@ -47,20 +46,10 @@ def do_side_by_side(ledger: Ledger, pool: Pool, *, note: Callable[[Step, Record,
             record = _seen(ledger, step, ended.result["record"])
             ledger.note(step, record)
             note(step, record, len(running) + pool.free)
-            continue
-        tries[step] += 1
-        reason, can_pass = _reason(ended)
-        if not can_pass or tries[step] > RETRIES:
-            failure = failure or StudyStepError(f"{step.name}: {reason}")
+        elif not tried.again(ended):
+            failure = failure or StudyStepError(f"{step.name}: {ended.reason}")
     if failure is not None:
         raise failure
-
-
-def _reason(ended: Finished | Lost) -> tuple[str, bool]:
-    """Why a step is not done, and whether that may pass."""
-    if isinstance(ended, Lost):
-        return ended.reason, True
-    return ended.result["reason"], ended.result["can_pass"]
 
 
 def _seen(ledger: Ledger, step: Step, told: Mapping[str, Any]) -> Record:

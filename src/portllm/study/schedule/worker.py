@@ -3,13 +3,14 @@
 import socket
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from portllm.errors import DataError, OutputBusyError, PortLLMError, RemoteError, WorkersError
 from portllm.files.kept_results import do, versions
+from portllm.files.record import encode
 from portllm.progress import silent
 from portllm.running.model import Device
 from portllm.study.definition.plan import Identities, steps_of
@@ -71,7 +72,7 @@ class StepWorker:
             return {"reason": str(error), "can_pass": isinstance(error, OutputBusyError | RemoteError)}
         except Exception:  # a bug: its traceback is the reason
             return {"reason": traceback.format_exc().strip(), "can_pass": False}
-        return {"record": asdict(record)}
+        return {"record": encode(record)}
 
     @cached_property
     def _work(self) -> StepRunner:
