@@ -72,6 +72,7 @@ from .errors import (
     FleetFileError as FleetFileError,
     HeaderError as HeaderError,
     IndexFileError as IndexFileError,
+    InputChangedError as InputChangedError,
     MissingExtraError as MissingExtraError,
     MissingShardError as MissingShardError,
     MissingTensorError as MissingTensorError,
