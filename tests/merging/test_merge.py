@@ -433,7 +433,7 @@ def test_a_model_that_shrinks_meanwhile_leaves_nothing_behind(case, tmp_path):
     patch, into = case()
     (file,) = into.files
     file.path.write_bytes(file.path.read_bytes()[:-1])
-    with pytest.raises(portllm.PortLLMError, match="changed while it was read"):
+    with pytest.raises(portllm.PortLLMError, match="changed while it was being read"):
         merge(patch, into=into, out=tmp_path / "out")
     assert leftovers(tmp_path) == []
 

@@ -92,13 +92,13 @@ def test_a_patch_does_not_replace_the_rows_or_the_patch_that_it_is_trained_on(wo
     rows = shutil.copy(world["data"], shutil.copytree(world["patch"].name, tmp_path / "patch"))
     start = load_patch(tmp_path / "patch")
     teacher = Teacher(world["base"], start)
-    asked = {"prompt": FORMAT.prompt, "completion": FORMAT.completion, "device": "cpu", "overwrite": True}
+    asked = {**FORMAT, "device": "cpu", "overwrite": True}
     before = contents(tmp_path)
     for work in (
         lambda out: train(world["base"], data=rows, out=out, **asked),
         lambda out: train(world["base"], data=world["data"], out=out, start=start, **asked),
         lambda out: distil(
-            world["base"], data=world["data"], prompt=FORMAT.prompt, teacher=teacher, out=out, overwrite=True
+            world["base"], data=world["data"], prompt=FORMAT["prompt"], teacher=teacher, out=out, overwrite=True
         ),
     ):
         with pytest.raises(OutputError, match="which is an input"):

@@ -214,7 +214,7 @@ def test_a_signature_that_passes_over_gits_files_holds_where_there_are_none(copy
     assert verify(folder, trust=PublicKey(keys / "mine.pub")).verified
     (folder / ".gitignore").write_text("*")
     found = verify(folder, trust=PublicKey(keys / "mine.pub"))
-    assert "leaves out '.gitignore'" in found.checks[-1].finding
+    assert "does not cover '.gitignore'" in found.checks[-1].finding
 
 
 def test_a_folder_of_which_a_part_was_not_read_is_not_signed(copy, keys, monkeypatch):

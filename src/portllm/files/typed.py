@@ -86,7 +86,7 @@ def problems(value: object, expected: Any, path: Path = (), known: Collection[st
 
     Example:
         >>> list(problems({"a": 1, "b": "x"}, dict[str, int], ("seeds",)))
-        [(('seeds', 'b'), "is 'x'; expected a whole number")]
+        [(('seeds', 'b'), "is 'x'; expected an integer")]
     """
     inside = list(_inside(value, expected, path, known))
     yield from inside
@@ -171,9 +171,9 @@ def describe(expected: Any) -> str:  # noqa: ANN401
 
     Example:
         >>> describe(int | None), describe(tuple[str, ...]), describe(Literal["lora", "full"])
-        ('a whole number', 'a list, each a text', "'lora' or 'full'")
+        ('an integer', 'a list, each a text', "'lora' or 'full'")
         >>> describe(Annotated[tuple[int, ...], EACH_ONCE])
-        'a list, each a whole number; one or more, each once'
+        'a list, each an integer; one or more, each once'
     """
     arguments = typing.get_args(expected)
     match typing.get_origin(expected):

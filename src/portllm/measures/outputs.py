@@ -137,7 +137,7 @@ def effect_kept(ported: Distance, evolved: Distance) -> KeptShare | None:
 
     Example:
         >>> effect_kept(Distance((0.25, 0.5), 1.0), Distance((1.0, 2.0), 0.0))
-        Kept(value=0.75, error=0.0)
+        KeptShare(value=0.75, error=0.0)
     """
     n, total = len(evolved.nats), math.fsum(evolved.nats)
     if not total:

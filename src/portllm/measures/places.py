@@ -29,9 +29,9 @@ def place_of(name: str) -> TensorPlace:
 
     Example:
         >>> place_of("model.layers.3.mlp.experts.17.up_proj.weight")
-        Place(stack='model.layers', layer=3, kind='mlp.experts.up_proj', is_expert=True)
+        TensorPlace(stack='model.layers', layer=3, kind='mlp.experts.up_proj', is_expert=True)
         >>> place_of("model.layers.0.self_attn.q_proj.bias")
-        Place(stack='model.layers', layer=0, kind='self_attn.q_proj.bias', is_expert=False)
+        TensorPlace(stack='model.layers', layer=0, kind='self_attn.q_proj.bias', is_expert=False)
         >>> place_of("model.embed_tokens.weight").kind
         'model.embed_tokens'
     """

@@ -207,7 +207,7 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
         )
     except Exception as error:  # what a hostile signature makes the parsers and verifiers below raise has no bound
         return f"not by {trust}, or not over these files: {_told(error)}"
-    return None if unsigned is None else f"leaves out '{unsigned}'"
+    return None if unsigned is None else f"does not cover '{unsigned}'"
 
 
 def _is_signature(file: Path) -> bool:

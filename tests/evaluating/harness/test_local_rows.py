@@ -59,8 +59,8 @@ def test_other_rows_stay_as_they_are(row):
         (b'{"label": 1}\n{"label":\n', "validation.jsonl', line 2: is not valid JSON"),
         (b"[1]\n", "validation.jsonl', line 1: is not a JSON object"),
         (b"\n\n", "validation.jsonl': has no rows"),
-        (b"\xff\n", "validation.jsonl', line 1: is not JSON"),
-        (rb'{"a": "\ud800"}', "line 1: is not JSON: it holds half of a surrogate pair"),
+        (b"\xff\n", "validation.jsonl', line 1: is not valid JSON"),
+        (rb'{"a": "\ud800"}', "line 1: is not valid JSON: it contains an unpaired surrogate"),
     ],
 )
 def test_lines_that_are_no_rows_are_named(rows, tmp_path, content, message):

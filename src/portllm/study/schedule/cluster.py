@@ -63,11 +63,11 @@ def one_a_device(machines: Sequence[Machine], device: Device, *, workers: int | 
 
     Example:
         >>> one_a_device([Machine(16, 4), Machine(16, 4)], "auto", workers=None, n_steps=99)
-        Share(workers=8, cores=4, gpus=1, memory=0)
+        ClusterRequest(workers=8, cores=4, gpus=1, memory=0)
         >>> one_a_device([Machine(16, 0), Machine(8, 0)], "auto", workers=None, n_steps=99)
-        Share(workers=2, cores=8, gpus=0, memory=0)
+        ClusterRequest(workers=2, cores=8, gpus=0, memory=0)
         >>> one_a_device([Machine(8, 0)], "cpu", workers=3, n_steps=99)
-        Share(workers=3, cores=2, gpus=0, memory=0)
+        ClusterRequest(workers=3, cores=2, gpus=0, memory=0)
     """
     with_gpu = [machine for machine in machines if machine.gpus]
     if device == "cuda" and not with_gpu:
