@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -129,14 +129,15 @@ def guard_client() -> None:
     cache, and `/etc/passwd` read. A client that takes the place of another after an error is guarded, too.
     """
     make: Callable[[], httpx2.Client] = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+    if getattr(make, "func", None) is not _guarded:
+        set_client_factory(partial(_guarded, make))
 
-    def guarded() -> httpx2.Client:
-        client = make()
-        hooks = client.event_hooks
-        client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _refuse_paths]}
-        return client
 
-    set_client_factory(guarded)
+def _guarded(make: Callable[[], httpx2.Client]) -> httpx2.Client:
+    client = make()
+    hooks = client.event_hooks
+    client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _refuse_paths]}
+    return client
 
 
 def _refuse_paths(response: httpx2.Response) -> None:
