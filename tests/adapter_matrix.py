@@ -376,7 +376,7 @@ LAYOUTS: Mapping[str, Layout] = {
         "`layers.0._fsdp_wrapped_module.`: FSDP", {r"(\.\d+\.)": r"\1_fsdp_wrapped_module._checkpoint_wrapped_module."}
     ),
     "without prefix": Layout("no `base_model.model.` before the name", {r"^base_model\.model\.": ""}, "without"),
-    "data parallel": Layout("`module.` before the name", {"^": "module."}, "without 'base_model.model.'"),
+    "data parallel": Layout("`module.` before the name", {"^": "module."}, "without the prefix"),
     "twice": Layout("`base_model.model.` twice", {"^": "base_model.model."}, "around another adapter"),
     "originals": Layout(
         "`lm_head.original_module.weight`", {SAVED: r".\1.original_module.weight"}, "the base's own value"

@@ -40,27 +40,27 @@ from dataclasses import dataclass
 
 
 class PortLLMError(Exception):
-    """The root of the tree."""
+    """Base class of all errors of PortLLM."""
 
 
 class CheckpointError(PortLLMError):
-    """A model cannot be read or written as asked."""
+    """A model cannot be read or written."""
 
 
 class HeaderError(CheckpointError):
-    """A safetensors header breaks a rule of the format."""
+    """A safetensors header violates the format."""
 
 
 class IndexFileError(CheckpointError):
-    """A shard index does not describe the shards beside it."""
+    """A shard index does not match its shards."""
 
 
 class MissingShardError(CheckpointError):
-    """A shard that the index names is not there."""
+    """A shard named by the index is missing."""
 
 
 class MissingTensorError(CheckpointError):
-    """A tensor that the caller needs is not in the checkpoint."""
+    """A required tensor is missing from the checkpoint."""
 
 
 class InputChangedError(CheckpointError):
@@ -68,15 +68,15 @@ class InputChangedError(CheckpointError):
 
 
 class UnsupportedDtypeError(CheckpointError):
-    """A tensor has a dtype that this program does not compute with."""
+    """A tensor has an unsupported dtype."""
 
 
 class NotFoundError(CheckpointError):
-    """There is no model at the place that was named."""
+    """No model exists at the given path or id."""
 
 
 class RemoteError(CheckpointError):
-    """A server cannot be reached, denies access, or does not give the bytes it was asked for."""
+    """A server cannot be reached, denies access, or returns the wrong bytes."""
 
 
 class PatchError(PortLLMError):
@@ -84,27 +84,27 @@ class PatchError(PortLLMError):
 
 
 class AdapterFormatError(PatchError):
-    """The folder is not an adapter that this program understands whole."""
+    """The folder is not a fully supported adapter."""
 
 
 class PatchRecordError(PatchError):
-    """`patch.json` is missing where it is needed, breaks its schema, or its seal does not fit what it says."""
+    """`patch.json` is missing, violates its schema, or does not match its seal."""
 
 
 class NonFiniteError(PatchError):
-    """A weight, a delta or their sum holds an infinity or NaN."""
+    """A weight, a delta or their sum contains an infinity or NaN."""
 
 
 class DeviceError(PortLLMError):
-    """There is no such device to compute on."""
+    """The requested device is not available."""
 
 
 class PortError(PortLLMError):
-    """A patch cannot be ported as asked."""
+    """A patch cannot be ported."""
 
 
 class UnknownMethodError(PortError):
-    """No row of `METHODS` has this id."""
+    """The port method is unknown."""
 
 
 class OutputError(PortLLMError):
@@ -112,31 +112,31 @@ class OutputError(PortLLMError):
 
 
 class OutputExistsError(OutputError):
-    """Something is at the output's place already."""
+    """The output already exists."""
 
 
 class OutputBusyError(OutputError):
-    """Another run is writing to the same place."""
+    """Another run is writing to the same path."""
 
 
 class CertificateError(PortLLMError):
-    """`certificate.json` is missing where it is needed, breaks its schema or its seal, or does not add up."""
+    """`certificate.json` is missing, violates its schema, does not match its seal, or is inconsistent."""
 
 
 class SignatureError(PortLLMError):
-    """A signature cannot be made or checked, whatever it would say."""
+    """A signature cannot be made or checked."""
 
 
 class FleetFileError(PortLLMError):
-    """The file that describes a fleet breaks its schema, or what it names is not there."""
+    """A fleet file violates its schema, or something it names does not exist."""
 
 
 class StudyFileError(PortLLMError):
-    """The file that describes a study is not TOML, or says what a study cannot be."""
+    """A study file is not valid TOML, or describes an invalid study."""
 
 
 class StudyStepError(PortLLMError):
-    """A step of a study failed on a worker; the message begins with its name."""
+    """A step of a study failed on a worker; the message starts with its name."""
 
 
 class WorkersError(PortLLMError):
@@ -144,7 +144,7 @@ class WorkersError(PortLLMError):
 
 
 class StorageError(PortLLMError):
-    """A place that is reached by URL cannot be read or written.
+    """A URL cannot be read or written.
 
     Attributes:
         can_pass: Whether it may work when it is tried again: a network that fails, but not a missing permission.
@@ -156,7 +156,7 @@ class StorageError(PortLLMError):
 
 
 class DataError(PortLLMError):
-    """Rows of a data file do not fit the task."""
+    """Rows of a data file are invalid for the task."""
 
 
 class MissingExtraError(PortLLMError):
@@ -165,7 +165,7 @@ class MissingExtraError(PortLLMError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Refusal:
-    """One reason not to run a plan.
+    """One reason why a plan cannot run.
 
     Attributes:
         where: The tensor, module, file or option that the reason is about.
@@ -180,10 +180,10 @@ class Refusal:
 
 
 class PlanRefusedError(PortLLMError):
-    """A plan found reasons not to run.
+    """A plan cannot run; lists every reason.
 
     Attributes:
-        refusals: All of them, sorted by place.
+        refusals: All reasons, sorted by place.
 
     Example:
         >>> print(PlanRefusedError([Refusal("lm_head", "no such module in the evolved model.")]))
@@ -197,7 +197,7 @@ class PlanRefusedError(PortLLMError):
         lines = [str(refusal) for refusal in self.refusals[: self.SHOWN]]
         rest = len(self.refusals) - self.SHOWN
         if rest > 0:
-            lines.append(f"and {rest} more of the same run; --json lists them all.")
+            lines.append(f"and {rest} more; --json lists them all.")
         super().__init__("\n".join(lines))
 
 

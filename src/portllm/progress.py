@@ -1,4 +1,4 @@
-"""How long work tells its caller how far it is: a callback, so that the library itself never prints."""
+"""Progress reporting by callback, so that the library itself never prints."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -6,7 +6,7 @@ import pytest
 
 from portllm import __version__
 from portllm.capturing.adapter import capture_adapter, plan_capture
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.verdict import Answer
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import open_checkpoint
@@ -65,7 +65,7 @@ def test_a_patch_is_not_captured_again(tiny, tmp_path):
     patch = capture_adapter(load_patch(tiny("adapter")), base=base, out=tmp_path / "patch")
     reasons = refused(patch, base, tmp_path)
     assert set(reasons) == {"--adapter"}
-    assert "is a patch already: its patch.json names" in reasons["--adapter"]
+    assert "is already a patch: its patch.json names" in reasons["--adapter"]
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
@@ -99,9 +99,9 @@ def test_a_number_that_is_none_is_refused_by_its_name_wherever_a_patch_goes(valu
         with pytest.raises(NonFiniteError, match=name.removeprefix("base_model.model.").rpartition(".lora")[0]):
             way()
         assert not (tmp_path / "out").exists()
-    found = check(load_patch(adapter), base=base, evolved=evolved).patches[0].verdict
+    found = check_weights(load_patch(adapter), base=base, evolved=evolved).patches[0].verdict
     assert found.answer is Answer.WILL_NOT_HOLD
-    assert "holds an infinity or NaN" in found.reasons[0].text
+    assert "contains an infinity or NaN" in found.reasons[0].text
 
 
 def test_an_output_that_exists_is_refused_and_kept(tiny, tmp_path):
@@ -117,7 +117,7 @@ def test_a_capture_never_replaces_the_adapter_or_the_base(tiny):
     adapter, base = load_patch(tiny("adapter")), open_checkpoint(tiny("base"))
     before = contents(tiny("adapter")), contents(tiny("base"))
     for out in (tiny("adapter"), tiny("base")):
-        with pytest.raises(OutputError, match="which is read for the output"):
+        with pytest.raises(OutputError, match="which is an input"):
             capture_adapter(adapter, base=base, out=out, overwrite=True)
     assert (contents(tiny("adapter")), contents(tiny("base"))) == before
 

@@ -15,9 +15,9 @@ def test_a_patch_is_captured_of_an_adapter_or_of_a_tuned_model(given):
 @pytest.mark.parametrize(
     ("given", "stray"),
     [
-        ({"adapter": "adapter", "rank": 4}, "rank does not go with an adapter"),
-        ({"adapter": "adapter", "dense": "drop"}, "dense does not go with an adapter"),
-        ({"tuned": "tuned", "initial": "initial"}, "initial does not go with a tuned model"),
+        ({"adapter": "adapter", "rank": 4}, "rank cannot be used with an adapter"),
+        ({"adapter": "adapter", "dense": "drop"}, "dense cannot be used with an adapter"),
+        ({"tuned": "tuned", "initial": "initial"}, "initial cannot be used with a tuned model"),
     ],
 )
 def test_what_belongs_to_the_other_way_is_refused_and_not_left_unread(given, stray):

@@ -269,7 +269,7 @@ def test_an_adapter_that_was_not_converted_is_refused_with_the_command_that_does
 
 
 def test_settings_of_such_a_beginning_tell_of_it_though_the_beginning_was_overwritten(made):
-    with pytest.raises(AdapterFormatError, match="it has a 'corda_config'.*If PEFT has converted it already, take"):
+    with pytest.raises(AdapterFormatError, match="it has a 'corda_config'.*If PEFT has already converted it, remove"):
         load_patch(made("corda").initial)
 
 
@@ -285,7 +285,7 @@ def reasons(trained, *, adapter=None, initial=None, base=None):
 @pytest.mark.parametrize("case", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
 def test_what_does_not_follow_from_the_base_needs_the_initial_adapter(case, made, tmp_path):
     trained = made(case)
-    assert "where START is the adapter as it was saved before training" in reasons(trained)["--initial"]
+    assert "where START is the adapter as saved before training" in reasons(trained)["--initial"]
     with pytest.raises(PlanRefusedError):
         captured(trained, tmp_path / "patch", initial=False)
     assert not (tmp_path / "patch").exists()
@@ -302,13 +302,13 @@ def rewritten(source, folder, *, tensors=None, **fields):
 
 def test_another_adapter_than_the_initial_one_is_refused(made, tmp_path):
     trained = made("pissa")
-    assert "nothing was trained between them" in reasons(trained, initial=trained.adapter)["--initial"]
+    assert "it was not trained" in reasons(trained, initial=trained.adapter)["--initial"]
     zero = rewritten(
         trained.initial,
         tmp_path / "zero",
         tensors=lambda t: {name: torch.zeros_like(v) if "lora_B" in name else v for name, v in t.items()},
     )
-    assert "took nothing out of the base" in reasons(trained, initial=zero)["--initial"]
+    assert "nothing was subtracted from the base" in reasons(trained, initial=zero)["--initial"]
     scaled = rewritten(trained.initial, tmp_path / "scaled", lora_alpha=7)
     assert len(reasons(trained, initial=scaled)) == 2 * len(QVOU)
     fewer = rewritten(
@@ -319,7 +319,7 @@ def test_another_adapter_than_the_initial_one_is_refused(made, tmp_path):
     )
     assert len(reasons(trained, initial=fewer)) == 2 * len(QVOU) - 2
     plain = rewritten(trained.adapter, tmp_path / "plain", init_lora_weights="gaussian")
-    assert "leaves the base as it is" in reasons(trained, adapter=plain, initial=trained.initial)["--initial"]
+    assert "does not change the base" in reasons(trained, adapter=plain, initial=trained.initial)["--initial"]
 
 
 def test_an_adapter_saved_by_peft_as_if_it_were_plain_is_converted_with_its_initial_one(made, tmp_path):
@@ -346,7 +346,7 @@ def test_olora_of_weights_that_are_stored_the_other_way_round_is_refused(tmp_pat
     adapter = rewritten(adapter, tmp_path / "adapter", init_lora_weights="olora")
     found = reasons(Trained(base, adapter, adapter, None, {}))
     assert len(found) == 2
-    assert all("PEFT's OLoRA does not heed" in reason for reason in found.values())
+    assert all("PEFT's OLoRA ignores" in reason for reason in found.values())
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -373,7 +373,7 @@ def test_where_the_weights_do_not_determine_the_beginning_it_is_refused(init, ma
 def test_a_conversion_never_replaces_the_initial_adapter(made):
     trained = made("pissa")
     before = contents(trained.initial)
-    with pytest.raises(OutputError, match="which is read for the output"):
+    with pytest.raises(OutputError, match="which is an input"):
         capture_adapter(
             open_adapter(trained.adapter),
             base=open_checkpoint(trained.base),

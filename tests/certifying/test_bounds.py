@@ -80,13 +80,13 @@ def test_the_known_numbers():
 
 @pytest.mark.parametrize(("k", "n"), [(-1, 10), (11, 10), (0, 0), (0, -1)])
 def test_what_is_no_count_is_refused(k, n):
-    with pytest.raises(ValueError, match="is not a count of draws"):
+    with pytest.raises(ValueError, match="is not a valid count"):
         upper_bound(k, n)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, -0.5, 95.0, math.nan])
 def test_what_is_no_confidence_is_refused(confidence):
-    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="must be strictly between 0 and 1"):
         upper_bound(1, 10, confidence=confidence)
 
 
@@ -158,7 +158,7 @@ def test_a_plan_without_expected_disagreements_allows_none():
     ("bound", "expected", "power"), [(0.02, 0.02, 0.9), (0.02, -0.1, 0.9), (0, 0, 0.9), (0.1, 0, 1)]
 )
 def test_a_plan_that_cannot_be_is_refused(bound, expected, power):
-    with pytest.raises(ValueError, match=r"must (lie between|be at least) 0"):
+    with pytest.raises(ValueError, match=r"must be (strictly between|at least) 0"):
         plan_inputs(bound, expected=expected, power=power)
 
 

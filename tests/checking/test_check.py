@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from portllm.checking import check as check_module
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.delta import measures as patch_measures
 from portllm.checking.report import patch_to_json
 from portllm.checking.update import measures as measured_update
@@ -27,7 +27,7 @@ FLOAT32 = 1e-5
 
 
 def checked(adapter, base, evolved, **how):
-    return check(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(evolved), **how)
+    return check_weights(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(evolved), **how)
 
 
 def answer(report):
@@ -272,7 +272,7 @@ def test_each_patch_is_judged_as_if_it_were_alone_and_the_models_are_read_once(t
     sample_drift = measured_update.sample_drift
     monkeypatch.setattr(measured_update, "sample_drift", lambda pairs: read.append(len(pairs)) or sample_drift(pairs))
     models = {"base": open_checkpoint(base), "evolved": open_checkpoint(evolved)}
-    together = check(*map(load_patch, adapters), **models, full=full)
+    together = check_weights(*map(load_patch, adapters), **models, full=full)
     assert len(read) == 1
     for one, other in zip(alone, together.patches, strict=True):
         assert patch_to_json(one.patches[0]) == patch_to_json(other)
@@ -288,7 +288,7 @@ def test_patches_of_one_recipe_are_judged_as_if_each_were_alone(tmp_path, full):
     adapters = [models.make_adapter(base, tmp_path / f"{seed}", seed=seed, size=0.1 * seed) for seed in (1, 2, 3)]
     alone = [checked(adapter, base, evolved, full=full) for adapter in adapters]
     patches = [outcome.value for outcome in open_each(find_patches(adapters), lambda patch, _: patch)]
-    together = check(*patches, base=open_checkpoint(base), evolved=open_checkpoint(evolved), full=full)
+    together = check_weights(*patches, base=open_checkpoint(base), evolved=open_checkpoint(evolved), full=full)
     assert [patch_to_json(one.patches[0]) for one in alone] == [patch_to_json(patch) for patch in together.patches]
     assert len({patch.delta_sq for patch in together.patches}) == len(adapters)
 
@@ -338,7 +338,7 @@ def test_windows_read_no_more_of_a_larger_model(tmp_path, monkeypatch):
     sizes = []
     for file in files:
         model = open_checkpoint(file)
-        sizes.append(check(base=model, evolved=model).update.n_elements)
+        sizes.append(check_weights(base=model, evolved=model).update.n_elements)
     assert sizes[0] == sizes[1] < 3 * 3_000 * 700
 
 
@@ -350,6 +350,6 @@ def test_quantized_weights_are_compared_by_the_values_they_stand_for(tmp_path):
     save_file(exact, tmp_path / "model.safetensors")
     base = open_checkpoint(tmp_path / "base.gguf")
     for full in (False, True):
-        report = check(base=base, evolved=open_checkpoint(tmp_path / "model.safetensors"), full=full)
+        report = check_weights(base=base, evolved=open_checkpoint(tmp_path / "model.safetensors"), full=full)
         assert len(report.update.pairing.pairs) == len(weights)
         assert report.update.lineage is Lineage.SAME

@@ -8,7 +8,7 @@ from importlib import resources
 import pytest
 
 from portllm.checking import forecast
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.forecast import FILE, forecaster_from_json, forecaster_to_json, shipped, with_forecast
 from portllm.checking.forecast_model import Feature, Forecaster, Shipped, Slope
 from portllm.checking.prompts.measures import Outputs, TextMeasures
@@ -54,7 +54,9 @@ def text_of_a_patch_that_keeps(share):
 
 
 def report_on(tiny, evolved):
-    return check(load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), evolved=open_checkpoint(evolved))
+    return check_weights(
+        load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), evolved=open_checkpoint(evolved)
+    )
 
 
 def test_a_patch_is_forecast_from_what_was_measured(known, tiny):

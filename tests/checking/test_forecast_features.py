@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.forecast_features import weight_features
 from portllm.checkpoint.open import open_checkpoint
 from portllm.patch.adapter_folder import load_patch
 
 
 def features(adapter, base, evolved):
-    report = check(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(evolved), full=True)
+    report = check_weights(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(evolved), full=True)
     return weight_features(report.update, report.patches[0])
 
 

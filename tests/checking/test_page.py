@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.page import check_page
 from portllm.checking.report import patch_to_json
 from portllm.checking.update.config_changes import ConfigChange, Effect
@@ -23,7 +23,7 @@ def checked(tiny):
     def run(kind="evolved", *, adapters=1, **how):
         patches = [load_patch(tiny("adapter", seed=seed)) for seed in range(1, adapters + 1)]
         base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny(kind, **(how or {"drift": 0.00003})))
-        return check(*patches, base=base, evolved=evolved, places=True)
+        return check_weights(*patches, base=base, evolved=evolved, places=True)
 
     return run
 
@@ -107,15 +107,15 @@ def test_a_patch_that_cannot_be_ported_has_its_reasons_and_no_picture_of_itself(
     assert any(text.startswith("cannot be ported") for text in page.texts)
     assert "the delta is (out=20, in=12)" in page.text
     assert "Where the patch sits, in numbers" not in page.tables
-    assert "Of another shape: 6" in page.text
+    assert "With a different shape: 6" in page.text
 
 
 def test_what_the_configuration_changed_stands_in_a_table(checked):
     report = checked()
     change = ConfigChange("rope theta", 1e4, None, Effect.POSITION)
     page = Page(check_page(replace(report, update=replace(report.update, config_changes=(change,)))))
-    row = page.tables["What config.json says otherwise"][1]
-    assert row == ["rope theta", "10000.0", "not said", "attention sees positions otherwise"]
+    row = page.tables["Changes in config.json"][1]
+    assert row == ["rope theta", "10000.0", "not said", "attention encodes positions differently"]
 
 
 def test_an_infinite_drift_does_not_spoil_the_picture(checked):

@@ -11,14 +11,14 @@ from portllm.checking.verdict import Answer, Measures, judge, with_answers
 from portllm.errors import Refusal
 from portllm.measures import thresholds
 from portllm.measures.drift import DriftSums
-from portllm.measures.estimate import DriftEstimate, Estimate
-from portllm.measures.overlap import Share
+from portllm.measures.estimate import DriftEstimate, SampledEstimate
+from portllm.measures.overlap import DriftShare
 
 
 def drifted(relative, *, error=0.0):
     cosine = 1 / math.sqrt(1 + relative**2)
     sums = DriftSums(1.0, relative**2, 1.0, 1 + relative**2)
-    return DriftEstimate(Estimate(relative, error), Estimate(cosine, error), sums)
+    return DriftEstimate(SampledEstimate(relative, error), SampledEstimate(cosine, error), sums)
 
 
 NEAR = {"lineage": {"q_proj": Lineage.CONTINUATION}, "drift": drifted(0.0005)}
@@ -71,7 +71,7 @@ def test_refusals_come_before_everything_and_all_of_them_are_told():
     [
         {"alignment": 0.5},
         {"alignment": -0.5},
-        {"overlaps": {"input": Share(inside=0.3, chance=0.002, total=1.0)}},
+        {"overlaps": {"input": DriftShare(inside=0.3, chance=0.002, total=1.0)}},
         {"config_changes": (ConfigChange("activation", "silu", "gelu", Effect.FUNCTION),)},
         {"changes_vocabulary": True},
     ],
@@ -84,7 +84,7 @@ def test_what_puts_a_short_continuation_in_doubt(more):
 
 
 def test_a_large_share_of_the_drift_is_no_doubt_where_chance_gives_as_much():
-    overlaps = {"input": Share(inside=0.34, chance=0.33, total=1.0)}
+    overlaps = {"input": DriftShare(inside=0.34, chance=0.33, total=1.0)}
     assert judge(Measures(**NEAR, overlaps=overlaps)).answer is Answer.HOLDS
 
 

@@ -169,12 +169,12 @@ print(sorted({{"gguf", "numpy", "torch", "transformers", "tiny_model_package"}} 
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(package):
-    with pytest.raises(NotFoundError, match="'builtin:smol': no such built-in model; there are: absent, tiny"):
+    with pytest.raises(NotFoundError, match="'builtin:smol': unknown built-in model; available: absent, tiny"):
         builtin_folder("smol")
 
 
 def test_a_missing_package_is_refused_with_the_way_to_install_it(package):
-    with pytest.raises(NotFoundError, match="Install it: pip install --no-deps a-b==2"):
+    with pytest.raises(NotFoundError, match="Run: pip install --no-deps a-b==2"):
         builtin_folder("absent")
 
 

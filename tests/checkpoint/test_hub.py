@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned import capture_tuned
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checkpoint.hub import fetch, look_up
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint, side_file
@@ -163,8 +163,8 @@ def test_a_check_of_models_of_the_hub_is_that_of_the_models_on_disk_and_download
     hub.add("org/base", tiny("base"))
     hub.add("org/evolved", tiny("evolved"))
     patch = load_patch(tiny("adapter"))
-    report = check(patch, base=open_checkpoint("org/base"), evolved=open_checkpoint("org/evolved"))
-    local = check(patch, base=open_checkpoint(tiny("base")), evolved=open_checkpoint(tiny("evolved")))
+    report = check_weights(patch, base=open_checkpoint("org/base"), evolved=open_checkpoint("org/evolved"))
+    local = check_weights(patch, base=open_checkpoint(tiny("base")), evolved=open_checkpoint(tiny("evolved")))
     assert all(asked.range for asked in hub.asked if asked.path.endswith(".safetensors"))
     assert report.update.cells == local.update.cells
     assert report.patches[0].verdict == local.patches[0].verdict
@@ -175,7 +175,7 @@ def test_checking_between_7b_models_takes_megabytes(hub, seven):
     hub.add(BASE_OF_7B, seven / "base")
     hub.add(EVOLVED_OF_7B, seven / "evolved")
     patch = load_patch(seven / "adapter")
-    report = check(patch, base=open_checkpoint(BASE_OF_7B), evolved=open_checkpoint(EVOLVED_OF_7B))
+    report = check_weights(patch, base=open_checkpoint(BASE_OF_7B), evolved=open_checkpoint(EVOLVED_OF_7B))
     assert report.update.n_elements > 1_000_000
     assert hub.n_bytes < 20_000_000
     assert len(hub.asked) < 2_500
@@ -373,7 +373,7 @@ def test_a_mistyped_path_is_not_sent_to_the_hub(hub, tmp_path):
     [
         ("org/none", "no model of that name"),
         ("org/model@v9", "no such revision"),
-        ("or--g/model", "no name of a model"),
+        ("or--g/model", "not a valid Hub id"),
     ],
 )
 def test_a_model_that_the_hub_does_not_have_is_not_found(hub, tiny, name, message):
@@ -384,7 +384,7 @@ def test_a_model_that_the_hub_does_not_have_is_not_found(hub, tiny, name, messag
 
 def test_a_gated_model_says_how_to_get_access(hub, tiny):
     hub.add("org/model", tiny("base"), is_gated=True)
-    with pytest.raises(RemoteError, match=rf"is gated\. Ask for access at {hub.address()}/org/model and log in"):
+    with pytest.raises(RemoteError, match=rf"is gated\. Request access at {hub.address()}/org/model and log in"):
         open_checkpoint("org/model")
 
 
@@ -397,13 +397,13 @@ def test_a_hub_that_is_overloaded_is_asked_again(hub, tiny, waits):
 
 def test_a_hub_that_stays_overloaded_is_reported(hub, tiny, waits):
     hub.api_faults = [503] * 9
-    with pytest.raises(RemoteError, match="'org/model': the hub answered with status 503, 6 times in a row"):
+    with pytest.raises(RemoteError, match="'org/model': the Hub returned status 503, 6 times in a row"):
         open_checkpoint("org/model")
 
 
 def test_a_hub_that_fails_otherwise_is_reported(hub):
     hub.api_faults = [418]
-    with pytest.raises(RemoteError, match="answered with status 418"):
+    with pytest.raises(RemoteError, match="returned status 418"):
         open_checkpoint("org/model")
 
 
@@ -436,10 +436,14 @@ def test_faults_in_the_middle_of_a_port_do_not_change_its_result(hub, tiny, tmp_
     [
         (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), MissingShardError, "1 of 3 shards are missing"),
         (lambda f: (f / INDEX_FILE).write_text("{"), IndexFileError, "not valid JSON"),
-        (lambda f: (f / INDEX_FILE).write_text('{"weight_map": {"w": "../x.safetensors"}}'), IndexFileError, "plain"),
-        (lambda f: (f / INDEX_FILE).unlink(), NotFoundError, "holds neither"),
+        (
+            lambda f: (f / INDEX_FILE).write_text('{"weight_map": {"w": "../x.safetensors"}}'),
+            IndexFileError,
+            "is not the name of",
+        ),
+        (lambda f: (f / INDEX_FILE).unlink(), NotFoundError, "contains neither"),
         (lambda f: (f / "model-00001-of-00003.safetensors").write_bytes(b"12"), HeaderError, "at least 8"),
-        (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "must hold a JSON object"),
+        (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "must contain a JSON object"),
     ],
     ids=["a shard is missing", "index", "index leaves the folder", "no index", "header", "configuration"],
 )
@@ -456,7 +460,7 @@ def test_an_index_too_large_to_read_is_not_fetched(hub, tiny, tmp_path):
     with open(served / INDEX_FILE, "ab") as stream:
         stream.truncate(64_000_001)
     hub.add("org/model", served)
-    with pytest.raises(CheckpointError, match="at most 64000000 are read"):
+    with pytest.raises(CheckpointError, match="the limit is 64000000"):
         open_checkpoint("org/model")
     assert hub.n_bytes < 10_000
 
@@ -484,7 +488,7 @@ def test_a_download_that_is_another_model_is_refused(hub, tiny):
     hub.add("org/model", tiny("base"))
     opened = open_checkpoint("org/model")
     hub.repos["org/model"].folders[COMMIT] = tiny("base", layers=1)
-    with pytest.raises(RemoteError, match="holds other tensors than org/model"):
+    with pytest.raises(RemoteError, match="does not contain the same tensors as org/model"):
         on_disk(opened)
 
 
@@ -552,9 +556,9 @@ def test_a_patch_of_the_hub_keeps_its_record(hub, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["config.json"], r"has no adapter_config\.json on the hub"),
-        (["adapter_config.json", "adapter_model.bin"], "a pickle, can run code and is never read"),
-        (["adapter_config.json"], r"has no adapter_model\.safetensors on the hub\. Ask"),
+        (["config.json"], r"has no adapter_config\.json on the Hub"),
+        (["adapter_config.json", "adapter_model.bin"], "a pickle, which can run code and is never read"),
+        (["adapter_config.json"], r"has no adapter_model\.safetensors on the Hub\. Ask"),
     ],
     ids=["a model", "pickled", "no tensors"],
 )
@@ -576,7 +580,7 @@ def test_an_adapter_given_as_a_model_is_said_to_be_one(hub, tiny):
 
 def test_a_hub_that_does_not_name_the_commit_is_refused(hub, tiny):
     hub.repos["org/model"] = Repo({"../../elsewhere": tiny("base")}, {"main": "../../elsewhere"})
-    with pytest.raises(RemoteError, match="does not say which commit"):
+    with pytest.raises(RemoteError, match="does not report a commit"):
         open_checkpoint("org/model")
 
 
@@ -592,7 +596,7 @@ def test_a_hub_that_does_not_name_the_commit_is_refused(hub, tiny):
 )  # fmt: skip
 def test_an_answer_that_describes_no_model_is_refused(hub, answer):
     hub.api_faults = [(200, {"Content-Type": "application/json"}, answer)]
-    with pytest.raises(RemoteError, match="no description of a model|does not say which commit"):
+    with pytest.raises(RemoteError, match="not return a valid model description|does not report a commit"):
         look_up("org/model")
 
 

@@ -59,7 +59,7 @@ def test_a_row_that_no_embedding_has_is_refused(row, place, tmp_path):
     added = {"added_tokens": [{"id": row, "content": "a"}]}
     content = {"model": {"vocab": {"a": row}}} if place == "vocab" else added
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json': token 'a' has the row .*, which no embedding has"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json': token 'a' has the row .*, which is not a valid row"):
         read_vocabulary(checkpoint_at(tmp_path))
 
 

@@ -55,9 +55,9 @@ def test_the_forecast_is_a_line_of_the_patch_and_a_column_of_several(run, tiny, 
     monkeypatch.setattr(forecast, "shipped", lambda: KNOWN)
     one = run(tiny("adapter"), evolved=tiny("evolved", drift=0.002)).out
     assert re.search(r"\n  forecast +\d+ % \[\d+ %, \d+ %\] in loss, \d+ % \[\d+ %, \d+ %\] in accuracy: of ", one)
-    assert "with 90 % interval; from 20 patches on 5 updates of a small model\n" in one
+    assert "with 90 % interval; fitted on 20 patches on 5 updates of a small model\n" in one
     far = run(tiny("adapter"), evolved=tiny("evolved", drift=1.0)).out
-    assert "of a small model; extrapolated, since outside of these: drift\n" in far
+    assert "of a small model; an extrapolation, since these are outside the fitted range: drift\n" in far
     several = run(tiny("adapter"), tiny("adapter", r=2)).out
     assert re.search(r"verdict +patch +forecast +size", several)
     (patch,) = json.loads(run(tiny("adapter"), more=("--json",)).out)["patches"]
@@ -98,7 +98,7 @@ def test_a_page_that_is_there_is_refused_before_anything_is_read(portllm, tmp_pa
     asked = ("check", "nothing", "--base", "none", "--evolved", "none", "--html", tmp_path / "page.html")
     result = portllm(*asked)
     assert result.status == 1
-    assert "page.html': is there already" in result.err
+    assert "page.html': already exists" in result.err
     assert "no such folder" in portllm(*asked, "--overwrite").err
     assert (tmp_path / "page.html").read_text() == "<!DOCTYPE html>old"
 
@@ -159,7 +159,7 @@ def test_prompts_add_a_section_and_a_doubt_where_answers_begin_otherwise(portllm
     without = portllm("check", folders.patch, "--base", folders.base, "--evolved", folders.evolved)
     result = read()
     before, after = (said.out.split("\n\n")[0].splitlines() for said in (without, result))
-    doubts = [line for line in after if line.startswith("  - of 30 answers, 66.7 % begin as the old specialist began")]
+    doubts = [line for line in after if line.startswith("  - 66.7 % of 30 answers begin as the old specialist")]
     assert len(doubts) == 1
     assert [line for line in after if line not in doubts] == before
     section = next(part for part in result.out.split("\n\n") if part.startswith("on 30 prompts"))
@@ -192,7 +192,7 @@ def test_what_belongs_to_prompts_needs_them(portllm, story):
     for option in (("--gradients",), ("--prompt", "{question}")):
         result = portllm("check", folders.patch, *models, *option)
         assert result.status == 2
-        assert "go with --text" in result.err
+        assert "require --text" in result.err
 
 
 def test_rows_that_do_not_fit_end_it_before_anything_is_measured(portllm, story, tmp_path):

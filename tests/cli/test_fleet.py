@@ -75,4 +75,4 @@ def test_a_wrong_file_is_refused_with_line_and_key(portllm, folder):
     (folder / "fleet.toml").write_text((folder / "fleet.toml").read_text().replace("dtype", "dtyp"))
     result = portllm("fleet", folder / "fleet.toml")
     assert result.status == 1
-    assert "line 8, merge.dtyp: is no key here. Did you mean dtype?" in result.err
+    assert "line 8, merge.dtyp: unknown key. Did you mean dtype?" in result.err

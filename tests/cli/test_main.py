@@ -17,7 +17,12 @@ def test_the_commands_are_listed_in_the_order_in_which_a_patch_goes_through_them
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["merge", "p"], "at the shard"), (["--quiet", "demo"], "last step"), (["train"], "begins anew"), ([], "anew")],
+    [
+        (["merge", "p"], "at the current shard"),
+        (["--quiet", "demo"], "last finished step"),
+        (["train"], "starts over"),
+        ([], "starts over"),
+    ],
 )
 def test_what_the_same_command_does_after_an_interruption_is_said_of_that_command(arguments, said):
     assert said in after_interruption(arguments)

@@ -18,7 +18,7 @@ def test_a_merge_in_place_says_how_to_take_it_back_and_is_taken_back(portllm, ti
     merged = portllm("merge", tiny("adapter"), "--into", model, "--in-place")
     assert merged.status == 0, merged.err
     assert f"portllm merge --undo {model}" in merged.out
-    assert "overwritten in place, 14 tensors" in merged.out
+    assert "overwritten in place: 14 tensors" in merged.out
     undone = portllm("merge", "--undo", model)
     assert (undone.status, contents(model)) == (0, before)
     assert "14 tensors" in undone.out
@@ -29,7 +29,7 @@ def test_a_dry_run_says_how_much_room_the_way_back_needs_and_writes_nothing(port
     told = portllm("merge", tiny("adapter"), "--into", model, "--in-place", "--dry-run")
     assert told.status == 0, told.err
     n_bytes = 2 * 2 * sum(rows * columns for rows, columns in ((18, 12), (6, 12), (6, 12), (12, 18), *3 * [(20, 12)]))
-    assert f"in place: {n_bytes / 1000:.1f} kB are overwritten" in told.out
+    assert f"in place: overwrites {n_bytes / 1000:.1f} kB" in told.out
     assert contents(model) == before
 
 
@@ -90,4 +90,4 @@ def test_one_of_several_that_fails_does_not_stop_the_others(portllm, tiny, tmp_p
 def test_taking_back_what_was_not_done_is_refused(portllm, model):
     result = portllm("merge", "--undo", model)
     assert result.status == 1
-    assert "there is no merge in place to take back" in result.err
+    assert "there is no in-place merge to undo" in result.err

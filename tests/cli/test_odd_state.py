@@ -65,7 +65,7 @@ STATES = {
 @pytest.mark.parametrize("content", STATES.values(), ids=STATES)
 def test_a_damaged_state_of_a_fleet_is_refused_by_name(content, tmp_path):
     (tmp_path / "fleet.json").write_bytes(content)
-    with pytest.raises(FleetFileError, match=r"fleet\.json': is damaged"):
+    with pytest.raises(FleetFileError, match=r"fleet\.json': is corrupt"):
         read_state(str(tmp_path))
 
 

@@ -88,7 +88,7 @@ def test_merge_as_json_is_the_manifest(portllm, tiny, patch, tmp_path):
 @pytest.mark.parametrize(
     ("model", "adapter_of", "told"),
     [
-        ({"inner": 24}, {}, "the delta is (out=20, in=12), its weight in"),
+        ({"inner": 24}, {}, "the delta is (out=20, in=12), but its weight in"),
         ({"layers": 1}, {"layers": 2}, "has no such module"),
         ({"layers": 3}, {"layers": 2}, "the patch has no tensors for it"),
     ],
@@ -183,7 +183,7 @@ def test_port_by_auto_shows_the_verdict_and_inspect_remembers_it(portllm, tiny, 
 def test_port_by_auto_warns_of_what_is_uncertain(portllm, tiny, patch, tmp_path):
     result = port_by_auto(portllm, tiny, patch, tmp_path / "ported", drift=0.02)
     assert result.status == 0
-    assert "uncertain; measure the ported patch with portllm evaluate" in result.err
+    assert "uncertain; measure the ported patch with 'portllm evaluate'" in result.err
 
 
 def test_port_by_auto_refuses_what_will_not_hold_unless_forced(portllm, tiny, patch, tmp_path):

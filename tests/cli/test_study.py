@@ -53,13 +53,13 @@ def test_a_wrong_file_is_refused_with_line_and_key(portllm, small, tmp_path):
     (tmp_path / "wrong.toml").write_text(small.read_text().replace("rank = 2", "rnk = 2"))
     result = portllm("study", "run", tmp_path / "wrong.toml", "--dry-run")
     assert result.status == 1
-    assert "patch.rnk: is no key here. Did you mean rank?" in result.err
+    assert "patch.rnk: unknown key. Did you mean rank?" in result.err
 
 
 def test_workers_without_ray_are_wrong_usage(portllm, small):
     result = portllm("study", "run", small, "--workers", 2)
     assert result.status == 2
-    assert "--workers needs --ray" in result.err
+    assert "--workers requires --ray" in result.err
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)

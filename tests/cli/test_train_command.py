@@ -42,9 +42,9 @@ def test_a_patch_is_trained_ported_and_refreshed(portllm, world, tmp_path):
     ("options", "said"),
     [
         ((), "--prompt and --completion"),
-        (("--teacher", "p", "--prompt", "{q}"), "go together"),
-        (("--max-new-tokens", "3", *ASKED), "goes with --teacher"),
-        (("--teacher", "p", "--teacher-base", "b", *ASKED), "the teacher's"),
+        (("--teacher", "p", "--prompt", "{q}"), "must be used together"),
+        (("--max-new-tokens", "3", *ASKED), "requires --teacher"),
+        (("--teacher", "p", "--teacher-base", "b", *ASKED), "cannot be used with --teacher"),
         (("--init-from", "p", "--rank", "4"), "--rank"),
         (("--init-from", "p", "--target-modules", "q_proj"), "--target-modules"),
     ],

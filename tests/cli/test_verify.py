@@ -43,7 +43,7 @@ def test_a_damaged_patch_is_named_and_the_status_is_three(portllm, patch):
     file.write_bytes(file.read_bytes().replace(b'"r": 4', b'"r": 5'))
     result = portllm("verify", patch)
     assert (result.status, result.err) == (3, "")
-    assert "NO  adapter_config.json        its bytes are not those that were written" in result.out
+    assert "NO  adapter_config.json        its bytes differ from those that were written" in result.out
     assert result.out.splitlines()[-1] == "not verified: adapter_config.json, adapter"
     told = json.loads(portllm("verify", patch, "--json").out)
     assert told["verified"] is False

@@ -166,7 +166,7 @@ def test_one_patch_is_nothing_to_combine(pair):
 
 
 def test_weights_that_leave_nothing_are_refused(pair):
-    assert "nothing is left" in plan_combine(pair, weights=[0.0, 0.0]).refusals[0].reason
+    assert "would be empty" in plan_combine(pair, weights=[0.0, 0.0]).refusals[0].reason
 
 
 def test_patches_that_cancel_out_are_no_patch(pair, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from portllm.demo.story import Step
+from portllm.demo.story import DemoStep
 from portllm.demo.text import render_estimate, render_step
 from portllm.files.kept_results import Kept
 
@@ -28,7 +28,7 @@ FORECAST = {
 def test_the_check_of_the_demo_says_what_to_expect(agreement, forecast, said):
     verdict = "uncertain" if agreement else "cannot be ported"
     result = {"verdict": verdict, "reasons": ["why"], "agreement": agreement, "forecast": forecast}
-    head, found = render_step(Step("check", Kept(result, seconds=8.0, reused=False))).splitlines()
+    head, found = render_step(DemoStep("check", Kept(result, seconds=8.0, reused=False))).splitlines()
     assert head.startswith("check ")
     assert found.strip() == said
 
@@ -40,5 +40,5 @@ def test_the_time_that_the_story_takes_is_told_in_whole_minutes(seconds, said):
 
 def test_the_merged_model_is_set_beside_the_ported_patch():
     result = {"rows": 18, "same": 17, "loss_change": -0.00251}
-    _, found = render_step(Step("agree", Kept(result, seconds=8.0, reused=False))).splitlines()
+    _, found = render_step(DemoStep("agree", Kept(result, seconds=8.0, reused=False))).splitlines()
     assert found.strip() == "17 of 18 answers are the same; the loss differs by -0.003 nats per token"

@@ -23,5 +23,5 @@ def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_pa
     with pytest.raises(PlanRefusedError) as refused:
         plan_evaluation(base=base, patch=load_patch(hostile), evolved=evolved, ported=good, allow_other_base=True)
     assert str(refused.value).startswith("--patch: ")
-    assert "that peft could take forever to match" in str(refused.value)
+    assert "that PEFT could take forever to match" in str(refused.value)
     plan_evaluation(base=base, patch=good, evolved=evolved, ported=good, allow_other_base=True)

@@ -146,7 +146,7 @@ def test_retention_is_more_than_all_where_the_ported_patch_does_better_and_less_
 def test_where_retraining_gains_nothing_that_can_be_told_retention_is_not_a_number(evolved, retrained):
     kept = retention(evolved=evolved, ported=evolved, retrained=retrained)
     assert (kept.value, kept.low, kept.high) == (None, None, None)
-    assert "not told apart from nothing" in kept.reason
+    assert "indistinguishable from zero" in kept.reason
 
 
 def test_the_reason_says_the_gain_and_its_interval():

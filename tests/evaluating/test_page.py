@@ -105,7 +105,9 @@ def test_an_answer_that_a_port_gives_far_more_often_is_named():
 
 def test_of_many_such_rows_some_are_shown_and_the_others_counted():
     page = Page(evaluate_page(compared(**{"evolved + ported": 10}), title="t"))
-    assert "45 of 60 rows: base + patch answers them right, evolved + ported wrong. Rows count from 1." in page.texts
+    assert (
+        "45 of 60 rows: correct with base + patch, wrong with evolved + ported. Rows are counted from 1." in page.texts
+    )
     assert f"{SHOWN} of 45 are shown." in page.texts
     assert len([text for text in page.texts if text.startswith("question ")]) == SHOWN + 4  # and four of the merged one
 
@@ -116,13 +118,13 @@ def test_a_long_prompt_loses_its_middle_and_says_so():
     page = Page(evaluate_page(compared(task), title="t"))
     shown = next(text for text in page.texts if text.startswith("beginx"))
     assert len(shown) < 1400
-    assert "3709 letters are left out" in shown
+    assert "3709 characters omitted" in shown
     assert shown.endswith("xend?")
 
 
 def test_without_a_retrained_patch_the_page_says_why_there_is_no_retention():
     page = Page(evaluate_page(compared(without=("evolved + retrained",)), title="t"))
-    assert "evolved + ported: retention in score is not a number: no retrained patch was given." in page.texts
+    assert "evolved + ported: retention in score is undefined: no retrained patch was given." in page.texts
     assert "Retention, in numbers" not in page.tables
 
 

@@ -42,7 +42,7 @@ def test_it_is_done_again_when_anything_differs(tmp_path, work, spoil):
     keep(record, inputs={"seed": 0}, identify=work.identify, work=work)
     match spoil:
         case "files":
-            work.file.write_text("changed by hand")
+            work.file.write_text("edited by hand")
         case "gone":
             work.file.unlink()
         case "record":

@@ -17,7 +17,7 @@ def test_a_page_is_written_as_it_is_into_a_folder_that_is_made_for_it(tmp_path):
 def test_what_is_there_is_kept_unless_it_is_meant(tmp_path):
     file = tmp_path / "page.html"
     file.write_text("<!DOCTYPE html>old")
-    with pytest.raises(OutputExistsError, match=r"page\.html': is there already.*--overwrite"):
+    with pytest.raises(OutputExistsError, match=r"page\.html': already exists.*--overwrite"):
         write_page(file, "new", overwrite=False)
     assert file.read_text() == "<!DOCTYPE html>old"
     write_page(file, "new", overwrite=True)
@@ -28,7 +28,7 @@ def test_what_is_no_page_is_kept_even_if_it_is_meant(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     os.mkfifo(tmp_path / "pipe")
     for name in ("rows.jsonl", "pipe"):
-        with pytest.raises(OutputExistsError, match="is no page"):
+        with pytest.raises(OutputExistsError, match="is not an HTML page"):
             write_page(tmp_path / name, "new", overwrite=True)
     assert contents(tmp_path) == {"rows.jsonl": b"{}"}
 

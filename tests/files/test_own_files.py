@@ -64,7 +64,7 @@ def test_a_file_that_is_written_takes_the_place_of_a_link(plant, home, evil):
 @pytest.mark.parametrize("plant", PLANTS)
 def test_nothing_is_written_through_what_was_planted_under_the_parts_name(plant, home, evil):
     PLANTS[plant](evil / ".note.part", home)
-    with pytest.raises(OutputError, match="is a link, has a second name, or is not what this program writes"):
+    with pytest.raises(OutputError, match="is a link, has a second hard link, or is not what this program writes"):
         write_text(evil / "note", "text")
     assert contents(home) == {"mine": b"mine"}
     assert os.listdir(evil) == [".note.part"]
@@ -188,6 +188,6 @@ def test_an_output_on_top_of_an_input_is_found_through_a_link_above_it(tmp_path)
     file.touch()
     (tmp_path / "alias").symlink_to("models")
     for out in (tmp_path / "alias", tmp_path / "alias" / "base", tmp_path / "x" / ".." / "alias" / "base"):
-        with pytest.raises(OutputError, match="which is read for the output"):
+        with pytest.raises(OutputError, match="which is an input"):
             check_apart(out, [local_file(file)])
     check_apart(tmp_path / "alias" / "other", [local_file(file)])

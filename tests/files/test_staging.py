@@ -168,7 +168,7 @@ def test_a_line_that_was_cut_off_or_damaged_is_not_believed(tmp_path):
         read = Journal(journal)
         assert sorted(read.finished) == kept
         read.close()
-    with pytest.raises(OutputError, match="nothing says that a run of this program put it there"):
+    with pytest.raises(OutputError, match="it was not created by a run of this program"):
         write(tmp_path / "out")
 
 
@@ -265,7 +265,7 @@ def test_a_second_run_to_the_same_output_is_refused_and_disturbs_nothing(tmp_pat
     with staged_folder(tmp_path / "out", overwrite=False) as folder:
         (folder / "a").write_bytes(b"mine")
         for _ in range(2):
-            with pytest.raises(OutputBusyError, match="another run holds it"):
+            with pytest.raises(OutputBusyError, match="is locked by another run"):
                 write(tmp_path / "x" / ".." / "out")
     assert contents(tmp_path / "out") == {"a": b"mine"}
 

@@ -38,13 +38,13 @@ def test_what_fits_is_a_value():
     ("values", "told"),
     [
         (3, "is 3; expected a table"),
-        ({"name": "c", "at": {}}, "format: must be given"),
+        ({"name": "c", "at": {}}, "format: is required"),
         ({**GOOD, "format": True}, "format: is true; expected 1"),
         ({**GOOD, "name": "axb"}, "name: is 'axb'; expected 'a.b' or 'c'"),
         ({**GOOD, "name": "c\n"}, r"name: is 'c\n'; expected 'a.b' or 'c'"),
         ({**GOOD, "at": {"x": 1, "y": None}}, "at.y: is null; expected a number"),
         ({**GOOD, "at": "x" * 10**6}, f"at: is '{'x' * 79}...; expected a table"),
-        ({**GOOD, "inside": [GOOD, {**GOOD, "nam": 1}]}, "inside.1.nam: is no key here. Did you mean name?"),
+        ({**GOOD, "inside": [GOOD, {**GOOD, "nam": 1}]}, "inside.1.nam: unknown key. Did you mean name?"),
     ],
 )
 def test_the_first_problem_is_told_in_its_place(values, told):
@@ -59,8 +59,8 @@ def test_all_problems_are_told():
         ("format",): "is 2; expected 1",
         ("at", "x"): "is '1'; expected a number",
         ("at", "y"): "is the list [True]; expected a number",
-        ("nam",): "is no key here. Did you mean name?",
-        ("name",): "must be given",
+        ("nam",): "unknown key. Did you mean name?",
+        ("name",): "is required",
     }
 
 
@@ -68,8 +68,8 @@ def test_all_problems_are_told():
     ("table", "told"),
     [
         ({"size": 0}, [(("top",), "size is below 1")]),
-        ({"size": "x", "seeds": [1, 1]}, [(("top", "size"), "is 'x'; expected a whole number"), (
-            ("top", "seeds"), "is the list [1, 1]; expected a list, each a whole number; one or more, each once")]),
+        ({"size": "x", "seeds": [1, 1]}, [(("top", "size"), "is 'x'; expected an integer"), (
+            ("top", "seeds"), "is the list [1, 1]; expected a list, each an integer; one or more, each once")]),
         ([], [(("top",), "is the list []; expected a table")]),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import portllm
-from portllm.fleets.cell import Worker
+from portllm.fleets.cell import CellWorker
 from portllm.workers.pool import Finished, Lost, Pool
 from tests.clusters import cluster, environment, spring_once  # noqa: F401 (fixtures)
 
@@ -16,7 +16,7 @@ class Here(Pool):
     """A pool of one worker in this process. `dies` says how often the worker of a cell is lost before it works."""
 
     def __init__(self, dies=None):
-        self.worker, self.waiting, self.jobs = Worker(), deque(), []
+        self.worker, self.waiting, self.jobs = CellWorker(), deque(), []
         self.dies = dict(dies or {})
 
     @property

@@ -35,9 +35,9 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
     ("old", "new", "told"),
     [
         ('"F32"', '"BF8"', "line 7, merge.dtype: is 'BF8'; expected 'F64' or 'F32' or 'F16' or 'BF16'."),
-        ("dtype", "dtyp", "line 7, merge.dtyp: is no key here. Did you mean dtype?"),
-        ("evolved", "evolve", "line 2, evolve: is no key here. Did you mean evolved?"),
-        ('output = "out"\n', "", "fleet.toml', output: must be given."),
+        ("dtype", "dtyp", "line 7, merge.dtyp: unknown key. Did you mean dtype?"),
+        ("evolved", "evolve", "line 2, evolve: unknown key. Did you mean evolved?"),
+        ('output = "out"\n', "", "fleet.toml', output: is required."),
         (
             '["v2"]',
             '"v2"',
@@ -62,10 +62,10 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
         (
             '["merge", "port"]',
             '["merge", "check"]',
-            "line 3, do: check compares evolved models with their base: give base",
+            "line 3, do: check compares evolved models with their base: base is required",
         ),
         ('["merge", "port"]', '["port"]', 'line 6, merge: has options, but do = ["port"] does not merge'),
-        ("[merge]", '[port]\nmethod = "magic"\n[merge]', "line 7, port.method: 'magic': is no port method"),
+        ("[merge]", '[port]\nmethod = "magic"\n[merge]', "line 7, port.method: unknown port method 'magic'"),
         (
             "[merge]",
             "[merge]\nmax_shard_size = 0",
@@ -76,7 +76,7 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
             "2020-01-01\n",
             "line 4, output: is datetime.date(2020, 1, 1); expected a text that is not empty and has no NUL.",
         ),
-        ("[merge]", "[merge", "is not TOML: Expected ']' at the end of a table declaration (at line 6"),
+        ("[merge]", "[merge", "is not valid TOML: Expected ']' at the end of a table declaration (at line 6"),
     ],
 )
 def test_a_problem_is_told_with_its_line_and_key(read, old, new, told):

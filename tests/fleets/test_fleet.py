@@ -70,7 +70,7 @@ def test_what_will_not_hold_is_not_ported(run, write, folder, misfit, tiny):
     assert set(statuses(rows).values()) == {"no"}
     assert rows["stranger/a"].facts["check"]["verdict"] == "will not hold"
     assert rows["stranger/misfit"].facts["check"]["verdict"] == "cannot be ported"
-    assert "nothing in common" in rows["stranger/a"].reason
+    assert "are unrelated to" in rows["stranger/a"].reason
     assert [path.name for path in (folder / "out/stranger/a").iterdir()] == ["check"]
     assert run(file)[1] == []
 
@@ -194,7 +194,7 @@ def test_an_output_that_no_longer_counts_is_kept_where_the_cell_reads_it(run, wr
     shutil.copytree(folder / "adapters/a", folder / "out/v2/merge/merge")
     before = bytes_below(folder / "out/v2/merge")
     rows, _ = run(write(patches='["out/v2/merge"]', evolved='["v2"]'), overwrite=True)
-    assert "which is read for the output" in rows["v2/merge"].reason
+    assert "which is an input" in rows["v2/merge"].reason
     assert bytes_below(folder / "out/v2/merge") == before
 
 
@@ -261,7 +261,7 @@ def test_a_glob_names_patches_by_what_differs(write, folder):
 def test_a_second_run_at_the_same_time_is_refused(here, write, folder):
     (folder / "out").mkdir()
     open_locked(folder / "out/.fleet.lock", wait=False)
-    with pytest.raises(OutputBusyError, match="another run holds it"):
+    with pytest.raises(OutputBusyError, match="is locked by another run"):
         run_fleet(plan_fleet(write()), here())
 
 
@@ -271,7 +271,7 @@ def test_a_second_run_at_the_same_time_is_refused(here, write, folder):
 def test_a_damaged_state_is_told_and_not_guessed_at(run, write, folder, text):
     run(write())
     (folder / "out/fleet.json").write_text(text)
-    with pytest.raises(FleetFileError, match="fleet.json': is damaged"):
+    with pytest.raises(FleetFileError, match="fleet.json': is corrupt"):
         plan_fleet(write())
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
-from portllm.fleets.plan import FleetRow, ModelEntry, PatchEntry, Work, cells_of, decide, stranger
+from portllm.fleets.plan import FleetRow, FleetWork, ModelEntry, PatchEntry, cells_of, decide, stranger
 
 PATCHES = tuple(PatchEntry(name, f"/{name}", f"blake3:{name}", 10) for name in "ab")
 MODELS = tuple(ModelEntry(name, name, f"/{name}", f"s4k1:{name}", 100) for name in ("v2", "v3"))
-WORK = Work(
+WORK = FleetWork(
     ModelEntry("v1", "v1", "/v1", "s4k1:v1", 100), ("port", "merge"), {"port": {}, "merge": {"seed": 1}}, "/out"
 )
 CELL = cells_of(PATCHES, MODELS, WORK)[0]

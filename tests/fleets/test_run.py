@@ -4,16 +4,16 @@ from collections import deque
 
 import pytest
 
-from portllm.fleets.plan import ModelEntry, PatchEntry, Work, cells_of
+from portllm.fleets.plan import FleetWork, ModelEntry, PatchEntry, cells_of
 from portllm.fleets.run import run_cells
 from portllm.workers.pool import Finished, Lost, Pool
 
 MODEL = ModelEntry("v2", "v2", "/v2", "s4k1:v2", 100)
 CELLS = cells_of(
-    [PatchEntry(name, f"/{name}", name, 1) for name in "abc"], [MODEL], Work(None, ("port",), {}, "s3://o")
+    [PatchEntry(name, f"/{name}", name, 1) for name in "abc"], [MODEL], FleetWork(None, ("port",), {}, "s3://o")
 )
 DONE = {"status": "done", "seconds": 0.1}
-REFUSED = {"status": "refused", "reason": "does not fit", "seconds": 0.1}
+REFUSED = {"status": "refused", "reason": "incompatible", "seconds": 0.1}
 PASSING = {"status": "failed", "reason": "network", "can_pass": True, "seconds": 0.1}
 FAILED = {"status": "failed", "reason": "a bug", "seconds": 0.1}
 

@@ -91,7 +91,7 @@ def test_a_patch_that_changes_on_s3_is_another_input(run, write, folder, bucket,
 
 @pytest.mark.parametrize("place", ["s3://no-such-bucket-of-this-test/patches", "{bucket}/nothing"])
 def test_a_place_on_s3_where_nothing_is_is_named(write, bucket, place):
-    with pytest.raises(FleetFileError, match="no patch is there|NoSuchBucket|does not exist"):
+    with pytest.raises(FleetFileError, match="no patch found|NoSuchBucket|does not exist"):
         plan_fleet(write(patches=f'["{place.format(bucket=bucket)}"]'))
 
 
@@ -154,7 +154,7 @@ def test_an_upload_that_arrives_short_is_noticed_before_its_record(cut, output, 
         self.pipe_file(remote, Path(local).read_bytes()[:-1])
 
     monkeypatch.setattr(cut, "put_file", short)
-    with pytest.raises(StorageError, match="config.json': 11 bytes were sent, 10 are there"):
+    with pytest.raises(StorageError, match="config.json': 11 bytes were sent, but 10 arrived"):
         storage.publish(output, "cut://store/out", records=["portllm.json"])
     assert "portllm.json" not in storage.sizes("cut://store/out")
 

@@ -38,7 +38,7 @@ from portllm.fleets.file import read_fleet_file
 from portllm.fleets.plan import FORMAT, FleetRow
 from portllm.fleets.state import read_state
 from portllm.inspecting.inspect import inspect, summary_to_json
-from portllm.merging.tensor import Facts
+from portllm.merging.tensor import TensorResults
 from portllm.patch.adapter_folder import load_patch, parse_record, stored_tensors, write_patch
 from portllm.running.examples import ExampleFormat, read_examples
 from portllm.study.definition.file import read_study
@@ -521,7 +521,7 @@ def journal(folder, changes):
         assert found.plan is None or isinstance(found.plan, str)
         for facts in found.finished.values():
             with suppress(ValueError, TypeError):
-                decode(Facts, facts)
+                decode(TensorResults, facts)
 
     return read, content
 

@@ -8,7 +8,7 @@ import pytest
 from portllm.capturing.adapter import capture_adapter, plan_capture
 from portllm.capturing.tuned import capture_tuned
 from portllm.capturing.tuned_plan import plan_capture_tuned
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.inspecting.inspect import inspect
@@ -109,7 +109,9 @@ PLANS = {
     "capture of a tuned model": lambda base, evolved, _: plan_capture_tuned(
         open_checkpoint(base), open_checkpoint(evolved)
     ),
-    "check of a model": lambda base, evolved, _: check(base=open_checkpoint(base), evolved=open_checkpoint(evolved)),
+    "check of a model": lambda base, evolved, _: check_weights(
+        base=open_checkpoint(base), evolved=open_checkpoint(evolved)
+    ),
     "inspect": lambda base, *_: inspect(base),
 }
 
@@ -142,7 +144,7 @@ def untied(tmp_path):
     return write_model(tmp_path / "untied", row=UNSEEN)
 
 
-REFUSED = "lm_head.weight: config.json of .* ties it to model.embed_tokens.weight, and .* not every number is"
+REFUSED = "lm_head.weight: config.json of .* ties it to model.embed_tokens.weight, and .* the full matrices differ"
 
 
 def test_samples_of_a_head_that_differs_in_one_row_say_nothing_of_it(fine, untied):
@@ -223,13 +225,13 @@ def test_a_copy_of_the_bases_weight_that_differs_where_no_sample_lies_is_refused
     patch = write_adapter(tmp_path / "adapter", "head", copy_row=UNSEEN)
     base = open_checkpoint(fine)
     assert plan_capture(patch, base=base) == ()
-    with pytest.raises(PlanRefusedError, match="lm_head: the adapter carries a copy of its base's weight"):
+    with pytest.raises(PlanRefusedError, match="lm_head: the adapter contains a copy of its base's weight"):
         RUNS[run](patch, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_check_of_every_weight_is_refused_where_a_head_differs_from_its_embedding(fine, untied):
     models = {"base": open_checkpoint(fine), "evolved": open_checkpoint(untied)}
-    check(**models)
+    check_weights(**models)
     with pytest.raises(PlanRefusedError, match=REFUSED):
-        check(**models, full=True)
+        check_weights(**models, full=True)

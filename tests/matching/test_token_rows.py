@@ -153,7 +153,7 @@ def test_the_plan_says_how_many_tokens_moved_and_which_are_gone(models, tmp_path
     assert plan.tokens.n_moved == len(moved) > 20
     assert set(plan.tokens.gone.values()) == GONE
     text = render_port_plan(plan, tmp_path / "out")
-    assert f"{len(moved)} tokens moved to another row; 3 tokens of the base are gone: 't7', 't8', 't9'" in text
+    assert f"{len(moved)} tokens moved to another row; 3 tokens of the base are missing: 't7', 't8', 't9'" in text
 
 
 def test_a_patch_that_changes_no_token_row_does_not_ask_for_tokens(models, tmp_path):
@@ -174,7 +174,7 @@ def test_a_delta_of_token_rows_is_not_ported_without_the_base(kind, models, tmp_
     adapter = load_patch(make_adapter(base, tmp_path / "adapter", **lora))
     patch = capture_adapter(adapter, base=open_checkpoint(base), out=tmp_path / "patch")
     reasons = {refusal.where: refusal.reason for refusal in plan_port(patch, evolved=open_checkpoint(evolved)).refusals}
-    assert "They follow their tokens" in reasons["--base"]
+    assert "They are m" in reasons["--base"]
 
 
 def test_without_a_tokenizer_another_length_is_refused(models, tmp_path):
@@ -193,7 +193,7 @@ def test_a_dora_of_the_head_cannot_follow_tokens(models, tmp_path):
     base, evolved = models(tied=False)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"], use_dora=True)
     plan = plan_port(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(evolved))
-    assert [(refusal.where, "cannot follow" in refusal.reason) for refusal in plan.refusals] == [("lm_head", True)]
+    assert [(refusal.where, "cannot be moved" in refusal.reason) for refusal in plan.refusals] == [("lm_head", True)]
 
 
 def test_equal_tokenizers_change_nothing(models, tmp_path):

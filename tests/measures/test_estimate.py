@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from portllm.measures.drift import DriftSums, measure_drift
-from portllm.measures.estimate import Estimate, Stratum, estimate_drift
+from portllm.measures.estimate import SampledEstimate, Stratum, estimate_drift
 
 WINDOW, WINDOWS, READ = 50, 40, 8
 
@@ -22,8 +22,8 @@ def test_what_is_read_whole_has_no_error():
     sums = [DriftSums(4.0, 1.0, 4.0, 5.0), DriftSums(9.0, 0.5, 9.0, 9.5)]
     drift = estimate_drift([Stratum((part,)) for part in sums])
     whole = sums[0] + sums[1]
-    assert drift.relative == Estimate(whole.relative, 0.0)
-    assert drift.cosine == Estimate(whole.cosine, 0.0)
+    assert drift.relative == SampledEstimate(whole.relative, 0.0)
+    assert drift.cosine == SampledEstimate(whole.cosine, 0.0)
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
@@ -62,5 +62,5 @@ def test_weights_of_zero_have_their_limits():
 def test_intervals_are_those_of_student(freedom):
     from scipy.stats import t
 
-    reach = Estimate(0.0, 1.0, freedom).high
+    reach = SampledEstimate(0.0, 1.0, freedom).high
     assert reach == pytest.approx(t.ppf(0.975, freedom), rel=0.04)

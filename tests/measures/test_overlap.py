@@ -11,7 +11,7 @@ from portllm.measures import overlap
 from portllm.measures.overlap import (
     BLOCK,
     Alignment,
-    Share,
+    DriftShare,
     align,
     gram,
     product_squares,
@@ -83,13 +83,13 @@ def test_what_did_not_drift_has_no_share():
 
 
 def test_the_excess_is_zero_by_chance_and_one_where_all_lies_inside():
-    assert Share(2.0, 2.0, 10.0).excess == 0.0
-    assert Share(10.0, 2.0, 10.0).excess == 1.0
-    assert Share(10.0, 10.0, 10.0).excess is None
+    assert DriftShare(2.0, 2.0, 10.0).excess == 0.0
+    assert DriftShare(10.0, 2.0, 10.0).excess == 1.0
+    assert DriftShare(10.0, 10.0, 10.0).excess is None
 
 
 def test_shares_of_parts_weigh_by_the_drift():
-    assert (Share(1.0, 0.1, 2.0) + Share(0.0, 0.1, 8.0)).share == pytest.approx(0.1)
+    assert (DriftShare(1.0, 0.1, 2.0) + DriftShare(0.0, 0.1, 8.0)).share == pytest.approx(0.1)
 
 
 @pytest.fixture(params=["loops", "numpy"])

@@ -76,7 +76,7 @@ def test_a_delta_that_was_never_trained_has_no_angle():
 
 
 def test_deltas_of_two_weights_are_refused():
-    with pytest.raises(ValueError, match="one weight"):
+    with pytest.raises(ValueError, match="same weight"):
         measure_residual(delta(1), replace(delta(2), transposed=True))
 
 

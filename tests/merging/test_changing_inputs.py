@@ -12,7 +12,7 @@ from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned import capture_tuned
 from portllm.certifying import certify
 from portllm.checking import check
-from portllm.checking.check import check as check_patch
+from portllm.checking.check import check_weights as check_patch
 from portllm.checkpoint.model.identity import digest
 from portllm.checkpoint.open import open_checkpoint
 from portllm.combining.combine import combine
@@ -136,7 +136,7 @@ def test_an_output_of_inputs_that_changed_gets_no_name(command, place, file, mom
     run, _ = WRITERS[command]
     out = tmp_path / "out"
     when(moment, lambda: touch(getattr(room, place) / file))
-    with pytest.raises(InputChangedError, match=f"{place}/{file}': changed while it was read"):
+    with pytest.raises(InputChangedError, match=f"{place}/{file}': changed while it was being read"):
         run(room, out)
     assert sorted(os.listdir(tmp_path)) == ["in"]
 
@@ -221,7 +221,7 @@ def test_a_model_that_somebody_puts_in_the_place_of_one_that_is_merged_into_is_l
         return found
 
     monkeypatch.setattr(in_place, "_overwrite", changed)
-    with pytest.raises(InputChangedError, match="was replaced, cut or removed"):
+    with pytest.raises(InputChangedError, match="was replaced, truncated or removed"):
         merge_in_place(patch, room.base)
     assert file.read_bytes() == whole
     monkeypatch.undo()

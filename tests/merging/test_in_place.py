@@ -135,7 +135,7 @@ def test_after_a_death_the_same_command_finishes_or_undo_restores(number, way_ou
         undo_merge(model)
 
     assert in_child(run) == -signal.SIGKILL
-    with pytest.raises(CheckpointError, match="a merge in place is going on there, or was interrupted"):
+    with pytest.raises(CheckpointError, match="an in-place merge is running there or was interrupted"):
         open_checkpoint(model)
     if way_out == "undo dies too":
         assert in_child(run_undo) == -signal.SIGKILL
@@ -186,9 +186,9 @@ def test_another_patch_does_not_finish_what_was_interrupted(model, patch, tiny):
         merge_in_place(patch, model)
 
     assert in_child(run) == -signal.SIGKILL
-    with pytest.raises(OutputError, match="a merge of another patch, or in another way, was interrupted"):
+    with pytest.raises(OutputError, match="a merge with another patch or other options was interrupted"):
         merge_in_place(load_patch(tiny("adapter", seed=9)), model)
-    with pytest.raises(OutputError, match="in another way"):
+    with pytest.raises(OutputError, match="other options"):
         merge_in_place(patch, model, rounding=Stochastic(1))
     merge_in_place(patch, model)
 
@@ -232,7 +232,7 @@ def test_kept_bytes_that_are_damaged_are_not_written_back(model, patch):
     data[-1] ^= 1
     kept.write_bytes(data)
     before = contents(model)
-    with pytest.raises(CheckpointError, match="the kept bytes of '.*' are damaged, so nothing was changed"):
+    with pytest.raises(CheckpointError, match="the saved bytes of '.*' are corrupt, so nothing was changed"):
         undo_merge(model)
     assert contents(model) == before
 
@@ -241,7 +241,7 @@ def test_a_note_of_what_was_kept_that_was_changed_is_refused(model, patch):
     merge_in_place(patch, model)
     note = model / ".portllm-undo" / "undo.json"
     note.write_text(note.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match=r"undo\.json': format: is 2; expected 1\. Fetch"):
+    with pytest.raises(CheckpointError, match=r"undo\.json': format: is 2; expected 1\. Download"):
         undo_merge(model)
 
 
@@ -251,14 +251,14 @@ def test_a_model_that_was_changed_after_the_merge_is_not_mixed_with_its_past(mod
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match="were changed since, and would become a mixture"):
+    with pytest.raises(CheckpointError, match="would mix two models"):
         undo_merge(model)
 
 
 def test_a_model_without_a_merge_in_place_has_nothing_to_take_back(model, tmp_path):
-    with pytest.raises(OutputError, match="there is no merge in place to take back"):
+    with pytest.raises(OutputError, match="there is no in-place merge to undo"):
         undo_merge(model)
-    with pytest.raises(OutputError, match="is no folder that can be opened"):
+    with pytest.raises(OutputError, match="cannot be opened as a folder"):
         undo_merge(tmp_path / "nowhere")
 
 
@@ -276,7 +276,7 @@ def refused(patch, where):
 def test_a_second_merge_in_place_is_refused_until_the_first_is_undone_or_kept(model, patch):
     before = contents(model)
     merge_in_place(patch, model)
-    assert "holds a merge in place that can be taken back" in refused(patch, model)
+    assert "has an in-place merge that can still be undone" in refused(patch, model)
     undo_merge(model)
     merge_in_place(patch, model)
     shutil.rmtree(model / ".portllm-undo")
@@ -292,14 +292,14 @@ def test_a_file_that_belongs_to_others_too_is_refused(kind, model, patch, tmp_pa
     else:
         file.rename(tmp_path / "other.safetensors")
         file.symlink_to(tmp_path / "other.safetensors")
-    assert "is a link: its bytes belong to others too" in refused(patch, model)
+    assert "is a link, so its contents are shared" in refused(patch, model)
 
 
 def test_a_model_without_room_beside_it_is_refused_and_told_how_much_is_needed(model, patch, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(in_place.shutil, "disk_usage", lambda folder: usage(10**6, 10**6, 5))
     n_bytes = plan_in_place(patch, model).kept_bytes
-    assert f"{n_bytes:,} bytes are overwritten and kept for the way back, the disk has 5 free" in refused(patch, model)
+    assert f"{n_bytes:,} bytes must be saved for --undo, but the disk has 5 free" in refused(patch, model)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie")
@@ -307,19 +307,19 @@ def test_a_head_that_would_be_untied_has_no_place_and_is_refused(tiny, tmp_path)
     base = tiny("base", dtype=torch.float32)
     adapter = tiny("adapter", of=base, target_modules=["q_proj", "lm_head"])
     model = shutil.copytree(base, tmp_path / "model")
-    assert "a head of its own, for which its files have no place" in refused(load_patch(adapter), model)
+    assert "a separate head, for which the model's files have no space" in refused(load_patch(adapter), model)
 
 
 def test_what_is_no_folder_is_refused(tiny, patch):
     for where in (tiny("base") / "model.safetensors", tiny("base") / "nothing"):
-        with pytest.raises(OutputError, match="only a folder's own files are overwritten"):
+        with pytest.raises(OutputError, match="only a local folder can be merged in place"):
             merge_in_place(patch, where)
 
 
 def test_stochastic_rounding_of_other_dtypes_is_refused(tiny, tmp_path, patch):
     model = shutil.copytree(tiny("base", dtype=torch.float32), tmp_path / "model")
     before = contents(model)
-    with pytest.raises(UnsupportedDtypeError, match="stochastic rounding is for BF16"):
+    with pytest.raises(UnsupportedDtypeError, match="stochastic rounding only supports BF16"):
         merge_in_place(patch, model, rounding=Stochastic())
     assert contents(model) == before
 
@@ -329,5 +329,5 @@ def test_two_runs_on_one_folder_are_not_let_loose_on_each_other(model, patch):
         merge_in_place(patch, model)
     stale = plan_in_place(patch, model)
     merge_in_place(patch, model)
-    with pytest.raises(OutputBusyError, match="another run has written there meanwhile"):
+    with pytest.raises(OutputBusyError, match="was changed by another run in the meantime"):
         in_place.run_in_place(stale)

@@ -144,7 +144,7 @@ def test_a_model_that_is_large_for_the_machine_is_written_all_the_same(tiny, tmp
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(case, tmp_path):
     patch, into = case()
-    with pytest.raises(DeviceError, match="--device cuda: torch finds none here"):
+    with pytest.raises(DeviceError, match="--device cuda: torch finds no such device"):
         merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(device="cuda"))
     assert leftovers(tmp_path) == []
 
@@ -212,7 +212,7 @@ def test_the_configuration_names_the_new_dtype(tiny, tmp_path):
 def test_a_dtype_that_weights_are_not_stored_in_is_refused(case, tmp_path):
     patch, into = case()
     for dtype in ("I8", "float32", "F8_E4M3"):
-        with pytest.raises(UnsupportedDtypeError, match=f"dtype '{dtype}': weights are stored as F64, F32, F16, BF16"):
+        with pytest.raises(UnsupportedDtypeError, match=f"dtype '{dtype}'; expected one of F64, F32, F16, BF16"):
             merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype=dtype))
     assert leftovers(tmp_path) == []
 
@@ -336,7 +336,7 @@ def test_stochastic_rounding_depends_on_its_seed_alone(case, tmp_path):
 @pytest.mark.parametrize(("stored_as", "dtype"), [("F16", None), ("F32", None), ("BF16", "F32")])
 def test_stochastic_rounding_to_another_dtype_is_refused(stored_as, dtype, case, tmp_path):
     patch, into = case(dtype=stored_as)
-    with pytest.raises(UnsupportedDtypeError, match=r"'h.q_proj.weight': .* stochastic rounding is for BF16"):
+    with pytest.raises(UnsupportedDtypeError, match=r"'h.q_proj.weight': .* stochastic rounding only supports BF16"):
         merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype=dtype, rounding=Stochastic()))
     assert leftovers(tmp_path) == []
 
@@ -352,7 +352,7 @@ def test_a_value_that_is_not_finite_is_refused_by_its_tensor(value, where, tmp_p
     patch = write_adapter(tmp_path / "adapter", {"q": (a, b)})
     into = open_checkpoint(write_tensors(tmp_path / "m.safetensors", {"q.weight": stored(weight, "BF16")}))
     before = contents(tmp_path)
-    with pytest.raises(NonFiniteError, match=r"'q.weight': rows \d+ to \d+ hold an infinity or NaN"):
+    with pytest.raises(NonFiniteError, match=r"'q.weight': rows \d+ to \d+ contain an infinity or NaN"):
         merge(patch, into=into, out=tmp_path / "out")
     assert contents(tmp_path) == before
     assert not (tmp_path / "out").exists()
@@ -362,7 +362,7 @@ def test_a_sum_that_does_not_fit_into_float16_is_refused(case, tmp_path):
     weight = torch.zeros(20, 12)
     weight[19] = 65500.0
     patch, into = case(dtype="F16", weight=weight, delta=1000.0)
-    with pytest.raises(NonFiniteError, match="in what they become as F16"):
+    with pytest.raises(NonFiniteError, match="after the cast to F16"):
         merge(patch, into=into, out=tmp_path / "out")
     assert leftovers(tmp_path) == []
     merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype="F32"))
@@ -370,7 +370,7 @@ def test_a_sum_that_does_not_fit_into_float16_is_refused(case, tmp_path):
 
 def test_an_untouched_value_that_does_not_fit_into_the_new_dtype_is_refused(case, tmp_path):
     patch, into = case(dtype="F32", big=stored(torch.tensor([1.0, 1e6]), "F32"))
-    with pytest.raises(NonFiniteError, match="'big': rows 0 to 2 hold a value that does not fit into F16"):
+    with pytest.raises(NonFiniteError, match="'big': rows 0 to 2 contain a value that overflows F16"):
         merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype="F16"))
     assert leftovers(tmp_path) == []
 
@@ -417,14 +417,14 @@ def test_no_merge_replaces_what_it_reads(case, tiny, tmp_path):
     patch, into = case()
     before = contents(tmp_path)
     for out, reason in (
-        ("case", "is no output"),
-        ("case/adapter", "which is read for the output"),
-        ("", "is no output"),
+        ("case", "was not written by this program"),
+        ("case/adapter", "which is an input"),
+        ("", "was not written by this program"),
     ):
         with pytest.raises(OutputError, match=reason):
             merge(patch, into=into, out=tmp_path / out, overwrite=True)
     folder = open_checkpoint(tiny("base"))
-    with pytest.raises(OutputError, match="which is read for the output"):
+    with pytest.raises(OutputError, match="which is an input"):
         merge(load_patch(tiny("adapter")), into=folder, out=tiny("base"), overwrite=True)
     assert contents(tmp_path) == before
 
@@ -433,7 +433,7 @@ def test_a_model_that_shrinks_meanwhile_leaves_nothing_behind(case, tmp_path):
     patch, into = case()
     (file,) = into.files
     file.path.write_bytes(file.path.read_bytes()[:-1])
-    with pytest.raises(portllm.PortLLMError, match="changed while it was read"):
+    with pytest.raises(portllm.PortLLMError, match="changed while it was being read"):
         merge(patch, into=into, out=tmp_path / "out")
     assert leftovers(tmp_path) == []
 
@@ -511,7 +511,7 @@ def test_a_patch_of_a_head_of_its_own_merges_as_in_peft(captured, tiny, tmp_path
 def test_a_patch_of_the_head_with_the_copy_of_another_base_is_refused(tiny, tmp_path):
     base = tiny("base", tied=False)
     patch = load_patch(tiny("adapter", of=base, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(PlanRefusedError, match="lm_head: the adapter carries a copy of its base's weight") as error:
+    with pytest.raises(PlanRefusedError, match="lm_head: the adapter contains a copy of its base's weight") as error:
         merge(patch, into=open_checkpoint(tiny("base", tied=False, seed=5)), out=tmp_path / "out")
     assert len(error.value.refusals) == 1
     assert list(tmp_path.iterdir()) == []

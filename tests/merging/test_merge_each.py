@@ -209,7 +209,7 @@ def test_room_is_promised_once(patches, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda folder: usage(0, 0, int(2.5 * n_bytes)))
     found = merge_each(under(tmp_path, given), into=into)
     assert isinstance(found[tmp_path / "c"], PlanRefusedError)
-    assert "Make room" in str(found[tmp_path / "c"])
+    assert "Free some space" in str(found[tmp_path / "c"])
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
@@ -219,8 +219,8 @@ def test_an_output_inside_another_or_on_another_patch_is_refused(patches, tiny, 
     before = contents(tmp_path)
     given = {tmp_path / "a": patch, tmp_path / "a" / "b": patch, tmp_path / "other": patch, tmp_path / "c": other}
     found = merge_each(given, into=into, overwrite=True)
-    assert "would hold" in str(found[tmp_path / "a"])
-    assert "which is read for the output" in str(found[tmp_path / "other"])
+    assert "would contain" in str(found[tmp_path / "a"])
+    assert "which is an input" in str(found[tmp_path / "other"])
     assert {name: data for name, data in contents(tmp_path).items() if name.startswith("other/")} == before
     assert sorted(os.listdir(tmp_path)) == ["a", "c", "other"]
 

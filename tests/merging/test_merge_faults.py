@@ -263,7 +263,7 @@ def test_a_signal_stops_the_program_and_the_next_run_goes_on(sent, status, case,
         told = run.communicate(timeout=60)[1]
     assert run.returncode == status, told
     assert "Traceback" not in told
-    assert "no output is half written, and the same command goes on" in told
+    assert "no partial output was left, and the same command resumes" in told
     assert contents(folder / "out") == before
     written.clear()
     case(folder / "out")
@@ -290,7 +290,7 @@ def test_a_disk_that_fills_up_leaves_the_old_model_and_nothing_else(n_bytes, cas
 def test_an_output_for_which_there_is_no_room_is_refused_before_anything_is_written(case, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda folder: usage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(PlanRefusedError, match=r"[\d,]+ bytes are to be written, '.*' has 1,000 free\. Make room"):
+    with pytest.raises(PlanRefusedError, match=r"needs [\d,]+ bytes, but '.*' has 1,000 free\. Free some space"):
         case(tmp_path / "not there yet" / "out")
     assert os.listdir(tmp_path) == []
 
@@ -334,7 +334,7 @@ def test_an_output_on_top_of_what_is_read_is_refused(place, tiny, tmp_path):
     if place == ".out.part":
         base = base.rename(tmp_path / ".out.part")
     before = contents(tmp_path)
-    with pytest.raises(OutputError, match="which is read for the output"):
+    with pytest.raises(OutputError, match="which is an input"):
         merge(load_patch(adapter), into=open_checkpoint(base), out=out, overwrite=True)
     assert contents(tmp_path) == before
 

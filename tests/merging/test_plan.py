@@ -122,7 +122,7 @@ def test_a_tied_head_is_planned_as_a_tensor_of_its_own(tied, sparse):
     assert step.source.name == "model.embed_tokens.weight"
     assert step.change is not None
     assert plan.steps["model.embed_tokens.weight"].change is None
-    assert any("a head of its own" in note for note in plan.notes)
+    assert any("a separate head" in note for note in plan.notes)
 
 
 def test_a_head_of_its_own_is_planned_as_any_other_module(sparse):
@@ -137,7 +137,7 @@ def test_a_weight_that_is_no_matrix_takes_no_delta(shape, said, sparse):
     patch, into = sparse({"norm": (3, 4)}, {"norm.weight": ("F32", shape)})
     (refusal,) = plan_merge(patch, into=into).refusals
     assert refusal.where == "norm"
-    assert f"the delta is (out=3, in=4), its weight in {into.name} is {said}." in refusal.reason
+    assert f"the delta is (out=3, in=4), but its weight in {into.name} is {said}." in refusal.reason
 
 
 def test_a_module_under_another_prefix_gets_a_hint(sparse):
@@ -145,7 +145,7 @@ def test_a_module_under_another_prefix_gets_a_hint(sparse):
     patch, into = sparse({"model.layers.0.mlp.up_proj": (3, 4)}, weights)
     refusals = {refusal.where: refusal.reason for refusal in plan_merge(patch, into=into).refusals}
     assert set(refusals) == {"model.layers.0.mlp.up_proj"}
-    hint = "Modules of that kind are model.language_model.layers.0.mlp.up_proj and 1 more."
+    hint = "Similar modules: model.language_model.layers.0.mlp.up_proj and 1 more."
     assert hint in refusals["model.layers.0.mlp.up_proj"]
 
 

@@ -172,16 +172,16 @@ def test_a_qlora_patch_says_what_it_was_fitted_to(models, tiny, tmp_path):
 
 
 def test_check_estimates_the_gap_of_a_qlora_patch_from_samples(models, tiny, tmp_path):
-    from portllm.checking.check import check
+    from portllm.checking.check import check_weights
 
     patch = qlora_patch(models, tiny, tmp_path / "patch")
     base, evolved = portllm.open_checkpoint(models["plain"]), portllm.open_checkpoint(tiny("base", seed=5))
-    found = check(patch, base=base, evolved=evolved).patches[0]
+    found = check_weights(patch, base=base, evolved=evolved).patches[0]
     whole = merge(patch, into=base, out=tmp_path / "merged").quantization.total.ratio
     assert found.quantization.ratio == pytest.approx(whole, rel=SAMPLED)
-    assert any("fitted to nf4-double weights" in remark for remark in found.verdict.remarks)
+    assert any("trained on nf4-double weights" in remark for remark in found.verdict.remarks)
     of_plain = capture_adapter(portllm.load_patch(tiny("adapter", of=models["plain"])), base=base, out=tmp_path / "p")
-    other = check(of_plain, base=base, evolved=evolved).patches[0]
+    other = check_weights(of_plain, base=base, evolved=evolved).patches[0]
     assert other.quantization is None
     assert not any("fitted to" in remark for remark in other.verdict.remarks)
 
@@ -239,7 +239,7 @@ def test_the_quantized_base_is_the_one_that_the_patch_belongs_to_and_made_from_t
     for into, given, problem in (
         (plain, plain, "is not quantized"),
         (plain, evolved, "which the patch"),
-        (stranger, quantized, "their cosine is"),
+        (stranger, quantized, "the cosine of their weights is"),
     ):
         assert any(problem in str(refusal) for refusal in plan_merge(patch, into=into, quantized_base=given).refusals)
 
@@ -276,7 +276,7 @@ def test_blocks_do_not_change_the_gap(models, tiny, tmp_path, monkeypatch):
 
 def test_a_base_that_is_quantized_already_is_not_said_to_be_quantized_again(models, tiny, tmp_path):
     adapter = portllm.load_patch(tiny("adapter", of=models["plain"]))
-    with pytest.raises(PlanRefusedError, match="is quantized already"):
+    with pytest.raises(PlanRefusedError, match="is already quantized"):
         capture_adapter(
             adapter,
             base=portllm.open_checkpoint(models["base"]),
@@ -287,7 +287,7 @@ def test_a_base_that_is_quantized_already_is_not_said_to_be_quantized_again(mode
 
 def test_patches_that_were_fitted_to_other_weights_are_not_combined(models, tiny, tmp_path):
     one, other = (qlora_patch(models, tiny, tmp_path / name, scheme=name) for name in ("nf4", "fp4"))
-    assert "nothing could say what their sum was fitted to" in str(plan_combine([one, other]).refusals[0])
+    assert "their sum would match neither" in str(plan_combine([one, other]).refusals[0])
     combined = combine([one, one], out=tmp_path / "sum")
     assert combined.record.capture.fitted_to == one.record.capture.fitted_to
 
@@ -315,7 +315,7 @@ def test_a_patch_of_a_gguf_file_is_merged_into_what_it_was_made_from(tmp_path):
     ported = port(patch, base=quantized, evolved=into, out=tmp_path / "ported")
     plan = plan_merge(ported, into=into)
     assert plan.fitted is None
-    assert any("fitted to Q8_0 weights" in note and "is not measured" in note for note in plan.notes)
+    assert any("trained on Q8_0 weights" in note and "the difference is not measured" in note for note in plan.notes)
     assert any(
-        "was ported since" in str(why) for why in plan_merge(ported, into=into, quantized_base=quantized).refusals
+        "has been ported since" in str(why) for why in plan_merge(ported, into=into, quantized_base=quantized).refusals
     )

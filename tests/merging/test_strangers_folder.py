@@ -138,7 +138,7 @@ def test_a_manifest_is_put_back_in_place_of_a_link_and_not_through_it(evil, home
 def test_a_text_that_is_no_manifest_is_not_put_back(evil):
     say(evil, manifest="echo owned\n")
     before = contents(evil)
-    with pytest.raises(CheckpointError, match="holds another text than a merge's manifest"):
+    with pytest.raises(CheckpointError, match="contains a file that no in-place merge writes"):
         undo_merge(evil)
     assert contents(evil) == before
 
@@ -146,11 +146,11 @@ def test_a_text_that_is_no_manifest_is_not_put_back(evil):
 def test_a_folder_whose_manifest_could_not_be_put_back_is_not_merged_into(tiny, patch, tmp_path):
     model = shutil.copytree(tiny("base"), tmp_path / "model")
     (model / "portllm.json").write_text("{}")
-    with pytest.raises(PlanRefusedError, match="is not a merge's manifest, and could not be put back"):
+    with pytest.raises(PlanRefusedError, match="is not a merge manifest and could not be restored"):
         merge_in_place(patch, model)
 
 
-@pytest.mark.parametrize("change", ["another tensor", "another shape"])
+@pytest.mark.parametrize("change", ["another tensor", "a different shape"])
 def test_old_bytes_of_another_model_are_not_written(change, evil, tiny, tmp_path):
     kept = evil / ".portllm-undo" / "model.safetensors"
     data = kept.read_bytes()
@@ -166,13 +166,13 @@ def test_old_bytes_of_another_model_are_not_written(change, evil, tiny, tmp_path
     text = json.dumps(header).encode()
     kept.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
     before = contents(evil)
-    with pytest.raises(CheckpointError, match="is not of the model that '.portllm-undo' was kept for"):
+    with pytest.raises(CheckpointError, match="does not belong to the model that '.portllm-undo' was saved for"):
         undo_merge(evil)
     assert contents(evil) == before
 
 
 def test_the_mark_is_told_as_what_it_is_and_no_command_is_given(evil):
-    with pytest.raises(CheckpointError, match="from somebody else, so you have the mark") as error:
+    with pytest.raises(CheckpointError, match="from someone else") as error:
         open_checkpoint(evil)
     assert "portllm merge" not in str(error.value)
 
@@ -184,7 +184,7 @@ def test_what_a_killed_undo_leaves_is_removed_by_the_next_even_where_nothing_is_
     gone.mkdir()
     (gone / "model.safetensors").write_bytes(b"old")
     (evil / f".{MARK}.part").write_text("{")
-    with pytest.raises(OutputError, match="there is no merge in place to take back"):
+    with pytest.raises(OutputError, match="there is no in-place merge to undo"):
         undo_merge(evil)
     assert contents(evil) == clean
     assert not gone.exists()

@@ -212,9 +212,7 @@ def test_a_start_that_leaves_the_base_as_it_was_is_accepted(how):
 
 @pytest.mark.parametrize("how", ["new", "pissa_niter_x", "pissa2", "kasa", 2, ["pissa"], {}])
 def test_a_start_that_is_not_known_is_refused(how):
-    with pytest.raises(
-        AdapterFormatError, match="'init_lora_weights' is .* whether that changes the base is not known"
-    ):
+    with pytest.raises(AdapterFormatError, match="'init_lora_weights' is .* whether that changes the base is unknown"):
         parse_adapter_config({**PLAIN, "init_lora_weights": how}, where="mine")
 
 
@@ -230,7 +228,7 @@ def test_every_start_that_peft_documents_is_known():
 
 @pytest.mark.parametrize("value", [True, 0.5, "yes", {"a": 1}, [1]])
 def test_a_field_that_nobody_knows_is_refused(value):
-    with pytest.raises(AdapterFormatError, match="'use_newest' .* is not a field that is known"):
+    with pytest.raises(AdapterFormatError, match="unknown field 'use_newest'"):
         parse_adapter_config({**PLAIN, "use_newest": value}, where="mine")
 
 
@@ -289,7 +287,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_value_of_another_type_is_refused(name, value):
-    with pytest.raises(AdapterFormatError, match=f"'{name}' is .*which is not of its type"):
+    with pytest.raises(AdapterFormatError, match=f"'{name}' is .*which has the wrong type"):
         parse_adapter_config({**PLAIN, name: value}, where="mine")
 
 
@@ -307,7 +305,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("name", "value"), BROKEN)
 def test_a_broken_expression_is_refused(name, value):
-    with pytest.raises(AdapterFormatError, match=f"'{name}' holds .*which is not a regular expression"):
+    with pytest.raises(AdapterFormatError, match=f"'{name}' contains .*which is not a valid regular expression"):
         parse_adapter_config({**PLAIN, name: value}, where="mine")
 
 
@@ -329,7 +327,7 @@ def test_all_problems_are_named_at_once():
     with pytest.raises(AdapterFormatError) as refused:
         parse_adapter_config(fields, where="mine")
     message = str(refused.value)
-    assert message.startswith("'mine': adapter_config.json is not understood whole: ")
+    assert message.startswith("'mine': adapter_config.json is not fully supported: ")
     named = ["'bias'", "'init_lora_weights'", "'new'", "'r'", "'use_bdlora'", "'target_modules' is missing"]
     assert [name for name in named if name in message] == named
 
@@ -384,9 +382,7 @@ def test_more_names_than_can_be_compared_with_the_modules_are_refused():
     names = [f"layers.{number}.q_proj" for number in range(20_000)]
     config = parse_adapter_config({**PLAIN, "target_modules": names}, where="mine")
     assert config.targets(names[:1]) == names[:1]
-    with pytest.raises(
-        AdapterFormatError, match="'target_modules' has 20000 entries, too many to compare with each of"
-    ):
+    with pytest.raises(AdapterFormatError, match="'target_modules' has 20000 entries, too many to match against"):
         config.targets(names)
 
 

@@ -166,8 +166,8 @@ def with_key(key, *, dtype="F32", shape=(2,)):
     return {**FACTORS, key: (dtype, shape, bytes(4 * (shape[0] if shape else 1)))}
 
 
-UNEXPLAINED = "a weight of the model, which neither 'modules_to_save' nor 'bias' explains"
-WITHOUT = "without 'base_model.model.' before its name"
+UNEXPLAINED = "a weight of the model that neither 'modules_to_save' nor 'bias' explains"
+WITHOUT = "without the prefix 'base_model.model.'"
 FOREIGN_KEYS = {
     "base_model.model.lm_head.modules_to_save.default.weight": UNEXPLAINED,
     "base_model.model.model.layers.0.self_attn.k_proj.bias": UNEXPLAINED,
@@ -175,7 +175,7 @@ FOREIGN_KEYS = {
     "base_model.model.lm_head.weight": UNEXPLAINED,
     f"{PREFIX}.lora_C.weight": UNEXPLAINED,
     f"{PREFIX}.lora_diag": "a KaSA diagonal",
-    f"{PREFIX}.base_layer.lora_A.weight": "a factor of a parameter, and 'target_parameters' names none",
+    f"{PREFIX}.base_layer.lora_A.weight": "a factor of a parameter, but 'target_parameters' names none",
     "model.layers.0.self_attn.q_proj.lora_A.weight": WITHOUT,
     f"x.{PREFIX}.lora_A.weight": WITHOUT,
     "base_model.model..lora_A.weight": "of no module",
@@ -193,11 +193,11 @@ def test_a_tensor_that_has_no_meaning_is_refused_by_its_name(key, adapter):
 
 EMBEDDING = "base_model.model.model.embed_tokens"
 CONTRADICTIONS = {
-    "a magnitude, no use_dora": ({f"{PREFIX}.lora_magnitude_vector": (5,)}, {}, "has a DoRA magnitude, 'use_dora'"),
-    "use_dora, no magnitude": ({}, {"use_dora": True}, "lacks a DoRA magnitude, 'use_dora' says True"),
-    "a bias of B, no lora_bias": ({f"{PREFIX}.lora_B.bias": (5,)}, {}, "has a bias of lora_B, 'lora_bias' says False"),
-    "lora_bias, no bias of B": ({}, {"lora_bias": True}, "lacks a bias of lora_B, 'lora_bias' says True"),
-    "a trained bias, bias none": ({f"{PREFIX}.base_layer.bias": (5,)}, {}, "has a trained bias, 'bias' says none"),
+    "a magnitude, no use_dora": ({f"{PREFIX}.lora_magnitude_vector": (5,)}, {}, "has a DoRA magnitude, but 'use_dora'"),
+    "use_dora, no magnitude": ({}, {"use_dora": True}, "lacks a DoRA magnitude, but 'use_dora' is True"),
+    "a bias of B, no lora_bias": ({f"{PREFIX}.lora_B.bias": (5,)}, {}, "a bias of lora_B, but 'lora_bias' is False"),
+    "lora_bias, no bias of B": ({}, {"lora_bias": True}, "lacks a bias of lora_B, but 'lora_bias' is True"),
+    "a trained bias, bias none": ({f"{PREFIX}.base_layer.bias": (5,)}, {}, "has a trained bias, but 'bias' is none"),
     "a bias elsewhere, bias lora_only": (
         {"base_model.model.model.layers.0.self_attn.k_proj.bias": (5,)}, {"bias": "lora_only"}, UNEXPLAINED,
     ),
@@ -207,7 +207,7 @@ CONTRADICTIONS = {
     "fewer token rows than indices": (
         {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 3)},
         {"trainable_token_indices": [1, 2, 3]},
-        r"\(2, 3\) trained token rows, 'trainable_token_indices' names 3",
+        r"\(2, 3\) trained token rows, but 'trainable_token_indices' names 3",
     ),
     "a token twice": (
         {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 3)}, {"trainable_token_indices": [1, 1]}, "names 2",
@@ -265,8 +265,13 @@ def test_a_factor_without_its_partner_is_refused(letter, adapter):
 
 
 BAD_FACTORS = {
-    "ranks that differ": ((3, 3), (5, 2), "F32", "lora_A has rank 3, lora_B has rank 2"),
-    "a rank that the configuration does not say": ((4, 3), (5, 4), "F32", "have rank 4, adapter_config.json says 2"),
+    "ranks that differ": ((3, 3), (5, 2), "F32", "lora_A has rank 3, but lora_B has rank 2"),
+    "a rank that the configuration does not say": (
+        (4, 3),
+        (5, 4),
+        "F32",
+        "have rank 4, but adapter_config.json says 2",
+    ),
     "one axis": ((2,), (5, 2), "F32", r"lora_A.weight' has shape \(2,\), expected two axes"),
     "three axes": ((2, 3), (5, 2, 1), "F32", r"lora_B.weight' has shape \(5, 2, 1\), expected two axes"),
     "whole numbers": ((2, 3), (5, 2), "I8", "lora_A.weight' has dtype I8, expected one of F64, F32, F16, BF16"),
@@ -288,7 +293,7 @@ def test_factors_that_do_not_fit_are_refused(what, adapter):
 
 
 def test_an_adapter_without_tensors_is_refused(adapter):
-    with pytest.raises(AdapterFormatError, match="there is no factor of a LoRA in it"):
+    with pytest.raises(AdapterFormatError, match="it contains no LoRA factors"):
         load_patch(adapter({}))
 
 
@@ -309,7 +314,11 @@ def test_a_vector_that_is_not_as_long_as_the_module_is_wide_is_refused(what, ada
 
 
 TWICE = {
-    "factors and a value": ({f"{PREFIX}.weight": (5, 3)}, {"modules_to_save": ["q_proj"]}, "factors and a value"),
+    "factors and a full value": (
+        {f"{PREFIX}.weight": (5, 3)},
+        {"modules_to_save": ["q_proj"]},
+        "factors and a full value",
+    ),
     "factors and rows": (
         {f"{PREFIX}.token_adapter.trainable_tokens_delta": (1, 3)},
         {"trainable_token_indices": {"q_proj": [2]}},
@@ -318,9 +327,9 @@ TWICE = {
     "a bias and what is added to it": (
         {f"{PREFIX}.lora_B.bias": (5,), f"{PREFIX}.base_layer.bias": (5,)},
         {"bias": "all", "lora_bias": True},
-        "a value of its own and a bias of lora_B",
+        "a full value and a bias of lora_B",
     ),
-    "two biases": ({f"{PREFIX}.bias": (5,), f"{PREFIX}.base_layer.bias": (5,)}, {"bias": "all"}, "is there twice"),
+    "two biases": ({f"{PREFIX}.bias": (5,), f"{PREFIX}.base_layer.bias": (5,)}, {"bias": "all"}, "occurs twice"),
 }
 
 
@@ -375,7 +384,7 @@ def test_a_folder_without_configuration_is_refused(tmp_path):
 
 
 def test_a_folder_around_an_adapter_is_refused_with_the_way_in(adapter):
-    with pytest.raises(AdapterFormatError, match="Its subfolder 'adapter' is one: give that"):
+    with pytest.raises(AdapterFormatError, match="Its subfolder 'adapter' is one: pass that"):
         load_patch(adapter().parent)
 
 

@@ -93,10 +93,10 @@ def test_the_patterns_of_training_programs_are_matched_and_may_go_to_peft(text):
 @pytest.mark.parametrize(
     ("text", "why"),
     {
-        "(": "not a regular expression",
-        "[": "not a regular expression",
-        "(" * 5000: "not a regular expression",
-        "a{99999999999}": "not a regular expression",
+        "(": "not a valid regular expression",
+        "[": "not a valid regular expression",
+        "(" * 5000: "not a valid regular expression",
+        "a{99999999999}": "not a valid regular expression",
         "a" * 100_001: "100001 characters",
         "(a{200}){200}(a+)+": "could take long",
         "(?:){0,4000000000}(a+)+": "could take long",
@@ -104,8 +104,8 @@ def test_the_patterns_of_training_programs_are_matched_and_may_go_to_peft(text):
         "(?:q_proj){e<=1}": "not all engines read alike",
         "(?:q_proj){1<=e<=2:[a-z]}": "not all engines read alike",
         "[[:alpha:]]+": "not all engines read alike",
-        r"\p{L}": "not a regular expression",
-        "(?R)?": "not a regular expression",
+        r"\p{L}": "not a valid regular expression",
+        "(?R)?": "not a valid regular expression",
     }.items(),
     ids=range(13),
 )

@@ -70,7 +70,7 @@ def test_a_record_from_before_revisions_were_kept_is_one_without():
 def test_values_without_a_field_are_no_record(field):
     value = encode(RECORD)
     del value[field]
-    with pytest.raises(ValueError, match=f"^{field}: must be given$"):
+    with pytest.raises(ValueError, match=f"^{field}: is required$"):
         read(value)
 
 
@@ -80,7 +80,7 @@ def test_values_without_a_field_are_no_record(field):
         (lambda value: value.update(format=2), "format: is 2; expected 1"),
         (lambda value: value.update(base=None), "base: is null; expected a table"),
         (lambda value: value["base"].update(name=3), "base.name: is 3; expected a text"),
-        (lambda value: value["base"].update(nam="x"), "base.nam: is no key here. Did you mean name?"),
+        (lambda value: value["base"].update(nam="x"), "base.nam: unknown key. Did you mean name?"),
         (
             lambda value: value["ports"][0]["to"].update(fingerprint="s4k1:1"),
             "ports.0.to.fingerprint: is 's4k1:1'; expected s4k1: and 40 hexadecimal digits",

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError, PortError
 from portllm.matching.port_plan import plan_port
@@ -35,7 +35,9 @@ def auto(tiny, tmp_path):
 def test_what_drifted_little_is_added_and_the_record_says_why(auto, tiny):
     evolved = tiny("evolved", drift=SHORT)
     (step,) = auto(evolved).record.ports
-    report = check(load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), evolved=open_checkpoint(evolved))
+    report = check_weights(
+        load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), evolved=open_checkpoint(evolved)
+    )
     (found,) = report.patches
     assert (step.method, step.choice.verdict, step.choice.is_forced) == ("add", "holds", False)
     assert step.choice.findings == tuple(reason.text for reason in found.verdict.reasons)
@@ -62,7 +64,7 @@ def test_what_is_uncertain_is_added(auto, tiny):
 
 def test_weights_from_another_start_are_refused_with_what_to_do(auto, tiny, tmp_path):
     with pytest.raises(
-        PlanRefusedError, match=r"will not hold; .*nothing in common.*--teacher.*docs/refresh.md.*--force"
+        PlanRefusedError, match=r"will not hold; .*are unrelated to.*--teacher.*docs/refresh.md.*--force"
     ):
         auto(tiny("base", seed=7))
     assert not (tmp_path / "ported").exists()
@@ -89,7 +91,7 @@ def test_without_its_base_no_choice_can_be_made(tiny, tmp_path):
 
     patch = capture_adapter(load_patch(tiny("adapter")), base=open_checkpoint(tiny("base")), out=tmp_path / "patch")
     (refusal,) = Route(Update(None, open_checkpoint(tiny("evolved"))), method="auto").plan(patch).refusals
-    assert str(refusal) == "--base: method 'auto' measures what became of the base: name it with --base."
+    assert str(refusal) == "--base: method 'auto' compares the evolved model with the base: pass the base with --base."
 
 
 def test_the_update_is_measured_once_for_many_patches(tiny, monkeypatch):
@@ -103,5 +105,5 @@ def test_the_update_is_measured_once_for_many_patches(tiny, monkeypatch):
 
 
 def test_force_means_nothing_to_a_method_that_never_refuses(auto, tiny):
-    with pytest.raises(PortError, match="goes with method 'auto'"):
+    with pytest.raises(PortError, match="requires method 'auto'"):
         auto(tiny("evolved"), method="add", force=True)

@@ -36,4 +36,4 @@ def test_what_is_chosen_is_a_row_of_the_table(answer):
 
 
 def test_a_verdict_without_reasons_leads_to_a_reason():
-    assert choose(Verdict(Answer.UNCERTAIN, ())).reason.endswith("nothing was found for or against the patch.")
+    assert choose(Verdict(Answer.UNCERTAIN, ())).reason.endswith("no evidence for or against the patch was found.")

@@ -11,7 +11,7 @@ from portllm.methods.contract import Inputs, Need
 from portllm.methods.table import METHODS
 from portllm.methods.values import whole
 from portllm.patch.adapter_folder import load_patch
-from portllm.porting.inputs import Stored, gather
+from portllm.porting.inputs import StoredValues, gather
 
 READER = replace(METHODS["add"], id="reader", needs=frozenset({Need.WEIGHTS}))
 
@@ -30,7 +30,7 @@ def plan(base, evolved, adapter, method):
 def test_a_method_that_asks_for_nothing_is_given_nothing(tiny):
     patch, inputs = gather(plan(tiny("base"), tiny("evolved"), tiny("adapter"), "add"))
     assert inputs == Inputs()
-    assert all(isinstance(delta.a, Stored) for delta in patch.deltas.values())
+    assert all(isinstance(delta.a, StoredValues) for delta in patch.deltas.values())
 
 
 def test_a_method_that_asks_for_weights_is_given_those_of_what_the_patch_changes(reading, tiny):
@@ -40,7 +40,7 @@ def test_a_method_that_asks_for_weights_is_given_those_of_what_the_patch_changes
     assert inputs.base.keys() == inputs.evolved.keys() == names
     for folder, side in zip(models, (inputs.base, inputs.evolved), strict=True):
         stored = open_checkpoint(folder)
-        assert all(whole(side[name]).equal(whole(Stored(stored.info(name)))) for name in names)
+        assert all(whole(side[name]).equal(whole(StoredValues(stored.info(name)))) for name in names)
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers and peft warn of tiny vocabularies and of patterns

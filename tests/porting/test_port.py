@@ -189,7 +189,7 @@ def test_the_same_elements_are_compared_when_the_evolved_model_has_another_dtype
         {"q_proj.weight": ("F32", (3, 4), bytes(48))},
         {"q_proj.weight": floats(torch.full((3, 4), math.nan), "F32")},
     ],
-    ids=["quantized", "another shape", "no such module", "all zero", "not a number"],
+    ids=["quantized", "a different shape", "no such module", "all zero", "not a number"],
 )
 def test_no_drift_is_claimed_of_a_base_that_cannot_be_compared(base, tmp_path):
     base = write_tensors(tmp_path / "base.safetensors", base)
@@ -240,7 +240,7 @@ def test_an_evolved_model_of_another_width_is_refused_module_by_module(tiny, tmp
     assert sorted(reasons) == sorted(modules)
     reason = reasons["model.layers.1.mlp.up_proj"]
     assert "the delta is (out=20, in=12)" in reason
-    assert "(out=24, in=12). Adding needs equal shapes." in reason
+    assert "(out=24, in=12). The shapes must be equal." in reason
     assert str(wider) in reason
 
 
@@ -249,7 +249,7 @@ def test_a_shallower_evolved_model_is_refused_with_what_it_lacks(tiny, tmp_path)
     reasons = refused(patch, tmp_path, evolved=open_checkpoint(tiny("base", layers=1)))
     assert set(reasons) == {module for module in patch.deltas if ".1." in module}
     reason = reasons["model.layers.1.self_attn.q_proj"]
-    assert "has no such module. Modules of that kind are model.layers.0.self_attn.q_proj." in reason
+    assert "has no such module. Similar modules: model.layers.0.self_attn.q_proj." in reason
 
 
 def test_a_deeper_evolved_model_is_refused_with_what_the_patch_lacks(tiny, tmp_path):
@@ -271,14 +271,14 @@ def test_a_tensor_that_the_configuration_does_not_name_is_refused(tmp_path):
     patch = q_proj_patch(folder, 3, 4, name="k_proj")
     evolved = write_tensors(tmp_path / "evolved.safetensors", {"k_proj.weight": ("F32", (3, 4), bytes(48))})
     reasons = refused(patch, tmp_path, evolved=open_checkpoint(evolved), base=open_checkpoint(evolved))
-    assert "adapter_config.json does not name it, so PEFT would drop them" in reasons["k_proj"]
+    assert "but adapter_config.json does not name it, so PEFT would silently ignore them" in reasons["k_proj"]
 
 
 def test_quantized_weights_are_refused(tmp_path):
     patch = q_proj_patch(tmp_path / "adapter", 3, 4)
     evolved = write_tensors(tmp_path / "evolved.safetensors", {"q_proj.weight": ("I8", (3, 4), bytes(12))})
     reasons = refused(patch, tmp_path, evolved=open_checkpoint(evolved), base=open_checkpoint(evolved))
-    assert "is stored as I8; a patch is added to F64, F32, F16, BF16 only" in reasons["q_proj"]
+    assert "is stored as I8; a patch can only be added to F64, F32, F16, BF16" in reasons["q_proj"]
 
 
 def test_another_base_than_the_recorded_one_is_refused_unless_it_is_meant(tiny, tmp_path):
@@ -315,7 +315,7 @@ def test_an_adapter_of_the_head_with_the_wrong_base_is_refused(tiny, tmp_path):
     other, evolved = open_checkpoint(tiny("base", tied=False, seed=5)), open_checkpoint(tiny("evolved", of=base))
     reasons = refused(patch, tmp_path, evolved=evolved, base=other)
     assert set(reasons) == {"lm_head"}
-    assert "carries a copy of its base's weight, and that is not the weight of" in reasons["lm_head"]
+    assert "contains a copy of its base's weight that differs from the weight of" in reasons["lm_head"]
 
 
 def test_a_method_that_there_is_not_is_refused(tiny, tmp_path):
@@ -349,9 +349,9 @@ def test_no_port_replaces_the_patch_or_the_model_that_it_reads(tiny, tmp_path):
     small = capture_adapter(q_proj_patch(tmp_path / "small", 3, 4), base=evolved, out=tmp_path / "small patch")
     before = contents(tmp_path)
     for what, out in ((small, model), (small, tmp_path / "small patch"), (small, tmp_path)):
-        with pytest.raises(OutputError, match="which is read for the output"):
+        with pytest.raises(OutputError, match="which is an input"):
             port(what, evolved=evolved, out=out, overwrite=True)
-    with pytest.raises(OutputError, match="which is read for the output"):
+    with pytest.raises(OutputError, match="which is an input"):
         port(patch, evolved=open_checkpoint(tiny("evolved")), out=tmp_path / "patch", overwrite=True)
     assert contents(tmp_path) == before
 

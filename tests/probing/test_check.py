@@ -10,7 +10,7 @@ from portllm.errors import PortLLMError
     ids=["prompt", "settings", "prompt for texts"],
 )
 def test_what_goes_with_prompts_is_refused_without_them_and_not_left_unread(given):
-    with pytest.raises(PortLLMError, match="goes with a file of prompts"):
+    with pytest.raises(PortLLMError, match="requires text to be a file of prompts"):
         portllm.check("patch", base="base", evolved="evolved", **given)
 
 

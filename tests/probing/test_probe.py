@@ -15,7 +15,7 @@ from scipy.stats import entropy
 from transformers import AutoModelForCausalLM
 
 from portllm.capturing.adapter import capture_adapter
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.forecast import expect
 from portllm.checking.report import patch_to_json
 from portllm.checking.verdict import with_answers
@@ -361,7 +361,7 @@ def test_a_report_has_the_measures_and_the_doubts_that_they_raise(story, tmp_pat
     config = json.loads((unfit / "adapter_config.json").read_text())
     (unfit / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
     patches = [load_patch(story["patch"]), load_patch(unfit)]
-    report = check(*patches, **models)
+    report = check_weights(*patches, **models)
     more = add_text(report, patches, **models, prompts=PROMPTS, settings=SETTINGS, device="cpu")
     agreement = more.patches[0].text.features()["ported_agreement"]
     assert agreement < AGREEMENT.value
@@ -402,9 +402,9 @@ def test_rows_are_asked_as_the_patch_was_trained_unless_told(story, tmp_path):
     file = write(tmp_path / "rows.jsonl", '{"q": "who?", "kind": "person"}')
     assert read_domain(file, recorded[:1]) == ["who? Kind:"]
     assert read_domain(file, recorded, template="Q: {q}") == ["Q: who?"]
-    with pytest.raises(DataError, match="2 different prompts.*Check them apart"):
+    with pytest.raises(DataError, match="2 different prompts.*Check them separately"):
         read_domain(file, recorded)
-    with pytest.raises(DataError, match="does not say how its prompts were made.*Pass --prompt"):
+    with pytest.raises(DataError, match="has no recorded prompt template.*Pass --prompt"):
         read_domain(file, [load_patch(story["patch"])])
 
 
@@ -416,9 +416,9 @@ def test_rows_are_asked_as_the_patch_was_trained_unless_told(story, tmp_path):
         ('{"q": null}', "field 'q' is null"),
         ('{"a": "b"}', "no field 'q'"),
         ('{"q": "  "}', "the prompt is blank"),
-        ('{"q": "a", "q": "b"}', "stands twice"),
+        ('{"q": "a", "q": "b"}', "duplicate key"),
         (b'{"q": "\xff"}', "is not UTF-8"),
-        ('{"q": NaN}', "is no row: NaN is not JSON"),
+        ('{"q": NaN}', "is not a valid row: NaN is not valid JSON"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_by_its_line(line, problem, tmp_path):
@@ -434,11 +434,11 @@ def test_a_line_that_is_no_text_is_named(line, problem, tmp_path):
 
 
 def test_a_file_without_prompts_is_told(tmp_path):
-    with pytest.raises(DataError, match="has no lines of text"):
+    with pytest.raises(DataError, match="is empty"):
         read_domain(write(tmp_path / "prompts.txt", "", " "), [])
     with pytest.raises(DataError, match="cannot be read"):
         read_domain(tmp_path / "nothing.txt", [])
-    with pytest.raises(DataError, match="a template is for rows of JSONL"):
+    with pytest.raises(DataError, match="a template only applies to JSONL rows"):
         read_domain(write(tmp_path / "prompts.txt", "who?"), [], template="{q}")
 
 
@@ -476,7 +476,7 @@ def test_a_model_that_answers_with_no_number_is_named(story, tmp_path):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = math.inf
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match="broken': answers a prompt with an infinity or NaN"):
+    with pytest.raises(NonFiniteError, match="broken': outputs an infinity or NaN"):
         measure({**story, "broken": broken}, evolved="broken")
 
 

@@ -62,7 +62,7 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_else(spaced, prompt, comp
     whole = spaced.encode(prompt, completion)
     limit = len(whole.completion) + 1 + room
     if room == 0:
-        with pytest.raises(DataError, match="Allow more tokens"):
+        with pytest.raises(DataError, match="Raise the token limit"):
             spaced.encode(prompt, completion, max_tokens=limit, reserve=1)
         return
     cut = spaced.encode(prompt, completion, max_tokens=limit, reserve=1)
@@ -80,7 +80,7 @@ def test_the_mark_at_the_beginning_outlives_a_cut(marked):
 
 def test_a_mark_alone_is_no_prompt(marked):
     completion = marked.encode("Kind:", "cause").completion
-    with pytest.raises(DataError, match="Allow more tokens"):
+    with pytest.raises(DataError, match="Raise the token limit"):
         marked.encode("what causes a fever?", "cause", max_tokens=len(completion) + 1)
 
 

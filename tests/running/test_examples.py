@@ -74,13 +74,13 @@ def test_anything_but_a_plain_name_between_braces_is_refused(text):
 def test_half_of_a_surrogate_pair_in_a_row_is_told_with_its_line_and_a_whole_one_is_read(write):
     path = write(r'{"question": "\ud83d\ude00", "type": "a"}' + "\n" + r'{"question": "\ud800", "type": "a"}')
     with pytest.raises(
-        DataError, match=r"rows\.jsonl': 1 of 2 rows[^\0]*line 2: is no row: it holds half of a surrogate pair"
+        DataError, match=r"rows\.jsonl': 1 of 2 rows[^\0]*line 2: is not a valid row: it contains an unpaired surrogate"
     ):
         read_examples(path, FORMAT)
 
 
 def test_a_template_that_is_no_text_is_refused():
-    with pytest.raises(DataError, match="is not UTF-8"):
+    with pytest.raises(DataError, match="is not valid UTF-8"):
         Template("{question} \udcff")
 
 
@@ -140,11 +140,11 @@ def test_line_separators_of_unicode_inside_a_text_do_not_end_a_row(write):
         ("true", "is a boolean; expected an object"),
         ('{"question": "a", "type": "b"', "is not JSON"),
         ('{"question": "a", "type": "b"} {}', "is not JSON: Extra data at character 32"),
-        ('{"question": "a", "type": NaN}', "is no row: NaN is not JSON"),
-        ('{"question": "a", "type": "b", "type": "c"}', "is no row: 'type' stands twice"),
-        ("[" * 100_000, "is no row: it is nested too deeply"),
+        ('{"question": "a", "type": NaN}', "is not a valid row: NaN is not valid JSON"),
+        ('{"question": "a", "type": "b", "type": "c"}', "is not a valid row: duplicate key 'type'"),
+        ("[" * 100_000, "is not a valid row: it is nested too deeply"),
         (b'{"question": "\xff", "type": "b"}', "byte 15 is not UTF-8"),
-        (rb'{"question": "\ud800", "type": "b"}', "is no row: it holds half of a surrogate pair"),
+        (rb'{"question": "\ud800", "type": "b"}', "is not a valid row: it contains an unpaired surrogate"),
     ],
 )
 def test_a_row_that_does_not_fit_is_told_with_its_line_and_reason(write, line, problem):
@@ -152,7 +152,7 @@ def test_a_row_that_does_not_fit_is_told_with_its_line_and_reason(write, line, p
     path = write(b'{"question": "a", "type": "b"}\n\n' + line + b"\n")
     with pytest.raises(DataError) as caught:
         read_examples(path, FORMAT)
-    assert "1 of 2 rows do not fit" in str(caught.value)
+    assert "1 of 2 rows do not match" in str(caught.value)
     assert f"line 3: {problem}" in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_all_problems_are_counted_and_ten_are_shown(write):
     with pytest.raises(DataError) as caught:
         read_examples(path, FORMAT)
     message = str(caught.value)
-    assert "13 of 14 rows do not fit" in message
+    assert "13 of 14 rows do not match" in message
     assert [f"line {number}:" in message for number in (1, 10, 11)] == [True, True, False]
     assert message.endswith("and 3 more.")
 

@@ -81,7 +81,7 @@ def test_a_folder_that_is_not_there_is_told(tmp_path):
 
 
 def test_a_folder_without_a_model_or_without_a_tokenizer_is_told(tiny, tmp_path):
-    with pytest.raises(CheckpointError, match="holds neither"):
+    with pytest.raises(CheckpointError, match="contains neither"):
         load_model(tmp_path, device=CPU)
     with pytest.raises(CheckpointError, match="cannot load its tokenizer"):
         load_tokenizer(tiny("base"))
@@ -93,7 +93,7 @@ def test_pickled_weights_are_refused(tiny, tmp_path):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="holds pickled weights"):
+    with pytest.raises(CheckpointError, match="contains pickled weights"):
         load_model(folder, device=CPU)
 
 
@@ -152,7 +152,7 @@ def test_a_folder_without_an_adapter_is_refused(tiny, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_cuda_device_auto_is_the_cpu_and_cuda_is_refused():
     assert choose_device("auto") == choose_device("cpu") == CPU
-    with pytest.raises(PortLLMError, match="sees no CUDA device"):
+    with pytest.raises(PortLLMError, match="finds no CUDA device"):
         choose_device("cuda")
 
 

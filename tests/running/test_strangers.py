@@ -171,7 +171,7 @@ def test_a_position_without_a_row_is_refused(tmp_path, reader):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     ids = encoder.encode_text("What helps against a cold? " * 2)
     model = load_model(tmp_path, device=CPU)
-    with pytest.raises(CheckpointError, match=r"'transformer\.wpe' has 8 rows, and row"):
+    with pytest.raises(CheckpointError, match=r"'transformer\.wpe' has 8 rows, but row"):
         model(input_ids=torch.tensor([ids]))
 
 

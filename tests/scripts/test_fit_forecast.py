@@ -141,7 +141,7 @@ def test_cells_of_a_study_that_goes_on_and_those_without_a_gain_are_left_out(tmp
     )
     cells, told = read_cells(results_of(file), "loss")
     assert (len(cells), len(told)) == (2 * (len(DRIFTS) - 2), 2)
-    assert all("update-0, " in text and "not told apart from nothing" in text for text in told)
+    assert all("update-0, " in text and "indistinguishable from zero" in text for text in told)
 
 
 def test_the_script_writes_a_file_that_the_program_reads_the_same_every_time(file, fitted, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from portllm.errors import DataError, OutputBusyError, OutputError, OutputExistsError
 from portllm.study.run import _locked, run_study, study_results, study_status
 from portllm.study.schedule.machine import describe_machine
-from portllm.study.schedule.work import Work
+from portllm.study.schedule.work import StepRunner
 from tests.processes import die, in_child
 from tests.study.small import write_study
 
@@ -107,7 +107,7 @@ def test_a_run_that_is_killed_three_times_gives_the_same_table(reader, tmp_path)
 
 def run_and_die(folder, number, moment):
     """Run, and die in a step: within its work, or when its output is there and its record is not."""
-    work, begun = Work.do, 0
+    work, begun = StepRunner.do, 0
 
     def do(self, step):
         nonlocal begun
@@ -121,7 +121,7 @@ def run_and_die(folder, number, moment):
         if moment == "within" and begun == number:
             die()
 
-    Work.do = do
+    StepRunner.do = do
     run(folder, progress=within)
 
 
@@ -203,7 +203,7 @@ def test_a_report_is_made_of_what_is_done(again):
 
 
 def test_data_that_is_not_there_is_told_before_any_step(again):
-    with pytest.raises(DataError, match="rows.jsonl': is not there. Name the folder that holds it with --data"):
+    with pytest.raises(DataError, match="rows.jsonl': does not exist. Pass the folder that contains it with --data"):
         run_study(again / "small.toml", out=again / "new", device="cpu")
     assert not (again / "new" / "steps").exists()
 
@@ -217,6 +217,6 @@ def test_a_folder_of_something_else_is_left_alone(again):
     other = again / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="is no study's folder"):
+    with pytest.raises(OutputExistsError, match="is not a study's folder"):
         run_study(again / "small.toml", out=other, data=again, device="cpu")
     assert [file.name for file in other.iterdir()] == ["notes.txt"]

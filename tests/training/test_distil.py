@@ -101,7 +101,7 @@ def test_a_patch_does_not_replace_the_rows_or_the_patch_that_it_is_trained_on(wo
             world["base"], data=world["data"], prompt=FORMAT["prompt"], teacher=teacher, out=out, overwrite=True
         ),
     ):
-        with pytest.raises(OutputError, match="which is read for the output"):
+        with pytest.raises(OutputError, match="which is an input"):
             work(tmp_path / "patch")
     assert contents(tmp_path) == before
 

@@ -68,7 +68,7 @@ def test_the_teacher_writes_no_more_than_it_may_and_prompts_are_cut_for_it(taugh
     settings = TrainSettings(steps=1, max_tokens=longest - 1 + teacher.max_new_tokens)
     report = distil_lora(evolved, PROMPTS, teacher, settings, tmp_path / "cut", device="cpu")
     assert report.n_cut_rows == 1
-    with pytest.raises(DataError, match="Allow more tokens"):
+    with pytest.raises(DataError, match="Raise the token limit"):
         distil_lora(evolved, PROMPTS, teacher, TrainSettings(max_tokens=8), tmp_path / "no", device="cpu")
 
 
@@ -76,7 +76,7 @@ def test_models_of_different_tokens_are_refused(taught, tmp_path):
     teacher, _ = taught
     other = make_reader(tmp_path / "other")
     metaspace_tokenizer().save_pretrained(other)
-    with pytest.raises(DataError, match="different tokens"):
+    with pytest.raises(DataError, match="different vocabularies"):
         distil_lora(other, PROMPTS, teacher, QUICK, tmp_path / "student", device="cpu")
     assert not (tmp_path / "student").exists()
 

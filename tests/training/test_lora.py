@@ -134,7 +134,7 @@ def test_long_rows_lose_the_beginning_of_the_prompt_and_are_counted(reader, tmp_
 
 
 def test_completions_that_leave_no_room_are_all_told_before_training(reader, tmp_path):
-    with pytest.raises(DataError, match="5 of 5 examples do not fit") as caught:
+    with pytest.raises(DataError, match="5 of 5 examples are invalid") as caught:
         train(reader, tmp_path / "adapter", max_tokens=2)
     assert "example 5:" in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -7,10 +7,10 @@ from portllm.errors import DataError, PortLLMError
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"teacher": "patch"}, "teacher and teacher_base go together"),
-        ({"teacher_base": "base"}, "teacher and teacher_base go together"),
-        ({"max_new_tokens": 3}, "goes with a teacher"),
-        ({"teacher": "patch", "teacher_base": "base", "completion": "kind"}, "the teacher's"),
+        ({"teacher": "patch"}, "teacher and teacher_base must be used together"),
+        ({"teacher_base": "base"}, "teacher and teacher_base must be used together"),
+        ({"max_new_tokens": 3}, "requires a teacher"),
+        ({"teacher": "patch", "teacher_base": "base", "completion": "kind"}, "cannot be used with a teacher"),
     ],
 )
 def test_what_cannot_be_trained_for_is_refused_before_anything_is_opened(given, said):
@@ -19,5 +19,5 @@ def test_what_cannot_be_trained_for_is_refused_before_anything_is_opened(given, 
 
 
 def test_without_a_patch_that_says_them_prompt_and_completion_are_needed(tiny, tmp_path):
-    with pytest.raises(DataError, match="neither prompt and completion"):
+    with pytest.raises(DataError, match="pass prompt and completion"):
         portllm.train(tiny("base"), data="rows.jsonl", out=tmp_path / "patch", prompt="{question}")

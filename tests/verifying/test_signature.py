@@ -214,7 +214,7 @@ def test_a_signature_that_passes_over_gits_files_holds_where_there_are_none(copy
     assert verify(folder, trust=PublicKey(keys / "mine.pub")).verified
     (folder / ".gitignore").write_text("*")
     found = verify(folder, trust=PublicKey(keys / "mine.pub"))
-    assert "leaves out '.gitignore'" in found.checks[-1].finding
+    assert "does not cover '.gitignore'" in found.checks[-1].finding
 
 
 def test_a_folder_of_which_a_part_was_not_read_is_not_signed(copy, keys, monkeypatch):
@@ -239,7 +239,7 @@ def test_a_statement_that_leaves_out_the_record_is_no_signature(copy, keys):
     sign_by_the_librarys_program(folder, "--ignore-paths", folder / "patch.json", "--private_key", keys / "mine.key")
     found = verify(folder, trust=PublicKey(keys / "mine.pub"))
     assert wrong(found) == ["signature"]
-    assert "leaves out 'patch.json'" in found.checks[-1].finding
+    assert "does not cover 'patch.json'" in found.checks[-1].finding
 
 
 def test_a_patch_without_a_signature_is_not_signed(copy, keys):
@@ -267,7 +267,7 @@ def test_a_signature_too_large_to_be_one_is_not_read(copy, keys):
     with open(sign(folder, KeySigner(keys / "mine.key")), "ab") as stream:
         stream.truncate(10**12)
     found = verify(folder, trust=PublicKey(keys / "mine.pub"))
-    assert "no signature has more" in next(check for check in found.checks if check.subject == "signature").finding
+    assert "the limit for a signature" in next(check for check in found.checks if check.subject == "signature").finding
 
 
 def test_a_signature_nobody_asked_about_is_noted(copy, keys):
@@ -275,7 +275,7 @@ def test_a_signature_nobody_asked_about_is_noted(copy, keys):
     sign(folder, KeySigner(keys / "mine.key"))
     found = verify(folder)
     assert found.verified
-    assert found.notes == ("model.sig was not checked: say whose it must be, for example with --public-key FILE",)
+    assert found.notes == ("model.sig was not checked: name the expected signer, for example with --public-key FILE",)
 
 
 # ---- what is not signed, and what cannot be checked
@@ -292,7 +292,7 @@ def test_what_does_not_verify_is_not_signed(copy, keys):
 def test_what_is_no_signature_is_not_replaced_by_one(copy, keys):
     folder = copy()
     before = contents(folder)
-    with pytest.raises(OutputExistsError, match="is no signature"):
+    with pytest.raises(OutputExistsError, match="is not a signature"):
         sign(folder, KeySigner(keys / "mine.key"), signature=folder / "patch.json", overwrite=True)
     assert contents(folder) == before
 

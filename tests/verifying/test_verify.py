@@ -225,7 +225,9 @@ def test_a_port_from_another_base_is_told_but_holds(copy):
     (folder / "patch.json").write_text(render_sealed(values))
     found = verify(folder)
     assert found.verified
-    assert "1 of them from another model" in next(c.finding for c in found.checks if c.subject == "ports")
+    assert "1 of them do not start where the previous one ended" in next(
+        c.finding for c in found.checks if c.subject == "ports"
+    )
 
 
 def test_files_that_nothing_covers_are_noted(copy):
@@ -266,7 +268,7 @@ def test_a_byte_of_a_stored_copy_of_a_tied_head_is_noticed(tiny, tmp_path):
 def test_what_nothing_vouches_for_cannot_be_verified(tiny, tmp_path):
     for place, error, told in (
         (tmp_path / "nothing", NotFoundError, "no such folder"),
-        (tiny("base"), NotFoundError, "holds neither"),
+        (tiny("base"), NotFoundError, "contains neither"),
         (tiny("adapter"), PatchRecordError, "portllm capture --adapter"),
         ("org/name@main", NotFoundError, "hf download"),
     ):
@@ -331,7 +333,7 @@ def test_what_a_manifest_names_and_is_no_file_is_not_read(listed):
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     findings = {check.subject: check.finding for check in verify(folder).checks if not check.holds}
-    assert findings["pipe"] == findings["folder"] == "is no file"
+    assert findings["pipe"] == findings["folder"] == "is not a file"
     assert findings["zero\0byte"] == findings["l" * 300] == "is missing"
 
 

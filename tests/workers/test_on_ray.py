@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from portllm.errors import WorkersError
-from portllm.workers.on_ray import Machine, OnRay, Share
+from portllm.workers.on_ray import ClusterRequest, Machine, OnRay
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def test_relative_names_mean_on_a_worker_what_they_mean_here(environment, tmp_pa
 
     def share(machines):
         seen.extend(machines)
-        return Share(1, cores=2)
+        return ClusterRequest(1, cores=2)
 
     with OnRay("local", Where, share, own_cores=2) as pool:
         while not pool.free:
@@ -47,4 +47,4 @@ def test_a_share_that_cannot_be_had_leaves_the_cluster_for_the_next(cluster):
 
 def test_an_address_where_no_cluster_is_is_told(environment):
     with pytest.raises(WorkersError, match="--ray 127.0.0.1:1: .*Start a cluster"):
-        OnRay("127.0.0.1:1", Where, lambda machines: Share(1))
+        OnRay("127.0.0.1:1", Where, lambda machines: ClusterRequest(1))

@@ -11,7 +11,7 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.output_folder import staged_folder
-from portllm.matching.compatibility import altered_copies, misfits, taken_copies
+from portllm.matching.compatibility import altered_copies, mismatches, taken_copies
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.finite import require_finite
@@ -29,23 +29,23 @@ def plan_capture(
     fitted_to: FittedTo | None = None,
 ) -> tuple[Refusal, ...]:
     """Every reason why an adapter cannot be captured as a patch of this base, fitted to it as said."""
-    refusals = [*misfits(adapter, base), *unconvertible(adapter, base, initial)]
+    refusals = [*mismatches(adapter, base), *unconvertible(adapter, base, initial)]
     # The copies that come with an adapter which is to be converted are of what was left of the base's weights.
     refusals += () if needs_conversion(adapter, initial) else altered_copies(adapter, base)
     if adapter.record is not None:
         refusals.append(
             Refusal(
                 "--adapter",
-                f"{adapter.name} is a patch already: its patch.json names {adapter.record.base.name} as its base. Use "
-                "it as it is; 'portllm port' carries it to another base.",
+                f"'{adapter.name}' is already a patch: its patch.json names {adapter.record.base.name} as its "
+                "base. Use it as it is, or port it to another base with 'portllm port'.",
             )
         )
     if fitted_to is not None and base.quantization is not None:
         refusals.append(
             Refusal(
                 "--fitted-to",
-                f"{base.name} is quantized already ({base.quantization}), and the patch says so. Leave the option out, "
-                "or name the 16-bit model that was quantized when the adapter was trained.",
+                f"{base.name} is already quantized ({base.quantization}), and the patch records it. Omit the "
+                "option, or pass the 16-bit model that was quantized when the adapter was trained.",
             )
         )
     return tuple(sorted(refusals))
@@ -77,13 +77,13 @@ def capture_adapter(
         method: How the adapter came to be, for the record.
         settings: What shaped it, for the record.
         fitted_to: How the base was quantized when the adapter was trained on it (QLoRA); None where it was not.
-        overwrite: Replace `out` where it exists.
+        overwrite: Replace `out` if it exists.
         progress: Told of a conversion, and of weights that the adapter has copies of.
 
     Raises:
         PlanRefusedError: The adapter does not fit the base, or cannot be converted, with every reason.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
+        OutputError: `out` cannot be written, or contains an input.
         NonFiniteError: A tensor of the adapter holds an infinity or NaN.
     """
     refusals = plan_capture(adapter, base=base, initial=initial, fitted_to=fitted_to)

@@ -1,4 +1,4 @@
-"""Capture a patch: from an adapter, or from a base and what fine-tuning made of it."""
+"""Capture a patch from an adapter, or from a base and its fine-tuned model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -58,32 +58,32 @@ def capture(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> "Patch[TensorInfo] | TunedReport":
-    """Write a patch that knows its base to `out`, a folder that PEFT loads.
+    """Capture a patch and write it to `out`, a folder that PEFT loads.
 
     Args:
-        adapter: A PEFT adapter that was trained on the base.
-        base: What fine-tuning started from; every module and shape is checked against it.
+        adapter: A PEFT adapter trained on the base.
+        base: The model that was fine-tuned; every module and shape is checked against it.
         out: The patch's folder.
-        tuned: In place of an adapter, what fine-tuning ended in, whole.
-        initial: The adapter as it was before training, where it began with a part of the base's weights (PiSSA).
+        tuned: Instead of an adapter, the fine-tuned model.
+        initial: The adapter before training, if it was initialized from the base's weights (PiSSA, OLoRA).
         fitted_to: How the base was quantized when the adapter was trained on it (QLoRA).
-        rank: Of every delta from `tuned`; None keeps what is above the rounding noise of the two files.
-        max_rank: Bounds the rank where `rank` is None.
-        dense: Norms, biases, embeddings and heads of `tuned`: `keep` them whole (the default) or `drop` them.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the work done.
+        rank: Rank of the deltas extracted from `tuned`; None keeps what exceeds the rounding noise of the two files.
+        max_rank: Upper limit where `rank` is None.
+        dense: `keep` (the default) or `drop` changes to norms, biases, embeddings and heads of `tuned`.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback.
 
     Returns:
-        The patch, opened from `out`; with `tuned`, what was found of each tensor.
+        The patch, opened from `out`; with `tuned`, also a report of each tensor.
 
     Raises:
-        PlanRefusedError: They do not go together, or there is nothing to write, with every reason.
+        PlanRefusedError: The inputs do not match, or there is nothing to write; lists every reason.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
-        NonFiniteError: A tensor holds an infinity or NaN.
+        OutputError: `out` cannot be written, or contains an input.
+        NonFiniteError: A tensor contains an infinity or NaN.
     """
     if (adapter is None) == (tuned is None):
-        raise PortLLMError("capture: give an adapter, or the tuned model, and not both.")
+        raise PortLLMError("capture: pass either an adapter or the tuned model, not both.")
     alone = (
         {"rank": rank, "max_rank": max_rank, "dense": dense}
         if tuned is None
@@ -91,7 +91,7 @@ def capture(
     )
     if stray := [name for name, value in alone.items() if value is not None]:
         other = "an adapter" if tuned is None else "a tuned model"
-        raise PortLLMError(f"capture: {stray[0]} does not go with {other}. Leave it out.")
+        raise PortLLMError(f"capture: {stray[0]} cannot be used with {other}. Omit it.")
     before, out = open_checkpoint(base, progress=progress), Path(out)
     if adapter is not None:
         return capture_adapter(

@@ -63,7 +63,7 @@ def convert(
         base: The model as it was before PEFT changed it.
         initial: The adapter before training; None to compute what it began with from the weights.
         spool: Takes the new factors.
-        progress: Told of the weights done.
+        progress: Progress callback (weights).
 
     Raises:
         PlanRefusedError: The weights do not determine what the adapter began with.
@@ -103,12 +103,12 @@ def _computed(config: AdapterConfig, delta: LowRankDelta[TensorInfo], weight: Te
 
 def _undetermined(module: str, config: AdapterConfig, known: float) -> Refusal:
     what = (
-        "singular values of its weight are nearly equal where they are divided"
+        "the singular values of its weight are nearly equal at the cut"
         if config.changed_base == "pissa"
         else "the first columns of its weight are nearly dependent"
     )
     return Refusal(
         module,
-        f"{what}, so that what the adapter began with cannot be computed anew: its delta would be known to "
-        f"{100 * known:.2g} % only. Give the adapter as it was saved before training with --initial.",
+        f"{what}, so the adapter's initial factors cannot be recomputed: its delta would only be known to "
+        f"{100 * known:.2g} %. Pass the adapter as it was saved before training with --initial.",
     )

@@ -28,14 +28,19 @@ def unconvertible(adapter: Patch[TensorInfo], base: Checkpoint, initial: Patch[T
         return
     began = adapter.config.changed_base
     for name in adapter.experts:
-        yield Refusal(name, "it is a parameter, and PEFT takes no part out of those. Was the adapter put together?")
+        yield Refusal(
+            name,
+            "it is a parameter, and PEFT never initializes those from the base's weights. Was the adapter edited by "
+            "hand?",
+        )
     if base.tied_embedding is not None:
         for module, delta in adapter.deltas.items():
             if module == HEAD_MODULE or delta.is_embedding:
                 yield Refusal(
                     module,
-                    f"head and embedding of {base.name} are tied: when PEFT took a part out of the one it took it out "
-                    "of the other too, and the adapter does not put it back there. It cannot be a patch of this base.",
+                    f"head and embedding of {base.name} are tied: when PEFT subtracted a part from one, it "
+                    "subtracted it from the other too, and the adapter does not restore it there. The adapter "
+                    "cannot become a patch of this base.",
                 )
     if initial is not None:
         yield from _not_its_beginning(adapter, initial)
@@ -46,8 +51,8 @@ def unconvertible(adapter: Patch[TensorInfo], base: Checkpoint, initial: Patch[T
             if delta.transposed:
                 yield Refusal(
                     module,
-                    "its weight is stored as (d_in, d_out), which PEFT's OLoRA does not heed: what it took out is not "
-                    "what the adapter puts back.",
+                    "its weight is stored as (d_in, d_out), which PEFT's OLoRA ignores: what it subtracts is not "
+                    "what the adapter adds back.",
                 )
 
 
@@ -56,20 +61,24 @@ def _not_its_beginning(adapter: Patch[TensorInfo], initial: Patch[TensorInfo]) -
     if adapter.config.changed_base is None and adapter.config.fields.get("init_lora_weights", True) is not True:
         yield Refusal(
             OPTION,
-            f"'init_lora_weights' of {adapter.name} is '{named_init(adapter.config.fields)}', which leaves the base as "
-            "it is: capture it without --initial.",
+            f"'init_lora_weights' of {adapter.name} is '{named_init(adapter.config.fields)}', which does not "
+            "change the base: capture it without --initial.",
         )
     for module in sorted(adapter.deltas.keys() ^ initial.deltas.keys()):
         has, lacks = (adapter, initial) if module in adapter.deltas else (initial, adapter)
-        yield Refusal(module, f"{has.name} adapts it, {lacks.name} does not. Give the adapter of the same training.")
+        yield Refusal(
+            module,
+            f"{has.name} adapts it, but {lacks.name} does not. Pass the initial adapter of the same training run.",
+        )
     both = adapter.deltas.keys() & initial.deltas.keys()
     for module in sorted(both):
         now, then = adapter.deltas[module], initial.deltas[module]
         if (now.rank, now.shape, now.scale) != (then.rank, then.shape, then.scale):
             yield Refusal(
                 module,
-                f"rank, shape and scale are {now.rank}, {now.shape}, {now.scale:g} in {adapter.name} and {then.rank}, "
-                f"{then.shape}, {then.scale:g} in {initial.name}. Give the adapter of the same training.",
+                f"rank, shape and scale are {now.rank}, {now.shape}, {now.scale:g} in {adapter.name} and "
+                f"{then.rank}, {then.shape}, {then.scale:g} in {initial.name}. Pass the initial adapter of the "
+                "same training run.",
             )
     if both and all(
         same_bytes(adapter.deltas[module].a, initial.deltas[module].a)
@@ -78,12 +87,13 @@ def _not_its_beginning(adapter: Patch[TensorInfo], initial: Patch[TensorInfo]) -
     ):
         yield Refusal(
             OPTION,
-            f"{initial.name} has the factors of {adapter.name}: nothing was trained between them, or it is a copy.",
+            f"{initial.name} has the same factors as {adapter.name}: it was not trained, or one is a copy of the "
+            "other.",
         )
     elif both and not any(_has_values(initial.deltas[module].b) for module in both):
         yield Refusal(
             OPTION,
-            f"B is zero in all of {initial.name}, so that it took nothing out of the base: capture {adapter.name} "
+            f"B is zero in all of {initial.name}, so nothing was subtracted from the base: capture {adapter.name} "
             "without --initial.",
         )
 

@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from portllm.capturing.tuned_plan import Dense, Pair, RowMap
+from portllm.capturing.tuned_plan import Dense, RowMap, TunedPair
 from portllm.checkpoint.model.identity import digest_stored
 from portllm.checkpoint.reading.rows import RowReader
 from portllm.checkpoint.reading.spool import Spool
@@ -77,7 +77,7 @@ class Compared:
 
 
 def compare_linear(
-    name: str, pair: Pair, *, rank: int | None, max_rank: int | None, known: Known, spool: Spool
+    name: str, pair: TunedPair, *, rank: int | None, max_rank: int | None, known: Known, spool: Spool
 ) -> Compared:
     """Cut the change of a linear weight to its rank.
 
@@ -110,7 +110,7 @@ def compare_linear(
     return Compared(sides.digests(), measured, delta)
 
 
-def compare_whole(name: str, pair: Pair, *, dense: Dense, known: Known, spool: Spool) -> Compared:
+def compare_whole(name: str, pair: TunedPair, *, dense: Dense, known: Known, spool: Spool) -> Compared:
     """The tuned value of a tensor that is no linear weight, and how far it is from the base's.
 
     Raises:
@@ -130,7 +130,7 @@ def compare_whole(name: str, pair: Pair, *, dense: Dense, known: Known, spool: S
 class _Sides:
     """Both tensors of a pair, read once."""
 
-    def __init__(self, pair: Pair, known: Known) -> None:
+    def __init__(self, pair: TunedPair, known: Known) -> None:
         self._pair = pair
         self._base = _Digested(pair.base, known[0], _MEMORY.base)
         self._tuned = _Digested(pair.tuned, known[1], _MEMORY.tuned)
@@ -231,7 +231,7 @@ def _same(base: Tensor, tuned: Tensor) -> bool:
 def not_finite(name: str) -> NonFiniteError:
     """What is said of a weight that holds something else than numbers."""
     return NonFiniteError(
-        f"'{name}': the base or the tuned model holds an infinity or NaN. Look for a training run that diverged."
+        f"'{name}': the base or the tuned model contains an infinity or NaN. The training run may have diverged."
     )
 
 

@@ -33,7 +33,7 @@ def render_tuned_plan(plan: TunedPlan, out: Path) -> str:
     if mapped is not None:
         rows["vocabulary"] = (
             f"{sum(row >= 0 for row in mapped.rows)} of {len(mapped.rows)} rows follow their token; "
-            f"{len(mapped.extra)} rows of the tuned model have no place in the base and are left out"
+            f"{len(mapped.extra)} rows of the tuned model do not exist in the base and are left out"
         )
     return "\n".join(["capture", *table(rows), *items("refused", plan.refusals)])
 
@@ -50,7 +50,7 @@ def render_tuned_report(report: "TunedReport", out: Path) -> str:
         "base": f"{report.record.base.name} ({report.record.base.fingerprint})",
         "deltas": f"{len(ranks)} modules, {_ranks(ranks)}",
         "residual": f"{percent(report.truncation_residual)} of the linear weights' change is not in the deltas",
-        "dense": f"{len(report.values)} tensors kept whole, {report.n_unchanged} are the same in both models",
+        "dense": f"{len(report.values)} tensors stored in full; {report.n_unchanged} are the same in both models",
     }
     lines = ["captured", *table(rows)]
     by_reason: dict[str, list[str]] = {}

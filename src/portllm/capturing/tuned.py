@@ -1,4 +1,4 @@
-"""Capture a patch from two checkpoints: the difference of each pair of tensors, cut to its rank.
+"""Capture a patch from two checkpoints: the difference of each pair of tensors, truncated to a rank.
 
 Each worker takes one tensor after another and holds one dense difference, in float32, whatever the size of the models;
 what it found goes to disk. Every file is read once, tensors that are known to be equal not at all.
@@ -33,9 +33,9 @@ from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.workers.one_thread import one_thread_each
 
-BELOW_NOISE = "its change is not above the rounding noise of the two files"
-DROPPED = "it is no linear weight, and --dense drop leaves those out"
-NOISE = "edge of the rounding of both files, step^2/12 an element"
+BELOW_NOISE = "its change does not exceed the rounding noise of the two files"
+DROPPED = "it is not a linear weight, and --dense drop leaves those out"
+NOISE = "upper edge of the rounding noise of both files, step^2/12 per element"
 
 MEMORY_BYTES = 1 << 31
 """What the dense differences that are in memory at once may take together; one of them may be larger."""
@@ -43,7 +43,7 @@ MEMORY_BYTES = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class TunedReport:
-    """What a capture from two checkpoints found.
+    """Report of a capture from two checkpoints.
 
     Attributes:
         record: The content of the new `patch.json`.
@@ -93,14 +93,14 @@ def capture_tuned(
         rank: Of every delta; None keeps the singular values above the edge of the two files' rounding noise.
         max_rank: Bounds the rank where `rank` is None.
         dense: Keep norms, biases, embeddings and heads whole, or leave them out.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the bytes of both models that are compared.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (bytes of both models that are compared).
 
     Raises:
         PlanRefusedError: The models do not go together, or nothing is left to write.
         NonFiniteError: A weight holds an infinity or NaN.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
+        OutputError: `out` cannot be written, or contains an input.
     """
     plan = plan_capture_tuned(base, tuned, rank=rank, max_rank=max_rank, dense=dense)
     return run_capture_tuned(plan, out, overwrite=overwrite, progress=progress)
@@ -272,12 +272,14 @@ def _report(
 
 def _nothing(plan: TunedPlan, found: _Found) -> Refusal:
     if not found.left_out and not found.values:
-        return Refusal("--tuned", f"{plan.tuned.name} and {plan.base.name} have the same values: there is no patch.")
+        return Refusal(
+            "--tuned", f"{plan.tuned.name} and {plan.base.name} have identical values: there is nothing to capture."
+        )
     return Refusal(
         "--tuned",
-        f"{len(found.left_out) + len(found.values)} tensors differ from {plan.base.name}, but no linear weight by more "
-        "than the rounding noise of the two files, and PEFT loads no adapter without a delta. --rank 1 takes the "
-        "largest direction of each, noise or not.",
+        f"{len(found.left_out) + len(found.values)} tensors differ from {plan.base.name}, but no linear weight by "
+        "more than the rounding noise of the two files, and PEFT cannot load an adapter without a delta. --rank "
+        "1 keeps the largest direction of each weight, noise or not.",
     )
 
 

@@ -35,7 +35,7 @@ class RowMap:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class TunedPair:
     """One tensor of both models.
 
     Attributes:
@@ -108,7 +108,7 @@ class TunedPlan:
     tuned: Checkpoint
     source: ModelIdentity
     target: ModelIdentity
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, TunedPair]
     experts: Mapping[str, ExpertsPair]
     tied: str | None
     rank: int | None
@@ -144,7 +144,9 @@ def plan_capture_tuned(
     before, after = _with_own_head(base, tuned), _with_own_head(tuned, base)
     refusals: list[Refusal] = []
     if source.fingerprint == target.fingerprint:
-        refusals.append(Refusal("--tuned", f"{tuned.name} is {base.name}: both have the fingerprint of one model."))
+        refusals.append(
+            Refusal("--tuned", f"{tuned.name} and {base.name} are the same model: their fingerprints are equal.")
+        )
     experts, problems = _pair_experts(base, tuned)
     refusals += problems
     before, after = (
@@ -155,7 +157,7 @@ def plan_capture_tuned(
         )
     )
     refusals += _alone(before, base, after, tuned)
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, TunedPair] = {}
     maps: dict[tuple[int, int], RowMap | None] = {}
     for name in sorted(before.keys() & after.keys()):
         left, right = before[name], after[name]
@@ -170,7 +172,7 @@ def plan_capture_tuned(
             refusals.append(Refusal(name, problem))
         module = _linear_module(name, left)
         transposed = module is not None and bool(base.is_transposed(module))
-        pairs[name] = Pair(left, right, module, row_map, transposed)
+        pairs[name] = TunedPair(left, right, module, row_map, transposed)
     is_tied = base.tied_embedding is not None and tuned.tied_embedding is not None
     tied = next((name for name, info in before.items() if is_tied and info is base.tied_embedding), None)
     return TunedPlan(base, tuned, source, target, pairs, experts, tied, rank, max_rank, dense, tuple(sorted(refusals)))
@@ -190,8 +192,8 @@ def _pair_experts(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Expert
             refusals.append(
                 Refusal(
                     name,
-                    f"its experts are stored as {', '.join(sorted(dtypes))}; differences are taken of "
-                    f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model.",
+                    f"its experts are stored as {', '.join(sorted(dtypes))}; deltas can only be computed from "
+                    f"{', '.join(FLOAT_DTYPES)}. Use the unquantized model.",
                 )
             )
         elif shapes[0] != shapes[1] or len(set(shapes[0])) != 1:
@@ -199,8 +201,8 @@ def _pair_experts(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Expert
             refusals.append(
                 Refusal(
                     name,
-                    f"its experts are {' in the base and '.join(said)} in the tuned model. A difference needs as many "
-                    "experts, all of one shape.",
+                    f"its experts are {' in the base and '.join(said)} in the tuned model. Both models must have "
+                    "the same number of experts, all of the same shape.",
                 )
             )
     return dict(sorted(pairs.items())), refusals
@@ -246,7 +248,7 @@ def _alone(
         for name in sorted(mine.keys() - theirs.keys()):
             yield Refusal(
                 name,
-                f"{owner.name} has it, {other.name} does not. A patch is captured from two models of one architecture.",
+                f"{owner.name} has it, but {other.name} does not. Both models must have the same architecture.",
             )
 
 
@@ -255,18 +257,18 @@ def _problem(left: TensorInfo, right: TensorInfo, base: str, tuned: str, row_map
     for info, owner in ((left, base), (right, tuned)):
         if info.dtype not in FLOAT_DTYPES or info.encoding is not None:
             return (
-                f"{owner} stores it as {info.stored_as}; differences are taken of {', '.join(FLOAT_DTYPES)} only. "
-                "Use the unquantized model."
+                f"{owner} stores it as {info.stored_as}; deltas can only be computed from "
+                f"{', '.join(FLOAT_DTYPES)}. Use the unquantized model."
             )
     if left.shape == right.shape or row_map is not None:
         return None
     shapes = f"it is {_axes(left)} in {base} and {_axes(right)} in {tuned}"
     if _is_vocabulary(left.name, left, right):
         return (
-            f"{shapes}. Rows of vocabularies of other length follow their tokens, for which both folders need a "
-            f"{TOKENIZER_FILE}."
+            f"{shapes}. When vocabulary sizes differ, rows are matched by token, which needs a {TOKENIZER_FILE} "
+            "in both folders."
         )
-    return f"{shapes}. A difference needs equal shapes."
+    return f"{shapes}. The shapes must be equal."
 
 
 def _is_vocabulary(name: str, left: TensorInfo, right: TensorInfo) -> bool:

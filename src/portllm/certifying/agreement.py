@@ -67,7 +67,7 @@ def compare_answers(
         first: For free text, the one whose text the other is measured against.
         second: The other.
         questions: What to ask.
-        device: Where to run.
+        device: Device to run on.
         progress: Told of the rows done, both models together.
 
     Raises:

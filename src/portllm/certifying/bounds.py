@@ -1,7 +1,7 @@
 """How much a port can have lost, from answers that were counted: exact binomial bounds. Pure; no model, no file.
 
 Of n inputs that are drawn independently, k are answered otherwise by the ported model than by the old specialist. A
-score that counts right answers cannot fall by more than the share of all inputs that are answered otherwise,
+score that counts right answers cannot fall by more than the share of all inputs whose answers differ,
 
     score(ported) = score(specialist) - P(turned wrong) + P(turned right) >= score(specialist) - P(answered otherwise),
 
@@ -166,7 +166,9 @@ def plan_inputs(
     _check_share("the bound", bound)
     _check_share("the power", power)
     if not 0.0 <= expected < bound:
-        raise ValueError(f"the expected disagreement is {expected}; it must be at least 0 and below the bound, {bound}")
+        raise ValueError(
+            f"the expected disagreement is {expected}; it must be at least 0 and less than the bound, {bound}"
+        )
 
     def plan_with(k: int) -> InputPlan:
         n = least_inputs(k, bound, confidence=confidence)
@@ -213,10 +215,10 @@ def log_tail(k: int, n: int, p: float) -> float:
 
 def _check(k: int, n: int, confidence: float) -> None:
     if n < 1 or not 0 <= k <= n:
-        raise ValueError(f"{k} of {n} is not a count of draws: k must lie between 0 and n, and n must be at least 1")
+        raise ValueError(f"{k} of {n} is not a valid count: k must be between 0 and n, and n at least 1")
     _check_share("the confidence", confidence)
 
 
 def _check_share(what: str, share: float) -> None:
     if not 0.0 < share < 1.0:
-        raise ValueError(f"{what} is {share}; it must lie between 0 and 1, both excluded")
+        raise ValueError(f"{what} is {share}; it must be strictly between 0 and 1")

@@ -1,4 +1,4 @@
-"""The certificate of a port: `certificate.json` says what was asked, how many answers differ, and what follows.
+"""The certificate of a port: `certificate.json` records the inputs, the answers that differ and the resulting bound.
 
 The same questions to the same models give the same bytes, up to rounding of the device: no time and no host stands in
 it. It is sealed like `patch.json`, and its arithmetic can be done again by anyone who reads it.
@@ -32,9 +32,9 @@ SAME_NUMBER = 1e-9
 
 MOST_ROWS = 1_000_000_000
 
-Count: TypeAlias = Annotated[int, Meta(ge=0, description="a whole number, 0 or more")]
-Positive: TypeAlias = Annotated[int, Meta(ge=1, description="a whole number, 1 or more")]
-Rows: TypeAlias = Annotated[int, Meta(ge=1, le=MOST_ROWS, description=f"a whole number from 1 to {MOST_ROWS}")]
+Count: TypeAlias = Annotated[int, Meta(ge=0, description="an integer, 0 or more")]
+Positive: TypeAlias = Annotated[int, Meta(ge=1, description="an integer, 1 or more")]
+Rows: TypeAlias = Annotated[int, Meta(ge=1, le=MOST_ROWS, description=f"an integer from 1 to {MOST_ROWS}")]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 Change: TypeAlias = Annotated[float, Meta(ge=-1, le=1, description="a number from -1 to 1")]
 Wanted: TypeAlias = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
@@ -132,22 +132,22 @@ class TokenCounts(Recorded, frozen=True, kw_only=True):
 
 
 class Certificate(Recorded, ShownInNotebook, frozen=True, kw_only=True, tag_field="format", tag=FORMAT):
-    """What a port can have lost.
+    """A bound on the accuracy that a port can have lost.
 
     Attributes:
         program: Version of PortLLM that asked.
         assumes: What the bound holds for: `ASSUMES`.
         specialist: The base and the patch that was made on it.
         ported: The evolved model and the ported patch, or the merged model.
-        inputs: What was asked.
+        inputs: The inputs.
         answers: What counts as an answer.
-        confidence: Of the bound and the interval, each for itself.
-        n: Inputs that were asked.
+        confidence: Confidence of the bound and of the interval, separately.
+        n: Number of inputs.
         k: Inputs that are answered otherwise; None for free text.
         differing: Which rows of the file these are, from 1.
         bound: `u(k, n)`: the score has fallen by no more than this; None for free text.
-        wanted: The bound that was asked for, or None.
-        labels: What right answers add, where the inputs have them.
+        wanted: The requested bound, or None.
+        labels: Results that need correct answers, if the inputs have them.
         tokens: For free text, the agreement token by token, from which no bound follows.
         device: `cpu` or `cuda`.
     """
@@ -173,7 +173,7 @@ class Certificate(Recorded, ShownInNotebook, frozen=True, kw_only=True, tag_fiel
 
     @property
     def loss_bound(self) -> float | None:
-        """The best bound that holds: from negative flips where there are right answers, else from answers that differ.
+        """The tightest bound: from negative flips if there are correct answers, otherwise from answers that differ.
 
         The former is never the larger one, so nothing is picked after looking.
         """
@@ -181,7 +181,7 @@ class Certificate(Recorded, ShownInNotebook, frozen=True, kw_only=True, tag_fiel
 
     @property
     def met(self) -> bool | None:
-        """Whether the bound is as small as was asked for; None where nothing was."""
+        """Whether the bound is as small as requested; None if none was requested."""
         if self.wanted is None or self.loss_bound is None:
             return None
         return self.loss_bound <= self.wanted
@@ -219,12 +219,12 @@ def parse_certificate(values: Mapping[str, object], *, where: str) -> Certificat
         return decode_sealed(Certificate, values)
     except ValueError as error:
         raise CertificateError(
-            f"'{where}': {error}. It was written by another version or changed by hand; certify again."
+            f"'{where}': {error}. It was written by another version or edited by hand; certify again."
         ) from error
 
 
 def read_certificate(folder: str | Path) -> Certificate:
-    """The certificate in a folder, checked against schema, seal and arithmetic.
+    """Read the certificate in a folder; schema, seal and arithmetic are checked.
 
     Raises:
         CertificateError: The file is missing or damaged, or says what cannot be.
@@ -234,7 +234,7 @@ def read_certificate(folder: str | Path) -> Certificate:
     certificate = parse_certificate(values, where=str(file))
     problems = [problem for problem in (seal_problem(values), *arithmetic_problems(certificate)) if problem]
     if problems:
-        raise CertificateError(f"'{file}': {'; '.join(problems)}. Fetch it again, or certify again.")
+        raise CertificateError(f"'{file}': {'; '.join(problems)}. Download it again, or certify again.")
     return certificate
 
 
@@ -250,13 +250,13 @@ def arithmetic_problems(certificate: Certificate) -> Iterator[str]:
         yield "k is not the number of rows that differ"
         return
     if n != (rows if sample is None else sample) or n > rows:
-        yield f"{n} inputs of {rows} rows were asked, which is not what it says was drawn"
+        yield f"{n} inputs of {rows} rows were evaluated, which does not match the sample it records"
         return
     if (certificate.answers.kind == "free") != (certificate.differing is None):
-        yield f"answers of kind '{certificate.answers.kind}' do not go with the counts"
+        yield f"the counts do not match answers of kind '{certificate.answers.kind}'"
         return
     if certificate.tokens is not None and not _fits_tokens(certificate.tokens, n):
-        yield "more tokens or inputs are alike than there are"
+        yield "more tokens or inputs agree than there are"
     if certificate.differing is None:
         if certificate.bound is not None or certificate.labels is not None or certificate.tokens is None:
             yield "a bound is claimed for free text"
@@ -271,7 +271,7 @@ def _bound_problems(certificate: Certificate, differing: tuple[int, ...]) -> Ite
         or len(differing) > n
         or max(differing, default=0) > certificate.inputs.rows
     ):
-        yield "the rows that differ are not rows of the file, each once"
+        yield "the differing rows are not distinct rows of the file"
         return
     if certificate.bound is None or not _same(certificate.bound, upper_bound(len(differing), n, confidence=confidence)):
         yield f"the bound does not follow from {len(differing)} of {n} answers that differ"
@@ -279,11 +279,11 @@ def _bound_problems(certificate: Certificate, differing: tuple[int, ...]) -> Ite
         return
     negative, positive, right = labels.negative_flips, labels.positive_flips, labels.specialist_right
     if negative + positive > len(differing) or negative > right or right + positive > n:
-        yield "the flips do not go with the answers that differ"
+        yield "the flips do not match the differing answers"
         return
     counted = count_labels(negative, positive, right, n, confidence=confidence)
     if not all(map(_same, structs.astuple(labels), structs.astuple(counted))):
-        yield "what is said of right answers does not follow from the flips"
+        yield "the counts of correct answers do not follow from the flips"
 
 
 def _fits_tokens(tokens: TokenCounts, n: int) -> bool:

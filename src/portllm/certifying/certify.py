@@ -1,7 +1,7 @@
-"""Certify what a port can have lost: two models answer the user's own inputs, and the answers that differ are counted.
+"""Bound the accuracy that a port can have lost: two models answer the user's inputs, and differing answers are counted.
 
 Nobody has to say what is right, and no model has to be the better one: a score that counts right answers cannot fall by
-more than the share of inputs that are answered otherwise. See `docs/certify.md` for what is claimed and what is not.
+more than the share of inputs whose answers differ. See `docs/certify.md` for what is claimed and what is not.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
-from portllm.evaluating.evaluate import unfit
+from portllm.evaluating.evaluate import model_refusals
 from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
@@ -111,27 +111,27 @@ def certify(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Certificate:
-    """Ask the old specialist and the ported model the same questions, and write `out/certificate.json`.
+    """Compare the answers of the old specialist and the ported model, and write `out/certificate.json`.
 
     Args:
-        patch: The patch that made the base a specialist.
+        patch: The original patch.
         base: Its base.
         data: JSONL rows, with or without right answers.
         out: The certificate's folder.
-        evolved: The later version of the base, if `merged` is not given.
-        ported: The patch carried over to it.
-        merged: A model with the ported patch in its weights, instead of these two.
-        settings: What is asked, and what is claimed.
-        allow_other_base: Go on though a patch belongs to another model.
-        device: Where to run.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the rows done.
+        evolved: The updated base, unless `merged` is given.
+        ported: The patch ported to it.
+        merged: The evolved model with the ported patch merged in, instead of these two.
+        settings: How answers are computed and what is claimed.
+        allow_other_base: Accept a model other than the one a patch was made on.
+        device: Device to run on.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (rows).
 
     Raises:
-        PlanRefusedError: A patch does not fit its model, or the wanted bound cannot be met by so few rows.
-        DataError: Rows do not fit, or are those that the patch was trained on.
+        PlanRefusedError: A patch does not match its model, or the requested bound needs more rows.
+        DataError: Rows are invalid, or are the patch's training data.
         NotFoundError: A model is a single file, without configuration and tokenizer.
-        OutputExistsError: `out` exists; said before any work is done.
+        OutputExistsError: `out` exists; raised before any work is done.
     """
     check_free(Path(out), overwrite=overwrite)
     plan = plan_certify(
@@ -175,21 +175,19 @@ def plan_certify(
     """What `certify` would do, every reason not to checked; arguments and errors as there."""
     settings = settings or CertifySettings()
     if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
-        raise PortLLMError(
-            "the ported model: give the evolved model and the ported patch, or a merged model in place of both."
-        )
+        raise PortLLMError("the ported model: pass either the evolved model and the ported patch, or a merged model.")
     successor = merged if evolved is None else evolved
     if successor is None:
         raise AssertionError("one of the two is given")
     specialist = Side(identify(base), _files(patch))
     after = Side(identify(successor), None if ported is None else _files(ported))
     asked = read_asked(data, patch, settings)
-    refusals = list(unfit("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
+    refusals = list(model_refusals("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
     if ported is not None:
-        refusals += unfit("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
+        refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
     refusals += _too_few(len(asked.rows), settings)
     if settings.kind == "free" and not has_same_tokenizer(base, successor):
-        reason = "the two models have other tokenizers, so their tokens cannot be compared. Use --answers exact."
+        reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
     refusals += _trained_on(asked.inputs.digest, patch, ported)
     if refusals:
@@ -270,8 +268,8 @@ def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:
     least = least_inputs(0, settings.wanted, confidence=settings.confidence)
     yield Refusal(
         "--bound",
-        f"{settings.wanted} cannot be met with {n} inputs, even if all are answered alike: that takes {least}. Give "
-        "more inputs, or ask for less.",
+        f"{settings.wanted} cannot be met with {n} inputs, even if all answers agree: it takes {least}. Provide "
+        "more inputs, or a weaker bound.",
     )
 
 
@@ -280,8 +278,8 @@ def _trained_on(digest: str, *patches: Patch[TensorInfo] | None) -> Iterator[Ref
         if patch is not None and patch.record is not None and patch.record.capture.settings.get("data") == digest:
             yield Refusal(
                 "--data",
-                f"is the file that {patch.name} was trained on. The models know these rows, and the bound would say "
-                "nothing about others. Give inputs that were not trained on.",
+                f"is the file that {patch.name} was trained on. The bound would say nothing about other inputs. "
+                "Provide inputs that were not used for training.",
             )
             return
 

@@ -1,4 +1,4 @@
-"""What a certificate asks: rows of the user's file, all or some that are drawn, and what counts as an answer."""
+"""Inputs of a certificate: all rows of the user's file or a random sample, and what counts as an answer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +16,24 @@ from portllm.running.examples import digested, read_prompts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertifySettings:
-    """What is asked, and what is claimed.
+    """Settings of a certificate: how answers are computed and what is claimed.
 
     Attributes:
         kind: What counts as an answer; see `Questions`.
-        choices: All possible answers; without them, for `choices`, the completions that occur.
-        prompt: Template of the prompts; without it, the one that the patch was trained with.
-        completion: Field of the right answer; likewise.
-        one_line: A written answer ends with its first line.
-        max_tokens: Most tokens of a row.
-        max_new_tokens: Most tokens written.
-        batch_size: Rows of a forward pass.
-        confidence: Of the bound.
-        wanted: The bound that is asked for, or None.
-        sample: How many rows to draw, or None for all.
-        seed: Of the drawing.
+        choices: All possible answers; by default, for `choices`, the completions that occur.
+        prompt: Prompt template; by default the one recorded in the patch.
+        completion: Field with the correct answer; same default.
+        one_line: Stop a generated answer at the end of its first line.
+        max_tokens: Maximum tokens per row.
+        max_new_tokens: Maximum number of tokens to generate.
+        batch_size: Rows per forward pass.
+        confidence: Confidence level of the bound.
+        wanted: The accuracy loss to rule out, or None.
+        sample: Number of rows to draw at random, or None for all.
+        seed: Random seed of the sample.
 
     Raises:
-        PortLLMError: A confidence or a wanted bound is not between 0 and 1, or free text is to have a bound.
+        PortLLMError: A confidence or bound is not between 0 and 1, or a bound is requested for free text.
     """
 
     kind: AnswerKind = "choices"
@@ -51,13 +51,13 @@ class CertifySettings:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.confidence <= MOST_CONFIDENCE:
-            raise PortLLMError(f"the confidence is {self.confidence}; it must lie between 0 and {MOST_CONFIDENCE}.")
+            raise PortLLMError(f"the confidence is {self.confidence}; it must be between 0 and {MOST_CONFIDENCE}.")
         if self.wanted is not None and not 0.0 < self.wanted < 1.0:
-            raise PortLLMError(f"the bound is {self.wanted}; it must lie between 0 and 1, such as 0.02 for 2 %.")
+            raise PortLLMError(f"the bound is {self.wanted}; it must be between 0 and 1, such as 0.02 for 2 %.")
         if self.kind == "free" and self.wanted is not None:
             raise PortLLMError(
-                "a bound on free text: no score follows from tokens that agree. Leave the bound out, or compare whole "
-                "answers ('exact')."
+                "a bound is not available for free text: token agreement implies no score. Omit the bound, or "
+                "compare whole answers ('exact')."
             )
 
 
@@ -93,7 +93,9 @@ def read_asked(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) 
     with digested(data) as digest:
         prompts, completions = read_prompts(data, prompt, completion=completion)
     if settings.sample is not None and settings.sample > len(prompts):
-        raise DataError(f"'{data}': has {len(prompts)} rows; {settings.sample} cannot be drawn. Draw fewer.")
+        raise DataError(
+            f"'{data}': has {len(prompts)} rows, fewer than the sample of {settings.sample}. Use a smaller sample."
+        )
     rows = draw_rows(len(prompts), settings.sample, seed=settings.seed)
     texts = tuple(prompts[row - 1] for row in rows)
     questions = Questions(
@@ -143,7 +145,7 @@ def _format(patch: Patch[TensorInfo], settings: CertifySettings) -> tuple[str, s
     )
     if prompt is None:
         raise DataError(
-            f"'{patch.name}': does not say how its prompts were made, as it was not trained with 'portllm train'. "
+            f"'{patch.name}': has no recorded prompt template, since it was not trained with 'portllm train'. "
             "Pass --prompt."
         )
     return prompt, None if settings.kind == "free" else completion
@@ -156,6 +158,7 @@ def _choices(data: Path, completions: list[str] | None, settings: CertifySetting
     if settings.choices and strangers:
         shown = ", ".join(map(repr, strangers[:10]))
         raise DataError(
-            f"'{data}': {len(strangers)} completions are not among the choices: {shown}. Add them, or correct the rows."
+            f"'{data}': {len(strangers)} completions are not among the choices: {shown}. Add them to the choices, "
+            "or correct the rows."
         )
     return settings.choices or tuple(right)

@@ -23,10 +23,10 @@ CLOSE = 0.95
 """An expected share this near to the bound takes so many inputs that nobody has them."""
 
 NOT_CLAIMED = (
-    "That the ported model is good: it is at most so much worse than the old specialist, whatever the score of that.",
-    "Anything on a single input, or on inputs from elsewhere.",
-    "Any loss but that of right answers: how sure a model is, how it words an answer, and what it costs.",
-    "Anything on other prompts, other ways of writing, or another runtime than those that were asked with.",
+    "That the ported model is good: the bound is relative to the old specialist, whatever its score.",
+    "Anything about a single input, or about inputs from another source.",
+    "Any loss other than that of correct answers: how confident a model is, how it words an answer, what it costs.",
+    "Anything about other prompts, decoding settings or runtimes than those used here.",
 )
 
 
@@ -35,7 +35,7 @@ def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement
 
     Args:
         certificate: As it was written.
-        disagreements: The inputs that are answered otherwise, as text.
+        disagreements: The inputs whose answers differ, as text.
     """
     title = f"portllm certify: {side_name(certificate.ported)} against {side_name(certificate.specialist)}"
     parts = [
@@ -64,7 +64,7 @@ def _shares(certificate: Certificate) -> list[Html]:
     """What was counted, and up to where the share among all inputs may reach."""
     rows = []
     if certificate.differing is not None and certificate.bound is not None:
-        rows.append(_share("answered otherwise", len(certificate.differing), certificate.bound, certificate.n))
+        rows.append(_share("answers differ", len(certificate.differing), certificate.bound, certificate.n))
     if certificate.labels is not None:
         labels = certificate.labels
         rows.append(_share("turned wrong", labels.negative_flips, labels.bound, certificate.n))
@@ -72,11 +72,11 @@ def _shares(certificate: Certificate) -> list[Html]:
         return []
     title = "How many answers differ"
     explained = (
-        "Dot: the share of these inputs. Line: up to where the share of all inputs may reach, with "
+        "Dot: the fraction of these inputs. Line: the upper bound on the fraction of all inputs, with "
         f"{confidence_text(certificate)}."
     )
     wanted = certificate.wanted
-    axis = {} if wanted is None else {wanted: f"asked for: {percent(wanted, digits=2)}"}
+    axis = {} if wanted is None else {wanted: f"requested: {percent(wanted, digits=2)}"}
     told = "; ".join(f"{row.name}: {row.text}" for row in rows)
     numbers = [("", "counted"), *((row.name, row.text) for row in rows)]
     return [figure(title, explained, dots(rows, title=title, told=told, axis=axis, unit="%"), numbers)]
@@ -94,7 +94,7 @@ def _change(certificate: Certificate) -> list[Html]:
     text = f"{points(change)} points ({points(labels.change_low)} to {points(labels.change_high)})"
     row = Row("ported minus old specialist", change, text, labels.change_low, labels.change_high, 2)
     title = "Change of the score"
-    explained = f"Over the same inputs; the line is the exact interval with {confidence_text(certificate)}."
+    explained = f"Over the same inputs; the line is the exact interval at {confidence_text(certificate)}."
     picture = dots([row], title=title, told=text, axis={0.0: "no change"}, unit="%")
     numbers = [
         ("", "right"),
@@ -120,26 +120,25 @@ def _inputs(certificate: Certificate) -> Iterator[Html]:
         return
     seen, confidence = len(certificate.differing) / certificate.n, certificate.confidence
     bounds = sorted({*OTHER_BOUNDS, *([certificate.wanted] if certificate.wanted is not None else [])}, reverse=True)
-    head = ["bound", "inputs, if all are answered alike"]
-    head += [f"inputs, if {percent(seen)} are answered otherwise"] if seen else []
+    head = ["bound", "inputs, if all answers agree"]
+    head += [f"inputs, if {percent(seen)} of the answers differ"] if seen else []
     rows: list[tuple[str, ...]] = [tuple(head)]
     for bound in bounds:
         least = f"{least_inputs(0, bound, confidence=confidence):,}"
         rows.append((percent(bound, digits=2), least, *([_planned(bound, seen, confidence)] if seen else [])))
     said = (
-        f"With {confidence_text(certificate)}; a plan for answers that differ meets its bound with a chance of "
-        f"{percent(POWER, digits=0)}. For another bound inputs are drawn anew; to add some until it is met voids it."
+        f"With {confidence_text(certificate)}; a plan for differing answers meets its bound with probability "
+        f"{percent(POWER, digits=0)}. Another bound needs freshly drawn inputs; adding inputs until a bound is "
+        "met invalidates it."
     )
-    yield section(
-        "How many inputs other bounds take", table(rows, label="Inputs by bound"), paragraph(said, quiet=True)
-    )
+    yield section("Inputs needed for other bounds", table(rows, label="Inputs by bound"), paragraph(said, quiet=True))
 
 
 def _planned(bound: float, expected: float, confidence: float) -> str:
     if expected >= bound:
-        return "no number: more differ than the bound allows"
+        return "none: more answers differ than the bound allows"
     if expected > CLOSE * bound:
-        return "too near to the bound"
+        return "too close to the bound"
     return f"{plan_inputs(bound, confidence=confidence, expected=expected).n_inputs:,}"
 
 
@@ -151,5 +150,5 @@ def _texts(certificate: Certificate, disagreements: "Sequence[Disagreement]") ->
         right = {} if found.right is None else {"right": found.right}
         answers = {"old specialist": found.before, "ported": found.after, **right}
         rows.append(AnsweredRow(found.row, found.prompt, answers))
-    said = f"{len(certificate.differing)} of {certificate.n} inputs. Rows of the file count from 1."
+    said = f"{len(certificate.differing)} of {certificate.n} inputs. Rows of the file are counted from 1."
     yield section("Answered otherwise", paragraph(said, quiet=True), answered_rows(rows))

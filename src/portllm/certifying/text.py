@@ -35,11 +35,7 @@ def render_certify_plan(plan: "CertifyPlan", folder: Path) -> str:
 
 def render_input_plan(plan: InputPlan) -> str:
     """What `certify --plan` prints."""
-    allowed = (
-        "none of them may be answered otherwise"
-        if plan.n_allowed == 0
-        else f"at most {plan.n_allowed} of them may be answered otherwise"
-    )
+    allowed = "no answer may differ" if plan.n_allowed == 0 else f"at most {plan.n_allowed} answers may differ"
     bound, confidence, expected = (
         percent(plan.bound, digits=2),
         percent(plan.confidence),
@@ -47,6 +43,6 @@ def render_input_plan(plan: InputPlan) -> str:
     )
     lines = [
         f"{plan.n_inputs:,} inputs: {allowed} for a bound of {bound}, with {confidence} confidence",
-        f"if {expected} of all inputs are answered otherwise, the bound is met with a chance of {percent(plan.chance)}",
+        f"if {expected} of all answers differ, the bound is met with probability {percent(plan.chance)}",
     ]
     return "\n".join([*lines, ASSUMES])

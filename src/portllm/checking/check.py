@@ -25,7 +25,7 @@ from portllm.files.input_file import unchanged
 from portllm.matching.compatibility import changes_on
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.quantized_base import quantization_of
-from portllm.matching.tensor_pairs import Pair
+from portllm.matching.tensor_pairs import TensorPair
 from portllm.matching.token_rows import has_token_rows
 from portllm.matching.update import Update
 from portllm.measures.overlap import Alignment
@@ -37,11 +37,11 @@ from portllm.progress import Progress, silent
 MOST_TENSORS = 32
 """Tensors of one patch that are read: enough for its angle, its size and what rounding takes of it."""
 
-Changes = Mapping[str, tuple[Change[TensorInfo], Pair]]
+Changes = Mapping[str, tuple[Change[TensorInfo], TensorPair]]
 """What a patch does, by the name of a pair."""
 
 
-def check(
+def check_weights(
     *patches: Patch[TensorInfo],
     base: Checkpoint,
     evolved: Checkpoint,
@@ -61,8 +61,8 @@ def check(
         evolved: The later version of it.
         full: Read every weight of both, instead of a few megabytes spread over all of them.
         places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
-        allow_other_base: Go on though `base` is not the one that a patch names.
-        progress: Told of the bytes that `full` reads.
+        allow_other_base: Accept a `base` other than the one a patch names.
+        progress: Progress callback (bytes that `full` reads).
 
     Raises:
         CheckpointError, RemoteError: A model cannot be read.
@@ -94,7 +94,7 @@ def check_patch(
         plan: To carry it through that update; where it has refusals, they are what is found.
         known: What was read of the update.
         reader: Keeps its memory from patch to patch, where several are checked.
-        places: As for `check`.
+        places: As for `check_weights`.
     """
     if (found := refused(plan)) is not None:
         return found
@@ -150,7 +150,7 @@ def check_patch(
 def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:
     """What a patch that fits does to weights that both models have."""
     evolved = known.update.evolved
-    found: dict[str, tuple[Change[TensorInfo], Pair]] = {}
+    found: dict[str, tuple[Change[TensorInfo], TensorPair]] = {}
     for name, change in changes_on(patch, evolved).items():
         tensor = evolved.tensor(name)
         for pair in known.pairs_of.get(name if tensor is None else tensor.name, ()):

@@ -6,7 +6,7 @@ from collections import defaultdict
 from portllm.checking.report import PatchReport
 from portllm.checking.update.report import UpdateReport
 from portllm.measures.drift import DriftSums
-from portllm.measures.overlap import Share
+from portllm.measures.overlap import DriftShare
 
 
 def weight_features(update: UpdateReport, patch: PatchReport) -> dict[str, float]:
@@ -58,7 +58,7 @@ def _is_matrix(kind: str) -> bool:
     return not kind.endswith(("norm", ".bias"))
 
 
-def _against_chance(share: Share) -> float | None:
+def _against_chance(share: DriftShare) -> float | None:
     return share.share / share.by_chance if share.share is not None and share.by_chance else None
 
 

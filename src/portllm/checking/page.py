@@ -12,7 +12,7 @@ from portllm.checking.tables import Rows, kind_rows, patch_facts, patch_rows, up
 from portllm.checking.update.config_changes import Effect
 from portllm.checking.update.report import UpdateReport
 from portllm.checking.verdict import Answer, Reason
-from portllm.measures.places import Place
+from portllm.measures.places import TensorPlace
 from portllm.measures.thresholds import KEPT_GAIN
 from portllm.show.html.bars import Row, bars
 from portllm.show.html.figure import facts, figure, figures, folded, table
@@ -30,10 +30,10 @@ TONES: Mapping[Answer, Tone] = {
 }
 
 EFFECTS: Mapping[Effect, str] = {
-    Effect.SHAPE: "weights have another shape",
-    Effect.FUNCTION: "the same weights compute something else",
-    Effect.POSITION: "attention sees positions otherwise",
-    Effect.VOCABULARY: "rows of embedding and head are other ones",
+    Effect.SHAPE: "weights change shape",
+    Effect.FUNCTION: "the same weights compute a different function",
+    Effect.POSITION: "attention encodes positions differently",
+    Effect.VOCABULARY: "rows of the embedding and the head differ",
 }
 
 
@@ -117,21 +117,23 @@ def _patch(patch: PatchReport, *, beside: Sequence[Html]) -> Html:
 
 
 def _update(update: UpdateReport) -> Html:
-    changes = [("field", "base", "evolved", "what it does to a patch")]
+    changes = [("field", "base", "evolved", "effect on a patch")]
     changes += [(c.field, _said(c.base), _said(c.evolved), EFFECTS[c.effect]) for c in update.config_changes]
     fit = (
-        table(changes, label="What config.json says otherwise", wide={1, 2, 3})
+        table(changes, label="Changes in config.json", wide={1, 2, 3})
         if len(changes) > 1
-        else paragraph("config.json says nothing else that matters to a patch.")
+        else paragraph("config.json has no other change that matters to a patch.")
     )
     pairing = update.pairing
     names = {
         "Only in the base": pairing.removed,
         "Only in the evolved model": pairing.added,
-        "Of another shape": [f"{name}: {old}, now {new}" for name, (old, new) in pairing.reshaped.items()],
-        "With other numbers of rows": [f"{name}: {old} rows, now {new}" for name, (old, new) in pairing.grown.items()],
-        "Not of numbers": pairing.no_numbers,
-        "Holding an infinity or NaN": update.broken,
+        "With a different shape": [f"{name}: {old}, now {new}" for name, (old, new) in pairing.reshaped.items()],
+        "With a different number of rows": [
+            f"{name}: {old} rows, now {new}" for name, (old, new) in pairing.grown.items()
+        ],
+        "Not numeric": pairing.no_numbers,
+        "Containing an infinity or NaN": update.broken,
     }
     lists = [folded(f"{what}: {len(found)}", bullets(found)) for what, found in names.items() if found]
     kinds = table(kind_rows(update), label="Drift by kind of module")
@@ -152,17 +154,17 @@ def _drift_figures(update: UpdateReport) -> list[Html]:
     return [_map(cells, stack, "Where the update changed the model", explained) for stack in stacks_of(cells)]
 
 
-def _size_figures(patch: PatchReport, places: Mapping[Place, PlacedDelta]) -> list[Html]:
+def _size_figures(patch: PatchReport, places: Mapping[TensorPlace, PlacedDelta]) -> list[Html]:
     cells = {place: found.relative_size for place, found in places.items()}
     explained = (
         "|Δ| / |W1| of each matrix: the stronger the color, the larger the patch. Blank where it changes nothing."
     )
     if patch.n_rescaled:
-        explained += " Without the rescaling of rows by DoRA."
+        explained += " Excludes DoRA's rescaling of rows."
     return [_map(cells, stack, "Where the patch sits", explained) for stack in stacks_of(cells)]
 
 
-def _map(cells: Mapping[Place, float], stack: str, title: str, explained: str) -> Html:
+def _map(cells: Mapping[TensorPlace, float], stack: str, title: str, explained: str) -> Html:
     inside = {
         place: value for place, value in cells.items() if place.stack == stack and place.kind in kinds_of(cells, stack)
     }
@@ -193,15 +195,15 @@ def _kept_figure(patch: PatchReport) -> list[Html]:
     ]
     title = "What a merge would keep of the patch"
     explained = (
-        "Kept gain <Q(W1 + Δ) - W1, Δ> / |Δ|² by the dtype that the merged weights are stored in; of no concern while "
-        "the patch is served as an adapter."
+        "Kept gain <Q(W1 + Δ) - W1, Δ> / |Δ|² by the dtype that the merged weights are stored in; irrelevant "
+        "while the patch is served as an adapter."
     )
     told = "; ".join(f"{row.name}: {row.text}" for row in rows)
     picture = bars(rows, title=title, told=told, unit="%", axis={KEPT_GAIN.value: percent(KEPT_GAIN.value, digits=0)})
     return [figure(title, explained, picture, [("stored as", "kept gain"), *((row.name, row.text) for row in rows)])]
 
 
-def _spectra(places: Mapping[Place, PlacedDelta]) -> list[Html]:
+def _spectra(places: Mapping[TensorPlace, PlacedDelta]) -> list[Html]:
     """A picture for each kind of module: singular values over all its layers."""
     by_kind: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     for place, found in places.items():
@@ -213,9 +215,9 @@ def _spectra(places: Mapping[Place, PlacedDelta]) -> list[Html]:
     limits = (min(shown) / 1.2, max(shown) * 1.2)
     pictures = (_spectrum(kind, by_kind[kind], limits) for kind in sorted(by_kind))
     explained = (
-        "Singular values of s·B·A against the norm of the weight, |W1|: the median over the layers, and the band from "
-        "the least to the most. Where a curve falls steeply, few directions hold most of the patch. All pictures have "
-        "the same axes."
+        "Singular values of s·B·A against the norm of the weight, |W1|: the line is the median over layers, the "
+        "band spans minimum to maximum. A steep curve means that few directions hold most of the patch. All "
+        "plots share the same axes."
     )
     return [
         section("How many directions the patch uses", paragraph(explained, quiet=True), figures(*pictures), level=3)

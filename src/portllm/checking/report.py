@@ -1,4 +1,4 @@
-"""What `check` found, as values, and those as JSON."""
+"""The report of `check`, as values and as JSON."""
 
 import math
 from collections import Counter
@@ -12,8 +12,8 @@ from portllm.checking.prompts.measures import TextMeasures, text_to_json
 from portllm.checking.update.report import UpdateReport, _drift, _number, _place
 from portllm.checking.verdict import Answer, Reason, Verdict
 from portllm.measures.estimate import DriftEstimate
-from portllm.measures.overlap import Alignment, Share
-from portllm.measures.places import Place
+from portllm.measures.overlap import Alignment, DriftShare
+from portllm.measures.places import TensorPlace
 from portllm.measures.quantization_gap import GapSums
 from portllm.notebook import ShownInNotebook
 from portllm.patch.rounding import MergeSums
@@ -21,19 +21,19 @@ from portllm.patch.rounding import MergeSums
 
 @dataclass(frozen=True, slots=True)
 class PatchReport:
-    """What was found of one patch.
+    """The report on one patch.
 
     Attributes:
-        name: What the user called it.
+        name: Its name, as given by the user.
         verdict: Whether it will hold, and why.
-        drift: Of the matrices that it changes; None where none could be measured.
+        drift: Drift of the matrices that it changes; None if it could not be measured.
         delta_sq: |Δ|² over all that it changes.
-        stored_as: The dtype that the evolved model stores most of what the patch changes in.
+        stored_as: The evolved model's dtype for most of what the patch changes.
         changes: By tensor of the evolved model, what was measured of each; empty where it cannot be ported.
-        quantization: What quantization took of the weights that it was fitted to (QLoRA); None where not measured.
-        places: Where in the model it sits; None where that was not asked for.
-        text: What prompts say of it; None where none were given, or it does not fit.
-        forecast: How much of its gain it may be expected to keep; None where measures are lacking.
+        quantization: Quantization error of the weights that it was trained on (QLoRA); None if not measured.
+        places: Its size by layer and module; None if not requested.
+        text: Measures on prompts; None if there were none, or the patch does not match.
+        forecast: Expected retention; None where measures are missing.
     """
 
     name: str
@@ -43,28 +43,28 @@ class PatchReport:
     stored_as: str | None = None
     changes: Mapping[str, ChangeMeasures] = field(default_factory=dict)
     quantization: GapSums | None = None
-    places: Mapping[Place, PlacedDelta] | None = None
+    places: Mapping[TensorPlace, PlacedDelta] | None = None
     text: TextMeasures | None = None
     forecast: Expected | None = None
 
     @property
     def alignment(self) -> Alignment:
-        """Patch and drift."""
+        """Alignment of patch and drift."""
         return sum((change.alignment for change in self.changes.values()), Alignment())
 
     @property
-    def overlaps(self) -> Mapping[str, Share]:
-        """By side, how much of the drift lies where the patch works."""
+    def overlaps(self) -> Mapping[str, DriftShare]:
+        """Fraction of the drift in the patch's input and output directions."""
         return summed(change.overlaps for change in self.changes.values())
 
     @property
     def rounding(self) -> Mapping[str, MergeSums]:
-        """By storage dtype, what a merge would keep."""
+        """Kept gain of a merge, by storage dtype."""
         return summed(change.rounding for change in self.changes.values())
 
     @property
     def n_rescaled(self) -> int:
-        """How many of the changes have a DoRA magnitude."""
+        """Number of changes with a DoRA magnitude."""
         return sum(change.is_rescaled for change in self.changes.values())
 
     def __repr__(self) -> str:
@@ -77,17 +77,17 @@ class PatchReport:
 
     @property
     def size_against_drift(self) -> float | None:
-        """`|Δ| / |D|` over the same; None where nothing drifted."""
+        """`|Δ| / |D|` over the same matrices; None where nothing drifted."""
         return _ratio(self.delta_sq, self.drift.sums.drift_sq) if self.drift else None
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport(ShownInNotebook):
-    """What `check` found.
+    """The report of `check`.
 
     Attributes:
-        update: What the update did to the base.
-        patches: What becomes of each patch, in the order they were given.
+        update: Measures of the update from base to evolved model.
+        patches: One report per patch, in the order given.
     """
 
     update: UpdateReport
@@ -151,7 +151,7 @@ def _reason(reason: Reason) -> dict[str, object]:
     return {"verdict": str(reason.answer), "text": reason.text, "threshold": decided}
 
 
-def _share(share: Share) -> dict[str, object]:
+def _share(share: DriftShare) -> dict[str, object]:
     return {"share": _number(share.share), "by_chance": _number(share.by_chance)}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from portllm.checking.forecast_model import Expected
 from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.update.report import UpdateReport
-from portllm.measures.estimate import Estimate
+from portllm.measures.estimate import SampledEstimate
 from portllm.show.numbers import n_params, percent, three_digits, three_percent
 
 SHOWN = 3
@@ -58,7 +58,7 @@ def patch_facts(patch: PatchReport) -> dict[str, str]:
     if patch.forecast is not None:
         rows["forecast"] = _forecast(patch.forecast)
     if patch.n_rescaled:
-        rows["size"] += f"; without the rescaling of {patch.n_rescaled} DoRA modules"
+        rows["size"] += f"; excluding DoRA's rescaling in {patch.n_rescaled} modules"
     if patch.alignment.cosine is not None:
         rows["with drift"] = f"cosine {patch.alignment.cosine:.4f} between patch and drift"
     for side, share in patch.overlaps.items():
@@ -79,11 +79,11 @@ def _forecast(expected: Expected) -> str:
         for target, said in expected.forecasts.items()
     )
     text = (
-        f"{', '.join(parts)}: of retraining's gain, with {_whole(expected.confidence)} interval; from {fitted.n_cells} "
-        f"patches on {fitted.n_updates} updates of {fitted.base}"
+        f"{', '.join(parts)}: of retraining's gain, with {_whole(expected.confidence)} interval; fitted on "
+        f"{fitted.n_cells} patches on {fitted.n_updates} updates of {fitted.base}"
     )
     if expected.outside:
-        text += f"; extrapolated, since outside of these: {', '.join(expected.outside)}"
+        text += f"; an extrapolation, since these are outside the fitted range: {', '.join(expected.outside)}"
     return text
 
 
@@ -99,18 +99,18 @@ def update_facts(update: UpdateReport) -> dict[str, str]:
         rows["drift"] = f"{_with_error(update.drift.relative)} of the matrices' norm"
         rows["cosine"] = _plain_with_error(update.drift.cosine)
     rows["read"] = (
-        f"every weight of both, {n_params(update.n_elements)} each"
+        f"every weight of both models, {n_params(update.n_elements)} each"
         if update.is_full
-        else f"{n_params(update.n_elements)} weights of each model, spread over all tensors; --full reads all"
+        else f"{n_params(update.n_elements)} weights of each model, sampled from all tensors; --full reads all"
     )
     rows["tensors"] = f"{len(pairing.pairs)} compared" + "".join(
         f"; {len(names)} {what} ({_named(names)})"
         for what, names in (
             ("only in the base", pairing.removed),
             ("only in the evolved model", pairing.added),
-            ("of another shape", pairing.reshaped),
-            ("with other numbers of rows", pairing.grown),
-            ("not of numbers", pairing.no_numbers),
+            ("with a different shape", pairing.reshaped),
+            ("with a different number of rows", pairing.grown),
+            ("not numeric", pairing.no_numbers),
             ("not finite", update.broken),
         )
         if names
@@ -157,18 +157,18 @@ def layer_rows(update: UpdateReport) -> Rows:
 
 def _vocabulary(update: UpdateReport) -> str:
     if update.tokens is not None:
-        return f"{update.tokens.n_moved} tokens moved to other rows, {len(update.tokens.gone)} are gone"
+        return f"{update.tokens.n_moved} tokens moved to other rows, {len(update.tokens.gone)} were removed"
     return "the same tokens in the same rows" if update.has_vocabularies else "a model has no tokenizer.json"
 
 
-def _with_error(estimate: Estimate) -> str:
+def _with_error(estimate: SampledEstimate) -> str:
     if not estimate.error:
         return three_percent(estimate.value)
     error = "?" if math.isinf(estimate.error) else f"{100 * estimate.error:.1g}"
     return f"{three_digits(100 * estimate.value)} ± {error} %"
 
 
-def _plain_with_error(estimate: Estimate) -> str:
+def _plain_with_error(estimate: SampledEstimate) -> str:
     return f"{estimate.value:.6f}" + (f" ± {estimate.error:.1g}" if estimate.error else "")
 
 

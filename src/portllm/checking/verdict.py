@@ -1,4 +1,4 @@
-"""Will a patch hold on the evolved model? Pure: measures in, a verdict and every reason out.
+"""Decide whether a patch will hold on the evolved model. Pure: measures in, a verdict and its reasons out.
 
 The rules are few and cautious: between a short continuation, where plain addition was seen to hold, and another model,
 where it is known to fail, some patches keep all of their gain and others lose it. What lies between is uncertain, and
@@ -14,7 +14,7 @@ from portllm.checking.update.config_changes import ConfigChange, Effect
 from portllm.checking.update.lineage import Lineage
 from portllm.errors import Refusal
 from portllm.measures.estimate import DriftEstimate
-from portllm.measures.overlap import Share
+from portllm.measures.overlap import DriftShare
 from portllm.measures.thresholds import (
     AGREEMENT,
     ALIGNED_COSINE,
@@ -29,7 +29,7 @@ from portllm.measures.thresholds import (
 
 
 class Answer(StrEnum):
-    """What a verdict says, from the best to the worst."""
+    """Verdicts, from best to worst."""
 
     HOLDS = "holds"
     UNCERTAIN = "uncertain"
@@ -57,7 +57,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of a patch.
+    """A verdict on a patch, with its reasons.
 
     Attributes:
         answer: In one word.
@@ -95,7 +95,7 @@ class Measures:
     broken: tuple[str, ...] = ()
     config_changes: tuple[ConfigChange, ...] = ()
     alignment: float | None = None
-    overlaps: Mapping[str, Share] | None = None
+    overlaps: Mapping[str, DriftShare] | None = None
     kept_gain: Mapping[str, float] | None = None
     stored_as: str | None = None
     changes_vocabulary: bool = False
@@ -127,11 +127,11 @@ def with_answers(verdict: Verdict, *, agreement: float, n_prompts: int) -> Verdi
     Example:
         >>> verdict = Verdict(Answer.HOLDS, (Reason(Answer.HOLDS, "the weights hardly moved."),))
         >>> with_answers(verdict, agreement=0.52, n_prompts=64).reasons[0].text
-        'of 64 answers, 52 % begin as the old specialist began them. Measure it: portllm evaluate.'
+        "52 % of 64 answers begin as the old specialist's do. Measure it: portllm evaluate."
     """
     if agreement >= AGREEMENT.value:
         return verdict
-    begun = f"of {n_prompts} answers, {_percent(agreement)} begin as the old specialist began them."
+    begun = f"{_percent(agreement)} of {n_prompts} answers begin as the old specialist's do."
     doubt = Reason(Answer.UNCERTAIN, f"{begun} Measure it: portllm evaluate.", AGREEMENT)
     return _verdict((doubt, *verdict.reasons), verdict.remarks)
 
@@ -146,31 +146,31 @@ def _reasons(measures: Measures) -> Iterator[Reason]:
         yield from (Reason(Answer.CANNOT_BE_PORTED, str(refusal)) for refusal in measures.refusals)
         return
     for name in measures.broken:
-        yield Reason(Answer.WILL_NOT_HOLD, f"{name}: holds an infinity or NaN; a training run diverged.")
+        yield Reason(Answer.WILL_NOT_HOLD, f"{name}: contains an infinity or NaN; a training run diverged.")
     yield from _of_lineage(measures)
     yield from _of_direction(measures)
     for change in measures.config_changes:
         if change.effect is Effect.FUNCTION:
-            yield Reason(Answer.UNCERTAIN, f"{_change(change)}: the same weights compute something else.")
+            yield Reason(Answer.UNCERTAIN, f"{_change(change)}: the same weights compute a different function.")
     if measures.changes_vocabulary:
         yield Reason(
             Answer.UNCERTAIN,
-            "tokens have other rows in the evolved model, and the patch changes such rows. They follow their tokens; "
-            "what belongs to tokens that are gone is left out.",
+            "tokens have different rows in the evolved model, and the patch changes such rows. They are moved "
+            "with their tokens; rows of removed tokens are left out.",
         )
 
     if measures.quantization_gap is not None and measures.quantization_gap >= QUANTIZATION_GAP.value:
         yield Reason(
             Answer.UNCERTAIN,
-            f"{_of_quantization(measures)} Models merged so were seen to break: serve the patch as an adapter beside "
-            "the evolved model, quantized the same way.",
+            f"{_of_quantization(measures)} Models merged this way have been seen to break: serve the patch as an "
+            "adapter on the evolved model, quantized the same way.",
             QUANTIZATION_GAP,
         )
 
 
 def _of_quantization(measures: Measures) -> str:
     return (
-        f"the patch was fitted to {measures.fitted_to} weights, and what quantization took of them, which it never "
+        f"the patch was trained on {measures.fitted_to} weights, and their quantization error, which it never "
         f"saw, is {measures.quantization_gap:.3g} times as large as the patch."
     )
 
@@ -178,13 +178,13 @@ def _of_quantization(measures: Measures) -> str:
 def _of_lineage(measures: Measures) -> Iterator[Reason]:
     drift, lineage = measures.drift, measures.lineage or {}
     if drift is None:
-        yield Reason(Answer.UNCERTAIN, "the patch changes no weight whose drift could be measured.")
+        yield Reason(Answer.UNCERTAIN, "the drift of the weights that the patch changes could not be measured.")
         return
     far = {kind: found for kind, found in lineage.items() if found in (Lineage.INDEPENDENT, Lineage.UNRELATED)}
     if far:
         yield Reason(
             Answer.WILL_NOT_HOLD,
-            f"{_listed(far)}: the evolved weights have nothing in common with the base's (cosine below "
+            f"{_listed(far)}: the evolved weights are unrelated to the base's (cosine below "
             f"{INDEPENDENT_COSINE.value:g}), whatever their shapes. Train the patch again on the evolved model.",
             INDEPENDENT_COSINE,
         )
@@ -193,12 +193,12 @@ def _of_lineage(measures: Measures) -> Iterator[Reason]:
     if siblings:
         yield Reason(
             Answer.UNCERTAIN,
-            f"{_listed(siblings)}: cosine below {CONTINUATION_COSINE.value:g}, so base and evolved share an origin at "
-            "most; plain addition loses its gain over long training. Measure it: portllm evaluate.",
+            f"{_listed(siblings)}: cosine below {CONTINUATION_COSINE.value:g}, so base and evolved share at most "
+            "a common ancestor; plain addition loses its gain over long training. Measure it: portllm evaluate.",
             CONTINUATION_COSINE,
         )
     if drift.sums.drift_sq == 0:
-        yield Reason(Answer.HOLDS, "what the patch changes is as it was in the base.")
+        yield Reason(Answer.HOLDS, "the weights that the patch changes are the same as in the base.")
     elif drift.relative.high <= SHORT_DRIFT.value:
         yield Reason(
             Answer.HOLDS,
@@ -211,10 +211,10 @@ def _of_lineage(measures: Measures) -> Iterator[Reason]:
         yield Reason(
             Answer.UNCERTAIN,
             f"the weights that the patch changes drifted by {_percent(drift.relative.value)} of their norm; plain "
-            f"addition is known to hold up to {_percent(SHORT_DRIFT.value)}, and farther on some patches keep what "
-            "they gained and others lose it. "
+            f"addition is known to hold up to {_percent(SHORT_DRIFT.value)}; beyond that, some patches keep their "
+            "gain and others lose it. "
             + (
-                "The estimate is too rough to tell: --full reads every weight."
+                "The estimate is too uncertain to decide: --full reads every weight."
                 if straddles
                 else "Measure it: portllm evaluate."
             ),
@@ -226,7 +226,7 @@ def _of_direction(measures: Measures) -> Iterator[Reason]:
     cosine = measures.alignment
     if cosine is not None and abs(cosine) >= ALIGNED_COSINE.value:
         what = (
-            "contains the patch, or training like it; adding it again overshoots" if cosine > 0 else "undoes the patch"
+            "contains the patch, or similar training; adding it again overshoots" if cosine > 0 else "undoes the patch"
         )
         yield Reason(
             Answer.UNCERTAIN, f"the update moved along the patch (cosine {cosine:.2f}): it {what}.", ALIGNED_COSINE
@@ -236,7 +236,7 @@ def _of_direction(measures: Measures) -> Iterator[Reason]:
             yield Reason(
                 Answer.UNCERTAIN,
                 f"{_percent(share.share)} of the drift lies in the {side}s that the patch uses, "
-                f"{_percent(share.by_chance or 0.0)} by chance: the update changed what the patch was fitted to.",
+                f"{_percent(share.by_chance or 0.0)} by chance: the update changed what the patch was trained on.",
                 OVERLAP_SHARE,
             )
 
@@ -250,8 +250,8 @@ def _remarks(measures: Measures) -> Iterator[str]:
         yield _of_quantization(measures).removesuffix(".")
     elif gap is None and measures.fitted_to is not None:
         yield (
-            f"the patch was fitted to {measures.fitted_to} weights, and how much quantization took of them is not "
-            "measured; it is a part of the drift where the base is given as it was quantized"
+            f"the patch was trained on {measures.fitted_to} weights, and their quantization error is not measured "
+            "separately; it is part of the drift if the base given is the quantized one"
         )
     kept = (measures.kept_gain or {}).get(measures.stored_as or "")
     if kept is not None and kept < KEPT_GAIN.value:

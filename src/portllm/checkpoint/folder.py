@@ -55,13 +55,13 @@ def why_no_model(files: Iterable[str]) -> str:
     """What a folder or repository with these files is, when it is no model that can be read."""
     files = list(files)
     if "adapter_config.json" in files:
-        return "is an adapter, not a model. Give it as the patch, and the model it belongs to as the base."
+        return "is an adapter, not a model. Pass it as the patch, and its base model as the base."
     if any(file.endswith(".bin") or Path(file).suffix.startswith(".pt") for file in files):
         return (
-            "holds pickled weights, which are never read. Convert them once: "
-            'python -c "from transformers import AutoModelForCausalLM as M; '
+            'contains pickled weights, which are never read. Convert them once: python -c "from transformers '
+            "import AutoModelForCausalLM as M; "
             "M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\"."
         )
     if several := sorted(file for file in files if file.endswith(GGUF_SUFFIX)):
-        return f"holds {len(several)} GGUF files. Give one of them, such as '{several[0]}'."
-    return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}, nor one GGUF file."
+        return f"contains {len(several)} GGUF files. Pass one of them, such as '{several[0]}'."
+    return f"contains neither {SINGLE_FILE} nor {INDEX_FILE} nor a GGUF file."

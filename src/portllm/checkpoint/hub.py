@@ -102,9 +102,7 @@ def look_up(name: str) -> Repository:
     with _hub_errors(name):
         info = with_retries(lambda: _model_info(repo, revision), where=f"'{name}'")
     if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-        raise RemoteError(
-            f"'{name}': {constants.ENDPOINT} does not say which commit this is, so nothing can be pinned."
-        )
+        raise RemoteError(f"'{name}': {constants.ENDPOINT} does not report a commit, so the revision cannot be pinned.")
     files = {}
     for entry in info.siblings or ():
         if _is_plain(entry.rfilename) and isinstance(entry.size, int) and entry.size >= 0:
@@ -181,7 +179,7 @@ def download(checkpoint: Checkpoint, *, progress: Progress = silent) -> Checkpoi
     layout = [(info.name, info.dtype, info.shape) for info in checkpoint.infos.values()]
     if layout != [(info.name, info.dtype, info.shape) for info in local.infos.values()]:
         raise RemoteError(
-            f"'{folder}': holds other tensors than {checkpoint.name} on the hub. Delete it and run again."
+            f"'{folder}': does not contain the same tensors as {checkpoint.name} on the Hub. Delete it and run again."
         )
     return local
 
@@ -205,7 +203,7 @@ def fetch(repository: Repository, names: Iterable[str], *, progress: Progress = 
     for name in names:
         size = repository.files[name].size
         if name in (CONFIG_FILE, INDEX_FILE) and size > MAX_JSON_BYTES:
-            raise CheckpointError(f"'{repository.files[name]}': has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+            raise CheckpointError(f"'{repository.files[name]}': has {size} bytes; the limit is {MAX_JSON_BYTES}.")
     tally = _Tally({name: repository.files[name].size for name in names}, repository.name, progress)
 
     def bring(name: str) -> Path:
@@ -241,8 +239,8 @@ class _Tally:
     def count(self, name: str, done: int) -> None:
         if done > self._sizes[name]:
             raise RemoteError(
-                f"'{self._name}/{name}': the hub sends more than the {self._sizes[name]} bytes that it lists. The file "
-                "changed, or the server is not to be trusted: try again later."
+                f"'{self._name}/{name}': the Hub sent more than the {self._sizes[name]} bytes that it lists. The "
+                "file changed, or the server cannot be trusted: try again later."
             )
         with self._lock:
             self._done[name] = max(self._done[name], done)
@@ -289,15 +287,15 @@ def _model_info(repo: str, revision: str) -> ModelInfo:
         status = error.response.status_code
         if status not in PASSING_STATUSES:
             raise
-        raise TryAgainError(f"the hub answered with status {status}", wait=requested_wait(error.response)) from error
+        raise TryAgainError(f"the Hub returned status {status}", wait=requested_wait(error.response)) from error
     except httpx2.TransportError as error:
         raise TryAgainError(f"cannot reach {constants.ENDPOINT} ({type(error).__name__})") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, HFValidationError):
             raise
         raise RemoteError(
-            f"'{repo}': {constants.ENDPOINT} answers with what is no description of a model ({type(error).__name__}). "
-            "Look at HF_ENDPOINT, or try again later."
+            f"'{repo}': {constants.ENDPOINT} did not return a valid model description ({type(error).__name__}). "
+            "Check HF_ENDPOINT, or try again later."
         ) from error
 
 
@@ -328,8 +326,9 @@ def _look_up_in_cache(name: str, repo: str, revision: str) -> Repository:
 
 def _not_cached(name: str, revision: str) -> NotFoundError:
     return NotFoundError(
-        f"'{name}': HF_HUB_OFFLINE is set, and revision '{revision}' is not whole in the cache "
-        f"'{constants.HF_HUB_CACHE}'. Unset it, or fetch the model while online: hf download {name.partition('@')[0]}."
+        f"'{name}': HF_HUB_OFFLINE is set, and revision '{revision}' is not complete in the cache "
+        f"'{constants.HF_HUB_CACHE}'. Unset it, or download the model while online: hf download "
+        f"{name.partition('@')[0]}."
     )
 
 
@@ -365,29 +364,31 @@ def _hub_errors(name: str) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise RemoteError(
-            f"'{name}': is gated. Ask for access at {constants.ENDPOINT}/{repo} and log in: hf auth login."
+            f"'{name}': is gated. Request access at {constants.ENDPOINT}/{repo} and log in: hf auth login."
         ) from error
     except RepositoryNotFoundError as error:
         raise NotFoundError(
-            f"'{name}': no such file or folder, and no model of that name at {constants.ENDPOINT} that you may read. "
-            "Look for a spelling mistake; for a private model, log in: hf auth login."
+            f"'{name}': no such file or folder, and no model of that name that you can access at "
+            f"{constants.ENDPOINT}. Check the spelling; for a private model, log in: hf auth login."
         ) from error
     except RevisionNotFoundError as error:
         raise NotFoundError(
-            f"'{name}': {constants.ENDPOINT}/{repo} has no such revision. Name a branch, a tag or a commit hash."
+            f"'{name}': {constants.ENDPOINT}/{repo} has no such revision. Use a branch, a tag or a commit hash."
         ) from error
     except EntryNotFoundError as error:
-        raise NotFoundError(f"'{name}': a file is neither in the cache nor to be had: {_first_line(error)}") from error
+        raise NotFoundError(
+            f"'{name}': a file is not in the cache and could not be downloaded: {_first_line(error)}"
+        ) from error
     except HFValidationError as error:
-        raise NotFoundError(f"'{name}': no such file or folder, and no name of a model of the hub: {error}") from error
+        raise NotFoundError(f"'{name}': no such file or folder, and not a valid Hub id: {error}") from error
     except HfHubHTTPError as error:
         raise RemoteError(
-            f"'{name}': {constants.ENDPOINT} answered with status {error.response.status_code}: {_first_line(error)}"
+            f"'{name}': {constants.ENDPOINT} returned status {error.response.status_code}: {_first_line(error)}"
         ) from error
     except (PortLLMError, TryAgainError):
         raise
     except Exception as error:  # what a server that breaks the protocol makes libraries raise has no bound
-        raise RemoteError(f"'{name}': could not be fetched: {type(error).__name__}: {_first_line(error)}") from error
+        raise RemoteError(f"'{name}': could not be downloaded: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Open a model: a folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the Hugging Face Hub.
+"""Open a model: a folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a Hugging Face Hub id.
 
 A folder holds one file, or shards with an index; a model of the hub is `org/name` or `org/name@revision`.
 Opening reads headers, the index and `config.json`; no byte of a tensor is read before it is asked for:
@@ -30,23 +30,23 @@ _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpoint:
-    """Open a model lazily.
+    """Open a model lazily; only headers and small files are read.
 
     Args:
         where: A folder, a `.safetensors` or `.gguf` file, `builtin:NAME`, or a model of the hub (`org/name` or
             `org/name@revision`), of which headers and small files are read. A checkpoint is returned as it is.
-        progress: Told of the one-time conversion of a built-in model.
+        progress: Progress callback (one-time conversion of a built-in model).
 
     Raises:
         NotFoundError: There is no model at that place.
-        HeaderError, IndexFileError, MissingShardError: Its files are damaged or incomplete.
-        RemoteError: The hub cannot be reached, or denies access.
+        HeaderError, IndexFileError, MissingShardError: Its files are corrupt or incomplete.
+        RemoteError: The Hub cannot be reached, or denies access.
     """
     if isinstance(where, Checkpoint):
         return where
     name = str(where)
     if not is_utf8(name):
-        raise NotFoundError(f"{name!r}: is not UTF-8, and no record could name it. Give the folder another name.")
+        raise NotFoundError(f"{name!r}: is not valid UTF-8, so no record can name it. Rename the folder.")
     if name.startswith(BUILTIN_PREFIX):
         return open_folder(builtin_folder(name.removeprefix(BUILTIN_PREFIX), progress=progress), name=name)
     path = Path(where)
@@ -60,10 +60,10 @@ def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpo
 
         return open_remote(name)
     could_be = len(name) <= MAX_NAME_LENGTH and HUB_ID.fullmatch(name)
-    hint = f" For the model of the Hugging Face Hub, write {name}@main." if could_be else ""
+    hint = f" For the model on the Hugging Face Hub, write {name}@main." if could_be else ""
     raise NotFoundError(
-        f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Give a folder, a .safetensors or .gguf file, a model of "
-        f"the Hugging Face Hub (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
+        f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Pass a folder, a .safetensors or .gguf file, a "
+        f"Hugging Face Hub id (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
     )
 
 
@@ -103,6 +103,6 @@ def _open_file(path: Path, *, name: str) -> Checkpoint:
             "first."
         )
     if _SHARD_NAME.search(path.name):
-        raise CheckpointError(f"'{name}': is one shard of a model. Give the folder that holds all of them.")
+        raise CheckpointError(f"'{name}': is one shard of a model. Pass the folder that contains all shards.")
     header = read_header(path)
     return Checkpoint(name, None, tensors_of(header.tensors), {}, header.metadata)

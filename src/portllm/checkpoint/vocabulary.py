@@ -26,7 +26,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
     try:
         return parse_vocabulary(read_json(file))
     except ValueError as error:
-        raise CheckpointError(f"'{file}': {error}. The tokenizer is damaged: fetch it again.") from error
+        raise CheckpointError(f"'{file}': {error}. The tokenizer is corrupt: download it again.") from error
 
 
 def has_same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
@@ -67,7 +67,7 @@ def parse_vocabulary(tokenizer: Mapping[str, object]) -> Mapping[str, int] | Non
                 rows[token] = row
     for token, row in rows.items():
         if type(row) is not int or not 0 <= row < MAX_ROWS:
-            raise ValueError(f"token {token[:80]!r} has the row {str(row)[:20]!r}, which no embedding has")
+            raise ValueError(f"token {token[:80]!r} has the row {str(row)[:20]!r}, which is not a valid row")
     return rows or None
 
 

@@ -76,22 +76,24 @@ def capture(
 ) -> None:
     """Make a patch from a PEFT adapter and its base, or from a base and its fine-tuned version."""
     if (adapter is None) == (tuned is None):
-        raise typer.BadParameter("give exactly one of --adapter and --tuned.")
+        raise typer.BadParameter("pass exactly one of --adapter and --tuned.")
     if fitted_to is None and left_alone is not None:
-        raise typer.BadParameter("--left-alone goes with --fitted-to.")
+        raise typer.BadParameter("--left-alone requires --fitted-to.")
     if tuned is not None:
         if initial is not None or fitted_to is not None:
-            raise typer.BadParameter("--initial and --fitted-to go with --adapter.")
+            raise typer.BadParameter("--initial and --fitted-to require --adapter.")
         chosen = parse_rank(rank or AUTO)
         if isinstance(chosen, int) and max_rank is not None:
-            raise typer.BadParameter("--max-rank bounds --rank auto; with a number it says nothing.")
+            raise typer.BadParameter("--max-rank only applies to --rank auto.")
         _capture_tuned(
             base, tuned, output, None if chosen == AUTO else int(chosen), max_rank, dense or DenseName.KEEP,
             dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
         )  # fmt: skip
     elif adapter is not None:
         if rank is not None or max_rank is not None or dense is not None:
-            raise typer.BadParameter("--rank, --max-rank and --dense go with --tuned; an adapter is taken as it is.")
+            raise typer.BadParameter(
+                "--rank, --max-rank and --dense require --tuned; an adapter is captured unchanged."
+            )
         _capture_adapter(
             base, adapter, initial, output, _fitted_to(fitted_to, left_alone),
             dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
@@ -108,7 +110,7 @@ def parse_rank(text: str) -> int | str:
     if text == AUTO:
         return AUTO
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"--rank {text}: must be a number from 1 on, or auto.")
+        raise typer.BadParameter(f"--rank {text}: must be a positive integer or auto.")
     return int(text)
 
 
@@ -148,7 +150,7 @@ def _capture_adapter(
         if refusals := plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to):
             raise PlanRefusedError(refusals)
         check_free(output, overwrite=overwrite)
-        say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules fit; to {output}")
+        say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules match; output: {output}")
         return
     with shown_progress(quiet=quiet) as progress:
         capture_adapter(

@@ -94,14 +94,14 @@ def certify(
     Exits with 3 if --bound is not met. docs/certify.md says what is claimed and what is not.
     """
     if plan and html is not None:
-        raise typer.BadParameter("--html goes with a certificate, not with --plan.")
+        raise typer.BadParameter("--html cannot be used with --plan.")
     if plan:
         _print_plan(bound, confidence, expected, power, as_json=as_json)
         return
     if base is None or patch is None or data is None or output is None:
-        raise typer.BadParameter("--base, --patch, --data and --output are needed, or --plan and --bound alone.")
+        raise typer.BadParameter("--base, --patch, --data and --output are required, or --plan and --bound alone.")
     if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
-        raise typer.BadParameter("give --evolved and --ported, or --merged in place of both.")
+        raise typer.BadParameter("pass --evolved and --ported, or --merged instead of both.")
     from portllm.certifying.certify import plan_certify, run_certify
     from portllm.certifying.inputs import CertifySettings
     from portllm.certifying.text import render_certificate, render_certify_plan
@@ -164,7 +164,7 @@ def _print_plan(bound: float | None, confidence: float, expected: float, power: 
     from portllm.certifying.text import render_input_plan
 
     if bound is None:
-        raise typer.BadParameter("--plan: say which --bound, such as 0.02.")
+        raise typer.BadParameter("--plan requires --bound, such as 0.02.")
     try:
         plan = plan_inputs(bound, confidence=confidence, expected=expected, power=power)
     except ValueError as error:

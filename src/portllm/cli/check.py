@@ -63,7 +63,7 @@ def check(
     docs/check.md explains each number and where the thresholds come from.
     """
     if text is None and (prompt is not None or gradients):
-        raise typer.BadParameter("--prompt and --gradients go with --text.")
+        raise typer.BadParameter("--prompt and --gradients require --text.")
     from portllm.checking.text import check_to_json, render_check
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress

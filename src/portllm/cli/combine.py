@@ -83,9 +83,9 @@ def parse_weights(text: str, count: int) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"--weights {text}: must be numbers between commas.") from None
+        raise typer.BadParameter(f"--weights {text}: must be comma-separated numbers.") from None
     if len(weights) != count or not all(abs(weight) < float("inf") for weight in weights):
-        raise typer.BadParameter(f"--weights {text}: must be {count} finite numbers, one for each patch.")
+        raise typer.BadParameter(f"--weights {text}: must be {count} finite numbers, one per patch.")
     return weights
 
 
@@ -96,7 +96,7 @@ def _combination(method: CombineMethod, rank: str | None, density: float, seed: 
     if method is CombineMethod.CONCATENATE:
         return Exact("auto" if rank == AUTO else number)
     if rank == AUTO:
-        raise typer.BadParameter(f"--rank auto: what --method {method} makes has full rank; give a number.")
+        raise typer.BadParameter(f"--rank auto: the result of --method {method} has full rank; pass a number.")
     if density == 0:
-        raise typer.BadParameter("--density 0: keeps nothing.")
+        raise typer.BadParameter("--density 0 keeps nothing.")
     return Selected("ties" if method is CombineMethod.TIES else "dare", density, number, seed)

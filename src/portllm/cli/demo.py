@@ -17,10 +17,10 @@ def demo(
 ) -> None:
     """Run the whole story on a small real model: minutes on a CPU, offline. A second run reuses finished steps."""
     from portllm.cli.progress import shown_progress
-    from portllm.demo.story import Step, tell
+    from portllm.demo.story import DemoStep, tell
     from portllm.demo.text import render_estimate, render_opening, render_step, render_story, story_to_json
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DemoStep) -> None:
         if not as_json:
             say(render_step(step))
 

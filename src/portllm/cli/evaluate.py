@@ -96,14 +96,14 @@ def evaluate(
     given = {name: value for name, value in bounds.items() if value is not None}
     if task is not None:
         if any(option is not None for option in (prompt, completion, judge, labels)):
-            raise typer.BadParameter("--task has its own --prompt, --completion, --judge and --labels.")
+            raise typer.BadParameter("--task defines its own --prompt, --completion, --judge and --labels; omit them.")
         from portllm.evaluating.harness.source import HarnessRows
 
         rows: Scored = HarnessRows(task, data=data, score_rows=limit, batch_size=batch_size, **given)
     elif data is not None:
         rows = _rows_of_a_file(old, data, prompt, completion, judge, labels, limit, batch_size=batch_size, **given)
     else:
-        raise typer.BadParameter("give --data, or --task.")
+        raise typer.BadParameter("pass --data or --task.")
     with shown_progress(quiet=quiet) as progress:
         comparison = evaluate_patch(
             rows,

@@ -35,10 +35,10 @@ from portllm.cli.verify import verify
 from portllm.errors import PortLLMError
 
 RESUMED = {
-    "demo": "the same command goes on after the last step that is finished",
-    "fleet": "the same command does what is missing",
-    "study": "the same command goes on after the last step that is finished",
-    "merge": "the same command goes on at the shard that it had reached",
+    "demo": "the same command resumes after the last finished step",
+    "fleet": "the same command runs what is missing",
+    "study": "the same command resumes after the last finished step",
+    "merge": "the same command resumes at the current shard",
 }
 """What becomes of what an interrupted command has done; the others begin anew."""
 
@@ -106,7 +106,7 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code in INTERRUPTED:
-            say(f"portllm: interrupted; no output is half written, and {after_interruption(sys.argv[1:])}.", err=True)
+            say(f"portllm: interrupted; no partial output was left, and {after_interruption(sys.argv[1:])}.", err=True)
         raise
 
 
@@ -119,10 +119,10 @@ def after_interruption(arguments: Sequence[str]) -> str:
 
     Example:
         >>> after_interruption(["merge", "patch"]), after_interruption(["combine", "merge", "other"])
-        ('the same command goes on at the shard that it had reached', 'the same command begins anew')
+        ('the same command resumes at the current shard', 'the same command starts over')
     """
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    return RESUMED.get(command, "the same command begins anew")
+    return RESUMED.get(command, "the same command starts over")
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -86,10 +86,10 @@ def merge(
     """
     if undo is not None:
         if patches or into is not None or output is not None or in_place or dry_run:
-            raise typer.BadParameter("--undo DIR stands alone.")
+            raise typer.BadParameter("--undo DIR takes no other options.")
         _undo(undo, as_json=as_json, quiet=quiet)
     elif not patches or into is None or in_place == (output is not None):
-        raise typer.BadParameter("give PATCH, --into MODEL, and either -o DIR or --in-place.")
+        raise typer.BadParameter("pass PATCH, --into MODEL, and either -o DIR or --in-place.")
     elif output is not None:
         from portllm.merging.options import MergeOptions
 
@@ -107,7 +107,9 @@ def merge(
     elif len(patches) > 1:
         raise typer.BadParameter("--in-place takes one patch.")
     elif dtype is not None or overwrite or quantized_base is not None:
-        raise typer.BadParameter("--dtype, --overwrite and --quantized-base go with -o, not with --in-place.")
+        raise typer.BadParameter(
+            "--dtype, --overwrite and --quantized-base require -o and cannot be used with --in-place."
+        )
     else:
         _merge_in_place(
             patches[0], Path(into), _rounding(rounding, seed), device.value,
@@ -211,7 +213,7 @@ def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"folder": str(folder), "tensors_restored": n_restored})
     else:
-        say(f"undone: {n_restored} tensors of {folder} are as they were, every byte checked")
+        say(f"undone: {n_restored} tensors of {folder} were restored, every byte checked")
 
 
 def _show(report: "MergeReport", output: Path, notes: tuple[str, ...], *, as_json: bool) -> None:

@@ -22,7 +22,7 @@ class Page:
 
     def __init__(self, file: Path | None, *, overwrite: bool, alone: bool = True) -> None:
         if alone and overwrite and file is None:
-            raise typer.BadParameter("--overwrite goes with --html.")
+            raise typer.BadParameter("--overwrite requires --html.")
         self._file, self._overwrite = file, overwrite
         if file is not None:
             check_page_free(file, overwrite=overwrite)

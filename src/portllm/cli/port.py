@@ -60,7 +60,7 @@ def port(
     )
 
     if force and method != AUTO:
-        raise typer.BadParameter("--force goes with --method auto; a method that is named ports whatever fits.")
+        raise typer.BadParameter("--force requires --method auto; any other method ports whatever is compatible.")
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
     route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
     found = find_patches(patches)

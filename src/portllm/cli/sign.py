@@ -64,19 +64,19 @@ def _signer(
     from portllm.verifying.signature import CertificateSigner, KeySigner, SigstoreSigner
 
     if (key is None) == (not sigstore):
-        raise typer.BadParameter("give one of --key and --sigstore.")
+        raise typer.BadParameter("pass either --key or --sigstore.")
     if key is None:
         if password_file is not None or certificate is not None or chain:
-            raise typer.BadParameter("--password-file, --certificate and --certificate-chain go with --key.")
+            raise typer.BadParameter("--password-file, --certificate and --certificate-chain require --key.")
         return SigstoreSigner(identity_token, staging)
     if identity_token is not None or staging:
-        raise typer.BadParameter("--identity-token and --staging go with --sigstore.")
+        raise typer.BadParameter("--identity-token and --staging require --sigstore.")
     if certificate is not None:
         if password_file is not None:
-            raise typer.BadParameter("--password-file: a key that goes with a --certificate must not be encrypted.")
+            raise typer.BadParameter("--password-file: a key used with --certificate must not be encrypted.")
         return CertificateSigner(key, certificate, tuple(chain))
     if chain:
-        raise typer.BadParameter("--certificate-chain goes with --certificate.")
+        raise typer.BadParameter("--certificate-chain requires --certificate.")
     if password_file is None:
         return KeySigner(key)
     try:

@@ -48,11 +48,11 @@ def run(
     The same command resumes an interrupted run. A step is run again if anything its result depends on has changed.
     """
     if workers is not None and ray is None:
-        raise typer.BadParameter("--workers needs --ray.")
+        raise typer.BadParameter("--workers requires --ray.")
     from portllm.cli.progress import shown_progress
     from portllm.study.results.markdown import render_page
     from portllm.study.run import run_study, study_status
-    from portllm.study.text import render_status, render_told, status_to_json
+    from portllm.study.text import render_status, render_step, status_to_json
 
     if dry_run:
         status = study_status(file, out=out)
@@ -69,7 +69,7 @@ def run(
             device=device.value,
             ray=ray,
             workers=workers,
-            on_step=lambda told: None if quiet else say(render_told(told), err=True),
+            on_step=lambda step: None if quiet else say(render_step(step), err=True),
             progress=progress,
         )
     if as_json:

@@ -22,7 +22,7 @@ def say(text: str, *, err: bool = False) -> None:
     if stream is None:  # it was closed before the program began
         if err:
             return
-        raise OutputError("stdout: is closed, so that nothing can be told.")
+        raise OutputError("stdout: is closed, so no result can be printed.")
     encoding = stream.encoding or "utf-8"
     lines = "\n".join(map(one_line, text.split("\n")))
     try:

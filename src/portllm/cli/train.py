@@ -89,11 +89,11 @@ def train(
     from portllm.training.text import render_training
 
     if (teacher is None) != (teacher_base is None):
-        raise typer.BadParameter("--teacher and --teacher-base go together.")
+        raise typer.BadParameter("--teacher and --teacher-base must be used together.")
     if teacher is None and max_new_tokens is not None:
-        raise typer.BadParameter("--max-new-tokens goes with --teacher.")
+        raise typer.BadParameter("--max-new-tokens requires --teacher.")
     if teacher is not None and completion is not None:
-        raise typer.BadParameter("--completion names answers to learn; with --teacher these are the teacher's.")
+        raise typer.BadParameter("--completion cannot be used with --teacher, whose answers are learned instead.")
     shape: dict[str, object] = {
         "rank": rank,
         "alpha": alpha,
@@ -102,9 +102,9 @@ def train(
     }
     given = {name: value for name, value in shape.items() if value is not None}
     if init_from is not None and given:
-        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')}: is that of --init-from. Leave it out.")
+        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')}: is fixed by --init-from. Omit it.")
     if init_from is None and teacher is None and (prompt is None or completion is None):
-        raise typer.BadParameter("give --prompt and --completion.")
+        raise typer.BadParameter("pass --prompt and --completion.")
     if target_modules is not None and "," in target_modules:
         given["target_modules"] = tuple(target_modules.split(","))
     settings = TrainSettings(

@@ -49,7 +49,7 @@ def verify(
     """Verify digests, schema, base identity and signature."""
     trust = _trust(public_key, roots, identity, provider, staging=staging)
     if signature is not None and trust is None:
-        raise typer.BadParameter("--signature: say whose it must be, for example with --public-key.")
+        raise typer.BadParameter("--signature: also name the expected signer, for example with --public-key.")
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.verifying.certificate import Certified
@@ -82,9 +82,9 @@ def _trust(
     from portllm.verifying.signature import Identity, PublicKey, Roots
 
     if sum(means is not None for means in (public_key, roots or None, identity)) > 1:
-        raise typer.BadParameter("give one of --public-key, --certificate-chain and --identity.")
+        raise typer.BadParameter("pass only one of --public-key, --certificate-chain and --identity.")
     if (identity is None) != (provider is None) or (staging and identity is None):
-        raise typer.BadParameter("--identity and --identity-provider go together; --staging goes with them.")
+        raise typer.BadParameter("--identity and --identity-provider must be used together; --staging requires both.")
     if public_key is not None:
         return PublicKey(public_key)
     if roots:

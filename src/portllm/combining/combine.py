@@ -1,4 +1,4 @@
-"""Combine several patches of one base into one: plan, then module by module; factors only, but for TIES and DARE."""
+"""Combine several patches of one base into one, module by module; on factors, except for TIES and DARE."""
 
 import json
 import math
@@ -34,10 +34,10 @@ NOT_ADDITIVE = ("use_dora", "trainable_token_indices", "target_parameters", "lor
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """The weighted sum itself.
+    """The exact weighted sum, optionally truncated to a rank.
 
     Attributes:
-        rank: None adds ranks up; `auto` drops directions that are nothing but rounding; a number cuts to it.
+        rank: None adds up the ranks; `auto` drops directions within rounding noise; a number truncates to it.
     """
 
     rank: int | Literal["auto"] | None = None
@@ -48,13 +48,13 @@ class Exact:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """Elements of the dense deltas chosen by TIES or DARE, cut to a rank again.
+    """The sum of elements selected by TIES or DARE, truncated to a rank.
 
     Attributes:
-        method: Which.
-        density: Share of each delta's elements that takes part, above 0 and at most 1.
-        rank: Of the result; None takes the sum of the ranks that go in.
-        seed: Of what is drawn.
+        method: `ties` or `dare`.
+        density: Fraction of each delta's elements to keep, above 0 and at most 1.
+        rank: Rank of the result; None for the sum of the patches' ranks.
+        seed: Random seed.
     """
 
     method: Selection
@@ -81,7 +81,7 @@ class CombinePlan:
     Attributes:
         patches: What goes in.
         weights: One for each.
-        how: By what rule.
+        how: The combination rule.
         modules: For each module of the result, the numbers of the patches that change it.
         refusals: Every reason not to run.
     """
@@ -95,7 +95,7 @@ class CombinePlan:
 
 @dataclass(frozen=True, slots=True)
 class CombineReport:
-    """What combining brought.
+    """Result of combining patches.
 
     Attributes:
         record: The content of the new `patch.json`.
@@ -120,31 +120,31 @@ def plan_combine(
 
     Args:
         patches: At least two.
-        weights: One for each patch, 1 where not given.
-        how: By what rule.
+        weights: One weight per patch; 1 each by default.
+        how: The combination rule.
 
     Raises:
         ValueError: There are not as many weights as patches, or one is no number.
     """
     given = tuple(weights) if weights is not None else (1.0,) * len(patches)
     if len(given) != len(patches):
-        raise ValueError(f"{len(given)} weights for {len(patches)} patches: give one for each.")
+        raise ValueError(f"{len(given)} weights for {len(patches)} patches: pass one weight per patch.")
     if not all(map(math.isfinite, given)):
         raise ValueError(f"weights {given}: each must be a finite number.")
-    refusals = [refusal for patch in patches for refusal in _unfit(patch, patches[0])]
+    refusals = [refusal for patch in patches for refusal in _mismatches(patch, patches[0])]
     if len(patches) < 2:
-        refusals.append(Refusal("patches", f"{len(patches)} given; combining takes two or more."))
+        refusals.append(Refusal("patches", f"{len(patches)} given; expected two or more."))
     modules: dict[str, tuple[int, ...]] = {}
     for module in sorted({module for patch in patches for module in patch.deltas}):
         shapes = {patch.name: patch.deltas[module].shape for patch in patches if module in patch.deltas}
         if len(set(shapes.values())) > 1:
             said = ", ".join(f"(out={out}, in={width}) in {name}" for name, (out, width) in shapes.items())
-            refusals.append(Refusal(module, f"the deltas are {said}. Only deltas of one shape can be combined."))
+            refusals.append(Refusal(module, f"the deltas are {said}. Only deltas of the same shape can be combined."))
         numbers = tuple(n for n, patch in enumerate(patches) if module in patch.deltas and given[n])
         if numbers:
             modules[module] = numbers
     if not modules:
-        refusals.append(Refusal("--weights", "all are zero: nothing is left to write."))
+        refusals.append(Refusal("--weights", "all weights are zero, so the result would be empty."))
     return CombinePlan(tuple(patches), given, how, modules, tuple(sorted(refusals)))
 
 
@@ -157,21 +157,21 @@ def combine(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> CombineReport:
-    """Write the combination of patches of one base to `out`, a folder that PEFT loads.
+    """Combine patches of one base and write the result to `out`, a folder that PEFT loads.
 
     Args:
         patches: At least two, opened with `load_patch`.
         out: The new patch's folder.
-        weights: One for each patch, 1 where not given.
-        how: By what rule.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the modules done.
+        weights: One weight per patch; 1 each by default.
+        how: The combination rule.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (modules).
 
     Raises:
-        PlanRefusedError: The patches do not go together, with every reason.
-        NonFiniteError: A factor holds an infinity or NaN.
+        PlanRefusedError: The patches cannot be combined; lists every reason.
+        NonFiniteError: A factor contains an infinity or NaN.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
+        OutputError: `out` cannot be written, or contains an input.
     """
     plan = plan_combine([load_patch(patch) for patch in patches], weights=weights, how=how)
     return run_combine(plan, Path(out), overwrite=overwrite, progress=progress)
@@ -241,17 +241,17 @@ def _combined(
 
 def _weights_of(record: PatchRecord) -> str:
     fitted = record.capture.fitted_to
-    return "the base as it is" if fitted is None else f"the base quantized to {fitted.scheme}"
+    return "the base itself" if fitted is None else f"the base quantized to {fitted.scheme}"
 
 
-def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
+def _mismatches(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
     """Why one patch cannot be combined with the first."""
     if patch.record is None:
         return [
             Refusal(
                 patch.name,
-                "has no patch.json, so the base it belongs to is not known. Write it down once: portllm capture "
-                f"--adapter {patch.name} --base BASE -o PATCH.",
+                "has no patch.json, so its base is unknown. Record it once: portllm capture --adapter "
+                f"{patch.name} --base BASE -o PATCH.",
             )
         ]
     refusals = []
@@ -260,7 +260,7 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
             Refusal(
                 patch.name,
                 f"belongs to {patch.record.base.name} ({patch.record.base.fingerprint}), {first.name} to "
-                f"{first.record.base.name} ({first.record.base.fingerprint}). Carry it over first: portllm port "
+                f"{first.record.base.name} ({first.record.base.fingerprint}). Port it first: portllm port "
                 f"{patch.name} --evolved {first.record.base.name} -o PATCH.",
             )
         )
@@ -268,8 +268,8 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
         refusals.append(
             Refusal(
                 patch.name,
-                f"was fitted to {_weights_of(patch.record)}, {first.name} to {_weights_of(first.record)}: nothing "
-                "could say what their sum was fitted to.",
+                f"was trained on {_weights_of(patch.record)}, but {first.name} on {_weights_of(first.record)}: "
+                "their sum would match neither.",
             )
         )
     used = [field for field in NOT_ADDITIVE if patch.config.fields.get(field)]
@@ -279,12 +279,12 @@ def _unfit(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refusal]:
         refusals.append(
             Refusal(
                 patch.name,
-                f"holds more than low-rank deltas ({', '.join(used) or 'whole values'}), and only those add up. "
-                "Capture it from checkpoints with --dense drop, or train it without these.",
+                f"contains more than low-rank deltas ({', '.join(used) or 'tensors stored in full'}), and only "
+                "those can be added. Capture it from checkpoints with --dense drop, or train it without these.",
             )
         )
     if bool(patch.config.fields.get("fan_in_fan_out")) != bool(first.config.fields.get("fan_in_fan_out")):
-        refusals.append(Refusal(patch.name, f"its fan_in_fan_out is not that of {first.name}."))
+        refusals.append(Refusal(patch.name, f"its fan_in_fan_out differs from that of {first.name}."))
     return refusals
 
 
@@ -309,7 +309,7 @@ def _record_of(patch: Patch[TensorInfo]) -> PatchRecord:
 def _loaded(delta: LowRankDelta[TensorInfo], module: str) -> LowRankDelta[Tensor]:
     a, b = load(delta.a), load(delta.b)
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise NonFiniteError(f"'{module}': a patch holds an infinity or NaN. Look for a training run that diverged.")
+        raise NonFiniteError(f"'{module}': a patch contains an infinity or NaN. The training run may have diverged.")
     return LowRankDelta(a=a, b=b, scale=delta.scale)
 
 

@@ -32,7 +32,7 @@ def render_combine_report(report: "CombineReport", out: Path) -> str:
         "base": f"{report.record.base.name} ({report.record.base.fingerprint})",
         "method": str(report.record.capture.settings["method"]),
         "deltas": f"{len(report.ranks)} modules, {_ranks(report.ranks.values())}",
-        "residual": f"{percent(report.truncation_residual, digits=2)} of the combined deltas was cut off",
+        "residual": f"{percent(report.truncation_residual, digits=2)} of the combined deltas was truncated",
     }
     worst = max(report.residuals, key=lambda module: report.residuals[module])
     if report.residuals[worst]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
@@ -70,7 +70,7 @@ Estimate = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DemoStep:
     """One step that is done.
 
     Attributes:
@@ -100,7 +100,7 @@ class Story:
 def tell(
     folder: Path,
     *,
-    on_step: Callable[[Step], None],
+    on_step: Callable[[DemoStep], None],
     on_estimate: Estimate = lambda _: None,
     progress: Progress = silent,
 ) -> Story:
@@ -111,10 +111,10 @@ def tell(
         on_step: Told of each step when it is done.
         on_estimate: Told how long the whole story takes here, after the first steps of training, unless an earlier run
             did them.
-        progress: Told of what goes on within a step.
+        progress: Progress callback within a step.
     """
     if folder.is_dir() and os.listdir(folder) and not (folder / STEPS).is_dir():
-        raise OutputExistsError(f"'{folder}': is there already, and is no demo's folder. Name another with --output.")
+        raise OutputExistsError(f"'{folder}': already exists and is not a demo's folder. Choose another with --output.")
     require_real(folder, STEPS)
     try:
         (folder / STEPS).mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def estimating(progress: Progress, on_estimate: Estimate) -> Progress:
 class _Teller:
     """The steps, each with all that its result depends on: that is the key under which it is kept."""
 
-    def __init__(self, folder: Path, on_step: Callable[[Step], None], progress: Progress) -> None:
+    def __init__(self, folder: Path, on_step: Callable[[DemoStep], None], progress: Progress) -> None:
         self.steps: dict[str, Kept] = {}
         self._records = folder / STEPS
         self.patch, self.evolved, self.ported = folder / "patch", folder / "evolved", folder / "ported"
@@ -224,7 +224,7 @@ class _Teller:
                 prompts = read_prompts(rows, PROMPT, completion=None)[0][:CHECKED_PROMPTS]
             patches = [load_patch(self.patch)]
             report = add_text(
-                check(*patches, base=base, evolved=evolved),
+                check_weights(*patches, base=base, evolved=evolved),
                 patches,
                 base=base,
                 evolved=evolved,
@@ -333,7 +333,7 @@ class _Teller:
         work: Callable[[], Mapping[str, object]],
     ) -> None:
         self.steps[name] = keep(self._records / f"{name}.json", inputs=inputs, identify=identify, work=work)
-        self._on_step(Step(name, self.steps[name]))
+        self._on_step(DemoStep(name, self.steps[name]))
 
 
 def _digest(name: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS
 from portllm.demo.settings import EVOLVE, MERGED_ROWS, SCORED_ROWS, TRAIN
-from portllm.demo.story import BASE, Step, Story
+from portllm.demo.story import BASE, DemoStep, Story
 from portllm.evaluating.text import render_comparison
 from portllm.files.kept_results import Kept
 from portllm.show.numbers import percent
@@ -13,13 +13,13 @@ from portllm.show.table import n_bytes
 
 TITLES: Mapping[str, str] = {
     "train": f"train     the clinic fine-tunes a patch (LoRA, rank {TRAIN.rank}) on its leaflets",
-    "evolve": "evolve    the provider goes on training the base, all weights, on mathematics",
-    "check": "check     what may be expected of the patch there, before anything is ported",
-    "port": "port      the patch is carried over to the evolved base, without training",
-    "merge": "merge     the ported patch goes into the evolved weights, streamed",
+    "evolve": "evolve    the provider continues to train all weights of the base on mathematics",
+    "check": "check     what to expect of the patch there, before anything is ported",
+    "port": "port      the patch is ported to the evolved base, without training",
+    "merge": "merge     the ported patch is merged into the evolved weights, streamed",
     "retrain": "retrain   what porting saves: fine-tuning again on the evolved base",
-    "evaluate": f"evaluate  all of them on {SCORED_ROWS} passages that none has seen",
-    "agree": f"agree     the merged model on {MERGED_ROWS} of these, beside the ported patch",
+    "evaluate": f"evaluate  all of them on {SCORED_ROWS} held-out passages",
+    "agree": f"agree     the merged model against the ported patch on {MERGED_ROWS} of these",
 }
 
 
@@ -38,7 +38,7 @@ def render_estimate(seconds: float) -> str:
     return f"On this machine it will take about {minutes} minute{'s' if minutes > 1 else ''}.\n"
 
 
-def render_step(step: Step) -> str:
+def render_step(step: DemoStep) -> str:
     """One line for a step that is done, and one for what it found."""
     when = f"{step.kept.seconds:7.1f} s" + ("  (done in an earlier run)" if step.kept.reused else "")
     found = _FOUND.get(step.name, _nothing)(step.kept.result)
@@ -58,7 +58,7 @@ def render_story(story: Story) -> str:
             f"time    fine-tuning again {retrain:.0f} s; porting {port:.2f} s as an adapter, {merge:.1f} s to merge it",
             f"size    patch {n_bytes(sizes['patch'])}, ported {n_bytes(sizes['ported'])}; evolved model "
             f"{n_bytes(sizes['evolved'])}, merged {n_bytes(sizes['merged'])}",
-            f"files   {story.folder}/patch, evolved, ported, merged, retrained; what each step found is in steps/",
+            f"files   {story.folder}/patch, evolved, ported, merged, retrained; results of each step are in steps/",
             "",
             "Next, with your own model: portllm port YOUR_ADAPTER --base OLD_BASE --evolved NEW_BASE -o PORTED",
         ]

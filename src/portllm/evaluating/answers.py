@@ -50,8 +50,8 @@ class Questions:
         if self.kind == "choices" and (len(set(self.choices)) != len(self.choices) or len(self.choices) < 2):
             raise DataError(
                 f"questions: the choices are {', '.join(map(repr, self.choices)) or 'not known'}; expected two or "
-                "more, each once. Name all possible answers with --choices, or compare what is written with --answers "
-                "exact."
+                "more, each once. List all possible answers with --choices, or compare generated answers with "
+                "--answers exact."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""What an update does to a patched model: base, patched base, evolved, ported and retrained on the same rows.
+"""Compare base, patched base, evolved, ported and retrained models on the same rows.
 
 Each base is loaded once; adapters are put on it one beside the other and switched.
 """
@@ -54,7 +54,7 @@ class Contestants:
         orphans = [name for name in ("ported", "retrained", "merged") if getattr(self, name) is not None]
         if orphans and self.evolved is None:
             raise PortLLMError(
-                f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Name it as well."
+                f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Pass it as well."
             )
 
 
@@ -64,8 +64,8 @@ class ComparisonRow:
 
     Attributes:
         name: Which of them, one of `portllm.evaluating.names`.
-        score: Share of right answers.
-        loss: Nats per token of the right completions.
+        score: Fraction of correct answers.
+        loss: Nats per token of the correct completions.
         score_change: Change of the score against base + patch, row by row; None where that was not run.
         flips: Answers that changed sides against base + patch; None where that was not run.
         score_retention: For the ported patch, adapter or merged: share of retraining's gain in score.
@@ -128,8 +128,8 @@ class Comparison(ShownInNotebook):
         kind: How answers were judged, as in `Scored`.
         labels: The possible answers, for `labels`.
         n_rows: Rows of the task.
-        n_cut_rows: Rows whose prompt was too long and lost its beginning.
-        seed: Of the resampling behind the intervals of changes and retention.
+        n_cut_rows: Number of rows whose prompt was truncated.
+        seed: Random seed of the bootstrap behind the intervals of changes and retention.
         examples: What each row asks, and the right answer.
     """
 
@@ -195,7 +195,7 @@ def compare(
     Args:
         contestants: Folders of the models and adapters.
         task: Rows, and how to judge.
-        device: Where to run.
+        device: Device to run on.
         seed: Of the resampling.
         progress: Told of the rows done, all models together; the label names the one that is running.
 

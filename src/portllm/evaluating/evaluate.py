@@ -1,4 +1,4 @@
-"""The comparison of base, patched, evolved, ported and retrained models, after every fit has been checked.
+"""Compare base, patched, evolved, ported and retrained models, once all are known to match.
 
 PEFT loads an adapter onto any model whose names and shapes agree. Here a patch is compared on the model that it
 belongs to, or not at all.
@@ -14,7 +14,7 @@ from portllm.errors import PlanRefusedError, Refusal
 from portllm.evaluating.compare import Comparison, Contestants, compare
 from portllm.evaluating.scoring import Scored, Task
 from portllm.files.input_file import unchanged
-from portllm.matching.compatibility import base_mismatch, misfits, unmatchable
+from portllm.matching.compatibility import base_mismatch, mismatches, unmatchable
 from portllm.patch.adapter_folder import PatchLike, files_of, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -43,23 +43,23 @@ def evaluate(
     """Compare the models on the rows of a task; each base is loaded once.
 
     Args:
-        rows: A JSONL file, asked as `patch` was trained, its completions the labels; or a `Task`, which says otherwise
-            how rows are asked and judged; or a benchmark's, as `HarnessRows`.
+        rows: A JSONL file, with the prompt template of `patch` and its completions as labels; or a `Task`, which says
+            how rows are prompted and judged; or a benchmark, as `HarnessRows`.
         base: The model that the patch was made on.
         patch: The patch.
-        evolved: The later version.
-        ported: The patch carried over to it.
+        evolved: The updated base.
+        ported: The patch ported to it.
         retrained: A patch trained on the evolved model; retention needs it.
-        merged: The evolved model with the ported patch in its weights, as a row of its own.
-        allow_other_base: Go on though a patch belongs to another model.
-        device: Where to run.
-        seed: Of the intervals' resampling.
-        progress: Told of the rows done.
+        merged: The evolved model with the ported patch merged in, as a separate row.
+        allow_other_base: Accept a model other than the one a patch was made on.
+        device: Device to run on.
+        seed: Random seed of the intervals' bootstrap.
+        progress: Progress callback (rows).
 
     Raises:
-        PlanRefusedError: A patch does not fit the model that it is to be put on, with every reason.
+        PlanRefusedError: A patch does not match its model; lists every reason.
         NotFoundError: A model is a single file, without configuration and tokenizer.
-        DataError: Rows do not fit.
+        DataError: Rows are invalid.
         InputChangedError: A file of theirs changed meanwhile.
     """
     old, new = load_patch(patch), load_patch(ported)
@@ -99,7 +99,7 @@ def plan_evaluation(
     old, new = identify(base), identify(evolved)
     pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
     pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
-    refusals = [refusal for pair in pairs for refusal in unfit(*pair, allow_other_base=allow_other_base)]
+    refusals = [refusal for pair in pairs for refusal in model_refusals(*pair, allow_other_base=allow_other_base)]
     if refusals:
         raise PlanRefusedError(refusals)
     return Contestants(
@@ -112,7 +112,7 @@ def plan_evaluation(
     )
 
 
-def unfit(
+def model_refusals(
     option: str,
     patch: Patch[TensorInfo],
     model: Checkpoint,
@@ -122,5 +122,5 @@ def unfit(
 ) -> Iterator[Refusal]:
     """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
     yield from unmatchable(patch, model, option=option)
-    yield from misfits(patch, model)
+    yield from mismatches(patch, model)
     yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)

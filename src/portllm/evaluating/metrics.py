@@ -195,8 +195,8 @@ def retention(
             value=None,
             low=None,
             high=None,
-            reason=f"retraining gains {gain:.3f} in {what} over the evolved model, "
-            f"between {low:.3f} and {high:.3f}: not told apart from nothing",
+            reason=f"retraining gains {gain:.3f} in {what} over the evolved model, between {low:.3f} and "
+            f"{high:.3f}: indistinguishable from zero",
         )
     ratios = np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
     low, high = _ends(

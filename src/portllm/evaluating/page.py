@@ -78,7 +78,7 @@ def _findings(ports: "list[ComparisonRow]") -> Iterator[str]:
             if kept is not None and kept.value is not None:
                 yield f"{row.name}: retention in {what} {retention_text(kept)}."
             elif kept is not None:
-                yield f"{row.name}: retention in {what} is not a number: {kept.reason}."
+                yield f"{row.name}: retention in {what} is undefined: {kept.reason}."
         if row.flips is not None:
             yield f"{row.name}: negative flips {flips_text(row)}."
 
@@ -91,7 +91,7 @@ def _change(change: Estimate) -> str:
 
 def _scores(comparison: "Comparison") -> Html:
     rows = [_bar(row.name, row.score, percent(row.score.value)) for row in comparison.rows]
-    title, explained = "Score", "Share of right answers; the line is its 95 % interval."
+    title, explained = "Score", "Accuracy; the line is its 95 % interval."
     picture = bars(rows, title=title, told=_told(rows), unit="%", held=(0.0, 1.0))
     numbers = [
         ("", "score", "95 % interval"),
@@ -103,7 +103,7 @@ def _scores(comparison: "Comparison") -> Html:
 def _losses(comparison: "Comparison") -> Html:
     rows = [_bar(row.name, row.loss, f"{row.loss.value:.3f}") for row in comparison.rows]
     title = "Loss"
-    explained = "Nats per token of the right answer, less is better; the line is its 95 % interval."
+    explained = "Nats per token of the correct answer, lower is better; the line is its 95 % interval."
     picture = bars(rows, title=title, told=_told(rows), unit="")
     numbers = [
         ("", "loss", "95 % interval"),
@@ -124,7 +124,7 @@ def _retention(ports: "list[ComparisonRow]") -> list[Html]:
     rows = [Row(name, kept.value, retention_text(kept), kept.low, kept.high, series) for name, kept, series in found]
     title = "Retention"
     explained = (
-        "What the ported patch gains over the evolved model, as a share of what retraining gains; the line is its 95 % "
+        "The ported patch's gain over the evolved model as a fraction of retraining's gain; the line is its 95 % "
         "interval."
     )
     picture = dots(rows, title=title, told=_told(rows), axis=RETENTION_MARKS, unit="%")
@@ -140,8 +140,8 @@ def _turned(comparison: "Comparison", row: "ComparisonRow") -> Html:
         AnsweredRow(found.row, found.prompt, {"right": found.right, PATCHED: found.before, row.name: found.after})
         for found in comparison.turned_wrong(row.name)
     ]
-    said = f"{flips_text(row)} rows: {PATCHED} answers them right, {row.name} wrong. Rows count from 1."
-    return section(f"Turned wrong: {row.name}", paragraph(said, quiet=True), answered_rows(turned))
+    said = f"{flips_text(row)} rows: correct with {PATCHED}, wrong with {row.name}. Rows are counted from 1."
+    return section(f"Negative flips: {row.name}", paragraph(said, quiet=True), answered_rows(turned))
 
 
 def _bar(name: str, estimate: Estimate, text: str) -> Row:

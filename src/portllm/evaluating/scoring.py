@@ -1,4 +1,4 @@
-"""One model over the rows of a task: the label it finds likeliest, or what it writes, and what the right answer costs.
+"""Score a model on the rows of a task: its likeliest label or generated text, and its loss on the correct answer.
 
 A row of a classification is answered by the label with the highest `Σ log p(token | prompt, tokens before)`, without
 division by length: what lm-evaluation-harness calls `acc`. The prompt is run once; labels of several tokens go on from
@@ -70,7 +70,7 @@ class Scored(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Rows to answer, and how an answer is judged.
+    """A task: rows to answer, and how answers are judged.
 
     Attributes:
         examples: Prompts with the right completions.
@@ -78,9 +78,9 @@ class Task:
             end mark or the line's end (where no right answer has two lines), must be the completion, whitespace around
             it apart.
         labels: All possible answers, for `labels`; without them, the completions that occur.
-        max_tokens: Most tokens of a row; longer prompts are cut from the left, as in training.
-        max_new_tokens: Most tokens written, for `text`.
-        batch_size: Rows of a forward pass; changes no result by more than rounding.
+        max_tokens: Maximum tokens per row; longer prompts are truncated from the left, as in training.
+        max_new_tokens: Maximum number of tokens to generate, for `text`.
+        batch_size: Rows per forward pass; affects results only by rounding.
 
     Raises:
         DataError: There are no examples, fewer than two labels, or a completion that is no label.
@@ -110,8 +110,8 @@ class Task:
             )
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise DataError(
-                f"task: the labels are {', '.join(map(repr, self.labels))}; expected two or more, each once. "
-                "Name the labels, or judge by the written text."
+                f"task: the labels are {', '.join(map(repr, self.labels))}; expected two or more, each once. Pass "
+                "the labels, or judge by the generated text."
             )
 
     @property

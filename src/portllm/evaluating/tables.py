@@ -11,7 +11,7 @@ from portllm.show.numbers import percent
 if TYPE_CHECKING:
     from portllm.evaluating.compare import Comparison, ComparisonRow
 
-JUDGED = {"labels": "the likeliest label", "text": "the written text"}
+JUDGED = {"labels": "the likeliest label", "text": "the generated text"}
 
 MOVED = 0.1
 """Share of the rows by which an answer has to become commoner before it is said."""
@@ -26,9 +26,9 @@ def comparison_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
 def comparison_notes(comparison: "Comparison") -> list[str]:
     """What the columns mean, and what is special about these rows."""
     notes = [
-        f"{comparison.n_rows} rows, judged by {JUDGED.get(comparison.kind, comparison.kind)}; loss in nats per token "
-        "of the right answer; negative flips: right with base + patch, wrong now.",
-        "retention: what the ported patch gains over the evolved model, as a share of what retraining gains.",
+        f"{comparison.n_rows} rows, judged by {JUDGED.get(comparison.kind, comparison.kind)}; loss in nats per "
+        "token of the correct answer; negative flips: correct with base + patch, wrong now.",
+        "retention: the ported patch's gain over the evolved model as a fraction of retraining's gain.",
     ]
     notes += [
         f"{metric} of {comparison.kind}: "
@@ -36,9 +36,7 @@ def comparison_notes(comparison: "Comparison") -> list[str]:
         for metric in comparison.rows[0].scores.metrics
     ]
     if comparison.n_cut_rows:
-        notes.append(
-            f"{comparison.n_cut_rows} prompts were longer than may be, and lost their beginning: --max-tokens."
-        )
+        notes.append(f"{comparison.n_cut_rows} prompts were longer than --max-tokens and were truncated from the left.")
     reasons = {
         kept.reason
         for row in comparison.rows
@@ -62,8 +60,9 @@ def _moved(comparison: "Comparison") -> Iterator[str]:
             times = (before[answer], before[answer] + count)
             then, now = (percent(number / comparison.n_rows, digits=0) for number in times)
             yield (
-                f"{row.name} answers '{answer}' in {now} of the rows, {PATCHED} in {then}: the update moved the "
-                "balance between the answers. The patch may still tell the rows apart; see whether its loss held."
+                f"{row.name} answers '{answer}' in {now} of the rows, {PATCHED} in {then}: the update shifted the "
+                "balance between the answers. The patch may still discriminate between the rows; check whether "
+                "its loss held."
             )
 
 

@@ -36,7 +36,7 @@ def open_descriptor(path: str | Path) -> int:
         # Without O_NONBLOCK the opening of a pipe waits for somebody to write into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError as error:
-        raise OSError(errno.EINVAL, "no file has such a name", str(path)) from error
+        raise OSError(errno.EINVAL, "no file can have such a name", str(path)) from error
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
         return descriptor
@@ -56,7 +56,7 @@ def read_input(path: str | Path, *, most: int = MAX_BYTES) -> bytes:
         size = os.fstat(stream.fileno()).st_size
         data = stream.read(min(size, most) + 1)  # as much room is made as is asked for
     if len(data) > most:
-        raise OSError(errno.EFBIG, f"has {size} bytes; at most {most} are read", str(path))
+        raise OSError(errno.EFBIG, f"has {size} bytes; the limit is {most}", str(path))
     return data
 
 
@@ -113,8 +113,8 @@ def require_in_place(files: Iterable[Source]) -> None:
             now = _state_now(file.path)
             if now is None or astuple(now)[:3] != astuple(file.state)[:3]:
                 raise InputChangedError(
-                    f"'{file}': was replaced, cut or removed while it was written to, and is left as it is. Bring the "
-                    "file back, then run again."
+                    f"'{file}': was replaced, truncated or removed while it was being written, and was left as it "
+                    "is. Restore the file, then run again."
                 )
 
 
@@ -143,6 +143,6 @@ def _state_now(path: Path) -> FileState | None:
 
 def _changed(file: LocalFile) -> InputChangedError:
     return InputChangedError(
-        f"'{file}': changed while it was read, so that what was read may be neither the old file nor the new one. "
+        f"'{file}': changed while it was being read, so the result may be neither the old file nor the new one. "
         "Run again when nothing writes to it."
     )

@@ -32,9 +32,9 @@ def read_json(
     try:
         value = parse_json(read_json_text(file, error=error, most=most), infinities=infinities)
     except ValueError as problem:
-        raise error(f"'{file}': is not valid JSON ({problem}). Fetch or write it again.") from problem
+        raise error(f"'{file}': is not valid JSON ({problem}). Download or write it again.") from problem
     if not isinstance(value, dict):
-        raise error(f"'{file}': must hold a JSON object, holds a {type(value).__name__}.")
+        raise error(f"'{file}': must contain a JSON object, not a {type(value).__name__}.")
     return value
 
 
@@ -56,5 +56,5 @@ def read_json_text(
     except OSError as problem:
         raise error(f"'{file}': cannot be read: {problem.strerror}.") from problem
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise error(f"'{file}': holds more than {MAX_JSON_VALUES} values; no file of a model has so many.")
+        raise error(f"'{file}': contains more than {MAX_JSON_VALUES} values; no model file has that many.")
     return text

@@ -41,7 +41,7 @@ def parse_json(text: bytes, *, infinities: bool = False, numbers_as_text: bool =
         {'r': 4}
         >>> parse_json(b'{"r": 4, "r": 8}')
         Traceback (most recent call last):
-        ValueError: 'r' stands twice
+        ValueError: duplicate key 'r'
     """
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES} values")
@@ -78,7 +78,7 @@ def _require_whole_pairs(value: object) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("it holds half of a surrogate pair") from error
+        raise ValueError("it contains an unpaired surrogate") from error
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -87,25 +87,25 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"{name!r} stands twice")
+                raise ValueError(f"duplicate key {name!r}")
             seen.add(name)
     return found
 
 
 def _no_constant(token: str) -> float:
-    raise ValueError(f"{token} is not JSON")
+    raise ValueError(f"{token} is not valid JSON")
 
 
 def _number(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"the number {text[:20]} is larger than any that is read")
+        raise ValueError(f"the number {text[:20]} exceeds the supported range")
     return value
 
 
 def _whole_number(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits is larger than any that is read")
+        raise ValueError(f"a number of {len(text)} digits exceeds the supported range")
     return int(text)
 
 

@@ -22,11 +22,13 @@ def check_page_free(file: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(file):
         return
     if file.is_dir():
-        raise OutputExistsError(f"'{file}': is a folder; the page is a file. Name another place.")
+        raise OutputExistsError(f"'{file}': is a folder; the page is a file. Choose another path.")
     if not overwrite:
-        raise OutputExistsError(f"'{file}': is there already. Choose another place, or pass --overwrite to replace it.")
+        raise OutputExistsError(f"'{file}': already exists. Choose another path, or pass --overwrite to replace it.")
     if not file.is_symlink() and not _is_page(file):
-        raise OutputExistsError(f"'{file}': is no page, and is not replaced. Choose another place, or delete it first.")
+        raise OutputExistsError(
+            f"'{file}': is not an HTML page, so it is not replaced. Choose another path, or delete it first."
+        )
 
 
 def _is_page(file: Path) -> bool:
@@ -53,4 +55,4 @@ def write_page(file: Path, text: str, *, overwrite: bool) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
     except OSError as error:
-        raise OutputError(f"'{file}': cannot be written: {error.strerror}. Nothing was left there.") from error
+        raise OutputError(f"'{file}': cannot be written: {error.strerror}. Nothing was left behind.") from error

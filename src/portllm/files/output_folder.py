@@ -58,7 +58,7 @@ def resumable_folder(
     """
     inputs = tuple(inputs)
     if not is_utf8(final.name):
-        raise OutputError(f"{str(final)!r}: is not UTF-8, and no record could name it. Choose another name.")
+        raise OutputError(f"{str(final)!r}: is not valid UTF-8, so no record can name it. Choose another name.")
     check_apart(final, inputs)
     check_free(final, overwrite=overwrite)
     place = _place_of(final)
@@ -80,7 +80,7 @@ def resumable_folder(
                 remove(place.part)
             if isinstance(error, OSError):
                 raise OutputError(
-                    f"'{final}': could not be written: {error.strerror or error}. Nothing was left there."
+                    f"'{final}': could not be written: {error.strerror or error}. Nothing was left behind."
                 ) from error
             raise
 
@@ -111,17 +111,16 @@ def check_free(final: Path, *, overwrite: bool) -> None:
         return
     if (there := inode_of(final)) is not None and there in map(inode_of, _here()):
         raise OutputExistsError(
-            f"'{final}': is the folder that you are in, or one above it. Name a folder for the output alone."
+            f"'{final}': is the current folder or a parent of it. Choose a folder for the output alone."
         )
     if not overwrite:
-        raise OutputExistsError(
-            f"'{final}': is there already. Choose another place, or pass --overwrite to replace it."
-        )
+        raise OutputExistsError(f"'{final}': already exists. Choose another path, or pass --overwrite to replace it.")
     if not final.is_dir():
-        raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another place.")
+        raise OutputExistsError(f"'{final}': is a file; the output is a folder. Choose another path.")
     if not final.is_symlink() and (odd := _no_output(final)):
         raise OutputExistsError(
-            f"'{final}': {odd}, so it is no output, and is not replaced. Choose another place, or delete it first."
+            f"'{final}': {odd}, so it was not written by this program and is not replaced. Choose another path, "
+            "or delete it first."
         )
 
 
@@ -138,9 +137,9 @@ def _no_output(folder: Path) -> str | None:
     entries = sorted(folder.iterdir())
     inner = next((entry.name for entry in entries if entry.is_dir()), None)
     if inner is not None:
-        return f"holds the folder '{inner}'"
+        return f"contains the folder '{inner}'"
     if entries and not any(entry.name in OUTPUT_FILES or entry.suffix == ".safetensors" for entry in entries):
-        return f"holds '{entries[0].name}', and neither weights nor a record of this program"
+        return f"contains '{entries[0].name}' and neither weights nor a record of this program"
     return None
 
 
@@ -157,7 +156,7 @@ def check_apart(final: Path, inputs: Iterable[Source]) -> None:
     read = {end: file for file in files for end in (file.parent.resolve(), file.resolve().parent)}
     for folder, file in read.items():
         if any(inode_of(above) in taken for above in (folder, *folder.parents)):
-            raise OutputError(f"'{final}': holds '{file}', which is read for the output. Write to another folder.")
+            raise OutputError(f"'{final}': contains '{file}', which is an input. Write to another folder.")
 
 
 def sweep(final: Path) -> None:
@@ -176,7 +175,7 @@ def sweep(final: Path) -> None:
 def _place_of(final: Path) -> Place:
     named = final if final.name not in ("", "..") else Path(os.path.realpath(final))
     if not named.name:
-        raise OutputExistsError(f"'{final}': is the root of all folders. Name a folder for the output alone.")
+        raise OutputExistsError(f"'{final}': is the root folder. Choose a folder for the output alone.")
     return Place(named)
 
 
@@ -197,8 +196,8 @@ class Room:
         free = shutil.disk_usage(parent).free - self._promised[parent.stat().st_dev]
         if needed <= free:
             return ()
-        found = f"{needed:,} bytes are to be written, '{parent}' has {max(0, free):,} free."
-        return (Refusal(str(final), f"{found} Make room, or write to another disk."),)
+        found = f"needs {needed:,} bytes, but '{parent}' has {max(0, free):,} free."
+        return (Refusal(str(final), f"{found} Free some space, or write to another disk."),)
 
     def promise(self, final: Path, n_bytes: int) -> None:
         """Set room aside for an output."""

@@ -114,8 +114,8 @@ def _open_locked(held: Held, name: str, *, wait: bool) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise OutputBusyError(
-                f"'{held.path / name}': another run holds it, and writes the same output. Wait for that run to end, or "
-                "write to another place."
+                f"'{held.path / name}': is locked by another run that writes the same output. Wait for that run "
+                "to finish, or choose another path."
             ) from error
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:  # such network file systems are written to all the same
@@ -243,6 +243,6 @@ def _with_parents(path: Path) -> tuple[Path, ...]:
 
 def _alien(path: Path) -> OutputError:
     return OutputError(
-        f"'{path}': is a link, has a second name, or is not what this program writes there, so nothing is written or "
-        "removed through it. Look at who made it; then delete it, or write to another place."
+        f"'{path}': is a link, has a second hard link, or is not what this program writes there, so nothing is "
+        "written or removed through it. Find out who created it; then delete it, or choose another path."
     )

@@ -43,11 +43,11 @@ def seal_problem(values: Mapping[str, object]) -> str | None:
         >>> import json
         >>> read = json.loads(render_sealed({"base": "a"}))
         >>> seal_problem(read), seal_problem({**read, "base": "b"})
-        (None, 'its seal does not fit what it says: it was damaged, or changed by hand')
+        (None, 'its seal does not match its contents: it was corrupted or edited by hand')
     """
     if values.get(SEAL) == seal_of(values):
         return None
-    return "its seal does not fit what it says: it was damaged, or changed by hand"
+    return "its seal does not match its contents: it was corrupted or edited by hand"
 
 
 def digest_file(file: Path) -> str:

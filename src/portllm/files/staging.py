@@ -86,8 +86,8 @@ class Place:
                 remove(self.old)
             else:
                 raise OutputError(
-                    f"'{self.final}': was made while an interrupted run's old output lay at '{self.old}', or somebody "
-                    "else put that there. Delete the one that you do not want."
+                    f"'{self.final}': was created while an interrupted run's old output was at '{self.old}', or "
+                    "someone else put that there. Delete the one that you do not want."
                 )
         if _is_folder(self.final, inode):
             remove(self.part)
@@ -104,8 +104,8 @@ class Place:
             remove(self.part)
         elif os.path.lexists(self.part):
             raise OutputError(
-                f"'{self.part}': is where the output is prepared, and nothing says that a run of this program put it "
-                "there. Look at who made it; then delete it, or write to another place."
+                f"'{self.part}': is where the output is prepared, but it was not created by a run of this "
+                "program. Find out who created it; then delete it, or choose another path."
             )
 
     def take(self) -> None:

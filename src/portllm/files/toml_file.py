@@ -31,11 +31,11 @@ def read_toml(file: Path, *, kind: str, error: type[PortLLMError]) -> tuple[str,
         require_shallow(values)
         return text, values
     except OSError as problem:
-        raise error(f"'{file}': cannot be read: {problem.strerror}. Name the {kind}'s TOML file.") from problem
+        raise error(f"'{file}': cannot be read: {problem.strerror}. Pass the {kind}'s TOML file.") from problem
     except RecursionError as problem:
-        raise error(f"'{file}': is not TOML: it is nested too deeply.") from problem
+        raise error(f"'{file}': is not valid TOML: it is nested too deeply.") from problem
     except ValueError as problem:  # of TOML, which names the line, or of UTF-8
-        raise error(f"'{file}': is not TOML: {problem}.") from problem
+        raise error(f"'{file}': is not valid TOML: {problem}.") from problem
 
 
 def told(file: Path, text: str, problems: Iterable[tuple[tuple[str, ...], str]]) -> str:

@@ -37,11 +37,11 @@ def meant(key: str, known: Iterable[str]) -> str:
 
     Example:
         >>> meant("metod", ["method", "base"]), meant("x", ["method", "base"])
-        ('Did you mean method?', 'There are: method, base.')
+        ('Did you mean method?', 'Known keys: method, base.')
     """
     names = list(known)
     near = difflib.get_close_matches(key, names, n=1)
-    return f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."
+    return f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(names)}."
 
 
 def _parts(dotted: str) -> tuple[str, ...]:

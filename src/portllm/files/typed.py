@@ -86,7 +86,7 @@ def problems(value: object, expected: Any, path: Path = (), known: Collection[st
 
     Example:
         >>> list(problems({"a": 1, "b": "x"}, dict[str, int], ("seeds",)))
-        [(('seeds', 'b'), "is 'x'; expected a whole number")]
+        [(('seeds', 'b'), "is 'x'; expected an integer")]
     """
     inside = list(_inside(value, expected, path, known))
     yield from inside
@@ -124,10 +124,10 @@ def _in_table(table: Mapping[str, object], cls: type, path: Path, known: Collect
         if key in keys:
             yield from problems(value, keys[key][0], (*path, key))
         elif not issubclass(cls, msgspec.Struct) or cls.__struct_config__.forbid_unknown_fields:
-            yield (*path, key), f"is no key here. {meant(key, keys)}"
+            yield (*path, key), f"unknown key. {meant(key, keys)}"
     for key, (_, is_required) in keys.items():
         if is_required and key not in table:
-            yield (*path, key), "must be given"
+            yield (*path, key), "is required"
 
 
 def _keys(cls: type) -> dict[str, tuple[Any, bool]]:
@@ -171,9 +171,9 @@ def describe(expected: Any) -> str:  # noqa: ANN401
 
     Example:
         >>> describe(int | None), describe(tuple[str, ...]), describe(Literal["lora", "full"])
-        ('a whole number', 'a list, each a text', "'lora' or 'full'")
+        ('an integer', 'a list, each a text', "'lora' or 'full'")
         >>> describe(Annotated[tuple[int, ...], EACH_ONCE])
-        'a list, each a whole number; one or more, each once'
+        'a list, each an integer; one or more, each once'
     """
     arguments = typing.get_args(expected)
     match typing.get_origin(expected):
@@ -187,7 +187,7 @@ def describe(expected: Any) -> str:  # noqa: ANN401
             if _is_once(expected):
                 return f"{describe(expected.__origin__)}; one or more, each once"
             return expected.__metadata__[0].description or describe(expected.__origin__)
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}.get(expected, "a table")
+    return {str: "a text", int: "an integer", float: "a number", bool: "true or false"}.get(expected, "a table")
 
 
 def shown(value: object) -> str:

@@ -56,12 +56,12 @@ NO = ("will not hold", "cannot be ported")
 """Verdicts of a check after which nothing is ported."""
 
 
-class Worker:
+class CellWorker:
     """Does one cell after another; the models of the last one stay open for the next.
 
     Example:
         >>> job = {"folder": "v2/a", "base": None, "steps": ["port"], "options": {}, "dry": False}
-        >>> Worker().do({**job, "evolved": {"place": "nowhere", "said": "nowhere"}})["reason"]
+        >>> CellWorker().do({**job, "evolved": {"place": "nowhere", "said": "nowhere"}})["reason"]
         "'nowhere': no such file or folder. ..."
     """
 
@@ -78,7 +78,7 @@ class Worker:
         except PortLLMError as error:
             result = {"status": "failed", "reason": str(error), "can_pass": _can_pass(error)}
         except MemoryError:
-            result = {"status": "failed", "reason": "no memory was left.", "can_pass": True}
+            result = {"status": "failed", "reason": "out of memory.", "can_pass": True}
         except Exception:  # a bug in one cell stops no other; its traceback is the reason
             result = {"status": "failed", "reason": traceback.format_exc().strip()}
         return {**result, "seconds": round(time.monotonic() - began, 3)}
@@ -157,8 +157,8 @@ def _open(model: Mapping[str, Any]) -> Checkpoint:
     found = fingerprint(checkpoint)
     if found != model["fingerprint"]:
         raise CheckpointError(
-            f"'{model['said']}': has fingerprint {found}; when the fleet was planned it was {model['fingerprint']}. It "
-            "was changed, or is another one on this machine. Run again."
+            f"'{model['said']}': has fingerprint {found}; when the fleet was planned it was "
+            f"{model['fingerprint']}. It changed, or this machine has a different model there. Run again."
         )
     return checkpoint
 

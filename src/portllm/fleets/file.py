@@ -122,7 +122,7 @@ def problems_of(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], st
         >>> list(problems_of(fleet))
         []
         >>> list(problems_of({**fleet, "port": {"metod": "add"}}))
-        [(('port', 'metod'), 'is no key here. Did you mean method?')]
+        [(('port', 'metod'), 'unknown key. Did you mean method?')]
     """
     found = list(problems(values, FleetTable))
     yield from found
@@ -131,7 +131,7 @@ def problems_of(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], st
         for step in {"check", "merge"} & values.keys() - set(values["do"]):  # merging alone ports, too
             yield (step,), f"has options, but do = {json.dumps(values['do'])} does not {step}"
         if "check" in values["do"] and "base" not in values:
-            yield ("do",), "check compares evolved models with their base: give base"
+            yield ("do",), "check compares evolved models with their base: base is required"
     if "port" not in wrong:
         try:
             method_named(values.get("port", {}).get("method", "add"))

@@ -1,4 +1,4 @@
-"""A fleet: many patches, each carried to many evolved models; planned from its file, run, and gone on with.
+"""A fleet: many patches ported to many evolved models; planned from its file, run and resumed.
 
 The work is done by processes of this machine or by Ray; see `portllm.workers.pool`.
 """
@@ -14,10 +14,10 @@ from msgspec import structs
 
 from portllm.errors import OutputError
 from portllm.files.own_files import open_locked
-from portllm.fleets.cell import RECORDS, Worker
+from portllm.fleets.cell import RECORDS, CellWorker
 from portllm.fleets.file import read_fleet_file
 from portllm.fleets.inputs import find_inputs
-from portllm.fleets.plan import Cell, FleetRow, Todo, Work, cells_of, decide, stranger
+from portllm.fleets.plan import Cell, FleetRow, FleetWork, Todo, cells_of, decide, stranger
 from portllm.fleets.processes import MEMORY, Processes, fitting_workers
 from portllm.fleets.run import run_cells
 from portllm.fleets.state import State, read_state
@@ -42,7 +42,7 @@ class FleetPlan:
         rows: What earlier runs noted, by cell.
     """
 
-    work: Work
+    work: FleetWork
     cells: tuple[Cell, ...]
     todo: tuple[Todo, ...]
     rows: dict[str, FleetRow]
@@ -65,7 +65,7 @@ def plan_fleet(file: Path, *, overwrite: bool = False) -> FleetPlan:
     """
     asked = read_fleet_file(file)
     patches, evolved, base = find_inputs(asked)
-    work = Work(base, asked.steps, asked.options, resolve(asked.output, file.resolve().parent))
+    work = FleetWork(base, asked.steps, asked.options, resolve(asked.output, file.resolve().parent))
     cells = cells_of(patches, evolved, work)
     rows = read_state(work.output)
     files = _by_folder(sizes(work.output))
@@ -101,8 +101,8 @@ def run_fleet(
     Args:
         plan: What to do.
         pool: Who does it.
-        retries: How often a cell is tried again whose worker died, or whose failure may pass.
-        progress: Told of the cells that are done.
+        retries: Retries of a cell whose worker died or whose failure may be temporary.
+        progress: Progress callback (finished cells).
 
     Returns:
         What became of each cell, those of earlier runs with them.
@@ -139,21 +139,21 @@ def fleet(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> tuple[FleetRow, ...]:
-    """Carry many patches to many evolved models, as a file says; a second run does only what is missing.
+    """Port many patches to many evolved models, as described in a file; a second run does only what is missing.
 
     Args:
         file: A TOML file; see `docs/fleet.md`.
-        workers: How many; None for as many as fit this machine, or as Ray has cores.
+        workers: Number of workers; None for what cores and memory of this machine allow, or one per core on Ray.
         ray: The address of a Ray cluster, as `ray.init` takes it, or None for processes of this machine.
-        retries: How often a cell is tried again whose worker died, or whose failure may pass.
-        overwrite: Replace outputs that no run for these inputs wrote.
-        progress: Told of the cells that are done.
+        retries: Retries of a cell whose worker died or whose failure may be temporary.
+        overwrite: Replace outputs that were not made from these inputs.
+        progress: Progress callback (finished cells).
 
     Returns:
-        What became of each cell. A cell that fails stops no other and raises nothing.
+        The outcome of each cell. A failing cell does not stop the others and raises nothing.
 
     Raises:
-        FleetFileError: The file is wrong, or what it names is not there.
+        FleetFileError: The file is invalid, or something it names does not exist.
         MissingExtraError: Ray, or the file system of a URL, is not installed.
         OutputBusyError, StorageError, WorkersError: As `run_fleet`.
     """
@@ -167,15 +167,15 @@ def open_pool(plan: FleetPlan, *, workers: int | None, ray: str | None) -> Pool:
     n_jobs = len(plan.chosen("run"))
     if ray is None:
         return Processes(workers or fitting_workers(plan.work.steps, n_jobs))
-    from portllm.workers.on_ray import Machine, OnRay, Share
+    from portllm.workers.on_ray import ClusterRequest, Machine, OnRay
 
-    def share(machines: Sequence[Machine]) -> Share:
+    def share(machines: Sequence[Machine]) -> ClusterRequest:
         """A core for each."""
         cores = sum(machine.cores for machine in machines)
         memory = max(MEMORY[step] for step in plan.work.steps)
-        return Share(max(1, min(workers or cores, n_jobs)), memory=memory)
+        return ClusterRequest(max(1, min(workers or cores, n_jobs)), memory=memory)
 
-    return OnRay(ray, Worker, share, own_cores=workers)
+    return OnRay(ray, CellWorker, share, own_cores=workers)
 
 
 def _records(files: Mapping[str, Mapping[str, int]], steps: Sequence[str]) -> list[str]:

@@ -40,8 +40,8 @@ def _find(asked: FleetFile, problems: list[str]) -> list[PatchEntry]:
             found = find_patches(resolve(pattern, folder))
             if not found:
                 problems.append(
-                    f"patches, {pattern!r}: no patch is there. A patch is a folder with adapter_config.json and "
-                    "adapter_model.safetensors; give it, a folder that holds such folders, or a glob."
+                    f"patches, {pattern!r}: no patch found. A patch is a folder with adapter_config.json and "
+                    "adapter_model.safetensors; pass it, a folder that contains such folders, or a glob."
                 )
             for name, place in found.items():
                 if place not in entries:
@@ -53,7 +53,9 @@ def _find(asked: FleetFile, problems: list[str]) -> list[PatchEntry]:
 
 def _identify(said: str, asked: FleetFile, key: str, problems: list[str]) -> ModelEntry | None:
     if is_url(said):
-        problems.append(f"{key}, {said!r}: a model is read from this machine or from the Hugging Face Hub, not by URL.")
+        problems.append(
+            f"{key}, {said!r}: a model is read from this machine or from the Hugging Face Hub, not from a URL."
+        )
         return None
     local = resolve(said, asked.file.resolve().parent)
     elsewhere = not Path(local).exists() and (names_hub(said) or said.startswith(BUILTIN_PREFIX))

@@ -56,7 +56,7 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class FleetWork:
     """What is done in every cell.
 
     Attributes:
@@ -85,7 +85,7 @@ class Cell:
 
     patch: PatchEntry
     evolved: ModelEntry
-    work: Work = field(repr=False)
+    work: FleetWork = field(repr=False)
     key: str
 
     @property
@@ -108,7 +108,7 @@ class Cell:
 
 
 class FleetRow(Recorded, frozen=True, omit_defaults=False):
-    """What became of a cell.
+    """The outcome of one cell of a fleet.
 
     Attributes:
         folder: The cell's.
@@ -144,12 +144,12 @@ class FleetRow(Recorded, frozen=True, omit_defaults=False):
         return bool(self.facts.get("check", {}).get("verdict", "holds") == "holds")
 
 
-def cells_of(patches: Sequence[PatchEntry], evolved: Sequence[ModelEntry], work: Work) -> tuple[Cell, ...]:
+def cells_of(patches: Sequence[PatchEntry], evolved: Sequence[ModelEntry], work: FleetWork) -> tuple[Cell, ...]:
     """Every patch with every evolved model; the cells of one model follow each other, so that it is opened once."""
     return tuple(Cell(patch, model, work, _key(patch, model, work)) for model in evolved for patch in patches)
 
 
-def _key(patch: PatchEntry, evolved: ModelEntry, work: Work) -> str:
+def _key(patch: PatchEntry, evolved: ModelEntry, work: FleetWork) -> str:
     inputs = [
         FORMAT,
         patch.identity,
@@ -186,7 +186,9 @@ def decide(
 
 def stranger(cell: Cell, row: FleetRow | None) -> FleetRow:
     """The row of a cell whose folder holds what was not written for these inputs."""
-    found = "what is there is of other inputs or options" if row is not None else "something is there already"
+    found = (
+        "the existing output was made from other inputs or options" if row is not None else "the output already exists"
+    )
     return FleetRow(
-        cell.folder, cell.key, "refused", reason=f"{found}. Pass --overwrite to replace it, or write elsewhere."
+        cell.folder, cell.key, "refused", reason=f"{found}. Pass --overwrite to replace it, or choose another path."
     )

@@ -49,8 +49,8 @@ def _row(cell: Cell, ended: Finished | Lost, attempts: tuple[str, ...], *, dry: 
     row = FleetRow(cell.folder, cell.key, attempts=attempts, **result)
     if row.status in ("done", "no") and not dry and not _is_here(cell, row):
         reason = (
-            f"a worker wrote it on another machine, where '{cell.work.output}' is another folder. Give a folder that "
-            "all machines share, or a URL."
+            f"a worker wrote it on another machine, where '{cell.work.output}' is a different folder. Use a "
+            "folder that all machines share, or a URL."
         )
         return FleetRow(cell.folder, cell.key, "failed", reason=reason, attempts=attempts)
     return row

@@ -30,14 +30,14 @@ def read_state(output: str) -> dict[str, FleetRow]:
     try:
         values = parse_json(text.encode())
         if not isinstance(values, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it is not a JSON object")
         if problem := seal_problem(values):
             raise ValueError(problem)
         return {row.folder: row for row in decode_sealed(_Fleet, values).cells}
     except ValueError as error:
         raise FleetFileError(
-            f"'{place}': is damaged, or was written by another version, so nobody knows which outputs are whole "
-            f"({error}). Delete it, and run with --overwrite."
+            f"'{place}': is corrupt or was written by another version, so it is unknown which outputs are "
+            f"complete ({error}). Delete it, and run with --overwrite."
         ) from error
 
 

@@ -122,7 +122,7 @@ def publish(folder: Path, place: str, *, records: Sequence[str]) -> None:
         for name in names:
             expected = files[name].stat().st_size
             if found.get(name) != expected:
-                there = f"{expected} bytes were sent, {found.get(name, 0)} are there"
+                there = f"{expected} bytes were sent, but {found.get(name, 0)} arrived"
                 raise StorageError(f"'{join(place, name)}': {there}.", can_pass=True)
 
 

@@ -66,5 +66,5 @@ def _reasons(row: FleetRow) -> list[str]:
     first = told[-1:] if told[:1] == [TRACEBACK] else told[:1]
     more = len(told) - len(first)
     counted = f" (and {more} more lines; --json has them all)" if more else ""
-    lines = [f"{line}{counted}" for line in first] + [f"tried again: {reason}" for reason in row.attempts]
+    lines = [f"{line}{counted}" for line in first] + [f"retried: {reason}" for reason in row.attempts]
     return [one_line(f"{row.folder}: {line}") for line in lines]

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from portllm.fleets.cell import Worker
+from portllm.fleets.cell import CellWorker
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up what is half written
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no result
-    worker = Worker()
+    worker = CellWorker()
     for line in sys.stdin:
         results.write(json.dumps(worker.do(json.loads(line))) + "\n")
         results.flush()

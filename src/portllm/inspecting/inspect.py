@@ -1,4 +1,4 @@
-"""What a checkpoint, an adapter or a patch is: from headers and the fingerprint's sample alone."""
+"""Describe a checkpoint, an adapter or a patch from headers and the fingerprint's sample alone."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from portllm.progress import Progress, silent
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSummary:
-    """What a checkpoint is.
+    """Summary of a checkpoint.
 
     Attributes:
         name: As given.
@@ -59,7 +59,7 @@ class CheckpointSummary:
 
 @dataclass(frozen=True, slots=True)
 class PatchSummary:
-    """What an adapter or patch is.
+    """Summary of an adapter or patch.
 
     Attributes:
         name: As given.
@@ -101,10 +101,10 @@ def inspect(
     Args:
         where: A model as for `open_checkpoint`, or an adapter or patch.
         with_digest: Read all of a checkpoint's bytes for its digest.
-        progress: Told of the bytes read for the digest.
+        progress: Progress callback (bytes read for the digest).
 
     Raises:
-        PortLLMError: There is nothing of the kind at that place, or it is damaged.
+        PortLLMError: There is no such thing at that path, or it is corrupt.
     """
     if isinstance(where, Patch) or (not isinstance(where, Checkpoint) and _is_patch(where)):
         return summarize_patch(where)

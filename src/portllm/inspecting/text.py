@@ -16,15 +16,15 @@ def render_summary(summary: CheckpointSummary | PatchSummary) -> str:
 def _checkpoint(summary: CheckpointSummary) -> str:
     rows = {
         **({"revision": summary.revision} if summary.revision else {}),
-        "architecture": summary.architecture or "not said (no config.json)",
-        "family": summary.family or "not known: names are taken as they are stored",
+        "architecture": summary.architecture or "unknown (no config.json)",
+        "family": summary.family or "unknown: tensor names are used as stored",
         "fingerprint": summary.fingerprint,
-        "digest": summary.digest or "not taken (--digest reads all bytes)",
+        "digest": summary.digest or "not computed (--digest reads all bytes)",
         "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}, "
         f"{counted(summary.files, 'file')}",
         **({"quantized": summary.quantization} if summary.quantization else {}),
         "tensors": f"{summary.n_tensors}: {_counts(summary.dtypes)}",
-        "head": "tied to the embedding" if summary.tied_head else "its own matrix, or none",
+        "head": "tied to the embedding" if summary.tied_head else "untied, or none",
         "modules": _counts(summary.modules),
     }
     return "\n".join([f"checkpoint {summary.name}", *table(rows)])
@@ -40,7 +40,7 @@ def _patch(summary: PatchSummary) -> str:
         "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}",
     }
     if summary.changed_base:
-        rows["began with"] = f"a part of the base ({summary.changed_base}); 'portllm capture' converts it"
+        rows["began with"] = f"from the base's weights ({summary.changed_base}); 'portllm capture' converts it"
     rows |= _origin(summary.record) if summary.record else {"base": _unrecorded(summary)}
     return "\n".join([f"{kind} {summary.name}", *table(rows)])
 
@@ -49,7 +49,7 @@ def _unrecorded(summary: PatchSummary) -> str:
     name = summary.base_name or "not said"
     if summary.base_name and summary.base_revision:
         name += f" at revision {summary.base_revision}"
-    return f"{name}, by name only; 'portllm capture --adapter {summary.name} --base BASE' writes its identity down"
+    return f"{name}, by name only; 'portllm capture --adapter {summary.name} --base BASE' records its identity"
 
 
 def _origin(record: PatchRecord) -> dict[str, str]:
@@ -61,7 +61,7 @@ def _origin(record: PatchRecord) -> dict[str, str]:
     }
     if record.capture.fitted_to is not None:
         told = record.capture.fitted_to
-        rows["fitted to"] = f"the base quantized to {told.scheme}, all but {', '.join(told.left_alone) or 'nothing'}"
+        rows["fitted to"] = f"the base quantized to {told.scheme}, except {', '.join(told.left_alone) or 'nothing'}"
     for number, step in enumerate(record.ports, start=1):
         rows[f"port {number}"] = (
             f"by '{step.method}' from {step.source.name} to {step.target.name}{_chosen(step.choice)}"

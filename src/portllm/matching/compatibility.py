@@ -9,7 +9,7 @@ from portllm.checkpoint.model.names import HEAD, HEAD_MODULE, is_embedding
 from portllm.checkpoint.tensor.encoding import FourBit
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.experts import expert_changes, expert_misfits
+from portllm.matching.experts import expert_changes, expert_mismatches
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
@@ -53,7 +53,7 @@ def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
     }
 
 
-def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
     patch = oriented(patch, checkpoint)
     weights = checkpoint.matrices
@@ -63,18 +63,19 @@ def misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusa
         where = name.removesuffix(WEIGHT) if isinstance(change, LowRankDelta) else name
         if tensor is None:
             yield Refusal(
-                where, f"the patch changes it, {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}"
+                where,
+                f"the patch changes it, but {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}",
             )
         elif problem := _mismatch(change, tensor, checkpoint):
             yield Refusal(where, problem)
     yield from _unnamed(patch, named)
     yield from _missing(patch, named)
-    yield from expert_misfits(patch, checkpoint)
+    yield from expert_mismatches(patch, checkpoint)
     yield from _shared_rows(patch, named)
 
 
 def outline(patch: Patch[TensorInfo]) -> Hashable:
-    """All that `misfits` asks of a patch: the same for patches of one recipe, however they were trained."""
+    """All that `mismatches` asks of a patch: the same for patches of one recipe, however they were trained."""
     return (
         repr(patch.config.fields),
         tuple((name, _outline(change)) for name, change in changes_of(patch).items()),
@@ -102,22 +103,25 @@ def _mismatch(change: Change[TensorInfo], tensor: TensorInfo, checkpoint: Checkp
     """Why one change does not fit its tensor, or None."""
     if tensor.dtype not in FLOAT_DTYPES:
         return (
-            f"its weight in {checkpoint.name} is stored as {tensor.dtype}; a patch is added to "
-            f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model."
+            f"its weight in {checkpoint.name} is stored as {tensor.dtype}; a patch can only be added to "
+            f"{', '.join(FLOAT_DTYPES)}. Use the unquantized model."
         )
     match change:
         case LowRankDelta() if change.shape != tensor.shape:
             names = ("in", "out") if change.transposed else ("out", "in")
             return (
-                f"the delta is {_axes(change.shape, names)}, its weight in {checkpoint.name} is "
-                f"{_axes(tensor.shape, names)}. Adding needs equal shapes."
+                f"the delta is {_axes(change.shape, names)}, but its weight in {checkpoint.name} is "
+                f"{_axes(tensor.shape, names)}. The shapes must be equal."
             )
         case WholeValue(values) | VectorDelta(values) if values.shape != tensor.shape:
-            return f"the patch has shape {values.shape}, {checkpoint.name} has {tensor.shape}. Both must be equal."
+            return (
+                f"the patch has shape {values.shape}, but {checkpoint.name} has {tensor.shape}. The shapes must be "
+                "equal."
+            )
         case RowValues(values, rows) if values.shape[1:] != tensor.shape[1:] or tensor.shape[0] <= max(rows):
             return (
-                f"the patch has rows of {values.shape[1:]} up to token {max(rows)}, {checkpoint.name} has shape "
-                f"{tensor.shape}. Both must have the same width, and the tokens must be there."
+                f"the patch has rows of {values.shape[1:]} up to token {max(rows)}, but {checkpoint.name} has "
+                f"shape {tensor.shape}. The widths must be equal, and the tokens must exist."
             )
         case _:
             return None
@@ -174,15 +178,15 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
         if module not in named.targets:
             yield Refusal(
                 module,
-                "the patch has tensors for it, adapter_config.json does not name it, so PEFT would drop them without a "
-                "word. Add it to target_modules, or take the tensors out.",
+                "the patch has tensors for it, but adapter_config.json does not name it, so PEFT would silently "
+                "ignore them. Add it to target_modules, or remove the tensors.",
             )
     for name in patch.values:
         if name == HEAD and not named.saves(name):
             yield Refusal(
                 name,
-                "the patch has a value for it because it was tied to the embedding, and ensure_weight_tying is set; in "
-                f"{named.checkpoint.name} it is not tied. Name lm_head in modules_to_save.",
+                "the patch has a value for it because it was tied to the embedding, and ensure_weight_tying is "
+                f"set; in {named.checkpoint.name} it is not tied. Add lm_head to modules_to_save.",
             )
     for name in patch.rows:
         module = name.removesuffix(WEIGHT)
@@ -222,8 +226,8 @@ def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     for name in sorted(expected):
         yield Refusal(
             name,
-            f"adapter_config.json names it and {named.checkpoint.name} has it, the patch has no tensors for it. "
-            "Part of the adapter is missing, or it was made for another model.",
+            f"adapter_config.json names it and {named.checkpoint.name} has it, but the patch has no tensors for "
+            "it. Part of the adapter is missing, or it was made for another model.",
         )
 
 
@@ -234,8 +238,9 @@ def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     if HEAD_MODULE in patch.deltas or HEAD in patch.values:
         yield Refusal(
             HEAD_MODULE,
-            f"the patch changes it and trained token rows of the embedding, which it is tied to in "
-            f"{named.checkpoint.name}; PEFT puts those rows over the changed head. This pair is not supported.",
+            "the patch changes it and trained token rows of the embedding, which it is tied to in "
+            f"{named.checkpoint.name}; PEFT would overwrite rows of the changed head. This combination is not "
+            "supported.",
         )
 
 
@@ -266,8 +271,8 @@ def taken_tie(patch: Patch[TensorInfo], model: Checkpoint) -> tuple[TakenForEqua
 def _altered_copy(module: str, base: Checkpoint) -> Refusal:
     return Refusal(
         module,
-        f"the adapter carries a copy of its base's weight, and that is not the weight of {base.name}: it belongs to "
-        "another base, or trained this module whole, which is not supported.",
+        f"the adapter contains a copy of its base's weight that differs from the weight of {base.name}: it "
+        "belongs to another base, or trained this module in full, which is not supported.",
     )
 
 
@@ -279,8 +284,8 @@ def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint
     for name in patch.rows:
         yield Refusal(
             name,
-            f"the patch trained rows of it. In {base.name} they {'are' if was_tied else 'are not'} the head's too, in "
-            f"{evolved.name} they {'are not' if was_tied else 'are'}: PEFT would change the one and not the other.",
+            f"the patch trained rows of it. In {base.name} it {'is' if was_tied else 'is not'} tied to the head, "
+            f"in {evolved.name} it {'is not' if was_tied else 'is'}: PEFT would change one without the other.",
         )
 
 
@@ -297,9 +302,9 @@ def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
     ways = "Store it in 16 bit (--dtype BF16), serve" if is_four_bit else "Serve"
     yield Refusal(
         "--into",
-        f"the weights of {into.name} are quantized ({into.quantization}): storing a sum so would round most of the "
-        f"patch away. {ways} the patch as an adapter beside it, or merge into the 16-bit model that it was made from: "
-        f"--into MODEL --quantized-base {into.name}.",
+        f"the weights of {into.name} are quantized ({into.quantization}): storing the sum that way would round "
+        f"most of the patch away. {ways} the patch as an adapter on it, or merge into the 16-bit model that it "
+        f"was made from: --into MODEL --quantized-base {into.name}.",
     )
 
 
@@ -308,8 +313,8 @@ def unmatchable(patch: Patch[TensorInfo], model: Checkpoint, *, option: str) -> 
     if patch.config.takes_peft_long(tensor.rpartition(".")[0] for tensor in model.infos):
         yield Refusal(
             option,
-            f"{patch.name} chooses modules by a regular expression that peft could take forever to match. Name the "
-            "modules in a list in its adapter_config.json.",
+            f"{patch.name} selects modules by a regular expression that PEFT could take forever to match. List "
+            "the modules in its adapter_config.json.",
         )
 
 
@@ -326,15 +331,16 @@ def base_mismatch(
         return
     belongs = patch.record.base
     hint = (
-        " A file that stores the experts otherwise, each alone or all in one tensor, has another fingerprint too."
+        " A file that stores the experts differently (individually or stacked) also has another fingerprint."
         if model.expert_parts
         else ""
     )
     yield Refusal(
         option,
-        f"{given.name} has the fingerprint {given.fingerprint}, the patch {patch.name} belongs to {belongs.name} "
-        f"({belongs.fingerprint}). Give that model, carry the patch over with 'portllm port', or pass "
-        f"--allow-other-base if it is meant.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
+        f"{given.name} has the fingerprint {given.fingerprint}, but patch '{patch.name}' belongs to "
+        f"{belongs.name} ({belongs.fingerprint}). Pass that model, port the patch with 'portllm port', or pass "
+        "--allow-other-base if this is "
+        f"intended.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
 
 
@@ -352,17 +358,17 @@ def _near(module: str, weights: Mapping[str, TensorInfo]) -> str:
     if not near:
         return ""
     more = f" and {len(near) - 1} more" if len(near) > 1 else ""
-    return f" Modules of that kind are {near[0]}{more}."
+    return f" Similar modules: {near[0]}{more}."
 
 
-def strangers(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Iterator[Refusal]:
+def base_refusals(patch: Patch[TensorInfo], base: Checkpoint, *, option: str) -> Iterator[Refusal]:
     """Why a patch is not one of a model: it says so, or PEFT could take forever to find its modules."""
     given = identify(base)
     if patch.record is not None and patch.record.base.fingerprint != given.fingerprint:
         belongs = patch.record.base
         yield Refusal(
             option,
-            f"{patch.name} belongs to {belongs.name} ({belongs.fingerprint}), not to {base.name} "
-            f"({given.fingerprint}). Name that model, or carry the patch over first with 'portllm port'.",
+            f"patch '{patch.name}' belongs to {belongs.name} ({belongs.fingerprint}), not to {base.name} "
+            f"({given.fingerprint}). Pass that model, or port the patch first with 'portllm port'.",
         )
     yield from unmatchable(patch, base, option=option)

@@ -23,14 +23,14 @@ def expert_changes(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Check
     return changes
 
 
-def expert_misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+def expert_mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why the deltas of experts cannot be added to a model's weights, and which of them are missing."""
     for name, delta in patch.experts.items():
         if name.rpartition(".")[2] not in checkpoint.expert_parts:
             yield Refusal(
                 name,
-                f"the patch changes all experts of a layer at once, and how {checkpoint.name} lays them out is not "
-                "known: it is of no family with such experts. See docs/families.md.",
+                "the patch changes all experts of a layer at once, but the layout of experts in "
+                f"{checkpoint.name} is unknown: its family has no known experts. See docs/families.md.",
             )
         elif problem := _problem(name, delta, checkpoint):
             yield Refusal(name, problem)
@@ -40,7 +40,7 @@ def expert_misfits(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator
         if parameter in patch.config.parameters_of(module):
             yield Refusal(
                 name,
-                f"adapter_config.json names it and {checkpoint.name} has it, the patch has no tensors for it. "
+                f"adapter_config.json names it and {checkpoint.name} has it, but the patch has no tensors for it. "
                 "Part of the adapter is missing, or it was made for another model.",
             )
 
@@ -50,12 +50,12 @@ def _problem(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Checkpoint)
     whole = checkpoint.stored(name)
     stored = ((whole,),) if whole is not None else checkpoint.experts.get(checkpoint.current_name(name), ())
     if not stored:
-        return f"the patch changes it, {checkpoint.name} has no such tensor, neither whole nor by expert."
+        return f"the patch changes it, but {checkpoint.name} has no such tensor, neither stacked nor per expert."
     for info in (info for matrices in stored for info in matrices):
         if info.dtype not in FLOAT_DTYPES:
             return (
-                f"its weight in {checkpoint.name} is stored as {info.dtype}; a patch is added to "
-                f"{', '.join(FLOAT_DTYPES)} only. Use the unquantized model."
+                f"its weight in {checkpoint.name} is stored as {info.dtype}; a patch can only be added to "
+                f"{', '.join(FLOAT_DTYPES)}. Use the unquantized model."
             )
     if whole is not None:
         shape = whole.shape
@@ -66,8 +66,8 @@ def _problem(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Checkpoint)
     if shape == delta.shape:
         return None
     return (
-        f"the delta is {_axes(delta.shape)}, its weight in {checkpoint.name} is {_axes(shape)}. Adding needs equal "
-        "shapes."
+        f"the delta is {_axes(delta.shape)}, but its weight in {checkpoint.name} is {_axes(shape)}. The shapes "
+        "must be equal."
     )
 
 

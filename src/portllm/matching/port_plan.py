@@ -9,7 +9,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import read_vocabulary
 from portllm.errors import Refusal
 from portllm.files.source import Source
-from portllm.matching.compatibility import altered_copies, base_mismatch, misfits, oriented, tie_mismatch
+from portllm.matching.compatibility import altered_copies, base_mismatch, mismatches, oriented, tie_mismatch
 from portllm.matching.token_rows import TokenMap, following, resized, token_changes, unmovable
 from portllm.matching.update import Update
 from portllm.methods.contract import Need, PortMethod
@@ -88,29 +88,29 @@ def plan_port_on(
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
     tokens = update.tokens if by_token else None
-    refusals = list(update.misfits(patch if tokens is None else following(patch, by_token, tokens, resized)))
+    refusals = list(update.mismatches(patch if tokens is None else following(patch, by_token, tokens, resized)))
     refusals += () if tokens is None else unmovable(patch, by_token)
     given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
         refusals += base_mismatch(patch, given, model=base, option="--base", allow_other_base=allow_other_base)
         refusals += altered_copies(patch, base)
-        refusals += misfits(patch, base) if needs_weights else ()
+        refusals += mismatches(patch, base) if needs_weights else ()
         refusals += tie_mismatch(patch, base, evolved)
         source = given
     elif not patch.is_relative:
         refusals.append(
             Refusal(
                 "--base",
-                f"{patch.name} holds values that stand in the place of the base's (saved modules, biases, token rows "
-                "or DoRA magnitudes). They are carried over by what they changed: name the base with --base.",
+                f"{patch.name} contains values that replace the base's (saved modules, biases, token rows or DoRA "
+                "magnitudes). Porting them needs their difference from the base: pass the base with --base.",
             )
         )
     elif needs_weights:
         refusals.append(
             Refusal(
                 "--base",
-                f"method '{chosen.id}' reads the weights of the model that {patch.name} belongs to: name it with "
+                f"method '{chosen.id}' reads the weights of the model that {patch.name} belongs to: pass it with "
                 "--base.",
             )
         )
@@ -118,8 +118,8 @@ def plan_port_on(
         refusals.append(
             Refusal(
                 "--base",
-                f"{patch.name} changes {by_token[0]}, whose rows belong to tokens. They follow their tokens from the "
-                "base's tokenizer to the evolved model's: name the base with --base.",
+                f"{patch.name} changes {by_token[0]}, whose rows belong to tokens. They are matched by token "
+                "between the tokenizers of base and evolved model: pass the base with --base.",
             )
         )
     if source is None:
@@ -127,8 +127,8 @@ def plan_port_on(
         refusals.append(
             Refusal(
                 "--base",
-                f"{patch.name} has no patch.json, so the model it belongs to is not known. Name it with --base, or "
-                f"write it down once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
+                f"{patch.name} has no patch.json, so the model it belongs to is unknown. Pass it with --base, or "
+                f"record it once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
             )
         )
     evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}

@@ -68,12 +68,14 @@ def misnamed(patch: Patch[TensorInfo], into: Checkpoint, quantized: Checkpoint) 
     if quantized.quantization is None:
         yield Refusal(OPTION, f"{quantized.name} is not quantized. Merge into the model that the patch belongs to.")
     elif patch.record is None:
-        yield Refusal(OPTION, f"{patch.name} has no patch.json that says what it was fitted to. Capture it first.")
+        yield Refusal(
+            OPTION, f"{patch.name} has no patch.json that records the weights it was trained on. Capture it first."
+        )
     elif patch.record.ports:
         yield Refusal(
             OPTION,
-            f"{patch.name} was ported since it was fitted to quantized weights: what they differ from {into.name} by "
-            "is no longer their quantization alone. Leave the option out.",
+            f"{patch.name} was trained on quantized weights and has been ported since: their difference from "
+            f"{into.name} is no longer their quantization error alone. Omit the option.",
         )
     elif identify(quantized).fingerprint != patch.record.base.fingerprint:
         yield Refusal(
@@ -84,7 +86,7 @@ def misnamed(patch: Patch[TensorInfo], into: Checkpoint, quantized: Checkpoint) 
     elif (cosine := _likeness(_weights(patch, into, quantized), into)) < LEAST_COSINE:
         yield Refusal(
             OPTION,
-            f"the weights of {quantized.name} are not those of {into.name} quantized: their cosine is {cosine:.3f}. "
+            f"{quantized.name} is not a quantization of {into.name}: the cosine of their weights is {cosine:.3f}. "
             "Merge into the model that it was made from.",
         )
 

@@ -8,11 +8,11 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.experts import Experts
 from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
-from portllm.measures.places import Place, place_of
+from portllm.measures.places import TensorPlace, place_of
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """The same weight in base and evolved.
 
     Attributes:
@@ -28,7 +28,7 @@ class Pair:
     first_row: int = 0
 
     @cached_property
-    def place(self) -> Place:
+    def place(self) -> TensorPlace:
         """Where in the model it stands."""
         return place_of(self.name)
 
@@ -56,7 +56,7 @@ class Pairing:
         no_numbers: What one of them stores as something else than floating-point numbers.
     """
 
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, TensorPair]
     added: tuple[str, ...]
     removed: tuple[str, ...]
     reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -78,11 +78,11 @@ def pair_tensors(base: Checkpoint, evolved: Checkpoint) -> Pairing:
         if not {old.dtype, new.dtype} <= set(FLOAT_DTYPES):
             no_numbers.append(name)
         elif old.shape == new.shape:
-            pairs[name] = Pair(name, old, new)
-        elif name in by_token and old.shape[1:] == new.shape[1:] and is_plain(old) and is_plain(new):
+            pairs[name] = TensorPair(name, old, new)
+        elif name in by_token and old.shape[1:] == new.shape[1:] and is_unencoded(old) and is_unencoded(new):
             grown[name] = (old.shape[0], new.shape[0])
             height = min(old.shape[0], new.shape[0])
-            pairs[name] = Pair(name, rows_of(old, 0, height), rows_of(new, 0, height))
+            pairs[name] = TensorPair(name, rows_of(old, 0, height), rows_of(new, 0, height))
         else:
             reshaped[name] = (old.shape, new.shape)
     return Pairing(
@@ -95,7 +95,7 @@ def pair_tensors(base: Checkpoint, evolved: Checkpoint) -> Pairing:
     )
 
 
-def is_plain(info: TensorInfo) -> bool:
+def is_unencoded(info: TensorInfo) -> bool:
     """Whether the bytes of a tensor are its values, one after the other, so that rows of it are a tensor too."""
     return info.encoding is None and info.dtype in FLOAT_DTYPES
 
@@ -110,17 +110,17 @@ def rows_of(info: TensorInfo, start: int, stop: int) -> TensorInfo:
 
 def _expert_pairs(
     base: Checkpoint, evolved: Checkpoint, before: dict[str, TensorInfo], after: dict[str, TensorInfo]
-) -> dict[str, Pair]:
+) -> dict[str, TensorPair]:
     """The matrices of experts that one model stores apart and the other as one; they leave `before` and `after`."""
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, TensorPair] = {}
     old, new = base.experts, evolved.experts
     for name in sorted(old.keys() & new.keys()):
         if name in before and name not in after:
             found = _split(new[name], old[name], after)
-            pairs |= {own: Pair(own, piece, part) for own, part, piece, _ in found}
+            pairs |= {own: TensorPair(own, piece, part) for own, part, piece, _ in found}
         elif name in after and name not in before:
             found = _split(old[name], new[name], before)
-            pairs |= {own: Pair(own, part, piece, row) for own, part, piece, row in found}
+            pairs |= {own: TensorPair(own, part, piece, row) for own, part, piece, row in found}
         else:
             continue
         if found:
@@ -140,7 +140,7 @@ def _split(
         first = 0
         for part in parts:
             piece = rows_of(whole, first, first + part.shape[0])
-            if piece.shape != part.shape or piece.stop > whole.stop or not is_plain(whole):
+            if piece.shape != part.shape or piece.stop > whole.stop or not is_unencoded(whole):
                 return []
             found.append((names[part.name], part, piece, number * whole.shape[0] + first))
             first += part.shape[0]

@@ -105,8 +105,9 @@ def unmovable(patch: Patch[TensorInfo], names: Sequence[str]) -> Iterator[Refusa
         if name in patch.bias_deltas or (delta is not None and delta.magnitude is not None):
             yield Refusal(
                 name.removesuffix(WEIGHT),
-                "its rows belong to tokens, the evolved model has these in other rows, and a DoRA magnitude or a bias "
-                "of lora_B cannot follow them. Train the adapter without, or leave this module out.",
+                "its rows belong to tokens that have other rows in the evolved model, and a DoRA magnitude or a "
+                "bias of lora_B cannot be moved with them. Train the adapter without it, or leave this module "
+                "out.",
             )
 
 

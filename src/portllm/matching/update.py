@@ -8,7 +8,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.windows import load_spans, sample_span
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.compatibility import misfits, outline
+from portllm.matching.compatibility import mismatches, outline
 from portllm.matching.token_rows import TokenMap, match_tokens
 from portllm.measures.drift import DriftSums, measure_drift
 from portllm.patch.identify import identify
@@ -43,12 +43,12 @@ class Update:
         """Which rows follow which tokens; None where they are the same in both, or a model does not say."""
         return None if self.base is None else match_tokens(self.base, self.evolved)
 
-    def misfits(self, patch: Patch[TensorInfo]) -> tuple[Refusal, ...]:
+    def mismatches(self, patch: Patch[TensorInfo]) -> tuple[Refusal, ...]:
         """Why a patch cannot be put on the evolved model; found once for all patches of the same outline."""
         asked = outline(patch)
-        if asked not in self._misfits:
-            self._misfits[asked] = tuple(misfits(patch, self.evolved))
-        return self._misfits[asked]
+        if asked not in self._mismatches:
+            self._mismatches[asked] = tuple(mismatches(patch, self.evolved))
+        return self._mismatches[asked]
 
     def window_sums(self, names: Iterable[str]) -> DriftSums:
         """The drift of some tensors that both models have, in the windows that the fingerprints read."""
@@ -73,7 +73,7 @@ class Update:
         return sum((known[name] for name in names), DriftSums())
 
     @cached_property
-    def _misfits(self) -> dict[Hashable, tuple[Refusal, ...]]:
+    def _mismatches(self) -> dict[Hashable, tuple[Refusal, ...]]:
         """What has been found so far."""
         return {}
 

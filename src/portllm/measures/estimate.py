@@ -41,7 +41,7 @@ class Stratum:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class SampledEstimate:
     """A number and how sure it is.
 
     Attributes:
@@ -82,8 +82,8 @@ class DriftEstimate:
         sums: The sums that both follow from.
     """
 
-    relative: Estimate
-    cosine: Estimate
+    relative: SampledEstimate
+    cosine: SampledEstimate
     sums: DriftSums
 
 
@@ -102,7 +102,7 @@ def estimate_drift(strata: Iterable[Stratum]) -> DriftEstimate:
     sums = sum((stratum.total for stratum in strata), DriftSums())
     relative, cosine = sums.relative, sums.cosine
     if not sums.base_sq or not sums.evolved_sq:
-        return DriftEstimate(Estimate(relative), Estimate(cosine), sums)
+        return DriftEstimate(SampledEstimate(relative), SampledEstimate(cosine), sums)
     slope = 0.5 / (relative * sums.base_sq) if relative else 0.0
     by_sum = DriftSums(base_sq=-0.5 * relative / sums.base_sq, drift_sq=slope)
     norms = math.sqrt(sums.base_sq) * math.sqrt(sums.evolved_sq)
@@ -110,7 +110,9 @@ def estimate_drift(strata: Iterable[Stratum]) -> DriftEstimate:
         base_sq=-0.5 * cosine / sums.base_sq, product=1 / norms, evolved_sq=-0.5 * cosine / sums.evolved_sq
     )
     return DriftEstimate(
-        Estimate(relative, *_standard_error(strata, by_sum)), Estimate(cosine, *_standard_error(strata, by_angle)), sums
+        SampledEstimate(relative, *_standard_error(strata, by_sum)),
+        SampledEstimate(cosine, *_standard_error(strata, by_angle)),
+        sums,
     )
 
 

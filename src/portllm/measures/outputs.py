@@ -110,7 +110,7 @@ def _log_softmax(logits: Float[np.ndarray, " vocabulary"]) -> Float64[np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptShare:
     """A share, and its standard error over prompts.
 
     Attributes:
@@ -122,7 +122,7 @@ class Kept:
     error: float
 
 
-def effect_kept(ported: Distance, evolved: Distance) -> Kept | None:
+def effect_kept(ported: Distance, evolved: Distance) -> KeptShare | None:
     """The share of the old specialist's effect that a port keeps: `1 - Σ ported / Σ evolved`.
 
     Its error is that of a ratio of two sums over the same prompts (the delta method):
@@ -137,11 +137,11 @@ def effect_kept(ported: Distance, evolved: Distance) -> Kept | None:
 
     Example:
         >>> effect_kept(Distance((0.25, 0.5), 1.0), Distance((1.0, 2.0), 0.0))
-        Kept(value=0.75, error=0.0)
+        KeptShare(value=0.75, error=0.0)
     """
     n, total = len(evolved.nats), math.fsum(evolved.nats)
     if not total:
         return None
     ratio = math.fsum(ported.nats) / total
     rest = math.fsum((one - ratio * other) ** 2 for one, other in zip(ported.nats, evolved.nats, strict=True))
-    return Kept(1.0 - ratio, math.sqrt(n / (n - 1) * rest) / total if n > 1 else math.inf)
+    return KeptShare(1.0 - ratio, math.sqrt(n / (n - 1) * rest) / total if n > 1 else math.inf)

@@ -33,7 +33,7 @@ GRAM_FLOOR = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class DriftShare:
     """How much of the drift lies in a space, and how much would by chance; parts add up.
 
     Attributes:
@@ -42,7 +42,7 @@ class Share:
         total: Squared norm of all.
 
     Example:
-        >>> share = Share(inside=2.0, chance=0.5, total=10.0)
+        >>> share = DriftShare(inside=2.0, chance=0.5, total=10.0)
         >>> share.share, share.by_chance
         (0.2, 0.05)
     """
@@ -51,8 +51,8 @@ class Share:
     chance: float = 0.0
     total: float = 0.0
 
-    def __add__(self, other: "Share") -> "Share":
-        return Share(self.inside + other.inside, self.chance + other.chance, self.total + other.total)
+    def __add__(self, other: "DriftShare") -> "DriftShare":
+        return DriftShare(self.inside + other.inside, self.chance + other.chance, self.total + other.total)
 
     @property
     def share(self) -> float | None:
@@ -150,7 +150,7 @@ def shares_inside(
     *,
     totals: Sequence[float],
     width: int,
-) -> list[Share]:
+) -> list[DriftShare]:
     """How much of some rows `X` of the drift lies in the space that the rows of `V` span, for several of both.
 
     Args:
@@ -181,7 +181,8 @@ def shares_inside(
         found = vectors.swapaxes(-1, -2) @ inner
         inside, counts = _dots(found, weights[..., None] * found), kept.sum(axis=-1).tolist()
     return [
-        Share(part, total * count / width, total) for part, count, total in zip(inside, counts, totals, strict=True)
+        DriftShare(part, total * count / width, total)
+        for part, count, total in zip(inside, counts, totals, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class TensorPlace:
     """The place of a tensor.
 
     Attributes:
@@ -24,20 +24,20 @@ class Place:
     is_expert: bool = False
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> TensorPlace:
     """The place of a tensor, from its current name.
 
     Example:
         >>> place_of("model.layers.3.mlp.experts.17.up_proj.weight")
-        Place(stack='model.layers', layer=3, kind='mlp.experts.up_proj', is_expert=True)
+        TensorPlace(stack='model.layers', layer=3, kind='mlp.experts.up_proj', is_expert=True)
         >>> place_of("model.layers.0.self_attn.q_proj.bias")
-        Place(stack='model.layers', layer=0, kind='self_attn.q_proj.bias', is_expert=False)
+        TensorPlace(stack='model.layers', layer=0, kind='self_attn.q_proj.bias', is_expert=False)
         >>> place_of("model.embed_tokens.weight").kind
         'model.embed_tokens'
     """
     name = name.removesuffix(".weight")
     found = _LAYER.match(name)
     if found is None:
-        return Place("", -1, name)
+        return TensorPlace("", -1, name)
     kind, numbers = _NUMBER.subn("", found[3])
-    return Place(found[1] or "", int(found[2]), kind, numbers > 0)
+    return TensorPlace(found[1] or "", int(found[2]), kind, numbers > 0)

@@ -72,9 +72,9 @@ def measure_residual(ported: LowRankDelta[Tensor], retrained: LowRankDelta[Tenso
         ((5.0,), (5.0,), 1.0)
     """
     if ported.shape != retrained.shape or ported.transposed != retrained.transposed:
-        raise ValueError(f"deltas of shape {ported.shape} and {retrained.shape}: must be of one weight.")
+        raise ValueError(f"deltas of shape {ported.shape} and {retrained.shape}: must belong to the same weight.")
     if ported.magnitude is not None or retrained.magnitude is not None:
-        raise ValueError("a delta with a magnitude: is no sum, so that its residual is not a product of factors.")
+        raise ValueError("a delta with a magnitude is not a sum, so its residual is not a product of factors.")
     b, a = _factors(ported)
     other_b, other_a = _factors(retrained)
     one, other = _spectrum(b, a), _spectrum(other_b, other_a)

@@ -24,14 +24,14 @@ class Threshold:
 
 SHORT_DRIFT = Threshold(
     "short drift", 0.001,
-    "relative drift up to which plain addition carried every patch over",
+    "relative drift up to which plain addition ported every patch",
     "ours: on updates of SmolLM2-135M patches answered as right as before up to 0.08 %, within three points; from "
     "0.15 % on some lost 4 points, from 0.24 % on 12, while others lost nothing (studies/results)",
 )  # fmt: skip
 
 CONTINUATION_COSINE = Threshold(
     "continuation cosine", 0.9,
-    "cosine from which the weights are called a continuation, below which siblings",
+    "cosine above which the evolved weights are called a continuation of the base's, below which siblings",
     "ours: random drift of half the weights' norm has it; UpgradeBench (arXiv 2608.20918) places the decay of "
     "plain addition between 46 B and 2.9 T tokens of further training and gives no cosine",
 )  # fmt: skip
@@ -45,34 +45,35 @@ INDEPENDENT_COSINE = Threshold(
 
 ALIGNED_COSINE = Threshold(
     "alignment with the drift", 0.2,
-    "cosine of patch and drift from which the update is taken to contain (or to undo) the patch",
+    "cosine of patch and drift above which the update is taken to contain (or to undo) the patch",
     "ours: patch and drift that know nothing of each other have a cosine of about 1/√(m·n), below 0.001",
 )  # fmt: skip
 
 OVERLAP_SHARE = Threshold(
     "overlap", 0.1,
-    "share of the drift in the patch's inputs or outputs, above chance, from which the update changed what it uses",
+    "fraction of the drift in the patch's input or output directions, above chance, at which the update "
+    "changed what it uses",
     "ours: by chance the share is rank / width, 0.002 for rank 8 of 4096",
 )  # fmt: skip
 
 KEPT_GAIN = Threshold(
     "kept gain", 0.99,
-    "share of the patch that has to survive rounding before a merge is advised without a word",
+    "fraction of the patch that must survive rounding for a merge to be advised without a warning",
     "bfloat16 keeps 93 % of a patch of 0.3 % of the weights' norm, and 55 % of one of 0.1 % (a simulation with normal "
     "weights; the measure is exact)",
 )  # fmt: skip
 
 QUANTIZATION_GAP = Threshold(
     "quantization gap", BROKE_MODELS,
-    "size of what quantization took of the weights, against the patch that was fitted without, from which merged "
-    "models were seen to break",
+    "quantization error relative to the patch, which was trained without it, above which merged models were "
+    "seen to break",
     "unsloth-zoo pull request 810: ratios of 10 to 150 on Falcon-H1",
 )  # fmt: skip
 
 AGREEMENT = Threshold(
     "agreement", 0.9,
-    "share of prompts to which the ported model begins its answer as the old specialist did, below which the patch is "
-    "in doubt",
+    "fraction of prompts to which the ported model begins its answer as the old specialist did, below which "
+    "the patch is in doubt",
     "ours: of 106 patches on updates of SmolLM2-135M (docs/forecast.md, studies/results), all classifiers that "
     "answered more than four points fewer right than on the base lay below it",
 )  # fmt: skip

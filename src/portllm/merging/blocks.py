@@ -36,7 +36,7 @@ COPY_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class SourceBlock:
     """Some rows of a tensor as they were read; the bytes are overwritten when the next are.
 
     Attributes:
@@ -63,12 +63,12 @@ class Block:
     sums: MergeSums | None = None
 
 
-Make = Callable[[Stored], Block]
+BlockKernel = Callable[[SourceBlock], Block]
 """What one output gets for some rows of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Tiling:
     """How a tensor is cut into blocks, whatever becomes of them.
 
     Attributes:
@@ -85,7 +85,7 @@ class Cut:
         return self.ranges[0][1] if self.ranges else 0
 
 
-class Bench:
+class Workspace:
     """Where one thread makes blocks: how it rounds, on which device, and the memory that it uses again.
 
     Args:
@@ -121,7 +121,7 @@ class Bench:
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
-    def __enter__(self) -> "Bench":
+    def __enter__(self) -> "Workspace":
         return self
 
     def __exit__(
@@ -138,51 +138,51 @@ def _reader(device: str, *, keep_cached: bool) -> SpanReader:
     return RowReader(pinned=True, keep_cached=keep_cached)
 
 
-def cut_for(steps: Sequence[MergeStep], bench: Bench) -> Cut:
+def cut_for(steps: Sequence[MergeStep], bench: Workspace) -> Tiling:
     """Cut the source of some steps so that each of them can do with one block at a time."""
     source = steps[0].source
     if all(step.is_copy for step in steps):
         ranges = ((start, min(start + COPY_BYTES, source.n_bytes)) for start in range(0, source.n_bytes, COPY_BYTES))
-        return Cut(replace(source, dtype="U8", shape=(source.n_bytes,)), tuple(ranges))
+        return Tiling(replace(source, dtype="U8", shape=(source.n_bytes,)), tuple(ranges))
     changes = [step.change for step in steps if step.change is not None]
     if any(
         isinstance(change, LowRankDelta) and change.transposed and change.magnitude is not None for change in changes
     ):
-        return Cut(source, ((0, source.shape[0]),))  # a norm runs over all rows, so all of them are needed at once
+        return Tiling(source, ((0, source.shape[0]),))  # a norm runs over all rows, so all of them are needed at once
     if any(isinstance(change, ExpertsDelta) for change in changes):
         n_experts, d_out, d_in = source.shape
         blocks = list(bench.row_blocks(replace(source, shape=(d_out, d_in))))
-        return Cut(
+        return Tiling(
             replace(source, shape=(n_experts * d_out, d_in)),
             tuple(
                 (number * d_out + start, number * d_out + stop) for number in range(n_experts) for start, stop in blocks
             ),
         )
-    return Cut(source, tuple(bench.row_blocks(source)))
+    return Tiling(source, tuple(bench.row_blocks(source)))
 
 
-def read_blocks(cut: Cut, bench: Bench) -> Iterator[Stored]:
+def read_blocks(cut: Tiling, bench: Workspace) -> Iterator[SourceBlock]:
     """The blocks of a tensor as they are stored; what is quantized, as the values it stands for."""
     row_bytes = n_bytes_of(cut.matrix.dtype, cut.matrix.shape[1:])
     for start, stop in cut.ranges:
         if cut.matrix.encoding is None:
-            yield Stored(start, stop, bench.reader.span(cut.matrix, start * row_bytes, stop * row_bytes))
+            yield SourceBlock(start, stop, bench.reader.span(cut.matrix, start * row_bytes, stop * row_bytes))
         else:
             from portllm.checkpoint.reading.tensors import encode, load_rows  # loads torch
 
-            yield Stored(start, stop, encode(load_rows(cut.matrix, start, stop)))
+            yield SourceBlock(start, stop, encode(load_rows(cut.matrix, start, stop)))
 
 
-def copied(stored: Stored) -> Block:
+def copied(stored: SourceBlock) -> Block:
     """What is left as it is."""
     return Block(stored.data)
 
 
-def require_finite(sums: MergeSums, step: MergeStep, stored: Stored) -> None:
+def require_finite(sums: MergeSums, step: MergeStep, stored: SourceBlock) -> None:
     """Raise NonFiniteError if rows of a changed weight are not all numbers, before or after."""
     if not sums.is_finite:
         raise NonFiniteError(
-            f"'{step.entry.name}': rows {stored.start} to {stored.stop} hold an infinity or NaN in the weight, in the "
-            f"patch or in what they become as {step.entry.dtype}. Look for a diverged training run, or store a wider "
-            "dtype."
+            f"'{step.entry.name}': rows {stored.start} to {stored.stop} contain an infinity or NaN in the weight, "
+            f"in the patch or after the cast to {step.entry.dtype}. Check for a diverged training run, or use a "
+            "wider dtype."
         )

@@ -1,4 +1,4 @@
-"""Merge a patch into a model's own files, for those without room for two copies, and take it back bit for bit.
+"""Merge a patch into a model's own files, where there is no space for a copy, and undo it bit for bit.
 
 First the old bytes of the tensors that change are kept beside the weights, then these are overwritten. After a death at
 any moment the same command finishes, or `undo` restores: everything is made again from the old bytes, so that it does
@@ -48,7 +48,7 @@ from portllm.merging.merge import digest_inputs, require_bfloat16
 from portllm.merging.options import MergeOptions
 from portllm.merging.plan import MergePlan, MergeStep, plan_merge
 from portllm.merging.rounding_modes import NEAREST, Rounding, Stochastic
-from portllm.merging.tensor import Facts, How, Target, benches, make_tensor, require_device
+from portllm.merging.tensor import Target, TensorOptions, TensorResults, make_tensor, require_device, workspaces
 from portllm.merging.undo import UNDO_FOLDER, Undo, alone, forget, mark, original, read_undo, unmark, write_undo
 from portllm.patch.adapter_folder import PatchLike, files_of, load_patch
 from portllm.patch.patch import Patch
@@ -95,7 +95,7 @@ def plan_in_place(
     """Plan to merge a patch into a model's own files.
 
     Args:
-        patch: What to add.
+        patch: The patch to add.
         folder: The model that it belongs to.
         rounding: As for `merge_in_place`.
         device: As for `merge_in_place`.
@@ -107,7 +107,7 @@ def plan_in_place(
     """
     if not folder.is_dir():
         raise OutputError(
-            f"'{folder}': only a folder's own files are overwritten, not a single file, a model of the hub or a "
+            f"'{folder}': only a local folder can be merged in place, not a single file, a Hub model or a "
             "built-in one. Write to another folder with --output."
         )
     undo = _read_undo(folder)
@@ -119,19 +119,21 @@ def plan_in_place(
         refusals.append(
             Refusal(
                 str(folder),
-                "holds a merge in place that can be taken back. Take it back (portllm merge --undo FOLDER), or delete "
-                f"'{UNDO_FOLDER}' to keep it for good.",
+                "has an in-place merge that can still be undone. Undo it (portllm merge --undo FOLDER), or "
+                f"delete '{UNDO_FOLDER}' to keep it for good.",
             )
         )
     if plan.config_changes:
-        refusals.append(Refusal(str(folder), "the output has a head of its own, for which its files have no place."))
+        refusals.append(
+            Refusal(str(folder), "the output has a separate head, for which the model's files have no space.")
+        )
     found = InPlacePlan(plan, folder, undo)
     free = shutil.disk_usage(folder).free
     if undo is None and found.kept_bytes > free:
         refusals.append(
             Refusal(
                 str(folder),
-                f"{found.kept_bytes:,} bytes are overwritten and kept for the way back, the disk has {free:,} free.",
+                f"{found.kept_bytes:,} bytes must be saved for --undo, but the disk has {free:,} free.",
             )
         )
     return replace(found, merge=replace(plan, refusals=tuple(sorted(refusals))))
@@ -143,18 +145,18 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
     options = plan.merge.options
     if isinstance(options.rounding, Stochastic):
         require_bfloat16(plan.merge)
-    how = How(options.rounding, require_device(options.device), keep_cached=not is_large(plan.merge.n_bytes))
+    how = TensorOptions(options.rounding, require_device(options.device), keep_cached=not is_large(plan.merge.n_bytes))
     with alone(plan.folder) as held:
         if _read_undo(plan.folder) != plan.undo:
-            raise OutputBusyError(f"'{plan.folder}': another run has written there meanwhile. Run again.")
+            raise OutputBusyError(f"'{plan.folder}': was changed by another run in the meantime. Run again.")
         require_unchanged(plan.merge.files)
         taken = (*taken_copies(plan.merge.patch, plan.merge.into), *taken_tie(plan.merge.patch, plan.merge.into))
         require_equal(taken, progress=progress)
         undo = plan.undo or _keep(held, plan, _digest(plan, how), progress)
         if undo.plan != _digest(plan, how):
             raise OutputError(
-                f"'{plan.folder}': a merge of another patch, or in another way, was interrupted there. Finish that one "
-                f"with its own command, or take it back: portllm merge --undo {plan.folder}"
+                f"'{plan.folder}': a merge with another patch or other options was interrupted here. Finish it "
+                f"with its own command, or undo it: portllm merge --undo {plan.folder}"
             )
         try:
             facts = _overwrite(held, plan, undo, how, progress)
@@ -179,21 +181,21 @@ def merge_in_place(
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
-    """Overwrite a model's weights with those that have a patch in them; `undo_merge` takes it back.
+    """Merge a patch into a model's own files; `undo_merge` restores them.
 
-    The old bytes of what changes are kept in the folder. A run that fails restores them; one that dies leaves a mark,
-    with which no command takes the folder for a model, until the same call finishes or `undo_merge` restores.
+    The overwritten bytes are kept in the folder. A run that fails restores them; a killed one leaves a marker file,
+    with which every command refuses the folder until the same call finishes or `undo_merge` restores it.
 
     Args:
-        patch: What to add.
+        patch: The patch to add.
         folder: The model that it belongs to.
-        rounding: How the sum is brought to the storage dtype.
-        device: Where the arithmetic is done, `cpu` or `cuda`.
-        allow_other_base: Go on though the patch belongs to another model.
-        progress: Told of the bytes done.
+        rounding: How sums are rounded to the storage dtype.
+        device: Device for the sums, `cpu` or `cuda`.
+        allow_other_base: Accept a model other than the one the patch was made on.
+        progress: Progress callback (bytes).
 
     Raises:
-        PlanRefusedError: The patch does not fit, the files cannot be overwritten, or there is no room.
+        PlanRefusedError: The patch does not match, the files cannot be overwritten, or the disk is full.
         OutputBusyError: Another run writes there.
         OutputError: There is no folder, or another merge was interrupted there.
         NonFiniteError, UnsupportedDtypeError, DeviceError: As `merge`.
@@ -205,13 +207,13 @@ def merge_in_place(
 
 
 def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:
-    """Restore the weights that a merge in place has overwritten, and the manifest; the number of tensors restored.
+    """Undo an in-place merge: restore the overwritten weights and manifest, and return the number of tensors restored.
 
-    The kept bytes are checked before the first is written, and what was written after the last.
+    The saved bytes are checked before the first is written, and the written ones after the last.
 
     Raises:
-        CheckpointError: What was kept is damaged or of another model, or the model was changed after the merge.
-        OutputError: There is nothing to take back, or a file cannot be overwritten.
+        CheckpointError: The saved bytes are corrupt or of another model, or the model was changed after the merge.
+        OutputError: There is nothing to undo, or a file cannot be overwritten.
         OutputBusyError: Another run writes there.
     """
     folder = Path(folder)
@@ -220,7 +222,7 @@ def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:
         is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)
         if undo is None:
             if not is_unfinished:
-                raise OutputError(f"'{folder}': there is no merge in place to take back.")
+                raise OutputError(f"'{folder}': there is no in-place merge to undo.")
             unmark(held)
             return 0
         original(folder, undo, name=str(folder))  # raises where the old bytes are of another model
@@ -229,8 +231,8 @@ def undo_merge(folder: str | Path, *, progress: Progress = silent) -> int:
         for name, info in undo.tensors.items():
             if digest_tensor(info) != undo.digests[name]:
                 raise CheckpointError(
-                    f"'{info.file}': the kept bytes of '{name}' are damaged, so nothing was changed. Fetch the model "
-                    "again."
+                    f"'{info.file}': the saved bytes of '{name}' are corrupt, so nothing was changed. Download "
+                    "the model again."
                 )
         _restore(held, folder, undo, progress)
     return len(undo.tensors)
@@ -242,12 +244,14 @@ def _fixed_files(folder: Path) -> list[Refusal]:
     for file in open_folder(folder, name=str(folder)).files:
         path = Path(str(file))
         if path.is_symlink() or path.stat().st_nlink > 1:
-            refusals.append(Refusal(str(path), "is a link: its bytes belong to others too. Copy the model first."))
+            refusals.append(
+                Refusal(str(path), "is a link, so its contents are shared with other files. Copy the model first.")
+            )
         elif not os.access(path, os.W_OK):
             refusals.append(Refusal(str(path), "may not be written."))
     manifest = folder / MANIFEST_FILE
     if os.path.lexists(manifest) and not (is_own_file(manifest) and is_manifest(_said(manifest))):
-        refusals.append(Refusal(str(manifest), "is not a merge's manifest, and could not be put back. Move it away."))
+        refusals.append(Refusal(str(manifest), "is not a merge manifest and could not be restored. Move it away."))
     for entry in folder.iterdir():
         require_writable_name(entry)
     return refusals
@@ -258,8 +262,8 @@ def _read_undo(folder: Path) -> Undo | None:
     undo = read_undo(folder)
     if undo is not None and undo.manifest is not None and not is_manifest(undo.manifest):
         raise CheckpointError(
-            f"'{folder / UNDO_FOLDER}': holds another text than a merge's manifest, which no merge in place keeps, so "
-            "nothing was changed. Fetch the model again."
+            f"'{folder / UNDO_FOLDER}': contains a file that no in-place merge writes, so nothing was changed. "
+            "Download the model again."
         )
     return undo
 
@@ -268,7 +272,7 @@ def _said(manifest: Path) -> str:
     return manifest.read_text(encoding="utf-8", errors="replace")
 
 
-def _digest(plan: InPlacePlan, how: How) -> str:
+def _digest(plan: InPlacePlan, how: TensorOptions) -> str:
     """A digest of all that the new bytes depend on."""
     inputs = {**digest_inputs(plan.merge, how), "into": plan.merge.identity.fingerprint}
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -311,9 +315,9 @@ def _unmarked_if_it_fails(held: Held) -> Iterator[None]:
         raise
 
 
-def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: How, progress: Progress) -> Facts:
+def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: TensorOptions, progress: Progress) -> TensorResults:
     """Write the new bytes, made from the old ones that are kept; what is not changed is read for its digest."""
-    total, done = Facts(), 0
+    total, done = TensorResults(), 0
     places = open_folder(plan.folder, name=str(plan.folder)).infos
 
     def told(n_bytes: int) -> None:
@@ -321,7 +325,7 @@ def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: How, progress: Pr
         done += n_bytes
         progress("merge", done, plan.merge.n_bytes, "bytes")
 
-    def job(step: MergeStep, tell: Tell) -> Facts:
+    def job(step: MergeStep, tell: Tell) -> TensorResults:
         place = places[step.entry.name]
         write = _nowhere if step.change is None else partial(_write, files[str(place.file)], place.start)
         bench = free.get()
@@ -329,11 +333,11 @@ def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: How, progress: Pr
             (made,) = make_tensor([Target(step, write)], bench, tell)
         finally:
             free.put(bench)
-        if not isinstance(made, Facts):
+        if not isinstance(made, TensorResults):
             raise made
         return made
 
-    with ExitStack() as opened, benches(how, plan.merge.steps.values()) as free:
+    with ExitStack() as opened, workspaces(how, plan.merge.steps.values()) as free:
         files = _open(held, {str(info.file) for info in places.values()}, opened)
         steps = (
             replace(step, source=_written_beside(step.source) if step.change is None else undo.tensors[name])
@@ -364,7 +368,9 @@ def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
     restored = open_folder(folder, name=str(folder)).infos
     for name in undo.tensors:
         if digest_tensor(restored[name]) != undo.digests[name]:
-            raise OutputError(f"'{folder}': '{name}' has other bytes than were written to it. Is the disk failing?")
+            raise OutputError(
+                f"'{folder}': '{name}' does not contain the bytes that were written to it. The disk may be failing."
+            )
     if undo.manifest is None:
         remove_file(held, MANIFEST_FILE)
     else:
@@ -386,12 +392,12 @@ def _require_unchanged(folder: Path) -> None:
         said = decode_sealed(Manifest, read_json(folder / MANIFEST_FILE)).output.fingerprint
     if said != fingerprint(open_folder(folder, name=str(folder))):
         raise CheckpointError(
-            f"'{folder}': its weights are not those that the merge in place left, or its '{MANIFEST_FILE}' is gone: "
-            f"they were changed since, and would become a mixture. Delete '{UNDO_FOLDER}' to keep them as they are."
+            f"'{folder}': its weights changed since the in-place merge, or its '{MANIFEST_FILE}' is missing: "
+            f"undoing it would mix two models. Delete '{UNDO_FOLDER}' to keep the weights as they are."
         )
 
 
-def _report(plan: InPlacePlan, undo: Undo, how: How, facts: Facts) -> MergeReport:
+def _report(plan: InPlacePlan, undo: Undo, how: TensorOptions, facts: TensorResults) -> MergeReport:
     written = open_folder(plan.folder, name=str(plan.folder))
     before = original(plan.folder, undo, name=plan.merge.into.name)
     return MergeReport(

@@ -1,4 +1,4 @@
-"""The manifest of a merge: `portllm.json` beside the weights says what they are and what rounding took.
+"""The manifest of a merge: `portllm.json` beside the weights records what they are and what rounding lost.
 
 The same merge gives the same bytes: no time, no host, no thread count stands in it; measures have six digits. It is
 sealed and names every other file of the folder, so that `verify` finds any byte that changed.
@@ -30,7 +30,7 @@ PlainName: TypeAlias = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class MergeReport(ShownInNotebook):
-    """What a merge did.
+    """Report of a merge.
 
     Attributes:
         output: The new model.

@@ -1,4 +1,4 @@
-"""Add patches to a model's weights, streamed, each for itself: plan, then the tensors, in blocks of rows.
+"""Merge patches into a model's weights, one output per patch, streamed in blocks of rows.
 
 Each thread takes a tensor through reading, arithmetic, digests and writing, so that disk and processors work at the
 same time. The model is read once, however many patches there are. Memory holds one block a thread, whatever the size of
@@ -34,7 +34,7 @@ from portllm.merging.outputs import Output, good, not_written, write_outputs
 from portllm.merging.plan import MergePlan, plan_merge
 from portllm.merging.quantization_gap import measure_gap
 from portllm.merging.rounding_modes import Stochastic
-from portllm.merging.tensor import Facts, How, require_device
+from portllm.merging.tensor import TensorOptions, TensorResults, require_device
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch
 from portllm.patch.folders import Where
 from portllm.patch.record import ModelIdentity
@@ -55,32 +55,32 @@ def merge(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
-    """Write the model `into` with a patch in its weights to the folder `out`.
+    """Merge a patch into the weights of `into` and write the model to `out`.
 
     Each changed weight is `Q(W + s·B·A)`: the sum in float32, rounded once. For plain LoRA with nearest rounding the
-    bytes equal those of PEFT's `merge_and_unload`. What is at `out` stays until the output is whole; a run that was
-    interrupted or died leaves its finished files beside `out`, where the next one with the same arguments finds them.
+    bytes equal those of PEFT's `merge_and_unload`. An existing `out` stays until the new one is complete. An
+    interrupted run leaves its finished files beside `out`, and the next one with the same arguments resumes from them.
 
     Args:
-        patch: What to add.
-        into: The model the patch belongs to; one of the hub is downloaded once the patch is known to fit it.
+        patch: The patch to add.
+        into: The model the patch belongs to; a Hub model is downloaded once the patch is known to match it.
         out: The new model's folder.
-        options: How.
-        quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
-        overwrite: Replace `out` where it exists.
-        progress: Told of the bytes written.
+        options: Output dtype, rounding, device and shard size.
+        quantized_base: The quantized model the patch was trained on, if it was made from `into`.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (bytes written).
 
     Returns:
-        What was done, with kept gain and rounding loss of each tensor.
+        A report with the kept gain and rounding loss of each tensor.
 
     Raises:
-        PlanRefusedError: The patch does not fit, or the output not on the disk, with every reason.
+        PlanRefusedError: The patch does not match, or the disk is too small; lists every reason.
         OutputExistsError: `out` exists.
         OutputBusyError: Another run writes to `out`.
-        OutputError: `out` cannot be written, or holds what is read.
-        NonFiniteError: A weight, a delta or a sum is infinite or not a number.
-        UnsupportedDtypeError: The dtype is not one that weights are stored in, or not one for this rounding.
-        DeviceError: There is no such device here.
+        OutputError: `out` cannot be written, or contains an input.
+        NonFiniteError: A weight, a delta or a sum is infinite or NaN.
+        UnsupportedDtypeError: The dtype is not supported, or not with this rounding.
+        DeviceError: The device is not available.
     """
     plan = plan_merge(
         load_patch(patch),
@@ -99,23 +99,23 @@ def merge_each(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[Where, MergeReport | PortLLMError]:
-    """Write the model `into` once for each of some patches, reading it once for all of them.
+    """Merge each of several patches into `into`, one output per patch, reading the model once.
 
-    Each output has the bytes that `merge` writes, and one that fails stops no other.
+    Each output has the bytes that `merge` writes; a failing one does not stop the others.
 
     Args:
-        patches: What to add, by the folder of the new model.
+        patches: The patches to add, by output folder.
         into: The model that the patches belong to.
-        options: How.
+        options: Output dtype, rounding, device and shard size.
         overwrite: Replace outputs that exist.
-        progress: Told of the bytes written, of all outputs together.
+        progress: Progress callback (bytes written, over all outputs).
 
     Returns:
-        For each folder what was done, or the error that `merge` would have raised.
+        For each folder the report, or the error that `merge` would have raised.
 
     Raises:
-        UnsupportedDtypeError: The dtype is not one that weights are stored in.
-        DeviceError: There is no such device here.
+        UnsupportedDtypeError: The dtype is not supported.
+        DeviceError: The device is not available.
     """
     model = open_checkpoint(into, progress=progress)
     plans = {Path(out): plan_merge(load_patch(patch), into=model, options=options) for out, patch in patches.items()}
@@ -137,7 +137,7 @@ def run_merges(
     """Carry out plans that are all for one model, which is opened once, and with one set of options; see `merge_each`.
 
     Raises:
-        DeviceError: There is no such device here.
+        DeviceError: The device is not available.
     """
     if not plans:
         return {}
@@ -145,7 +145,7 @@ def run_merges(
     if any(plan.into is not first.into or plan.options != first.options for plan in plans.values()):
         raise ValueError("the plans are for several models, or for several ways to merge")
     n_bytes = sum(plan.n_bytes for plan in plans.values())
-    how = How(first.options.rounding, require_device(first.options.device), keep_cached=not is_large(n_bytes))
+    how = TensorOptions(first.options.rounding, require_device(first.options.device), keep_cached=not is_large(n_bytes))
     failed = problems(plans, overwrite=overwrite)
     there = {out: plan for out, plan in plans.items() if out not in failed}
     try:
@@ -180,7 +180,9 @@ def problems(plans: Mapping[Path, MergePlan], *, overwrite: bool = False) -> dic
     return found
 
 
-def _run(outputs: Sequence[Output], how: How, *, overwrite: bool, progress: Progress) -> dict[Path, MergeReport]:
+def _run(
+    outputs: Sequence[Output], how: TensorOptions, *, overwrite: bool, progress: Progress
+) -> dict[Path, MergeReport]:
     """Write outputs side by side; the reports of those that have not failed."""
     reports: dict[Path, MergeReport] = {}
     with ExitStack() as opened:
@@ -202,7 +204,7 @@ def _run(outputs: Sequence[Output], how: How, *, overwrite: bool, progress: Prog
     return reports
 
 
-def _finish(output: Output, folder: Path, how: How, progress: Progress) -> MergeReport:
+def _finish(output: Output, folder: Path, how: TensorOptions, progress: Progress) -> MergeReport:
     """Write what goes beside the weights."""
     plan = output.plan
     require_equal(taken_tie(plan.patch, plan.into), known=output.known.read, progress=progress)
@@ -223,7 +225,7 @@ def _require_apart(output: Output, outputs: Sequence[Output]) -> None:
     check_apart(output.out, (*output.plan.into.files, *patches))
     inner = next((other.out for other in outputs if other is not output and holds(output.out, other.out)), None)
     if inner is not None:
-        raise OutputError(f"'{output.out}': is or would hold '{inner}', another output. Write to another folder.")
+        raise OutputError(f"'{output.out}': is or would contain '{inner}', another output. Write to another folder.")
     if output.plan.into.folder is not None:
         side_files(output.plan.into.folder)  # refuses what must not be copied, before there is any work to lose
 
@@ -242,7 +244,7 @@ def _count(total: int, left: int, progress: Progress) -> Callable[[int], None]:
     return wrote
 
 
-def _digest_plan(plan: MergePlan, how: How) -> str:
+def _digest_plan(plan: MergePlan, how: TensorOptions) -> str:
     """A digest of all that the bytes of the weights depend on; the model's files count by size and time of change."""
     states = [file.state for file in plan.into.files if isinstance(file, LocalFile)]
     files = [[state.size, state.mtime_ns] for state in states if state is not None]
@@ -250,7 +252,7 @@ def _digest_plan(plan: MergePlan, how: How) -> str:
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def digest_inputs(plan: MergePlan, how: How) -> dict[str, object]:
+def digest_inputs(plan: MergePlan, how: TensorOptions) -> dict[str, object]:
     """All that the bytes of the weights depend on, but for the model's own bytes."""
     return {
         "programs": {name: importlib.metadata.version(name) for name in ("portllm", "torch")},
@@ -275,7 +277,7 @@ def _on_disk(plans: Mapping[Path, MergePlan], progress: Progress) -> Mapping[Pat
         return plans
     if fingerprint(into) != planned.identity.fingerprint:
         raise RemoteError(
-            f"'{into.folder}': is not what {into.name} is on the hub: its fingerprint differs from "
+            f"'{into.folder}': is not {into.name} as it is on the Hub: its fingerprint differs from "
             f"{planned.identity.fingerprint}. Delete it and run again."
         )
     return {
@@ -292,8 +294,8 @@ def _report(
     plan: MergePlan,
     out: Path,
     folder: Path,
-    how: How,
-    facts: Facts,
+    how: TensorOptions,
+    facts: TensorResults,
 ) -> MergeReport:
     written = open_checkpoint(folder)
     return MergeReport(
@@ -315,6 +317,6 @@ def require_bfloat16(plan: MergePlan) -> None:
     other = next((step.entry for step in plan.steps.values() if step.change and step.entry.dtype != "BF16"), None)
     if other is not None:
         raise UnsupportedDtypeError(
-            f"'{other.name}': is to be stored as {other.dtype}; stochastic rounding is for BF16. Store BF16, or round "
-            "to nearest."
+            f"'{other.name}': would be stored as {other.dtype}, but stochastic rounding only supports BF16. Use "
+            "--dtype BF16, or round to nearest."
         )

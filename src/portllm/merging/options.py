@@ -1,4 +1,4 @@
-"""How a patch is merged, as one value: what plans are made with, and what they say."""
+"""Merge options as one value, which plans take and carry."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from portllm.merging.rounding_modes import NEAREST, Rounding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
-    """How a patch is merged; the same for all patches of one run.
+    """Merge options, the same for all patches of one run.
 
     Attributes:
         dtype: Storage dtype of the output (`F32`, `BF16`, `F16`, `F64`), or None to keep each tensor's.
-        rounding: How the sum is brought to the storage dtype.
-        device: Where the arithmetic is done, `cpu` or `cuda`; bytes are promised to equal PEFT's on the CPU only.
-        shard_bytes: Size above which the output is split into shards.
-        allow_other_base: Go on though the patch belongs to another model.
+        rounding: How sums are rounded to the storage dtype.
+        device: Device for the sums, `cpu` or `cuda`; bytes are guaranteed to equal PEFT's on the CPU only.
+        shard_bytes: Maximum size of an output shard.
+        allow_other_base: Accept a model other than the one the patch was made on.
     """
 
     dtype: str | None = None

@@ -19,7 +19,7 @@ from portllm.files.record import encode
 from portllm.files.staging import Staged
 from portllm.files.typed import decode
 from portllm.merging.plan import MergePlan, MergeStep
-from portllm.merging.tensor import Facts, Failure, How, Target, benches, make_tensor
+from portllm.merging.tensor import Failure, Target, TensorOptions, TensorResults, make_tensor, workspaces
 from portllm.workers.threads import Tell, run_side_by_side
 
 
@@ -30,7 +30,7 @@ class _File:
     name: str
     writer: ShardWriter
     missing: int
-    facts: Facts = field(default_factory=Facts)
+    facts: TensorResults = field(default_factory=TensorResults)
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +49,7 @@ class Output:
     out: Path
     plan: MergePlan
     error: PortLLMError | None = None
-    known: Facts = field(default_factory=Facts)
+    known: TensorResults = field(default_factory=TensorResults)
     left: list[Shard] = field(default_factory=list)
     opened: ExitStack = field(default_factory=ExitStack)
     _staged: Staged | None = None
@@ -95,7 +95,7 @@ class Output:
             assert self._staged is not None
             yield self._staged.folder
 
-    def file(self, shard: Shard, how: How) -> _File:
+    def file(self, shard: Shard, how: TensorOptions) -> _File:
         """One of its files, which is begun when it is first asked for.
 
         Raises:
@@ -108,7 +108,7 @@ class Output:
             self._files[shard.file] = _File(shard.file, writer, len(shard.entries))
         return self._files[shard.file]
 
-    def note(self, file: _File, facts: Facts) -> None:
+    def note(self, file: _File, facts: TensorResults) -> None:
         """Take in that a tensor is written; with the last one its file is brought to the disk and noted as finished.
 
         Raises:
@@ -127,7 +127,7 @@ def not_written(out: Path, error: Failure) -> PortLLMError:
     """The error of an output that could not be written."""
     if isinstance(error, PortLLMError):
         return error
-    failure = OutputError(f"'{out}': could not be written: {error.strerror or error}. Nothing was left there.")
+    failure = OutputError(f"'{out}': could not be written: {error.strerror or error}. Nothing was left behind.")
     failure.__cause__ = error
     return failure
 
@@ -137,14 +137,16 @@ def good(outputs: Sequence[Output]) -> list[Output]:
     return [output for output in outputs if output.error is None]
 
 
-def write_outputs(outputs: Sequence[Output], how: How, told: Callable[[int], None]) -> None:
+def write_outputs(outputs: Sequence[Output], how: TensorOptions, told: Callable[[int], None]) -> None:
     """Write the files that are left of outputs of one model; every tensor that any of them needs is read once.
 
     A file is noted as finished as soon as it is on the disk, while the next ones are written. An output that fails has
     its error; if the model cannot be read, all have that one.
     """
 
-    def job(places: list[tuple[Output, _File, MergeStep]], tell: Tell) -> list[tuple[Output, _File, Facts | Failure]]:
+    def job(
+        places: list[tuple[Output, _File, MergeStep]], tell: Tell
+    ) -> list[tuple[Output, _File, TensorResults | Failure]]:
         places = [place for place in places if place[0].error is None]
         if not places:
             return []
@@ -156,7 +158,7 @@ def write_outputs(outputs: Sequence[Output], how: How, told: Callable[[int], Non
             free.put(bench)
         return [(output, file, result) for (output, file, _), result in zip(places, made, strict=True)]
 
-    def jobs() -> Iterator[Callable[[Tell], list[tuple[Output, _File, Facts | Failure]]]]:
+    def jobs() -> Iterator[Callable[[Tell], list[tuple[Output, _File, TensorResults | Failure]]]]:
         for wanted in _by_source(outputs):
             places = []
             for output, shard, step in wanted:
@@ -165,18 +167,18 @@ def write_outputs(outputs: Sequence[Output], how: How, told: Callable[[int], Non
                         places.append((output, output.file(shard, how), step))
             yield partial(job, places)
 
-    def done(results: list[tuple[Output, _File, Facts | Failure]]) -> None:
+    def done(results: list[tuple[Output, _File, TensorResults | Failure]]) -> None:
         for output, file, result in results:
             if output.error is None:
                 with output.alone():
-                    if not isinstance(result, Facts):
+                    if not isinstance(result, TensorResults):
                         raise result
                     output.note(file, result)
         if results and not good(outputs):
             raise _NothingLeftError
 
     try:
-        with benches(how, (step for output in outputs for step in output.plan.steps.values())) as free:
+        with workspaces(how, (step for output in outputs for step in output.plan.steps.values())) as free:
             run_side_by_side(jobs(), threads=how.threads, told=told, done=done)
     except _NothingLeftError:
         pass
@@ -200,7 +202,7 @@ def _by_source(outputs: Sequence[Output]) -> Iterable[Sequence[tuple[Output, Sha
     return wanted.values()
 
 
-def _finished(staged: Staged, shard: Shard) -> Facts | None:
+def _finished(staged: Staged, shard: Shard) -> TensorResults | None:
     """What an earlier run noted about a file, if the file still has every byte that the run wrote."""
     if shard.file not in staged.finished:
         return None
@@ -210,7 +212,7 @@ def _finished(staged: Staged, shard: Shard) -> Facts | None:
             if stream.read(len(shard.header)) != shard.header:
                 return None
         written = {name: digest_tensor(info) for name, info in read_header(file).tensors.items()}
-        facts = decode(Facts, staged.finished[shard.file])
+        facts = decode(TensorResults, staged.finished[shard.file])
     except (OSError, CheckpointError, ValueError):
         return None
     return facts if facts.written == written else None

@@ -18,7 +18,7 @@ from portllm.matching.compatibility import (
     altered_copies,
     base_mismatch,
     changes_on,
-    misfits,
+    mismatches,
     oriented,
     unmergeable,
 )
@@ -119,10 +119,10 @@ def plan_merge(
     """
     dtype = options.dtype
     if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise UnsupportedDtypeError(f"dtype {dtype!r}: weights are stored as {', '.join(FLOAT_DTYPES)}.")
+        raise UnsupportedDtypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
     patch = oriented(patch, into)
-    refusals = list(misfits(patch, into))
+    refusals = list(mismatches(patch, into))
     if quantized_base is None:
         refusals += base_mismatch(
             patch, identity, model=into, option="--into", allow_other_base=options.allow_other_base
@@ -133,11 +133,11 @@ def plan_merge(
     refusals += unmergeable(into, dtype=dtype)
     notes = []
     if patch.record is None:
-        notes.append(f"{patch.name} has no patch.json: {into.name} is taken for its base because you name it.")
+        notes.append(f"{patch.name} has no patch.json: {into.name} is assumed to be its base.")
     fitted = None if into.quantization is not None else fitted_of(patch, into, quantized_base)
     if (scheme := quantization_of(patch)) is not None and into.quantization is None:
-        measured = "the report says how large that is" if fitted else "how large that is, is not measured"
-        notes.append(f"the patch was fitted to {scheme} weights, and {into.name} differs from them: {measured}.")
+        measured = "the report shows how much" if fitted else "the difference is not measured"
+        notes.append(f"the patch was trained on {scheme} weights, which differ from {into.name}: {measured}.")
     changes, sources, unties = _untangle(changes_on(patch, into), into)
     config_changes: dict[str, object] = {}
     if unties:
@@ -145,10 +145,10 @@ def plan_merge(
         text = into.config.get("text_config")
         if isinstance(text, dict) and "tie_word_embeddings" in text:  # a model of vision and text says it there too
             config_changes["text_config"] = {**text, "tie_word_embeddings": False}
-        notes.append("the patch sets head and embedding apart, which were tied: the output has a head of its own.")
+        notes.append("the patch unties head and embedding: the output has a separate head.")
     if into.quantization is not None:
         config_changes[QUANTIZATION_FIELD] = None
-        notes.append(f"the output holds the values that the weights of {into.name} stand for, with the patch in them.")
+        notes.append(f"the output contains the dequantized weights of {into.name} with the patch added.")
     if dtype is not None:
         config_changes["dtype"] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
     steps = {

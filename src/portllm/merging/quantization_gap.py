@@ -36,7 +36,7 @@ def measure_gap(
         plan: The merge.
         fitted: What the deltas were fitted to.
         sums: The sizes of the deltas, by tensor.
-        progress: Told of the bytes of values compared.
+        progress: Progress callback (bytes of values compared).
     """
     steps = {name: step for name, step in plan.steps.items() if name in sums and _was_quantized(name, step, fitted)}
     total = sum(step.source.n_params for step in steps.values())

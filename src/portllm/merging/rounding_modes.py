@@ -1,4 +1,4 @@
-"""How a merged weight is rounded to its stored dtype: to the nearest value, or stochastically with a seed."""
+"""Rounding modes of a merge: to the nearest value, or stochastic with a seed."""
 
 from dataclasses import dataclass
 

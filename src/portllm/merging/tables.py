@@ -15,9 +15,9 @@ def merge_facts(report: MergeReport) -> dict[str, str]:
         "rounding loss": f"{percent(total.rounding_loss)} of the patch's norm",
     }
     if report.device != "cpu":
-        rows["computed on"] = f"{report.device}: sums may differ in their last bit from those of a CPU"
+        rows["computed on"] = f"{report.device}: sums may differ from those of a CPU in the last bit"
     if worst is not None:
-        rows["worst tensor"] = f"{worst}, keeps {percent(report.tensors[worst].kept_gain)}"
+        rows["worst tensor"] = f"{worst}, which keeps {percent(report.tensors[worst].kept_gain)}"
     if report.quantization is not None:
         rows["quantization"] = _quantization(report.quantization)
     return rows

@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from portllm.checkpoint.model.identity import digest_stored
 from portllm.errors import DeviceError, PortLLMError
-from portllm.merging.blocks import Bench, Cut, Make, Stored, copied, cut_for, read_blocks
+from portllm.merging.blocks import BlockKernel, SourceBlock, Tiling, Workspace, copied, cut_for, read_blocks
 from portllm.merging.plan import MergeStep
 from portllm.merging.rounding_modes import NEAREST, Rounding
 from portllm.merging.with_native import can_fuse, fused
@@ -23,7 +23,7 @@ TELL_BYTES = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class TensorOptions:
     """How tensors are made; none of it but rounding and device can change a byte.
 
     Attributes:
@@ -39,14 +39,14 @@ class How:
     threads: int = field(default_factory=lambda: default_threads())
 
 
-class Facts(msgspec.Struct, frozen=True):
+class TensorResults(msgspec.Struct, frozen=True):
     """What is known of tensors, by name in their files: digests of what was read and written; what rounding took."""
 
     read: dict[str, str] = msgspec.field(default_factory=dict)
     written: dict[str, str] = msgspec.field(default_factory=dict)
     sums: dict[str, MergeSums] = msgspec.field(default_factory=dict)
 
-    def add(self, other: "Facts") -> None:
+    def add(self, other: "TensorResults") -> None:
         """Take in what is known of other tensors."""
         self.read.update(other.read)
         self.written.update(other.written)
@@ -65,7 +65,7 @@ Failure = PortLLMError | OSError
 """Why an output has no tensor; the others have theirs all the same."""
 
 
-def make_tensor(targets: Sequence[Target], bench: Bench, tell: Tell) -> list[Facts | Failure]:
+def make_tensor(targets: Sequence[Target], bench: Workspace, tell: Tell) -> list[TensorResults | Failure]:
     """Read a tensor once and hand every target its bytes; `tell` hears how many they were.
 
     What patches leave alone is rounded and digested once, however many targets take it.
@@ -103,7 +103,7 @@ def make_tensor(targets: Sequence[Target], bench: Bench, tell: Tell) -> list[Fac
     return [made[number] for number in range(len(targets))]
 
 
-class _Making:
+class _SharedOutput:
     """What some targets get alike, block by block; it ends for a target that cannot be written.
 
     Attributes:
@@ -118,14 +118,14 @@ class _Making:
         self._failed: dict[int, Failure] = {}
         self._place = 0
 
-    def begin(self, cut: Cut, bench: Bench) -> None:
+    def begin(self, cut: Tiling, bench: Workspace) -> None:
         """Read what the patch has for this tensor."""
         try:
             self._maker = _maker_of(self._step, cut, bench)
         except PortLLMError as error:
             self._fail(error, *self.left)
 
-    def make(self, stored: Stored) -> int:
+    def make(self, stored: SourceBlock) -> int:
         """Make a block and hand it to the targets; how many bytes they took together."""
         if not self.left:
             return 0
@@ -146,13 +146,13 @@ class _Making:
         self._place += len(block.data)
         return len(self.left) * len(block.data)
 
-    def results(self, read: Mapping[str, str]) -> Iterator[tuple[int, Facts | Failure]]:
+    def results(self, read: Mapping[str, str]) -> Iterator[tuple[int, TensorResults | Failure]]:
         """What became of each target, with the digests of what was read."""
         yield from self._failed.items()
         for number, target in self.left.items():
             name, source = target.step.entry.name, target.step.source.name
             written = read[source] if self._step.is_copy else self._digest.hexdigest()
-            yield number, Facts(dict(read), {name: written}, {} if self._sums is None else {name: self._sums})
+            yield number, TensorResults(dict(read), {name: written}, {} if self._sums is None else {name: self._sums})
 
     def _fail(self, error: Failure, *numbers: int) -> None:
         for number in numbers:
@@ -160,7 +160,7 @@ class _Making:
             del self.left[number]
 
 
-def _maker_of(step: MergeStep, cut: Cut, bench: Bench) -> Make:
+def _maker_of(step: MergeStep, cut: Tiling, bench: Workspace) -> BlockKernel:
     if step.is_copy:
         return copied
     if can_fuse(step, bench.rounding, bench.device):
@@ -170,12 +170,12 @@ def _maker_of(step: MergeStep, cut: Cut, bench: Bench) -> Make:
     return change_of(step, cut, bench)
 
 
-def _makings(targets: Sequence[Target]) -> list[_Making]:
+def _makings(targets: Sequence[Target]) -> list[_SharedOutput]:
     """The targets by what they get: each change is made for itself, all else once for each storage dtype."""
     alike: dict[int | str, dict[int, Target]] = defaultdict(dict)
     for number, target in enumerate(targets):
         alike[target.step.entry.dtype if target.step.change is None else number][number] = target
-    return [_Making(found) for found in alike.values()]
+    return [_SharedOutput(found) for found in alike.values()]
 
 
 def require_device(device: str) -> str:
@@ -188,19 +188,19 @@ def require_device(device: str) -> str:
         import torch
 
         if not torch.cuda.is_available():
-            raise DeviceError(f"--device {device}: torch finds none here. Leave the option out to compute on the CPU.")
+            raise DeviceError(f"--device {device}: torch finds no such device. Omit the option to compute on the CPU.")
     return device
 
 
 @contextmanager
-def benches(how: How, steps: Iterable[MergeStep]) -> Iterator["SimpleQueue[Bench]"]:
+def workspaces(how: TensorOptions, steps: Iterable[MergeStep]) -> Iterator["SimpleQueue[Workspace]"]:
     """A bench for each thread, to be taken and put back; where the steps need torch, it computes on one thread each."""
-    free: SimpleQueue[Bench] = SimpleQueue()
+    free: SimpleQueue[Workspace] = SimpleQueue()
     with ExitStack() as made:
         if not all(step.is_copy or can_fuse(step, how.rounding, how.device) for step in steps):
             from portllm.workers.one_thread import one_thread  # loads torch
 
             made.enter_context(one_thread())
         for _ in range(how.threads):
-            free.put(made.enter_context(Bench(how.rounding, device=how.device, keep_cached=how.keep_cached)))
+            free.put(made.enter_context(Workspace(how.rounding, device=how.device, keep_cached=how.keep_cached)))
         yield free

@@ -34,7 +34,7 @@ def render_in_place_plan(plan: "InPlacePlan") -> str:
     size = n_bytes(plan.kept_bytes)
     return _merge_plan(
         plan.merge,
-        {"output": f"{plan.folder}, in place: {size} are overwritten", "room": f"{size} for the old bytes of these"},
+        {"output": f"{plan.folder}, in place: overwrites {size}", "room": f"{size} for the overwritten bytes"},
     )
 
 
@@ -53,26 +53,29 @@ def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) 
     total, worst, gap = report.total, report.worst, report.quantization
     rows = {"output": f"{out}: {_written(report)}", **merge_facts(report)}
     if report.headers:
-        notes += (f"to take it back: portllm merge --undo {out}; to make room instead, delete {out}/.portllm-undo",)
+        notes += (f"to undo: portllm merge --undo {out}; to free the space instead, delete {out}/.portllm-undo",)
     lines = ["merged", *table(rows), *items("note", notes)]
     if gap is not None and gap.dominates:
         lines += [
-            "  warning: the merge adds far more of what quantization took than of the patch, and the patch was fitted",
-            "  without it. Models merged so were seen to break: evaluate the output, serve the adapter unmerged beside",
-            "  the quantized model, or merge into its own values: --into QUANTIZED --dtype BF16.",
+            "  warning: the merge adds back far more quantization error than patch, and the patch was trained",
+            "  without it. Models merged this way have been seen to break: evaluate the output, serve the adapter on",
+            "  the quantized model, or merge into its dequantized values: --into QUANTIZED --dtype BF16.",
         ]
     least = report.tensors[worst].kept_gain if worst is not None else 1.0
     if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
         lines += [
             "  warning: changes smaller than half a step of the storage dtype are lost. To keep them, serve the",
-            "  adapter unmerged, store a wider dtype (--dtype F32 or F16), or use --rounding stochastic.",
+            "  adapter unmerged, use a wider dtype (--dtype F32 or F16), or use --rounding stochastic.",
         ]
     return "\n".join(lines)
 
 
 def _written(report: MergeReport) -> str:
     if report.headers:
-        return f"{n_bytes(report.n_bytes)} overwritten in place, {len(report.tensors)} tensors, {report.n_copied} kept"
+        return (
+            f"{n_bytes(report.n_bytes)} overwritten in place: {len(report.tensors)} tensors changed, "
+            f"{report.n_copied} kept"
+        )
     return f"{n_bytes(report.n_bytes)}, {len(report.tensors)} tensors changed, {report.n_copied} copied"
 
 

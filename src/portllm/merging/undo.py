@@ -86,20 +86,20 @@ def read_undo(model: Path) -> Undo | None:
         return None
     if folder.is_symlink() or not all(is_own_file(folder / name) for name in (UNDO_FILE, SINGLE_FILE)):
         raise CheckpointError(
-            f"'{folder}': is not what a merge in place keeps, lacks a part of it, or leads elsewhere. Fetch the model "
-            "again."
+            f"'{folder}': is not the undo data of an in-place merge, is incomplete, or is a link. Download the "
+            "model again."
         )
     values = read_json(folder / UNDO_FILE)
     tensors = read_header(folder / SINGLE_FILE).tensors
     try:
         kept = decode_sealed(_Kept, values)
     except ValueError as error:
-        raise CheckpointError(f"'{folder / UNDO_FILE}': {error}. Fetch the model again.") from error
+        raise CheckpointError(f"'{folder / UNDO_FILE}': {error}. Download the model again.") from error
     problem = seal_problem(values)
     if problem is None and kept.digests.keys() != tensors.keys():
-        problem = f"is about other tensors than {SINGLE_FILE} beside it holds"
+        problem = f"lists other tensors than {SINGLE_FILE} beside it contains"
     if problem is not None:
-        raise CheckpointError(f"'{folder / UNDO_FILE}': {problem}. Fetch the model again.")
+        raise CheckpointError(f"'{folder / UNDO_FILE}': {problem}. Download the model again.")
     return Undo(kept.plan, kept.digests, kept.manifest, tensors)
 
 
@@ -114,7 +114,9 @@ def original(model: Path, undo: Undo | None, *, name: str) -> Checkpoint:
     for tensor, info in kept.items():
         now = there.infos.get(tensor)
         if now is None or (now.dtype, now.shape) != (info.dtype, info.shape):
-            raise CheckpointError(f"'{model}': '{tensor}' is not of the model that '{UNDO_FOLDER}' was kept for.")
+            raise CheckpointError(
+                f"'{model}': '{tensor}' does not belong to the model that '{UNDO_FOLDER}' was saved for."
+            )
     return replace(there, infos={tensor: kept.get(tensor, info) for tensor, info in there.infos.items()})
 
 
@@ -153,11 +155,11 @@ def alone(model: Path) -> Iterator[Held]:
         try:
             held = stack.enter_context(opened(model))
         except OSError as error:
-            raise OutputError(f"'{model}': is no folder that can be opened: {error.strerror}.") from error
+            raise OutputError(f"'{model}': cannot be opened as a folder: {error.strerror}.") from error
         try:
             fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OutputBusyError(f"'{model}': another run is writing there. Wait for its end.") from error
+            raise OutputBusyError(f"'{model}': another run is writing there. Wait for it to finish.") from error
         try:
             remove_folder(held, _GONE, (UNDO_FILE, SINGLE_FILE))
             sweep(model / UNDO_FOLDER)

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 
 from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.merging.blocks import FEWEST_ROWS, Bench, Block, Make, Stored, require_finite
+from portllm.merging.blocks import FEWEST_ROWS, Block, BlockKernel, SourceBlock, Workspace, require_finite
 from portllm.merging.plan import MergeStep
 from portllm.merging.rounding_modes import Nearest, Rounding
 from portllm.native import kernels
@@ -50,7 +50,7 @@ def can_fuse(step: MergeStep, rounding: Rounding, device: str) -> bool:
     )
 
 
-def fused(step: MergeStep, bench: Bench) -> Make:
+def fused(step: MergeStep, bench: Workspace) -> BlockKernel:
     """What makes the blocks of a step; it keeps the factors.
 
     The function that it returns raises NonFiniteError where a value is infinite or not a number, or becomes so in the
@@ -71,8 +71,8 @@ def _fused(
     a: Float32[np.ndarray, "rank d_in"],
     b: Float32[np.ndarray, "d_out rank"],
     scale: float,
-    bench: Bench,
-    stored: Stored,
+    bench: Workspace,
+    stored: SourceBlock,
 ) -> Block:
     out = bench.room(len(stored.data))
     of_rows = b[stored.start : stored.stop]

@@ -14,7 +14,7 @@ from torch import Tensor
 from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load, load_rows, torch_dtype
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
-from portllm.merging.blocks import Bench, Block, Cut, Make, Stored, require_finite
+from portllm.merging.blocks import Block, BlockKernel, SourceBlock, Tiling, Workspace, require_finite
 from portllm.merging.plan import MergeStep
 from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
@@ -22,7 +22,7 @@ from portllm.patch.merge import add, delta_rows, fold_scale, measure_merge, reno
 from portllm.patch.noise import rounding_noise
 
 
-def change_of(step: MergeStep, cut: Cut, bench: Bench) -> Make:
+def change_of(step: MergeStep, cut: Tiling, bench: Workspace) -> BlockKernel:
     """What makes the blocks of one output tensor that is no copy; it keeps the patch's factors for the tensor.
 
     The function that it returns raises NonFiniteError where a value is infinite or not a number, or becomes so in the
@@ -36,7 +36,7 @@ def change_of(step: MergeStep, cut: Cut, bench: Bench) -> Make:
     return partial(_cast, step, cut)
 
 
-def _values(cut: Cut, stored: Stored) -> Tensor:
+def _values(cut: Tiling, stored: SourceBlock) -> Tensor:
     """The rows as a tensor, in the same memory."""
     matrix = cut.matrix
     shape = (stored.stop - stored.start, *matrix.shape[1:]) if matrix.shape else ()
@@ -45,18 +45,18 @@ def _values(cut: Cut, stored: Stored) -> Tensor:
     return torch.frombuffer(stored.data, dtype=torch_dtype(matrix.dtype)).reshape(shape)
 
 
-def _cast(step: MergeStep, cut: Cut, stored: Stored) -> Block:
+def _cast(step: MergeStep, cut: Tiling, stored: SourceBlock) -> Block:
     values = _values(cut, stored)
     cast = values.to(TORCH_DTYPES[step.entry.dtype])
     if not cast.isfinite().all() and (values.isfinite() & ~cast.isfinite()).any():
         raise NonFiniteError(
-            f"'{step.entry.name}': rows {stored.start} to {stored.stop} hold a value that does not fit into "
-            f"{step.entry.dtype}. Store a wider dtype."
+            f"'{step.entry.name}': rows {stored.start} to {stored.stop} contain a value that overflows "
+            f"{step.entry.dtype}. Use a wider dtype."
         )
     return Block(encode(cast))
 
 
-def _changed(step: MergeStep, change: "Changer", cut: Cut, bench: Bench, stored: Stored) -> Block:
+def _changed(step: MergeStep, change: "Changer", cut: Tiling, bench: Workspace, stored: SourceBlock) -> Block:
     rows = change(stored.start, _values(cut, stored))
     merged = _round(rows, step, bench)
     sums = measure_merge(rows.weight, rows.change, merged, scratch=bench.scratch)
@@ -85,7 +85,7 @@ Changer = Callable[[int, Tensor], Rows]
 """What a patch does to some rows of a weight: the first row's number, and the rows as they were read."""
 
 
-def _changer_of(change: Change[TensorInfo], cut: Cut, bench: Bench) -> Changer:
+def _changer_of(change: Change[TensorInfo], cut: Tiling, bench: Workspace) -> Changer:
     match change:
         case LowRankDelta(transposed=False) as delta:
             return _low_rank(delta, cut, bench)
@@ -114,7 +114,7 @@ def _changer_of(change: Change[TensorInfo], cut: Cut, bench: Bench) -> Changer:
             )
 
 
-def _low_rank(delta: LowRankDelta[TensorInfo], cut: Cut, bench: Bench) -> Changer:
+def _low_rank(delta: LowRankDelta[TensorInfo], cut: Tiling, bench: Workspace) -> Changer:
     a, b = _factor(bench, delta.a), _factor(bench, delta.b)
     b, scale = fold_scale(b, a, delta.scale)
     magnitude = None if delta.magnitude is None else _factor(bench, delta.magnitude)
@@ -128,7 +128,7 @@ def _low_rank(delta: LowRankDelta[TensorInfo], cut: Cut, bench: Bench) -> Change
     return change
 
 
-def _product(b: Tensor, a: Tensor, scale: float, start: int, count: int, cut: Cut, bench: Bench) -> Tensor:
+def _product(b: Tensor, a: Tensor, scale: float, start: int, count: int, cut: Tiling, bench: Workspace) -> Tensor:
     """`count` rows of `scale · B A` from row `start` on."""
     # A product of few rows can take another kernel, which rounds otherwise than that of the whole matrix: the last
     # block is multiplied at full height, from rows that the block before it has had already.
@@ -136,7 +136,7 @@ def _product(b: Tensor, a: Tensor, scale: float, start: int, count: int, cut: Cu
     return delta_rows(b[first : start + count], a, scale=scale, scratch=bench.scratch)[start - first :]
 
 
-def _experts(delta: ExpertsDelta[TensorInfo], cut: Cut, bench: Bench) -> Changer:
+def _experts(delta: ExpertsDelta[TensorInfo], cut: Tiling, bench: Workspace) -> Changer:
     """For a weight of shape (n_experts, d_out, d_in), which is read as the rows of one expert after the other."""
     stacked = _stacked(delta, bench)
     d_out = cut.matrix.shape[0] // delta.n_experts
@@ -155,7 +155,7 @@ def _experts(delta: ExpertsDelta[TensorInfo], cut: Cut, bench: Bench) -> Changer
     return change
 
 
-def _stacked(delta: ExpertsDelta[TensorInfo], bench: Bench) -> tuple[Tensor, Tensor]:
+def _stacked(delta: ExpertsDelta[TensorInfo], bench: Workspace) -> tuple[Tensor, Tensor]:
     """The factors of all experts."""
     return _factor(bench, delta.a), _factor(bench, delta.b)
 
@@ -165,7 +165,7 @@ def _of_expert(a: Tensor, b: Tensor, delta: ExpertsDelta[TensorInfo], number: in
     return a[number * delta.rank : (number + 1) * delta.rank], b[:, number :: delta.n_experts].contiguous()
 
 
-def _transposed(delta: LowRankDelta[TensorInfo], cut: Cut, bench: Bench) -> Changer:
+def _transposed(delta: LowRankDelta[TensorInfo], cut: Tiling, bench: Workspace) -> Changer:
     """For a weight stored as (d_in, d_out): its rows are columns of A."""
     a, b = _factor(bench, delta.a), _factor(bench, delta.b)
 
@@ -178,7 +178,7 @@ def _transposed(delta: LowRankDelta[TensorInfo], cut: Cut, bench: Bench) -> Chan
     return change if delta.magnitude is None else _renormalized_columns(a, b, delta.scale, delta.magnitude, bench)
 
 
-def _renormalized_columns(a: Tensor, b: Tensor, scale: float, magnitude: TensorInfo, bench: Bench) -> Changer:
+def _renormalized_columns(a: Tensor, b: Tensor, scale: float, magnitude: TensorInfo, bench: Workspace) -> Changer:
     norms = _factor(bench, magnitude)
 
     def change(start: int, stored: Tensor) -> Rows:
@@ -189,7 +189,7 @@ def _renormalized_columns(a: Tensor, b: Tensor, scale: float, magnitude: TensorI
     return change
 
 
-def _row_values(values: Tensor, rows: tuple[int, ...], bench: Bench) -> Changer:
+def _row_values(values: Tensor, rows: tuple[int, ...], bench: Workspace) -> Changer:
     places = torch.tensor(rows)
 
     def change(start: int, stored: Tensor) -> Rows:
@@ -201,18 +201,18 @@ def _row_values(values: Tensor, rows: tuple[int, ...], bench: Bench) -> Changer:
     return change
 
 
-def _added(start: int, stored: Tensor, change: Tensor, bench: Bench) -> Rows:
+def _added(start: int, stored: Tensor, change: Tensor, bench: Workspace) -> Rows:
     working = torch.promote_types(change.dtype, torch.promote_types(stored.dtype, torch.float32))
     weight = bench.scratch.wide("weight", stored, working)
     return Rows(start, weight, change, add(weight, change, scratch=bench.scratch))
 
 
-def _replaced(start: int, stored: Tensor, exact: Tensor, bench: Bench) -> Rows:
+def _replaced(start: int, stored: Tensor, exact: Tensor, bench: Workspace) -> Rows:
     weight = bench.scratch.wide("weight", stored, exact.dtype)
     return Rows(start, weight, exact - weight, exact)
 
 
-def _round(rows: Rows, step: MergeStep, bench: Bench) -> Tensor:
+def _round(rows: Rows, step: MergeStep, bench: Workspace) -> Tensor:
     exact = rows.exact
     if isinstance(bench.rounding, Stochastic):
         start = rows.start * exact.shape[1]
@@ -226,7 +226,7 @@ def _matrix(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1)
 
 
-def _factor(bench: Bench, info: TensorInfo) -> Tensor:
+def _factor(bench: Workspace, info: TensorInfo) -> Tensor:
     """A factor, whole, in the dtype that is computed with."""
     return _wide(load(info).to(bench.device))
 

@@ -44,6 +44,6 @@ def add_suits(answer: str, _evidence: Mapping[str, float]) -> str | None:
         case "holds":
             return "addition is known to hold"
         case "uncertain":
-            return "addition may hold, and nothing found rules it out"
+            return "addition may hold; nothing measured rules it out"
         case _:
             return None

@@ -101,7 +101,7 @@ def carried_magnitude(
 def _carried(module: str, magnitude: Tensor, base: Tensor, evolved: Tensor) -> Tensor:
     if not evolved.any(dim=1).all():  # PEFT would divide by their norm
         raise NonFiniteError(
-            f"'{module}': a row of the evolved weight and the delta together is zero, and DoRA scales rows to a "
-            "length. Train the adapter without DoRA, or leave this module out."
+            f"'{module}': a row of the evolved weight plus the delta is zero, and DoRA cannot rescale it. Train "
+            "the adapter without DoRA, or leave this module out."
         )
     return carry_magnitude(magnitude, base, evolved)

@@ -32,5 +32,5 @@ def method_named(method_id: str) -> PortMethod:
         'PortLLM, arXiv 2410.10870, eq. 6'
     """
     if method_id not in METHODS:
-        raise UnknownMethodError(f"'{method_id}': is no port method. There are: {', '.join(METHODS)}.")
+        raise UnknownMethodError(f"unknown port method '{method_id}'; available: {', '.join(METHODS)}.")
     return METHODS[method_id]

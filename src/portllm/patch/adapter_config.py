@@ -138,8 +138,8 @@ class AdapterConfig:
         if sum(named.values()) * n_modules > MAX_COMPARISONS:
             longest = max(named, key=lambda name: named[name])
             raise AdapterFormatError(
-                f"adapter_config.json: '{longest}' has {named[longest]} entries, too many to compare with each of "
-                f"{n_modules} tensors. Name modules by the ends of their names."
+                f"adapter_config.json: '{longest}' has {named[longest]} entries, too many to match against "
+                f"{n_modules} tensors. Name modules by their suffixes."
             )
 
     def takes_peft_long(self, modules: Iterable[str]) -> bool:
@@ -248,7 +248,7 @@ def parse_adapter_config(fields: Mapping[str, object], *, where: str) -> Adapter
     if "target_modules" in fields and fields["target_modules"] is None and not fields.get("target_parameters"):
         problems.append("'target_modules' is None, and 'target_parameters' names nothing either")
     if problems:
-        raise AdapterFormatError(f"'{where}': adapter_config.json is not understood whole: {'; '.join(problems)}.")
+        raise AdapterFormatError(f"'{where}': adapter_config.json is not fully supported: {'; '.join(problems)}.")
     return AdapterConfig(dict(fields))
 
 
@@ -256,18 +256,18 @@ def _field_problem(name: str, value: object) -> str | None:
     """Why one field cannot be accepted, or None."""
     if name in NEUTRAL_VALUES:
         neutral = NEUTRAL_VALUES[name]
-        return None if value in neutral else f"'{name}' is {_short(value)}, and this kind of adapter is not supported"
+        return None if value in neutral else f"'{name}' is {_short(value)}; this kind of adapter is not supported"
     if name in IGNORED_FIELDS:
         return None
     if name not in UNDERSTOOD_FIELDS:
-        return None if value in (None, False) else f"{_short(name)} ({_short(value)}) is not a field that is known"
+        return None if value in (None, False) else f"unknown field {_short(name)} ({_short(value)})"
     if name == "init_lora_weights" and not is_known_init(value):
-        return f"'init_lora_weights' is {_short(value)}, and whether that changes the base is not known"
+        return f"'init_lora_weights' is {_short(value)}; whether that changes the base is unknown"
     if not _has_expected_type(name, value):
-        return f"'{name}' is {_short(value)}, which is not of its type"
+        return f"'{name}' is {_short(value)}, which has the wrong type"
     problems = ((pattern.written, pattern.problem()) for pattern in _patterns_in(name, value))
     return next(
-        (f"'{name}' holds {_short(pattern)}, which {problem}" for pattern, problem in problems if problem), None
+        (f"'{name}' contains {_short(pattern)}, which {problem}" for pattern, problem in problems if problem), None
     )
 
 

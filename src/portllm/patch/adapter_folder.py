@@ -1,4 +1,4 @@
-"""PEFT's adapter folder, both directions. The names of its keys live here and nowhere else.
+"""Read and write PEFT's adapter folder.
 
 Reading takes the headers only; a factor stays on disk, described by a `TensorInfo`, until somebody loads it. Every
 tensor of the file is accounted for: it becomes part of a delta, or the folder is refused with all such tensors named.
@@ -70,7 +70,7 @@ class AdapterOpener:
         name = str(folder)
         revision = None
         if not is_utf8(name):
-            raise AdapterFormatError(f"{name!r}: is not UTF-8, and no record could name it. Give it another name.")
+            raise AdapterFormatError(f"{name!r}: is not valid UTF-8, so no record can name it. Rename it.")
         if names_hub(name):
             path, revision = _fetch(name)
         _require_files(path, name)
@@ -90,17 +90,17 @@ class AdapterOpener:
 
 
 def load_patch(folder: PatchLike) -> Patch[TensorInfo]:
-    """Open an adapter folder that fits its base as it is, with its `patch.json` where it has one; no tensor is read.
+    """Open a patch: an adapter folder, with its `patch.json` if it has one; no tensor is read.
 
     Args:
         folder: A folder, or an adapter of the Hugging Face Hub (`org/name` or `org/name@revision`), whose three files
             are brought into huggingface_hub's cache. A patch is returned as it is.
 
     Raises:
-        NotFoundError, RemoteError: An adapter of the hub is not there, or cannot be fetched.
-        AdapterFormatError: It is not an adapter that is understood whole, or it belongs to a base that PEFT changed.
+        NotFoundError, RemoteError: The adapter does not exist on the Hub, or cannot be downloaded.
+        AdapterFormatError: It is not a fully supported adapter, or it belongs to a base that PEFT changed.
         PatchRecordError: Its `patch.json` breaks the schema or its seal.
-        HeaderError: Its tensor file is damaged.
+        HeaderError: Its tensor file is corrupt.
     """
     return folder if isinstance(folder, Patch) else AdapterOpener().load(folder)
 
@@ -120,13 +120,13 @@ def why_unconverted(patch: Patch[TensorInfo]) -> str:
         way = f"portllm capture --adapter {patch.name} --base BASE -o PATCH"
     else:
         way = (
-            f"portllm capture --adapter {patch.name} --base BASE --initial START -o PATCH, where START is the adapter "
-            "as it was saved before training"
+            f"portllm capture --adapter {patch.name} --base BASE --initial START -o PATCH, where START is the "
+            "adapter as saved before training"
         )
-    again = "" if is_named else f" If PEFT has converted it already, take '{field}' out of its file."
+    again = "" if is_named else f" If PEFT has already converted it, remove '{field}' from its file."
     return (
-        f"{said}: PEFT took a part out of the base's weights before training, and the adapter belongs to what was "
-        f"left. Convert it once: {way}.{again}"
+        f"{said}: PEFT subtracted a part from the base's weights before training, so the adapter belongs to the "
+        f"remainder. Convert it once: {way}.{again}"
     )
 
 
@@ -143,7 +143,7 @@ def read_record(folder: Path) -> PatchRecord | None:
     record = parse_record(values, where=str(file))
     problem = seal_problem(values)
     if problem:
-        raise PatchRecordError(f"'{file}': {problem}. Fetch the patch again, or capture it again.")
+        raise PatchRecordError(f"'{file}': {problem}. Download the patch again, or capture it again.")
     return record
 
 
@@ -157,7 +157,7 @@ def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
         return decode_sealed(PatchRecord, values)
     except ValueError as error:
         raise PatchRecordError(
-            f"'{where}': {error}. It was written by another version or changed by hand; capture the patch again."
+            f"'{where}': {error}. It was written by another version or edited by hand; capture the patch again."
         ) from error
 
 
@@ -249,8 +249,8 @@ def folder_of(patch: Patch[TensorInfo]) -> Path:
     odd = next((key for key in keys if not key.startswith(PREFIX) or plain_key(key) != key), None)
     if odd is not None:
         raise AdapterFormatError(
-            f"'{patch.name}': tensor '{odd}' is not named as PEFT writes it, and PEFT would drop it. Write the patch "
-            f"anew: portllm capture --adapter {patch.name} --base BASE -o PATCH."
+            f"'{patch.name}': tensor '{odd}' has a name that PEFT does not use and would ignore. Write the patch "
+            f"again: portllm capture --adapter {patch.name} --base BASE -o PATCH."
         )
     return Path(str(files_of(patch)[0])).parent
 
@@ -278,15 +278,17 @@ def _fetch(name: str) -> tuple[Path, str]:
     repository = look_up(name)
     files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE) if file in repository.files]
     if CONFIG_FILE not in files:
-        raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the hub, so it is not an adapter.")
+        raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the Hub, so it is not an adapter.")
     _require_read(repository.files, name)
     if TENSOR_FILE not in files:
         pickled = (
-            f"; its {PICKLE_FILE}, a pickle, can run code and is never read" if PICKLE_FILE in repository.files else ""
+            f"; its {PICKLE_FILE} is a pickle, which can run code and is never read"
+            if PICKLE_FILE in repository.files
+            else ""
         )
         raise AdapterFormatError(
-            f"'{name}': has no {TENSOR_FILE} on the hub{pickled}. Ask its author for one, or convert it and give the "
-            "folder."
+            f"'{name}': has no {TENSOR_FILE} on the Hub{pickled}. Ask its author for one, or convert it and pass "
+            "the folder."
         )
     return fetch(repository, files), repository.revision
 
@@ -298,7 +300,7 @@ def _require_files(path: Path, name: str) -> None:
         )
     if not os.path.isfile(path / CONFIG_FILE):
         inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
-        hint = f" Its subfolder '{inner}' is one: give that." if inner else ""
+        hint = f" Its subfolder '{inner}' is one: pass that." if inner else ""
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE}, so it is not an adapter folder.{hint}")
     try:
         there = os.listdir(path)
@@ -309,10 +311,9 @@ def _require_files(path: Path, name: str) -> None:
         return
     if os.path.isfile(path / PICKLE_FILE):
         raise AdapterFormatError(
-            f"'{name}': holds {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, convert "
-            'it once: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{path / PICKLE_FILE}', "
-            f"weights_only=True), '{path / TENSOR_FILE}')\"."
+            f"'{name}': contains {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, "
+            'convert it once: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{path / PICKLE_FILE}', weights_only=True), '{path / TENSOR_FILE}')\"."
         )
     raise AdapterFormatError(f"'{name}': has {CONFIG_FILE} but no {TENSOR_FILE}. Copy the whole folder.")
 
@@ -322,11 +323,12 @@ def _require_read(files: Collection[str], name: str) -> None:
     unread = next((file for file in UNREAD_FILES if file in files), None)
     if unread is not None:
         raise AdapterFormatError(
-            f"'{name}': a part of what was trained is in {unread}, which PEFT does not load. Save those modules with "
-            "the adapter (modules_to_save), or take the file away if they are not meant."
+            f"'{name}': part of the training result is in {unread}, which PEFT does not load. Save those modules "
+            "with the adapter (modules_to_save), or remove the file if they are not needed."
         )
     if MLX_FILE in files and TENSOR_FILE not in files:
         raise AdapterFormatError(
-            f"'{name}': {MLX_FILE} is mlx-lm's layout, whose names and axes are other than PEFT's. Convert it into "
-            f"PEFT's, or merge it with mlx_lm.fuse and give the result: portllm capture --base BASE --tuned TUNED."
+            f"'{name}': {MLX_FILE} is in mlx-lm's layout, whose names and axes differ from PEFT's. Convert it to "
+            "PEFT's layout, or merge it with mlx_lm.fuse and pass the result: portllm capture --base BASE "
+            "--tuned TUNED."
         )

@@ -31,10 +31,10 @@ class Role(Enum):
 
 UNSUPPORTED: Mapping[str, str] = {
     "lora_diag": "a KaSA diagonal",
-    ".original_module.": "the base's own value, left beside the one that was trained",
+    ".original_module.": "the base's own value, left beside the trained one",
     PREFIX * 2: "of an adapter around another adapter",
-    ".lora_down.": "a factor by kohya's names",
-    ".lora_up.": "a factor by kohya's names",
+    ".lora_down.": "a factor with kohya's names",
+    ".lora_up.": "a factor with kohya's names",
 }
 """Parts of keys that mean something that is refused, and its name."""
 
@@ -100,14 +100,12 @@ def why_foreign(key: str) -> str | None:
 
     Example:
         >>> why_foreign("h.0.q.lora_A.weight")
-        "without 'base_model.model.' before its name, so PEFT would drop it without a word"
+        "without the prefix 'base_model.model.', so PEFT would silently ignore it"
     """
     kind = next((kind for part, kind in UNSUPPORTED.items() if part in key), None)
     if kind is not None:
         return f"{kind}, which is not supported"
-    return (
-        None if key.startswith(PREFIX) else f"without '{PREFIX}' before its name, so PEFT would drop it without a word"
-    )
+    return None if key.startswith(PREFIX) else f"without the prefix '{PREFIX}', so PEFT would silently ignore it"
 
 
 def split_inner(module: str) -> tuple[str, int]:

@@ -67,7 +67,7 @@ def sort_out(
             by_module.setdefault(found[0], {})[found[1]] = keyed[key]
     for module in [module for module in by_module if _is_inner(module, config)]:
         parts.problems += [
-            f"tensor '{info.name}' is a factor of a parameter, and 'target_parameters' names none of its module"
+            f"tensor '{info.name}' is a factor of a parameter, but 'target_parameters' names none of its module"
             for info in by_module.pop(module).values()
         ]
     has_parameters = False
@@ -76,12 +76,14 @@ def sort_out(
         _take_parameters(parts, module, nested, config)
         has_parameters = True
     if config.names_parameters and not has_parameters:
-        parts.problems.append("'target_parameters' names parameters of the model, and there are no factors for any")
+        parts.problems.append(
+            "'target_parameters' names parameters of the model, but there are no factors for any of them"
+        )
     for module, roles in by_module.items():
         _take_module(parts, module, roles, config)
     parts.problems += _changed_twice(parts)
     if not (parts.deltas or parts.values or parts.rows or parts.experts or parts.problems):
-        parts.problems.append("there is no factor of a LoRA in it")
+        parts.problems.append("it contains no LoRA factors")
     parts.problems += _wrong_dtypes(tensors)
     if parts.problems:
         rest = len(parts.problems) - SHOWN
@@ -106,15 +108,14 @@ def _plain(parts: _Parts, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor
     names = adapter_names(tensors)
     if len(names) > 1:
         parts.problems.append(
-            f"there are tensors of {len(names)} adapters in it ({', '.join(names[:SHOWN])}); save each into a folder "
-            "of its own"
+            f"it contains tensors of {len(names)} adapters ({', '.join(names[:SHOWN])}); save each to its own folder"
         )
         return {}
     keyed: dict[str, TensorInfo] = {}
     for key in sorted(tensors):
         plain = plain_key(key, *names)
         if plain in keyed:
-            parts.problems.append(f"tensor '{key}' is '{keyed[plain].name}' again, by another name")
+            parts.problems.append(f"tensor '{key}' is the same as '{keyed[plain].name}' under another name")
         keyed[plain] = tensors[key]
     return keyed
 
@@ -126,7 +127,7 @@ def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterCon
         parts.values[tensor] = WholeValue(info)
     else:
         parts.problems.append(
-            f"tensor '{info.name}' is a weight of the model, which neither 'modules_to_save' nor 'bias' explains"
+            f"tensor '{info.name}' is a weight of the model that neither 'modules_to_save' nor 'bias' explains"
         )
 
 
@@ -139,7 +140,7 @@ def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], c
         parts.copies[module] = roles[Role.BASE_WEIGHT]
     if Role.BASE_BIAS in roles:
         if module + BIAS in parts.values:
-            parts.problems.append(f"'{module + BIAS}' is there twice, inside its module and beside it")
+            parts.problems.append(f"'{module + BIAS}' occurs twice, inside its module and beside it")
         parts.values[module + BIAS] = WholeValue(roles[Role.BASE_BIAS])
     if Role.BIAS_DELTA in roles:
         parts.bias_deltas[module + BIAS] = VectorDelta(roles[Role.BIAS_DELTA], config.scale_of(module))
@@ -190,8 +191,8 @@ def _take_parameters(
         )
     elif order is None:
         parts.problems.append(
-            f"module '{module}' has several adapted parameters ({', '.join(parameters)}), and which factors are whose "
-            "is known for experts of the families of docs/families.md only"
+            f"module '{module}' has several adapted parameters ({', '.join(parameters)}); their factors can only "
+            "be told apart for experts of the families in docs/families.md"
         )
     else:
         for parameter, key in zip(order, expected, strict=True):
@@ -214,7 +215,9 @@ def _take_experts(parts: _Parts, tensor: str, roles: Mapping[Role, TensorInfo], 
     elif tensor.endswith(WEIGHT):
         parts.deltas[tensor.removesuffix(WEIGHT)] = LowRankDelta(a=a, b=b, scale=config.scale_of(tensor))
     else:
-        parts.problems.append(f"'{tensor}' is an adapted parameter of one matrix that is no weight, not supported")
+        parts.problems.append(
+            f"'{tensor}' is an adapted single-matrix parameter that is not a weight, which is not supported"
+        )
 
 
 def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: AdapterConfig) -> Iterator[str]:
@@ -230,21 +233,24 @@ def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: Adap
         yield from _vector_problems(roles)
     if has_factors and config.has_magnitudes != (Role.MAGNITUDE in roles):
         state = "has" if Role.MAGNITUDE in roles else "lacks"
-        yield f"module '{module}' {state} a DoRA magnitude, 'use_dora' says {config.has_magnitudes}"
+        yield f"module '{module}' {state} a DoRA magnitude, but 'use_dora' is {config.has_magnitudes}"
     if Role.EMBEDDING_A in roles and (config.has_magnitudes or Role.MAGNITUDE in roles):
         yield f"module '{module}' is an embedding with a DoRA magnitude, which is not supported"
     if has_factors and config.has_bias_deltas != (Role.BIAS_DELTA in roles):
         state = "has" if Role.BIAS_DELTA in roles else "lacks"
-        yield f"module '{module}' {state} a bias of lora_B, 'lora_bias' says {config.has_bias_deltas}"
+        yield f"module '{module}' {state} a bias of lora_B, but 'lora_bias' is {config.has_bias_deltas}"
     if Role.BASE_BIAS in roles and config.biases == "none":
-        yield f"module '{module}' has a trained bias, 'bias' says none"
+        yield f"module '{module}' has a trained bias, but 'bias' is none"
     lonely = {Role.MAGNITUDE, Role.BIAS_DELTA, Role.BASE_BIAS, Role.BASE_WEIGHT} & set(roles)
     if lonely and not has_factors and Role.EMBEDDING_A not in roles:
         yield f"module '{module}' has '{min(role.value for role in lonely)[1:]}' but no factors"
     if Role.TOKEN_ROWS in roles:
         rows, info = config.token_rows_of(module), roles[Role.TOKEN_ROWS]
         if not rows or len(info.shape) != 2 or info.shape[0] != len(rows) or len(set(rows)) != len(rows):
-            yield f"module '{module}' has {info.shape} trained token rows, 'trainable_token_indices' names {len(rows)}"
+            yield (
+                f"module '{module}' has {info.shape} trained token rows, but 'trainable_token_indices' names "
+                f"{len(rows)}"
+            )
 
 
 def _factor_problems(module: str, a: TensorInfo, b: TensorInfo, config: AdapterConfig) -> Iterator[str]:
@@ -253,11 +259,11 @@ def _factor_problems(module: str, a: TensorInfo, b: TensorInfo, config: AdapterC
             yield f"tensor '{info.name}' has shape {info.shape}, expected two axes"
             return
     if a.shape[0] != b.shape[1]:
-        yield f"module '{module}': lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}"
+        yield f"module '{module}': lora_A has rank {a.shape[0]}, but lora_B has rank {b.shape[1]}"
     elif a.shape[0] != config.rank_of(module):
         yield (
-            f"module '{module}': its tensors have rank {a.shape[0]}, adapter_config.json says "
-            f"{config.rank_of(module)}, so its scale cannot be known"
+            f"module '{module}': its tensors have rank {a.shape[0]}, but adapter_config.json says "
+            f"{config.rank_of(module)}, so its scale is unknown"
         )
 
 
@@ -272,14 +278,14 @@ def _changed_twice(parts: _Parts) -> Iterator[str]:
     """Tensors that one part of the file replaces and another one changes."""
     kinds = (
         {module + WEIGHT: "factors" for module in parts.deltas},
-        dict.fromkeys(parts.values, "a value of its own"),
+        dict.fromkeys(parts.values, "a full value"),
         dict.fromkeys(parts.rows, "trained rows"),
         dict.fromkeys(parts.bias_deltas, "a bias of lora_B"),
     )
     for name in sorted(set().union(*kinds)):
         found = [kind[name] for kind in kinds if name in kind]
         if len(found) > 1:
-            yield f"'{name}' has {' and '.join(found)}, of which PEFT would load one"
+            yield f"'{name}' has {' and '.join(found)}, of which PEFT would load only one"
 
 
 def _wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:

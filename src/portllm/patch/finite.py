@@ -23,8 +23,8 @@ def require_finite(patch: Patch[TensorInfo]) -> None:
     if broken:
         more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         raise NonFiniteError(
-            f"'{patch.name}': {', '.join(broken[:SHOWN])}{more} hold an infinity or NaN. A training run diverged: take "
-            "an earlier state of it."
+            f"'{patch.name}': {', '.join(broken[:SHOWN])}{more} contain an infinity or NaN. A training run "
+            "diverged: use an earlier checkpoint of it."
         )
 
 

@@ -55,7 +55,9 @@ class PatchFolders:
         for name, count in Counter(map(letters, names)).items():
             if count > 1:
                 same = " and ".join(f"'{folder}'" for folder in self.folders if letters(_name_of(folder)) == name)
-                raise PatchError(f"{same}: would both be written to '{out / name}'. Rename one, or run them apart.")
+                raise PatchError(
+                    f"{same}: would both be written to '{out / name}'. Rename one, or run them separately."
+                )
         return tuple(out / name for name in names)
 
 

@@ -8,7 +8,7 @@ from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 
 
-def is_plain(patch: Patch[TensorInfo]) -> bool:
+def is_plain_lora(patch: Patch[TensorInfo]) -> bool:
     """Whether a patch is made of LoRA deltas alone."""
     if patch.values or patch.rows or patch.bias_deltas or patch.experts:
         return False

@@ -90,7 +90,7 @@ class NamePattern:
         except TimeoutError:
             return "takes long to match"
         except (re.error, RecursionError, OverflowError, ValueError):
-            return "is not a regular expression"
+            return "is not a valid regular expression"
         return None
 
     def match(self, name: str) -> "re.Match[str] | Match[str] | None":

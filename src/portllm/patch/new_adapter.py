@@ -94,14 +94,14 @@ def place_values(
 def _why_not(module: str, leaf: str, modules: Collection[str], targets: Collection[str]) -> str | None:
     """Why PEFT cannot load a tensor whole, or None."""
     if leaf not in LEAVES or not module:
-        return f"PEFT loads whole modules by their weight and bias, and this is neither ('{leaf}')"
+        return f"PEFT only loads the weight and bias of saved modules, and this is neither ('{leaf}')"
     if module in targets:
         return "PEFT cannot replace a weight that has a low-rank delta"
     mixed = next((other for other in sorted(modules) if other != module and other.endswith(module)), None)
     if mixed:
-        return f"PEFT would take '{mixed}', whose name ends alike, for the same module"
+        return f"PEFT would confuse it with '{mixed}', whose name has the same suffix"
     inner = next((target for target in sorted(targets) if target.startswith(f"{module}.")), None)
-    return f"PEFT would drop the delta of '{inner}' inside it" if inner else None
+    return f"PEFT would ignore the delta of '{inner}' inside it" if inner else None
 
 
 def canonical_config(

@@ -1,4 +1,4 @@
-"""A patch as a value: deltas by the module they change, PEFT's configuration, and the record of its origin."""
+"""The patch value: deltas by module, PEFT's configuration, and the record of its origin."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,13 +14,13 @@ G = TypeVar("G", bound=Factor)
 
 @dataclass(frozen=True, slots=True)
 class Patch(Generic[F]):
-    """What fine-tuning added to a base model.
+    """A patch: what fine-tuning added to a base model.
 
     Attributes:
-        name: What the user called it; stands in messages.
+        name: Its name in messages, as given by the user.
         deltas: By module, such as `model.layers.0.self_attn.q_proj`; sorted.
         config: PEFT's configuration, as read.
-        record: Where it comes from, or None for an adapter that no one recorded.
+        record: Its origin, or None for an adapter without `patch.json`.
         base_copies: By module, copies of the base's own weights that PEFT stores with an adapter of the head. They
             are no part of what was learned: they are compared with the base and left out of what is written.
         values: By tensor, the tuned model's value, where it stands whole in the place of the base's.
@@ -46,7 +46,7 @@ class Patch(Generic[F]):
         return f"Patch({self.name!r}, {len(self.deltas) + len(self.experts)} modules, {self.n_params:,} numbers{base})"
 
     def mapped(self, change: Callable[[F], G]) -> "Patch[G]":
-        """The same patch with each of its tensors changed into something else."""
+        """The same patch with a function applied to each of its tensors."""
         return Patch(
             self.name,
             {
@@ -72,7 +72,7 @@ class Patch(Generic[F]):
 
     @property
     def n_params(self) -> int:
-        """Numbers in all factors, magnitudes and whole values."""
+        """Number of elements of all factors, magnitudes and full values."""
         whole = [value.values.shape for value in self.values.values()]
         whole += [value.values.shape for value in self.rows.values()]
         whole += [value.values.shape for value in self.bias_deltas.values()]
@@ -82,5 +82,5 @@ class Patch(Generic[F]):
 
     @property
     def is_relative(self) -> bool:
-        """Whether all of it is added to the base, so that it can be carried over without reading weights."""
+        """Whether all of it is added to the base, so that it can be ported without reading weights."""
         return not (self.values or self.rows or any(delta.magnitude is not None for delta in self.deltas.values()))

@@ -1,4 +1,4 @@
-"""What `patch.json` says: which base a patch belongs to, how it was captured, and every port it went through."""
+"""The record in `patch.json`: the base of a patch, how it was captured, and every port it went through."""
 
 from collections.abc import Mapping
 from types import NoneType
@@ -43,7 +43,7 @@ class ModelIdentity(Recorded, frozen=True):
 
 
 class FittedTo(Recorded, frozen=True):
-    """Quantized weights that the deltas were fitted to, where the base named is the 16-bit model (QLoRA).
+    """The quantization that the deltas were trained on, if the base named is the 16-bit model (QLoRA).
 
     Attributes:
         scheme: How the base was quantized when it was loaded: a key of `portllm.measures.four_bit.SCHEMES`.

@@ -38,7 +38,7 @@ class Route:
 
     def __post_init__(self) -> None:
         if self.force and self.method != AUTO:
-            raise PortError(f"force: goes with method '{AUTO}', which refuses; '{self.method}' ports whatever fits.")
+            raise PortError(f"force requires method '{AUTO}'; '{self.method}' ports whatever is compatible.")
 
     def plan(self, patch: Patch[TensorInfo]) -> PortPlan:
         """Plan to carry a patch; by `auto`, what does not fit is refused before anything is measured.
@@ -51,7 +51,9 @@ class Route:
             return self._plan_by(self.method, patch)
         plan = self._plan_by(next(iter(METHODS)), patch)
         if self.update.base is None and not any(refusal.where == "--base" for refusal in plan.refusals):
-            unnamed = Refusal("--base", f"method '{AUTO}' measures what became of the base: name it with --base.")
+            unnamed = Refusal(
+                "--base", f"method '{AUTO}' compares the evolved model with the base: pass the base with --base."
+            )
             return replace(plan, refusals=tuple(sorted((*plan.refusals, unnamed))))
         return plan if plan.refusals else self._chosen(plan)
 
@@ -81,8 +83,8 @@ def _remedies(plan: PortPlan) -> str:
     names = f"--base {plan.target.name} --teacher {plan.patch.name} --teacher-base {plan.source.name}"
     return (
         f"Without labels the evolved model can learn from the old one: portllm train {names} (docs/refresh.md); "
-        "--init-from lets it begin with the patch as --force ports it. With labels, train again. --force ports it all "
-        "the same."
+        "--init-from starts from the patch as ported with --force. With labels, train again. --force ports it "
+        "anyway."
     )
 
 

@@ -41,13 +41,13 @@ def choose(verdict: Verdict, evidence: Mapping[str, float] | None = None, *, for
         >>> choose(lost, force=True).reason
         "'add' was forced: the weights have nothing in common."
     """
-    why = verdict.reasons[0].text if verdict.reasons else "nothing was found for or against the patch."
+    why = verdict.reasons[0].text if verdict.reasons else "no evidence for or against the patch was found."
     if verdict.answer is Answer.CANNOT_BE_PORTED:
-        return Decision(None, f"no method carries what does not fit: {why}")
+        return Decision(None, f"no method can port an incompatible patch: {why}")
     for method in METHODS.values():
         if (suits := method.suits(verdict.answer, evidence or {})) is not None:
             return Decision(method.id, f"{suits}: {why}")
     if not force:
-        return Decision(None, f"no method is known to carry it: {why}")
+        return Decision(None, f"no method is known to port it: {why}")
     cheapest = next(iter(METHODS))
     return Decision(cheapest, f"'{cheapest}' was forced: {why}", is_forced=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredValues:
     """Values as they lie on disk."""
 
     info: TensorInfo
@@ -57,7 +57,7 @@ def gather(plan: PortPlan) -> tuple[Patch[Values], Inputs]:
     Raises:
         PlanRefusedError: Head and embedding, of which the patch changes one, were taken for equal and are not.
     """
-    patch: Patch[Values] = plan.patch.mapped(Stored)
+    patch: Patch[Values] = plan.patch.mapped(StoredValues)
     by_token = _by_token(plan)
     if plan.tokens is not None:
         patch = following(patch, by_token, plan.tokens, _take)
@@ -84,7 +84,9 @@ def _take(values: Values, rows: Sequence[int], axis: int) -> Values:
 
 def _weights(patch: Patch[TensorInfo], model: Checkpoint) -> dict[str, Values]:
     """What a model has in the place of everything that a patch changes."""
-    found: dict[str, Values] = {name: Stored(model.tensor(name) or model.info(name)) for name in changes_of(patch)}
+    found: dict[str, Values] = {
+        name: StoredValues(model.tensor(name) or model.info(name)) for name in changes_of(patch)
+    }
     return found | {
         name: _stack(name, delta.shape, model.experts[model.current_name(name)])
         for name, delta in patch.experts.items()
@@ -145,7 +147,7 @@ def settled(patch: Patch[Values], folder: Path) -> Iterator[Patch[TensorInfo]]:
 
             return stack.enter_context(Spool(folder / SPOOL_FILE))
 
-        yield patch.mapped(lambda values: values.info if isinstance(values, Stored) else _put(values, spool()))
+        yield patch.mapped(lambda values: values.info if isinstance(values, StoredValues) else _put(values, spool()))
 
 
 def _put(values: Values, spool: "Spool") -> TensorInfo:
@@ -163,7 +165,7 @@ def _finite(values: Values, start: int, stop: int) -> "Tensor":
     block = values.rows(start, stop)
     if not block.isfinite().all():
         raise NonFiniteError(
-            f"'{values.name}': carried to the evolved model it holds an infinity or NaN. Look for one in the patch and "
-            "in both models, and for rows of zeros under a DoRA magnitude."
+            f"'{values.name}': contains an infinity or NaN after porting. Look for one in the patch and in both "
+            "models, and for zero rows under a DoRA magnitude."
         )
     return block

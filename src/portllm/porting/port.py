@@ -1,4 +1,4 @@
-"""Carry a patch to an evolved model: plan, run the method, write the adapter with its new record."""
+"""Port a patch to an evolved model: plan, run the method, write the adapter with its new record."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,32 +32,32 @@ def port(
     allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> Patch[TensorInfo]:
-    """Carry a patch to an evolved model and write it to `out`, a folder that PEFT loads.
+    """Port a patch to an evolved model and write it to `out`, a folder that PEFT loads.
 
     Reads the headers and fingerprint samples of the models and the patch itself. Weights are read only for what the
-    patch holds whole (saved modules, biases, token rows, DoRA magnitudes), which is re-based on the evolved ones, and
-    for a copy of a base's weight that an adapter carries, which must be that weight. Where the tokenizers differ, what
-    belongs to a token goes to the row that the token has in the evolved model.
+    patch stores in full (saved modules, biases, token rows, DoRA magnitudes), which is re-based on the evolved model,
+    and for copies of base weights in the adapter, which must equal the base's. Where the tokenizers differ, rows that
+    belong to a token move to that token's row in the evolved model.
 
     Args:
-        patch: What to carry.
-        evolved: Where to.
+        patch: The patch to port.
+        evolved: The updated base to port to.
         out: The new patch's folder.
-        base: The model the patch belongs to; needed where the patch does not say.
-        method: A row of `METHODS`, or `auto`: the one that the verdict of `check` leads to, which needs `base`.
-        force: With `auto`, port what will not hold.
-        allow_other_base: Go on though `base` is not the one that the patch names.
-        overwrite: Replace `out` where it exists.
+        base: The model the patch belongs to; needed if the patch does not record it.
+        method: A method of `METHODS`, or `auto`, which chooses one from the verdict of `check` and needs `base`.
+        force: With `auto`, port even if the verdict is that the patch will not hold.
+        allow_other_base: Accept a `base` other than the one the patch names.
+        overwrite: Replace `out` if it exists.
 
     Returns:
         The ported patch, opened from `out`.
 
     Raises:
-        PlanRefusedError: The patch does not fit, with every reason; by `auto`, also where it will not hold.
-        PortError: There is no such method, or `force` is given with another than `auto`.
+        PlanRefusedError: The patch does not match, or, with `auto`, will not hold; lists every reason.
+        PortError: The method is unknown, or `force` is used without `auto`.
         OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or holds what is read.
-        NonFiniteError: A tensor of the patch, or what becomes of it, holds an infinity or NaN.
+        OutputError: `out` cannot be written, or contains an input.
+        NonFiniteError: A tensor of the patch, before or after porting, contains an infinity or NaN.
     """
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
     route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
@@ -74,24 +74,24 @@ def port_each(
     allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> dict[Where, Patch[TensorInfo] | PortLLMError]:
-    """Carry patches to an evolved model; what is read of the models is read once for all of them.
+    """Port each of several patches to an evolved model; the models are read once for all patches.
 
-    Each becomes what `port` makes of it, and one that fails stops no other.
+    Each output is what `port` writes; a failing one does not stop the others.
 
     Args:
-        patches: What to carry, by the folder of the new patch.
-        evolved: Where to.
-        base: As for `port`, and so are the others.
-        method: Likewise.
-        force: Likewise.
-        allow_other_base: Likewise.
-        overwrite: Likewise.
+        patches: The patches to port, by output folder.
+        evolved: The updated base to port to.
+        base: As for `port`.
+        method: As for `port`.
+        force: As for `port`.
+        allow_other_base: As for `port`.
+        overwrite: As for `port`.
 
     Returns:
         For each folder the ported patch, or the error that `port` would have raised.
 
     Raises:
-        PortError: There is no such method, or `force` is given with another than `auto`.
+        PortError: The method is unknown, or `force` is used without `auto`.
     """
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
     route = Route(update, method=method, force=force, allow_other_base=allow_other_base)

@@ -68,12 +68,12 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         "to": f"{plan.target.name} ({plan.target.fingerprint})",
         "fit": f"{len(plan.patch.deltas) + len(plan.patch.experts)} modules, every tensor accounted for"
         if not plan.refusals or plan.choice is not None  # what was measured has been found to fit
-        else "does not fit",
+        else "incompatible",
         "output": str(out),
     }
     if (scheme := quantization_of(plan.patch)) is not None:
         first = plan.patch.record.ports[0].source if plan.patch.record and plan.patch.record.ports else plan.source
-        rows["fitted to"] = f"the values of {first.name} in {scheme}; merging adds what quantization took of them"
+        rows["fitted to"] = f"the weights of {first.name} in {scheme}; merging adds back their quantization error"
     if plan.choice is not None:
         rows["verdict"] = f"{plan.choice.verdict}; {plan.choice.reason}"
     if "sampled_drift" in plan.evidence:
@@ -87,9 +87,9 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         gone = list(plan.tokens.gone.values())
         shown = ", ".join(repr(token) for token in gone[:SHOWN_TOKENS])
         more = f" and {len(gone) - SHOWN_TOKENS} more" if len(gone) > SHOWN_TOKENS else ""
-        lost = f"{counted(len(gone), 'token')} of the base {'is' if len(gone) == 1 else 'are'} gone: {shown}{more}"
+        lost = f"{counted(len(gone), 'token')} of the base {'is' if len(gone) == 1 else 'are'} missing: {shown}{more}"
         rows["tokens"] = (
-            f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is gone'}"
+            f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is missing'}"
         )
     return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
 
@@ -98,4 +98,4 @@ def port_warning(plan: PortPlan) -> str | None:
     """What to say on stderr of a port whose method was chosen though nothing says that it holds."""
     if plan.refusals or plan.choice is None or plan.choice.verdict == Answer.HOLDS:
         return None
-    return f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with portllm evaluate."
+    return f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."

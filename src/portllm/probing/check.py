@@ -1,10 +1,10 @@
-"""Will patches hold on the evolved model? From weights, and from prompts where there are some."""
+"""Check whether patches will hold on the evolved model, from weights and optionally from prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.checking.check import check as check_weights
+from portllm.checking.check import check_weights
 from portllm.checking.report import CheckReport
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import PortLLMError
@@ -29,31 +29,31 @@ def check(
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> CheckReport:
-    """Say whether patches will hold on the evolved model, and why, from weights alone; `docs/check.md` has each number.
+    """Check whether patches will hold on the evolved model, and why; `docs/check.md` explains each number.
 
-    With `text`, both models are run on prompts too, and the report says what the patches do there; that can put a patch
-    in doubt.
+    Without `text`, only weights are read. With `text`, both models are also run on prompts, and the report says how the
+    patches behave there, which can lower the verdict.
 
     Args:
-        *patches: What may be ported.
+        *patches: The patches to check.
         base: The model that they belong to.
-        evolved: The later version of it.
-        full: Read every weight of both, instead of a few megabytes spread over all of them.
-        places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
-        text: Prompts of the patches' domain that nobody has to answer, or their file: `.txt` with one a line, or JSONL.
-        prompt: Template of the prompts in JSONL; None for the one that the patches were trained on.
-        settings: How much of the prompts is looked at.
-        device: Where models are run on them.
-        allow_other_base: Go on though `base` is not the one that a patch names.
-        progress: Told of the bytes that `full` reads, and of the prompts that were run.
+        evolved: The updated base.
+        full: Read every weight of both models instead of a few megabytes of each.
+        places: Also read every factor of the patches and report where they are; does not affect the verdict.
+        text: Unlabeled prompts from the patches' domain, or their file: `.txt` with one per line, or JSONL.
+        prompt: Prompt template for JSONL; None for the one recorded in the patches.
+        settings: Limits for running the prompts.
+        device: Device to run the models on.
+        allow_other_base: Accept a `base` other than the one a patch names.
+        progress: Progress callback (bytes read by `full`, prompts run).
 
     Raises:
         CheckpointError, RemoteError: A model cannot be read.
         PatchError: A patch cannot be read.
-        DataError: The prompts do not fit, or there are fewer than two.
+        DataError: The prompts are invalid, or there are fewer than two.
     """
     if not (isinstance(text, str | Path) or prompt is None) or (text is None and settings is not None):
-        raise PortLLMError("check: prompt goes with a file of prompts as text, and settings with text. Leave it out.")
+        raise PortLLMError("check: prompt requires text to be a file of prompts, and settings require text. Omit it.")
     opened = [load_patch(patch) for patch in patches]
     old, new = (open_checkpoint(model, progress=progress) for model in (base, evolved))
     if isinstance(text, str | Path):

@@ -26,12 +26,12 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import misfits, oriented
+from portllm.matching.compatibility import mismatches, oriented
 from portllm.measures.terms import Terms
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain, load_delta
+from portllm.patch.low_rank import is_plain_lora, load_delta
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoded, Encoder
@@ -99,14 +99,14 @@ def expand(
         sketch: Columns of the sketches.
         seed: Of the sketches and of drawn labels.
         device: Where models run.
-        progress: Told of the batches done.
+        progress: Progress callback (batches).
 
     Raises:
         PlanRefusedError: The patch does not fit a model, or holds more than LoRA deltas of linear modules.
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows do not fit.
     """
-    refusals = sorted({*misfits(patch, base), *misfits(patch, evolved), *_unhooked(patch)})
+    refusals = sorted({*mismatches(patch, base), *mismatches(patch, evolved), *_unhooked(patch)})
     if refusals:
         raise PlanRefusedError(refusals)
     patch = oriented(patch, base)
@@ -164,15 +164,15 @@ def terms_of(
 
 def has_terms(patch: Patch[TensorInfo]) -> bool:
     """Whether a patch is made of LoRA deltas of linear modules alone, whose terms can be gathered."""
-    return is_plain(patch) and not any(delta.is_embedding for delta in patch.deltas.values())
+    return is_plain_lora(patch) and not any(delta.is_embedding for delta in patch.deltas.values())
 
 
 def _unhooked(patch: Patch[TensorInfo]) -> Iterator[Refusal]:
     if not has_terms(patch):
         yield Refusal(
             patch.name,
-            "holds more than LoRA deltas of linear modules (a DoRA magnitude, experts, embeddings, saved tensors, "
-            "token rows or biases), whose inputs are no vectors that a hook sees. Use a patch of plain LoRA.",
+            "contains more than LoRA deltas of linear modules (a DoRA magnitude, experts, embeddings, saved "
+            "tensors, token rows or biases), whose inputs a hook cannot observe. Use a plain LoRA patch.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Runs a model over prompts, without a patch and with one after another: the passes behind `check --text`."""
+"""Run a model over prompts, without a patch and with each patch in turn: the passes behind `check --text`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain, load_delta
+from portllm.patch.low_rank import is_plain_lora, load_delta
 from portllm.patch.patch import Patch
 from portllm.probing.expansion import SKETCH, has_terms
 from portllm.progress import Progress
@@ -37,15 +37,15 @@ Logits = Float32[Tensor, "prompts vocabulary"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSettings:
-    """Everything that the measures depend on but models, patches and prompts.
+    """Settings of `check` on prompts.
 
     Attributes:
-        max_tokens: Most tokens of a prompt; longer ones lose their beginning.
-        positions: Tokens of a prompt at which modules are looked at, at most: evenly spaced, the last one among them.
-        batch_size: Prompts of a pass; a quarter of it where gradients are taken.
-        gradients: Measure the terms of the loss, too: backward passes.
+        max_tokens: Maximum tokens per prompt; longer ones are truncated from the left.
+        positions: Maximum number of tokens per prompt at which modules are observed: evenly spaced, including the last.
+        batch_size: Prompts per forward pass; a quarter of it for gradients.
+        gradients: Also measure first-order gain and interference (backward passes).
         sketch: Columns of the sketches of curvature.
-        seed: Of the sketches and of labels that are drawn for them.
+        seed: Random seed of the sketches and of the labels drawn for them.
 
     Raises:
         PortLLMError: A value is out of its range; all of them are named.
@@ -111,7 +111,7 @@ class Host:
         patched = attach_adapter(self.bare(), folder_of(patch), name="patch").eval()
         self._model = None
         yield patched
-        if is_plain(patch):
+        if is_plain_lora(patch):
             self._model = detach_adapter(patched)
 
     def release(self) -> None:
@@ -131,7 +131,7 @@ class Passes:
         settings: How much is looked at.
         device: Where the models are.
         n_passes: Forward passes there will be, for the progress.
-        progress: Told of the prompts that were run.
+        progress: Progress callback (prompts).
     """
 
     def __init__(
@@ -226,8 +226,8 @@ class Passes:
         )
         if not bool(seen.logits.isfinite().all()):
             raise NonFiniteError(
-                f"'{host.name}': answers a prompt with an infinity or NaN. Its weights or the patch's are damaged, or "
-                "too large for its dtype. Check the files; 'portllm check' names a tensor that is not finite."
+                f"'{host.name}': outputs an infinity or NaN for a prompt. Its weights or the patch's are corrupt, "
+                "or too large for its dtype. Check the files; 'portllm check' names any non-finite tensor."
             )
         return seen
 

@@ -16,12 +16,12 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import misfits, oriented
+from portllm.matching.compatibility import mismatches, oriented
 from portllm.measures.residual import Residual, measure_residual
 from portllm.measures.spectral import SpectralNorm, spectral_norm
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain, load_delta
+from portllm.patch.low_rank import is_plain_lora, load_delta
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
 
@@ -143,13 +143,13 @@ def port_residual(
         ported: Of plain LoRA deltas.
         retrained: Of plain LoRA deltas of the same modules.
         seed: Of the first vectors of the spectral norms.
-        progress: Told of the modules done.
+        progress: Progress callback (modules).
 
     Raises:
         PlanRefusedError: A patch does not fit, holds more than LoRA deltas, or the modules differ; with every reason.
         NonFiniteError: A weight or a delta holds an infinity or NaN.
     """
-    refusals = [*misfits(ported, evolved), *misfits(retrained, evolved), *incomparable(ported, retrained)]
+    refusals = [*mismatches(ported, evolved), *mismatches(retrained, evolved), *incomparable(ported, retrained)]
     if refusals:
         raise PlanRefusedError(refusals)
     ported, retrained = oriented(ported, evolved), oriented(retrained, evolved)
@@ -168,15 +168,15 @@ def port_residual(
 def incomparable(ported: Patch[TensorInfo], retrained: Patch[TensorInfo]) -> Iterator[Refusal]:
     """Why two patches are not LoRA deltas of the same weights, and nothing else."""
     for patch in (ported, retrained):
-        if not is_plain(patch):
+        if not is_plain_lora(patch):
             yield Refusal(
                 patch.name,
-                "holds more than plain LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or biases); "
-                "the residual is a product of factors for these alone. Compare patches of plain LoRA.",
+                "contains more than plain LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or "
+                "biases); the residual is only defined for plain LoRA. Compare plain LoRA patches.",
             )
     for module in sorted(ported.deltas.keys() ^ retrained.deltas.keys()):
         there, lacks = (ported, retrained) if module in ported.deltas else (retrained, ported)
-        yield Refusal(module, f"{there.name} changes it, {lacks.name} does not. Train both on the same modules.")
+        yield Refusal(module, f"{there.name} changes it, but {lacks.name} does not. Train both on the same modules.")
 
 
 def _update_norms(
@@ -189,7 +189,9 @@ def _update_norms(
     blocks = _blocks(weight)
     total = sum(square_sum(rows + left[start : start + len(rows)] @ right) for start, rows in blocks())
     if not math.isfinite(total):
-        raise NonFiniteError(f"'{module}': its weight or its delta holds an infinity or NaN. Nothing can be measured.")
+        raise NonFiniteError(
+            f"'{module}': its weight or its delta contains an infinity or NaN, so nothing can be measured."
+        )
 
     def gram(x: Tensor) -> Tensor:
         vector = x.float()

@@ -79,9 +79,9 @@ def measure_text(
         patches: What may be ported.
         prompts: Of the domain that the patches are for, as they would be given to the model; nobody has to answer them.
         settings: How much is looked at.
-        allow_other_base: Go on though `base` is not the one that a patch names.
+        allow_other_base: Accept a `base` other than the one a patch names.
         device: Where models run.
-        progress: Told of the prompts that were run.
+        progress: Progress callback (prompts).
 
     Returns:
         What was measured of each patch, in their order.
@@ -96,13 +96,13 @@ def measure_text(
     settings = settings or TextSettings()
     if len(prompts) < LEAST_PROMPTS:
         raise DataError(
-            f"prompts: {len(prompts)} were given; expected at least {LEAST_PROMPTS}, better a few hundred: what is "
-            "measured are means over them. Give more of what the model will be asked."
+            f"prompts: {len(prompts)} were given; expected at least {LEAST_PROMPTS}, better a few hundred, since "
+            "the measures are means over them. Provide more prompts like those the model will serve."
         )
     if not has_same_tokenizer(base, evolved):
         raise DataError(
-            f"{base.name} and {evolved.name} have different tokenizers, so that what they make of a prompt cannot be "
-            "compared token by token. Measure answers instead: portllm evaluate or certify."
+            f"{base.name} and {evolved.name} have different tokenizers, so their outputs cannot be compared token "
+            "by token. Compare answers instead: portllm evaluate or certify."
         )
     update = Update(base, evolved)
     plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
@@ -187,13 +187,15 @@ def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: s
     """
     if file.suffix == PLAIN_SUFFIX:
         if template is not None:
-            raise DataError(f"'{file}': is plain text, a prompt a line; a template is for rows of JSONL. Leave it out.")
+            raise DataError(
+                f"'{file}': is plain text, one prompt per line; a template only applies to JSONL rows. Omit it."
+            )
         return read_lines(file)
     templates = [template] if template is not None else sorted({recorded_prompt(patch) for patch in patches})
     if len(templates) > 1:
         raise DataError(
-            f"the patches were trained on {len(templates)} different prompts: {', '.join(map(repr, templates[:3]))}. "
-            "Check them apart, or pass one --prompt for all."
+            f"the patches were trained on {len(templates)} different prompts: "
+            f"{', '.join(map(repr, templates[:3]))}. Check them separately, or pass one --prompt for all."
         )
     return read_prompts(file, templates[0], completion=None)[0]
 

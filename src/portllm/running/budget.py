@@ -40,9 +40,9 @@ def no_more_than(checkpoint: Checkpoint) -> Iterator[None]:
         n_tensors += 1
         if n_values > most_values or n_tensors > most_tensors:
             raise CheckpointError(
-                f"'{checkpoint.name}': its '{CONFIG_FILE}' describes a larger model than its weights are: "
-                f"with '{name}' of {tuple(tensor.shape)}, {n_tensors} tensors of {n_values} values; the weights are "
-                f"{len(checkpoint.infos)} tensors of {checkpoint.n_bytes} bytes. Fetch both again."
+                f"'{checkpoint.name}': its '{CONFIG_FILE}' describes a larger model than its weights: with "
+                f"'{name}' of {tuple(tensor.shape)}, {n_tensors} tensors of {n_values} values; the weights are "
+                f"{len(checkpoint.infos)} tensors of {checkpoint.n_bytes} bytes. Download both again."
             )
 
     handles = [

@@ -103,8 +103,8 @@ def cleared_model(checkpoint: Checkpoint) -> Iterator[Path]:
     kind = _kind(checkpoint.config, where=where)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
-            f"'{where}': transformers has no causal language model of the type '{checkpoint.config['model_type']}'. "
-            "Use a model that writes text from left to right."
+            f"'{where}': transformers has no causal language model of type '{checkpoint.config['model_type']}'. "
+            "Use a causal (decoder) language model."
         )
     config = _passing(checkpoint.config, kind, where=where)
     _check_layers(config, most=max(MOST_LAYERS, len(checkpoint.infos)), where=where)
@@ -158,16 +158,16 @@ def cleared_adapter(folder: Path, modules: Iterable[str]) -> Iterator[Path]:
     patch = load_patch(folder)
     if patch.config.takes_peft_long(modules):
         raise AdapterFormatError(
-            f"'{folder}': PEFT could take forever over the patterns of its '{ADAPTER_CONFIG_FILE}'. "
-            "Name the modules without patterns."
+            f"'{folder}': PEFT could take forever to match the patterns in its '{ADAPTER_CONFIG_FILE}'. Name the "
+            "modules without patterns."
         )
     fields = patch.config.fields
     ranks = [fields["r"], *cast(Mapping[str, object], fields.get("rank_pattern") or {}).values()]
     longest = max(side for info in stored_tensors(patch).values() for side in info.shape)
     if (rank := max(cast(list[int], ranks))) > longest:
         raise AdapterFormatError(
-            f"'{folder}': '{ADAPTER_CONFIG_FILE}' speaks of rank {rank}, and no side of a tensor is longer than "
-            f"{longest}. Correct it."
+            f"'{folder}': '{ADAPTER_CONFIG_FILE}' says rank {rank}, but no tensor dimension exceeds {longest}. "
+            "Correct it."
         )
     with _folder({ADAPTER_CONFIG_FILE: _only(fields, ADAPTER_FIELDS)}, links=[folder / TENSOR_FILE]) as cleared:
         yield cleared
@@ -208,8 +208,8 @@ def _tokenizer_class(config: Mapping[str, object], model: Mapping[str, object], 
         return {"tokenizer_class": name}
     if "auto_map" in config:
         raise CheckpointError(
-            f"'{where}': its tokenizer is code of its own, which is never run. Give the folder a tokenizer of "
-            "transformers, saved with save_pretrained."
+            f"'{where}': its tokenizer is custom code, which is never run. Save a transformers tokenizer to the "
+            "folder with save_pretrained."
         )
     return {"tokenizer_class": PreTrainedTokenizerFast.__name__}
 
@@ -224,7 +224,7 @@ def _kind(config: Mapping[str, object], *, where: str) -> type[PreTrainedConfig]
     except (KeyError, TypeError):
         raise CheckpointError(
             f"'{where}': transformers cannot load it as a causal language model: its '{CONFIG_FILE}' has the "
-            f"model_type {name!r}, which it does not know. Code from a model's folder is never run."
+            f"model_type {name!r}, which it does not support. Code from a model's folder is never run."
         ) from None
     return kind
 
@@ -285,8 +285,8 @@ def _passing_quantization(fields: object, *, where: str) -> dict[str, object]:
     method = (fields.get("quant_method") or BITSANDBYTES) if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or method != BITSANDBYTES:
         raise CheckpointError(
-            f"'{where}': its weights are quantized by {method!r}; of quantized models, only those of {BITSANDBYTES!r} "
-            "are run. Use the model that was quantized."
+            f"'{where}': its weights are quantized by {method!r}; of quantized models, only those of "
+            f"{BITSANDBYTES!r} can be run. Use the original unquantized model."
         )
     passing = _only(fields, QUANTIZATION_FIELDS)
     for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
@@ -302,6 +302,6 @@ def _check_layers(config: Mapping[str, object], *, most: int, where: str) -> Non
             _check_layers(value, most=most, where=where)
         elif "layer" in name and isinstance(value, int | float) and value > most:
             raise CheckpointError(
-                f"'{where}': '{name}' in its '{CONFIG_FILE}' is {value}, and its weights are not so many tensors. "
-                "The configuration is of another model: fetch both again."
+                f"'{where}': '{name}' in its '{CONFIG_FILE}' is {value}, which exceeds its number of tensors. The "
+                "configuration belongs to another model: download both again."
             )

@@ -132,8 +132,8 @@ class Encoder:
         head = prompt[:1] if n_cut and prompt[0] == self._bos else ()
         if n_cut and room <= len(head):
             raise DataError(
-                f"a prompt of {len(prompt)} tokens: its completion leaves room for {max(room, 0)}, and at least "
-                f"{len(head) + 1} are needed. Allow more tokens, or shorten the completion."
+                f"a prompt of {len(prompt)} tokens: its completion leaves room for {max(room, 0)}, but at least "
+                f"{len(head) + 1} are needed. Raise the token limit, or shorten the completion."
             )
         return head + prompt[len(head) + n_cut :], n_cut
 
@@ -148,7 +148,7 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[str], *, room: int) -> tu
     for number, prompt in enumerate(prompts, start=1):
         ids = encoder.encode_text(prompt)
         if not ids:
-            raise DataError(f"prompt {number}: has no tokens; a model needs at least one to go on.")
+            raise DataError(f"prompt {number}: has no tokens; a model needs at least one.")
         kept, n_cut = encoder.cut_prompt(ids, room=room)
         rows.append(kept)
         n_cut_rows += n_cut > 0

@@ -32,7 +32,7 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the model is given, and what it should say.
+    """A prompt and its correct completion.
 
     Attributes:
         prompt: The text before the completion, as it is; whitespace at its end counts.
@@ -66,13 +66,13 @@ class Template:
 
     def __post_init__(self) -> None:
         if not self.text.isprintable() and any(0xD800 <= ord(sign) <= 0xDFFF for sign in self.text):
-            raise DataError(f"template {self.text!r}: is not UTF-8. Write it in the encoding of this terminal.")
+            raise DataError(f"template {self.text!r}: is not valid UTF-8. Write it in the encoding of this terminal.")
         for piece in _PIECE.finditer(self.text):
             field = piece["field"]
             if piece["stray"] or (field is not None and not _FIELD.fullmatch(field)):
                 raise DataError(
                     f"template '{self.text}': '{piece[0]}' at character {piece.start() + 1} is not a placeholder; "
-                    "expected '{field}' with the name of a field. Write '{{' and '}}' for braces."
+                    "expected '{field}' with the name of a field. Write '{{' and '}}' for literal braces."
                 )
 
     @property
@@ -90,7 +90,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class ExampleFormat:
-    r"""How a row becomes an `Example`.
+    r"""The template and field that turn a row into an `Example`.
 
     Args:
         prompt: Template of the prompt, such as `"Question: {question}\nType:"`.
@@ -112,8 +112,8 @@ class ExampleFormat:
             )
         if self.completion in fields:
             raise DataError(
-                f"template '{self.prompt}': '{{{self.completion}}}' is the completion; a prompt that shows it "
-                "leaves nothing to learn. Take it out of the template, or name another completion field."
+                f"template '{self.prompt}': '{{{self.completion}}}' is the completion; a prompt that contains it "
+                "leaves nothing to learn. Remove it from the template, or choose another completion field."
             )
 
 
@@ -128,14 +128,14 @@ def completion_text(prompt: str, completion: str) -> str:
 
 
 def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
-    """The examples in a JSONL file, in order; blank lines are passed over.
+    """Read the examples in a JSONL file, in order; blank lines are skipped.
 
     Text is UTF-8, with or without a byte order mark; lines may end in CRLF. Numbers and booleans become the JSON text
     that stands in the file.
 
     Args:
         path: The file.
-        fmt: What of a row is prompt and what completion.
+        fmt: Prompt template and completion field.
 
     Raises:
         DataError: The file cannot be read, has no rows, or some rows do not fit; all of them are counted, the first
@@ -150,7 +150,7 @@ def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
             raise _RowError(f"field '{fmt.completion}' is empty; expected the completion")
         prompt = template.fill(texts)
         if not prompt.strip():
-            raise _RowError("the prompt is blank; a model needs at least a word to go on")
+            raise _RowError("the prompt is blank")
         return Example(prompt=prompt, completion=completion)
 
     return _read(path, make, what=f"the prompt '{fmt.prompt}' and the completion '{fmt.completion}'")
@@ -176,15 +176,15 @@ def read_prompts(path: str | Path, template: str, *, completion: str | None) -> 
         texts = _texts(row, (*parsed.fields, completion) if asked and completion else parsed.fields)
         prompt = parsed.fill(texts)
         if not prompt.strip():
-            raise _RowError("the prompt is blank; a model needs at least a word to go on")
+            raise _RowError("the prompt is blank")
         return prompt, texts[completion].strip() if asked and completion else ""
 
     made = _read(path, make, what=f"the prompt '{template}'")
     n_completed = sum(bool(text) for _, text in made)
     if 0 < n_completed < len(made):
         raise DataError(
-            f"'{path}': {n_completed} of {len(made)} rows have a completion in '{completion}', the others have none. "
-            "Give all of them one, or none."
+            f"'{path}': {n_completed} of {len(made)} rows have a completion in '{completion}', the others do not. "
+            "Either all or none must have one."
         )
     return [prompt for prompt, _ in made], [text for _, text in made] if n_completed else None
 
@@ -221,7 +221,7 @@ def read_lines(path: str | Path) -> list[str]:
     """
     lines: list[str] = []
     problems: list[str] = []
-    for number, line in _numbered_lines(path, what="Name a text file."):
+    for number, line in _numbered_lines(path, what="Pass a text file."):
         try:
             lines.append(_decoded(line).rstrip("\r"))
         except _RowError as error:
@@ -229,7 +229,7 @@ def read_lines(path: str | Path) -> list[str]:
     if problems:
         raise DataError(_render_problems(str(path), problems, n_rows=len(lines) + len(problems), what="plain text"))
     if not lines:
-        raise DataError(f"'{path}': has no lines of text; expected one prompt a line.")
+        raise DataError(f"'{path}': is empty; expected one prompt per line.")
     return lines
 
 
@@ -248,7 +248,7 @@ def digested(path: str | Path) -> Iterator[str]:
         file = local_file(Path(path))
         digest = f"blake3:{digest_file(Path(path))}"
     except OSError as error:
-        raise DataError(f"'{path}': cannot be read: {error.strerror}. Name a data file.") from error
+        raise DataError(f"'{path}': cannot be read: {error.strerror}. Pass a data file.") from error
     yield digest
     require_unchanged([file])
 
@@ -260,7 +260,7 @@ class _RowError(Exception):
 def _read(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[Made]:
     made: list[Made] = []
     problems: list[str] = []
-    for number, line in _numbered_lines(path, what="Name a JSONL file."):
+    for number, line in _numbered_lines(path, what="Pass a JSONL file."):
         try:
             made.append(make(_parse_row(line)))
         except _RowError as error:
@@ -268,7 +268,7 @@ def _read(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[M
     if problems:
         raise DataError(_render_problems(str(path), problems, n_rows=len(made) + len(problems), what=what))
     if not made:
-        raise DataError(f"'{path}': has no rows; expected one JSON object a line for {what}.")
+        raise DataError(f"'{path}': has no rows; expected one JSON object per line for {what}.")
     return made
 
 
@@ -291,7 +291,7 @@ def _numbered_lines(path: str | Path, *, what: str) -> Iterator[tuple[int, bytes
 
 def _decoded(line: bytes) -> str:
     if b"\0" in line:
-        raise _RowError(f"byte {line.index(0) + 1} is zero, which no text has")
+        raise _RowError(f"byte {line.index(0) + 1} is zero, which is not text")
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -299,7 +299,7 @@ def _decoded(line: bytes) -> str:
 
 
 def _render_problems(path: str, problems: Sequence[str], *, n_rows: int, what: str) -> str:
-    lines = [f"'{path}': {len(problems)} of {n_rows} rows do not fit {what}. Correct the rows, or the names of fields."]
+    lines = [f"'{path}': {len(problems)} of {n_rows} rows do not match {what}. Correct the rows, or the field names."]
     lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more.")
@@ -314,9 +314,9 @@ def _parse_row(line: bytes) -> Row:
     except json.JSONDecodeError as error:
         raise _RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
     except ValueError as error:
-        raise _RowError(f"is no row: {error}") from error
+        raise _RowError(f"is not a valid row: {error}") from error
     if not isinstance(row, dict):
-        raise _RowError(f"is {_kind(row)}; expected an object with named fields")
+        raise _RowError(f"is {_kind(row)}; expected an object")
     return row
 
 

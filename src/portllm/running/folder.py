@@ -27,11 +27,11 @@ def check_runnable(checkpoint: Checkpoint) -> None:
     """Raise NotFoundError if a checkpoint is a single file, without configuration and tokenizer, or a GGUF file."""
     if any(str(file).endswith(GGUF_SUFFIX) for file in checkpoint.files):
         raise NotFoundError(
-            f"'{checkpoint.name}': is a GGUF file, whose weights can be read but not run here. Give the folder of the "
+            f"'{checkpoint.name}': is a GGUF file, which can be read but not run here. Pass the folder of the "
             "model that it was made from."
         )
     if checkpoint.folder is None and not checkpoint.is_remote:
         raise NotFoundError(
-            f"'{checkpoint.name}': is a single file; running a model needs its configuration and tokenizer too. Give "
-            "the folder that holds them."
+            f"'{checkpoint.name}': is a single file; running a model also needs its configuration and tokenizer. "
+            "Pass the folder that contains them."
         )

@@ -36,7 +36,7 @@ class LossLine:
         if not rising or len(self.points) < 2 or (self.points[0], self.points[-1]) != (0.0, 1.0):
             raise ValueError(f"points {self.points}: must rise from 0 to 1.")
         if len(self.losses) != len(self.points) or not self.losses[0] or len(set(map(len, self.losses))) != 1:
-            raise ValueError("losses: must be as many as points, each of the same rows.")
+            raise ValueError("losses: must have one entry per point, each over the same rows.")
 
     @property
     def means(self) -> tuple[float, ...]:

@@ -77,7 +77,7 @@ def choose_device(device: Device = "auto") -> torch.device:
         PortLLMError: CUDA is asked for and this torch sees none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise PortLLMError("device 'cuda': torch sees no CUDA device here. Use 'cpu' or 'auto'.")
+        raise PortLLMError("device 'cuda': torch finds no CUDA device. Use 'cpu' or 'auto'.")
     return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
 
 
@@ -168,8 +168,9 @@ def load_model(
     lacking = [name for name in ("attention_mask", "position_ids", "logits_to_keep") if name not in accepted]
     if lacking or head is None:
         raise CheckpointError(
-            f"'{folder}': transformers' {type(model).__name__} takes no {', '.join(lacking) or 'output embeddings'}; "
-            "padded batches cannot be run on it. Use a decoder model with rotary or learned positions."
+            f"'{folder}': transformers' {type(model).__name__} does not support "
+            f"{', '.join(lacking) or 'output embeddings'}, so padded batches cannot be run on it. Use a decoder "
+            "model with rotary or learned positions."
         )
     # The head is given a slice of the hidden states. Where it is frozen, torch multiplies a slice row by row, each time
     # with a copy of the whole head: two thirds of a small model's time (own measurement).
@@ -187,8 +188,8 @@ def _check_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         ids = inputs[0] if inputs else None
         if isinstance(ids, torch.Tensor) and ids.numel() and (row := int(ids.max())) >= n_rows:
             raise CheckpointError(
-                f"'{checkpoint.name}': its '{name}' has {n_rows} rows, and row {row} is asked for. "
-                "Give it the tokenizer that belongs to it, or fewer tokens."
+                f"'{checkpoint.name}': its '{name}' has {n_rows} rows, but row {row} is requested. Use the "
+                "model's own tokenizer, or fewer tokens."
             )
 
     for name, module in model.named_modules():
@@ -229,8 +230,8 @@ def add_fresh_lora(
 
     def failed(why: str) -> AdapterFormatError:
         return AdapterFormatError(
-            f"target modules {target_modules!r}: peft cannot put LoRA there: {why} "
-            "Name linear modules of the model, or use 'all-linear'."
+            f"target modules {target_modules!r}: PEFT cannot apply LoRA there: {why} Name linear modules of the "
+            "model, or use 'all-linear'."
         )
 
     with quiet(), foreign(failed):
@@ -346,8 +347,8 @@ def _adapter(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator
 
     def failed(why: str) -> AdapterFormatError:
         return AdapterFormatError(
-            f"'{folder}': peft cannot load it onto this model: {why} "
-            "Check that the adapter was made on a model of the same shapes."
+            f"'{folder}': PEFT cannot load it onto this model: {why} Check that the adapter was made on a model "
+            "with the same shapes."
         )
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -370,8 +371,8 @@ def _check_landed(landed: set[str], folder: str | Path) -> None:
     for names, fate in ((stored - landed, "match no module of the model"), (landed - stored, "are not in the adapter")):
         if names:
             raise AdapterFormatError(
-                f"'{folder}': {len(names)} tensors {fate}, first '{min(names)}'. "
-                "Check that the adapter was made on a model of the same layers."
+                f"'{folder}': {len(names)} tensors {fate}, first '{min(names)}'. Check that the adapter was made "
+                "on a model with the same layers."
             )
 
 

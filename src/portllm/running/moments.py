@@ -92,7 +92,7 @@ def gather_moments(
         sketch: Columns of the sketches.
         seed: Of the sketches and of the labels that are drawn.
         loss_of: What the first order is of.
-        progress: Told of the batches done.
+        progress: Progress callback (batches).
     """
     model.requires_grad_(requires_grad=False)
     gatherer = _Gatherer(deltas, device=device, sketch=sketch, seed=seed)

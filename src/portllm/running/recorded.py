@@ -17,7 +17,7 @@ def recorded_format(patch: Patch[TensorInfo], *, prompt: str | None, completion:
     completion = completion if completion is not None else _text(settings.get("completion"))
     if prompt is None or completion is None:
         raise DataError(
-            f"'{patch.name}': does not say how its prompts were made, as it was not trained with 'portllm train'. "
+            f"'{patch.name}': has no recorded prompt template, since it was not trained with 'portllm train'. "
             "Pass --prompt and --completion."
         )
     return ExampleFormat(prompt=prompt, completion=completion)
@@ -32,7 +32,7 @@ def recorded_prompt(patch: Patch[TensorInfo]) -> str:
     prompt = _text((patch.record.capture.settings if patch.record else {}).get("prompt"))
     if prompt is None:
         raise DataError(
-            f"'{patch.name}': does not say how its prompts were made, as it was not trained with 'portllm train'. "
+            f"'{patch.name}': has no recorded prompt template, since it was not trained with 'portllm train'. "
             "Pass --prompt."
         )
     return prompt

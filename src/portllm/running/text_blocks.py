@@ -42,8 +42,8 @@ def encode_texts(encoder: Encoder, texts: Sequence[str], *, block_tokens: int) -
     n_tokens = sum(map(len, encoded))
     if n_tokens < block_tokens:
         raise DataError(
-            f"{len(texts)} texts with {n_tokens} tokens do not fill one block of {block_tokens}. Give more text, or a "
-            "smaller 'block_tokens'."
+            f"{len(texts)} texts with {n_tokens} tokens do not fill one block of {block_tokens}. Provide more "
+            "text, or use a smaller 'block_tokens'."
         )
     return encoded
 

@@ -55,8 +55,8 @@ def measure_text_loss(
         folder: Checkpoint folder.
         texts: What it reads.
         block_tokens: Tokens that it is given at a time.
-        device: Where to run.
-        progress: Told of the blocks.
+        device: Device to run on.
+        progress: Progress callback (blocks).
 
     Raises:
         CheckpointError: The model cannot be loaded.

@@ -1,4 +1,4 @@
-"""Run a study: what is missing is done, in turn or side by side on Ray, and noted as soon as it is whole."""
+"""Run a study: missing steps are run in turn or in parallel on Ray, and recorded as soon as they are complete."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from portllm.study.schedule.ledger import Ledger
 from portllm.study.schedule.machine import describe_machine
 from portllm.study.schedule.places import Places
 from portllm.study.schedule.side_by_side import do_side_by_side
-from portllm.study.schedule.work import Work, open_inputs
+from portllm.study.schedule.work import StepRunner, open_inputs
 
 LOCK_FILE = ".study.lock"
 IDENTITIES = "inputs.json"
@@ -34,7 +34,7 @@ RESULTS = "results.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class StepReport:
     """A step that has just been done, and how far the study is.
 
     Attributes:
@@ -58,36 +58,36 @@ def run_study(
     device: Device = "auto",
     ray: str | None = None,
     workers: int | None = None,
-    on_step: Callable[[Told], None] = lambda _: None,
+    on_step: Callable[[StepReport], None] = lambda _: None,
     progress: Progress = silent,
 ) -> StudyResults:
-    """Do the steps of a study that have not been done.
+    """Run the remaining steps of a study and return its results.
 
-    A step is done whole or not at all; the next run of the same file begins with the first that is missing. One is done
-    again where anything that its result depends on has changed: settings, base, data, versions of programs.
+    A step is completed or not done at all; the next run of the same file starts with the first missing one. A step
+    is run again if anything its result depends on has changed: settings, base, data, versions of programs.
 
-    On Ray, steps that do not need each other are done side by side, each on a device of its own. The folder must then
-    be one that all workers reach under the same name.
+    On Ray, independent steps run in parallel, each on its own device. The folder must then
+    be reachable by all workers under the same path.
 
     Args:
         file: A TOML file; see `docs/study.md`.
-        out: The folder of the results; without it, `default_folder(file)`.
-        data: The folder that the study's data files lie in.
-        device: Where models are trained and run.
+        out: The folder for the results; by default, `default_folder(file)`.
+        data: The folder with the study's data files.
+        device: Device to train and run models on.
         ray: The address of a Ray cluster, as `ray.init` takes it, or None for this process alone.
-        workers: How many of them, on Ray; None for one a GPU, or where there is none one a machine.
-        on_step: Told of each step when it is done.
-        progress: Told of what goes on within a step.
+        workers: Number of workers on Ray; None for one per GPU, or one per machine if there is none.
+        on_step: Callback after each finished step.
+        progress: Progress callback within a step.
 
     Returns:
-        The results, which also are in `results.json`.
+        The results, also written to `results.json`.
 
     Raises:
-        StudyFileError: The file is wrong.
-        CheckpointError, DataError: The base or the data are not there, or do not fit.
-        OutputExistsError: The folder is there and holds something else.
+        StudyFileError: The file is invalid.
+        CheckpointError, DataError: The base or the data are missing or invalid.
+        OutputExistsError: The folder exists and contains something else.
         OutputBusyError: Another run writes to the same folder.
-        OutputError: The folder cannot be written to, or on Ray not be seen from a worker.
+        OutputError: The folder cannot be written to, or, on Ray, is not visible to a worker.
         StudyStepError: A step failed on a worker.
         MissingExtraError, WorkersError: There is no Ray, or no worker can be started.
     """
@@ -102,12 +102,12 @@ def run_study(
 
         def note(step: Step, record: Record, n_workers: int = 1) -> None:
             dropped, left = tuple(ledger.drop()), ledger.left()
-            on_step(Told(step, record, dropped, estimate(left, ledger.seconds(), workers=n_workers)))
+            on_step(StepReport(step, record, dropped, estimate(left, ledger.seconds(), workers=n_workers)))
             if ray is not None:  # what goes on within a step is told to nobody here
                 progress("study", len(ledger.steps) - len(left), len(ledger.steps), "steps")
 
         if ray is None:
-            _do_in_turn(ledger, Work(study, inputs, ledger.places, device, progress), note)
+            _do_in_turn(ledger, StepRunner(study, inputs, ledger.places, device, progress), note)
         elif ledger.left():
             with open_cluster(ray, ledger, data=data, device=device, workers=workers) as pool:
                 do_side_by_side(ledger, pool, note=note)
@@ -116,7 +116,7 @@ def run_study(
     return results
 
 
-def _do_in_turn(ledger: Ledger, work: Work, note: Callable[[Step, Record], None]) -> None:
+def _do_in_turn(ledger: Ledger, work: StepRunner, note: Callable[[Step, Record], None]) -> None:
     """Do what is left in this process, one step after another."""
     while left := ledger.left():
         step = left[0]
@@ -125,7 +125,7 @@ def _do_in_turn(ledger: Ledger, work: Work, note: Callable[[Step, Record], None]
 
 @dataclass(frozen=True, slots=True)
 class StudyStatus:
-    """How far a study is.
+    """Progress of a study.
 
     Attributes:
         study: The study.
@@ -146,10 +146,10 @@ class StudyStatus:
 
 
 def study_status(file: str | Path, *, out: str | Path | None = None) -> StudyStatus:
-    """How far a study is, from its folder alone: data and base are taken to be those of the last run.
+    """Report the progress of a study from its folder alone; data and base are assumed to be those of the last run.
 
     Raises:
-        StudyFileError: The file is wrong.
+        StudyFileError: The file is invalid.
     """
     study, out = _named(file, out)
     ledger = Ledger(study, Places(out), study_identities(out))
@@ -158,10 +158,10 @@ def study_status(file: str | Path, *, out: str | Path | None = None) -> StudySta
 
 
 def study_results(file: str | Path, *, out: str | Path | None = None) -> StudyResults:
-    """The results of the steps that are done, whatever the versions of the programs that did them.
+    """Return the results of the finished steps, whatever the program versions that computed them.
 
     Raises:
-        StudyFileError: The file is wrong.
+        StudyFileError: The file is invalid.
     """
     study, out = _named(file, out)
     return tabulate(study, Ledger(study, Places(out), study_identities(out), any_version=True).results())
@@ -198,7 +198,7 @@ def _write(file: Path, values: object) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """Keep other runs on this machine from writing to the same folder."""
     if out.is_dir() and any(out.iterdir()) and not (out / LOCK_FILE).exists():
-        raise OutputExistsError(f"'{out}': is there already, and is no study's folder. Name another with --output.")
+        raise OutputExistsError(f"'{out}': already exists and is not a study's folder. Choose another with --output.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = open_locked(out / LOCK_FILE, wait=False)

@@ -4,7 +4,7 @@ from collections import Counter
 
 from portllm.study.definition.estimate import Estimated
 from portllm.study.definition.plan import steps_of
-from portllm.study.run import StudyStatus, Told
+from portllm.study.run import StepReport, StudyStatus
 
 MINUTE, HOUR = 60, 3600
 
@@ -37,10 +37,10 @@ def status_to_json(status: StudyStatus) -> dict[str, object]:
     }
 
 
-def render_told(told: Told) -> str:
+def render_step(step: StepReport) -> str:
     """The line that `study run` prints when a step is done."""
-    dropped = f"; {len(told.dropped)} outputs dropped" if told.dropped else ""
-    return f"{told.step.name}: {lasting(told.record.seconds)}{dropped}; {still(told.left)}"
+    dropped = f"; {len(step.dropped)} outputs dropped" if step.dropped else ""
+    return f"{step.step.name}: {lasting(step.record.seconds)}{dropped}; {still(step.left)}"
 
 
 def still(left: Estimated) -> str:
@@ -54,7 +54,7 @@ def still(left: Estimated) -> str:
         return "nothing left"
     if left.n_unknown == len(left.steps):
         return f"{len(left.steps)} steps left"
-    unknown = f" and {left.n_unknown} steps of which nobody knows yet" if left.n_unknown else ""
+    unknown = f" and {left.n_unknown} steps of unknown duration" if left.n_unknown else ""
     return f"{len(left.steps)} steps left: about {lasting(left.seconds)}{unknown}"
 
 

@@ -56,7 +56,7 @@ def descend(
         loss_of: The mean loss of a batch.
         how: The rest.
         label: Of progress and messages: `train`, `evolve`.
-        progress: Told of every step.
+        progress: Progress callback (steps).
 
     Returns:
         The loss of each step.
@@ -78,7 +78,7 @@ def descend(
         if not math.isfinite(loss.item()):
             raise PortLLMError(
                 f"{label}: the loss is {loss.item()} at step {step + 1} of {len(batches)}; nothing was written. "
-                f"Lower the learning rate, now {how.learning_rate:g}."
+                f"Lower the learning rate (now {how.learning_rate:g})."
             )
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)

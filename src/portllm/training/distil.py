@@ -9,7 +9,7 @@ from portllm.errors import PlanRefusedError
 from portllm.files.input_file import local_file, unchanged
 from portllm.files.output_folder import check_apart
 from portllm.files.record import encode
-from portllm.matching.compatibility import misfits, strangers
+from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -64,8 +64,8 @@ def distil(
         settings: Rank, learning rate and the like.
         start: A patch of `base` to train on, such as the teacher's, ported; its rank, alpha and modules are kept.
         device: Where to train.
-        overwrite: Replace `out` where it exists.
-        progress: Told of what is written and of every step.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (generated answers, steps).
 
     Returns:
         The patch, opened from `out`, and what training did.
@@ -107,7 +107,7 @@ def distil(
 
 def check_teacher(teacher: Teacher) -> None:
     """Raise PlanRefusedError if the teacher's patch is not one of its base, with every reason."""
-    found = {*misfits(teacher.patch, teacher.base), *strangers(teacher.patch, teacher.base, option="--teacher")}
+    found = {*mismatches(teacher.patch, teacher.base), *base_refusals(teacher.patch, teacher.base, option="--teacher")}
     if found:
         raise PlanRefusedError(found)
 

@@ -62,7 +62,7 @@ def distil_lora(
         device: Where to train.
         start: An adapter to go on from, as in `train_lora`.
         overwrite: Replace what is at `adapter_folder`.
-        progress: Told of what is written and of every step.
+        progress: Progress callback (generated answers, steps).
 
     Returns:
         As `train_lora`, its losses being divergences in nats per token.
@@ -141,6 +141,6 @@ def _check_tokens(student: Encoder, teacher: Encoder) -> None:
     """A distribution over tokens can be learned by a model that has the same ones."""
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab() or student.eos != teacher.eos:
         raise DataError(
-            "the teacher and the model to train have different tokens, so that distributions over them cannot be "
-            "compared. Let the older model answer the rows, and train on its answers as labels."
+            "the teacher and the student have different vocabularies, so their distributions cannot be compared. "
+            "Let the older model answer the rows, and train on its answers as labels."
         )

@@ -114,7 +114,7 @@ def evolve(
         out_folder: The folder to be; a failed run leaves nothing there.
         device: Where to train.
         overwrite: Replace what is at `out_folder`.
-        progress: Told of every step.
+        progress: Progress callback (steps).
 
     Raises:
         CheckpointError: The base cannot be loaded.
@@ -160,8 +160,8 @@ def _fit(
         loss = next_token_nats(model, blocks, device=device)
         if not math.isfinite(loss.item()):
             raise PortLLMError(
-                f"evolution: the loss is {loss.item()} at step {step + 1} of {settings.steps}; nothing was written. "
-                f"Lower the learning rate, now {settings.learning_rate:g}."
+                f"evolution: the loss is {loss.item()} at step {step + 1} of {settings.steps}; nothing was "
+                f"written. Lower the learning rate (now {settings.learning_rate:g})."
             )
         torch.autograd.backward(loss)
         for master, weight in zip(masters, weights, strict=True):

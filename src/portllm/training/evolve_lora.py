@@ -66,7 +66,7 @@ def train_on_text(
         adapter_folder: The folder to be; a failed run leaves nothing there.
         device: Where to train.
         overwrite: Replace what is at `adapter_folder`.
-        progress: Told of every step.
+        progress: Progress callback (steps).
 
     Returns:
         The loss of each step, in nats per token.

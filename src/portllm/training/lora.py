@@ -1,4 +1,4 @@
-"""A first patch: LoRA fine-tuning on prompts and completions.
+"""Train a first patch: LoRA fine-tuning on prompts and completions.
 
 A short loop of our own, so that a run is a function of base, rows and settings: AdamW on float32 factors, the base
 frozen in its stored dtype, the loss on the tokens of the completion and its end mark only, the adapter written as PEFT
@@ -40,28 +40,28 @@ from portllm.training.schedule import Decay, bucketed_batches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Everything that a training run depends on but its base and its rows.
+    """Settings of a training run.
 
     Attributes:
-        rank: Inner size of the factors.
+        rank: LoRA rank.
         alpha: PEFT's numerator: the scale is `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`.
         target_modules: Names of the linear modules; `all-linear` is all but the head: in a Llama the paper's seven.
-        use_rslora: Rank-stabilized scale.
-        dropout: Share of a factor's inputs dropped while training.
-        learning_rate: At its peak.
-        epochs: Times that every row is seen, where `steps` is not given.
-        steps: Updates, instead of `epochs`.
-        batch_size: Rows of an update.
-        max_tokens: Most tokens of a row; longer prompts are cut from the left.
-        warmup: Share of the steps on which the learning rate rises.
-        decay: How it falls afterwards.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are scaled down to this norm.
-        gradient_checkpointing: Less memory for a third more time.
-        seed: Of the factors, the order of rows and dropout.
+        use_rslora: Use the rank-stabilized scale.
+        dropout: LoRA dropout.
+        learning_rate: Peak learning rate.
+        epochs: Number of passes over the data, unless `steps` is given.
+        steps: Number of optimizer steps, instead of `epochs`.
+        batch_size: Rows per optimizer step.
+        max_tokens: Maximum tokens per row; longer prompts are truncated from the left.
+        warmup: Fraction of the steps during which the learning rate rises.
+        decay: Learning-rate schedule after warmup.
+        weight_decay: AdamW weight decay.
+        max_grad_norm: Gradient clipping norm.
+        gradient_checkpointing: Trade about a third more time for less memory.
+        seed: Random seed of initialization, row order and dropout.
 
     Raises:
-        PortLLMError: A value is out of its range; all of them are named.
+        PortLLMError: A value is out of range; all of them are named.
     """
 
     rank: int = 8
@@ -104,18 +104,18 @@ BatchLoss = Callable[[PeftModel, Sequence[Encoded]], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What a training run did.
+    """Report of a training run.
 
     Attributes:
         losses: Mean loss of each step's batch, in nats per token of completion and end mark.
-        seconds: Of the steps, loading and saving apart.
-        n_trained: Numbers in the factors.
-        n_rows: Rows it was given.
-        n_cut_rows: Of these, rows whose prompt was too long and lost its beginning.
-        n_tokens: Tokens that went through the model, padding apart.
-        steps: Updates.
-        device: Where it ran.
-        peak_bytes: Most memory torch held on a CUDA device; None on a CPU, where it is not counted.
+        seconds: Duration of the steps, excluding loading and saving.
+        n_trained: Number of trained parameters.
+        n_rows: Number of rows.
+        n_cut_rows: Number of rows whose prompt was truncated.
+        n_tokens: Number of tokens processed, excluding padding.
+        steps: Number of optimizer steps.
+        device: The device it ran on.
+        peak_bytes: Peak memory on a CUDA device; None on a CPU.
     """
 
     losses: tuple[float, ...]
@@ -159,7 +159,7 @@ def train_lora(
         start: An adapter folder whose factors are trained on, instead of new ones; its rank, alpha and modules count,
             and not those of the settings.
         overwrite: Replace what is at `adapter_folder`.
-        progress: Told of every step.
+        progress: Progress callback (steps).
 
     Raises:
         CheckpointError: The base cannot be loaded.
@@ -205,7 +205,7 @@ def fit_adapter(
         folder: Takes the adapter's files.
         device: Where to train.
         start: An adapter to go on from, or None for a new one.
-        progress: Told of every step.
+        progress: Progress callback (steps).
     """
     # LoRA's factors and dropout draw from torch's global generator; the caller's state is put back afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -243,7 +243,7 @@ def encode_all(encoder: Encoder, examples: Sequence[Example], *, max_tokens: int
             problems.append(f"  example {number}: {error}")
     if problems:
         more = [f"  and {len(problems) - 10} more."] if len(problems) > 10 else []
-        raise DataError("\n".join([f"{len(problems)} of {len(examples)} examples do not fit:", *problems[:10], *more]))
+        raise DataError("\n".join([f"{len(problems)} of {len(examples)} examples are invalid:", *problems[:10], *more]))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What `train` was asked for: from labels or from a teacher, from nothing or from a patch."""
+"""Training requests: from labels or from a teacher, from scratch or from a patch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from portllm.running.model import Device
 from portllm.running.recorded import recorded_format, recorded_prompt
 from portllm.training.distil import Teacher, check_teacher, distil
 from portllm.training.lora import TrainReport, TrainSettings
-from portllm.training.train import train_on_rows, unfit_start
+from portllm.training.train import start_refusals, train_on_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Training:
             rows = read_examples(self.data, self._format())
             first, count = rows[0], len(rows)
         check_runnable(self.base)
-        if self.start is not None and (refusals := set(unfit_start(self.start, self.base))):
+        if self.start is not None and (refusals := set(start_refusals(self.start, self.base))):
             raise PlanRefusedError(refusals)
         check_free(self.out, overwrite=self.overwrite)
         check_apart(self.out, [local_file(self.data)])
@@ -87,7 +87,7 @@ class Training:
         if self.prompt is not None and self.completion is not None:
             return ExampleFormat(prompt=self.prompt, completion=self.completion)
         if self.start is None:
-            raise DataError("train: neither prompt and completion are given, nor a patch or teacher that says them.")
+            raise DataError("train: pass prompt and completion, or a patch or teacher that records them.")
         return recorded_format(self.start, prompt=self.prompt, completion=self.completion)
 
     def _prompt(self, teacher: Teacher) -> str:
@@ -112,39 +112,39 @@ def train(
 ) -> tuple[Patch[TensorInfo], TrainReport]:
     """Fine-tune a patch for a base and write it to `out`; the loss counts completions only.
 
-    With a teacher, completions are what an older patch answers on its own base, and the loss is the mean divergence
+    With a teacher, completions are an older patch's answers on its own base, and the loss is the mean divergence
     `KL(teacher ‖ student)` over their tokens: no answer in the data is read.
 
     Args:
         base: The model; a folder with configuration and tokenizer.
         data: JSONL rows.
         out: The patch's folder.
-        prompt: Template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`.
-        completion: The field of what to answer; None for that of `start`, and with a teacher.
-        start: A patch of `base` to train on, such as a ported one; its rank, alpha and modules are kept.
-        teacher: An older patch that answers the prompts, in place of a completion.
-        teacher_base: The model that the older patch belongs to.
-        max_new_tokens: Most tokens that the teacher writes after a prompt; 32 if not given.
-        settings: Rank, learning rate and the like.
-        device: Where to train.
-        overwrite: Replace `out` where it exists.
-        progress: Told of what the teacher writes and of every step.
+        prompt: Prompt template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`.
+        completion: JSONL field with the target text; None for the one recorded in `start`, or with a teacher.
+        start: A patch of `base` to start from, such as a ported one; its rank, alpha and modules are kept.
+        teacher: An older patch whose answers are learned instead of a completion.
+        teacher_base: The model the teacher patch was made on.
+        max_new_tokens: Maximum number of tokens the teacher generates; 32 by default.
+        settings: Rank, learning rate and other settings.
+        device: Device to train on.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (answers of the teacher, steps).
 
     Returns:
-        The patch, opened from `out`, and what training did.
+        The patch, opened from `out`, and a report of the training.
 
     Raises:
-        DataError: Rows do not fit, nothing says what prompt and completion are, or models do not share their tokens.
-        PlanRefusedError: `start` cannot be trained on, or the teacher's patch is not one of its base.
+        DataError: Rows are invalid, prompt or completion is unknown, or the models have different vocabularies.
+        PlanRefusedError: Training cannot start from `start`, or the teacher patch does not belong to its base.
         NotFoundError: A model is a single file, without configuration and tokenizer.
-        OutputExistsError: `out` exists; said before any work is done.
+        OutputExistsError: `out` exists; raised before any work is done.
     """
     if (teacher is None) != (teacher_base is None):
-        raise PortLLMError("train: teacher and teacher_base go together. Give both, or neither.")
+        raise PortLLMError("train: teacher and teacher_base must be used together.")
     if teacher is None and max_new_tokens is not None:
-        raise PortLLMError("train: max_new_tokens goes with a teacher. Leave it out.")
+        raise PortLLMError("train: max_new_tokens requires a teacher. Omit it.")
     if teacher is not None and completion is not None:
-        raise PortLLMError("train: completion names answers to learn; with a teacher these are the teacher's.")
+        raise PortLLMError("train: completion cannot be used with a teacher, whose answers are learned instead.")
     training = Training(
         base=open_checkpoint(base, progress=progress),
         data=Path(data),

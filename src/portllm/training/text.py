@@ -15,5 +15,5 @@ def render_training(summary: PatchSummary, report: TrainReport) -> str:
         " (nats per token of completion)",
     }
     if report.n_cut_rows:
-        rows["cut"] = f"{report.n_cut_rows} prompts were longer than --max-tokens and lost their beginning"
+        rows["cut"] = f"{report.n_cut_rows} prompts were longer than --max-tokens and were truncated from the left"
     return "\n".join([render_summary(summary), *table(rows)])

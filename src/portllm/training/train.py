@@ -12,9 +12,9 @@ from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.input_file import local_file, unchanged
 from portllm.files.output_folder import check_apart, check_free
 from portllm.files.record import encode
-from portllm.matching.compatibility import misfits, strangers
+from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
-from portllm.patch.low_rank import is_plain
+from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
 from portllm.running.examples import Example, ExampleFormat, digested, read_examples
@@ -45,8 +45,8 @@ def train_on_rows(
         settings: Rank, learning rate and the like.
         start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
         device: Where to train.
-        overwrite: Replace `out` where it exists.
-        progress: Told of every step.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (steps).
 
     Returns:
         The patch, opened from `out`, and what training did.
@@ -97,8 +97,8 @@ def train_on(
         settings: Rank, learning rate and the like.
         start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
         device: Where to train.
-        overwrite: Replace `out` where it exists.
-        progress: Told of every step.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (steps).
     """
     settings = settings or TrainSettings()
 
@@ -131,8 +131,8 @@ def capture_training(
         recorded: What the record says of the rows and the loss.
         settings: What else shaped the patch.
         start: What the adapter began with, or None.
-        overwrite: Replace `out` where it exists.
-        progress: Told of a download.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (downloaded bytes).
 
     Raises:
         PlanRefusedError: `start` cannot be trained on.
@@ -140,7 +140,7 @@ def capture_training(
     """
     check_free(out, overwrite=overwrite)
     check_apart(out, [*base.files, *(() if start is None else files_of(start))])
-    if start is not None and (refusals := sorted(set(unfit_start(start, base)))):
+    if start is not None and (refusals := sorted(set(start_refusals(start, base)))):
         raise PlanRefusedError(refusals)
     folder = model_folder(base, progress=progress)
     with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
@@ -160,15 +160,15 @@ def capture_training(
     return patch, report
 
 
-def unfit_start(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
+def start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be trained on with a base."""
-    yield from misfits(start, base)
-    yield from strangers(start, base, option="--init-from")
-    if not is_plain(start):
+    yield from mismatches(start, base)
+    yield from base_refusals(start, base, option="--init-from")
+    if not is_plain_lora(start):
         yield Refusal(
             "--init-from",
-            f"{start.name} holds more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or "
-            "biases), and training goes on with LoRA factors alone. Train a new patch.",
+            f"{start.name} contains more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows "
+            "or biases), but training can only continue from LoRA factors. Train a new patch.",
         )
 
 

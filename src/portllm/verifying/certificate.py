@@ -1,4 +1,4 @@
-"""Whether a certificate is as it was written, adds up, and is about the models, patches and inputs that are shown."""
+"""Verify that a certificate is unchanged, consistent, and about the given models, patches and inputs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from portllm.verifying.checks import AS_WRITTEN, Check, file_checks, model_check
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """What a certificate may be compared with; only what is given is.
+    """Models, patches and inputs to compare a certificate with; all are optional.
 
     Attributes:
         evolved: The model that answered after the port: the evolved one, or the merged one.
@@ -75,7 +75,7 @@ def unchecked(base: Checkpoint | None, certified: Certified) -> Iterator[str]:
     }
     absent = [option for option, value in given.items() if value is None]
     if absent:
-        yield f"not compared, as it was not given: {', '.join(absent)}"
+        yield f"not compared, since not given: {', '.join(absent)}"
 
 
 def _arithmetic_check(certificate: Certificate) -> Check:
@@ -89,7 +89,7 @@ def _arithmetic_check(certificate: Certificate) -> Check:
 
 def _patch_checks(subject: str, expected: PatchFiles | None, folder: Path) -> Iterator[Check]:
     if not folder.is_dir():
-        raise NotFoundError(f"'{folder}': no such folder. Give the patch that the certificate is about.")
+        raise NotFoundError(f"'{folder}': no such folder. Pass the patch that the certificate is about.")
     if expected is None:
         yield wrong(subject, f"the certificate is about a merged model, and {folder} is a patch")
         return
@@ -101,5 +101,5 @@ def _data_check(expected: str, data: Path) -> Check:
     try:
         holds = f"blake3:{digest_file(data)}" == expected
     except OSError as error:
-        raise NotFoundError(f"'{data}': cannot be read: {error.strerror}. Give the file of inputs.") from error
-    return Check("data", holds, AS_WRITTEN if holds else "its bytes are not those of the inputs that were asked")
+        raise NotFoundError(f"'{data}': cannot be read: {error.strerror}. Pass the file of inputs.") from error
+    return Check("data", holds, AS_WRITTEN if holds else "its bytes differ from those of the certified inputs")

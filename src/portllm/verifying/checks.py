@@ -1,4 +1,4 @@
-"""What a verification consists of, and the checks that patches, merged models and certificates have in common."""
+"""The result of a verification, and checks that patches, merged models and certificates share."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -88,8 +88,8 @@ def sealed_check(file: Path, values: Mapping[str, object]) -> Check:
     """Whether the seal of a JSON file fits what was read from it, and the file is laid out as it was written."""
     problem = seal_problem(values)
     if problem is None and file.read_bytes() != render_sealed(values).encode():
-        problem = "says what was written, but in other bytes: its layout was changed"
-    return Check(file.name, problem is None, problem or f"its seal fits, every byte {AS_WRITTEN}")
+        problem = "has the recorded values but different bytes: it was reformatted"
+    return Check(file.name, problem is None, problem or f"its seal matches, every byte {AS_WRITTEN}")
 
 
 def file_checks(folder: Path, files: Mapping[str, str]) -> Iterator[Check]:
@@ -97,14 +97,14 @@ def file_checks(folder: Path, files: Mapping[str, str]) -> Iterator[Check]:
     for name, digest in sorted(files.items()):
         # What is no file, as a pipe, could be read forever; these functions also take what cannot be a name.
         if not os.path.isfile(folder / name):
-            yield wrong(name, "is no file" if os.path.exists(folder / name) else "is missing")
+            yield wrong(name, "is not a file" if os.path.exists(folder / name) else "is missing")
             continue
         try:
             holds = digest_file(folder / name) == digest
         except OSError as error:
             raise CheckpointError(f"'{folder / name}': cannot be read: {error.strerror}.") from error
         else:
-            yield Check(name, holds, AS_WRITTEN if holds else "its bytes are not those that were written")
+            yield Check(name, holds, AS_WRITTEN if holds else "its bytes differ from those that were written")
 
 
 def model_check(subject: str, expected: ModelIdentity, model: Checkpoint) -> Check:
@@ -112,7 +112,7 @@ def model_check(subject: str, expected: ModelIdentity, model: Checkpoint) -> Che
     found = fingerprint(model)
     if found == expected.fingerprint:
         return right(subject, f"{model.name} is the model that the record names ({found})")
-    return wrong(subject, f"{model.name} is {found}, the record names {expected.name} ({expected.fingerprint})")
+    return wrong(subject, f"{model.name} is {found}, but the record names {expected.name} ({expected.fingerprint})")
 
 
 def signature_checks(
@@ -130,7 +130,7 @@ def notes_on(folder: Path, covered: Collection[str], trust: Trust | None, signat
     given = signature is not None and inode_of(signature.parent) == inode_of(folder)
     signatures = {SIGNATURE_FILE} | ({signature.name} if signature is not None and given else set())
     if trust is None and (folder / SIGNATURE_FILE).is_file():
-        yield f"{SIGNATURE_FILE} was not checked: say whose it must be, for example with --public-key FILE"
+        yield f"{SIGNATURE_FILE} was not checked: name the expected signer, for example with --public-key FILE"
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in {*covered, *signatures})
     if others and trust is None:
         rest = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""

@@ -1,4 +1,4 @@
-"""Sign a patch, or a merged model: what does not verify is not signed."""
+"""Sign a patch or a merged model, after verifying it."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from portllm.verifying.verify import verify
 
 
 def sign(where: PatchLike, signer: Signer, *, signature: str | Path | None = None, overwrite: bool = False) -> Path:
-    """Sign every file of a patch, or of a model that `merge` wrote.
+    """Sign every file of a patch, or of a model written by `merge`.
 
     The signed statement holds the digest of each file. `patch.json` is among them, so the signature covers the identity
     of the base, how the patch was captured, and every port.
 
     Args:
         where: The folder, or a patch opened from there.
-        signer: By what right.
+        signer: The key or identity to sign with.
         signature: The file to write, or None for `model.sig` in the folder.
-        overwrite: Replace it where it exists.
+        overwrite: Replace the signature if it exists.
 
     Returns:
         The signature's file.
@@ -36,8 +36,8 @@ def sign(where: PatchLike, signer: Signer, *, signature: str | Path | None = Non
     wrong = [check for check in verification.checks if not check.holds]
     if wrong:
         raise SignatureError(
-            f"'{where}': does not verify, so it was not signed: {wrong[0].subject}: {wrong[0].finding}. "
-            f"'portllm verify {where}' tells all."
+            f"'{where}': does not verify, so it was not signed: {wrong[0].subject}: {wrong[0].finding}. 'portllm "
+            f"verify {where}' shows all checks."
         )
     file = Path(where) / SIGNATURE_FILE if signature is None else Path(signature)
     sign_folder(Path(where), signer, signature=file, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Signatures by OpenSSF model-signing: the border to that library, which is loaded when a signature is made or checked.
+"""Signatures with OpenSSF model-signing, which is imported only when a signature is made or checked.
 
 A signature is a Sigstore bundle in one file. What it signs is a statement with the SHA-256 digest of every file of the
 folder; `patch.json` is one of them, and with it the identity of the base and the chain of ports.
@@ -68,7 +68,7 @@ class CertificateSigner:
 
 @dataclass(frozen=True, slots=True)
 class SigstoreSigner:
-    """Sign without a key of one's own: Sigstore vouches for an identity, such as an e-mail address. Needs the network.
+    """Sign with an identity, such as an e-mail address, instead of a key (Sigstore). Needs the network.
 
     Attributes:
         identity_token: An OpenID Connect token, or None: that of the machine's environment, else a browser is opened.
@@ -84,7 +84,7 @@ Signer = KeySigner | CertificateSigner | SigstoreSigner
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """Trust what the private half of a key signed.
+    """Trust signatures by the private half of this key.
 
     Attributes:
         file: The public key, PEM.
@@ -98,7 +98,7 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """Trust whom these certificates vouch for, directly or through others.
+    """Trust signers with a certificate issued under these roots.
 
     Attributes:
         files: PEM, at least one: the roots that a system comes with vouch for web sites, not for who may sign models.
@@ -116,7 +116,7 @@ class Roots:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Trust an identity that Sigstore vouches for. Needs the network.
+    """Trust signatures by a Sigstore identity. Needs the network.
 
     Attributes:
         name: Such as an e-mail address.
@@ -151,9 +151,9 @@ def sign_folder(folder: Path, signer: Signer, *, signature: Path, overwrite: boo
         MissingExtraError: model-signing is not installed.
     """
     if os.path.lexists(signature) and not overwrite:
-        raise OutputExistsError(f"'{signature}': is there already. Choose another place, or pass --overwrite.")
+        raise OutputExistsError(f"'{signature}': already exists. Choose another path, or pass --overwrite.")
     if os.path.lexists(signature) and not signature.is_symlink() and not _is_signature(signature):
-        raise OutputExistsError(f"'{signature}': is no signature, and is not replaced. Choose another place.")
+        raise OutputExistsError(f"'{signature}': is not a signature, so it is not replaced. Choose another path.")
     model_signing = _load()
     signatures = _signatures_in(folder, signature)
     # Left alone, the library passes over .git, .github, .gitignore and .gitattributes, in which programs can lie, too.
@@ -195,7 +195,7 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
     if not os.path.isfile(file):
         return f"there is no '{file}'"
     if (size := file.stat().st_size) > MAX_SIGNATURE_BYTES:
-        return f"'{file}' has {size} bytes, and no signature has more than {MAX_SIGNATURE_BYTES}"
+        return f"'{file}' has {size} bytes, the limit for a signature is {MAX_SIGNATURE_BYTES}"
     try:
         statement = _statement(file)
         resources = _resources(statement)
@@ -207,7 +207,7 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
         )
     except Exception as error:  # what a hostile signature makes the parsers and verifiers below raise has no bound
         return f"not by {trust}, or not over these files: {_told(error)}"
-    return None if unsigned is None else f"leaves out '{unsigned}'"
+    return None if unsigned is None else f"does not cover '{unsigned}'"
 
 
 def _is_signature(file: Path) -> bool:
@@ -339,7 +339,7 @@ def _translated(what: str, *, hint: str) -> Iterator[None]:
 def _hint(means: Signer | Trust) -> str:
     if isinstance(means, SigstoreSigner | Identity):
         return "Sigstore needs the network; a key file does not."
-    return "Give PEM files, with keys on P-256, P-384 or P-521."
+    return "Pass PEM files, with keys on P-256, P-384 or P-521."
 
 
 def _told(error: Exception) -> str:

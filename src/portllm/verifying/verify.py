@@ -1,4 +1,4 @@
-"""Verify that a patch, a merged model or a certificate is byte for byte what was written. Needs no torch.
+"""Verify that a patch, merged model or certificate is byte for byte as it was written. Needs no torch.
 
 A patch says in `patch.json` what its other files and its tensors must be, and seals what it says; a merged model does
 so in `portllm.json`, and a certificate stands in one file. Every byte is read again: nothing is taken from a cache.
@@ -51,26 +51,26 @@ def verify(
     certified: Certified | None = None,
     progress: Progress = silent,
 ) -> Verification:
-    """Verify a patch, a model that `merge` wrote, or a certificate.
+    """Verify a patch, a model written by `merge`, or a certificate.
 
     Args:
         where: Its folder, or a patch opened from there.
         base: The model that the patch belongs to, that was merged into, or that the old specialist of a certificate was
             made of; its fingerprint is compared.
-        trust: Whose signature it must bear.
-        signature: Where the signature is, if not in the folder under its usual name.
-        certified: Of a certificate, what else it names, to be compared with what it says.
-        progress: Told of the bytes read of a model.
+        trust: The signer to require.
+        signature: The signature file, if not the default one in the folder.
+        certified: For a certificate, the models, patches and inputs to compare it with.
+        progress: Progress callback (bytes read of a model).
 
     Returns:
-        What holds and what does not; damage is a finding, not an error.
+        All checks and their outcome; corruption is a finding, not an error.
 
     Raises:
-        NotFoundError: There is no folder, or nothing in it that could be verified.
-        PatchRecordError, CheckpointError: What says how the rest must be is no JSON, or a file cannot be read.
+        NotFoundError: The folder does not exist, or contains nothing to verify.
+        PatchRecordError, CheckpointError: The record is not valid JSON, or a file cannot be read.
         SignatureError: The key or certificate to check against cannot be used.
         MissingExtraError: A signature is to be checked without the extra `sign`.
-        PortLLMError: `certified` is given for what is no certificate.
+        PortLLMError: `certified` is given for something else than a certificate.
     """
     where = folder_of(where) if isinstance(where, Patch) else where
     base = None if base is None else open_checkpoint(base)
@@ -79,7 +79,7 @@ def verify(
     if (folder / CERTIFICATE_FILE).is_file():
         return _verify_certificate(folder, str(where), base, certified or Certified(), trust, signature)
     if certified is not None:
-        raise PortLLMError(f"'{where}': is no certificate; evolved model, patches and data go with one.")
+        raise PortLLMError(f"'{where}': is not a certificate; evolved model, patches and data require one.")
     if (folder / RECORD_FILE).is_file():
         return _verify_patch(folder, str(where), base, trust, signature)
     return _verify_checkpoint(folder, str(where), base, trust, signature, progress)
@@ -88,24 +88,25 @@ def verify(
 def _folder(where: str | Path) -> Path:
     if names_hub(where):
         raise NotFoundError(
-            f"'{where}': is a name of the hub; what is verified lies on this machine. Fetch it (hf download {where} "
-            "--local-dir FOLDER) and give the folder."
+            f"'{where}': is a Hub id, but only local folders can be verified. Download it (hf download {where} "
+            "--local-dir FOLDER) and pass the folder."
         )
     folder = Path(where)
     if not folder.is_dir():
         raise NotFoundError(
-            f"'{where}': no such folder. Give the folder of a patch, of a model that merge wrote, or of a certificate."
+            f"'{where}': no such folder. Pass the folder of a patch, of a model written by merge, or of a certificate."
         )
     if any((folder / name).is_file() for name in (CERTIFICATE_FILE, RECORD_FILE, MANIFEST_FILE)):
         return folder
     if (folder / CONFIG_FILE).is_file():
         raise PatchRecordError(
-            f"'{where}': is an adapter without {RECORD_FILE}, so nothing says what it should be. Make a patch of it: "
-            f"portllm capture --adapter {where} --base BASE -o PATCH."
+            f"'{where}': is an adapter without {RECORD_FILE}, so there is no record to verify it against. Make it "
+            f"a patch: portllm capture --adapter {where} --base BASE -o PATCH."
         )
     raise NotFoundError(
-        f"'{where}': holds neither {RECORD_FILE} nor {MANIFEST_FILE}, so nothing says what it should be. Give a patch, "
-        "a model that merge wrote, or a certificate; 'portllm inspect --digest' takes the digest of any other."
+        f"'{where}': contains neither {RECORD_FILE} nor {MANIFEST_FILE}, so there is no record to verify it "
+        "against. Pass a patch, a model written by merge, or a certificate; 'portllm inspect --digest' computes "
+        "the digest of any other model."
     )
 
 
@@ -167,7 +168,7 @@ def _tensor_check(tensors: Mapping[str, TensorInfo], digests: Mapping[str, str])
     if problems:
         rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         return wrong("tensors", "; ".join(problems[:SHOWN]) + rest)
-    return right("tensors", f"{len(digests)}, each by its digest, and no other")
+    return right("tensors", f"{len(digests)}, each matches its digest, and no others")
 
 
 def _chain_check(record: PatchRecord) -> Check:
@@ -175,12 +176,12 @@ def _chain_check(record: PatchRecord) -> Check:
     if not record.ports:
         return right("ports", "none")
     if record.ports[-1].target.fingerprint != record.base.fingerprint:
-        return wrong("ports", "the last one leads to another model than the base")
+        return wrong("ports", "the last one does not lead to the base")
     jumps = sum(
         step.target.fingerprint != after.source.fingerprint
         for step, after in zip(record.ports, record.ports[1:], strict=False)
     )
-    allowed = f"; {jumps} of them from another model than the one before led to, as --allow-other-base permits"
+    allowed = f"; {jumps} of them do not start where the previous one ended, as --allow-other-base permits"
     return right("ports", f"{len(record.ports)}, the last one leads to the base{allowed if jumps else ''}")
 
 
@@ -194,7 +195,7 @@ def _verify_checkpoint(
     try:
         manifest = decode_sealed(Manifest, values)
     except ValueError as error:
-        checks.append(wrong(MANIFEST_FILE, f"{error}; it was written by another version, or changed by hand"))
+        checks.append(wrong(MANIFEST_FILE, f"{error}; it was written by another version or edited by hand"))
     else:
         covered |= set(manifest.files)
         checks.append(sealed_check(folder / MANIFEST_FILE, values))
@@ -213,7 +214,7 @@ def _weight_checks(folder: Path, manifest: Manifest, weights: Collection[str], p
         return
     unused = sorted(set(weights) - {Path(str(file)).name for file in checkpoint.files})
     if unused:
-        yield wrong("weights", f"'{unused[0]}' belongs to no model here")
+        yield wrong("weights", f"'{unused[0]}' belongs to none of these models")
     yield from _header_checks(checkpoint, manifest.headers)
     digests = {}
     done = 0
@@ -226,11 +227,11 @@ def _weight_checks(folder: Path, manifest: Manifest, weights: Collection[str], p
     yield Check("digest", found == manifest.output.digest, told)
     mark = fingerprint(checkpoint)
     holds = mark == manifest.output.fingerprint
-    yield Check("fingerprint", holds, mark if holds else f"is {mark}, written was {manifest.output.fingerprint}")
+    yield Check("fingerprint", holds, mark if holds else f"is {mark}, but {manifest.output.fingerprint} was written")
 
 
 def _unlike(found: str, output: ModelIdentity) -> str:
-    return f"is {found}, written was {output.digest}: a name, dtype, shape or byte of a tensor differs"
+    return f"is {found}, but {output.digest} was written: a name, dtype, shape or byte of a tensor differs"
 
 
 def _header_checks(checkpoint: Checkpoint, kept: Mapping[str, str]) -> Iterator[Check]:
@@ -241,10 +242,10 @@ def _header_checks(checkpoint: Checkpoint, kept: Mapping[str, str]) -> Iterator[
     for file in checkpoint.files:
         if kept:
             if digest_header(Path(str(file))) != kept.get(Path(str(file)).name):
-                yield wrong(Path(str(file)).name, "its header is not the one that merge found")
+                yield wrong(Path(str(file)).name, "its header differs from the one that merge read")
             continue
         infos = sorted((info for info in checkpoint.infos.values() if info.file == file), key=lambda info: info.start)
         written = render_header([(info.name, info.dtype, info.shape) for info in infos], METADATA)
         with open(str(file), "rb") as stream:
             if stream.read(len(written)) != written:
-                yield wrong(Path(str(file)).name, "its header is not as merge writes it")
+                yield wrong(Path(str(file)).name, "its header differs from what merge writes")

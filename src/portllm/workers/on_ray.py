@@ -47,7 +47,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ClusterRequest:
     """What is asked of a cluster.
 
     Attributes:
@@ -87,7 +87,7 @@ class OnRay(Pool):
         self,
         address: str,
         make: Callable[[], Worker],
-        share: Callable[[Sequence[Machine]], Share],
+        share: Callable[[Sequence[Machine]], ClusterRequest],
         *,
         own_cores: int | None = None,
     ) -> None:
@@ -141,7 +141,7 @@ class OnRay(Pool):
         if not ready:
             raise WorkersError(
                 f"Ray started no worker in {START_SECONDS:.0f} seconds: it has no core, GPU or memory left, or "
-                "takes longer to load this program. Look at 'ray status', or run without --ray."
+                "takes longer to load this program. Check 'ray status', or run without --ray."
             )
         reference = ready[0]
         if reference in self._starting:
@@ -186,8 +186,8 @@ class OnRay(Pool):
             return
         if version != __version__:
             raise WorkersError(
-                f"a machine of the cluster has PortLLM {version}, this one has {__version__}. Install one version "
-                "everywhere."
+                f"a machine of the cluster has PortLLM {version}, this one has {__version__}. Install the same "
+                "version everywhere."
             )
         self._idle.append(actor)
 
@@ -208,7 +208,7 @@ def _connect(ray: ModuleType, address: str, own_cores: int | None) -> None:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise WorkersError(
-            f"--ray {address}: {_reason(error)}. Start a cluster with 'ray start --head', or give 'local'."
+            f"--ray {address}: {_reason(error)}. Start a cluster with 'ray start --head', or pass 'local'."
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there

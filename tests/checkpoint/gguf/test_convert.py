@@ -257,13 +257,13 @@ REFUSED_METADATA = {
     "another width": ({"llama.embedding_length": 34}, "(267, 32); its metadata implies (vocab=267, hidden=34)"),
     "values of another size": ({"llama.attention.value_length": 16}, "(24, 32); its metadata implies (value=32"),
     "more layers than tensors": ({"llama.block_count": 2**31}, "'llama.block_count' is 2147483648"),
-    "one of several parts": ({"split.count": 3}, "is one part of several"),
+    "one of several parts": ({"split.count": 3}, "is one of several parts"),
     "partial rotary embedding": ({"llama.rope.dimension_count": 4}, "rope.dimension_count' is 4"),
     "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
     "an epsilon of zero": ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon' is '0.0'"),
     "a base that is no number": ({"llama.rope.freq_base": float("nan")}, "rope.freq_base' is 'nan'"),
     "another vocabulary size": ({"llama.vocab_size": VOCAB + 1}, f"vocab_size' is {VOCAB + 1}"),
-    "a token twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "h"]}, "has a token twice"),
+    "a token twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "h"]}, "contains a token twice"),
     "tokens that are numbers": ({"tokenizer.ggml.tokens": [1] * VOCAB}, "'tokenizer.ggml.tokens'"),
     "a kind of token too few": ({"tokenizer.ggml.token_type": KINDS[1:]}, f"{VOCAB - 1} entries for {VOCAB} tokens"),
     "kinds of token in words": ({"tokenizer.ggml.token_type": ["x"] * VOCAB}, "'tokenizer.ggml.token_type'"),
@@ -339,13 +339,13 @@ def test_heads_that_transformers_does_not_have_are_refused(tmp_path, changes, sh
 def test_a_file_that_is_cut_short_is_refused(tmp_path, kept):
     write_tiny_gguf(tmp_path / "whole.gguf")
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match="is not a whole GGUF file"):
+    with pytest.raises(CheckpointError, match="is not a complete GGUF file"):
         write_gguf_as_checkpoint(tmp_path / "cut.gguf", tmp_path)
 
 
 def test_a_file_that_is_not_gguf_is_refused(tmp_path):
     (tmp_path / "text.gguf").write_text("a text, of some length, that is not a model")
-    with pytest.raises(CheckpointError, match="is not a whole GGUF file"):
+    with pytest.raises(CheckpointError, match="is not a complete GGUF file"):
         write_gguf_as_checkpoint(tmp_path / "text.gguf", tmp_path)
 
 
@@ -356,5 +356,5 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 def test_a_file_of_the_other_byte_order_is_refused(tmp_path):
     write_tiny_gguf(tmp_path / "big.gguf", endian=GGUFEndian.BIG)
-    with pytest.raises(CheckpointError, match="other byte order"):
+    with pytest.raises(CheckpointError, match="is big-endian"):
         write_gguf_as_checkpoint(tmp_path / "big.gguf", tmp_path)

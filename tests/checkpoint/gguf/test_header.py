@@ -100,7 +100,7 @@ def test_a_header_that_breaks_a_rule_is_refused_without_using_memory(tmp_path, d
     path = tmp_path / "hostile.gguf"
     path.write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(CheckpointError, match="is not a whole GGUF file") as caught:
+    with pytest.raises(CheckpointError, match="is not a complete GGUF file") as caught:
         read_gguf_header(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()

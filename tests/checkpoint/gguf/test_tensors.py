@@ -64,7 +64,7 @@ def test_a_folder_that_holds_one_file_is_the_file(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     assert fingerprint(open_checkpoint(tmp_path)) == fingerprint(open_checkpoint(tmp_path / "m.gguf"))
     (tmp_path / "n.gguf").write_bytes(b"")
-    with pytest.raises(NotFoundError, match="holds 2 GGUF files"):
+    with pytest.raises(NotFoundError, match="contains 2 GGUF files"):
         open_checkpoint(tmp_path)
 
 

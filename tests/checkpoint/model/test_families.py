@@ -192,9 +192,10 @@ def test_a_name_that_could_mean_two_tensors_is_refused(tmp_path):
         opened.stored("model.language_model.norm.weight")
     assert str(caught.value) == (
         f"'model.language_model.norm.weight': {tmp_path} has language_model.model.norm.weight and "
-        "language_model.norm.weight, which are two spellings of it. Save the model again with one of them."
+        "language_model.norm.weight, which are two names of the same tensor. Save the model again with only one "
+        "of them."
     )
-    with pytest.raises(CheckpointError, match="two spellings"):
+    with pytest.raises(CheckpointError, match="two names of the same tensor"):
         fingerprint(opened)
 
 

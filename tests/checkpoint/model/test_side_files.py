@@ -87,14 +87,14 @@ def test_a_model_without_configuration_gets_none(source, target):
 
 def test_a_configuration_that_is_damaged_is_an_error(source, target):
     (source / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="must hold a JSON object"):
+    with pytest.raises(CheckpointError, match="must contain a JSON object"):
         copy_side_files(source, target, config_changes={"dtype": "float16"})
 
 
 def test_a_link_out_of_the_folder_is_not_followed_into_the_output(source, target, tmp_path):
     (tmp_path / "id_rsa").write_text("secret")
     (source / "notes.txt").symlink_to("../id_rsa")
-    with pytest.raises(CheckpointError, match=r"notes\.txt': is a link to '.*id_rsa', outside of the model's folder"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt': is a link to '.*id_rsa', outside the model's folder"):
         copy_side_files(source, target, config_changes={})
     assert contents(target) == {}
 

@@ -53,7 +53,7 @@ def test_a_file_that_is_gone_or_cut_short_is_told(infos):
         reader.rows(infos["w"], 0, 1)
         file.write_bytes(file.read_bytes()[:-4])
         last = max(infos.values(), key=lambda info: info.stop)
-        with pytest.raises(CheckpointError, match="changed while it was read"):
+        with pytest.raises(CheckpointError, match="changed while it was being read"):
             reader.span(last, 0, last.n_bytes)
         file.unlink()
         with pytest.raises(CheckpointError, match="cannot read"):

@@ -110,7 +110,7 @@ def test_transformers_loads_what_was_written(rewritten, tiny):
 @pytest.mark.parametrize("size", [3, 5])
 def test_a_file_with_other_bytes_than_promised_is_an_error(size, tmp_path):
     (shard,) = lay_out({"w": Entry("w", "U8", (4,))})
-    message = r"model\.safetensors': \d+ bytes were written, its header promises"
+    message = r"model\.safetensors': \d+ bytes were written, but its header declares"
     with pytest.raises(OutputError, match=message), ShardWriter(tmp_path, shard) as writer:
         writer.append(bytes(size))
 
@@ -167,7 +167,7 @@ def test_a_failure_leaves_what_was_there_and_no_more(failure, overwrite, tmp_pat
 
 
 def test_a_full_disk_is_told_as_an_error_of_the_output(tmp_path):
-    with pytest.raises(OutputError, match="could not be written: No space left on device. Nothing was left there"):
+    with pytest.raises(OutputError, match="could not be written: No space left on device. Nothing was left behind"):
         fill(tmp_path / "out", fail=OSError(28, "No space left on device"))
     assert os.listdir(tmp_path) == []
 
@@ -199,7 +199,7 @@ def test_a_rename_that_fails_gives_the_old_folder_back(tmp_path, monkeypatch):
 
 def test_an_output_that_exists_is_refused_and_untouched(tmp_path):
     folder = old(tmp_path / "out")
-    with pytest.raises(OutputExistsError, match="is there already. Choose another place, or pass --overwrite"):
+    with pytest.raises(OutputExistsError, match="already exists. Choose another path, or pass --overwrite"):
         fill(folder)
     assert contents(tmp_path) == {f"out/{name}": data for name, data in OLD.items()}
 
@@ -243,7 +243,7 @@ def test_a_folder_that_holds_what_is_read_is_refused(tmp_path):
     link.parent.mkdir()
     link.symlink_to(file)
     for out in (tmp_path, tmp_path / "model", tmp_path / "x" / ".." / "model"):
-        with pytest.raises(OutputError, match=r"which is read for the output\. Write to another folder"):
+        with pytest.raises(OutputError, match=r"which is an input\. Write to another folder"):
             check_apart(out, [local_file(file)])
     for out in (tmp_path / "model", tmp_path / "snapshot"):
         with pytest.raises(OutputError, match="link"):

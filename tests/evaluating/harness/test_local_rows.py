@@ -56,11 +56,11 @@ def test_other_rows_stay_as_they_are(row):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"label": 1}\n{"label":\n', "validation.jsonl', line 2: is not JSON"),
-        (b"[1]\n", "validation.jsonl', line 1: is not an object"),
+        (b'{"label": 1}\n{"label":\n', "validation.jsonl', line 2: is not valid JSON"),
+        (b"[1]\n", "validation.jsonl', line 1: is not a JSON object"),
         (b"\n\n", "validation.jsonl': has no rows"),
-        (b"\xff\n", "validation.jsonl', line 1: is not JSON"),
-        (rb'{"a": "\ud800"}', "line 1: is not JSON: it holds half of a surrogate pair"),
+        (b"\xff\n", "validation.jsonl', line 1: is not valid JSON"),
+        (rb'{"a": "\ud800"}', "line 1: is not valid JSON: it contains an unpaired surrogate"),
     ],
 )
 def test_lines_that_are_no_rows_are_named(rows, tmp_path, content, message):
@@ -70,5 +70,5 @@ def test_lines_that_are_no_rows_are_named(rows, tmp_path, content, message):
 
 
 def test_a_folder_that_is_not_there_is_named_with_what_is_expected(tmp_path):
-    with pytest.raises(DataError, match=r"validation.jsonl': cannot be read.*Expected a folder for each task"):
+    with pytest.raises(DataError, match=r"validation.jsonl': cannot be read.*Expected one folder per task"):
         local_source(GLUE, tmp_path / "none", tmp_path)

@@ -128,7 +128,7 @@ def test_a_bound_on_tokens_cuts_as_the_harness_does(model, tokenizer, tasks):
 def test_an_answer_that_does_not_fit_is_refused(model, tokenizer, tasks):
     with pytest.raises(DataError, match="has 8 tokens; expected 1 to 5"):
         scored(model, tokenizer, tasks["winogrande"], max_tokens=5)
-    with pytest.raises(DataError, match="nothing is left for the prompt"):
+    with pytest.raises(DataError, match="no room is left for the prompt"):
         scored(model, tokenizer, tasks["gsm8k"], max_tokens=40, max_new_tokens=40)
 
 

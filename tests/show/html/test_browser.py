@@ -3,7 +3,7 @@
 import pytest
 
 from portllm.certifying.page import certify_page
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.page import check_page
 from portllm.checkpoint.open import open_checkpoint
 from portllm.evaluating.page import evaluate_page
@@ -49,7 +49,7 @@ def browser(tmp_path_factory):
 def checked(tiny):
     patches = [load_patch(tiny("adapter", seed=seed)) for seed in (1, 2)]
     models = {"base": open_checkpoint(tiny("base")), "evolved": open_checkpoint(tiny("evolved"))}
-    return lambda count: check(*patches[:count], places=True, **models)
+    return lambda count: check_weights(*patches[:count], places=True, **models)
 
 
 @pytest.fixture(

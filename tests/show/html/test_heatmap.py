@@ -2,12 +2,16 @@
 
 import re
 
-from portllm.measures.places import Place
+from portllm.measures.places import TensorPlace
 from portllm.show.html.heatmap import cell_rows, heatmap, stacks_of, strength
 
 SHARES = {("h", 0, "attn.q"): 0.01, ("h", 0, "mlp.up"): 0.02, ("h", 1, "attn.q"): 0.04, ("v", 0, "attn.q"): 0.5}
-CELLS = {Place(*place): share for place, share in SHARES.items()}
-SKIPPED = {Place("h", 0, "input_layernorm"): 1.0, Place("h", 0, "attn.q.bias"): 1.0, Place("", -1, "head"): 1.0}
+CELLS = {TensorPlace(*place): share for place, share in SHARES.items()}
+SKIPPED = {
+    TensorPlace("h", 0, "input_layernorm"): 1.0,
+    TensorPlace("h", 0, "attn.q.bias"): 1.0,
+    TensorPlace("", -1, "head"): 1.0,
+}
 
 
 def drawn(cells, stack="h"):
@@ -35,7 +39,7 @@ def test_layers_go_down_and_kinds_go_right():
 
 
 def test_experts_stand_where_other_matrices_do():
-    assert len(drawn({Place("h", 3, "experts.up", is_expert=True): 0.04})) == 1
+    assert len(drawn({TensorPlace("h", 3, "experts.up", is_expert=True): 0.04})) == 1
 
 
 def test_the_table_has_a_line_for_each_layer_and_is_blank_where_there_is_no_matrix():
@@ -44,5 +48,5 @@ def test_the_table_has_a_line_for_each_layer_and_is_blank_where_there_is_no_matr
 
 
 def test_a_model_that_did_not_move_is_drawn_in_the_faintest_color():
-    still = heatmap({Place("h", 0, "q"): 0.0}, "h", title="t", told="d", largest=0.0, largest_text="0 %")
+    still = heatmap({TensorPlace("h", 0, "q"): 0.0}, "h", title="t", told="d", largest=0.0, largest_text="0 %")
     assert 'fill-opacity="0.060"' in still

@@ -1,4 +1,4 @@
-"""A twin computes what the model computes, and its weights have nothing in common with the model's."""
+"""A twin computes what the model computes, and its weights have are unrelated to with the model's."""
 
 import pytest
 import torch

@@ -51,7 +51,7 @@ def test_retention_that_is_no_number_is_counted_and_not_drawn():
     none = replace(RESULTS.tasks[0].loss_retention, value=None, low=None, high=None, reason="why")
     tasks = (replace(RESULTS.tasks[0], loss_retention=none), *RESULTS.tasks[1:])
     page = Page(study_page(replace(RESULTS, tasks=tasks)))
-    assert any(text.endswith("over 7 ports; of 1 it is no number") for text in page.texts)
+    assert any(text.endswith("over 7 ports; undefined for 1") for text in page.texts)
     assert page.tables["Retention, a, in numbers"][1] == [
         "chain 1, add",
         retention_text(tasks[0].accuracy_retention),

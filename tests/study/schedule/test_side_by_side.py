@@ -90,7 +90,7 @@ def faked(monkeypatch):
     def identify(self, step):
         file = self.folder(step.name) / "made-of"
         if step.makes and not file.exists():
-            raise NotFoundError(f"'{file}': is not there.")
+            raise NotFoundError(f"'{file}': does not exist.")
         return file.read_text() if step.makes else ""
 
     monkeypatch.setattr(Places, "identify", identify)

@@ -48,9 +48,9 @@ def test_the_identity_depends_on_rows_and_settings_and_not_on_the_place(data, tm
 
 
 def test_missing_files_and_rows_are_refused(data):
-    with pytest.raises(DataError, match="is not there. Look for another --data"):
+    with pytest.raises(DataError, match="does not exist. Check --data"):
         open_task(replace(SETTINGS, train="no.jsonl"), data)
-    with pytest.raises(DataError, match="has 9 rows; the study asks for 10"):
+    with pytest.raises(DataError, match="has 9 rows, fewer than the 10"):
         open_task(replace(SETTINGS, train_rows=10), data)
 
 
@@ -63,5 +63,5 @@ def test_a_task_of_the_harness_comes_from_its_folder(tmp_path):
     source = open_task(HarnessTask(name="sst2", train_rows=3, score_rows=4), tmp_path)
     assert source.identity["kind"] == "harness"
     assert [example.completion for example in source.train_examples()] == ["negative", "positive", "negative"]
-    with pytest.raises(DataError, match="has 5 rows to score; 6 are asked for"):
+    with pytest.raises(DataError, match="has 5 rows to score, fewer than the 6 requested"):
         open_task(HarnessTask(name="sst2", score_rows=6), tmp_path)

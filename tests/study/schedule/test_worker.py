@@ -40,7 +40,7 @@ def test_another_folder_of_the_same_name_is_told_and_left_alone(study):
     assignment, job = study
     StepWorker(assignment).do(job)
     result = StepWorker(replace(assignment, mark="another")).do(job)
-    assert "this is not the folder of the study" in result["reason"]
+    assert "this is not the study's folder" in result["reason"]
     assert not result["can_pass"]
     assert read_record(assignment.out / "steps" / "score_base_kinds.json") is not None
 
@@ -49,16 +49,16 @@ def test_other_data_are_told(study):
     assignment, job = study
     with (assignment.data / "text.jsonl").open("a") as file:
         file.write('{"text": "a row more"}\n')
-    assert "base or data of the study are not those of the run" in StepWorker(assignment).do(job)["reason"]
+    assert "base or data differ from those of this run" in StepWorker(assignment).do(job)["reason"]
 
 
 def test_another_version_of_a_program_is_told(study):
     assignment, job = study
     other = replace(assignment, versions={**versions(), "peft": "0.0.1"})
-    assert f"has peft {versions()['peft']}, the run has 0.0.1" in StepWorker(other).do(job)["reason"]
+    assert f"has peft {versions()['peft']}, but this run has 0.0.1" in StepWorker(other).do(job)["reason"]
 
 
 def test_a_bug_is_told_with_its_traceback(study, monkeypatch):
     assignment, job = study
-    monkeypatch.setattr("portllm.study.schedule.work.Work.do", lambda self, step: {"x": 1 / 0})
+    monkeypatch.setattr("portllm.study.schedule.work.StepRunner.do", lambda self, step: {"x": 1 / 0})
     assert "ZeroDivisionError" in StepWorker(assignment).do(job)["reason"]

@@ -19,7 +19,16 @@ from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.measures.kept_gain import measure_rounding
-from portllm.measures.overlap import Alignment, Share, align, gram, product_squares, products, shares_inside, square
+from portllm.measures.overlap import (
+    Alignment,
+    DriftShare,
+    align,
+    gram,
+    product_squares,
+    products,
+    shares_inside,
+    square,
+)
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.rounding import MergeSums
 
@@ -52,7 +61,7 @@ class ChangeMeasures:
     rank: int | None
     delta_sq: float
     alignment: Alignment = field(default_factory=Alignment)
-    overlaps: Mapping[str, Share] = field(default_factory=dict)
+    overlaps: Mapping[str, DriftShare] = field(default_factory=dict)
     rounding: Mapping[str, MergeSums] = field(default_factory=dict)
     is_rescaled: bool = False
 
@@ -62,7 +71,7 @@ class ChangeMeasures:
         return math.isfinite(self.delta_sq)
 
 
-S = TypeVar("S", Share, MergeSums)
+S = TypeVar("S", DriftShare, MergeSums)
 
 
 def summed(parts: Iterable[Mapping[str, S]]) -> dict[str, S]:
@@ -185,7 +194,7 @@ def _of_experts(change: ExpertsDelta[TensorInfo] | ExpertDelta[TensorInfo], samp
     if isinstance(change, ExpertDelta):
         stored = stored + change.number * height + change.start
     stacked = load_values(experts.b, 0, experts.b.n_params).reshape(height, experts.rank, n_experts)
-    added, overlap, delta_sq, seen = np.zeros_like(sampled.base), Share(), 0.0, 0
+    added, overlap, delta_sq, seen = np.zeros_like(sampled.base), DriftShare(), 0.0, 0
     for number in np.unique(stored // height):
         first = int(number) * experts.rank * width
         a = load_values(experts.a, first, first + experts.rank * width).reshape(experts.rank, width)

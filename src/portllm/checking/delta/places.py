@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from portllm.checking.delta.measures import ChangeMeasures
 from portllm.checkpoint.reading.windows import load_spans
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.matching.tensor_pairs import Pair
+from portllm.matching.tensor_pairs import TensorPair
 from portllm.measures.estimate import DriftEstimate
-from portllm.measures.places import Place
+from portllm.measures.places import TensorPlace
 from portllm.measures.spectrum import product_values
 from portllm.patch.delta import Change, LowRankDelta
 
@@ -33,10 +33,10 @@ class PlacedDelta:
 
 
 def place_patch(
-    changes: Mapping[str, tuple[Change[TensorInfo], Pair]],
+    changes: Mapping[str, tuple[Change[TensorInfo], TensorPair]],
     measured: Mapping[str, ChangeMeasures],
-    cells: Mapping[Place, DriftEstimate],
-) -> dict[Place, PlacedDelta]:
+    cells: Mapping[TensorPlace, DriftEstimate],
+) -> dict[TensorPlace, PlacedDelta]:
     """Size and spectrum by place; a place of which nothing is known is left out.
 
     Args:
@@ -47,7 +47,7 @@ def place_patch(
     Raises:
         AdapterFormatError, CheckpointError: A factor cannot be read.
     """
-    names: dict[Place, list[str]] = defaultdict(list)
+    names: dict[TensorPlace, list[str]] = defaultdict(list)
     for name, (_, pair) in changes.items():
         names[pair.place].append(name)
     spectra = _spectra({name: change for name, (change, _) in changes.items() if isinstance(change, LowRankDelta)})

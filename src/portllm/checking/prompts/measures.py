@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from portllm.measures.fidelity import Fidelity
-from portllm.measures.outputs import Distance, Kept, Shift, effect_kept
+from portllm.measures.outputs import Distance, KeptShare, Shift, effect_kept
 from portllm.measures.terms import Terms
 
 WORST = 0.1
@@ -35,7 +35,7 @@ class Outputs:
     shift: Shift | None
 
     @property
-    def kept(self) -> Kept | None:
+    def kept(self) -> KeptShare | None:
         """The share of the specialist's effect that the port keeps; None where there is none."""
         return effect_kept(self.specialist_to_ported, self.specialist_to_evolved)
 

@@ -19,7 +19,7 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spans import SpanReader
 from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
-from portllm.matching.tensor_pairs import Pair, pair_tensors
+from portllm.matching.tensor_pairs import TensorPair, pair_tensors
 from portllm.measures.drift import DriftSums
 from portllm.measures.drift_kernel import DriftKernel, widen
 from portllm.progress import Progress, silent
@@ -79,7 +79,7 @@ def measure_drift(
         evolved: The later one.
         threads: Blocks that are read and measured side by side; by default one for each processor. The result is the
             same for any number.
-        progress: Told of the bytes that were read of both.
+        progress: Progress callback (bytes read of both models).
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -92,7 +92,7 @@ def measure_drift(
 
 
 def measure_pairs(
-    pairs: Sequence[Pair],
+    pairs: Sequence[TensorPair],
     *,
     columns: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
@@ -108,7 +108,7 @@ def measure_pairs(
     parts: dict[str, list[Float32[np.ndarray, "rows columns"]]] = {name: [] for name in wanted}
     own = threading.local()
 
-    def measure(block: tuple[Pair, int, int]) -> PairDrift:
+    def measure(block: tuple[TensorPair, int, int]) -> PairDrift:
         if not hasattr(own, "kernel"):
             own.kernel = DriftKernel()
             own.readers = tuple(opened.enter_context(SpanReader()) for _ in range(2))
@@ -152,7 +152,7 @@ def _columns(
     return wide
 
 
-def _blocks(pair: Pair) -> Iterator[tuple[int, int]]:
+def _blocks(pair: TensorPair) -> Iterator[tuple[int, int]]:
     """Ranges of elements of about `BLOCK_ELEMENTS`: whole rows, but for rows that are longer."""
     step = max(1, BLOCK_ELEMENTS // max(1, pair.width)) * pair.width
     for start in range(0, pair.base.n_params, max(1, step)):
@@ -161,8 +161,8 @@ def _blocks(pair: Pair) -> Iterator[tuple[int, int]]:
 
 def _in_order(
     pool: ThreadPoolExecutor,
-    work: Callable[[tuple[Pair, int, int]], PairDrift],
-    blocks: Sequence[tuple[Pair, int, int]],
+    work: Callable[[tuple[TensorPair, int, int]], PairDrift],
+    blocks: Sequence[tuple[TensorPair, int, int]],
     threads: int,
 ) -> Iterator[PairDrift]:
     """The results of `work` in the order of the blocks; no more of them wait than there is memory for."""

@@ -19,11 +19,11 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.open import side_file
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
-from portllm.matching.tensor_pairs import Pair, Pairing, pair_tensors
+from portllm.matching.tensor_pairs import Pairing, TensorPair, pair_tensors
 from portllm.matching.update import Update
 from portllm.measures.estimate import DriftEstimate, Stratum, estimate_drift
 from portllm.measures.overlap import square
-from portllm.measures.places import Place
+from portllm.measures.places import TensorPlace
 from portllm.progress import Progress, silent
 
 COLUMN_ELEMENTS = 1 << 24
@@ -32,7 +32,7 @@ COLUMN_ELEMENTS = 1 << 24
 MOST_COLUMNS = 16
 """Of one weight."""
 
-Strata = Mapping[Place, tuple[Stratum, ...]]
+Strata = Mapping[TensorPlace, tuple[Stratum, ...]]
 Columns = Mapping[str, DriftColumns]
 
 
@@ -54,16 +54,16 @@ class MeasuredUpdate:
     sample: DriftSample
     columns: Columns
 
-    def drift_of(self, places: frozenset[Place]) -> DriftEstimate | None:
+    def drift_of(self, places: frozenset[TensorPlace]) -> DriftEstimate | None:
         """The drift of some places."""
         if places not in self._estimates:
             self._estimates[places] = _estimate(self.strata, sorted(places))
         return self._estimates[places]
 
     @cached_property
-    def pairs_of(self) -> Mapping[str, tuple[Pair, ...]]:
+    def pairs_of(self) -> Mapping[str, tuple[TensorPair, ...]]:
         """The pairs that a tensor of the evolved model is, or is a part of, by its name."""
-        found: dict[str, tuple[Pair, ...]] = defaultdict(tuple)
+        found: dict[str, tuple[TensorPair, ...]] = defaultdict(tuple)
         for pair in self.report.pairing.pairs.values():
             found[pair.evolved.name] += (pair,)
         return dict(found)
@@ -75,7 +75,7 @@ class MeasuredUpdate:
         return {pair.name: number for number, pair in enumerate(pairs)}
 
     @cached_property
-    def _estimates(self) -> dict[frozenset[Place], DriftEstimate | None]:
+    def _estimates(self) -> dict[frozenset[TensorPlace], DriftEstimate | None]:
         """Those that were asked for: most patches of a base change the same modules."""
         return {}
 
@@ -86,7 +86,7 @@ def measure_update(update: Update, *, full: bool = False, progress: Progress = s
     Args:
         update: Of a base that is known.
         full: Read every weight of both, which lie on this disk, instead of a few megabytes spread over all of them.
-        progress: Told of the bytes that `full` reads.
+        progress: Progress callback (bytes that `full` reads).
 
     Raises:
         CheckpointError, RemoteError: A model cannot be read.
@@ -115,7 +115,7 @@ def _measure_all(pairing: Pairing, progress: Progress) -> tuple[Strata, Columns]
         columns={name: found for name, found in wanted.items() if found},
         progress=progress,
     )
-    strata: dict[Place, tuple[Stratum, ...]] = defaultdict(tuple)
+    strata: dict[TensorPlace, tuple[Stratum, ...]] = defaultdict(tuple)
     for name, drift in drifts.items():
         strata[pairing.pairs[name].place] += (Stratum((drift.sums,)),)
     columns = {
@@ -130,7 +130,7 @@ def _update_report(
     if update.base is None or update.source is None:
         raise AssertionError("an update is checked from its base")
     matrices = _matrices(pairing, update.base)
-    places: dict[str, list[Place]] = defaultdict(list)
+    places: dict[str, list[TensorPlace]] = defaultdict(list)
     for place in strata:
         places[place.kind].append(place)
     counts = Counter(pair.place.kind for pair in pairing.pairs.values())
@@ -159,7 +159,7 @@ def _update_report(
     )
 
 
-def _matrices(pairing: Pairing, base: Checkpoint) -> list[Pair]:
+def _matrices(pairing: Pairing, base: Checkpoint) -> list[TensorPair]:
     """The weights that tell lineage: neither vectors, whose values lie around one, nor rows of tokens."""
     by_token = {HEAD, *(() if base.embedding is None else (base.embedding.name,))}
     return [
@@ -169,7 +169,7 @@ def _matrices(pairing: Pairing, base: Checkpoint) -> list[Pair]:
     ]
 
 
-def _estimate(strata: Strata, places: Iterable[Place]) -> DriftEstimate | None:
+def _estimate(strata: Strata, places: Iterable[TensorPlace]) -> DriftEstimate | None:
     found = [stratum for place in places for stratum in strata.get(place, ())]
     finite = [stratum for stratum in found if stratum.total.is_finite]
     return estimate_drift(finite) if finite else None

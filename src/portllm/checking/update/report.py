@@ -9,8 +9,8 @@ from portllm.checking.update.lineage import Lineage
 from portllm.files.record import encode
 from portllm.matching.tensor_pairs import Pairing
 from portllm.matching.token_rows import TokenMap
-from portllm.measures.estimate import DriftEstimate, Estimate
-from portllm.measures.places import Place
+from portllm.measures.estimate import DriftEstimate, SampledEstimate
+from portllm.measures.places import TensorPlace
 from portllm.patch.record import ModelIdentity
 
 
@@ -56,7 +56,7 @@ class UpdateReport:
     drift: DriftEstimate | None
     lineage: Lineage
     kinds: Mapping[str, KindReport]
-    cells: Mapping[Place, DriftEstimate]
+    cells: Mapping[TensorPlace, DriftEstimate]
     pairing: Pairing
     config_changes: tuple[ConfigChange, ...]
     tokens: TokenMap | None
@@ -101,7 +101,7 @@ def update_to_json(update: UpdateReport) -> dict[str, object]:
     }
 
 
-def _place(place: Place) -> dict[str, object]:
+def _place(place: TensorPlace) -> dict[str, object]:
     return {"stack": place.stack, "layer": None if place.layer < 0 else place.layer, "kind": place.kind}
 
 
@@ -109,7 +109,7 @@ def _drift(drift: DriftEstimate | None) -> dict[str, object] | None:
     return None if drift is None else {"relative": _estimate(drift.relative), "cosine": _estimate(drift.cosine)}
 
 
-def _estimate(estimate: Estimate) -> dict[str, object]:
+def _estimate(estimate: SampledEstimate) -> dict[str, object]:
     return {"value": _number(estimate.value), "standard_error": _number(estimate.error)}
 
 

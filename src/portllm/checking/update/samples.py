@@ -17,11 +17,11 @@ from blake3 import blake3
 from jaxtyping import Float32, Int64
 
 from portllm.checkpoint.reading.windows import load_spans
-from portllm.matching.tensor_pairs import Pair
+from portllm.matching.tensor_pairs import TensorPair
 from portllm.measures.drift import DriftSums, measure_drift
 from portllm.measures.estimate import Stratum
 from portllm.measures.overlap import square
-from portllm.measures.places import Place
+from portllm.measures.places import TensorPlace
 
 BUDGET_ELEMENTS = 1 << 22
 """Elements that are read of each model, about: 8 MB of bfloat16."""
@@ -48,7 +48,7 @@ class SampledRows:
         n_first: Rows of the first window.
     """
 
-    pair: Pair
+    pair: TensorPair
     rows: Int64[np.ndarray, " rows"]
     base: Float32[np.ndarray, "rows width"]
     evolved: Float32[np.ndarray, "rows width"]
@@ -109,7 +109,7 @@ class DriftSample:
         n_elements: Elements that were read of each model.
     """
 
-    strata: Mapping[Place, tuple[Stratum, ...]]
+    strata: Mapping[TensorPlace, tuple[Stratum, ...]]
     rows: Mapping[str, SampledRows]
     n_elements: int
 
@@ -127,7 +127,7 @@ class DriftSample:
         return {}
 
 
-def sample_drift(pairs: Sequence[Pair]) -> DriftSample:
+def sample_drift(pairs: Sequence[TensorPair]) -> DriftSample:
     """Read windows of both models; slices of remote files are read side by side.
 
     Raises:
@@ -151,7 +151,7 @@ def sample_drift(pairs: Sequence[Pair]) -> DriftSample:
     )
 
 
-def windows_of(pair: Pair, n_windows: int) -> list[tuple[int, int]]:
+def windows_of(pair: TensorPair, n_windows: int) -> list[tuple[int, int]]:
     """Ranges of rows, one in each of `n_windows` equal parts of the weight; all rows where these are not more."""
     height = math.ceil(WINDOW_ELEMENTS / max(1, pair.width))
     if pair.rows <= n_windows * height:
@@ -175,17 +175,17 @@ def drawn(name: str, total: int, count: int, length: int = 1) -> list[int]:
     return found
 
 
-def _cost(pair: Pair, n_windows: int) -> int:
+def _cost(pair: TensorPair, n_windows: int) -> int:
     return sum(stop - start for start, stop in windows_of(pair, n_windows)) * pair.width
 
 
-def _choose(pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
+def _choose(pairs: Sequence[TensorPair]) -> tuple[list[TensorPair], int]:
     """Which weights are read, and by how many windows each."""
     pairs = [pair for pair in pairs if pair.base.n_params]
     least = sum(_cost(pair, FEWEST_WINDOWS) for pair in pairs)
     if least <= BUDGET_ELEMENTS:
         return pairs, max(FEWEST_WINDOWS, min(MOST_WINDOWS, BUDGET_ELEMENTS * FEWEST_WINDOWS // max(1, least)))
-    cells: dict[Place, list[Pair]] = defaultdict(list)
+    cells: dict[TensorPlace, list[TensorPair]] = defaultdict(list)
     for pair in pairs:
         if pair.place.is_expert:
             cells[pair.place].append(pair)
@@ -196,14 +196,14 @@ def _choose(pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
     return [pair for pair in pairs if pair.name not in of_experts or pair.name in kept], FEWEST_WINDOWS
 
 
-def _spread(cell: Sequence[Pair], count: int) -> list[Pair]:
+def _spread(cell: Sequence[TensorPair], count: int) -> list[TensorPair]:
     """At least two of the experts of a layer, evenly spaced."""
     count = min(len(cell), max(2, count))
     return [cell[number * len(cell) // count] for number in range(count)]
 
 
 def _joined(
-    pair: Pair, parts: Sequence[tuple[int, Float32[np.ndarray, "..."], Float32[np.ndarray, "..."]]]
+    pair: TensorPair, parts: Sequence[tuple[int, Float32[np.ndarray, "..."], Float32[np.ndarray, "..."]]]
 ) -> SampledRows:
     rows = np.concatenate([np.arange(start, start + len(base)) for start, base, _ in parts])
     base, evolved = (np.concatenate([part[side] for part in parts]) for side in (1, 2))
@@ -211,14 +211,14 @@ def _joined(
 
 
 def _strata(
-    pairs: Sequence[Pair], sums: Mapping[str, tuple[DriftSums, ...]], rows: Mapping[str, SampledRows]
-) -> dict[Place, tuple[Stratum, ...]]:
+    pairs: Sequence[TensorPair], sums: Mapping[str, tuple[DriftSums, ...]], rows: Mapping[str, SampledRows]
+) -> dict[TensorPlace, tuple[Stratum, ...]]:
     """A stratum for each weight; the experts of a layer of which only some are read are one."""
-    cells: dict[Place, list[Pair]] = defaultdict(list)
+    cells: dict[TensorPlace, list[TensorPair]] = defaultdict(list)
     for pair in pairs:
         if pair.base.n_params:
             cells[pair.place].append(pair)
-    strata: dict[Place, tuple[Stratum, ...]] = {}
+    strata: dict[TensorPlace, tuple[Stratum, ...]] = {}
     for place, cell in cells.items():
         read = [pair for pair in cell if pair.name in sums]
         if len(read) == len(cell):

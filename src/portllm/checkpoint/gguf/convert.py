@@ -58,7 +58,7 @@ def write_gguf_as_checkpoint(gguf_path: Path, folder: Path, *, progress: Progres
         gguf_path: The file to convert.
         folder: An existing folder, which gets `model.safetensors` (bfloat16; shards and an index above 5 GB),
             `config.json`, `generation_config.json`, `tokenizer.json` and `tokenizer_config.json`.
-        progress: Told of the bytes of weights written.
+        progress: Progress callback (bytes of weights written).
 
     Raises:
         MissingTensorError: A tensor that the architecture needs is not in the file.
@@ -86,10 +86,10 @@ def _check(model: GGUFModel) -> int:
     file, sizes = model.file, model.sizes
     name = file.text("general.architecture")
     if name != NAME:
-        raise file.refuse(f"its architecture is '{name}'; converted to a model that runs is '{NAME}' alone.")
+        raise file.refuse(f"its architecture is '{name}'; only '{NAME}' can be converted to a model that runs.")
     unknown = [key for key in file.keys(f"{NAME}.") if key.removeprefix(f"{NAME}.") not in _HYPERPARAMETERS]
     if unknown:
-        raise file.refuse(f"its metadata has {listed(unknown)}, which this conversion does not understand.")
+        raise file.refuse(f"its metadata has {listed(unknown)}, which the conversion does not support.")
     hidden, heads, head = sizes["hidden"], sizes["heads"], sizes["head"]
     if hidden % heads:
         raise file.refuse(

@@ -59,14 +59,14 @@ class GGUFFile:
         """A whole number of at least `least`."""
         value = self._value(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self._wrong_type(key, f"a whole number of at least {least}", value)
+            raise self._wrong_type(key, f"an integer of at least {least}", value)
         return value
 
     def positive(self, key: str) -> float:
         """A finite number above zero."""
         value = self._value(key)
         if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-            raise self._wrong_type(key, "a number above zero", value)
+            raise self._wrong_type(key, "a positive number", value)
         return value
 
     def texts(self, key: str) -> list[str]:
@@ -85,7 +85,7 @@ class GGUFFile:
         """A list of whole numbers."""
         value = self._value(key)
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise self._wrong_type(key, "a list of whole numbers", value)
+            raise self._wrong_type(key, "a list of integers", value)
         return [item for item in value if isinstance(item, int)]
 
     def refuse(self, found: str) -> CheckpointError:
@@ -95,7 +95,7 @@ class GGUFFile:
     def _value(self, key: str) -> Value | list[Value]:
         value = self.header.fields.get(key)
         if value is None:
-            raise self.refuse(f"its metadata has no '{key}', which is needed. Convert the model again.")
+            raise self.refuse(f"its metadata has no '{key}', which is required. Convert the model again.")
         return read_gguf_list(self.source, value) if isinstance(value, ListPlace) else value
 
     def _wrong_type(self, key: str, expected: str, found: object) -> CheckpointError:

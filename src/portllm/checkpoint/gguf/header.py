@@ -112,7 +112,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         raise CheckpointError(f"'{path}': cannot be read: {error.strerror}.") from error
     except DamagedGGUFError as error:
         raise CheckpointError(
-            f"'{path}': is not a whole GGUF file of a version that is understood ({error}). Fetch the file again."
+            f"'{path}': is not a complete GGUF file of a supported version ({error}). Download it again."
         ) from error
 
 
@@ -128,7 +128,7 @@ def read_gguf_list(file: LocalFile, place: ListPlace) -> list[Value]:
             cursor.skip(place.position)
             return [cursor.value(place.kind) for _ in range(place.count)]
     except (OSError, DamagedGGUFError) as error:
-        raise CheckpointError(f"'{file}': cannot be read ({error}). Fetch the file again.") from error
+        raise CheckpointError(f"'{file}': cannot be read ({error}). Download it again.") from error
 
 
 class _Cursor:
@@ -144,7 +144,7 @@ class _Cursor:
         self._advance(count)
         data = self._stream.read(count)
         if len(data) != count:
-            raise DamagedGGUFError("it became shorter while it was read")
+            raise DamagedGGUFError("it was truncated while it was being read")
         return data
 
     def skip(self, count: int) -> None:
@@ -156,12 +156,12 @@ class _Cursor:
         return int(value)
 
     def text(self, limit: int) -> str:
-        data = self.take(self._bounded(self.number(10), min(limit, self._texts_left), "a text of {} bytes"))
+        data = self.take(self._bounded(self.number(10), min(limit, self._texts_left), "a string of {} bytes"))
         self._texts_left -= len(data)
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DamagedGGUFError(f"a text before byte {self.position} is not UTF-8") from error
+            raise DamagedGGUFError(f"a string before byte {self.position} is not UTF-8") from error
 
     def name(self) -> str:
         name = self.text(MAX_NAME_BYTES)
@@ -191,7 +191,7 @@ class _Cursor:
         place = ListPlace(kind, self.count(MAX_LIST, "a list of {}"), self.position)
         if kind == _TEXT:
             for _ in range(place.count):
-                self.skip(self._bounded(self.number(10), MAX_TEXT_BYTES, "a text of {} bytes"))
+                self.skip(self._bounded(self.number(10), MAX_TEXT_BYTES, "a string of {} bytes"))
         elif kind in _SCALARS or kind == _BOOL:
             self.skip(place.count * (1 if kind == _BOOL else _SCALARS[kind].size))
         else:
@@ -212,12 +212,12 @@ class _Cursor:
 
 def _header(cursor: _Cursor, file: LocalFile) -> GGUFHeader:
     if cursor.take(4) != b"GGUF":
-        raise DamagedGGUFError("it does not begin with 'GGUF'")
+        raise DamagedGGUFError("it does not start with 'GGUF'")
     version = cursor.number(4)
     if version and not version & 0xFFFF:
-        raise CheckpointError(f"'{file}': is of the other byte order; only little-endian files are read.")
+        raise CheckpointError(f"'{file}': is big-endian; only little-endian files are supported.")
     if version not in (2, 3):
-        raise DamagedGGUFError(f"its version is {version}, read are 2 and 3")
+        raise DamagedGGUFError(f"its version is {version}; versions 2 and 3 are supported")
     n_tensors = cursor.count(MAX_TENSORS, "{} tensors")
     n_fields = cursor.count(MAX_FIELDS, "{} metadata entries")
     fields: dict[str, Value] = {}
@@ -243,7 +243,7 @@ def _tensor(cursor: _Cursor) -> StoredTensor:
     shape = tuple(reversed([cursor.number(10) for _ in range(n_axes)]))  # GGUF lists the innermost axis first
     number, offset = cursor.number(4), cursor.number(10)
     if number not in GGML_TYPES:
-        raise DamagedGGUFError(f"its tensor '{name}' is stored as type {number}, which is not known")
+        raise DamagedGGUFError(f"its tensor '{name}' has the unknown type {number}")
     kind, elements, block_bytes = GGML_TYPES[number]
     if not all(shape) or math.prod(shape) >= 2**62 or shape[-1] % elements:
         raise DamagedGGUFError(f"its tensor '{name}' is {shape} in {kind}, whose blocks are of {elements}")
@@ -258,7 +258,7 @@ def _placed(tensors: list[StoredTensor], start: int, alignment: int, file_bytes:
     for tensor in tensors:
         first, last = start + tensor.start, start + tensor.stop
         if tensor.name in placed:
-            raise DamagedGGUFError(f"it has two tensors '{tensor.name}'")
+            raise DamagedGGUFError(f"it has two tensors named '{tensor.name}'")
         if tensor.start % alignment or last > file_bytes:
             raise DamagedGGUFError(f"its tensor '{tensor.name}' lies at {first} to {last} of {file_bytes} bytes")
         placed[tensor.name] = StoredTensor(

@@ -102,7 +102,7 @@ def open_gguf_model(path: Path) -> GGUFModel:
     """
     file = open_gguf(path)
     if file.has("split.count") and file.integer("split.count") > 1:
-        raise file.refuse("is one part of several. Join them with llama.cpp's 'llama-gguf-split --merge' first.")
+        raise file.refuse("is one of several parts. Join them with llama.cpp's 'llama-gguf-split --merge' first.")
     name = file.text("general.architecture")
     if name not in architectures():
         raise file.refuse(f"its architecture is '{name}'; supported: {listed(architectures())}.")
@@ -180,10 +180,10 @@ def _infos(file: GGUFFile, architecture: Architecture, sizes: Mapping[str, int])
     tensors = {name: tensor for name, tensor in file.header.tensors.items() if name not in architecture.left_out}
     unknown = set(tensors) - set(rules)
     if unknown:
-        raise file.refuse(f"its tensors {listed(unknown)} are not part of the architecture as it is known here.")
+        raise file.refuse(f"its tensors {listed(unknown)} are not part of this architecture.")
     missing = {source for source, (_, rule) in rules.items() if not rule.optional} - set(tensors)
     if missing:
-        raise MissingTensorError(f"'{file.source}': lacks the tensors {listed(missing)}. Fetch the file again.")
+        raise MissingTensorError(f"'{file.source}': lacks the tensors {listed(missing)}. Download it again.")
     infos = {}
     for source, tensor in tensors.items():
         name, rule = rules[source]
@@ -214,6 +214,6 @@ def _info(source: LocalFile, name: str, tensor: StoredTensor, rule: TensorRule, 
 
 def _unreadable(file: GGUFFile, tensor: StoredTensor) -> CheckpointError:
     return file.refuse(
-        f"its tensor '{tensor.name}' is stored as {tensor.type}, which holds no weights that can be read. Use a "
-        "file of another quantization."
+        f"its tensor '{tensor.name}' is stored as {tensor.type}, which cannot be read. Use a file with another "
+        "quantization."
     )

@@ -42,7 +42,7 @@ def read_tokens(file: GGUFFile) -> list[str]:
     """
     tokens = file.texts("tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
-        raise file.refuse("its vocabulary has a token twice; each id needs a token of its own.")
+        raise file.refuse("its vocabulary contains a token twice; tokens must be unique.")
     return tokens
 
 
@@ -80,7 +80,7 @@ def tokenizer_json(file: GGUFFile, tokens: list[str]) -> dict[str, object]:
     for key in ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix"):
         if file.has(f"tokenizer.ggml.{key}") and file.flag(f"tokenizer.ggml.{key}"):
             raise file.refuse(
-                f"its metadata 'tokenizer.ggml.{key}' is true; only tokenizers that add nothing are supported."
+                f"its metadata 'tokenizer.ggml.{key}' is true; only tokenizers that add no tokens are supported."
             )
     return {
         "version": "1.0",
@@ -155,7 +155,7 @@ def _merges(file: GGUFFile, tokens: list[str]) -> list[list[str]]:
     for merge in merges:
         if len(merge) != 2 or not known.issuperset((*merge, "".join(merge))):
             raise file.refuse(
-                f"its merge '{' '.join(merge)[:80]}' is not two tokens of the vocabulary whose union is a third. "
-                "The file is damaged."
+                f"its merge '{' '.join(merge)[:80]}' does not join two tokens of the vocabulary into a third. The "
+                "file is corrupt."
             )
     return merges

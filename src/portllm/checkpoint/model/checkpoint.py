@@ -1,4 +1,4 @@
-"""A checkpoint: named tensors in files, the configuration beside them, and what they are in the model they make."""
+"""A checkpoint: named tensors in files, their configuration, and their roles in the model."""
 
 import os
 import re
@@ -32,13 +32,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk or on the hub, opened lazily.
+    """A model on disk or on the Hub, opened lazily.
 
-    What its tensors are in the model is found when it is first asked for, and kept. No byte of a tensor is read for it
-    but by `tied_embedding`, and that reads samples.
+    The roles of its tensors in the model are computed on first use and cached. No byte of a tensor is read for them
+    except by `tied_embedding`, which reads samples.
 
     Attributes:
-        name: What the user called it; stands in messages and in `patch.json`.
+        name: Its name, as given by the user, in messages and in `patch.json`.
         folder: Its folder, or None for a single file given by itself and for a model that stays on the hub.
         infos: Every tensor by name, sorted by name.
         config: `config.json`, or an empty mapping where there is none.
@@ -96,8 +96,8 @@ class Checkpoint:
         if name not in self.infos:
             tail = name.rsplit(".", 2)[-2:]
             near = [other for other in self.infos if other.endswith(".".join(tail))][:3]
-            hint = f" Names that end alike: {', '.join(near)}." if near else ""
-            raise MissingTensorError(f"'{name}': not among the {len(self.infos)} tensors of {self.name}.{hint}")
+            hint = f" Similar names: {', '.join(near)}." if near else ""
+            raise MissingTensorError(f"'{name}': {self.name} has no such tensor among its {len(self.infos)}.{hint}")
         return self.infos[name]
 
     @cached_property
@@ -116,8 +116,8 @@ class Checkpoint:
         for name, stored in sorted((self.current_name(name), name) for name in self.infos):
             if name in tensors:
                 raise CheckpointError(
-                    f"'{name}': {self.name} has {tensors[name].name} and {stored}, which are two spellings of it. Save "
-                    "the model again with one of them."
+                    f"'{name}': {self.name} has {tensors[name].name} and {stored}, which are two names of the "
+                    "same tensor. Save the model again with only one of them."
                 )
             tensors[name] = self.infos[stored]
         return tensors
@@ -172,8 +172,8 @@ class Checkpoint:
             return ()
         reason = (
             f"config.json of {self.name} ties it to {self.tied_embedding.name}, and samples of both are equal, "
-            "but not every number is. If it is a head of its own, set tie_word_embeddings to false there, else save "
-            "the model again with one matrix for both."
+            "but the full matrices differ. If the head is separate, set tie_word_embeddings to false there; "
+            "otherwise save the model again with one matrix for both."
         )
         return (TakenForEqual(self.head, self.tied_embedding, Refusal(self.head.name, reason)),)
 

@@ -48,7 +48,7 @@ def require_equal(
     Args:
         taken: What to compare.
         known: Digests of tensors of one model that has been read, by name; what they show to be equal is not read.
-        progress: Told of the bytes compared.
+        progress: Progress callback (bytes compared).
 
     Raises:
         PlanRefusedError: Two tensors differ where no sample lies.

@@ -31,14 +31,14 @@ def side_files(folder: Path) -> list[Path]:
         require_writable_name(file)
         if (size := file.stat().st_size) > MAX_BYTES:
             raise CheckpointError(
-                f"'{file}': has {size} bytes, and would be copied into the output; what lies beside weights has at "
-                f"most {MAX_BYTES}. Move it elsewhere."
+                f"'{file}': has {size} bytes, and would be copied into the output; the limit for files beside the "
+                f"weights is {MAX_BYTES}. Move it elsewhere."
             )
         target = file.resolve()
         if not any(target.is_relative_to(root) for root in _roots(folder.resolve())):
             raise CheckpointError(
-                f"'{file}': is a link to '{target}', outside of the model's folder, and would be copied into the "
-                "output. Delete the link, or put the file itself in its place."
+                f"'{file}': is a link to '{target}', outside the model's folder, and would be copied into the "
+                "output. Delete the link, or replace it with the file itself."
             )
     return files
 
@@ -49,7 +49,7 @@ def require_writable_name(file: Path) -> None:
         file.name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"'{file}': its name is not UTF-8, and cannot be written down. Give it another, or move it elsewhere."
+            f"'{file}': its name is not valid UTF-8 and cannot be recorded. Rename it, or move it elsewhere."
         ) from error
 
 

@@ -12,7 +12,8 @@ def require_finished(folder: Path) -> None:
     """Raise CheckpointError where a merge in place, or its undoing, is going on or was interrupted."""
     if os.path.lexists(folder / UNFINISHED_FILE):
         raise CheckpointError(
-            f"'{folder}': holds the mark '{UNFINISHED_FILE}': a merge in place is going on there, or was interrupted, "
-            "and its weights may be half of two models. If you merged there, the same command finishes it, and --undo "
-            "takes it back. If you have the folder from somebody else, so you have the mark: fetch the model again."
+            f"'{folder}': contains '{UNFINISHED_FILE}': an in-place merge is running there or was interrupted, "
+            "and its weights may be a mixture of two models. If you started the merge, run the same command "
+            "again to finish it, or use --undo. If you got the folder from someone else, download the model "
+            "again."
         )

@@ -72,7 +72,7 @@ def decode_floats(data: bytes | memoryview, dtype: str) -> Float32[np.ndarray, "
         case "F16" | "F32" | "F64":
             return np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32, copy=False)
         case _:
-            raise UnsupportedDtypeError(f"dtype {dtype}: holds no numbers that can be sampled.")
+            raise UnsupportedDtypeError(f"dtype {dtype}: cannot be sampled as numbers.")
 
 
 def stored_rows(rows: Int64[np.ndarray, " n"], *, n_rows: int, n_heads: int) -> Int64[np.ndarray, " n"]:
@@ -139,8 +139,8 @@ def _dequantized(
             values = dequantize(stored, GGMLQuantizationType[blocks.type])
     except (NotImplementedError, KeyError) as error:
         raise CheckpointError(
-            f"'{info.file}': tensor '{info.name}' is stored as {blocks.type}, which cannot be dequantized. Use a file "
-            "of another quantization."
+            f"'{info.file}': tensor '{info.name}' is stored as {blocks.type}, which cannot be dequantized. Use a "
+            "file with another quantization."
         ) from error
     return np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
 

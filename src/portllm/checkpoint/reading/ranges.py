@@ -148,7 +148,7 @@ def _refuse_paths(response: httpx2.Response) -> None:
         value = response.headers.get(name)
         if value is not None and not _PLAIN.fullmatch(value):
             place = url.partition("?")[0]
-            raise RemoteError(f"'{place}': the server answers with {name}: {value[:80]!r}, which is no digest.")
+            raise RemoteError(f"'{place}': the server answers with {name}: {value[:80]!r}, which is not a digest.")
 
 
 def read_range(file: RemoteFile, start: int, stop: int) -> bytes:
@@ -225,10 +225,10 @@ def _read_on(data: bytearray, file: RemoteFile, start: int, stop: int) -> None:
         raise _unusable(file, f"{type(error).__name__}: {error}") from error
     except OfflineModeIsEnabled as error:
         raise RemoteError(
-            f"'{file}': is on the hub, and HF_HUB_OFFLINE is set. Unset it, or fetch the model while online."
+            f"'{file}': is on the Hub, and HF_HUB_OFFLINE is set. Unset it, or download the model while online."
         ) from error
     if len(data) < stop - start:
-        raise TryAgainError(f"the answer ended at {len(data)} of {stop - start} bytes")
+        raise TryAgainError(f"the response ended at {len(data)} of {stop - start} bytes")
 
 
 @contextlib.contextmanager
@@ -256,7 +256,7 @@ def _open_range(file: RemoteFile, start: int, stop: int) -> Iterator[httpx2.Resp
             _check_range(file, response, start, stop)
             answered = _Location(url, response.headers.get("etag"))
             if kept and kept.url == url and kept.etag != answered.etag:
-                raise _changed(file, f"its ETag was {kept.etag} and is {answered.etag}")
+                raise _changed(file, f"its ETag was {kept.etag} and is now {answered.etag}")
             with _lock:
                 _locations[file] = answered
             yield response
@@ -282,7 +282,7 @@ def _next_url(file: RemoteFile, url: str, response: httpx2.Response) -> str:
         target = urljoin(url, response.headers["location"])
         scheme, _ = urlsplit(target).scheme, _origin(target)
     except ValueError as error:
-        raise _unusable(file, f"the server redirects to what is no address ({error})") from error
+        raise _unusable(file, f"the server redirects to an invalid URL ({error})") from error
     if scheme != "https" and scheme != urlsplit(file.url).scheme:
         raise _unusable(file, f"the server redirects to {_origin(target)}, which is not https")
     return target
@@ -301,47 +301,47 @@ def _check_hub_etag(file: RemoteFile, response: httpx2.Response) -> None:
     # A mirror may number its own copies; what is no digest of the listed kind says nothing.
     found = linked or (own if len(own) == len(file.etag) else "")
     if response.status_code < 400 and found and found != file.etag:
-        raise _changed(file, f"its ETag was {file.etag} and is {found}")
+        raise _changed(file, f"its ETag was {file.etag} and is now {found}")
 
 
 def _check_status(file: RemoteFile, response: httpx2.Response) -> None:
     status = response.status_code
     if status in PASSING_STATUSES:
-        raise TryAgainError(f"the server answered with status {status}", wait=requested_wait(response))
+        raise TryAgainError(f"the server returned status {status}", wait=requested_wait(response))
     if status in (401, 403):
         raise RemoteError(
-            f"'{file}': access denied (status {status}). If the model is gated or private, ask for access on its page "
-            "and log in: hf auth login."
+            f"'{file}': access denied (status {status}). If the model is gated or private, request access on its "
+            "page and log in: hf auth login."
         )
     if status in (404, 410):
-        raise _changed(file, f"the server has it no more (status {status})")
+        raise _changed(file, f"the server no longer has it (status {status})")
     if status == 416:
         raise _changed(file, "it is shorter than listed (status 416)")
     if status not in (200, 206):
-        raise _unusable(file, f"the server answered with status {status}")
+        raise _unusable(file, f"the server returned status {status}")
 
 
 def _check_range(file: RemoteFile, response: httpx2.Response, start: int, stop: int) -> None:
     """The answer is the range that was asked for, perhaps cut short, of a file of the listed size."""
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise _unusable(file, f"the answer is compressed ({response.headers['content-encoding']})")
+        raise _unusable(file, f"the response is compressed ({response.headers['content-encoding']})")
     if response.status_code == 200:
         if (start, stop) == (0, file.size):
             return
-        raise _unusable(file, f"the server ignores ranges and would send all of its {file.size} bytes")
+        raise _unusable(file, f"the server ignores range requests and would send all {file.size} bytes")
     found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if found is None:
-        raise _unusable(file, "the answer does not say which range it is")
+        raise _unusable(file, "the response does not state its range")
     first, last, total = int(found[1]), int(found[2]), found[3]
     if total not in ("*", str(file.size)):
-        raise _changed(file, f"it had {file.size} bytes and has {total}")
+        raise _changed(file, f"it had {file.size} bytes and now has {total}")
     if first != start or last >= stop:
-        raise _unusable(file, f"bytes {start} to {stop - 1} were asked for, {first} to {last} came")
+        raise _unusable(file, f"bytes {start} to {stop - 1} were requested, but {first} to {last} were sent")
 
 
 def _unusable(file: RemoteFile, problem: str) -> RemoteError:
-    return RemoteError(f"'{file}': {problem}. Fetch the model with 'hf download' and give its folder.")
+    return RemoteError(f"'{file}': {problem}. Download the model with 'hf download' and pass its folder.")
 
 
 def _changed(file: RemoteFile, problem: str) -> RemoteError:
-    return RemoteError(f"'{file}': changed on the server: {problem}. Run again to take the new version.")
+    return RemoteError(f"'{file}': changed on the server: {problem}. Run again to use the new version.")

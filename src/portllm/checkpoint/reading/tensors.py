@@ -25,7 +25,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
         UnsupportedDtypeError: torch has no such dtype.
     """
     if dtype not in TORCH_DTYPES:
-        raise UnsupportedDtypeError(f"dtype {dtype}: is not one that is computed with ({', '.join(TORCH_DTYPES)}).")
+        raise UnsupportedDtypeError(f"unsupported dtype {dtype}; expected one of {', '.join(TORCH_DTYPES)}.")
     return TORCH_DTYPES[dtype]
 
 

@@ -49,7 +49,7 @@ def joined(infos: Mapping[str, TensorInfo], read: ReadSpans) -> Mapping[str, Ten
     for (name, match), text in zip(states.items(), texts, strict=True):
         weight = _weight(infos, match, _facts(infos[name], text))
         if match["weight"] in weights:
-            raise _damaged(infos[name], f"is a second description of '{match['weight']}'")
+            raise _damaged(infos[name], f"is a second quantization state of '{match['weight']}'")
         weights[match["weight"]] = weight
         used |= {match["weight"] + suffix for suffix, _ in weight.parts}
     return {name: weights.get(name, info) for name, info in infos.items() if name not in used}
@@ -61,7 +61,7 @@ def _facts(state: TensorInfo, text: bytes) -> dict[str, object]:
     except ValueError as error:
         raise _damaged(state, f"is not valid JSON ({error})") from error
     if not isinstance(facts, dict):
-        raise _damaged(state, "does not hold a JSON object")
+        raise _damaged(state, "is not a JSON object")
     return facts
 
 
@@ -69,14 +69,14 @@ def _weight(infos: Mapping[str, TensorInfo], match: re.Match[str], facts: Mappin
     """One weight from its parts and from what its JSON text says."""
     name, state = match["weight"], infos[match.group()]
     if facts.get("quant_type") != match["kind"]:
-        raise _damaged(state, f"says quant_type {facts.get('quant_type')!r}, expected '{match['kind']}'")
+        raise _damaged(state, f"has quant_type {facts.get('quant_type')!r}, expected '{match['kind']}'")
     block_size = _whole(state, facts, "blocksize")
     shape = facts.get("shape")
     if not isinstance(shape, list) or not all(type(axis) is int and 0 < axis < 2**48 for axis in shape) or not shape:
-        raise _damaged(state, f"says shape {str(shape)[:80]}, expected a list of sizes")
+        raise _damaged(state, f"has shape {str(shape)[:80]}, expected a list of sizes")
     dtype = _DTYPES.get(str(facts.get("dtype")))
     if dtype is None:
-        raise _damaged(state, f"says dtype {str(facts.get('dtype'))[:80]!r}, expected one of {', '.join(_DTYPES)}")
+        raise _damaged(state, f"has dtype {str(facts.get('dtype'))[:80]!r}, expected one of {', '.join(_DTYPES)}")
     n_params = math.prod(shape)
     n_blocks = -(-n_params // block_size)
     packed = _part(infos, name, "", "U8", -(-n_params // 2))
@@ -90,7 +90,7 @@ def _weight(infos: Mapping[str, TensorInfo], match: re.Match[str], facts: Mappin
         nested_size = _whole(state, facts, "nested_blocksize")
         offset = facts.get("nested_offset")
         if not isinstance(offset, float | int) or not math.isfinite(offset) or facts.get("nested_dtype") != "float32":
-            raise _damaged(state, "says no finite nested_offset, or another nested_dtype than float32")
+            raise _damaged(state, "has no finite nested_offset, or a nested_dtype other than float32")
         parts[".nested_absmax"] = _part(infos, name, ".nested_absmax", "F32", -(-n_blocks // nested_size))
         parts[".nested_quant_map"] = _part(infos, name, ".nested_quant_map", "F32", NESTED_CODE_LENGTH)
         encoding = FourBit(match["kind"], block_size, nested_size, float(offset))
@@ -102,20 +102,20 @@ def _part(infos: Mapping[str, TensorInfo], name: str, suffix: str, dtype: str, c
     info = infos.get(name + suffix)
     if info is None:
         raise CheckpointError(
-            f"'{name}': is stored in 4 bit, and '{name}{suffix}', which that needs, is not in the checkpoint. Fetch or "
-            "save it again."
+            f"'{name}': is stored in 4 bit, and the checkpoint lacks '{name}{suffix}', which that needs. Download "
+            "or save it again."
         )
     if (info.dtype, info.n_params) != (dtype, count):
-        raise _damaged(info, f"holds {info.n_params} numbers of {info.dtype}, expected {count} of {dtype}")
+        raise _damaged(info, f"has {info.n_params} elements of {info.dtype}, expected {count} of {dtype}")
     return info
 
 
 def _whole(state: TensorInfo, facts: Mapping[str, object], key: str) -> int:
     value = facts.get(key)
     if type(value) is not int or not 1 <= value <= 2**20:
-        raise _damaged(state, f"says {key} {str(value)[:80]!r}, expected a number of elements")
+        raise _damaged(state, f"has {key} {str(value)[:80]!r}, expected a number of elements")
     return value
 
 
 def _damaged(info: TensorInfo, problem: str) -> CheckpointError:
-    return CheckpointError(f"'{info.file}': '{info.name}' {problem}. The file is damaged: fetch or save it again.")
+    return CheckpointError(f"'{info.file}': '{info.name}' {problem}. The file is corrupt: download or save it again.")

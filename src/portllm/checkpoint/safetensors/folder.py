@@ -19,12 +19,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """
     weight_map = read_json(index, error=IndexFileError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise IndexFileError(f"'{index}': has no 'weight_map' from tensor names to files. Save the model again.")
+        raise IndexFileError(f"'{index}': has no 'weight_map' of tensor names to files. Save the model again.")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise IndexFileError(
-                f"'{index}': tensor '{tensor}' is said to be in {shard!r}, which is not the plain name of a "
-                ".safetensors file beside the index."
+                f"'{index}': tensor '{tensor}' is mapped to {shard!r}, which is not the name of a .safetensors "
+                "file beside the index."
             )
     return weight_map
 
@@ -39,7 +39,7 @@ def require_shards(weight_map: Mapping[str, str], *, where: str, there: Iterable
     missing = sorted(set(shards) - set(there))
     if missing:
         raise MissingShardError(
-            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}'. Fetch them again."
+            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}'. Download them again."
         )
     return shards
 
@@ -57,13 +57,13 @@ def join_shards(
         for tensor, info in header.tensors.items():
             if weight_map.get(tensor) != shard:
                 raise IndexFileError(
-                    f"'{index}': tensor '{tensor}' is in '{shard}', the index says {weight_map.get(tensor)!r}."
+                    f"'{index}': tensor '{tensor}' is in '{shard}', but the index says {weight_map.get(tensor)!r}."
                 )
             infos[tensor] = info
     unheld = sorted(set(weight_map) - set(infos))
     if unheld:
         raise IndexFileError(
-            f"'{index}': {len(unheld)} tensors are in no shard, first '{unheld[0]}' (said to be in "
+            f"'{index}': {len(unheld)} tensors are in no shard, first '{unheld[0]}' (mapped to "
             f"'{weight_map[unheld[0]]}')."
         )
     return tensors_of(infos), next(iter(headers.values())).metadata

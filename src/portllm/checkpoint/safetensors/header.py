@@ -50,17 +50,17 @@ def parse_header_length(prefix: bytes, *, file: Source, file_bytes: int) -> int:
         HeaderError: The file is shorter than it says, or the length is over `MAX_HEADER_BYTES`.
     """
     if len(prefix) < 8:
-        raise HeaderError(f"'{file}': has {file_bytes} bytes; a safetensors file has at least 8. Fetch the file again.")
+        raise HeaderError(f"'{file}': has {file_bytes} bytes; a safetensors file has at least 8. Download it again.")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(
-            f"'{file}': its header says it is {length} bytes long, the limit is {MAX_HEADER_BYTES}. "
-            "This is not a safetensors file, or it is damaged."
+            f"'{file}': its header claims {length} bytes, the limit is {MAX_HEADER_BYTES}. This is not a "
+            "safetensors file, or it is corrupt."
         )
     if 8 + length > file_bytes:
         raise HeaderError(
-            f"'{file}': its header says it is {length} bytes long, the file has {file_bytes}. "
-            "The file is cut short: fetch it again."
+            f"'{file}': its header claims {length} bytes, but the file has {file_bytes}. The file is truncated: "
+            "download it again."
         )
     return length
 
@@ -86,11 +86,11 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
 
     def fail(problem: str) -> HeaderError:
         return HeaderError(
-            f"'{file}': {problem} The file is damaged or hostile; fetch it again from a source you trust."
+            f"'{file}': {problem} The file is corrupt or malicious; download it again from a source you trust."
         )
 
     if not text.startswith(b"{"):
-        raise fail("the header does not begin with '{'.")
+        raise fail("the header does not start with '{'.")
     try:
         entries = parse_json(text)
     except ValueError as error:
@@ -114,11 +114,11 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
     position = data_start
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
         if info.start != position:
-            kind = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
+            kind = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
             raise fail(f"tensor '{info.name}': starts at byte {info.start} and {kind}, which ends at {position}.")
         position = info.stop
     if position != file_bytes:
-        raise fail(f"the tensors end at byte {position}, the file has {file_bytes}.")
+        raise fail(f"the tensors end at byte {position}, but the file has {file_bytes}.")
     return Header(tensors, metadata)
 
 
@@ -150,7 +150,7 @@ def name_problem(name: str) -> str | None:
     """What is wrong with a tensor's name, or None: it goes into messages, and could write over a terminal."""
     if len(name) > MAX_NAME_LENGTH:
         return f"its name has {len(name)} characters, the limit is {MAX_NAME_LENGTH}."
-    return "its name holds a control character." if _CONTROL.search(name) else None
+    return "its name contains a control character." if _CONTROL.search(name) else None
 
 
 def _entry_problem(entry: object) -> str | None:
@@ -166,7 +166,7 @@ def _entry_problem(entry: object) -> str | None:
         return f"has the offsets {str(offsets)[:80]}, which are not two positions."
     n_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if n_bits % 8:
-        return f"has {n_bits} bits, which do not fill whole bytes."
+        return f"has {n_bits} bits, which is not a whole number of bytes."
     if offsets[1] - offsets[0] != n_bits // 8:
         return f"holds {offsets[1] - offsets[0]} bytes; its shape and dtype need {n_bits // 8}."
     return None

@@ -154,7 +154,7 @@ class ShardWriter:
             self.abandon()
         if self._written != self._expected:
             raise OutputError(
-                f"'{self._path}': {self._written} bytes were written, its header promises {self._expected}."
+                f"'{self._path}': {self._written} bytes were written, but its header declares {self._expected}."
             )
 
     def abandon(self) -> None:

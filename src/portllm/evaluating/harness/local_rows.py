@@ -68,11 +68,11 @@ def _write(source: Path, out: Path) -> Path:
         lines = read_input(source).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(
-            f"'{source}': cannot be read: {error}. Expected a folder for each task with {TRAIN} and {VALIDATION}."
+            f"'{source}': cannot be read: {error}. Expected one folder per task with {TRAIN} and {VALIDATION}."
         ) from error
     made = [json.dumps(hub_row(_parsed(line, source, number))) for number, line in enumerate(lines, 1) if line.strip()]
     if not made:
-        raise DataError(f"'{source}': has no rows; expected one JSON object a line.")
+        raise DataError(f"'{source}': has no rows; expected one JSON object per line.")
     out.write_text("\n".join(made) + "\n", encoding="utf-8")
     return out
 
@@ -81,7 +81,7 @@ def _parsed(line: bytes, source: Path, number: int) -> Row:
     try:
         row = parse_json(line, infinities=True)
     except ValueError as error:
-        raise DataError(f"'{source}', line {number}: is not JSON: {error}. Correct the line.") from error
+        raise DataError(f"'{source}', line {number}: is not valid JSON: {error}. Correct the line.") from error
     if not isinstance(row, dict):
-        raise DataError(f"'{source}', line {number}: is not an object with named fields. Correct the line.")
+        raise DataError(f"'{source}', line {number}: is not a JSON object. Correct the line.")
     return row

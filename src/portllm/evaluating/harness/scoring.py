@@ -181,8 +181,8 @@ def _write(
     room = lm.max_length - most
     if room < 1:
         raise DataError(
-            f"task '{task.name}': {most} tokens are to be written and an input may have {lm.max_length}, so nothing is "
-            "left for the prompt. Write fewer, or allow more."
+            f"task '{task.name}': {most} tokens are to be generated and the limit is {lm.max_length}, so no room "
+            "is left for the prompt. Generate fewer tokens, or raise the limit."
         )
     kwargs = {**(task.inner.config.generation_kwargs or {}), "max_gen_toks": most}
     rows = [

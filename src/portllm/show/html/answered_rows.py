@@ -41,11 +41,11 @@ def shortened(text: str) -> str:
 
     Example:
         >>> shortened("a" * 2000).replace("a" * 500, "A")
-        'A...[700 letters are left out] ...A'
+        'A...[700 characters omitted] ...A'
     """
     if len(text) <= FIRST + LAST:
         return text
-    return f"{text[:FIRST]}... [{len(text) - FIRST - LAST} letters are left out] ...{text[-LAST:]}"
+    return f"{text[:FIRST]}... [{len(text) - FIRST - LAST} characters omitted] ...{text[-LAST:]}"
 
 
 def _row(row: AnsweredRow) -> Html:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from portllm.measures.places import Place
+from portllm.measures.places import TensorPlace
 from portllm.show.html.figure import Rows, drawing
 from portllm.show.html.markup import Html, element
 from portllm.show.printable import one_line
@@ -21,7 +21,7 @@ LONGEST = 20
 FAINTEST = 0.06
 """How much of the color a number of zero has."""
 
-Cells = Mapping[Place, float]
+Cells = Mapping[TensorPlace, float]
 """A share for each place."""
 
 
@@ -49,7 +49,9 @@ def heatmap(cells: Cells, stack: str, *, title: str, told: str, largest: float, 
         if row % every == 0:
             parts.append(element("text", str(layer), x=LEFT - 6, y=y + height / 2 + 4, class_="small end faint"))
         for column, kind in enumerate(kinds):
-            found = cells.get(Place(stack, layer, kind), cells.get(Place(stack, layer, kind, is_expert=True)))
+            found = cells.get(
+                TensorPlace(stack, layer, kind), cells.get(TensorPlace(stack, layer, kind, is_expert=True))
+            )
             if found is not None:
                 parts.append(_cell(LEFT + column * width, y, width, height, strength(found, largest)))
     bottom = top + len(layers) * height
@@ -57,7 +59,7 @@ def heatmap(cells: Cells, stack: str, *, title: str, told: str, largest: float, 
     return drawing(WIDTH, bottom + 40, title, told, parts)
 
 
-def cell_rows(cells: Mapping[Place, str], stack: str) -> Rows:
+def cell_rows(cells: Mapping[TensorPlace, str], stack: str) -> Rows:
     """The same as a table: a line for each layer, a column for each kind."""
     kinds = kinds_of(cells, stack)
     found = {(place.layer, place.kind): text for place, text in cells.items() if place.stack == stack}
@@ -70,17 +72,17 @@ def cell_rows(cells: Mapping[Place, str], stack: str) -> Rows:
     ]  # fmt: skip
 
 
-def stacks_of(cells: Mapping[Place, object]) -> list[str]:
+def stacks_of(cells: Mapping[TensorPlace, object]) -> list[str]:
     """The stacks of layers that have a cell, sorted."""
     return sorted({place.stack for place in cells if _is_drawn(place)})
 
 
-def kinds_of(cells: Mapping[Place, object], stack: str) -> list[str]:
+def kinds_of(cells: Mapping[TensorPlace, object], stack: str) -> list[str]:
     """The kinds of modules of a stack, sorted; neither norms nor biases."""
     return sorted({place.kind for place in cells if place.stack == stack and _is_drawn(place)})
 
 
-def layers_of(cells: Mapping[Place, object], stack: str) -> list[int]:
+def layers_of(cells: Mapping[TensorPlace, object], stack: str) -> list[int]:
     """The layers of a stack, rising."""
     return sorted({place.layer for place in cells if place.stack == stack and _is_drawn(place)})
 
@@ -109,7 +111,7 @@ def strength(value: float, largest: float) -> float:
     return FAINTEST + (1 - FAINTEST) * share
 
 
-def _is_drawn(place: Place) -> bool:
+def _is_drawn(place: TensorPlace) -> bool:
     return place.layer >= 0 and not place.kind.endswith(("norm", ".bias"))
 
 

@@ -53,11 +53,11 @@ def _named(values: Mapping[str, Any], key: str, tell: Tell) -> list[tuple[str, A
     """The tables below a key, whose names become names of files."""
     tables = values.get(key)
     if not isinstance(tables, Mapping) or not tables:
-        tell((key,), f"must be given: one table or more, [{key}.NAME]")
+        tell((key,), f"is required: one or more tables [{key}.NAME]")
         return []
     for name in tables:
         if not _NAME.fullmatch(name):
-            tell((key, name), "is no name here; expected small letters, digits and hyphens")
+            tell((key, name), "is not a valid name; expected lowercase letters, digits and hyphens")
     return list(tables.items())
 
 
@@ -68,7 +68,7 @@ def _read_task(table: object, path: tuple[str, ...], tell: Tell) -> TaskSettings
 
 def _read_patch(table: object, tell: Tell) -> TrainSettings | None:
     if isinstance(table, Mapping) and "seed" in table:
-        tell(("patch", "seed"), "is no key here; patches are trained with each of 'seeds'")
+        tell(("patch", "seed"), "unknown key; patches are trained with each of 'seeds'")
     return read_table(TrainSettings, table, ("patch",), tell)
 
 
@@ -80,7 +80,7 @@ def _kind(
     kind = rest.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:
         shown = " or ".join(f"'{name}'" for name in kinds)
-        tell((*path, "kind"), f"is {kind!r}; expected {shown}" if kind is not None else f"must be given: {shown}")
+        tell((*path, "kind"), f"is {kind!r}; expected {shown}" if kind is not None else f"is required: {shown}")
         return None
     return kind, rest
 
@@ -94,7 +94,7 @@ def _read_evolution(table: object, path: tuple[str, ...], tell: Tell) -> Evoluti
     cls = EVOLUTIONS[kind]
     fields = [field.name for field in dataclasses.fields(cls)]
     for key in sorted(set(rest) - own - set(fields)):
-        tell((*path, key), f"is no key here. {meant(key, [*sorted(own), *fields])}")
+        tell((*path, key), f"unknown key. {meant(key, [*sorted(own), *fields])}")
         del rest[key]
     settings = read_table(cls, {key: rest[key] for key in rest if key not in own}, path, tell)
     new_text = rest.pop("new_text", None)
@@ -113,4 +113,4 @@ def _check(values: Mapping[str, Any], tell: Tell) -> None:
             tell(("methods",), str(error).rstrip("."))
     table = values.get("compare")
     if isinstance(table, str) and table not in published():
-        tell(("compare",), f"is '{table}', which is no published table. {meant(table, published())}")
+        tell(("compare",), f"is '{table}', which is not a published table. {meant(table, published())}")

@@ -149,7 +149,7 @@ class Evolution:
     def __post_init__(self) -> None:
         Template(self.template)
         reads = isinstance(self.settings, EvolveSettings)
-        expected = "a file, which this kind reads" if reads else "none, since this kind reads nothing"
+        expected = "a file, which this kind requires" if reads else "none, since this kind reads no file"
         require_ranges(
             "evolution",
             ("links", self.links, "1 or more", self.links >= 1),

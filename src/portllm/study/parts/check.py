@@ -1,9 +1,9 @@
-"""What `check` says of a patch before it is ported: its verdict and its measures, as JSON values."""
+"""What `check_weights` says of a patch before it is ported: its verdict and its measures, as JSON values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from portllm.checking.check import check
+from portllm.checking.check import check_weights
 from portllm.checking.forecast_features import weight_features
 from portllm.checking.verdict import with_answers
 from portllm.checkpoint.model.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ def measure_check(
         examples: Rows of its task; their completions are not looked at.
         settings: Everything else.
         device: Where models run.
-        progress: Told of each part.
+        progress: Progress callback (parts).
 
     Returns:
         `verdict`, the texts of its `reasons`, and `weights` and `text`: measures by name, as in `weight_features` and
@@ -77,7 +77,7 @@ def measure_check(
         PlanRefusedError: The patch does not fit.
         DataError: There are fewer prompts than are asked for.
     """
-    report = check(patch, base=base, evolved=evolved, full=settings.full, progress=progress)
+    report = check_weights(patch, base=base, evolved=evolved, full=settings.full, progress=progress)
     verdict = report.patches[0].verdict
     text: dict[str, float] = {}
     if settings.prompts:

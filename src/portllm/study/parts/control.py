@@ -73,7 +73,7 @@ def make_control(
         settings: Its kind and seed.
         out: The folder to be; a failed run leaves nothing there.
         overwrite: Replace what is at `out`.
-        progress: Told of every tensor.
+        progress: Progress callback (tensors).
 
     Raises:
         CheckpointError: No control can be made of this model.
@@ -100,7 +100,9 @@ def _twin(before: Checkpoint, settings: TwinSettings) -> Change:
     names = ("hidden_size", "intermediate_size", "num_attention_heads")
     hidden, inner, heads = (before.config.get(name) for name in names)
     if not (isinstance(hidden, int) and isinstance(inner, int) and isinstance(heads, int)):
-        raise CheckpointError(f"{before.name}: config.json lacks one of {', '.join(names)}; no twin can be made of it.")
+        raise CheckpointError(
+            f"{before.name}: config.json lacks one of {', '.join(names)}, so no twin can be made of it."
+        )
     key_heads, head_dim = before.config.get("num_key_value_heads"), before.config.get("head_dim")
     return Twin(
         hidden=hidden,
@@ -115,7 +117,7 @@ def _twin(before: Checkpoint, settings: TwinSettings) -> Change:
 def _reinit(before: Checkpoint, settings: ReinitSettings) -> Change:
     there = {int(found[1]) for name in before.infos if (found := _LAYER.search(name))}
     if missing := sorted(set(settings.layers) - there):
-        raise CheckpointError(f"{before.name}: has no layer {missing[0]} to draw anew; it has {len(there)}.")
+        raise CheckpointError(f"{before.name}: has no layer {missing[0]} to reinitialize; it has {len(there)}.")
 
     def change(name: str, tensor: Tensor) -> Tensor:
         found = _LAYER.search(name)

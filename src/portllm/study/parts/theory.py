@@ -83,7 +83,7 @@ def measure_theory(
         source: The task of both patches.
         settings: Everything else.
         device: Where models run.
-        progress: Told of each part.
+        progress: Progress callback (parts).
 
     Returns:
         `residual` as in `PortResidual.to_json`, `line` as in `LossLine.to_json`, on the rows that the task scores, and

@@ -102,8 +102,8 @@ class Twin:
             return tensor
         if module not in MATRICES or part not in ("weight", "bias"):
             raise CheckpointError(
-                f"'{name}': nobody has said what its axes stand for, so no twin can be made of it. Expected a dense "
-                f"decoder with modules {', '.join(MATRICES)}."
+                f"'{name}': its axes are unknown, so no twin can be made of it. Expected a dense decoder with "
+                f"modules {', '.join(MATRICES)}."
             )
         rows, columns = MATRICES[module]
         tensor = _arranged(tensor, self._arrangement(rows, layer), axis=0)

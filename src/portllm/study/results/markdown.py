@@ -10,7 +10,7 @@ from portllm.study.definition.paper import published
 from portllm.study.definition.variants import HEADS, VARIANTS
 
 if TYPE_CHECKING:
-    from portllm.study.results.table import ModelRow, Scored, StudyResults, TaskRow
+    from portllm.study.results.table import ModelRow, StudyResults, TaskRow, TaskScore
 
 COMPARED = ("ported - retrained", "retention, accuracy", "retention, loss", "negative flips")
 LEGEND = """\
@@ -122,7 +122,7 @@ def retention_text(value: Retention | None) -> str:
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
-def accuracy_text(scored: "Scored | None") -> str:
+def accuracy_text(scored: "TaskScore | None") -> str:
     """An accuracy in percent, its spread over seeds and its interval over rows; empty where it was not scored."""
     if scored is None:
         return ""
@@ -165,7 +165,7 @@ def _losses(rows: "Sequence[TaskRow]") -> Table:
     for row in rows:
         losses = [row.scored[name].loss if name in row.scored else None for name in VARIANTS]
         lines.append((update_name(row), *("" if loss is None else f"{loss.value:.4f}" for loss in losses)))
-    return Table(("loss, nats a token", *(HEADS[name] for name in VARIANTS)), tuple(lines))
+    return Table(("loss, nats per token", *(HEADS[name] for name in VARIANTS)), tuple(lines))
 
 
 def _answers(rows: "Sequence[TaskRow]") -> Iterator[Table]:

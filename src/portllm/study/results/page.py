@@ -30,7 +30,7 @@ BEFORE, AFTER = (BASE, PATCHED), (EVOLVED, PORTED, RETRAINED)
 SERIES = {PATCHED: 1, PORTED: 2, RETRAINED: 3}
 """Colors of the models; those without a patch have that of the background, 5."""
 
-MARKS = "Dot: in accuracy, square: in loss; the line is the 95 % interval. No mark: retention is no number."
+MARKS = "Dot: in accuracy, square: in loss; the line is the 95 % interval. No mark: retention is undefined."
 
 
 def study_page(results: "StudyResults") -> str:
@@ -66,9 +66,9 @@ def _retained(rows: "Sequence[TaskRow]") -> Iterator[str]:
         if values:
             without = len(compared) - len(values)
             ends = f"{min(values):.2f} to {max(values):.2f} over {counted(len(values), 'port')}"
-            yield f"retention in {what}: {ends}" + (f"; of {without} it is no number" if without else "")
+            yield f"retention in {what}: {ends}" + (f"; undefined for {without}" if without else "")
         elif compared:
-            yield f"retention in {what}: no number for any of {counted(len(compared), 'port')}"
+            yield f"retention in {what}: undefined for all of {counted(len(compared), 'port')}"
 
 
 def _blocks(part: Part) -> Iterator[Html]:
@@ -139,7 +139,7 @@ def _retention(task: str, rows: "Sequence[TaskRow]") -> list[Html]:
     if not drawn:
         return []
     title = f"Retention, {task}"
-    explained = f"What the ported patch gains over the evolved model, as a share of what retraining gains. {MARKS}"
+    explained = f"The ported patch's gain over the evolved model as a fraction of retraining's gain. {MARKS}"
     picture = dots(drawn, title=title, told=_told(drawn), axis=RETENTION_MARKS, unit="%")
     return [figure(title, explained, picture, numbers)]
 

@@ -1,4 +1,4 @@
-"""The study's table: what each model scored on each task, and how much of what retraining gains porting gains. Pure.
+"""The study's results: scores of each model on each task, and retention. Pure.
 
 Rows are paired: row `i` is the same row for every model and seed. A model's column is the mean over seeds, row by row.
 Intervals are over rows, those of differences and ratios by a bootstrap that draws the same rows for all models; seeds
@@ -26,7 +26,7 @@ MOST_ANSWERS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class TaskScore:
     """What one of the five models scored on a task.
 
     Attributes:
@@ -105,7 +105,7 @@ class TaskRow:
     task: str
     method: str
     seeds: tuple[int, ...]
-    scored: Mapping[str, Scored]
+    scored: Mapping[str, TaskScore]
     change: Estimate | None
     behind: Estimate | None
     accuracy_retention: Retention | None
@@ -142,7 +142,7 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class StudyResults(ShownInNotebook):
-    """All that a study has found so far.
+    """Results of a study so far.
 
     Attributes:
         title: The study's.
@@ -329,10 +329,10 @@ def _row(
     )
 
 
-def _scored(by_seed: Sequence[Mapping[str, Any]]) -> Scored:
+def _scored(by_seed: Sequence[Mapping[str, Any]]) -> TaskScore:
     columns = [scores["correct"] for scores in by_seed]
     shares = tuple(map(fmean, columns))
-    return Scored(
+    return TaskScore(
         accuracy=accuracy(columns[0]) if len(columns) == 1 else mean_loss(mean_rows(columns)),
         loss=mean_loss(mean_rows([scores["losses"] for scores in by_seed])),
         by_seed=shares,

@@ -11,7 +11,7 @@ from portllm.running.model import Device
 from portllm.study.schedule.ledger import Ledger
 from portllm.study.schedule.shared import leave_mark
 from portllm.study.schedule.worker import Assignment, StepWorker
-from portllm.workers.on_ray import Machine, OnRay, Share
+from portllm.workers.on_ray import ClusterRequest, Machine, OnRay
 from portllm.workers.pool import Pool
 
 
@@ -47,7 +47,7 @@ def open_cluster(address: str, ledger: Ledger, *, data: Path | None, device: Dev
     )
 
 
-def one_a_device(machines: Sequence[Machine], device: Device, *, workers: int | None, n_steps: int) -> Share:
+def one_a_device(machines: Sequence[Machine], device: Device, *, workers: int | None, n_steps: int) -> ClusterRequest:
     """What to ask of a cluster: for each worker a GPU and its share of the cores, or on CPUs a machine of its own.
 
     With more `workers` than machines on CPUs, those of a machine share its cores; more than there are GPUs are not had.
@@ -63,11 +63,11 @@ def one_a_device(machines: Sequence[Machine], device: Device, *, workers: int | 
 
     Example:
         >>> one_a_device([Machine(16, 4), Machine(16, 4)], "auto", workers=None, n_steps=99)
-        Share(workers=8, cores=4, gpus=1, memory=0)
+        ClusterRequest(workers=8, cores=4, gpus=1, memory=0)
         >>> one_a_device([Machine(16, 0), Machine(8, 0)], "auto", workers=None, n_steps=99)
-        Share(workers=2, cores=8, gpus=0, memory=0)
+        ClusterRequest(workers=2, cores=8, gpus=0, memory=0)
         >>> one_a_device([Machine(8, 0)], "cpu", workers=3, n_steps=99)
-        Share(workers=3, cores=2, gpus=0, memory=0)
+        ClusterRequest(workers=3, cores=2, gpus=0, memory=0)
     """
     with_gpu = [machine for machine in machines if machine.gpus]
     if device == "cuda" and not with_gpu:
@@ -75,9 +75,9 @@ def one_a_device(machines: Sequence[Machine], device: Device, *, workers: int | 
     if with_gpu and device != "cpu":
         n_gpus = sum(machine.gpus for machine in with_gpu)
         cores = min(machine.cores // machine.gpus for machine in with_gpu)
-        return Share(min(workers or n_gpus, n_gpus, n_steps), max(1, cores), gpus=1)
+        return ClusterRequest(min(workers or n_gpus, n_gpus, n_steps), max(1, cores), gpus=1)
     if not machines:
-        raise WorkersError("no machine of the cluster has a core. Look at 'ray status', or run without --ray.")
+        raise WorkersError("no machine of the cluster has a free core. Check 'ray status', or run without --ray.")
     n_workers = min(workers or len(machines), n_steps)
     on_one = -(-n_workers // len(machines))
-    return Share(n_workers, max(1, min(machine.cores for machine in machines) // on_one))
+    return ClusterRequest(n_workers, max(1, min(machine.cores for machine in machines) // on_one))

@@ -32,8 +32,8 @@ def require_mark(out: Path, mark: str) -> None:
     """
     if not appears(lambda: _read(out / MARK_FILE) == mark):
         raise OutputError(
-            f"'{out}': on the machine '{socket.gethostname()}' this is not the folder of the study. All workers must "
-            "reach it under the same name: give one on a shared file system with --output."
+            f"'{out}': on machine '{socket.gethostname()}' this is not the study's folder. All workers must reach "
+            "it under the same path: pass one on a shared file system with --output."
         )
 
 

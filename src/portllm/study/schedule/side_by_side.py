@@ -64,7 +64,7 @@ def _seen(ledger: Ledger, step: Step, told: Mapping[str, Any]) -> Record:
         lambda: read_record(file) == record and identity_or_none(lambda: places.identify(step)) == record.files
     ):
         raise OutputError(
-            f"'{file}': a worker wrote it and what it stands for, and they cannot be seen from here. The study's "
-            "folder must be on a file system that all machines share; name one with --output."
+            f"'{file}': a worker wrote it, but it is not visible from here. The study's folder must be on a file "
+            "system that all machines share; pass one with --output."
         )
     return record

@@ -47,8 +47,8 @@ def below(data: Path | None, name: str) -> Path:
     """
     file = Path(name) if data is None else data / name
     if not file.is_file():
-        way = "Name the folder that holds it with --data." if data is None else "Look for another --data."
-        raise DataError(f"'{file}': is not there. {way}")
+        way = "Pass the folder that contains it with --data." if data is None else "Check --data."
+        raise DataError(f"'{file}': does not exist. {way}")
     return file
 
 
@@ -59,7 +59,9 @@ def first(values: Sequence[Row], rows: int | None, file: Path) -> tuple[Row, ...
         DataError: There are fewer.
     """
     if rows is not None and len(values) < rows:
-        raise DataError(f"'{file}': has {len(values)} rows; the study asks for {rows}. Ask for fewer.")
+        raise DataError(
+            f"'{file}': has {len(values)} rows, fewer than the {rows} that the study requests. Request fewer."
+        )
     return tuple(values[:rows])
 
 

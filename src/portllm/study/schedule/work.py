@@ -37,7 +37,7 @@ Found = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class Inputs:
+class StudyInputs:
     """What a study reads: opened before the first step, so that nothing is missing hours later.
 
     Attributes:
@@ -60,7 +60,7 @@ class Inputs:
         return Identities(fingerprint(self.base), data)
 
 
-def open_inputs(study: Study, data: Path | None, *, progress: Progress = silent) -> Inputs:
+def open_inputs(study: Study, data: Path | None, *, progress: Progress = silent) -> StudyInputs:
     """Open everything that a study reads.
 
     Raises:
@@ -83,11 +83,11 @@ def open_inputs(study: Study, data: Path | None, *, progress: Progress = silent)
         texts[f"text {OLD_TEXT}"] = _read(study.old_text, data)
     base = open_checkpoint(study.base, progress=progress)
     check_runnable(base)
-    return Inputs(on_disk(base, progress=progress), tasks, texts)
+    return StudyInputs(on_disk(base, progress=progress), tasks, texts)
 
 
 @dataclass(frozen=True)
-class Work:
+class StepRunner:
     """Does the steps of a study.
 
     Attributes:
@@ -95,11 +95,11 @@ class Work:
         inputs: What it reads.
         places: Where outputs of steps lie.
         device: Where models run.
-        progress: Told of what goes on within a step.
+        progress: Progress callback within a step.
     """
 
     study: Study
-    inputs: Inputs
+    inputs: StudyInputs
     places: Places
     device: Device
     progress: Progress

@@ -17,7 +17,7 @@ from portllm.study.definition.plan import Identities, steps_of
 from portllm.study.definition.settings import Study
 from portllm.study.schedule.places import Places
 from portllm.study.schedule.shared import require_mark
-from portllm.study.schedule.work import Work, open_inputs
+from portllm.study.schedule.work import StepRunner, open_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class StepWorker:
         return {"record": encode(record)}
 
     @cached_property
-    def _work(self) -> Work:
+    def _work(self) -> StepRunner:
         """What does the steps, once it is sure that here they come out as in the run.
 
         Raises:
@@ -87,14 +87,14 @@ class StepWorker:
         for name, version in asked.versions.items():
             if versions()[name] != version:
                 raise WorkersError(
-                    f"the machine '{here}' has {name} {versions()[name]}, the run has {version}. Install one version "
-                    "everywhere."
+                    f"machine '{here}' has {name} {versions()[name]}, but this run has {version}. Install the "
+                    "same version everywhere."
                 )
         require_mark(asked.out, asked.mark)
         inputs = open_inputs(asked.study, asked.data)
         if inputs.identities() != asked.identities:
             raise DataError(
-                f"on the machine '{here}' base or data of the study are not those of the run. Both must be the same "
-                "everywhere: put them on a shared file system, or name the base's revision."
+                f"on machine '{here}' the study's base or data differ from those of this run. Both must be the "
+                "same everywhere: put them on a shared file system, or pin the base's revision."
             )
-        return Work(asked.study, inputs, Places(asked.out), asked.device, silent)
+        return StepRunner(asked.study, inputs, Places(asked.out), asked.device, silent)
