@@ -88,6 +88,7 @@ class Measures:
         changes_vocabulary: Whether the patch changes rows that stand for tokens, and tokens have moved or are gone.
         fitted_to: How the weights that the patch was fitted to are quantized (QLoRA); None where they are not.
         quantization_gap: `|W - dequant(quant(W))| / |Δ|` of them; None where it was not measured.
+        same_in: The dtype in which base and evolved model are the same numbers; None where more than that differs.
         chain: The way of a patch that was ported before; None for one that was not.
     """
 
@@ -103,6 +104,7 @@ class Measures:
     changes_vocabulary: bool = False
     fitted_to: str | None = None
     quantization_gap: float | None = None
+    same_in: str | None = None
     chain: Chain | None = None
 
 
@@ -280,6 +282,8 @@ def _of_direction(measures: Measures) -> Iterator[Reason]:
 
 
 def _remarks(measures: Measures) -> Iterator[str]:
+    if measures.same_in is not None:
+        yield f"base and evolved model are the same weights in {measures.same_in}: what drifted is rounding alone"
     if measures.chain is not None:
         yield "the patch was ported before; the forecast is for this update alone"
     for change in measures.config_changes:
