@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, look_same
+from portllm.checkpoint.model.identity import fingerprint_in
 from portllm.checkpoint.model.names import HEAD, HEAD_MODULE, is_embedding
 from portllm.checkpoint.tensor.encoding import Unread
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
@@ -339,11 +340,36 @@ def base_mismatch(
     model: Checkpoint,
     option: str,
     allow_other_base: bool,
+    evolved: ModelIdentity | None = None,
 ) -> Iterator[Refusal]:
-    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant."""
+    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant.
+
+    Args:
+        patch: The patch.
+        given: The identity of the model that was given for its base.
+        model: That model.
+        option: By which it was given.
+        allow_other_base: Whether any model is meant.
+        evolved: The model that was given to port to, if one was.
+    """
     if patch.record is None or allow_other_base or patch.record.base.fingerprint == given.fingerprint:
         return
     belongs = patch.record.base
+    if evolved is not None and evolved.fingerprint == belongs.fingerprint:
+        yield Refusal(
+            option,
+            f"{evolved.name}, which was given as the evolved model, is the base that patch '{patch.name}' belongs to: "
+            f"the two are swapped. Pass --base {evolved.name} --evolved {given.name}.",
+        )
+        return
+    if (dtype := same_in(model, belongs)) is not None:
+        yield Refusal(
+            option,
+            f"{given.name} is the base that patch '{patch.name}' belongs to, {belongs.name}, in another dtype: their "
+            f"samples are the same numbers in {dtype}. Pass {belongs.name}, or --allow-other-base to take one for the "
+            "other.",
+        )
+        return
     hint = (
         " A file that stores the experts differently (individually or stacked) also has another fingerprint."
         if model.expert_parts
@@ -356,6 +382,18 @@ def base_mismatch(
         "--allow-other-base if this is "
         f"intended.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
+
+
+def same_in(model: Checkpoint, other: ModelIdentity) -> str | None:
+    """The dtype in which two models are the same numbers, rounded, by what both fingerprints sample; else None."""
+    if model.quantization is not None or other.quantization is not None:
+        return None
+    given = identify(model)
+    if (
+        rounded := next((dtype for dtype, mark in other.rounded.items() if mark == given.fingerprint), None)
+    ) is not None:
+        return rounded
+    return next((dtype for dtype in FLOAT_DTYPES if fingerprint_in(model, dtype) == other.fingerprint), None)
 
 
 def _of_quantized(belongs: ModelIdentity, given: ModelIdentity) -> str:
