@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from portllm.checkpoint.model.asked import classes_of, facts_of
 from portllm.checkpoint.model.families import FILE, SHARED
-from portllm.running.foreign import REGISTRIES
-from portllm.running.model_facts import classes_of, facts_of
+from portllm.foreign import REGISTRIES
 
 OUT = Path(__file__).parents[1] / "src" / "portllm" / "checkpoint" / "model" / FILE
 
@@ -28,7 +28,7 @@ def gather() -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
         for name, task in classes_of(model_type):
             try:
                 found.setdefault(model_type, []).append({"task": task, **facts_of(model_type, name)})
-            except Exception as error:  # noqa: BLE001 (the classes are others', and raise what they like)
+            except Exception as error:
                 missing[f"{model_type} {name}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return found, missing
 

@@ -183,7 +183,7 @@ def plan_capture_tuned(
         pairs[name] = TunedPair(left, right, module, row_map, transposed)
     is_tied = base.tied_embedding is not None and tuned.tied_embedding is not None
     tied = next((name for name, info in before.items() if is_tied and info is base.tied_embedding), None)
-    absent = {name: ABSENT for name in pairs.keys() - base.running(pairs).keys()}
+    absent = dict.fromkeys(pairs.keys() - base.running(pairs).keys(), ABSENT)
     return TunedPlan(
         base, tuned, source, target, pairs, experts, absent, tied, rank, max_rank, dense, tuple(sorted(refusals))
     )

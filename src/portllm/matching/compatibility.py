@@ -1,6 +1,6 @@
 """Does a patch fit a model? From headers and fingerprints; every reason why not is gathered, none is raised."""
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
@@ -10,7 +10,7 @@ from portllm.checkpoint.tensor.encoding import FourBit
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_mismatches
-from portllm.patch.adapter_config import HEAD_NAMES, AdapterConfig
+from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify

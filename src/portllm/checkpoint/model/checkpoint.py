@@ -114,8 +114,10 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its current name, sorted; as stored where there is no such name, for the running model has
-        it in another form (see `converted`) or its type is not known.
+        """Every tensor by its current name, sorted.
+
+        It is the stored one where the running model has the tensor in another form (see `converted`), and where the
+        model's type is not known.
 
         Raises:
             CheckpointError: The checkpoint holds one tensor in two spellings.
@@ -192,7 +194,11 @@ class Checkpoint:
     def _config_of(self, family: Family) -> Mapping[str, object]:
         """The configuration as a class of its own type has it."""
         inner = self.config.get("text_config")
-        is_inner = family.id != self.config.get("model_type") and isinstance(inner, dict) and inner.get("model_type") == family.id
+        is_inner = (
+            family.id != self.config.get("model_type")
+            and isinstance(inner, dict)
+            and inner.get("model_type") == family.id
+        )
         return inner if is_inner and isinstance(inner, dict) else self.config
 
     def _renamed(self, name: str) -> str:
@@ -202,7 +208,7 @@ class Checkpoint:
         return current in self.tensors or current + WEIGHT in self.tensors or current == self.head_name
 
     def _is_converted(self, name: str) -> bool:
-        """Whether the running model has a stored tensor in another form; experts stacked are the same in another place."""
+        """Whether the running model has a stored tensor in another form; that of an expert has but another place."""
         conversion = None if self.family is None else self.family.conversion_of(self.family.current_name(name))
         return conversion is not None and not conversion.merges_experts
 
@@ -217,7 +223,9 @@ class Checkpoint:
     def tensor(self, name: str) -> TensorInfo | None:
         """The tensor that a patch means by a name; a tied head is the embedding, stored or not."""
         found = self.stored(name)
-        is_head = name == HEAD or self.current_name(name) == self.head_name or (found is not None and found is self.head)
+        is_head = (
+            name == HEAD or self.current_name(name) == self.head_name or (found is not None and found is self.head)
+        )
         return self.tied_embedding or found if is_head else found
 
     @cached_property

@@ -12,11 +12,13 @@ classifier. A model's own facts are attributes of its `Checkpoint`, which alone 
 """
 
 import importlib.resources
+import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 FILE = "model_types.json"
@@ -29,12 +31,13 @@ MERGED = (("MergeModulelist 0",), ("MergeModulelist 0", "Concatenate 1"))
 
 _PART = re.compile(r"\*\.(.+)\.weight$")
 _OF_EXPERT = re.compile(r"\.experts\.\d+\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Rename:
-    """One pattern, and what stands in the place of what it finds; `\\1` is what its own group has found.
+    r"""One pattern, and what stands in the place of what it finds; `\1` is what its own group has found.
 
     Attributes:
         pattern: A regular expression with a named group for each of its branches.
@@ -117,6 +120,7 @@ class Family:
         parameters: By the end of its name, a tensor of three axes that is no module's weight, and whether its last two
             are (d_in, d_out).
         layers: By the name of a list of layers, where the configuration says how many there are.
+        kept: Current names that its renames would change again; `*` stands for any number in them.
         renames: In transformers' order.
         conversions: In transformers' order; the first one that finds a name counts.
     """
@@ -135,6 +139,7 @@ class Family:
     transposed: tuple[str, ...]
     parameters: Mapping[str, bool]
     layers: Mapping[str, str]
+    kept: frozenset[str]
     renames: tuple[Rename, ...]
     conversions: tuple[Conversion, ...]
 
@@ -201,7 +206,11 @@ class Family:
             >>> family.is_linear("h.0.mlp.c_fc"), family.is_linear("wpe")
             (True, False)
         """
-        return _ends(module, self.linear) or self.is_of_expert(module) or f"{self.current_name(module)}{WEIGHT}" == self.head
+        return (
+            _ends(module, self.linear)
+            or self.is_of_expert(module)
+            or f"{self.current_name(module)}{WEIGHT}" == self.head
+        )
 
     def is_transposed(self, module: str) -> bool:
         """Whether a module's weight is stored as (d_in, d_out)."""
@@ -218,6 +227,8 @@ class Family:
         return any(self.experts.values()) and _OF_EXPERT.search(f"{module}.") is not None
 
     def _renamed(self, name: str) -> str:
+        if self.kept and _NUMBER.sub("*", f".{name}")[1:] in self.kept:
+            return name
         for rename in self.renames:
             name = rename(name) or name
         return name
@@ -247,7 +258,8 @@ def families_of(config: Mapping[str, Any]) -> tuple[Family, ...]:
         model_type = None if first is None else _type_of(first)
     if model_type is None:
         return ()
-    return tuple(sorted(_classes(model_type), key=lambda family: family.name != first))
+    known = _classes(model_type) or _asked(model_type, config)
+    return tuple(sorted(known, key=lambda family: family.name != first))
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -294,10 +306,22 @@ def _type_of(name: str) -> str | None:
 @cache
 def _classes(model_type: str) -> tuple[Family, ...]:
     line = _line(model_type)
-    return () if line is None or model_type == SHARED else tuple(families_in(model_type, json.loads(line)))
+    return () if line is None or model_type == SHARED else tuple(_families_in(model_type, json.loads(line)))
 
 
-def families_in(model_type: str, classes: list[dict[str, Any]]) -> Iterator[Family]:
+def _asked(model_type: str, config: Mapping[str, Any]) -> tuple[Family, ...]:
+    """What the transformers installed here says of a type that is not in the file; empty where it does not know it."""
+    package = importlib.util.find_spec("transformers")
+    folders = () if package is None else package.submodule_search_locations or ()
+    module = model_type.replace("-", "_")
+    if not module.isidentifier() or not any(Path(folder, "models", module).is_dir() for folder in folders):
+        return ()
+    from portllm.checkpoint.model.asked import facts_of_type  # loads transformers, which few types need
+
+    return tuple(_families_in(model_type, facts_of_type(model_type, config)))
+
+
+def _families_in(model_type: str, classes: list[dict[str, Any]]) -> Iterator[Family]:
     """The classes of a model type, as the file has them: each without what is as in the one before it."""
     facts: dict[str, Any] = {}
     for changed in classes:
@@ -317,6 +341,7 @@ def families_in(model_type: str, classes: list[dict[str, Any]]) -> Iterator[Fami
             transposed=tuple(facts["transposed"]),
             parameters=facts["parameters"],
             layers=facts["layers"],
+            kept=frozenset(facts["kept"]),
             renames=tuple(_rename(*entry) for entry in facts["renames"]),
             conversions=tuple(
                 Conversion(_rename(pattern, targets[0], scope), tuple(sources), tuple(targets), tuple(operations))
@@ -336,4 +361,7 @@ def _value(config: Any, path: str) -> Any:  # noqa: ANN401 (whatever JSON can ho
 
 
 def _ends(module: str, ends: tuple[str, ...]) -> bool:
-    return any(module == end or module.endswith(f".{end}") for end in ends)
+    """Whether a name ends so; `*` stands for any number in it."""
+    name = f".{module}"
+    numberless = _NUMBER.sub("*", name)
+    return any(numberless.endswith(f".{end}") or name.endswith(f".{end}") for end in ends)

@@ -6,14 +6,15 @@ of experts, and how transformers renames and converts what a file holds. `script
 every model type that transformers has a class for; a type that is not in that file is asked for when it is met.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from portllm.running.foreign import (
+from portllm.foreign import (
     CONFIG_MAPPING,
     REGISTRIES,
     Conv1D,
@@ -24,11 +25,12 @@ from portllm.running.foreign import (
     WeightRenaming,
     get_model_conversion_mapping,
     quiet,
+    rename_source_key,
     transformers,
 )
 
-DEFAULT_LACKS: Mapping[str, Mapping[str, Any]] = {}
-"""Fields without which a configuration's defaults build no model, by model type."""
+NOT_FOR_SHAPE = ("auto_map", "quantization_config", "torch_dtype", "dtype")
+"""Fields of a configuration that could make transformers load or change something, and say nothing of the layout."""
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -40,7 +42,7 @@ def classes_of(model_type: str) -> list[tuple[str, str]]:
         named = registry.get(model_type, ())
         for name in (named,) if isinstance(named, str) else named:
             found.setdefault(name, task)
-    return [(name, task) for name, task in found.items()]
+    return list(found.items())
 
 
 def facts_of(model_type: str, name: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -51,6 +53,16 @@ def facts_of(model_type: str, name: str, fields: Mapping[str, Any] | None = None
         with torch.device("meta"):
             model = cls(config)
     return {"class": name, **_described(model, part)}
+
+
+def facts_of_type(model_type: str, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is known of the classes that can be built from a model's own configuration."""
+    found = []
+    own = {name: value for name, value in fields.items() if name not in NOT_FOR_SHAPE}
+    for name, task in classes_of(model_type):
+        with contextlib.suppress(Exception):  # the classes are others', and raise what they like
+            found.append({"task": task, **facts_of(model_type, name, own)})
+    return found
 
 
 def configured(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> tuple[PreTrainedConfig, str]:
@@ -72,7 +84,9 @@ def _described(model: PreTrainedModel, part: str) -> dict[str, Any]:
     renames, converters = _transforms(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     matrices = {
-        name.rpartition(".")[0] for name, tensor in model.named_parameters() if name.endswith(".weight") and tensor.ndim == 2
+        name.rpartition(".")[0]
+        for name, tensor in model.named_parameters()
+        if name.endswith(".weight") and tensor.ndim == 2
     }
     others = _templates(matrices - linear.keys())
     return {
@@ -89,13 +103,14 @@ def _described(model: PreTrainedModel, part: str) -> dict[str, Any]:
             _templates(name for name, module in linear.items() if not isinstance(module, Conv1D)),
         ),
         "parameters": _parameters(model),
+        "kept": _kept(model),
         "renames": renames,
         "converters": converters,
         "layers": _layers(model),
     }
 
 
-def _weight_name(getter: Any, names: Mapping[int, str]) -> str | None:
+def _weight_name(getter: Callable[[], nn.Module | None], names: Mapping[int, str]) -> str | None:
     """The name of the weight of what a getter of transformers returns; None where the model has no such thing."""
     try:
         module = getter()
@@ -113,7 +128,9 @@ def _ties(model: PreTrainedModel, head: str | None, embedding: str | None) -> di
     if head is None or embedding is None:
         return None
     parts = {"": model.config}
-    parts |= {name: part for name in model.config.sub_configs if (part := getattr(model.config, name, None)) is not None}
+    parts |= {
+        name: part for name in model.config.sub_configs if (part := getattr(model.config, name, None)) is not None
+    }
     said = {name: bool(getattr(part, "tie_word_embeddings", False)) for name, part in parts.items()}
     deciding = [name for name in parts if _is_tied_by(model, parts, name, (head, embedding))]
     for name, part in parts.items():
@@ -144,7 +161,7 @@ def _follows_text(config: PreTrainedConfig) -> bool:
     try:
         silent = type(config)(text_config={**inner, "tie_word_embeddings": False})
         return bool(type(config)(text_config=inner).tie_word_embeddings) and not silent.tie_word_embeddings
-    except Exception:  # noqa: BLE001 (whatever a configuration raises of fields that it does not take)
+    except Exception:
         return False
 
 
@@ -162,12 +179,27 @@ def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     return renames, converters
 
 
-def _operation(step: Any) -> str:
+def _kept(model: PreTrainedModel) -> list[str]:
+    """Current names that the renames would change again, and that transformers therefore leaves alone."""
+    renames = [
+        step for step in get_model_conversion_mapping(model, add_legacy=False) if isinstance(step, WeightRenaming)
+    ]
+    stored = model.state_dict()
+    return sorted(
+        _templates(
+            name
+            for name in stored
+            if rename_source_key(name, renames, [], model.base_model_prefix, stored)[0] not in stored
+        )
+    )
+
+
+def _operation(step: object) -> str:
     axes = [str(getattr(step, name)) for name in ("dim", "dim0", "dim1") if hasattr(step, name)]
     return " ".join([type(step).__name__, *axes])
 
 
-def _templates(names: Any) -> set[str]:
+def _templates(names: Iterable[str]) -> set[str]:
     return {NUMBER.sub("*", f".{name}.")[1:-1] for name in names}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from portllm.errors import MissingExtraError, PortLLMError
-from portllm.running.messages import errors_only
+from portllm.messages import errors_only
 
 
 @contextlib.contextmanager
@@ -46,7 +46,12 @@ try:
             PreTrainedTokenizerFast,
         )
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import GroupWeightRename, WeightConverter, WeightRenaming
+        from transformers.core_model_loading import (
+            GroupWeightRename,
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
         from transformers.models.auto import modeling_auto
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
         from transformers.pytorch_utils import Conv1D
@@ -60,9 +65,12 @@ except ImportError as missing:
 __all__ = [
     "CONFIG_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "REGISTRIES",
     "AutoConfig",
     "AutoModelForCausalLM",
     "AutoTokenizer",
+    "Conv1D",
+    "GroupWeightRename",
     "LoraConfig",
     "LoraLayer",
     "PeftModel",
@@ -70,11 +78,16 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "PreTrainedTokenizerFast",
+    "WeightConverter",
+    "WeightRenaming",
     "foreign",
+    "get_model_conversion_mapping",
     "get_peft_model",
     "get_peft_model_state_dict",
     "quiet",
+    "rename_source_key",
     "tokenizer_class_from_name",
+    "transformers",
 ]
 
 REGISTRIES = {
