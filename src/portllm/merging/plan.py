@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import listed_tensors, same_bytes
-from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal, UnsupportedDtypeError
@@ -199,7 +198,7 @@ def _untangle(
     """
     sources = dict(into.infos)
     shared, stored = into.tied_embedding, into.head
-    name = HEAD if stored is None else stored.name
+    name = into.head_name if stored is None else stored.name
     if shared is None:
         return changes, sources, False
     embedding, head = changes.get(shared.name), changes.get(name)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from portllm.errors import DataError
+from portllm.foreign import foreign, quiet
 from portllm.running.encoding import Encoded, Encoder
 from portllm.running.examples import Border
-from portllm.running.foreign import foreign, quiet
 from portllm.running.shapes import ASSISTANT, Conversation, Message
 
 MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -11,6 +11,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError
 from portllm.files.input_file import local_file
 from portllm.files.source import LocalFile
+from portllm.patch.adapter_folder import PatchLike, load_patch
 from portllm.patch.patch import Patch
 from portllm.running.chat_template import read_chat_template, template_digest
 from portllm.running.examples import Border, Example, ExampleFormat, read_examples, read_prompts
@@ -98,8 +99,8 @@ class Data:
 
 
 def read_data(
-    path: Path,
-    *patches: Patch[TensorInfo],
+    path: str | Path,
+    *patches: PatchLike,
     prompt: str | None = None,
     completion: str | None = None,
     answers: bool | None = True,
@@ -116,7 +117,9 @@ def read_data(
     Raises:
         DataError: The file cannot be read, rows do not fit, or it is not known how prompts are made.
     """
-    wording = find_wording(path, patches, prompt=prompt, completion=completion, answers=answers)
+    path = Path(path)
+    opened = [load_patch(patch) for patch in patches]
+    wording = find_wording(path, opened, prompt=prompt, completion=completion, answers=answers)
     rows, digest = read_with_digest(path, lambda: _read(path, wording, answers=answers))
     return Data(rows=tuple(rows), wording=wording, digest=digest, file=local_file(path))
 
