@@ -132,6 +132,7 @@ def check_patch(
             changes_vocabulary=plan.tokens is not None,
             fitted_to=quantization_of(patch),
             quantization_gap=None if gap is None else gap.ratio,
+            nothing=plan.nothing,
         )
     )
     report = PatchReport(

@@ -87,6 +87,7 @@ class Measures:
         changes_vocabulary: Whether the patch changes rows that stand for tokens, and tokens have moved or are gone.
         fitted_to: How the weights that the patch was fitted to are quantized (QLoRA); None where they are not.
         quantization_gap: `|W - dequant(quant(W))| / |Δ|` of them; None where it was not measured.
+        nothing: Why the patch changes nothing; None where it does.
     """
 
     refusals: tuple[Refusal, ...] = ()
@@ -101,6 +102,7 @@ class Measures:
     changes_vocabulary: bool = False
     fitted_to: str | None = None
     quantization_gap: float | None = None
+    nothing: str | None = None
 
 
 def judge(measures: Measures) -> Verdict:
@@ -145,6 +147,8 @@ def _reasons(measures: Measures) -> Iterator[Reason]:
     if measures.refusals:
         yield from (Reason(Answer.CANNOT_BE_PORTED, str(refusal)) for refusal in measures.refusals)
         return
+    if measures.nothing is not None:
+        yield Reason(Answer.UNCERTAIN, f"there is nothing to hold: {measures.nothing}")
     for name in measures.broken:
         yield Reason(Answer.WILL_NOT_HOLD, f"{name}: contains an infinity or NaN; a training run diverged.")
     yield from _of_lineage(measures)

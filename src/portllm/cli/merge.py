@@ -10,7 +10,7 @@ from portllm.cli.options import MODEL, PATCHES, DryRunOption, JsonOption, OtherB
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from portllm.errors import PortLLMError
     from portllm.merging.manifest import MergeReport
@@ -143,6 +143,7 @@ def _merge_to(
         found, lambda patch, _: plan_merge(patch, into=model, options=options, quantized_base=quantized)
     )
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
+    _warn(plans.values())
     if dry_run and found.is_single:
         for plan in plans.values():
             say(render_merge_plan(plan, output))
@@ -197,11 +198,18 @@ def _merge_in_place(
     if dry_run:
         say(render_in_place_plan(plan))
     refuse(plan.merge.refusals)
+    _warn([plan.merge])
     if dry_run:
         return
     with shown_progress(quiet=quiet) as progress:
         report = run_in_place(plan, progress=progress)
     _show(report, folder, plan.merge.notes, as_json=as_json)
+
+
+def _warn(plans: "Iterable[MergePlan]") -> None:
+    for plan in plans:
+        if plan.nothing is not None and not plan.refusals:
+            say(f"warning: {plan.nothing}", err=True)
 
 
 def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import TakenForEqual, look_same
+from portllm.checkpoint.model.equality import TakenForEqual
 from portllm.checkpoint.model.names import HEAD, HEAD_MODULE, is_embedding
 from portllm.checkpoint.tensor.encoding import FourBit
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
@@ -72,6 +72,18 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Ref
     yield from _missing(patch, named)
     yield from expert_mismatches(patch, checkpoint)
     yield from _shared_rows(patch, named)
+    yield from _resized_copies(patch, checkpoint)
+
+
+def _resized_copies(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+    """Copies of weights, not yet held against the base, that PEFT could not even load over the model's."""
+    for name, copies in patch.base_copies.items():
+        tensor = checkpoint.tensor(name)
+        for copy in copies:
+            if tensor is not None and copy.shape != tensor.shape:
+                yield Refusal(
+                    name, f"the adapter contains it with shape {copy.shape}, but {checkpoint.name} has {tensor.shape}."
+                )
 
 
 def outline(patch: Patch[TensorInfo]) -> Hashable:
@@ -80,6 +92,7 @@ def outline(patch: Patch[TensorInfo]) -> Hashable:
         repr(patch.config.fields),
         tuple((name, _outline(change)) for name, change in changes_of(patch).items()),
         tuple((name, delta.a.shape, delta.b.shape, delta.rank) for name, delta in patch.experts.items()),
+        tuple((name, tuple(copy.shape for copy in copies)) for name, copies in patch.base_copies.items()),
     )
 
 
@@ -244,36 +257,10 @@ def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
         )
 
 
-def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
-    """Where a copy of the base's weight that an adapter carries is not this base's."""
-    for module, copy in patch.base_copies.items():
-        weight = base.tensor(module + WEIGHT)
-        if weight is None or not look_same(copy, weight):
-            yield _altered_copy(module, base)
-
-
-def taken_copies(patch: Patch[TensorInfo], base: Checkpoint) -> tuple[TakenForEqual, ...]:
-    """The copies of the base's weights that an adapter carries and that `altered_copies` compares by samples."""
-    weights = {module: base.tensor(module + WEIGHT) for module in patch.base_copies}
-    return tuple(
-        TakenForEqual(patch.base_copies[module], weight, _altered_copy(module, base))
-        for module, weight in weights.items()
-        if weight is not None
-    )
-
-
 def taken_tie(patch: Patch[TensorInfo], model: Checkpoint) -> tuple[TakenForEqual, ...]:
     """The head that is stored beside the embedding it is tied to, where a patch changes either."""
     is_touched = any(model.tensor(name) is model.tied_embedding for name in changes_of(patch))
     return model.stored_twice if is_touched else ()
-
-
-def _altered_copy(module: str, base: Checkpoint) -> Refusal:
-    return Refusal(
-        module,
-        f"the adapter contains a copy of its base's weight that differs from the weight of {base.name}: it "
-        "belongs to another base, or trained this module in full, which is not supported.",
-    )
 
 
 def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> Iterator[Refusal]:

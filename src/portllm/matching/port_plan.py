@@ -2,20 +2,24 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.equality import TakenForEqual
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import read_vocabulary
 from portllm.errors import Refusal
 from portllm.files.source import Source
-from portllm.matching.compatibility import altered_copies, base_mismatch, mismatches, oriented, tie_mismatch
+from portllm.matching.base_copies import HeldCopies, hold_copies
+from portllm.matching.compatibility import base_mismatch, mismatches, oriented, tie_mismatch
+from portllm.matching.own_values import own_values, without
 from portllm.matching.token_rows import TokenMap, following, resized, token_changes, unmovable
 from portllm.matching.update import Update
 from portllm.methods.contract import Need, PortMethod
 from portllm.methods.table import method_named
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import Choice, ModelIdentity
 
@@ -35,6 +39,10 @@ class PortPlan:
         evidence: What was measured from the fingerprints' samples, and by `check` where the method was chosen by it.
         refusals: Every reason not to run.
         choice: Why this method, where it was chosen; None where it was named.
+        own: Tensors that only the patch has, which go along as they are.
+        taken: Copies of the base's weights in the adapter, which are compared whole.
+        notes: What a user should know.
+        nothing: Why the patch changes nothing; None where it does.
     """
 
     patch: Patch[TensorInfo]
@@ -47,6 +55,15 @@ class PortPlan:
     evidence: Mapping[str, float]
     refusals: tuple[Refusal, ...]
     choice: Choice | None = None
+    own: frozenset[str] = frozenset()
+    taken: tuple[TakenForEqual, ...] = ()
+    notes: tuple[str, ...] = ()
+    nothing: str | None = None
+
+    @property
+    def carried(self) -> Patch[TensorInfo]:
+        """What of the patch a method carries: all that is of a tensor of the models."""
+        return without(self.patch, self.own)
 
     @property
     def files(self) -> tuple[Source, ...]:
@@ -83,18 +100,21 @@ def plan_port_on(
     """As `plan_port`, where several patches go through one update: what does not depend on the patch is read once."""
     chosen = method_named(method)
     base, evolved = update.base, update.evolved
-    patch = oriented(patch, evolved)
+    held = HeldCopies(replace(patch, base_copies={})) if base is None else hold_copies(patch, base)
+    whole = oriented(held.patch, evolved)
+    own = own_values(whole, evolved, *(() if base is None else (base,)))
+    patch = without(whole, own)
     needs_weights = Need.WEIGHTS in chosen.needs_for(patch)
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
     tokens = update.tokens if by_token else None
     refusals = list(update.mismatches(patch if tokens is None else following(patch, by_token, tokens, resized)))
     refusals += () if tokens is None else unmovable(patch, by_token)
+    refusals += held.refusals
     given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
         refusals += base_mismatch(patch, given, model=base, option="--base", allow_other_base=allow_other_base)
-        refusals += altered_copies(patch, base)
         refusals += mismatches(patch, base) if needs_weights else ()
         refusals += tie_mismatch(patch, base, evolved)
         source = given
@@ -132,7 +152,10 @@ def plan_port_on(
             )
         )
     evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}
-    return PortPlan(patch, chosen, source, target, base, evolved, tokens, evidence, tuple(sorted(refusals)))
+    return PortPlan(
+        whole, chosen, source, target, base, evolved, tokens, evidence, tuple(sorted(refusals)), own=own,
+        taken=held.taken, notes=held.notes, nothing=why_nothing(whole),
+    )  # fmt: skip
 
 
 def _sampled_drift(patch: Patch[TensorInfo], update: Update) -> dict[str, float]:

@@ -35,7 +35,7 @@ from portllm.files.page_cache import is_large
 from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.files.source import LocalFile
-from portllm.matching.compatibility import taken_copies, taken_tie
+from portllm.matching.compatibility import taken_tie
 from portllm.merging.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -150,7 +150,7 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
         if _read_undo(plan.folder) != plan.undo:
             raise OutputBusyError(f"'{plan.folder}': was changed by another run in the meantime. Run again.")
         require_unchanged(plan.merge.files)
-        taken = (*taken_copies(plan.merge.patch, plan.merge.into), *taken_tie(plan.merge.patch, plan.merge.into))
+        taken = (*plan.merge.taken, *taken_tie(plan.merge.patch, plan.merge.into))
         require_equal(taken, progress=progress)
         undo = plan.undo or _keep(held, plan, _digest(plan, how), progress)
         if undo.plan != _digest(plan, how):

@@ -27,7 +27,7 @@ from portllm.files.output_folder import Room, check_apart, check_free
 from portllm.files.own_files import holds
 from portllm.files.page_cache import is_large
 from portllm.files.source import LocalFile
-from portllm.matching.compatibility import taken_copies, taken_tie
+from portllm.matching.compatibility import taken_tie
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.merging.outputs import Output, good, not_written, write_outputs
@@ -155,7 +155,7 @@ def run_merges(
     for output in outputs:
         with output.alone():
             _require_apart(output, outputs)
-            require_equal(taken_copies(output.plan.patch, output.plan.into), progress=progress)
+            require_equal(output.plan.taken, progress=progress)
     reports: dict[Path, MergeReport] = {}
     left = good(outputs)
     for start in range(0, len(left), MOST_AT_ONCE):

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import same_bytes
+from portllm.checkpoint.model.equality import TakenForEqual, same_bytes
 from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal, UnsupportedDtypeError
 from portllm.files.source import Source
+from portllm.matching.base_copies import hold_copies
 from portllm.matching.compatibility import (
-    altered_copies,
     base_mismatch,
     changes_on,
     mismatches,
@@ -27,6 +27,7 @@ from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.identify import identify
+from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 
@@ -69,6 +70,8 @@ class MergePlan:
         notes: What a user should know, though it is no reason to stop.
         refusals: Every reason not to run.
         fitted: The quantized weights that the patch was fitted to, where they can be had again.
+        taken: Copies of the model's weights in the adapter, which are compared whole.
+        nothing: Why the patch changes nothing; None where it does.
     """
 
     patch: Patch[TensorInfo]
@@ -81,6 +84,8 @@ class MergePlan:
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     fitted: Fitted | None = None
+    taken: tuple[TakenForEqual, ...] = ()
+    nothing: str | None = None
 
     @property
     def files(self) -> tuple[Source, ...]:
@@ -121,17 +126,17 @@ def plan_merge(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UnsupportedDtypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
-    patch = oriented(patch, into)
-    refusals = list(mismatches(patch, into))
+    held = hold_copies(patch, into)
+    patch = oriented(held.patch, into)
+    refusals = [*held.refusals, *mismatches(patch, into)]
     if quantized_base is None:
         refusals += base_mismatch(
             patch, identity, model=into, option="--into", allow_other_base=options.allow_other_base
         )
     else:
         refusals += misnamed(patch, into, quantized_base)
-    refusals += altered_copies(patch, into)
     refusals += unmergeable(into, dtype=dtype)
-    notes = []
+    notes = list(held.notes)
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is assumed to be its base.")
     fitted = None if into.quantization is not None else fitted_of(patch, into, quantized_base)
@@ -157,8 +162,9 @@ def plan_merge(
     }
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=options.shard_bytes)
     return MergePlan(
-        patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted
-    )
+        patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted,
+        held.taken, why_nothing(patch),
+    )  # fmt: skip
 
 
 def _stored_as(info: TensorInfo, dtype: str | None) -> str:

@@ -21,8 +21,9 @@ class Patch(Generic[F]):
         deltas: By module, such as `model.layers.0.self_attn.q_proj`; sorted.
         config: PEFT's configuration, as read.
         record: Its origin, or None for an adapter without `patch.json`.
-        base_copies: By module, copies of the base's own weights that PEFT stores with an adapter of the head. They
-            are no part of what was learned: they are compared with the base and left out of what is written.
+        base_copies: By tensor, what PEFT stores of the base's own weights: under the factors of an adapter of the head,
+            beside what is saved whole, and wherever the vocabulary was resized. They are held against the base before
+            the patch is used, and are no part of what is written; see `portllm.matching.base_copies`.
         values: By tensor, the tuned model's value, where it stands whole in the place of the base's.
         rows: By tensor, the tuned model's value of some rows of an embedding.
         bias_deltas: By tensor, what is added to a bias.
@@ -34,7 +35,7 @@ class Patch(Generic[F]):
     deltas: Mapping[str, LowRankDelta[F]]
     config: AdapterConfig
     record: PatchRecord | None
-    base_copies: Mapping[str, F] = field(default_factory=dict)
+    base_copies: Mapping[str, tuple[F, ...]] = field(default_factory=dict)
     values: Mapping[str, WholeValue[F]] = field(default_factory=dict)
     rows: Mapping[str, RowValues[F]] = field(default_factory=dict)
     bias_deltas: Mapping[str, VectorDelta[F]] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Patch(Generic[F]):
             },
             self.config,
             self.record,
-            {module: change(copy) for module, copy in self.base_copies.items()},
+            {tensor: tuple(map(change, copies)) for tensor, copies in self.base_copies.items()},
             {tensor: WholeValue(change(value.values)) for tensor, value in self.values.items()},
             {tensor: RowValues(change(rows.values), rows.rows) for tensor, rows in self.rows.items()},
             {tensor: VectorDelta(change(bias.values), bias.scale) for tensor, bias in self.bias_deltas.items()},

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from portllm.matching.token_rows import following, token_changes
 from portllm.methods.contract import Inputs, Need
 from portllm.methods.values import Computed, Values, blocks, n_rows_of, take_columns, take_rows
 from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.delta import WholeValue
 from portllm.patch.patch import Patch
 
 if TYPE_CHECKING:
@@ -57,25 +58,33 @@ def gather(plan: PortPlan) -> tuple[Patch[Values], Inputs]:
     Raises:
         PlanRefusedError: Head and embedding, of which the patch changes one, were taken for equal and are not.
     """
-    patch: Patch[Values] = plan.patch.mapped(StoredValues)
+    patch: Patch[Values] = plan.carried.mapped(StoredValues)
     by_token = _by_token(plan)
     if plan.tokens is not None:
         patch = following(patch, by_token, plan.tokens, _take)
-    needs_weights = Need.WEIGHTS in plan.method.needs_for(plan.patch)
+    needs_weights = Need.WEIGHTS in plan.method.needs_for(plan.carried)
     if plan.base is None or not (needs_weights or by_token):
         return patch, Inputs()
     models = on_disk(plan.base), on_disk(plan.evolved)
-    require_equal(taken for model in models for taken in taken_tie(plan.patch, model))
+    require_equal(taken for model in models for taken in taken_tie(plan.carried, model))
     if not needs_weights:
         return patch, Inputs()
-    base, evolved = (_weights(plan.patch, model) for model in models)
+    base, evolved = (_weights(plan.carried, model) for model in models)
     if plan.tokens is not None:
         base |= {name: take_rows(base[name], plan.tokens.rows) for name in by_token}
     return patch, Inputs(base, evolved)
 
 
+def with_own(plan: PortPlan, ported: Patch[Values]) -> Patch[Values]:
+    """The ported patch with what only the patch has, as it is."""
+    own: dict[str, WholeValue[Values]] = {
+        name: WholeValue(StoredValues(plan.patch.values[name].values)) for name in plan.own
+    }
+    return replace(ported, values=dict(sorted({**ported.values, **own}.items()))) if own else ported
+
+
 def _by_token(plan: PortPlan) -> list[str]:
-    return [] if plan.tokens is None or plan.base is None else token_changes(plan.patch, plan.base)
+    return [] if plan.tokens is None or plan.base is None else token_changes(plan.carried, plan.base)
 
 
 def _take(values: Values, rows: Sequence[int], axis: int) -> Values:
@@ -113,7 +122,7 @@ def left_out(plan: PortPlan) -> dict[str, tuple[str, ...]]:
     gone = plan.tokens.gone
     lost: dict[str, tuple[str, ...]] = {}
     for name in _by_token(plan):
-        is_changed = _row_change(plan.patch, name, plan.base)
+        is_changed = _row_change(plan.carried, name, plan.base)
         lost[name] = tuple(token for row, token in gone.items() if is_changed(row))
     return {name: tokens for name, tokens in lost.items() if tokens}
 

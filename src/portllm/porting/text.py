@@ -1,6 +1,6 @@
 """What became of several patches, as one table or one list."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from portllm.checking.verdict import Answer
@@ -91,11 +91,14 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         rows["tokens"] = (
             f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is missing'}"
         )
-    return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
+    return "\n".join([*lines, *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
 
 
-def port_warning(plan: PortPlan) -> str | None:
-    """What to say on stderr of a port whose method was chosen though nothing says that it holds."""
-    if plan.refusals or plan.choice is None or plan.choice.verdict == Answer.HOLDS:
-        return None
-    return f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."
+def port_warnings(plan: PortPlan) -> Iterator[str]:
+    """What to say on stderr: of a patch that changes nothing, and of a method that nothing says holds."""
+    if plan.refusals:
+        return
+    if plan.nothing is not None:
+        yield f"warning: {plan.nothing}"
+    elif plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
+        yield f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."

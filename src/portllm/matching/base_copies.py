@@ -1,0 +1,154 @@
+"""What PEFT stored of the base's own weights, held against a base: a copy, rows of a resized base, or trained values.
+
+Where an adapter is made on a head or on rows of an embedding, and wherever the vocabulary was resized for it, PEFT
+writes embedding and head beside the factors, up to three times (`X.weight`, `X.base_layer.weight`,
+`X.original_module.weight`), in the dtype that the model had been loaded in. When it loads the adapter it writes them
+over the model's. From headers and samples; a run compares whole what is taken for equal here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.equality import TakenForEqual, looks_like_copy
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import Refusal
+from portllm.matching.tensor_pairs import rows_of
+from portllm.patch.adapter_config import AdapterConfig
+from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.delta import WholeValue
+from portllm.patch.patch import Patch
+
+SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class HeldCopies:
+    """An adapter without its copies of the base's weights.
+
+    Attributes:
+        patch: The adapter; what turned out to be trained is among its values.
+        added: By tensor, the rows that a resized base has behind the last of this one's.
+        taken: What was taken for equal by samples.
+        notes: What a user should know.
+        refusals: Why the adapter is not one of this base.
+    """
+
+    patch: Patch[TensorInfo]
+    added: Mapping[str, TensorInfo] = field(default_factory=dict)
+    taken: tuple[TakenForEqual, ...] = ()
+    notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+def hold_copies(patch: Patch[TensorInfo], base: Checkpoint) -> HeldCopies:
+    """Hold an adapter's copies against the base that it is of."""
+    if not patch.base_copies:
+        return HeldCopies(patch)
+    found = _Found()
+    for name, copies in patch.base_copies.items():
+        for copy in copies:
+            _hold(found, name, copy, patch, base)
+    trained = {name: WholeValue(value) for name, value in found.trained.items()}
+    settled = replace(
+        patch,
+        base_copies={},
+        values=dict(sorted({**patch.values, **trained}.items())),
+        config=_naming(patch.config, [name.removesuffix(WEIGHT) for name in trained]),
+    )
+    return HeldCopies(settled, found.added, tuple(found.taken), tuple(_notes(found)), tuple(found.refusals))
+
+
+@dataclass(slots=True)
+class _Found:
+    """What has been found so far."""
+
+    added: dict[str, TensorInfo] = field(default_factory=dict)
+    trained: dict[str, TensorInfo] = field(default_factory=dict)
+    copied: dict[str, None] = field(default_factory=dict)
+    taken: list[TakenForEqual] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+def _hold(found: _Found, name: str, copy: TensorInfo, patch: Patch[TensorInfo], base: Checkpoint) -> None:
+    """Say what one copy is."""
+    weight, value = base.tensor(name), patch.values.get(name)
+    if value is not None and looks_like_copy(copy, value.values):
+        found.taken.append(TakenForEqual(copy, value.values, _two_values(name), rounded=True))
+        return
+    if weight is None:
+        if value is None:
+            found.refusals.append(Refusal(name, f"the patch has a value for it, but {base.name} has no such tensor."))
+        return  # of a head that only the patch has, it is what training began with
+    n_rows = weight.shape[0] if weight.shape else 0
+    if copy.shape != weight.shape and (copy.shape[1:] != weight.shape[1:] or copy.shape[0] < n_rows):
+        found.refusals.append(
+            Refusal(name, f"the adapter contains it with shape {copy.shape}, but {base.name} has {weight.shape}.")
+        )
+        return
+    begins = copy if copy.shape == weight.shape else rows_of(copy, 0, n_rows)
+    if looks_like_copy(begins, weight):
+        found.taken.append(TakenForEqual(begins, weight, _altered(name, base), rounded=True))
+        found.copied[name] = None
+        if copy.shape != weight.shape:
+            found.added[name] = rows_of(copy, n_rows, copy.shape[0])
+            found.refusals.append(_resized(name, copy, weight, base))
+    elif weight in (base.embedding, base.head) and name not in _otherwise_changed(patch):
+        found.trained[name] = copy
+    else:
+        found.refusals.append(_altered(name, base))
+
+
+def _otherwise_changed(patch: Patch[TensorInfo]) -> set[str]:
+    return {*patch.values, *patch.rows, *(module + WEIGHT for module in patch.deltas)}
+
+
+def _naming(config: AdapterConfig, modules: list[str]) -> AdapterConfig:
+    """The configuration with these modules among those that are saved whole, so that PEFT keeps them apart."""
+    if not modules:
+        return config
+    named = config.fields.get("modules_to_save")
+    return AdapterConfig(
+        {**config.fields, "modules_to_save": [*(named if isinstance(named, list) else []), *sorted(modules)]}
+    )
+
+
+def _notes(found: _Found) -> Iterator[str]:
+    if found.copied:
+        yield (
+            f"{_listed(found.copied)}: the adapter contains a copy of the base's own weight, which is no part of the "
+            "patch."
+        )
+    if found.trained:
+        yield (
+            f"{_listed(found.trained)}: the adapter contains another value than the base has, though its "
+            "configuration does not name it. It counts as trained."
+        )
+
+
+def _listed(names: Mapping[str, object]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:SHOWN]) + (f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else "")
+
+
+def _altered(name: str, base: Checkpoint) -> Refusal:
+    return Refusal(
+        name.removesuffix(WEIGHT),
+        f"the adapter contains a copy of its base's weight that differs from the weight of {base.name}: it "
+        "belongs to another base, or trained this module in full, which is not supported.",
+    )
+
+
+def _resized(name: str, copy: TensorInfo, weight: TensorInfo, base: Checkpoint) -> Refusal:
+    return Refusal(
+        name,
+        f"the adapter was trained on a vocabulary of {copy.shape[0]} rows, but {base.name} has {weight.shape[0]}, and "
+        "no tokenizer says what the others stand for. Put the tokenizer that it was trained with into its folder, or "
+        f"resize the model first: resize_token_embeddings({copy.shape[0]}), then save_pretrained.",
+    )
+
+
+def _two_values(name: str) -> Refusal:
+    return Refusal(
+        name, "the adapter has two values for it, equal by samples and not in full. Save the adapter again with PEFT."
+    )
