@@ -286,7 +286,13 @@ def test_a_field_that_contradicts_the_tensors_is_refused(kind, cell, tmp_path):
     for name, value in FIELDS.items():
         if config[name] != value:
             folder = rewritten(case, tmp_path / name, **{name: value})
-            assert refusal(case, folder) is not None, name
+            # An embedding or a head that nothing names is as PEFT saves them with a new vocabulary.
+            assert refusal(case, folder) is not None or (name == "modules_to_save" and counts_as_trained(case, folder))
+
+
+def counts_as_trained(case, folder):
+    (note,) = plan_capture(load_patch(folder), base=open_checkpoint(case.base)).notes
+    return note.endswith("It counts as trained.")
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -22,6 +22,7 @@ from portllm.patch.identify import identify
 from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, FittedTo, PatchRecord
+from portllm.patch.side_files import uncopyable
 from portllm.progress import Progress, silent
 
 
@@ -64,7 +65,12 @@ def plan_capture(
     is_converted = needs_conversion(adapter, initial)
     held = HeldCopies(replace(adapter, base_copies={})) if is_converted else hold_copies(adapter, base)
     own = own_values(held.patch, base)
-    refusals = [*held.refusals, *mismatches(without(held.patch, own), base), *unconvertible(adapter, base, initial)]
+    refusals = [
+        *held.refusals,
+        *uncopyable(adapter.beside),
+        *mismatches(without(held.patch, own), base),
+        *unconvertible(adapter, base, initial),
+    ]
     if adapter.record is not None:
         refusals.append(
             Refusal(

@@ -35,6 +35,13 @@ class RoundingName(StrEnum):
     STOCHASTIC = "stochastic"
 
 
+class TokenizerName(StrEnum):
+    """Whose tokenizer and chat template a merged model gets."""
+
+    BASE = "base"
+    PATCH = "patch"
+
+
 class MergeDevice(StrEnum):
     """Where the sums of a merge are computed."""
 
@@ -73,6 +80,13 @@ def merge(
             "--quantized-base", help="The quantized model the patch was trained on, if it was made from --into."
         ),
     ] = None,
+    tokenizer: Annotated[
+        TokenizerName | None,
+        typer.Option(
+            "--tokenizer",
+            help="Whose tokenizer and chat template the output gets where they differ. Defaults to the patch's.",
+        ),
+    ] = None,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -99,6 +113,7 @@ def merge(
             device=device.value,
             shard_bytes=int(max_shard_size * 10**9),
             allow_other_base=allow_other_base,
+            tokenizer=None if tokenizer is None else tokenizer.value,
         )
         _merge_to(
             patches, into, output, options, quantized_base,
@@ -106,9 +121,9 @@ def merge(
         )  # fmt: skip
     elif len(patches) > 1:
         raise typer.BadParameter("--in-place takes one patch.")
-    elif dtype is not None or overwrite or quantized_base is not None:
+    elif dtype is not None or overwrite or quantized_base is not None or tokenizer is not None:
         raise typer.BadParameter(
-            "--dtype, --overwrite and --quantized-base require -o and cannot be used with --in-place."
+            "--dtype, --overwrite, --quantized-base and --tokenizer require -o and cannot be used with --in-place."
         )
     else:
         _merge_in_place(

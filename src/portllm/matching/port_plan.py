@@ -22,6 +22,7 @@ from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import Choice, ModelIdentity
+from portllm.patch.side_files import uncopyable
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def plan_port_on(
     tokens = update.tokens if by_token else None
     refusals = list(update.mismatches(patch if tokens is None else following(patch, by_token, tokens, resized)))
     refusals += () if tokens is None else unmovable(patch, by_token)
-    refusals += held.refusals
+    refusals += [*held.refusals, *uncopyable(patch.beside)]
     given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:

@@ -36,6 +36,7 @@ from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.files.source import LocalFile
 from portllm.matching.compatibility import taken_tie
+from portllm.matching.side_files import BASE
 from portllm.merging.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -112,7 +113,7 @@ def plan_in_place(
         )
     undo = _read_undo(folder)
     is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)
-    options = MergeOptions(rounding=rounding, device=device, allow_other_base=allow_other_base)
+    options = MergeOptions(rounding=rounding, device=device, allow_other_base=allow_other_base, tokenizer=BASE)
     plan = plan_merge(patch, into=original(folder, undo, name=str(folder)), options=options)
     refusals = [*plan.refusals, *_fixed_files(folder)]
     if undo is not None and not is_unfinished:

@@ -38,6 +38,7 @@ from portllm.merging.tensor import TensorOptions, TensorResults, require_device
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch
 from portllm.patch.folders import Where
 from portllm.patch.record import ModelIdentity
+from portllm.patch.side_files import copy_into
 from portllm.progress import Progress, silent
 
 MOST_AT_ONCE = 32
@@ -210,7 +211,10 @@ def _finish(output: Output, folder: Path, how: TensorOptions, progress: Progress
     require_equal(taken_tie(plan.patch, plan.into), known=output.known.read, progress=progress)
     write_index(folder, plan.shards)
     if plan.into.folder is not None:
-        copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes)
+        copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes, leave_out=plan.beside.leave_out)
+    copy_into(folder, plan.beside.files)
+    for name, text in plan.beside.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     report = _report(plan, output.out, folder, how, output.known)
     if plan.fitted is not None:
         gap = measure_gap(plan, plan.fitted, output.known.sums, progress=progress)

@@ -23,6 +23,7 @@ from portllm.matching.compatibility import (
     unmergeable,
 )
 from portllm.matching.quantized_base import Fitted, fitted_of, misnamed, quantization_of
+from portllm.matching.side_files import NO_SIDE_FILES, SideFiles, choose_side_files
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change, RowValues, WholeValue
@@ -72,6 +73,7 @@ class MergePlan:
         fitted: The quantized weights that the patch was fitted to, where they can be had again.
         taken: Copies of the model's weights in the adapter, which are compared whole.
         nothing: Why the patch changes nothing; None where it does.
+        beside: What lies beside the weights.
     """
 
     patch: Patch[TensorInfo]
@@ -86,6 +88,7 @@ class MergePlan:
     fitted: Fitted | None = None
     taken: tuple[TakenForEqual, ...] = ()
     nothing: str | None = None
+    beside: SideFiles = NO_SIDE_FILES
 
     @property
     def files(self) -> tuple[Source, ...]:
@@ -139,6 +142,10 @@ def plan_merge(
     notes = list(held.notes)
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is assumed to be its base.")
+    n_rows = None if into.embedding is None else into.embedding.shape[0]
+    beside = choose_side_files(patch, into, n_rows=n_rows, whose=options.tokenizer)
+    notes += beside.notes
+    refusals += beside.refusals
     fitted = None if into.quantization is not None else fitted_of(patch, into, quantized_base)
     if (scheme := quantization_of(patch)) is not None and into.quantization is None:
         measured = "the report shows how much" if fitted else "the difference is not measured"
@@ -163,7 +170,7 @@ def plan_merge(
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=options.shard_bytes)
     return MergePlan(
         patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted,
-        held.taken, why_nothing(patch),
+        held.taken, why_nothing(patch), beside,
     )  # fmt: skip
 
 

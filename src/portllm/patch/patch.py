@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from portllm.files.source import LocalFile
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.delta import ExpertsDelta, F, Factor, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.record import PatchRecord
@@ -29,6 +30,7 @@ class Patch(Generic[F]):
         bias_deltas: By tensor, what is added to a bias.
         experts: By tensor, what is added to the weight of all experts of a layer.
         revision: The commit hash of an adapter of the Hugging Face Hub, else None.
+        beside: Tokenizer and chat template saved with it, by name.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Patch(Generic[F]):
     bias_deltas: Mapping[str, VectorDelta[F]] = field(default_factory=dict)
     experts: Mapping[str, ExpertsDelta[F]] = field(default_factory=dict)
     revision: str | None = None
+    beside: Mapping[str, LocalFile] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         base = f", base={self.record.base.name!r}" if self.record else ""
@@ -69,6 +72,7 @@ class Patch(Generic[F]):
             {tensor: VectorDelta(change(bias.values), bias.scale) for tensor, bias in self.bias_deltas.items()},
             {tensor: ExpertsDelta(change(e.a), change(e.b), e.scale, e.rank) for tensor, e in self.experts.items()},
             self.revision,
+            self.beside,
         )
 
     @property
