@@ -14,7 +14,7 @@ from portllm.patch.adapter_folder import files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
-from portllm.running.examples import digested, read_texts
+from portllm.running.examples import read_texts, read_with_digest
 from portllm.running.folder import model_folder
 from portllm.running.model import Device
 from portllm.training.distil_lora import TeacherFolders, distil_lora
@@ -79,8 +79,7 @@ def distil(
     settings = settings or TrainSettings()
     check_teacher(teacher)
     check_apart(out, [local_file(data), *teacher.base.files, *files_of(teacher.patch)])
-    with digested(data) as digest:
-        prompts = read_texts(data, prompt)
+    prompts, digest = read_with_digest(data, lambda: read_texts(data, prompt))
 
     def run(model: Path, adapter: Path) -> TrainReport:
         old = TeacherFolders(

@@ -17,7 +17,7 @@ from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, lo
 from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
-from portllm.running.examples import Example, ExampleFormat, digested, read_examples
+from portllm.running.examples import Example, ExampleFormat, read_examples, read_with_digest
 from portllm.running.folder import model_folder
 from portllm.running.model import Device
 from portllm.training.lora import TrainReport, TrainSettings, train_lora
@@ -59,8 +59,7 @@ def train_on_rows(
     """
     check_free(out, overwrite=overwrite)
     check_apart(out, [local_file(data)])
-    with digested(data) as digest:
-        examples = read_examples(data, fmt)
+    examples, digest = read_with_digest(data, lambda: read_examples(data, fmt))
     recorded = {"prompt": fmt.prompt, "completion": fmt.completion, "data": digest}
     return train_on(
         base,
