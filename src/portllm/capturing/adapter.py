@@ -12,9 +12,12 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import staged_folder
+from portllm.matching.added_tokens import added_tokens, height_of, n_rows_of, unexplained, with_own_rows
 from portllm.matching.base_copies import HeldCopies, hold_copies
 from portllm.matching.compatibility import mismatches
 from portllm.matching.own_values import own_values, without
+from portllm.methods.stored import StoredValues, settled, stacked
+from portllm.methods.values import Values
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.finite import require_finite
@@ -40,6 +43,7 @@ class CapturePlan:
         notes: What a user should know.
         refusals: Every reason not to run.
         nothing: Why the adapter changes nothing; None where it does.
+        added: Tokens that were added to the base's vocabulary for the adapter, with their rows.
     """
 
     adapter: Patch[TensorInfo]
@@ -51,6 +55,7 @@ class CapturePlan:
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     nothing: str | None
+    added: Mapping[str, int]
 
 
 def plan_capture(
@@ -65,10 +70,13 @@ def plan_capture(
     is_converted = needs_conversion(adapter, initial)
     held = HeldCopies(replace(adapter, base_copies={})) if is_converted else hold_copies(adapter, base)
     own = own_values(held.patch, base)
+    added = added_tokens(held.patch, base)
+    height = height_of(held.patch, base)
     refusals = [
         *held.refusals,
         *uncopyable(adapter.beside),
-        *mismatches(without(held.patch, own), base),
+        *unexplained(held.patch, base, added),
+        *mismatches(without(held.patch, own), base, n_rows=height),
         *unconvertible(adapter, base, initial),
     ]
     if adapter.record is not None:
@@ -90,6 +98,7 @@ def plan_capture(
     return CapturePlan(
         adapter, base, initial, fitted_to, held.patch, held.taken, held.notes, tuple(sorted(refusals)),
         why_nothing(held.patch),
+        added,
     )  # fmt: skip
 
 
@@ -149,7 +158,9 @@ def run_capture(
     if not needs_conversion(adapter, initial):
         require_equal(plan.taken, progress=progress)
         with staged_folder(out, overwrite=overwrite, inputs=files) as folder:
-            _write(folder, plan.patch, base, Capture(method, dict(settings or {}), plan.fitted_to))
+            kept: Patch[Values] = plan.patch.mapped(StoredValues)
+            with settled(with_own_rows(kept, n_rows_of(base), stacked), folder) as patch:
+                _write(folder, patch, base, Capture(method, dict(settings or {}), plan.fitted_to), plan.added)
         return load_patch(out)
     from portllm.capturing.initial import convert  # loads torch, which few adapters need
     from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
@@ -159,14 +170,19 @@ def run_capture(
     with staged_folder(out, overwrite=overwrite, inputs=files) as folder, Spool(folder / SPOOL_FILE) as spool:
         converted = convert(adapter, base=base, initial=initial, spool=spool, progress=progress)
         how = _conversion(adapter, initial, converted.known_to)
-        _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}, plan.fitted_to))
+        _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}, plan.fitted_to), {})
     return load_patch(out)
 
 
-def _write(folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture) -> None:
+def _write(
+    folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture, added: Mapping[str, int]
+) -> None:
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
-    write_record(folder, PatchRecord(__version__, identify(base), capture, ports=(), tensors=tensors, files={}))
+    write_record(
+        folder,
+        PatchRecord(__version__, identify(base), capture, ports=(), tensors=tensors, files={}, added_tokens=added),
+    )
 
 
 def _conversion(

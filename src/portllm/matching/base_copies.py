@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, looks_like_copy
+from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.tensor_pairs import rows_of
@@ -27,15 +28,14 @@ class HeldCopies:
     """An adapter without its copies of the base's weights.
 
     Attributes:
-        patch: The adapter; what turned out to be trained is among its values.
-        added: By tensor, the rows that a resized base has behind the last of this one's.
+        patch: The adapter; what turned out to be trained is among its values, and copies with more rows than the
+            base's are its `resized`.
         taken: What was taken for equal by samples.
         notes: What a user should know.
         refusals: Why the adapter is not one of this base.
     """
 
     patch: Patch[TensorInfo]
-    added: Mapping[str, TensorInfo] = field(default_factory=dict)
     taken: tuple[TakenForEqual, ...] = ()
     notes: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -43,27 +43,27 @@ class HeldCopies:
 
 def hold_copies(patch: Patch[TensorInfo], base: Checkpoint) -> HeldCopies:
     """Hold an adapter's copies against the base that it is of."""
-    if not patch.base_copies:
-        return HeldCopies(patch)
     found = _Found()
     for name, copies in patch.base_copies.items():
         for copy in copies:
             _hold(found, name, copy, patch, base)
+    patch = _without_twins(found, patch, base)
     trained = {name: WholeValue(value) for name, value in found.trained.items()}
     settled = replace(
         patch,
         base_copies={},
+        resized=found.resized,
         values=dict(sorted({**patch.values, **trained}.items())),
         config=_naming(patch.config, [name.removesuffix(WEIGHT) for name in trained]),
     )
-    return HeldCopies(settled, found.added, tuple(found.taken), tuple(_notes(found)), tuple(found.refusals))
+    return HeldCopies(settled, tuple(found.taken), tuple(_notes(found)), tuple(found.refusals))
 
 
 @dataclass(slots=True)
 class _Found:
     """What has been found so far."""
 
-    added: dict[str, TensorInfo] = field(default_factory=dict)
+    resized: dict[str, TensorInfo] = field(default_factory=dict)
     trained: dict[str, TensorInfo] = field(default_factory=dict)
     copied: dict[str, None] = field(default_factory=dict)
     taken: list[TakenForEqual] = field(default_factory=list)
@@ -90,13 +90,26 @@ def _hold(found: _Found, name: str, copy: TensorInfo, patch: Patch[TensorInfo], 
     if looks_like_copy(begins, weight):
         found.taken.append(TakenForEqual(begins, weight, _altered(name, base), rounded=True))
         found.copied[name] = None
-        if copy.shape != weight.shape:
-            found.added[name] = rows_of(copy, n_rows, copy.shape[0])
-            found.refusals.append(_resized(name, copy, weight, base))
+        if copy.shape != weight.shape and value is None:
+            _keep_resized(found, name, copy, patch, base)
     elif weight in (base.embedding, base.head) and name not in _otherwise_changed(patch):
         found.trained[name] = copy
     else:
         found.refusals.append(_altered(name, base))
+
+
+def _keep_resized(found: _Found, name: str, copy: TensorInfo, patch: Patch[TensorInfo], base: Checkpoint) -> None:
+    """Keep a copy with more rows than the base has: one for each matrix, and a tied head's with its embedding's."""
+    names = [other for other in patch.base_copies if base.tensor(other) is base.tensor(name)]
+    # PEFT finds it under factors; rows of a tied matrix are trained under the embedding's name.
+    own = min(names, key=lambda other: (other.removesuffix(WEIGHT) not in patch.deltas, other == HEAD))
+    kept = found.resized.setdefault(own, copy)
+    if kept is copy:
+        return
+    if looks_like_copy(copy, kept):
+        found.taken.append(TakenForEqual(copy, kept, _two_values(name), rounded=True))
+    else:
+        found.refusals.append(_two_values(name))
 
 
 def _otherwise_changed(patch: Patch[TensorInfo]) -> set[str]:
@@ -139,16 +152,21 @@ def _altered(name: str, base: Checkpoint) -> Refusal:
     )
 
 
-def _resized(name: str, copy: TensorInfo, weight: TensorInfo, base: Checkpoint) -> Refusal:
-    return Refusal(
-        name,
-        f"the adapter was trained on a vocabulary of {copy.shape[0]} rows, but {base.name} has {weight.shape[0]}, and "
-        "no tokenizer says what the others stand for. Put the tokenizer that it was trained with into its folder, or "
-        f"resize the model first: resize_token_embeddings({copy.shape[0]}), then save_pretrained.",
-    )
+def _without_twins(found: _Found, patch: Patch[TensorInfo], base: Checkpoint) -> Patch[TensorInfo]:
+    """The adapter without the rows of a tied head that are those of its embedding, which PEFT stores for both."""
+    mine = patch.rows.get(HEAD)
+    shared = next((name for name in patch.rows if name != HEAD and base.tensor(name) is base.tied_embedding), None)
+    if mine is None or shared is None or base.tied_embedding is None:
+        return patch
+    theirs = patch.rows[shared]
+    if mine.rows != theirs.rows or not looks_like_copy(mine.values, theirs.values):
+        return patch
+    found.taken.append(TakenForEqual(mine.values, theirs.values, _two_values(HEAD)))
+    return replace(patch, rows={name: rows for name, rows in patch.rows.items() if name != HEAD})
 
 
 def _two_values(name: str) -> Refusal:
     return Refusal(
-        name, "the adapter has two values for it, equal by samples and not in full. Save the adapter again with PEFT."
+        name,
+        "the adapter has two different values for it, of which PEFT would load one. Save the adapter again with PEFT.",
     )

@@ -53,8 +53,14 @@ def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
     }
 
 
-def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
-    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
+def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int | None = None) -> Iterator[Refusal]:
+    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for.
+
+    Args:
+        patch: What is put on it.
+        checkpoint: The model.
+        n_rows: How many rows its embedding and its head get for it; None for as many as they have.
+    """
     patch = oriented(patch, checkpoint)
     weights = checkpoint.matrices
     named = _Named(patch.config, checkpoint, [*weights, *patch.deltas])
@@ -66,13 +72,19 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Ref
                 where,
                 f"the patch changes it, but {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}",
             )
-        elif problem := _mismatch(change, tensor, checkpoint):
+        elif problem := _mismatch(change, _resized(tensor, checkpoint, n_rows), checkpoint):
             yield Refusal(where, problem)
     yield from _unnamed(patch, named)
     yield from _missing(patch, named)
     yield from expert_mismatches(patch, checkpoint)
     yield from _shared_rows(patch, named)
     yield from _resized_copies(patch, checkpoint)
+
+
+def _resized(tensor: TensorInfo, checkpoint: Checkpoint, n_rows: int | None) -> TensorInfo:
+    if n_rows is None or not (tensor is checkpoint.embedding or tensor is checkpoint.head):
+        return tensor
+    return replace(tensor, shape=(n_rows, *tensor.shape[1:]))
 
 
 def _resized_copies(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:

@@ -126,7 +126,9 @@ def plan_in_place(
         )
     if plan.config_changes:
         refusals.append(
-            Refusal(str(folder), "the output has a separate head, for which the model's files have no space.")
+            Refusal(
+                str(folder), "the output has a separate head or more rows, for which the model's files have no space."
+            )
         )
     found = InPlacePlan(plan, folder, undo)
     free = shutil.disk_usage(folder).free

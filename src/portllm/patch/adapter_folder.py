@@ -223,6 +223,8 @@ def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
         keyed[render_key(tensor.removesuffix(BIAS), Role.BIAS_DELTA)] = bias.values
     for tensor, rows in patch.rows.items():
         keyed[render_key(tensor.removesuffix(WEIGHT), Role.TOKEN_ROWS)] = rows.values
+    for tensor, weight in patch.resized.items():
+        keyed[render_key(tensor.removesuffix(WEIGHT), Role.BASE_WEIGHT)] = weight
     for tensor, whole in patch.values.items():
         targeted = tensor.endswith(BIAS) and tensor.removesuffix(BIAS) in patch.deltas
         key = render_key(tensor.removesuffix(BIAS), Role.BASE_BIAS) if targeted else render_key(tensor, Role.WHOLE)

@@ -144,7 +144,7 @@ def _plain(parts: _Parts, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor
 
 def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterConfig) -> None:
     # A tied head is stored beside the embedding that is saved, though only the embedding is named.
-    is_tied_head = config.keeps_ties and tensor == HEAD
+    is_tied_head = config.keeps_ties and tensor == HEAD and bool(config.fields.get("modules_to_save"))
     if config.saves(tensor) or is_tied_head or (config.biases == "all" and tensor.endswith(BIAS)):
         parts.values[tensor] = WholeValue(info)
     elif _may_be_resized(tensor, info):

@@ -31,6 +31,8 @@ class Patch(Generic[F]):
         experts: By tensor, what is added to the weight of all experts of a layer.
         revision: The commit hash of an adapter of the Hugging Face Hub, else None.
         beside: Tokenizer and chat template saved with it, by name.
+        resized: By tensor, the weight of a base with added tokens, where that has more rows than the base's; its first
+            rows are the base's.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Patch(Generic[F]):
     experts: Mapping[str, ExpertsDelta[F]] = field(default_factory=dict)
     revision: str | None = None
     beside: Mapping[str, LocalFile] = field(default_factory=dict)
+    resized: Mapping[str, F] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         base = f", base={self.record.base.name!r}" if self.record else ""
@@ -73,6 +76,7 @@ class Patch(Generic[F]):
             {tensor: ExpertsDelta(change(e.a), change(e.b), e.scale, e.rank) for tensor, e in self.experts.items()},
             self.revision,
             self.beside,
+            {tensor: change(weight) for tensor, weight in self.resized.items()},
         )
 
     @property
@@ -88,4 +92,9 @@ class Patch(Generic[F]):
     @property
     def is_relative(self) -> bool:
         """Whether all of it is added to the base, so that it can be ported without reading weights."""
-        return not (self.values or self.rows or any(delta.magnitude is not None for delta in self.deltas.values()))
+        return not (
+            self.values
+            or self.rows
+            or self.resized
+            or any(delta.magnitude is not None for delta in self.deltas.values())
+        )

@@ -24,7 +24,7 @@ RecordedFiles: TypeAlias = Annotated[
     Mapping[Annotated[str, one_of(*PATCH_FILES, *SIDE_FILES)], Blake3],
     Meta(
         min_length=len(PATCH_FILES),
-        description=f"the digests of {' and '.join(PATCH_FILES)}, and of the tokenizer and chat template beside them",
+        description=f"the digests of {' and '.join(PATCH_FILES)}",
         extra_json_schema={"required": list(PATCH_FILES)},
     ),
 ]
@@ -125,6 +125,7 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
         ports: Oldest first; the last one's target is `base`.
         tensors: blake3 digest of each stored tensor's bytes.
         files: blake3 digest of each other file of the patch; known once they are written.
+        added_tokens: Tokens that were added to the vocabulary of `base` for the patch, with their rows.
     """
 
     program: str
@@ -133,6 +134,7 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
     ports: tuple[PortStep, ...]
     tensors: Mapping[str, Blake3]
     files: RecordedFiles
+    added_tokens: Mapping[str, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.files and (missing := [name for name in PATCH_FILES if name not in self.files]):

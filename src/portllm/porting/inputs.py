@@ -1,55 +1,25 @@
 """What a method is given for one port, and how what it gives becomes tensors on disk."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import chain
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import NonFiniteError
 from portllm.matching.compatibility import changes_of, taken_tie
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.token_rows import following, token_changes
 from portllm.methods.contract import Inputs, Need
-from portllm.methods.values import Computed, Values, blocks, n_rows_of, take_columns, take_rows
+from portllm.methods.stored import StoredValues
+from portllm.methods.values import Computed, Values, take_columns, take_rows
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import WholeValue
 from portllm.patch.patch import Patch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from portllm.checkpoint.reading.spool import Spool
-
-
-@dataclass(frozen=True, slots=True)
-class StoredValues:
-    """Values as they lie on disk."""
-
-    info: TensorInfo
-
-    @property
-    def name(self) -> str:
-        """The tensor's name in its file."""
-        return self.info.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As the header says."""
-        return self.info.shape
-
-    def rows(self, start: int, stop: int) -> "Tensor":
-        """Read these rows."""
-        from portllm.checkpoint.reading.tensors import load_rows  # loads torch, which most ports do without
-
-        return load_rows(self.info, start, stop)
 
 
 def gather(plan: PortPlan) -> tuple[Patch[Values], Inputs]:
@@ -139,42 +109,3 @@ def _row_change(patch: Patch[TensorInfo], name: str, base: Checkpoint) -> Callab
     delta = patch.deltas[name.removesuffix(WEIGHT)]
     by_row = load(delta.a).T if delta.is_embedding else load(delta.b)
     return lambda row: bool(by_row[row].any())
-
-
-@contextmanager
-def settled(patch: Patch[Values], folder: Path) -> Iterator[Patch[TensorInfo]]:
-    """The patch with all that is computed put down in a folder, for as long as the block lasts.
-
-    Raises:
-        NonFiniteError: A computed value is infinite or not a number.
-    """
-    with ExitStack() as stack:
-
-        @cache
-        def spool() -> "Spool":
-            from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
-
-            return stack.enter_context(Spool(folder / SPOOL_FILE))
-
-        yield patch.mapped(lambda values: values.info if isinstance(values, StoredValues) else _put(values, spool()))
-
-
-def _put(values: Values, spool: "Spool") -> TensorInfo:
-    from portllm.checkpoint.reading.spool import DTYPE_NAMES
-
-    computed = (_finite(values, *block) for block in blocks(n_rows_of(values), math.prod(values.shape[1:])))
-    first = next(computed)
-    with spool.writing(values.name, DTYPE_NAMES[first.dtype], tuple(values.shape)) as entry:
-        for block in chain((first,), computed):
-            entry.append_tensor(block)
-    return entry.info
-
-
-def _finite(values: Values, start: int, stop: int) -> "Tensor":
-    block = values.rows(start, stop)
-    if not block.isfinite().all():
-        raise NonFiniteError(
-            f"'{values.name}': contains an infinity or NaN after porting. Look for one in the patch and in both "
-            "models, and for zero rows under a DoRA magnitude."
-        )
-    return block

@@ -11,13 +11,14 @@ from portllm.errors import PortLLMError, refuse
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
+from portllm.methods.stored import settled
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import Route
-from portllm.porting.inputs import gather, left_out, settled, with_own
+from portllm.porting.inputs import gather, left_out, with_own
 
 
 def port(
