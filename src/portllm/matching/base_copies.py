@@ -100,7 +100,8 @@ def _hold(found: _Found, name: str, copy: TensorInfo, patch: Patch[TensorInfo], 
 
 def _keep_resized(found: _Found, name: str, copy: TensorInfo, patch: Patch[TensorInfo], base: Checkpoint) -> None:
     """Keep a copy with more rows than the base has: one for each matrix, and a tied head's with its embedding's."""
-    names = [other for other in patch.base_copies if base.tensor(other) is base.tensor(name)]
+    same = [other for other in patch.base_copies if base.tensor(other) is base.tensor(name)]
+    names = [other for other in same if other not in patch.values] or [name]
     # PEFT finds it under factors; rows of a tied matrix are trained under the embedding's name.
     own = min(names, key=lambda other: (other.removesuffix(WEIGHT) not in patch.deltas, other == HEAD))
     kept = found.resized.setdefault(own, copy)
