@@ -42,7 +42,6 @@ class CapturePlan:
         taken: What is compared whole before it is written.
         notes: What a user should know.
         refusals: Every reason not to run.
-        nothing: Why the adapter changes nothing; None where it does.
         added: Tokens that were added to the base's vocabulary for the adapter, with their rows.
     """
 
@@ -54,8 +53,12 @@ class CapturePlan:
     taken: tuple[TakenForEqual, ...]
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
-    nothing: str | None
     added: Mapping[str, int]
+
+    @property
+    def nothing(self) -> str | None:
+        """Why the adapter changes nothing; None where it does. Reads factors."""
+        return why_nothing(self.patch)
 
 
 def plan_capture(
@@ -97,7 +100,6 @@ def plan_capture(
         )
     return CapturePlan(
         adapter, base, initial, fitted_to, held.patch, held.taken, held.notes, tuple(sorted(refusals)),
-        why_nothing(held.patch),
         added,
     )  # fmt: skip
 

@@ -7,10 +7,10 @@ row is whose, the tokenizer says; what else a resized model has behind its last 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.names import HEAD
+from portllm.checkpoint.model.names import HEAD, HEAD_MODULE
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import MAX_ROWS, read_vocabulary, vocabulary_in
 from portllm.errors import Refusal
@@ -150,32 +150,38 @@ def with_own_rows(patch: Patch[F], n_rows: int, stack: Callable[[F | None, F, Se
         n_rows: Of the base.
         stack: Rows of another tensor behind those of the first, where there is one.
     """
-    rows, config = dict(patch.rows), patch.config
+    rows, config = dict(patch.rows), _by_module(patch.config, patch)
     under_factors = {}
     for name, weight in patch.resized.items():
         module = name.removesuffix(WEIGHT)
-        if module in patch.deltas:
-            under_factors[name] = weight
-            continue
         trained = rows.get(name)
         before = () if trained is None else trained.rows
         behind = [row for row in range(n_rows, weight.shape[0]) if row not in before]
-        if behind:
-            rows[name] = RowValues(
-                stack(None if trained is None else trained.values, weight, behind), (*before, *behind)
-            )
-            config = _naming_rows(config, module, rows[name].rows, patch.rows)
+        if module in patch.deltas:
+            under_factors[name] = weight
+        elif behind:
+            stacked = stack(None if trained is None else trained.values, weight, behind)
+            rows[name] = RowValues(stacked, (*before, *behind))
+            config = _naming_rows(config, module, before, rows[name].rows)
     return replace(patch, rows=dict(sorted(rows.items())), config=config, resized=under_factors)
 
 
-def _naming_rows(config: AdapterConfig, module: str, ids: Sequence[int], before: Mapping[str, object]) -> AdapterConfig:
-    """The configuration with these trained rows of a module."""
-    named = config.fields.get("trainable_token_indices") or {}
-    if not isinstance(named, dict):  # without a name, they are the embedding's
-        embedding = next((name.removesuffix(WEIGHT) for name in before if name != HEAD), module)
-        named = {embedding: named}
+def _by_module(config: AdapterConfig, patch: Patch[F]) -> AdapterConfig:
+    """The configuration with trained rows by module; where they have no name, they are the embedding's."""
+    named = config.fields.get("trainable_token_indices")
+    if not named or isinstance(named, dict) or not patch.resized:
+        return config
+    embedding = next(name for name in (*patch.rows, *patch.resized) if name != HEAD)
+    return AdapterConfig({**config.fields, "trainable_token_indices": {embedding.removesuffix(WEIGHT): named}})
+
+
+def _naming_rows(config: AdapterConfig, module: str, before: Sequence[int], ids: Sequence[int]) -> AdapterConfig:
+    """The configuration with these trained rows of a module; of a tied head, which has the same, they are named too."""
+    named = cast(dict[str, list[int]], config.fields.get("trainable_token_indices") or {})
     key = next((key for key in named if module == key or module.endswith(f".{key}")), module)
-    return AdapterConfig({**config.fields, "trainable_token_indices": {**named, key: list(ids)}})
+    twins = [other for other, old in named.items() if before and other == HEAD_MODULE and [*old] == [*before]]
+    changed = dict.fromkeys((key, *twins), list(ids))
+    return AdapterConfig({**config.fields, "trainable_token_indices": {**named, **changed}})
 
 
 def sized(first: TensorInfo | None, weight: TensorInfo, rows: Sequence[int]) -> TensorInfo:

@@ -15,7 +15,6 @@ from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.tensor_pairs import rows_of
-from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import WholeValue
 from portllm.patch.patch import Patch
@@ -48,13 +47,13 @@ def hold_copies(patch: Patch[TensorInfo], base: Checkpoint) -> HeldCopies:
         for copy in copies:
             _hold(found, name, copy, patch, base)
     patch = _without_twins(found, patch, base)
-    trained = {name: WholeValue(value) for name, value in found.trained.items()}
+    trained = {name: WholeValue(value) for name, value in {**found.trained, **found.halves}.items()}
     settled = replace(
         patch,
         base_copies={},
         resized=found.resized,
         values=dict(sorted({**patch.values, **trained}.items())),
-        config=_naming(patch.config, [name.removesuffix(WEIGHT) for name in trained]),
+        config=patch.config.saving(name.removesuffix(WEIGHT) for name in trained) if trained else patch.config,
     )
     return HeldCopies(settled, tuple(found.taken), tuple(_notes(found)), tuple(found.refusals))
 
@@ -65,6 +64,7 @@ class _Found:
 
     resized: dict[str, TensorInfo] = field(default_factory=dict)
     trained: dict[str, TensorInfo] = field(default_factory=dict)
+    halves: dict[str, TensorInfo] = field(default_factory=dict)
     copied: dict[str, None] = field(default_factory=dict)
     taken: list[TakenForEqual] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -104,7 +104,9 @@ def _keep_resized(found: _Found, name: str, copy: TensorInfo, patch: Patch[Tenso
     names = [other for other in same if other not in patch.values] or [name]
     # PEFT finds it under factors; rows of a tied matrix are trained under the embedding's name.
     own = min(names, key=lambda other: (other.removesuffix(WEIGHT) not in patch.deltas, other == HEAD))
-    kept = found.resized.setdefault(own, copy)
+    # Beside the other half of a tied matrix that is held whole, PEFT cannot load rows of this one.
+    is_half = len(names) < len(same) and own.removesuffix(WEIGHT) not in patch.deltas and own not in patch.rows
+    kept = (found.halves if is_half else found.resized).setdefault(own, copy)
     if kept is copy:
         return
     if looks_like_copy(copy, kept):
@@ -115,16 +117,6 @@ def _keep_resized(found: _Found, name: str, copy: TensorInfo, patch: Patch[Tenso
 
 def _otherwise_changed(patch: Patch[TensorInfo]) -> set[str]:
     return {*patch.values, *patch.rows, *(module + WEIGHT for module in patch.deltas)}
-
-
-def _naming(config: AdapterConfig, modules: list[str]) -> AdapterConfig:
-    """The configuration with these modules among those that are saved whole, so that PEFT keeps them apart."""
-    if not modules:
-        return config
-    named = config.fields.get("modules_to_save")
-    return AdapterConfig(
-        {**config.fields, "modules_to_save": [*(named if isinstance(named, list) else []), *sorted(modules)]}
-    )
 
 
 def _notes(found: _Found) -> Iterator[str]:

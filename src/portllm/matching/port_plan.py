@@ -43,7 +43,6 @@ class PortPlan:
         own: Tensors that only the patch has, which go along as they are.
         taken: Copies of the base's weights in the adapter, which are compared whole.
         notes: What a user should know.
-        nothing: Why the patch changes nothing; None where it does.
     """
 
     patch: Patch[TensorInfo]
@@ -59,7 +58,11 @@ class PortPlan:
     own: frozenset[str] = frozenset()
     taken: tuple[TakenForEqual, ...] = ()
     notes: tuple[str, ...] = ()
-    nothing: str | None = None
+
+    @property
+    def nothing(self) -> str | None:
+        """Why the patch changes nothing; None where it does. Reads factors."""
+        return why_nothing(self.patch)
 
     @property
     def carried(self) -> Patch[TensorInfo]:
@@ -155,7 +158,7 @@ def plan_port_on(
     evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}
     return PortPlan(
         whole, chosen, source, target, base, evolved, tokens, evidence, tuple(sorted(refusals)), own=own,
-        taken=held.taken, notes=held.notes, nothing=why_nothing(whole),
+        taken=held.taken, notes=held.notes,
     )  # fmt: skip
 
 

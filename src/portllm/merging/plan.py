@@ -77,7 +77,6 @@ class MergePlan:
         refusals: Every reason not to run.
         fitted: The quantized weights that the patch was fitted to, where they can be had again.
         taken: Copies of the model's weights in the adapter, which are compared whole.
-        nothing: Why the patch changes nothing; None where it does.
         beside: What lies beside the weights.
     """
 
@@ -92,8 +91,12 @@ class MergePlan:
     refusals: tuple[Refusal, ...]
     fitted: Fitted | None = None
     taken: tuple[TakenForEqual, ...] = ()
-    nothing: str | None = None
     beside: SideFiles = NO_SIDE_FILES
+
+    @property
+    def nothing(self) -> str | None:
+        """Why the patch changes nothing; None where it does. Reads factors."""
+        return why_nothing(self.patch)
 
     @property
     def files(self) -> tuple[Source, ...]:
@@ -183,7 +186,7 @@ def plan_merge(
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=options.shard_bytes)
     return MergePlan(
         patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted,
-        held.taken, why_nothing(patch), beside,
+        held.taken, beside,
     )  # fmt: skip
 
 
