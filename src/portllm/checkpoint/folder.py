@@ -22,12 +22,12 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
     config = read_config(folder / CONFIG_FILE) if CONFIG_FILE in there else {}
     if SINGLE_FILE in there:
         header = read_header(folder / SINGLE_FILE, described_by=described_by)
-        return Checkpoint(name, folder, tensors_of(header.tensors), config, header.metadata, revision)
+        return Checkpoint(name, folder, tensors_of(header.tensors, config), config, header.metadata, revision)
     if INDEX_FILE in there:
         weight_map = read_weight_map(folder / INDEX_FILE)
         shards = require_shards(weight_map, where=str(folder), there=there)
         headers = {shard: read_header(folder / shard, described_by=described_by) for shard in shards}
-        infos, metadata = join_shards(weight_map, headers, index=str(folder / INDEX_FILE))
+        infos, metadata = join_shards(weight_map, headers, config, index=str(folder / INDEX_FILE))
         return Checkpoint(name, folder, infos, config, metadata, revision)
     files = [folder / file for file in there if file.endswith(GGUF_SUFFIX)]
     if len(files) == 1:

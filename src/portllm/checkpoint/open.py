@@ -105,4 +105,4 @@ def _open_file(path: Path, *, name: str) -> Checkpoint:
     if _SHARD_NAME.search(path.name):
         raise CheckpointError(f"'{name}': is one shard of a model. Pass the folder that contains all shards.")
     header = read_header(path)
-    return Checkpoint(name, None, tensors_of(header.tensors), {}, header.metadata)
+    return Checkpoint(name, None, tensors_of(header.tensors, {}), {}, header.metadata)

@@ -180,7 +180,7 @@ def _naming_rows(config: AdapterConfig, module: str, before: Sequence[int], ids:
     named = cast(dict[str, list[int]], config.fields.get("trainable_token_indices") or {})
     key = next((key for key in named if module == key or module.endswith(f".{key}")), module)
     twins = [other for other, old in named.items() if before and other == HEAD_MODULE and [*old] == [*before]]
-    changed = dict.fromkeys((key, *twins), list(ids))
+    changed = {name: list(ids) for name in (key, *twins)}
     return AdapterConfig({**config.fields, "trainable_token_indices": {**named, **changed}})
 
 

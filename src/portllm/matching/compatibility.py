@@ -6,7 +6,7 @@ from dataclasses import replace
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual
 from portllm.checkpoint.model.names import HEAD, HEAD_MODULE, is_embedding
-from portllm.checkpoint.tensor.encoding import FourBit
+from portllm.checkpoint.tensor.encoding import Unread
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_mismatches
@@ -61,6 +61,15 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int 
         checkpoint: The model.
         n_rows: How many rows its embedding and its head get for it; None for as many as they have.
     """
+    unread = next((info.encoding for info in checkpoint.infos.values() if isinstance(info.encoding, Unread)), None)
+    if unread is not None:
+        yield Refusal(
+            checkpoint.name,
+            f"its config.json says that it is quantized by {unread.scheme}, which is not supported: which module "
+            "each of its tensors belongs to is not known. Use the model in 16 bit that it was made from, or a "
+            "version of it in a supported format (docs/quantized.md).",
+        )
+        return
     patch = oriented(patch, checkpoint)
     weights = checkpoint.matrices
     named = _Named(patch.config, checkpoint, [*weights, *patch.deltas])
@@ -288,20 +297,25 @@ def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint
         )
 
 
-def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
-    """Why a patch cannot be added to the weights of a model, whatever the patch: they are quantized.
+def unmergeable(changed: Iterable[str], into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
+    """Why a patch cannot be added to the weights of a model: those that it changes are quantized.
 
-    What bitsandbytes stores in 4 bit can be stored as the values it stands for, where a dtype is asked for.
+    What a safetensors file holds so can be stored as the values it stands for, where a dtype is asked for; where none
+    is, only modules that are not quantized can be changed, and the others stay as they are.
     """
     if into.quantization is None:
         return
-    is_four_bit = all(isinstance(info.encoding, FourBit | None) for info in into.infos.values())
-    if is_four_bit and dtype is not None:
+    encodings = {name: info.encoding for name, info in into.infos.items() if info.encoding is not None}
+    unread = {name for name, encoding in encodings.items() if isinstance(encoding, Unread)}
+    is_listed = all(into.infos[name].listed is not None for name in encodings.keys() - unread)
+    touched = sorted(encodings.keys() & set(changed))
+    if is_listed and (not unread if dtype is not None else not touched):
         return
-    ways = "Store it in 16 bit (--dtype BF16), serve" if is_four_bit else "Serve"
+    ways = "Store it in 16 bit (--dtype BF16), serve" if is_listed and not unread else "Serve"
+    where = f"'{touched[0]}' and {len(touched) - 1} more of {into.name}" if len(touched) > 1 else f"{into.name}"
     yield Refusal(
         "--into",
-        f"the weights of {into.name} are quantized ({into.quantization}): storing the sum that way would round "
+        f"the weights of {where} are quantized ({into.quantization}): storing the sum that way would round "
         f"most of the patch away. {ways} the patch as an adapter on it, or merge into the 16-bit model that it "
         f"was made from: --into MODEL --quantized-base {into.name}.",
     )

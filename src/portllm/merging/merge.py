@@ -31,7 +31,7 @@ from portllm.matching.compatibility import taken_tie
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.merging.outputs import Output, good, not_written, write_outputs
-from portllm.merging.plan import MergePlan, plan_merge
+from portllm.merging.plan import MergePlan, as_listed, plan_merge
 from portllm.merging.quantization_gap import measure_gap
 from portllm.merging.rounding_modes import Stochastic
 from portllm.merging.tensor import TensorOptions, TensorResults, require_device
@@ -44,6 +44,9 @@ from portllm.progress import Progress, silent
 MOST_AT_ONCE = 32
 """Outputs that are written side by side: the model is read once for so many. Each has files open, and threads hold what
 all their patches have for a tensor."""
+
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""What some programs write beside a model to say how its weights are quantized, and others go by."""
 
 
 def merge(
@@ -211,7 +214,10 @@ def _finish(output: Output, folder: Path, how: TensorOptions, progress: Progress
     require_equal(taken_tie(plan.patch, plan.into), known=output.known.read, progress=progress)
     write_index(folder, plan.shards)
     if plan.into.folder is not None:
-        copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes, leave_out=plan.beside.leave_out)
+        leave_out = {*plan.beside.leave_out}
+        if plan.into.quantization is not None and not plan.keeps_storage:
+            leave_out |= {*QUANTIZATION_FILES}
+        copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes, leave_out=leave_out)
     copy_into(folder, plan.beside.files)
     for name, text in plan.beside.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -284,11 +290,12 @@ def _on_disk(plans: Mapping[Path, MergePlan], progress: Progress) -> Mapping[Pat
             f"'{into.folder}': is not {into.name} as it is on the Hub: its fingerprint differs from "
             f"{planned.identity.fingerprint}. Delete it and run again."
         )
+    sources = as_listed(into.infos) if planned.keeps_storage else into.infos
     return {
         out: replace(
             plan,
             into=into,
-            steps={name: replace(step, source=into.infos[step.source.name]) for name, step in plan.steps.items()},
+            steps={name: replace(step, source=sources[step.source.name]) for name, step in plan.steps.items()},
         )
         for out, plan in plans.items()
     }

@@ -70,7 +70,7 @@ def digest_of(digests: Mapping[str, str], checkpoint: Checkpoint) -> str:
     is_tied = all(same_values(pair.left, pair.right, known=digests) for pair in checkpoint.stored_twice)
     infos = checkpoint.own_tensors if is_tied else checkpoint.tensors
     stored = sorted(stored_tensors(infos), key=lambda pair: pair[0])
-    rows = [[name, info.stored_as, list(info.shape), digests[info.name]] for name, info in stored]
+    rows = [[name, info.stored_as, list(info.shape), digests[info.stored_name]] for name, info in stored]
     return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
 
 
@@ -81,10 +81,10 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
     for file in checkpoint.files:
         infos = [info for _, info in stored_tensors(checkpoint.infos) if info.file == file]
         known = _recall(file)
-        if not all(info.name in known for info in infos):
+        if not all(info.stored_name in known for info in infos):
             known = {}
             for info in infos:
-                known[info.name] = digest_tensor(info)
+                known[info.stored_name] = digest_tensor(info)
                 done += info.n_bytes
                 progress("digest", done, checkpoint.n_bytes, "bytes")
             require_unchanged([file])
@@ -102,7 +102,7 @@ def known_digests(checkpoint: Checkpoint) -> dict[str, str]:
 def remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
     """Keep the digests of a model's tensors, by the names in its files, for each file of which all are given."""
     for file in checkpoint.files:
-        names = [info.name for _, info in stored_tensors(checkpoint.infos) if info.file == file]
+        names = [info.stored_name for _, info in stored_tensors(checkpoint.infos) if info.file == file]
         if all(name in digests for name in names):
             remember(file, {name: digests[name] for name in names})
 
@@ -114,7 +114,7 @@ def digest_stored(info: TensorInfo, known: Mapping[str, str]) -> dict[str, str]:
         CheckpointError: The file cannot be read.
     """
     parts = [part for _, part in stored_tensors({info.name: info})]
-    return {part.name: known.get(part.name) or digest_tensor(part) for part in parts}
+    return {part.stored_name: known.get(part.stored_name) or digest_tensor(part) for part in parts}
 
 
 def digest_tensor(info: TensorInfo) -> str:
