@@ -6,6 +6,7 @@ from pathlib import Path
 
 from portllm import __version__
 from portllm.capturing.initial_plan import needs_conversion, unconvertible
+from portllm.capturing.stored_values import StoredValues, settled, stacked
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, require_equal
 from portllm.checkpoint.open import on_disk
@@ -16,7 +17,6 @@ from portllm.matching.added_tokens import added_tokens, height_of, n_rows_of, un
 from portllm.matching.base_copies import HeldCopies, hold_copies
 from portllm.matching.compatibility import mismatches
 from portllm.matching.own_values import own_values, without
-from portllm.methods.stored import StoredValues, settled, stacked
 from portllm.methods.values import Values
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init

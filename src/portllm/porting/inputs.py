@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from portllm.capturing.stored_values import StoredValues
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
@@ -12,7 +13,6 @@ from portllm.matching.compatibility import changes_of, taken_tie
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.token_rows import following, token_changes
 from portllm.methods.contract import Inputs, Need
-from portllm.methods.stored import StoredValues
 from portllm.methods.values import Computed, Values, take_columns, take_rows
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import WholeValue

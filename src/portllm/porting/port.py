@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from portllm import __version__
+from portllm.capturing.stored_values import settled
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
@@ -11,7 +12,6 @@ from portllm.errors import PortLLMError, refuse
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
-from portllm.methods.stored import settled
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
