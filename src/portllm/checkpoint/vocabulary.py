@@ -57,6 +57,20 @@ def _parsed(file: Path) -> Mapping[str, int] | None:
         raise CheckpointError(f"'{file}': {error}. The tokenizer is corrupt: download it again.") from error
 
 
+def added_entries(file: Path) -> dict[str, Mapping[str, object]]:
+    """The added tokens of a `tokenizer.json` by their string, each as it is written there.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    listed = read_json(file).get("added_tokens")
+    return {
+        entry["content"]: entry
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    }
+
+
 def has_same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether two checkpoints have the same `tokenizer.json`, byte for byte; that is seen sooner than it is parsed."""
     files = [side_file(checkpoint, TOKENIZER_FILE) for checkpoint in (one, other)]

@@ -72,6 +72,11 @@ def height_of(patch: Patch[TensorInfo], model: Checkpoint) -> int:
     return max(found)
 
 
+def own_rows(patch: Patch[TensorInfo], base: Checkpoint) -> range:
+    """The rows of a patch's vocabulary that its base does not have."""
+    return range(n_rows_of(base), height_of(patch, base))
+
+
 def is_by_token(name: str, model: Checkpoint) -> bool:
     """Whether a tensor is the model's embedding or head."""
     tensor = model.tensor(name)
@@ -108,7 +113,7 @@ def unexplained(patch: Patch[TensorInfo], base: Checkpoint, added: Mapping[str, 
             f"the model first: resize_token_embeddings({height}), then save_pretrained.",
         )
         return
-    for name in _matrices(base):
+    for name in matrices_of(base):
         there = _rows_in(patch, name, base, n_rows)
         lost = [token for token, row in beyond.items() if row not in there]
         if lost:
@@ -121,7 +126,7 @@ def unexplained(patch: Patch[TensorInfo], base: Checkpoint, added: Mapping[str, 
             )
 
 
-def _matrices(base: Checkpoint) -> list[str]:
+def matrices_of(base: Checkpoint) -> list[str]:
     """The embedding and, where it is another matrix, the head, by current name."""
     wanted = [info for info in (base.embedding, None if base.tied_embedding else base.head) if info is not None]
     return [name for name, info in base.tensors.items() if any(info is other for other in wanted)]
@@ -140,14 +145,14 @@ def _rows_in(patch: Patch[TensorInfo], name: str, base: Checkpoint, n_rows: int)
     return found
 
 
-def with_own_rows(patch: Patch[F], n_rows: int, stack: Callable[[F | None, F, Sequence[int]], F]) -> Patch[F]:
+def with_own_rows(patch: Patch[F], own: Sequence[int], stack: Callable[[F | None, F, Sequence[int]], F]) -> Patch[F]:
     """The patch with the rows of added tokens as rows that it trained, which PEFT loads on a resized base.
 
     Where factors lie on the weight of the resized base, which PEFT loads with them, that stays.
 
     Args:
         patch: Held against the base.
-        n_rows: Of the base.
+        own: The rows of the patch's vocabulary that are its own.
         stack: Rows of another tensor behind those of the first, where there is one.
     """
     rows, config = dict(patch.rows), _by_module(patch.config, patch)
@@ -156,7 +161,7 @@ def with_own_rows(patch: Patch[F], n_rows: int, stack: Callable[[F | None, F, Se
         module = name.removesuffix(WEIGHT)
         trained = rows.get(name)
         before = () if trained is None else trained.rows
-        behind = [row for row in range(n_rows, weight.shape[0]) if row not in before]
+        behind = [row for row in own if row < weight.shape[0] and row not in before]
         if module in patch.deltas:
             under_factors[name] = weight
         elif behind:

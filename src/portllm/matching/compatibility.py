@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual
@@ -12,10 +13,12 @@ from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_mismatches
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
-from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import Change, Factor, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+
+F = TypeVar("F", bound=Factor)
 
 
 def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorInfo]:
@@ -43,7 +46,7 @@ def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Ch
     return changes
 
 
-def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
+def changes_of(patch: Patch[F]) -> dict[str, Change[F]]:
     """What a patch does, by the name that it has for the tensor it is done to; all but experts."""
     return {
         **{module + WEIGHT: delta for module, delta in patch.deltas.items()},

@@ -1,5 +1,6 @@
 """Whose tokenizer and chat template a merged model gets: the model's own, or those that the patch was trained with."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import side_file
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.checkpoint.vocabulary import read_vocabulary, vocabulary_in
+from portllm.checkpoint.vocabulary import TOKENIZER_FILE, added_entries, parse_vocabulary, read_vocabulary
 from portllm.errors import CheckpointError, Refusal
 from portllm.files.input_file import read_input
 from portllm.files.json_file import read_json
 from portllm.files.source import LocalFile
+from portllm.matching.added_tokens import vocabulary_of
 from portllm.patch.patch import Patch
 from portllm.patch.side_files import SIDE_FILES, TEMPLATE_FILES, VOCABULARY_FILES, uncopyable
 
@@ -19,6 +21,9 @@ OPTION = "--tokenizer"
 BASE, PATCH = "base", "patch"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SHOWN = 4
+
+PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+"""What a `tokenizer.json` says of an added token of which nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,76 @@ def choose_side_files(
     )
 
 
+def ported_side_files(
+    patch: Patch[TensorInfo], base: Checkpoint | None, evolved: Checkpoint, added: Mapping[str, int]
+) -> SideFiles:
+    """The tokenizer and chat template of a ported patch.
+
+    They are the patch's own where its tokenizer says of every token of the evolved model, and of every one of its own,
+    which row it has there. Else the tokenizer is the evolved model's with the patch's own tokens behind, and the chat
+    template stays the patch's.
+
+    Args:
+        patch: What is ported.
+        base: The model that it belongs to, where it is known.
+        evolved: Where it goes.
+        added: The tokens that only the patch has, with their rows in the evolved vocabulary.
+    """
+    refusals = tuple(uncopyable(patch.beside))
+    theirs = side_file(evolved, TOKENIZER_FILE)
+    has_tokenizer = bool({*VOCABULARY_FILES} & patch.beside.keys())
+    kept = SideFiles(files=patch.beside, refusals=refusals)
+    if theirs is None or not (has_tokenizer or added) or refusals:
+        return kept
+    if not added and TOKENIZER_FILE in patch.beside and _is_same(patch.beside[TOKENIZER_FILE].path, theirs):
+        return kept
+    mine = vocabulary_of(patch)
+    if mine is not None and all(
+        mine.get(token) == row for token, row in {**(read_vocabulary(evolved) or {}), **added}.items()
+    ):
+        return kept
+    texts = {TOKENIZER_FILE: _extended(theirs, patch, base, added)}
+    config = (
+        patch.beside[TOKENIZER_CONFIG].path
+        if TOKENIZER_CONFIG in patch.beside
+        else side_file(evolved, TOKENIZER_CONFIG)
+    )
+    if config is not None:
+        # Its rows are those of the old vocabulary; the file of the tokenizer says the same of the new one.
+        fields = {name: value for name, value in read_json(config).items() if name != "added_tokens_decoder"}
+        texts[TOKENIZER_CONFIG] = _json_text(fields)
+    note = f"the tokenizer of the ported patch is that of {evolved.name}"
+    return SideFiles(
+        files={name: file for name, file in patch.beside.items() if name in TEMPLATE_FILES},
+        texts=texts,
+        notes=(note + (f" with {_listed(sorted((row, token) for token, row in added.items()))}." if added else "."),),
+    )
+
+
+def _extended(theirs: Path, patch: Patch[TensorInfo], base: Checkpoint | None, added: Mapping[str, int]) -> str:
+    """The text of a `tokenizer.json` with more added tokens, each as its own tokenizer has it."""
+    tokenizer = read_json(theirs)
+    known: dict[str, Mapping[str, object]] = {}
+    for file in (
+        None if base is None else side_file(base, TOKENIZER_FILE),
+        patch.beside[TOKENIZER_FILE].path if TOKENIZER_FILE in patch.beside else None,
+    ):
+        known |= {} if file is None else added_entries(file)
+    there = tokenizer.get("added_tokens")
+    entries: list[object] = [*(there if isinstance(there, list) else [])]
+    listed = parse_vocabulary(tokenizer) or {}
+    entries += [
+        {**PLAIN_TOKEN, **known.get(token, {}), "id": row, "content": token}
+        for token, row in added.items()
+        if token not in listed
+    ]
+    return _json_text({**tokenizer, "added_tokens": entries})
+
+
+def _json_text(values: Mapping[str, object]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
 def _is_same(file: Path, other: Path | None) -> bool:
     """Whether two files say the same, byte for byte or as JSON."""
     if other is None:
@@ -100,7 +175,7 @@ def _is_same(file: Path, other: Path | None) -> bool:
 
 def _odd_tokens(patch: Patch[TensorInfo], model: Checkpoint, n_rows: int | None) -> str | None:
     """What in the patch's vocabulary contradicts the model, or None."""
-    mine, theirs = vocabulary_in({name: file.path for name, file in patch.beside.items()}), read_vocabulary(model)
+    mine, theirs = vocabulary_of(patch), read_vocabulary(model)
     if mine is None:
         return None
     beyond = sorted((row, token) for token, row in mine.items() if n_rows is not None and row >= n_rows)

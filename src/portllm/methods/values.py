@@ -116,6 +116,13 @@ def joined(first: Values, second: Values) -> Computed:
     return Computed(first.name, (n_first + n_rows_of(second), *first.shape[1:]), rows)
 
 
+def summed(first: Values, second: Values) -> Computed:
+    """The sum of two matrices of one shape, in a dtype that holds both."""
+    return Computed(
+        first.name, tuple(first.shape), lambda start, stop: first.rows(start, stop) + second.rows(start, stop)
+    )
+
+
 def take_columns(values: Values, columns: Sequence[int]) -> Computed:
     """Some columns of a matrix in some order; -1 stands for a column of zeros.
 

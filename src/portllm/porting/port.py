@@ -106,6 +106,8 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         ported = plan.method.port(*gather(plan))
         with settled(with_own(plan, ported.patch), folder) as patch:
+            for name, text in plan.beside.texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
             write_record(folder, _record(plan, patch, ported.evidence))
     return load_patch(out)
@@ -129,4 +131,5 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, fl
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
         files={},
+        added_tokens={} if plan.carried_tokens is None else plan.carried_tokens.added,
     )

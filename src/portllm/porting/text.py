@@ -6,6 +6,7 @@ from pathlib import Path
 from portllm.checking.verdict import Answer
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
+from portllm.matching.carried_tokens import CarriedTokens
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
@@ -91,7 +92,22 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         rows["tokens"] = (
             f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is missing'}"
         )
+    if plan.carried_tokens is not None:
+        rows["own tokens"] = _own_tokens(plan.carried_tokens)
     return "\n".join([*lines, *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
+
+
+def _own_tokens(carried: CarriedTokens) -> str:
+    """Where the tokens that only the patch has have gone."""
+    parts = []
+    for tokens, what in (
+        ([token for token in carried.added if token not in carried.existing], "appended to the evolved vocabulary"),
+        ([token for token in carried.added if token in carried.existing], "given the evolved model's rows"),
+    ):
+        shown = ", ".join(f"{token!r} (row {carried.added[token]})" for token in tokens[:SHOWN_TOKENS])
+        more = f" and {len(tokens) - SHOWN_TOKENS} more" if len(tokens) > SHOWN_TOKENS else ""
+        parts += [f"{shown}{more} {what}"] if tokens else []
+    return "; ".join([*parts, f"{carried.n_rows} rows: resize the evolved model to these before PEFT loads the patch"])
 
 
 def port_warnings(plan: PortPlan) -> Iterator[str]:
