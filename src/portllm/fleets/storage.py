@@ -21,8 +21,9 @@ from portllm.errors import MissingExtraError, PortLLMError, StorageError
 from portllm.files import own_files
 from portllm.files.seal import digest_file
 from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE
+from portllm.patch.side_files import SIDE_FILES
 
-PATCH_FILES = (CONFIG_FILE, TENSOR_FILE, RECORD_FILE)
+PATCH_FILES = (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES)
 
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
