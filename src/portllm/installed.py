@@ -81,8 +81,9 @@ def _requirements(extra: str) -> Iterator[Requirement]:
 def _is_asked_for(requirement: Requirement, extra: str) -> bool:
     """By this extra, and not without it; without any, for the empty name."""
     marker = requirement.marker
-    is_always = marker is None or marker.evaluate({"extra": ""})
-    return is_always if marker is None or not extra else not is_always and marker.evaluate({"extra": extra})
+    if marker is None or marker.evaluate({"extra": ""}):
+        return not extra
+    return marker.evaluate({"extra": extra})
 
 
 def _look_up(requirement: Requirement) -> Needed:
