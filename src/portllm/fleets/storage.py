@@ -22,8 +22,9 @@ from portllm.files import own_files
 from portllm.files.seal import digest_file
 from portllm.installed import how_to_get
 from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE
+from portllm.patch.side_files import SIDE_FILES
 
-PATCH_FILES = (CONFIG_FILE, TENSOR_FILE, RECORD_FILE)
+PATCH_FILES = (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES)
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """By which extra a protocol is had; of others, fsspec says which package they need."""

@@ -33,6 +33,7 @@ from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.no_adapter import why_no_adapter
 from portllm.patch.patch import Patch
 from portllm.patch.record import PATCH_FILES, PatchRecord
+from portllm.patch.side_files import SIDE_FILES, copy_into, side_files_in
 
 CONFIG_FILE, TENSOR_FILE = PATCH_FILES
 PICKLE_FILE = "adapter_model.bin"
@@ -81,12 +82,12 @@ class AdapterOpener:
         recipe = header, file_bytes, repr(fields)  # as text: 1 and True are equal, and only one of them is a rank
         if self._last is not None and self._last[0] == recipe:
             patch = self._last[1].mapped(lambda info: info.in_file(file))
-            return replace(patch, name=name, record=read_record(path), revision=revision)
+            return replace(patch, name=name, record=read_record(path), revision=revision, beside=side_files_in(path))
         config = parse_adapter_config(fields, where=name)
         tensors = parse_header(header, file=file, file_bytes=file_bytes).tensors
         patch = sort_out(tensors, config, name=name, record=read_record(path), revision=revision)
         self._last = recipe, patch
-        return patch
+        return replace(patch, beside=side_files_in(path))
 
 
 def load_patch(folder: PatchLike) -> Patch[TensorInfo]:
@@ -163,7 +164,8 @@ def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
 
 def write_record(folder: Path, record: PatchRecord) -> PatchRecord:
     """Write `patch.json` beside the patch's other files, sealed and with their digests; the record as written."""
-    whole = structs.replace(record, files={name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
+    names = (CONFIG_FILE, TENSOR_FILE, *side_files_in(folder))
+    whole = structs.replace(record, files={name: digest_file(folder / name) for name in names})
     write_sealed(folder / RECORD_FILE, whole)
     return whole
 
@@ -171,7 +173,8 @@ def write_record(folder: Path, record: PatchRecord) -> PatchRecord:
 def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str, base_revision: str | None = None) -> None:
     """Write a patch whose factors lie on disk into a folder that PEFT loads; without the record.
 
-    The tensors are copied as bytes, in the order of their names, so that the same patch gives the same file.
+    The tensors are copied as bytes, in the order of their names, so that the same patch gives the same file. Tokenizer
+    and chat template are copied beside them.
 
     Args:
         folder: An existing, empty folder.
@@ -184,6 +187,7 @@ def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str, base_
     text = json.dumps(dict(sorted(fields.items())), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     tensors = stored_tensors(patch)
+    copy_into(folder, patch.beside)
     with open(folder / TENSOR_FILE, "wb") as file:
         file.write(render_header([(key, info.dtype, info.shape) for key, info in tensors.items()], METADATA))
         for info in tensors.values():
@@ -219,6 +223,8 @@ def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
         keyed[render_key(tensor.removesuffix(BIAS), Role.BIAS_DELTA)] = bias.values
     for tensor, rows in patch.rows.items():
         keyed[render_key(tensor.removesuffix(WEIGHT), Role.TOKEN_ROWS)] = rows.values
+    for tensor, weight in patch.resized.items():
+        keyed[render_key(tensor.removesuffix(WEIGHT), Role.BASE_WEIGHT)] = weight
     for tensor, whole in patch.values.items():
         targeted = tensor.endswith(BIAS) and tensor.removesuffix(BIAS) in patch.deltas
         key = render_key(tensor.removesuffix(BIAS), Role.BASE_BIAS) if targeted else render_key(tensor, Role.WHOLE)
@@ -235,8 +241,8 @@ def _wrapped(tensor: str, patch: Patch[TensorInfo]) -> str:
 
 
 def files_of(patch: Patch[TensorInfo]) -> tuple[Source, ...]:
-    """The files that hold a patch's tensors, sorted."""
-    return tuple(sorted({info.file for info in stored_tensors(patch).values()}, key=str))
+    """The files that a patch is read from, sorted: that of its tensors, tokenizer and chat template."""
+    return tuple(sorted({*(info.file for info in stored_tensors(patch).values()), *patch.beside.values()}, key=str))
 
 
 def folder_of(patch: Patch[TensorInfo]) -> Path:
@@ -276,7 +282,7 @@ def _fetch(name: str) -> tuple[Path, str]:
     from portllm.checkpoint.hub import fetch, look_up  # loads an HTTP client, which few runs need
 
     repository = look_up(name)
-    files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE) if file in repository.files]
+    files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES) if file in repository.files]
     if CONFIG_FILE not in files:
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the Hub, so it is not an adapter.")
     _require_read(repository.files, name)
