@@ -35,9 +35,6 @@ CompletionOption = Annotated[
     str | None, typer.Option("--completion", help="Field with the right answer. Same default as --prompt.")
 ]
 
-MOST_LABELS = 20
-"""Different answers up to which they are taken for labels and printed."""
-
 _ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
 _MEANT = {"n": "\n", "t": "\t", "\\": "\\"}
 
@@ -88,7 +85,7 @@ def unescape(text: str) -> str:
 
 def say_data(data: "Data", *, labels: bool = True, quiet: bool) -> None:
     """Say on stderr which rows were read and how, the labels in use, and which of them may be meant otherwise."""
-    from portllm.running.labels import doubtful_labels
+    from portllm.running.labels import MOST_LABELS, doubtful_labels
 
     counts = Counter(filter(None, data.answers)) if labels else Counter()
     if not quiet:
