@@ -1,9 +1,11 @@
 import json
+import shutil
 
 import pytest
 
 from portllm.errors import DataError
-from portllm.running.data import read_data
+from portllm.patch.adapter_folder import load_patch
+from portllm.running.data import chat_template_for, read_data
 
 TALK = [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "me"}]
 
@@ -48,3 +50,17 @@ def test_what_was_read_is_told_and_recorded(tmp_path):
     assert str(data).endswith("rows.jsonl': 1 rows, read as rows of 'prompt' and 'completion'")
     assert data.recorded == {"shape": "prompt-completion", "data": data.digest}
     assert data.answers == ("a",)
+
+
+def test_a_template_that_was_saved_with_the_patch_comes_before_its_bases(tiny, tmp_path):
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    data = read_data(write(tmp_path / "rows.jsonl", talk))
+    (tmp_path / "chat_template.jinja").write_text("of the base")
+    patch = load_patch(shutil.copytree(tiny("adapter"), tmp_path / "patch"))
+    assert chat_template_for(data, patch, folder=tmp_path) == "of the base"
+    (tmp_path / "patch" / "chat_template.jinja").write_text("of the patch")
+    assert chat_template_for(data, patch, folder=tmp_path) == "of the patch"
+    other = load_patch(shutil.copytree(tmp_path / "patch", tmp_path / "other"))
+    (tmp_path / "other" / "chat_template.jinja").write_text("another")
+    with pytest.raises(DataError, match="different chat templates"):
+        chat_template_for(data, patch, other, folder=tmp_path)

@@ -10,6 +10,11 @@ import typer
 from portllm.cli.terminal import say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from portllm.checkpoint.model.checkpoint import Checkpoint
+    from portllm.checkpoint.tensor.info import TensorInfo
+    from portllm.patch.patch import Patch
     from portllm.running.data import Data
 
 DATA = "A data file: JSONL, JSON, CSV or Parquet."
@@ -81,6 +86,24 @@ def unescape(text: str) -> str:
         return _MEANT[found[1]]
 
     return _ESCAPE.sub(meant, text)
+
+
+def say_templates(
+    data: "Data", patches: "Sequence[Patch[TensorInfo]]", base: "Checkpoint", evolved: "Checkpoint"
+) -> None:
+    """Warn on stderr where the updated model comes with another chat template than the prompts go through."""
+    from portllm.running.chat_template import has_chat_template, read_chat_template
+    from portllm.running.data import chat_template_for
+
+    if base.folder is None or evolved.folder is None or not has_chat_template(evolved.folder):
+        return
+    template = chat_template_for(data, *patches, folder=base.folder)
+    if template is not None and read_chat_template(evolved.folder) != template:
+        say(
+            f"warning: {evolved.name} has another chat template than the patch was trained through. Both models are "
+            "asked through that of the training; served through the new one, answers may differ.",
+            err=True,
+        )
 
 
 def say_data(data: "Data", *, labels: bool = True, quiet: bool) -> None:

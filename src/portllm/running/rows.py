@@ -285,7 +285,9 @@ def _numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             for number in count(1):
                 line = stream.readline(MAX_LINE_BYTES + 1)
                 if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"'{path}', line {number}: has more than {MAX_LINE_BYTES} bytes. Pass rows.")
+                    raise DataError(
+                        f"'{path}', line {number}: has more than {MAX_LINE_BYTES} bytes, which no row of text has."
+                    )
                 if not line:
                     return
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").removesuffix(b"\n")
