@@ -33,6 +33,9 @@ from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.workers.one_thread import one_thread_each
 
+TASKS = {"seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+"""What PEFT calls what a class is loaded for, where it is not to continue a text."""
+
 BELOW_NOISE = "its change does not exceed the rounding noise of the two files"
 DROPPED = "it is not a linear weight, and --dense drop leaves those out"
 NOISE = "upper edge of the rounding noise of both files, step^2/12 per element"
@@ -131,7 +134,9 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
         found.take(name, compared, plan)
     for checkpoint, digests in zip((plan.base, plan.tuned), found.digests, strict=True):
         remember_digests(checkpoint, digests)
-    placed = place_values(found.kept, tensors=plan.pairs, targets=found.factors, tied=plan.tied)
+    placed = place_values(
+        found.kept, tensors=plan.pairs, targets=found.factors, tied=plan.tied, head=plan.base.head_name
+    )
     for name, reason in placed.left_out.items():
         found.leave_out(name, found.values.pop(name), reason)
     if not found.factors and not found.experts:
@@ -189,7 +194,10 @@ def _configured(
     ranks = {module: delta.rank for module, delta in factors.items() if module not in routers}
     parameters = {module + WEIGHT: factors[module].rank for module in routers}
     parameters |= {name: delta.rank for name, delta in experts.items()}
-    return canonical_config(ranks, parameters=parameters, fields=fields)
+    task = None if plan.base.family is None else TASKS.get(plan.base.family.task)
+    return canonical_config(
+        ranks, parameters=parameters, fields=fields if task is None else {**fields, "task_type": task}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +233,8 @@ class _Found:
             return
         self.changed.add(name)
         match compared.delta:
+            case _ if name in plan.absent:
+                self.leave_out(name, compared.measured, plan.absent[name])
             case LowRankDelta() as delta:
                 module = name.removesuffix(WEIGHT)
                 self.deltas[module], self.factors[module] = compared.measured, delta

@@ -23,6 +23,14 @@ def check(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=PATCHES)],
     base: Annotated[str, typer.Option("--base", help=f"The model the patches were made on. {MODEL}")],
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            "--trained-on",
+            help="For ported patches: the base they were trained on, to measure the drift since then instead of "
+            "adding up the ports.",
+        ),
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Read every weight of both models instead of a few megabytes of each.")
     ] = False,
@@ -69,6 +77,7 @@ def check(
     from portllm.cli.progress import shown_progress
     from portllm.patch.folders import find_patches, open_each
     from portllm.probing.check import check as check_patches
+    from portllm.probing.domain import read_domain
 
     page = Page(html, overwrite=overwrite)
     opened = open_each(find_patches(patches), lambda patch, _: patch)
@@ -76,8 +85,11 @@ def check(
     failed = [outcome for outcome in opened if outcome.error is not None]
     if failed and not there:
         raise failed[0].error or AssertionError("an outcome without a value has an error")
-    settings = None
+    settings = prompts = None
     if text is not None:
+        prompts = read_domain(text, there, template=prompt)
+        if not quiet and not isinstance(prompts, list):
+            say(str(prompts), err=True)
         from portllm.probing.passes import TextSettings
 
         settings = TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients)
@@ -86,10 +98,10 @@ def check(
             *there,
             base=base,
             evolved=evolved,
+            trained_on=trained_on,
             full=full,
             places=html is not None,
-            text=text,
-            prompt=prompt,
+            text=prompts,
             settings=settings,
             device=device.value,
             allow_other_base=allow_other_base,

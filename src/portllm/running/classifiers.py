@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from portllm.errors import CheckpointError, PortLLMError
-from portllm.running.foreign import CLASSIFIERS, CONFIG_MAPPING, foreign, quiet
+from portllm.foreign import CLASSIFIERS, CONFIG_MAPPING, foreign, quiet
 
 TASKS = tuple(CLASSIFIERS)
 """PEFT's `task_type` of adapters with a head of their own."""

@@ -19,9 +19,7 @@ from safetensors import safe_open
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import AdapterFormatError, CheckpointError, PortLLMError
-from portllm.running.budget import no_more_than
-from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
-from portllm.running.foreign import (
+from portllm.foreign import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +33,8 @@ from portllm.running.foreign import (
     get_peft_model_state_dict,
     quiet,
 )
+from portllm.running.budget import no_more_than
+from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
 
 __all__ = [
     "Device",
