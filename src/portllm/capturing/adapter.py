@@ -15,7 +15,7 @@ from portllm.matching.compatibility import altered_copies, mismatches, taken_cop
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.finite import require_finite
-from portllm.patch.identify import identify
+from portllm.patch.identify import identify, identity_of_base
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, FittedTo, PatchRecord
 from portllm.progress import Progress, silent
@@ -111,7 +111,8 @@ def capture_adapter(
 def _write(folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture) -> None:
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
-    write_record(folder, PatchRecord(__version__, identify(base), capture, ports=(), tensors=tensors, files={}))
+    kept = identity_of_base(base, identify(base))
+    write_record(folder, PatchRecord(__version__, kept, capture, ports=(), tensors=tensors, files={}))
 
 
 def _conversion(
