@@ -53,7 +53,7 @@ def port(
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
         port_outcomes_to_json,
-        port_warning,
+        port_warnings,
         ported_to_json,
         render_port_outcomes,
         render_port_plan,
@@ -68,7 +68,7 @@ def port(
     planned = open_each(found, lambda patch, _: route.plan(patch))
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
     for plan in plans.values():
-        if warning := port_warning(plan):
+        for warning in port_warnings(plan):
             say(warning, err=True)
         if found.is_single and not as_json:
             say(render_port_plan(plan, output))

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from portllm import __version__
+from portllm.capturing.stored_values import settled
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortLLMError, refuse
 from portllm.files.output_folder import check_apart, check_free, staged_folder
-from portllm.matching.compatibility import taken_copies
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
@@ -19,7 +19,7 @@ from portllm.patch.identify import identity_of_base
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import Route
-from portllm.porting.inputs import gather, left_out, settled
+from portllm.porting.inputs import gather, left_out, with_own
 
 
 def port(
@@ -103,10 +103,12 @@ def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[Ten
     """Carry out a plan; see `port`."""
     require_port(plan, out, overwrite=overwrite)
     require_finite(plan.patch)
-    require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
+    require_equal(plan.taken)
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         ported = plan.method.port(*gather(plan))
-        with settled(ported.patch, folder) as patch:
+        with settled(with_own(plan, ported.patch), folder) as patch:
+            for name, text in plan.beside.texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
             write_record(folder, _record(plan, patch, ported.evidence))
     return load_patch(out)
@@ -130,4 +132,6 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, fl
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
         files={},
+        labels=plan.patch.labels,
+        added_tokens={} if plan.carried_tokens is None else plan.carried_tokens.added,
     )
