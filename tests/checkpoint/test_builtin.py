@@ -200,8 +200,7 @@ def smollm2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def original():
     """Keywords with which transformers reads the package's GGUF file itself."""
-    row = BUILTIN["smollm2-135m"]
-    path = builtin._locate("smollm2-135m", row)
+    path = builtin.locate("smollm2-135m")
     return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
 
 
