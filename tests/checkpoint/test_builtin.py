@@ -10,7 +10,7 @@ import pytest
 from blake3 import blake3
 
 from portllm.checkpoint import builtin
-from portllm.checkpoint.builtin import BUILTIN, Builtin, builtin_folder
+from portllm.checkpoint.builtin import Builtin, builtin_folder
 from portllm.checkpoint.gguf import convert as gguf
 from portllm.errors import CheckpointError, NotFoundError, OutputError
 from portllm.files.cache import cache_root

@@ -113,9 +113,7 @@ class DoctorReport:
         wrong = [package.requirement for package in self.packages if not package.suits]
         found = [f"{', '.join(wrong)}: not installed in a version that suits. {install(wrong)}"] if wrong else []
         if self.gpus and self.torch_built_for == "cpu":
-            found.append(
-                f"{self.gpus[0]}: this build of torch cannot use it. To run models on it, install one for CUDA."
-            )
+            found.append(f"{self.gpus[0]}: torch was built without CUDA and cannot use it. Install a build for CUDA.")
         return (*found, *(f"{trial.name}: {trial.finding}" for trial in self.trials if not trial.works))
 
 
