@@ -147,20 +147,36 @@ def _outline(change: Change[TensorInfo]) -> Hashable:
 
 def _unknown(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
     """Why what is known of a model's type does not suffice for a change; None where it does."""
-    stored = checkpoint.converted.get(checkpoint.current_name(name))
-    if stored is not None:
-        return (
-            f"transformers makes it of '{stored}' when it loads {checkpoint.name}, by more than a new name, and that "
-            "cannot be undone for the change. Save the model with save_pretrained(save_original_format=False) and "
-            "use that."
-        )
-    if checkpoint.family is not None or isinstance(change, VectorDelta):
+    if reason := checkpoint.why_converted(name):
+        return reason
+    if checkpoint.family is not None:
+        return _not_as_trained(name, change, checkpoint)
+    if isinstance(change, VectorDelta):
         return None
     module = name.rpartition(".")[0]
     is_role = isinstance(change, RowValues) or is_embedding(module) or module.rpartition(".")[2] in HEAD_NAMES
     if not (is_role or (isinstance(change, LowRankDelta) and change.is_embedding)):
         return None
     return f"{checkpoint.why_unknown}, so whether it is tied to another matrix is not known either."
+
+
+def _not_as_trained(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
+    """Why no weights give what PEFT computes with a change of embedding or head; None where there are such weights."""
+    tensor, family = checkpoint.tensor(name), checkpoint.family
+    if tensor is None or family is None or tensor not in (checkpoint.embedding, checkpoint.head):
+        return None
+    is_added = isinstance(change, RowValues) or (isinstance(change, LowRankDelta) and change.is_embedding)
+    if tensor is checkpoint.embedding and is_added and not family.looks_up:
+        return (
+            f"the embedding of {checkpoint.name} does more than look up rows, and PEFT adds to what comes of that: "
+            "no change of the matrix has the same effect. Save the whole embedding instead (modules_to_save)."
+        )
+    if family.ties is not None and not family.ties.alone and checkpoint.tied_embedding is not None:
+        return (
+            f"in {checkpoint.name} more than head and embedding are one matrix, and PEFT changes only one of them: "
+            "no stored matrix has the same effect. Train the adapter without it."
+        )
+    return None
 
 
 def _kind(change: Change[TensorInfo]) -> str:

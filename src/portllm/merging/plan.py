@@ -170,10 +170,7 @@ def plan_merge(
     changes, sources, unties = _untangle(on_model, into)
     config_changes: dict[str, object] = {}
     if unties:
-        config_changes["tie_word_embeddings"] = False
-        text = into.config.get("text_config")
-        if isinstance(text, dict) and "tie_word_embeddings" in text:  # a model of vision and text says it there too
-            config_changes["text_config"] = {**text, "tie_word_embeddings": False}
+        config_changes |= into.untied_config
         notes.append("the patch unties head and embedding: the output has a separate head.")
     if into.quantization is not None and dtype is None:
         notes.append(f"what the patch does not change stays quantized as in {into.name} ({into.quantization}).")
@@ -260,7 +257,7 @@ def _untangle(
     embedding, head = changes.get(shared.name), changes.get(name)
     if embedding is None and head is None:
         return changes, sources, False
-    if isinstance(embedding, RowValues) and head is None:
+    if isinstance(embedding, RowValues) and head is None and into.rows_reach_head:
         return changes if stored is None else {**changes, name: embedding}, sources, False
     if isinstance(embedding, WholeValue) and isinstance(head, WholeValue) and same_bytes(embedding.values, head.values):
         kept = {other: change for other, change in changes.items() if other != name}
