@@ -27,7 +27,13 @@ bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside
 	@$(BIN)/python -m bench.cost
 	@$(BIN)/python -m bench.speed $(BENCH)
 
+PAGES := build/pages
+PAGE_FILES := README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE NOTICE docs examples studies \
+	bench/README.md bench/results src/portllm/patch/patch.schema.json
+
 site: $(SITE) ## the pages of docs/ as a site in site/, with nothing in them that leads nowhere
+	@rm -rf $(PAGES) && mkdir -p $(PAGES)
+	@tar -c --exclude=studies/work $(PAGE_FILES) | tar -x -C $(PAGES)
 	@$(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'open site/index.html'
 
