@@ -38,6 +38,9 @@ try:
         from transformers import (
             CONFIG_MAPPING,
             MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
             AutoConfig,
             AutoModelForCausalLM,
             AutoTokenizer,
@@ -62,7 +65,15 @@ except ImportError as missing:
         f"'{missing.name}': not installed; training and evaluating need transformers and peft. {how_to_get('live')}"
     ) from missing
 
+CLASSIFIERS = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
+"""By PEFT's `task_type`, the classes of models with a head of their own."""
+
 __all__ = [
+    "CLASSIFIERS",
     "CONFIG_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "REGISTRIES",

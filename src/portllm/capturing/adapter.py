@@ -181,10 +181,17 @@ def _write(
 ) -> None:
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
-    write_record(
-        folder,
-        PatchRecord(__version__, identify(base), capture, ports=(), tensors=tensors, files={}, added_tokens=added),
+    record = PatchRecord(
+        program=__version__,
+        base=identify(base),
+        capture=capture,
+        ports=(),
+        tensors=tensors,
+        files={},
+        added_tokens=added,
+        labels=patch.labels,
     )
+    write_record(folder, record)
 
 
 def _conversion(

@@ -295,7 +295,10 @@ def _on_disk(plans: Mapping[Path, MergePlan], progress: Progress) -> Mapping[Pat
         out: replace(
             plan,
             into=into,
-            steps={name: replace(step, source=sources[step.source.name]) for name, step in plan.steps.items()},
+            steps={
+                name: replace(step, source=sources.get(step.source.name, step.source))
+                for name, step in plan.steps.items()
+            },
         )
         for out, plan in plans.items()
     }
@@ -311,7 +314,9 @@ def _report(
     written = open_checkpoint(folder)
     return MergeReport(
         output=ModelIdentity(out.name, fingerprint(written), digest_of(facts.written, written)),
-        into=structs.replace(plan.identity, digest=digest_of(facts.read, plan.into)),
+        into=plan.identity
+        if plan.leave_out
+        else structs.replace(plan.identity, digest=digest_of(facts.read, plan.into)),
         patch=plan.patch.record,
         dtype=tuple(sorted({plan.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

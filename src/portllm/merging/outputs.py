@@ -199,7 +199,7 @@ def _by_source(outputs: Sequence[Output]) -> Iterable[Sequence[tuple[Output, Sha
             for entry in shard.entries:
                 step = output.plan.steps[entry.name]
                 # A tensor that gets more rows is read anew for each of those that it gets.
-                wanted[step.source.name, step.entry.shape, step.resized].append((output, shard, step))
+                wanted[step.source, step.entry.shape, step.resized].append((output, shard, step))
     return wanted.values()
 
 

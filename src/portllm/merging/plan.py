@@ -22,8 +22,10 @@ from portllm.matching.compatibility import (
     oriented,
     unmergeable,
 )
+from portllm.matching.own_values import own_values, without
 from portllm.matching.quantized_base import Fitted, fitted_of, misnamed, quantization_of
 from portllm.matching.side_files import NO_SIDE_FILES, SideFiles, choose_side_files
+from portllm.merging.heads import plan_head
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change, RowValues, WholeValue
@@ -77,6 +79,7 @@ class MergePlan:
         fitted: The quantized weights that the patch was fitted to, where they can be had again.
         taken: Copies of the model's weights in the adapter, which are compared whole.
         beside: What lies beside the weights.
+        leave_out: Tensors of the model that the output does not have, and that are not read.
     """
 
     patch: Patch[TensorInfo]
@@ -91,6 +94,7 @@ class MergePlan:
     fitted: Fitted | None = None
     taken: tuple[TakenForEqual, ...] = ()
     beside: SideFiles = NO_SIDE_FILES
+    leave_out: frozenset[str] = frozenset()
 
     @property
     def nothing(self) -> str | None:
@@ -142,11 +146,15 @@ def plan_merge(
         raise UnsupportedDtypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
     held = hold_copies(patch, into)
-    patch = oriented(held.patch, into)
+    whole = oriented(held.patch, into)
+    own = own_values(whole, into)
+    head = plan_head(whole, own, into)
+    patch = without(whole, own)
     height = height_of(patch, into)
     refusals = [
         *held.refusals,
         *unexplained(patch, into, added_tokens(patch, into)),
+        *head.refusals,
         *mismatches(patch, into, n_rows=height),
     ]
     if quantized_base is None:
@@ -157,7 +165,7 @@ def plan_merge(
         refusals += misnamed(patch, into, quantized_base)
     on_model = changes_on(patch, into)
     refusals += unmergeable(on_model, into, dtype=dtype)
-    notes = list(held.notes)
+    notes = [*held.notes, *head.notes]
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is assumed to be its base.")
     beside = choose_side_files(patch, into, n_rows=height or None, whose=options.tokenizer)
@@ -168,7 +176,7 @@ def plan_merge(
         measured = "the report shows how much" if fitted else "the difference is not measured"
         notes.append(f"the patch was trained on {scheme} weights, which differ from {into.name}: {measured}.")
     changes, sources, unties = _untangle(on_model, into)
-    config_changes: dict[str, object] = {}
+    config_changes: dict[str, object] = {**head.config_changes}
     if unties:
         config_changes |= into.untied_config
         notes.append("the patch unties head and embedding: the output has a separate head.")
@@ -188,10 +196,15 @@ def plan_merge(
     steps = {
         name: _step(name, info, changes.get(name), patch, into, height, dtype) for name, info in sorted(sources.items())
     }
+    steps = {name: step for name, step in steps.items() if name not in head.leave_out}
+    steps |= {
+        name: MergeStep(Entry(name, _stored_as(info, dtype), info.shape), info, None)
+        for name, info in head.tensors.items()
+    }
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=options.shard_bytes)
     return MergePlan(
-        patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted,
-        held.taken, beside,
+        whole, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted,
+        held.taken, beside, head.leave_out,
     )  # fmt: skip
 
 

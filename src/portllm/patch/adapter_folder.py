@@ -4,11 +4,13 @@ Reading takes the headers only; a factor stays on disk, described by a `TensorIn
 tensor of the file is accounted for: it becomes part of a delta, or the folder is refused with all such tensors named.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 from msgspec import structs
@@ -20,8 +22,8 @@ from portllm.checkpoint.safetensors.header import parse_header, render_header
 from portllm.checkpoint.safetensors.header_file import describing, read_header_text, size_of
 from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
-from portllm.errors import AdapterFormatError, PatchRecordError
-from portllm.files.json_file import MAX_CONFIG_BYTES, read_json
+from portllm.errors import AdapterFormatError, CheckpointError, PatchRecordError
+from portllm.files.json_file import MAX_CONFIG_BYTES, read_config, read_json
 from portllm.files.json_text import is_utf8
 from portllm.files.record import decode_sealed, write_sealed
 from portllm.files.seal import digest_file, seal_problem
@@ -33,10 +35,13 @@ from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.no_adapter import why_no_adapter
 from portllm.patch.patch import Patch
 from portllm.patch.record import PATCH_FILES, PatchRecord
-from portllm.patch.side_files import SIDE_FILES, copy_into, side_files_in
+from portllm.patch.side_files import SIDE_FILES, copy_into, labels_in, side_files_in
 
 CONFIG_FILE, TENSOR_FILE = PATCH_FILES
 PICKLE_FILE = "adapter_model.bin"
+MODEL_CONFIG_FILE = "config.json"
+"""Some training programs save that of the model beside the adapter; it names a classifier's labels."""
+
 RECORD_FILE = "patch.json"
 COPY_BYTES = 1 << 24
 
@@ -82,12 +87,22 @@ class AdapterOpener:
         recipe = header, file_bytes, repr(fields)  # as text: 1 and True are equal, and only one of them is a rank
         if self._last is not None and self._last[0] == recipe:
             patch = self._last[1].mapped(lambda info: info.in_file(file))
-            return replace(patch, name=name, record=read_record(path), revision=revision, beside=side_files_in(path))
+            return replace(patch, name=name, revision=revision, **_around(path))
         config = parse_adapter_config(fields, where=name)
         tensors = parse_header(header, file=file, file_bytes=file_bytes).tensors
         patch = sort_out(tensors, config, name=name, record=read_record(path), revision=revision)
         self._last = recipe, patch
-        return replace(patch, beside=side_files_in(path))
+        return replace(patch, **_around(path))
+
+
+def _around(folder: Path) -> dict[str, Any]:
+    """What lies around an adapter's tensors and configuration."""
+    record, config = read_record(folder), folder / MODEL_CONFIG_FILE
+    told = record.labels if record is not None else ()
+    if not told and os.path.isfile(config):
+        with contextlib.suppress(CheckpointError):  # nothing else is asked of it
+            told = labels_in(read_config(config))
+    return {"record": record, "beside": side_files_in(folder), "labels": told}
 
 
 def load_patch(folder: PatchLike) -> Patch[TensorInfo]:

@@ -31,6 +31,7 @@ class Patch(Generic[F]):
         experts: By tensor, what is added to the weight of all experts of a layer.
         revision: The commit hash of an adapter of the Hugging Face Hub, else None.
         beside: Tokenizer and chat template saved with it, by name.
+        labels: Names of the labels of a classifier, where a `config.json` beside the adapter or the record says them.
         resized: By tensor, the weight of a base with added tokens, where that has more rows than the base's; its first
             rows are the base's.
     """
@@ -47,6 +48,7 @@ class Patch(Generic[F]):
     revision: str | None = None
     beside: Mapping[str, LocalFile] = field(default_factory=dict)
     resized: Mapping[str, F] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         base = f", base={self.record.base.name!r}" if self.record else ""
@@ -80,6 +82,7 @@ class Patch(Generic[F]):
             self.revision,
             self.beside,
             {tensor: change(weight) for tensor, weight in self.resized.items()},
+            self.labels,
         )
 
     @property

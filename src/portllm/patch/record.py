@@ -127,6 +127,7 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
         ports: Oldest first; the last one's target is `base`.
         tensors: blake3 digest of each stored tensor's bytes.
         files: blake3 digest of each other file of the patch; known once they are written.
+        labels: Names of the labels of a classifier's head, where the adapter's folder said them.
         added_tokens: Tokens that were added to the vocabulary of `base` for the patch, with their rows.
     """
 
@@ -137,6 +138,7 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
     tensors: Mapping[str, Blake3]
     files: RecordedFiles
     added_tokens: Mapping[str, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.files and (missing := [name for name in PATCH_FILES if name not in self.files]):

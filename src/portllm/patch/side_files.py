@@ -27,6 +27,19 @@ def side_files_in(folder: Path) -> dict[str, LocalFile]:
     return {name: local_file(folder / name) for name in sorted(SIDE_FILES) if os.path.isfile(folder / name)}
 
 
+def labels_in(config: Mapping[str, object]) -> tuple[str, ...]:
+    """The names of a classifier's labels in a model's configuration; none where it names none.
+
+    Example:
+        >>> labels_in({"id2label": {"0": "no", "1": "yes"}})
+        ('no', 'yes')
+    """
+    named = config.get("id2label")
+    numbered = {str(number): label for number, label in named.items()} if isinstance(named, dict) else {}
+    labels = [numbered.get(str(number)) for number in range(len(numbered))]
+    return tuple(label for label in labels if isinstance(label, str)) if None not in labels else ()
+
+
 def uncopyable(files: Mapping[str, LocalFile]) -> Iterator[Refusal]:
     """Why such a file must not be copied into an output: it is a link that leads elsewhere, or is far too large."""
     for file in files.values():

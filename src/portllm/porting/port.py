@@ -131,5 +131,6 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, fl
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
         files={},
+        labels=plan.patch.labels,
         added_tokens={} if plan.carried_tokens is None else plan.carried_tokens.added,
     )
