@@ -34,7 +34,7 @@ PAGE_FILES := README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE NOTICE 
 site: $(SITE) ## the pages of docs/ as a site in site/, with nothing in them that leads nowhere
 	@rm -rf $(PAGES) && mkdir -p $(PAGES)
 	@tar -c --exclude=studies/work $(PAGE_FILES) | tar -x -C $(PAGES)
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@PATH=$(BIN):$$PATH NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'open site/index.html'
 
 dist: $(BIN)/python ## a source distribution and a wheel in dist/, with the loops in C unless PORTLLM_PURE is set
@@ -99,7 +99,7 @@ $(LIVE): pyproject.toml constraints.txt $(wildcard src/portllm/native/*.[ch]) | 
 
 $(SITE): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'installing what builds the site'
-	@$(PIP) --quiet mkdocs mkdocs-material mkdocstrings-python
+	@$(PIP) --quiet mkdocs mkdocs-material mkdocstrings-python ruff
 	@touch $@
 
 $(DEV): $(LIVE)

@@ -285,8 +285,10 @@ def render_api() -> str:
     stub = (ROOT / "src" / "portllm" / "__init__.pyi").read_text(encoding="utf-8")
     parts = [
         "# Python API",
-        "Written by `scripts/gen_docs.py` from `portllm/__init__.pyi`. The site that `make site` builds shows, for each "
-        "name, what its docstring says; so does `help(portllm.NAME)`. [The library](library.md) introduces them.",
+        paragraph(
+            "Written by `scripts/gen_docs.py` from `portllm/__init__.pyi`. The site that `make site` builds shows what "
+            "the docstring of each name says; so does `help(portllm.NAME)`. [The library](library.md) introduces them."
+        ),
     ]
     for line in stub.splitlines():
         if line.startswith("# ") and line.endswith(".") and ":" not in line:
