@@ -98,6 +98,10 @@ def test_merging_a_plain_patch_loads_no_heavy_library(tiny, tmp_path):
     assert heavy_modules_after(command("merge", str(patch), "--into", str(base), "-o", "merged"), cwd=tmp_path) == []
 
 
+def test_the_doctor_asks_the_library_of_the_hub_and_loads_nothing_else_that_is_heavy():
+    assert set(heavy_modules_after(command("doctor"))) <= {"huggingface_hub", "httpx2"}
+
+
 def test_verifying_loads_no_heavy_library(tiny, tmp_path):
     base, adapter = str(tiny("base")), str(tiny("adapter"))
     captured = command("capture", "--adapter", adapter, "--base", base, "-o", "patch")

@@ -6,6 +6,7 @@ from .certifying.certificate import read_certificate as read_certificate
 from .certifying.certify import certify as certify
 from .checkpoint.open import open_checkpoint as open_checkpoint
 from .combining.combine import combine as combine
+from .diagnosing.doctor import doctor as doctor
 from .evaluating.evaluate import evaluate as evaluate
 from .fleets.fleet import fleet as fleet
 from .inspecting.inspect import inspect as inspect
@@ -55,6 +56,7 @@ from .certifying.certificate import Certificate as Certificate
 from .checking.report import CheckReport as CheckReport, PatchReport as PatchReport
 from .checking.verdict import Answer as Answer, Verdict as Verdict
 from .combining.combine import CombineReport as CombineReport
+from .diagnosing.doctor import DoctorReport as DoctorReport
 from .evaluating.compare import Comparison as Comparison, ComparisonRow as ComparisonRow
 from .fleets.plan import FleetRow as FleetRow
 from .inspecting.inspect import CheckpointSummary as CheckpointSummary, PatchSummary as PatchSummary

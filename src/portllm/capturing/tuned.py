@@ -27,6 +27,7 @@ from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, WholeValue
+from portllm.patch.identify import identity_of_base
 from portllm.patch.new_adapter import canonical_config, place_values, stored_name
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
@@ -283,6 +284,7 @@ def _report(
         settings["max_rank"] = plan.max_rank
     left_out = dict(sorted(found.left_out.items()))
     n_unchanged = len(plan.pairs) + len(plan.experts) - len(found.changed)
+    base = identity_of_base(plan.base, base)
     blank = PatchRecord(__version__, base, Capture("tuned", {}), ports=(), tensors=digest_tensors(patch), files={})
     report = TunedReport(blank, found.deltas, found.values, left_out, found.reasons, n_unchanged)
     settings |= {"truncation_residual": _rounded(report.truncation_residual), "left_out": left_out}
