@@ -8,11 +8,14 @@ import typer
 from portllm.cli.options import (
     MODEL,
     PATCHES,
+    DeviceName,
+    DeviceOption,
     DryRunOption,
     JsonOption,
     OtherBaseOption,
     OutOption,
     OverwriteOption,
+    QuietOption,
 )
 from portllm.cli.terminal import print_json, say
 
@@ -28,10 +31,28 @@ def port(
         str,
         typer.Option(
             "--method",
-            help="Port method: add carries the delta over unchanged; auto chooses from what check finds (needs "
-            "--base).",
+            help="Port method: add carries the delta over unchanged; align fits it to the evolved model on prompts "
+            "(needs --base and --text); auto chooses from what check finds (needs --base).",
         ),
     ] = "add",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            help="With --method align: unlabeled prompts from the patch's domain, better 256 (.jsonl, or .txt with one "
+            "per line).",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="With --text: prompt template. Defaults to the one recorded in the patch."),
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(min=10, help="With --text: maximum tokens per prompt; longer prompts are cut from the left."),
+    ] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --text: prompts per forward pass.")] = 16,
+    device: DeviceOption = DeviceName.AUTO,
     force: Annotated[
         bool, typer.Option("--force", help="With --method auto: port even if check says the patch will not hold.")
     ] = False,
@@ -39,6 +60,7 @@ def port(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Port patches to an evolved model. They stay adapters; only headers and samples are read.
 
@@ -47,8 +69,12 @@ def port(
     warning. Several patches each get a subfolder of the output; one that fails does not stop the others.
     """
     from portllm.checkpoint.open import open_checkpoint
+    from portllm.checkpoint.tensor.info import TensorInfo
+    from portllm.cli.progress import shown_progress
+    from portllm.matching.port_plan import PortPlan
     from portllm.matching.update import Update
     from portllm.patch.folders import each, find_patches, open_each
+    from portllm.patch.patch import Patch
     from portllm.porting.auto import AUTO, Route
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
@@ -61,6 +87,8 @@ def port(
 
     if force and method != AUTO:
         raise typer.BadParameter("--force requires --method auto; any other method ports whatever is compatible.")
+    if text is None and prompt is not None:
+        raise typer.BadParameter("--prompt requires --text.")
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
     route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
     found = find_patches(patches)
@@ -72,8 +100,25 @@ def port(
             say(warning, err=True)
         if found.is_single and not as_json:
             say(render_port_plan(plan, output))
-    run = require_port if dry_run else run_port
-    done = each(plans, lambda out, plan: run(plan, out, overwrite=overwrite))
+    with shown_progress(quiet=quiet) as progress:
+
+        def run(out: Path, plan: PortPlan) -> Patch[TensorInfo] | None:
+            domain = None
+            if text is not None:
+                from portllm.porting.domain import Domain
+                from portllm.running.recorded import read_domain
+
+                domain = Domain(
+                    prompts=read_domain(text, [plan.patch], template=prompt),
+                    max_tokens=max_tokens,
+                    batch_size=batch_size,
+                    device=device.value,
+                    progress=progress,
+                )
+            run_or_check = require_port if dry_run else run_port
+            return run_or_check(plan, out, overwrite=overwrite, domain=domain)
+
+        done = each(plans, run)
     outcomes = [outcome.followed_by(done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
     if found.is_single:
         _, ported = outcomes[0].result()

@@ -84,7 +84,7 @@ def plan_port_on(
     chosen = method_named(method)
     base, evolved = update.base, update.evolved
     patch = oriented(patch, evolved)
-    needs_weights = Need.WEIGHTS in chosen.needs_for(patch)
+    needs_weights = bool({Need.WEIGHTS, Need.STREAMS} & chosen.needs_for(patch))
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
     tokens = update.tokens if by_token else None

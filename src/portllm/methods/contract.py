@@ -6,13 +6,20 @@ gives the patch for the evolved model: the same modules and tensors, each with t
 are `Values`, read when asked for; what a method passes on as it is goes to the new file byte for byte.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from portllm.methods.values import Values
 from portllm.patch.patch import Patch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Float64, Int64
+    from torch import Tensor
+
+Part = Literal["fit", "choose", "report"]
+"""What a prompt is for: fit on it, choose by it, report on it. None is for two of these."""
 
 
 class Need(StrEnum):
@@ -20,6 +27,103 @@ class Need(StrEnum):
 
     WEIGHTS = "weights"
     """The weights of what the patch changes, in the base that it belongs to and in the evolved model."""
+
+    STREAMS = "streams"
+    """The old specialist and the evolved model, run in step over prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a candidate gives a writer for some tokens.
+
+    Attributes:
+        x: The writer's input.
+        error: What its output lacks for the residual stream behind it to be the old specialist's.
+        weight: How much each token counts; 0 for one that is not to be looked at.
+    """
+
+    x: "Float32[Tensor, 'tokens d_in']"
+    error: "Float32[Tensor, 'tokens d_out']"
+    weight: "Float32[Tensor, ' tokens']"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the answers of a model compare with the old specialist's, prompt by prompt.
+
+    Attributes:
+        nats: Mean of `KL(old specialist ‖ model)` over the places of the answer, whole vocabulary.
+        agrees: Whether the likeliest token is the same at every one of them.
+    """
+
+    nats: "Float64[Tensor, ' prompts']"
+    agrees: "Bool[Tensor, ' prompts']"
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A module that writes to the residual stream, when the streams have come to it."""
+
+    @property
+    def module(self) -> str:
+        """Its name."""
+
+    def blocks(self, candidate: str) -> Iterable[Block]:
+        """What a candidate gives it, over the prompts to fit on; its output is with what was put there last."""
+
+    def put(self, candidate: str, a: "Float[Tensor, 'r d_in']", b: "Float[Tensor, 'd_out r']") -> None:
+        """From here on the candidate adds `b a x` to the module's output, beside the patch as it was added."""
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """Two models over the same prompts: the base with its patch, and the evolved model with candidates for one.
+
+    Answers are what the old specialist says to the prompts. Places are the tokens that have one of an answer after
+    them, those of all prompts one after another.
+    """
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What each prompt is for."""
+
+    @property
+    def prompt_of_place(self) -> "Int64[Tensor, ' places']":
+        """The prompt that each place is of."""
+
+    def walk(self, candidates: Sequence[str]) -> Iterator[Writer]:
+        """The writers in the order in which they speak; candidates are run up to each before it is given out."""
+
+    def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":
+        """By module, what a candidate was given by `Writer.put`."""
+
+    def last_states(self, candidate: str | None) -> "Float32[Tensor, 'places width']":
+        """The residual stream behind the last layer, once the walk is over; None is the old specialist."""
+
+    def last_inputs(self, candidate: str) -> "Float32[Tensor, 'places d_in']":
+        """The input of the last writer."""
+
+    @property
+    def last_writer(self) -> tuple[str, float] | None:
+        """Its name, and what its output is multiplied by; None where a norm stands between it and the stream."""
+
+    @property
+    def gain(self) -> "Float32[Tensor, ' width'] | None":
+        """Weight of the evolved model's last norm, where that is `g · r / rms(r)`; None for any other."""
+
+    def compare(self, states: "Mapping[str, Float32[Tensor, 'places width']]") -> Mapping[str, Comparison]:
+        """The answers of the evolved model with these states behind its last layer."""
+
+    def likely(self, share: float) -> "Int64[Tensor, ' tokens']":
+        """Tokens to which the old specialist gives more than a share, on average over the places to fit on."""
+
+    def head(self, tokens: "Int64[Tensor, ' tokens']") -> "Float32[Tensor, 'tokens width']":
+        """Rows of the evolved model's head."""
+
+    def logits(
+        self, tokens: "Int64[Tensor, ' tokens']", states: "Float32[Tensor, 'places width'] | None"
+    ) -> "Float32[Tensor, 'places tokens']":
+        """Of some tokens: the evolved model's for these states, the old specialist's own for None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +136,12 @@ class Inputs:
     Attributes:
         base: With `Need.WEIGHTS`, by the name that the patch has for a tensor, its values in the base.
         evolved: Likewise in the evolved model, in the same shape: (experts, d_out, d_in) for the experts of a layer.
+        streams: With `Need.STREAMS`, what runs both models, given the patch as it is added to the evolved one.
     """
 
     base: Mapping[str, Values] = field(default_factory=dict)
     evolved: Mapping[str, Values] = field(default_factory=dict)
+    streams: Callable[[Patch[Values]], Streams] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +151,12 @@ class Ported:
     Attributes:
         patch: The patch of the evolved model.
         evidence: What was measured on the way, finite numbers by name; goes into `patch.json`.
+        how: What was chosen on the way, with every parameter that changes the result; stands behind the method's id.
     """
 
     patch: Patch[Values]
     evidence: Mapping[str, float] = field(default_factory=dict)
+    how: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,20 @@
 """Port a patch to an evolved model: plan, run the method, write the adapter with its new record."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from portllm import __version__
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PortLLMError, refuse
+from portllm.checkpoint.vocabulary import has_same_tokenizer
+from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.matching.compatibility import taken_copies
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
+from portllm.methods.contract import Need, Ported
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
@@ -19,6 +22,9 @@ from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import Route
 from portllm.porting.inputs import gather, left_out, settled
+
+if TYPE_CHECKING:
+    from portllm.porting.domain import Domain
 
 
 def port(
@@ -98,30 +104,48 @@ def port_each(
     return each(patches, lambda out, patch: run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite))
 
 
-def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
+def run_port(
+    plan: PortPlan, out: Path, *, overwrite: bool = False, domain: "Domain | None" = None
+) -> Patch[TensorInfo]:
     """Carry out a plan; see `port`."""
-    require_port(plan, out, overwrite=overwrite)
+    require_port(plan, out, overwrite=overwrite, domain=domain)
     require_finite(plan.patch)
     require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
-        ported = plan.method.port(*gather(plan))
+        ported = plan.method.port(*gather(plan, domain, folder))
         with settled(ported.patch, folder) as patch:
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
-            write_record(folder, _record(plan, patch, ported.evidence))
+            write_record(folder, _record(plan, patch, ported))
     return load_patch(out)
 
 
-def require_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> None:
+def require_port(plan: PortPlan, out: Path, *, overwrite: bool = False, domain: "Domain | None" = None) -> None:
     """Raise what `run_port` would raise before it reads the patch."""
-    refuse(plan.refusals)
+    refuse((*plan.refusals, *_unasked(plan, domain)))
     check_apart(out, plan.files)
     check_free(out, overwrite=overwrite)
 
 
-def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, float]) -> PatchRecord:
+def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
+    """Why a method cannot run both models over prompts, or has no use for any."""
+    runs = Need.STREAMS in plan.method.needs_for(plan.patch)
+    if runs and domain is None:
+        yield Refusal("--text", f"method '{plan.method.id}' runs both models over prompts: pass them with --text.")
+    if domain is not None and not runs:
+        yield Refusal("--text", f"method '{plan.method.id}' reads no prompts. Omit it.")
+    if runs and plan.base is not None and not has_same_tokenizer(plan.base, plan.evolved):
+        yield Refusal(
+            "--evolved",
+            f"{plan.base.name} and {plan.evolved.name} have different tokenizers, so method '{plan.method.id}' cannot "
+            "compare them token by token.",
+        )
+
+
+def _record(plan: PortPlan, ported: Patch[TensorInfo], done: Ported) -> PatchRecord:
     before = plan.patch.record
-    found = {**plan.evidence, **evidence}
-    step = PortStep(plan.source, plan.target, plan.method.id, found, left_out(plan), plan.choice)
+    found = {**plan.evidence, **done.evidence}
+    method = plan.method.id if done.how is None else f"{plan.method.id}: {done.how}"
+    step = PortStep(plan.source, plan.target, method, found, left_out(plan), plan.choice)
     return PatchRecord(
         program=__version__,
         base=plan.target,

@@ -57,7 +57,7 @@ def check(
     opened = [load_patch(patch) for patch in patches]
     old, new = (open_checkpoint(model, progress=progress) for model in (base, evolved))
     if isinstance(text, str | Path):
-        from portllm.probing.probe import read_domain
+        from portllm.running.recorded import read_domain
 
         text = read_domain(Path(text), opened, template=prompt)
     report = check_weights(

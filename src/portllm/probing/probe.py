@@ -42,19 +42,16 @@ from portllm.probing.expansion import terms_of
 from portllm.probing.passes import Carried, Host, Passes, TextSettings
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder, encode_prompts
-from portllm.running.examples import read_lines, read_prompts
 from portllm.running.folder import model_folder
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.moments import Moments
 from portllm.running.observation import Observation, spread_positions
-from portllm.running.recorded import recorded_prompt
 
-__all__ = ["LEAST_PROMPTS", "TextSettings", "add_text", "measure_text", "read_domain"]
+
+__all__ = ["LEAST_PROMPTS", "TextSettings", "add_text", "measure_text"]
 
 Logits = Float32[Tensor, "prompts _"]
 """Base and evolved model may have different numbers of tokens."""
-
-PLAIN_SUFFIX = ".txt"
 
 LEAST_PROMPTS = 2
 """One prompt says nothing of how far answers differ from prompt to prompt."""
@@ -172,32 +169,6 @@ def _with_text(update: UpdateReport, report: PatchReport, text: TextMeasures) ->
     agreement = text.outputs.specialist_to_ported.agreement
     verdict = with_answers(report.verdict, agreement=agreement, n_prompts=text.n_prompts)
     return with_forecast(update, replace(report, text=text, verdict=verdict))
-
-
-def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: str | None = None) -> list[str]:
-    """The prompts in a file: the lines of a `.txt` file as they are, or rows of a JSONL file through a template.
-
-    Args:
-        file: The file.
-        patches: Their records say how prompts are made, where `template` does not.
-        template: For instance `"Question: {question}"`.
-
-    Raises:
-        DataError: Rows do not fit, or patches were trained on different prompts, or do not say on which.
-    """
-    if file.suffix == PLAIN_SUFFIX:
-        if template is not None:
-            raise DataError(
-                f"'{file}': is plain text, one prompt per line; a template only applies to JSONL rows. Omit it."
-            )
-        return read_lines(file)
-    templates = [template] if template is not None else sorted({recorded_prompt(patch) for patch in patches})
-    if len(templates) > 1:
-        raise DataError(
-            f"the patches were trained on {len(templates)} different prompts: "
-            f"{', '.join(map(repr, templates[:3]))}. Check them separately, or pass one --prompt for all."
-        )
-    return read_prompts(file, templates[0], completion=None)[0]
 
 
 def _linear_deltas(patch: Patch[TensorInfo]) -> dict[str, LowRankDelta[TensorInfo]]:

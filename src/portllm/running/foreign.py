@@ -44,6 +44,7 @@ try:
             PreTrainedTokenizerBase,
             PreTrainedTokenizerFast,
         )
+        from transformers.initialization import no_init_weights
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
         from transformers.utils import logging as transformers_logging
 except ImportError as missing:
@@ -68,6 +69,7 @@ __all__ = [
     "foreign",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "no_init_weights",
     "quiet",
     "tokenizer_class_from_name",
 ]
