@@ -20,8 +20,10 @@ class Module:
     chains: "TwoChains"
     module: str
 
-    def blocks(self, candidate):
-        yield self.chains.block(self.module, candidate)
+    d_in = 12
+
+    def blocks(self, candidate, a):
+        yield self.chains.block(self.module, candidate, a)
 
     def put(self, candidate, a, b):
         self.chains.given.setdefault(candidate, {})[self.module] = (a, b)
@@ -39,11 +41,10 @@ class TwoChains:
     base: dict
     evolved: dict
     given: dict = field(default_factory=dict)
-    gain: object = None
     modules: tuple = ("layers.0.q_proj", "layers.1.q_proj")
 
     parts = ("fit", "choose", "fit", "report") * (PROMPTS // 4)
-    prompt_of_place = torch.arange(PROMPTS)
+    part_of_place = parts
 
     def inputs(self, module):
         return numbers(PROMPTS * TOKENS, 12, seed=60 + self.modules.index(module))
@@ -59,11 +60,11 @@ class TwoChains:
     def state(self, candidate, stop=None):
         return sum(self.output(module, candidate) for module in self.modules[:stop])
 
-    def block(self, module, candidate):
+    def block(self, module, candidate, a):
         stop = self.modules.index(module) + 1
         is_fit = torch.tensor([part == "fit" for part in self.parts]).repeat_interleave(TOKENS)
         error = self.state(None, stop) - self.state(candidate, stop)
-        return Block(self.inputs(module)[is_fit], error[is_fit], torch.ones(int(is_fit.sum())))
+        return Block(self.inputs(module)[is_fit] @ a.T, error[is_fit], torch.ones(int(is_fit.sum())))
 
     def walk(self, candidates):
         for module in self.modules:
@@ -78,9 +79,11 @@ class TwoChains:
     def last_inputs(self, candidate):
         return self.inputs(self.modules[-1])[TOKENS - 1 :: TOKENS]
 
-    @property
     def last_writer(self):
         return self.modules[-1], 1.0
+
+    def gain(self):
+        return None
 
     def likely(self, share):
         shares = self.last_states(None).softmax(dim=1).mean(dim=0)
@@ -92,6 +95,12 @@ class TwoChains:
 
     def logits(self, tokens, states):
         return (self.last_states(None) if states is None else states)[:, tokens]
+
+    def anchor_inputs(self, candidate):
+        return None
+
+    def general_nats(self, tails):
+        return {}
 
     def compare(self, states):
         old = self.last_states(None).double()

@@ -17,12 +17,15 @@ def some(*shape, seed):
 @given(seed=st.integers(0, 10**6), n=st.sampled_from([4, 30]), rank=st.integers(1, 3))
 def test_reduced_rank_ridge_is_the_whole_map_projected_on_its_leading_directions(seed, n, rank):
     u, move = some(n, 9, seed=seed), some(n, 5, seed=seed + 1)
-    penalty = 0.1 * u.pow(2).sum() / n
+    weight = some(n, seed=seed + 2).abs()
+    plain_u, plain_move, root = u, move, weight.sqrt()[:, None]
+    u, move = root * u, root * move
+    penalty = 0.1 * u.pow(2).sum() / weight.sum()
     inverse = torch.linalg.inv(u.T @ u + penalty * torch.eye(9, dtype=torch.float64))
     whole = move.T @ u @ inverse
     leading = torch.linalg.eigh(whole @ (u.T @ u + penalty * torch.eye(9, dtype=torch.float64)) @ whole.T).eigenvectors
     kept = leading[:, -rank:]
-    found = reduced_rank(u, move, rank=rank, rho=0.1)
+    found = reduced_rank(plain_u, plain_move, weight, rank=rank, rho=0.1)
     assert (found.b @ found.a - kept @ kept.T @ whole).abs().max() < CLOSE
     assert len(found.a) == found.b.shape[1] == rank
 

@@ -25,10 +25,10 @@ from portllm.measures.similarity import linear_cka
 from portllm.measures.thresholds import AGREEMENT
 from portllm.patch.adapter_folder import load_patch
 from portllm.probing.probe import TextSettings, add_text, measure_text
-from portllm.running.recorded import read_domain
 from portllm.running.encoding import Encoder
 from portllm.running.model import load_model, load_tokenizer
 from portllm.running.observation import spread_positions
+from portllm.running.recorded import read_domain
 from tests.language import make_reader
 from tests.models import load_tuned, make_adapter, make_evolved
 

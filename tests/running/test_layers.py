@@ -1,7 +1,7 @@
 """A model run layer by layer: transformers' own forward pass is the oracle."""
 
-import torch
 import pytest
+import torch
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError
@@ -12,6 +12,7 @@ from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left
 from portllm.running.layers import LayeredModel
 from portllm.running.writers import find_writers
+from portllm.running.writing import write_layered
 
 CPU = torch.device("cpu")
 ROWS = ((1, 5, 7, 9, 3), (4, 4), (8, 2, 11))
@@ -27,6 +28,16 @@ def layered(base, patch=None, **how):
     return LayeredModel(base, PatchedWeights(checkpoint, found), device=CPU, longest=64, **how)
 
 
+def next_logits(model):
+    """The logits after each row, all rows in one padded batch."""
+    batch = pad_left(ROWS, device=CPU)
+    state = model.begin(batch, model.embed(batch.ids.flatten()).view(*batch.ids.shape, -1))
+    for number in range(len(model.layers)):
+        with model.filled(number):
+            state = model.run(number, state, model.arguments(batch)[number])
+    return model.logits(state[:, -1])
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
@@ -35,7 +46,7 @@ def test_layer_by_layer_a_patched_model_gives_the_logits_of_transformers_and_pef
 
     base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=TARGETS[kind], **lora)
-    found = layered(base, adapter).next_logits(ROWS, batch_size=2)
+    found = next_logits(layered(base, adapter))
     whole = load_tuned(base, adapter, dtype=torch.float32)
     with torch.no_grad():
         expected = torch.stack([whole(torch.tensor([row])).logits[0, -1] for row in ROWS])
@@ -77,3 +88,20 @@ def test_a_model_whose_weights_lack_a_tensor_of_a_layer_is_refused_by_its_name(t
     model = LayeredModel(base, Lacking(open_checkpoint(base), None), device=CPU, longest=64)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight' is missing"), model.filled(1):
         pass
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tests.models import make_base
+
+    base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
+    written = write_layered(layered(base), ROWS, most=6, end=2, pick=lambda logits: logits.argmax(dim=1), batch_size=2)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for row, tokens in zip(ROWS, written, strict=True):
+        ids = torch.tensor([row])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=2
+        )
+        assert tokens == tuple(output[0, len(row) :].tolist())

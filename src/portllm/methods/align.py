@@ -7,25 +7,27 @@ divergence on others, and how often it answers as the old specialist does is cou
 Source: this project; docs/methods/align.md has formulas, measurements and failures.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.contract import Comparison, Inputs, Part, Ported, Streams
+from portllm.methods.choice import choose, on, wilson
+from portllm.methods.contract import Comparison, Inputs, Ported, Streams, Writer
 from portllm.methods.ranks import Factors, add_to_b, with_appended
-from portllm.methods.refit import Sums
+from portllm.methods.refit import Sums, crossed
 from portllm.methods.tail import balance, balance_move, constant, logit_moves, reduced_rank
 from portllm.methods.values import Values, whole
+from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 
-ADD = "add"
-RHOS = (0.1, 0.01)
-"""Ridges of the refits, the strongest first: it changes the least."""
+ADD, REFIT = "add", "refit"
+FOLDS = 2
+SKETCH = 64
+"""Random directions of an input from which those of new factors are combined."""
 
 ANSWER_SHARE = 0.01
 """A token to which the old specialist gives less than this, on average, is no answer."""
@@ -33,7 +35,8 @@ ANSWER_SHARE = 0.01
 MOST_ANSWERS = 64
 TAIL_RHO = 0.01
 TAIL_RANK = 8
-TAUS = (0.7, 1.0, 1.3)
+ANCHOR_SHARE = 0.05
+"""What a token of general text counts in a correction at the last writer, beside a place of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,12 @@ class Candidate:
     Attributes:
         name: What stands in the record.
         walked: The candidate of the walk that it is built on.
-        tail: What is appended at the last writer, or None.
+        tail: By module, what is appended; the last writer, or nothing.
     """
 
     name: str
     walked: str
-    tail: Factors | None = None
+    tail: Mapping[str, Factors] = field(default_factory=dict)
 
 
 def align(patch: Patch[Values], inputs: Inputs) -> Ported:
@@ -57,126 +60,144 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
         raise ValueError("align was given no streams, which it declares to need")
     start = add(patch, inputs).patch
     streams = inputs.streams(start)
-    refits = {f"refit rho={rho}": rho for rho in RHOS}
-    walk(streams, start, refits)
-    candidates = [Candidate(ADD, ADD), *tails(streams, ADD)]
-    for name in refits:
-        candidates += [Candidate(name, name), *tails(streams, name)]
-    states = {each.name: moved(streams, each) for each in candidates}
-    found = streams.compare(states)
-    chosen = choose([each.name for each in candidates], found, streams.parts)
-    by_name = {each.name: each for each in candidates}
-    return Ported(
-        made(start, streams, by_name[chosen]), evidence(found, chosen, streams.parts), None if chosen == ADD else chosen
-    )
-
-
-def walk(streams: Streams, start: Patch[Values], refits: Mapping[str, float]) -> None:
-    """Fit B of every writer in each refit, first to last, with what was fitted before in force."""
-    for writer in streams.walk([ADD, *refits]):
-        delta = start.deltas.get(writer.module)
-        if delta is None or delta.magnitude is not None:
-            continue
-        for name, rho in refits.items():
-            a = whole(delta.a).float()
-            sums = Sums.empty(len(a), delta.b.shape[0])
-            for block in writer.blocks(name):
-                sums.add(block.x.cpu() @ a.T, block.error.cpu(), block.weight.cpu())
-            writer.put(name, a, sums.solve(rho))
-
-
-def tails(streams: Streams, walked: str) -> list[Candidate]:
-    """The corrections at the last writer of what was walked, the simplest first; none where they are not possible."""
-    gain, writer = streams.gain, streams.last_writer
-    if gain is None or writer is None:
-        return []
-    tokens = streams.likely(ANSWER_SHARE)[:MOST_ANSWERS]
-    if len(tokens) < 2:
-        return []
-    fit = _places(streams, "fit")
-    state, u = streams.last_states(walked), streams.last_inputs(walked)
-    wanted, there = streams.logits(tokens, None), streams.logits(tokens, state)
-    head, gain = streams.head(tokens).cpu(), gain.cpu()
-    state, u, wanted, there = (each.cpu()[fit] for each in (state, u, wanted, there))
-    scale = writer[1]
-
-    bias = balance(wanted.softmax(dim=1), there)
-    direction = balance_move(bias, head, gain) / scale
-    a = constant(u, state.double().pow(2).mean(dim=1).sqrt(), rho=TAIL_RHO)
-    found = [
-        Candidate(f"{walked} + balance tau={tau}", walked, Factors(a[None], tau * direction[:, None])) for tau in TAUS
+    refit(streams, start)
+    candidates = [
+        each for walked in (ADD, REFIT) for each in (Candidate(walked, walked), *corrected(streams, start, walked))
     ]
-    moves = logit_moves(wanted - there, head, gain, state) / scale
-    logits = reduced_rank(u, moves, rank=min(TAIL_RANK, len(tokens) - 1), rho=TAIL_RHO)
-    found.append(Candidate(f"{walked} + logits rho={TAIL_RHO}", walked, logits))
-    gap = (streams.last_states(None).cpu()[fit] - state) / scale
-    found.append(
-        Candidate(f"{walked} + states rho={TAIL_RHO}", walked, reduced_rank(u, gap, rank=TAIL_RANK, rho=TAIL_RHO))
-    )
-    return found
+    old_states = streams.last_states(None)
+    found = streams.compare({each.name: moved(streams, each) for each in candidates} | {"": old_states})
+    gate = float(on(found[""].nats, streams.parts, "choose").mean())
+    name = choose([each.name for each in candidates], found, streams.parts)
+    chosen = next(each for each in candidates if each.name == name)
+    numbers = evidence(found, name, streams) | {"head_gate": gate} | price(streams, chosen)
+    rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
+    return Ported(made(start, streams, chosen), rounded, None if name == ADD else name)
+
+
+# -- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def refit(streams: Streams, start: Patch[Values]) -> None:
+    """Fit what every writer adds, first to last, with what was fitted before in force."""
+    delta_like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
+    rank = 0 if delta_like is None else delta_like.rank
+    for writer in streams.walk([ADD, REFIT]):
+        delta = start.deltas.get(writer.module)
+        if delta is None:
+            if rank and not start.experts:
+                writer.put(REFIT, *new_factors(writer, rank))
+        elif delta.magnitude is None:
+            a = whole(delta.a).float()
+            sums, rho = summed(writer, a)
+            writer.put(REFIT, a, sums.solve(rho))
+
+
+def summed(writer: Writer, a: Tensor) -> tuple[Sums, float]:
+    """What the regression needs, and the ridge that serves tokens best which it was not fitted on."""
+    folds: dict[int, Sums] = {}
+    for number, block in enumerate(writer.blocks(REFIT, a)):
+        part, fold = Sums.of(block.z.cpu(), block.error.cpu(), block.weight.cpu()), number % FOLDS
+        folds[fold] = folds[fold] + part if fold in folds else part
+    first, *others = folds.values()
+    return sum(others, first), crossed([first, *others])
+
+
+def new_factors(writer: Writer, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors for a writer that the patch leaves alone: the best of a rank among combinations of random directions."""
+    seed = int.from_bytes(blake2b(writer.module.encode(), digest_size=7).digest())
+    sketch = torch.randn(SKETCH, writer.d_in, generator=torch.Generator().manual_seed(seed)) / writer.d_in**0.5
+    sums, rho = summed(writer, sketch)
+    change = sums.solve(rho)
+    leading = torch.linalg.svd(change @ torch.linalg.cholesky(sums.zz + ridge_of(sums, rho)), full_matrices=False).U
+    kept = leading[:, : min(rank, SKETCH)]
+    return (kept.T @ change @ sketch.double()).float(), kept.float()
+
+
+def ridge_of(sums: Sums, rho: float) -> Tensor:
+    """`λ I`, with a little more for directions that no token has."""
+    size = float(sums.zz.diagonal().mean())
+    return (rho + 1e-12) * max(size, 1e-300) * torch.eye(len(sums.zz), dtype=torch.float64)
+
+
+def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candidate]:
+    """The corrections at the last writer of what was walked, the simplest first; none where they are not possible."""
+    gain, writer = streams.gain(), streams.last_writer()
+    tokens = streams.likely(ANSWER_SHARE)[:MOST_ANSWERS]
+    if gain is None or writer is None or len(tokens) < 2 or start.experts:
+        return []
+    module, scale = writer
+    there = start.deltas.get(module)
+    if there is not None and there.magnitude is not None:
+        return []
+    fit = torch.tensor([part == "fit" for part in streams.part_of_place])
+    states, u, wanted = streams.last_states(walked), streams.last_inputs(walked)[fit], streams.last_states(None)[fit]
+    logits = streams.logits(tokens, states)[fit]
+    answers, head, state = streams.logits(tokens, None)[fit], streams.head(tokens), states[fit]
+    anchors = streams.anchor_inputs(walked)
+    weight = torch.ones(len(u))
+    if anchors is not None:  # nothing is to move there
+        u = torch.cat([u, anchors])
+        weight = torch.cat([weight, torch.full((len(anchors),), ANCHOR_SHARE)])
+
+    def rows(values: Tensor) -> Tensor:
+        return torch.cat([values.double(), values.new_zeros(len(u) - len(values), *values.shape[1:]).double()]) / scale
+
+    direction = balance_move(balance(answers.softmax(dim=1), logits), head, gain)
+    a = constant(u, rows(state.double().pow(2).mean(dim=1).sqrt()), weight, rho=TAIL_RHO)
+    by_logits = rows(logit_moves(answers - logits, head, gain, state))
+    tails = {
+        "balance": Factors(a[None].float(), direction[:, None].float()),
+        "logits": reduced_rank(u, by_logits, weight, rank=min(TAIL_RANK, len(tokens) - 1), rho=TAIL_RHO),
+        "states": reduced_rank(u, rows(wanted - state), weight, rank=TAIL_RANK, rho=TAIL_RHO),
+    }
+    return [Candidate(f"{walked} + {name}", walked, {module: tail}) for name, tail in tails.items()]
 
 
 def moved(streams: Streams, candidate: Candidate) -> Tensor:
     """The states of a candidate behind the last layer."""
-    state, writer = streams.last_states(candidate.walked), streams.last_writer
-    if candidate.tail is None or writer is None:
-        return state
-    u = streams.last_inputs(candidate.walked).double().cpu()
-    return state + (writer[1] * (u @ candidate.tail.a.double().T) @ candidate.tail.b.double().T).to(state)
-
-
-def choose(names: Sequence[str], found: Mapping[str, Comparison], parts: Sequence[Part]) -> str:
-    """The first name that is no worse than the best one by more than one standard error, nor than the first one.
-
-    The error is that of the mean difference of the two on the same prompts.
-
-    Args:
-        names: The simplest first.
-        found: What was measured of each.
-        parts: What each prompt is for; those to choose by are looked at.
-    """
-    rows = torch.tensor([part == "choose" for part in parts])
-    nats = {name: found[name].nats[rows] for name in names}
-    best = min(names, key=lambda name: float(nats[name].mean()))
-
-    def is_as_good(name: str) -> bool:
-        more = nats[name] - nats[best]
-        return float(more.mean()) <= standard_error(more) and float(nats[name].mean()) <= float(nats[names[0]].mean())
-
-    return next(name for name in names if name == best or is_as_good(name))
-
-
-def standard_error(values: Float64[Tensor, " n"]) -> float:
-    """Of a mean: `std / √n`, 0 for a single value."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    state, writer = streams.last_states(candidate.walked), streams.last_writer()
+    for tail in candidate.tail.values():
+        scale = 1.0 if writer is None else writer[1]
+        u = streams.last_inputs(candidate.walked)
+        state = state + scale * u @ tail.a.T.float() @ tail.b.T.float()
+    return state
 
 
 def made(start: Patch[Values], streams: Streams, candidate: Candidate) -> Patch[Values]:
     """A candidate as a patch."""
-    deltas = dict(start.deltas)
-    for module, (_, change) in streams.put_by(candidate.walked).items():
-        deltas[module] = add_to_b(deltas[module], change)
+    deltas: dict[str, LowRankDelta[Values]] = dict(start.deltas)
+    more = dict(candidate.tail)
+    for module, (a, b) in streams.put_by(candidate.walked).items():
+        if module in deltas:
+            deltas[module] = add_to_b(deltas[module], b)
+        else:
+            more[module] = Factors(a, b) if module not in more else more[module].beside(Factors(a, b))
     patch = replace(start, deltas=deltas)
-    if candidate.tail is None or streams.last_writer is None:
-        return patch
-    return with_appended(patch, {streams.last_writer[0]: candidate.tail})
+    return with_appended(patch, more) if more else patch
 
 
-def evidence(found: Mapping[str, Comparison], chosen: str, parts: Sequence[Part]) -> dict[str, float]:
-    """What the record says of a choice."""
-    numbers: dict[str, float] = {}
-    for part in ("fit", "choose", "report"):
-        numbers[f"{part}_prompts"] = float(parts.count(part))  # type: ignore[arg-type]
-    for name in dict.fromkeys((ADD, chosen)):
-        said = "of_add" if name == ADD else "of_choice"
-        for part in ("choose", "report"):
-            rows = torch.tensor([each == part for each in parts])
-            numbers[f"nats_{said}_{part}"] = float(f"{float(found[name].nats[rows].mean()):.6g}")
-        report = torch.tensor([each == "report" for each in parts])
-        numbers[f"agreement_{said}"] = float(f"{float(found[name].agrees[report].double().mean()):.6g}")
+# -- what is said of it -----------------------------------------------------------------------------------------------
+
+
+def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> dict[str, float]:
+    """How the answers of the choice and of plain addition compare with the old specialist's, on unseen prompts."""
+    parts = streams.parts
+    numbers: dict[str, float] = {f"prompts_{part}": float(parts.count(part)) for part in ("fit", "choose", "report")}
+    for name, said in ((chosen, ""), (ADD, "_added")):
+        agrees = on(found[name].agrees, parts, "report")
+        low, high = wilson(int(agrees.sum()), len(agrees))
+        numbers |= {
+            f"agreement{said}": float(agrees.double().mean()),
+            f"agreement{said}_low": low,
+            f"agreement{said}_high": high,
+            f"divergence{said}": float(on(found[name].nats, parts, "report").mean()),
+            f"divergence{said}_chosen_by": float(on(found[name].nats, parts, "choose").mean()),
+        }
     return numbers
 
 
-def _places(streams: Streams, part: Part) -> Tensor:
-    rows = torch.tensor([each == part for each in streams.parts])
-    return rows[streams.prompt_of_place]
+def price(streams: Streams, chosen: Candidate) -> dict[str, float]:
+    """Nats a token on general text: of the bare evolved model, by addition, and by the choice."""
+    tail = {module: (factors.a, factors.b) for module, factors in chosen.tail.items()}
+    nats = streams.general_nats({"": (None, {}), "_added": (ADD, {}), "_ported": (chosen.walked, tail)})
+    return {f"general_nats{name}": float(values.mean()) for name, values in nats.items()}

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Float64, Int64
     from torch import Tensor
 
-Part = Literal["fit", "choose", "report"]
-"""What a prompt is for: fit on it, choose by it, report on it. None is for two of these."""
+Part = Literal["fit", "choose", "report", "anchor", "price"]
+"""What a text is for, and none for two of these.
+
+A prompt is to fit on, to choose by or to report on; general text is to fit on (`anchor`), or to see what a patch costs
+there (`price`).
+"""
 
 
 class Need(StrEnum):
@@ -37,12 +41,12 @@ class Block:
     """What a candidate gives a writer for some tokens.
 
     Attributes:
-        x: The writer's input.
-        error: What its output lacks for the residual stream behind it to be the old specialist's.
+        z: The writer's input, as the rows of a matrix A read it: `A x`.
+        error: What its output lacks for the residual stream behind it to be what is wanted.
         weight: How much each token counts; 0 for one that is not to be looked at.
     """
 
-    x: "Float32[Tensor, 'tokens d_in']"
+    z: "Float32[Tensor, 'tokens r']"
     error: "Float32[Tensor, 'tokens d_out']"
     weight: "Float32[Tensor, ' tokens']"
 
@@ -68,8 +72,15 @@ class Writer(Protocol):
     def module(self) -> str:
         """Its name."""
 
-    def blocks(self, candidate: str) -> Iterable[Block]:
-        """What a candidate gives it, over the prompts to fit on; its output is with what was put there last."""
+    @property
+    def d_in(self) -> int:
+        """How wide its input is."""
+
+    def blocks(self, candidate: str, a: "Float[Tensor, 'r d_in']") -> "Iterable[Block]":
+        """What a candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
+
+        On prompts the old specialist's state is wanted, on general text that of the bare evolved model.
+        """
 
     def put(self, candidate: str, a: "Float[Tensor, 'r d_in']", b: "Float[Tensor, 'd_out r']") -> None:
         """From here on the candidate adds `b a x` to the module's output, beside the patch as it was added."""
@@ -79,23 +90,23 @@ class Writer(Protocol):
 class Streams(Protocol):
     """Two models over the same prompts: the base with its patch, and the evolved model with candidates for one.
 
-    Answers are what the old specialist says to the prompts. Places are the tokens that have one of an answer after
-    them, those of all prompts one after another.
+    Answers are what the old specialist says to the prompts, to their end. Places are the tokens that have one of an
+    answer after them, those of all prompts one after another.
     """
 
     @property
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> "Sequence[Part]":
         """What each prompt is for."""
 
     @property
-    def prompt_of_place(self) -> "Int64[Tensor, ' places']":
-        """The prompt that each place is of."""
+    def part_of_place(self) -> "Sequence[Part]":
+        """What the prompt of each place is for."""
 
-    def walk(self, candidates: Sequence[str]) -> Iterator[Writer]:
+    def walk(self, candidates: "Sequence[str]") -> "Iterator[Writer]":
         """The writers in the order in which they speak; candidates are run up to each before it is given out."""
 
     def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":
-        """By module, what a candidate was given by `Writer.put`."""
+        """By module, a and b that a candidate was given by `Writer.put`."""
 
     def last_states(self, candidate: str | None) -> "Float32[Tensor, 'places width']":
         """The residual stream behind the last layer, once the walk is over; None is the old specialist."""
@@ -103,11 +114,9 @@ class Streams(Protocol):
     def last_inputs(self, candidate: str) -> "Float32[Tensor, 'places d_in']":
         """The input of the last writer."""
 
-    @property
     def last_writer(self) -> tuple[str, float] | None:
         """Its name, and what its output is multiplied by; None where a norm stands between it and the stream."""
 
-    @property
     def gain(self) -> "Float32[Tensor, ' width'] | None":
         """Weight of the evolved model's last norm, where that is `g · r / rms(r)`; None for any other."""
 
@@ -124,6 +133,17 @@ class Streams(Protocol):
         self, tokens: "Int64[Tensor, ' tokens']", states: "Float32[Tensor, 'places width'] | None"
     ) -> "Float32[Tensor, 'places tokens']":
         """Of some tokens: the evolved model's for these states, the old specialist's own for None."""
+
+    def anchor_inputs(self, candidate: str) -> "Float32[Tensor, 'anchors d_in'] | None":
+        """The last writer's inputs on the general text to fit on; None where there is no general text."""
+
+    def general_nats(
+        self, tails: "Mapping[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]]"
+    ) -> "Mapping[str, Float64[Tensor, ' rows']]":
+        """What each row of the other general text costs a candidate with some factors more at the last writer.
+
+        In nats a token; None is the bare evolved model. Empty where there is no general text.
+        """
 
 
 @dataclass(frozen=True, slots=True)

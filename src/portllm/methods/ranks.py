@@ -20,6 +20,10 @@ class Factors:
     a: Float[Tensor, "r d_in"]
     b: Float[Tensor, "d_out r"]
 
+    def beside(self, other: "Factors") -> "Factors":
+        """The sum of both."""
+        return Factors(torch.cat([self.a, other.a]), torch.cat([self.b, other.b], dim=1))
+
 
 def add_to_b(delta: LowRankDelta[Values], change: Float[Tensor, "d_out r"]) -> LowRankDelta[Values]:
     """The delta whose B is such that `scale B` has changed by a matrix; A is as it was, byte for byte."""
@@ -38,9 +42,7 @@ def with_appended(patch: Patch[Values], more: Mapping[str, Factors]) -> Patch[Va
     wide = {module: _unscaled(delta) for module, delta in patch.deltas.items() if not delta.is_embedding}
     for module, factors in more.items():
         old = wide.get(module)
-        wide[module] = (
-            factors if old is None else Factors(torch.cat([old.a, factors.a]), torch.cat([old.b, factors.b], dim=1))
-        )
+        wide[module] = factors if old is None else old.beside(factors)
     rank = max(len(factors.a) for factors in wide.values())
     deltas = dict(patch.deltas)
     for module, factors in wide.items():

@@ -18,23 +18,33 @@ BALANCE_STEPS = 200
 BALANCE_TOLERANCE = 1e-9
 
 
-def reduced_rank(u: Float[Tensor, "places d_in"], move: Float[Tensor, "places d"], *, rank: int, rho: float) -> Factors:
-    """The map of a rank that takes inputs nearest to the moves wanted: least `|move - b a u|² + λ |b a|²`.
+def reduced_rank(
+    u: Float[Tensor, "places d_in"],
+    move: Float[Tensor, "places d"],
+    weight: Float[Tensor, " places"],
+    *,
+    rank: int,
+    rho: float,
+) -> Factors:
+    """The map of a rank that takes inputs nearest to the moves wanted: least `Σ w |move - b a u|² + λ |b a|²`.
 
-    With `λ = ρ tr(u' u) / places`. The best map of all ranks is `M = E' (K + λ)^-1 U` with `K = U U'`; the best of a
-    rank is its projection on the leading eigenvectors of `E' (K + λ)^-1 K E`.
+    With `λ = ρ Σ w |u|² / Σ w`, and U and E the inputs and moves, each times the root of its weight. The best map of
+    all ranks is `M = E' (K + λ)^-1 U` with `K = U U'`; the best of a rank is its projection on the leading eigenvectors
+    of `E' (K + λ)^-1 K E`.
 
     Args:
         u: Inputs.
         move: What each should be taken to.
+        weight: What each counts.
         rank: Of the map; no more than there are places.
         rho: Ridge, as a share of the mean square of an input.
     """
-    left, sizes, right = torch.linalg.svd(u.double(), full_matrices=False)
-    penalty = rho * sizes.pow(2).sum() / max(1, len(u))
+    root = weight.double().sqrt()[:, None]
+    left, sizes, right = torch.linalg.svd(root * u.double(), full_matrices=False)
+    penalty = rho * sizes.pow(2).sum() / weight.double().sum()
     squares = sizes.pow(2)
     kept = torch.where(squares > 0, squares / (squares + penalty).clamp(min=torch.finfo(torch.float64).tiny), squares)
-    moved = move.double().T @ left
+    moved = (root * move.double()).T @ left
     leading = torch.linalg.svd(moved * kept.sqrt(), full_matrices=False).U[:, :rank]
     inverse = torch.where(sizes > 0, kept / sizes.clamp(min=torch.finfo(torch.float64).tiny), sizes)
     whole = (moved * inverse) @ right
@@ -102,8 +112,8 @@ def balance_move(
 
 
 def constant(
-    u: Float[Tensor, "places d_in"], wanted: Float[Tensor, " places"], *, rho: float
+    u: Float[Tensor, "places d_in"], wanted: Float[Tensor, " places"], weight: Float[Tensor, " places"], *, rho: float
 ) -> Float64[Tensor, " d_in"]:
     """The vector a with `a u` nearest to a number for each place: ridge regression, as `reduced_rank`."""
-    factors = reduced_rank(u, wanted[:, None], rank=1, rho=rho)
+    factors = reduced_rank(u, wanted[:, None], weight, rank=1, rho=rho)
     return (factors.b @ factors.a)[0]

@@ -1,34 +1,36 @@
-"""The prompts that a patch is for, and how both models are run over them for an aligned port."""
+"""What both models read in an aligned port: prompts of the domain that a patch is for, and general text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from portllm.errors import DataError
 from portllm.matching.port_plan import PortPlan
+from portllm.methods.contract import Part
 from portllm.methods.values import Values
 from portllm.patch.patch import Patch
-from portllm.porting.prompts import Rows, split
-from portllm.porting.streams import Streams
+from portllm.porting.prompts import Ids, Rows, split
+from portllm.porting.streams import Reading, Streams
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import Progress, silent
-from portllm.running.beginning import shared_beginning
 from portllm.running.encoding import Encoder, encode_prompts
 from portllm.running.folder import model_folder
 from portllm.running.layers import LayeredModel
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.ranges import require_ranges
+from portllm.running.writing import write_layered
 
 LEAST_PROMPTS = 16
 """A quarter of them is reported on."""
 
-SAMPLE = 32
-"""Prompts that are asked for what answers begin with."""
+ANCHORS = 48
+ANCHOR_TOKENS = 48
+"""General text that is read: rows, and tokens of each at most. Half of it is fitted on."""
 
-ROOM = 8
-"""Tokens that an answer may begin with."""
+WRITTEN_TOKENS = 32
+"""Of a row that the evolved model writes itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +39,16 @@ class Domain:
 
     Attributes:
         prompts: As they would be given to the model; nobody has to answer them.
-        max_tokens: Of a prompt, at most; longer ones are cut from the left.
+        anchors: General text, on which the evolved model is to stay as it is; None for text that it writes itself, no
+            rows for none.
+        max_tokens: Of a prompt and its answer, at most; longer prompts are cut from the left.
+        answer_tokens: Of an answer, at most.
         batch_size: Prompts of a forward pass.
         omega: What a token of a prompt counts in a fit, beside one with a token of an answer after it.
+        anchor_share: What a token of general text counts there.
         device: Where layers run.
-        progress: Progress callback (layers).
+        seed: Of the text that the evolved model writes.
+        progress: Progress callback (tokens written, layers).
 
     Raises:
         DataError: There are too few prompts to split them in three.
@@ -49,18 +56,25 @@ class Domain:
     """
 
     prompts: Sequence[str]
+    anchors: Sequence[str] | None = None
     max_tokens: int = 512
+    answer_tokens: int = 32
     batch_size: int = 16
     omega: float = 0.05
+    anchor_share: float = 0.05
     device: Device = "auto"
+    seed: int = 0
     progress: Progress = silent
 
     def __post_init__(self) -> None:
+        least = self.answer_tokens + 2
         require_ranges(
             "text settings",
-            ("max_tokens", self.max_tokens, f"{2 + ROOM} or more", self.max_tokens >= 2 + ROOM),
+            ("max_tokens", self.max_tokens, f"{least} or more", self.max_tokens >= least),
+            ("answer_tokens", self.answer_tokens, "1 or more", self.answer_tokens >= 1),
             ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
             ("omega", self.omega, "0 to 1", 0 <= self.omega <= 1),
+            ("anchor_share", self.anchor_share, "more than 0, at most 1", 0 < self.anchor_share <= 1),
         )
         if (n := len(set(self.prompts))) < LEAST_PROMPTS:
             raise DataError(
@@ -69,52 +83,72 @@ class Domain:
             )
 
 
-def open_streams(plan: PortPlan, patch: Patch[Values], added: Patch[Values], domain: Domain, folder: Path) -> Streams:
-    """Both models over the prompts of a domain.
+def open_streams(plan: PortPlan, patch: Patch[Values], added: Patch[Values], domain: Domain) -> Streams:
+    """Both models over the prompts of a domain, with the old specialist's answers, and over general text.
 
     Args:
         plan: Names the models.
         patch: The patch of the base, with its deltas the way round in which the base stores its weights.
         added: The patch of the evolved model, as plain addition makes it.
-        domain: The prompts.
-        folder: For what does not stay in memory.
+        domain: What is read.
 
     Raises:
         CheckpointError: A model cannot be run layer by layer.
-        DataError: A prompt has no tokens, or all prompts have the same answer.
+        DataError: A prompt has no tokens.
     """
     if plan.base is None:
         raise AssertionError("a plan with streams has a base")
     device = choose_device(domain.device)
-    folders = [model_folder(model, progress=domain.progress) for model in (plan.base, plan.evolved)]
-    encoder = Encoder(load_tokenizer(folders[0]))
-    old = LayeredModel(folders[0], PatchedWeights(plan.base, patch), device=device, longest=domain.max_tokens)
-    new = LayeredModel(folders[1], PatchedWeights(plan.evolved, added), device=device, longest=domain.max_tokens)
-    prompts, _ = encode_prompts(encoder, domain.prompts, room=domain.max_tokens - ROOM)
-    shared = _beginning(old, prompts, encoder, domain)
-    rows = Rows(
-        ids=tuple((*prompt, *shared) for prompt in prompts),
-        n_places=(1 + len(shared),) * len(prompts),
-        n_asked=(1,) * len(prompts),
-        parts=tuple(split(domain.prompts)),
-    )
-    return Streams(old, new, rows, folder, domain.batch_size, domain.omega, device, domain.progress)
-
-
-def _beginning(
-    old: LayeredModel, prompts: Sequence[tuple[int, ...]], encoder: Encoder, domain: Domain
-) -> tuple[int, ...]:
-    """What the old specialist's answers begin with, whatever the prompt."""
-    step = max(1, len(prompts) // SAMPLE)
-    sample = prompts[::step][:SAMPLE]
-
-    def ask(shared: tuple[int, ...]) -> list[Tensor]:
-        return [old.next_logits([(*prompt, *shared) for prompt in sample], batch_size=domain.batch_size)]
-
-    shared, logits = shared_beginning(ask, end=encoder.eos)
-    if len(logits[0].argmax(dim=1).unique()) == 1:
-        raise DataError(
-            f"prompts: the old specialist gives the same answer to all of {len(sample)} of them, so nothing can be "
-            "compared. Provide prompts with different answers."
+    before, after = (model_folder(model, progress=domain.progress) for model in (plan.base, plan.evolved))
+    old, new, bare = (
+        LayeredModel(folder, PatchedWeights(model, change), device=device, longest=domain.max_tokens)
+        for folder, model, change in (
+            (before, plan.base, patch),
+            (after, plan.evolved, added),
+            (after, plan.evolved, None),
         )
-    return shared
+    )
+    encoder = Encoder(load_tokenizer(before))
+    prompts, _ = encode_prompts(encoder, domain.prompts, room=domain.max_tokens - domain.answer_tokens)
+    answers = write_layered(
+        old,
+        prompts,
+        most=domain.answer_tokens,
+        end=encoder.eos,
+        pick=lambda logits: logits.argmax(dim=1),
+        batch_size=domain.batch_size,
+        progress=domain.progress,
+    )
+    asked = Rows.answered(prompts, answers, split(domain.prompts))
+    general = _general(bare, encoder, domain)
+    texts = None
+    if general:
+        rows = Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))
+        texts = Reading(rows, bare, 1.0, device, domain.batch_size, domain.anchor_share)
+    return Streams(new, Reading(asked, old, domain.omega, device, domain.batch_size), texts, domain.progress)
+
+
+def _alternate(n: int) -> tuple[Part, ...]:
+    return tuple("anchor" if place % 2 == 0 else "price" for place in range(n))
+
+
+def _general(model: LayeredModel, encoder: Encoder, domain: Domain) -> list[Ids]:
+    """Rows of general text with two tokens at least."""
+    if domain.anchors is not None:
+        encoded = (encoder.encode_text(text)[:ANCHOR_TOKENS] for text in domain.anchors)
+        return [ids for ids in encoded if len(ids) > 1][:ANCHORS]
+    generator = torch.Generator().manual_seed(domain.seed)
+
+    def drawn(logits: Tensor) -> Tensor:
+        return torch.multinomial(logits.cpu().softmax(dim=1), 1, generator=generator)[:, 0]
+
+    written = write_layered(
+        model,
+        [(encoder.start,)] * ANCHORS,
+        most=WRITTEN_TOKENS,
+        end=encoder.eos,
+        pick=drawn,
+        batch_size=ANCHORS,
+        progress=domain.progress,
+    )
+    return [(encoder.start, *tokens) for tokens in written if tokens]

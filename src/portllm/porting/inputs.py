@@ -52,13 +52,12 @@ class StoredValues:
         return load_rows(self.info, start, stop)
 
 
-def gather(plan: PortPlan, domain: "Domain | None" = None, folder: Path | None = None) -> tuple[Patch[Values], Inputs]:
+def gather(plan: PortPlan, domain: "Domain | None" = None) -> tuple[Patch[Values], Inputs]:
     """The patch in the evolved model's vocabulary, and what the plan's method asks for, which is read when it asks.
 
     Args:
         plan: What is ported.
         domain: Prompts, for a method that runs the models.
-        folder: Where such a method puts what does not stay in memory.
 
     Raises:
         PlanRefusedError: Head and embedding, of which the patch changes one, were taken for equal and are not.
@@ -69,7 +68,7 @@ def gather(plan: PortPlan, domain: "Domain | None" = None, folder: Path | None =
         patch = following(patch, by_token, plan.tokens, _take)
     needs = plan.method.needs_for(plan.patch)
     needs_weights = Need.WEIGHTS in needs
-    streams = _streams(plan, domain, folder) if Need.STREAMS in needs else None
+    streams = _streams(plan, domain) if Need.STREAMS in needs else None
     if plan.base is None or not (needs_weights or by_token):
         return patch, Inputs(streams=streams)
     models = on_disk(plan.base), on_disk(plan.evolved)
@@ -82,15 +81,15 @@ def gather(plan: PortPlan, domain: "Domain | None" = None, folder: Path | None =
     return patch, Inputs(base, evolved, streams)
 
 
-def _streams(plan: PortPlan, domain: "Domain | None", folder: Path | None) -> "Callable[[Patch[Values]], Streams]":
+def _streams(plan: PortPlan, domain: "Domain | None") -> "Callable[[Patch[Values]], Streams]":
     """What opens both models over the prompts, given the patch as it is added."""
     from portllm.porting.domain import open_streams  # loads transformers, which most ports do without
 
-    if domain is None or folder is None or plan.base is None:
+    if domain is None or plan.base is None:
         raise AssertionError("a plan whose method runs the models was checked for prompts and base")
     models = replace(plan, base=on_disk(plan.base), evolved=on_disk(plan.evolved))
     patch: Patch[Values] = oriented(plan.patch, plan.base).mapped(StoredValues)
-    return lambda added: open_streams(models, patch, added, domain, folder)
+    return lambda added: open_streams(models, patch, added, domain)
 
 
 def _by_token(plan: PortPlan) -> list[str]:

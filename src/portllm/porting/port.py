@@ -37,6 +37,7 @@ def port(
     force: bool = False,
     allow_other_base: bool = False,
     overwrite: bool = False,
+    domain: "Domain | None" = None,
 ) -> Patch[TensorInfo]:
     """Port a patch to an evolved model and write it to `out`, a folder that PEFT loads.
 
@@ -54,6 +55,7 @@ def port(
         force: With `auto`, port even if the verdict is that the patch will not hold.
         allow_other_base: Accept a `base` other than the one the patch names.
         overwrite: Replace `out` if it exists.
+        domain: Prompts, for a method that runs both models over some (`align`).
 
     Returns:
         The ported patch, opened from `out`.
@@ -67,7 +69,7 @@ def port(
     """
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
     route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
-    return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite)
+    return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite, domain=domain)
 
 
 def port_each(
@@ -112,7 +114,7 @@ def run_port(
     require_finite(plan.patch)
     require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
-        ported = plan.method.port(*gather(plan, domain, folder))
+        ported = plan.method.port(*gather(plan, domain))
         with settled(ported.patch, folder) as patch:
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
             write_record(folder, _record(plan, patch, ported))

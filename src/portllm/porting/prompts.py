@@ -1,52 +1,60 @@
-"""The prompts of an aligned port as token ids: in which of the three parts each is, and where answers are said."""
+"""The rows of an aligned port as token ids: what each is for, and where the tokens that count are."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from blake3 import blake3
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from portllm.methods.contract import Part
 
 Ids = tuple[int, ...]
 
-
 DEALT: tuple[Part, ...] = ("fit", "choose", "fit", "report")
 
 
-def split(prompts: Sequence[str]) -> list[Part]:
-    """Half of the prompts to fit on, a quarter to choose by, a quarter to report on; by their texts alone.
+def split(texts: Sequence[str], dealt: Sequence[Part] = DEALT) -> tuple[Part, ...]:
+    """Half of the texts to fit on, a quarter to choose by, a quarter to report on; by the texts alone.
 
-    Equal prompts are in the same part, whatever their order in a file.
+    Equal texts are in the same part, whatever their order in a file.
 
     Example:
-        >>> split(["a", "b", "c", "d"])]
-        ['REPORT', 'FIT', 'CHOOSE', 'FIT']
+        >>> split(["a", "b", "c", "d"])
+        ('report', 'fit', 'choose', 'fit')
     """
-    lots = {prompt: blake3(prompt.encode()).digest() for prompt in prompts}
-    order = sorted(lots, key=lots.__getitem__)
-    parts = {prompt: DEALT[place % len(DEALT)] for place, prompt in enumerate(order)}
-    return [parts[prompt] for prompt in prompts]
+    lots = {text: blake3(text.encode()).digest() for text in texts}
+    parts = {text: dealt[place % len(dealt)] for place, text in enumerate(sorted(lots, key=lots.__getitem__))}
+    return tuple(parts[text] for text in texts)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Prompts with their answers, one after another.
+    """Texts, one after another.
 
     Attributes:
-        ids: Of each row: prompt and answer, but for the answer's last token, which nothing follows.
-        n_places: How many of its last tokens have a token of the answer after them.
-        n_asked: At how many of these the models are compared: the last ones, where answers begin to differ.
+        ids: Of each row; the last token that is said stands in `next_ids` alone, since nothing follows it.
+        n_places: How many of its last tokens are followed by what counts: a token of an answer.
         parts: What each row is for.
+        next_ids: The token after each place, row after row.
     """
 
     ids: tuple[Ids, ...]
     n_places: tuple[int, ...]
-    n_asked: tuple[int, ...]
     parts: tuple[Part, ...]
+    next_ids: Ids
+
+    @classmethod
+    def answered(cls, prompts: Sequence[Ids], answers: Sequence[Ids], parts: tuple[Part, ...]) -> "Rows":
+        """Prompts with what is said to them."""
+        return cls(
+            ids=tuple((*prompt, *answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)),
+            n_places=tuple(map(len, answers)),
+            parts=parts,
+            next_ids=tuple(token for answer in answers for token in answer),
+        )
 
     @cached_property
     def starts(self) -> list[int]:
@@ -61,7 +69,7 @@ class Rows:
         """Of all rows."""
         return self.starts[-1]
 
-    def of(self, *parts: Part) -> list[int]:
+    def of(self, parts: Collection[Part]) -> list[int]:
         """The rows of some parts."""
         return [row for row, part in enumerate(self.parts) if part in parts]
 
@@ -71,35 +79,33 @@ class Rows:
 
     @cached_property
     def places(self) -> Int64[Tensor, " places"]:
-        """Where answers are said, among all tokens."""
-        return torch.cat(
-            [
-                torch.arange(self.starts[row + 1] - count, self.starts[row + 1])
-                for row, count in enumerate(self.n_places)
-            ]
-        )
+        """Where what counts is said, among all tokens."""
+        ends = zip(self.starts[1:], self.n_places, strict=True)
+        return torch.cat([torch.arange(end - count, end) for end, count in ends])
 
     @cached_property
     def row_of_place(self) -> Int64[Tensor, " places"]:
         """The row of each place."""
         return torch.repeat_interleave(torch.arange(len(self.ids)), torch.tensor(self.n_places))
 
-    @cached_property
-    def is_asked(self) -> Tensor:
-        """Of each place, whether models are compared there."""
-        return torch.cat(
-            [torch.arange(count) >= count - asked for count, asked in zip(self.n_places, self.n_asked, strict=True)]
-        )
+    def is_of(self, part: Part) -> Bool[Tensor, " places"]:
+        """Of each place, whether its row is of a part."""
+        return torch.tensor([each == part for each in self.parts])[self.row_of_place]
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """The mean over the places of each row, in float64."""
+        sums = torch.zeros(len(self.ids), dtype=torch.float64).index_add(0, self.row_of_place, values.double())
+        return sums / torch.tensor(self.n_places)
 
     def weights(self, rows: Sequence[int], omega: float) -> Float32[Tensor, " tokens"]:
-        """What each token of some rows counts: 1 where an answer is said, 0 at the first, `omega` at all others.
+        """What each token of some rows counts: 1 at a place, 0 at the first token, `omega` at all others.
 
         The first token's state is many times larger than all others, whatever the text (an attention sink).
         """
         found = []
         for row in rows:
             weight = torch.full((len(self.ids[row]),), omega)
-            weight[0] = 0.0
             weight[len(weight) - self.n_places[row] :] = 1.0
+            weight[0] = 0.0
             found.append(weight)
         return torch.cat(found)

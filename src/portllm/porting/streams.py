@@ -1,11 +1,15 @@
-"""The old specialist and what is ported of it, run in step over the same prompts, layer by layer from disk."""
+"""The old specialist and what is ported of it, run in step over the same rows, layer by layer from disk.
+
+A layer of one model at a time is in memory: the old specialist's, whose states behind each writer are what the
+candidates are to reach on prompts; the bare evolved model's, whose states are what they are to keep on general text;
+and the evolved model's with the patch added, which the candidates share, each with its own changes at the writers.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor, nn
 
 from portllm.methods.contract import Block, Comparison, Part
@@ -15,7 +19,9 @@ from portllm.running.encoding import PaddedBatch, batches, pad_left
 from portllm.running.layers import LayeredModel
 from portllm.running.writers import Writer, find_writers, hooked
 
-OLD = "old"
+FITTED: tuple[Part, ...] = ("fit", "anchor")
+PLACES = 1024
+"""Whose logits are in memory at a time, for some thousand tokens of the vocabulary."""
 
 
 class _EnoughError(BaseException):
@@ -23,11 +29,86 @@ class _EnoughError(BaseException):
 
 
 @dataclass
-class Extra:
-    """What a candidate has at a writer beside what was added: `b a`, in the layout of a LoRA."""
+class Reading:
+    """Some rows that several models read.
 
-    a: Float32[Tensor, "r d_in"]
-    b: Float32[Tensor, "d_out r"]
+    Attributes:
+        rows: The rows.
+        model: Whose states the candidates are to have: the old specialist, or the bare evolved model.
+        omega: What a token counts in a fit that is not followed by what counts.
+        device: Where layers run.
+        batch_size: Rows of a pass.
+        share: What every token counts beside those of other readings.
+    """
+
+    rows: Rows
+    model: LayeredModel
+    omega: float
+    device: torch.device
+    batch_size: int
+    share: float = 1.0
+    states: dict[str | None, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    wanted: list[list[Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.to_fit, self.others = (
+            [
+                [rows[place] for place in batch]
+                for batch in batches([len(self.rows.ids[row]) for row in rows], batch_size=self.batch_size)
+            ]
+            for rows in (
+                [row for row, part in enumerate(self.rows.parts) if part in FITTED],
+                [row for row, part in enumerate(self.rows.parts) if part not in FITTED],
+            )
+        )
+
+    def pad(self, batch: Sequence[int]) -> PaddedBatch:
+        """The ids of a batch."""
+        return pad_left([self.rows.ids[row] for row in batch], device=self.device)
+
+    def state(self, name: str | None, batch: Sequence[int]) -> Tensor:
+        """The states of a batch, padded."""
+        width = max(len(self.rows.ids[row]) for row in batch)
+        padded = torch.zeros(len(batch), width, self.model.width)
+        for place, row in enumerate(batch):
+            start, stop = self.rows.starts[row], self.rows.starts[row + 1]
+            padded[place, width - (stop - start) :] = self.states[name][start:stop]
+        return padded.to(self.device)
+
+    def keep(self, name: str | None, batch: Sequence[int], state: Tensor) -> None:
+        """The states of a batch behind a layer."""
+        self.states[name][self.rows.tokens(batch)] = self.flat(state, batch).cpu()
+
+    def flat(self, padded: Tensor, batch: Sequence[int]) -> Tensor:
+        """The tokens of a batch without padding, row after row."""
+        width = padded.shape[1]
+        return torch.cat([padded[place, width - len(self.rows.ids[row]) :] for place, row in enumerate(batch)])
+
+    def begin(self, name: str | None, model: LayeredModel) -> None:
+        """The states before the first layer."""
+        self.states[name] = torch.empty(self.rows.n_tokens, model.width)
+        for batch in (*self.to_fit, *self.others):
+            padded = self.pad(batch)
+            embedded = model.embed(padded.ids.flatten()).view(*padded.ids.shape, -1)
+            self.keep(name, batch, model.begin(padded, embedded))
+
+    def run_wanted(self, number: int) -> None:
+        """The model to be reached, through a layer that is filled; what it has behind each writer is kept."""
+        writers = _writers_of(self.model, number, self)
+        self.wanted = [[] for _ in writers]
+        for batch in (*self.to_fit, *self.others):
+            state = self.state(None, batch)
+            found, after = _watch(self.model, number, writers, state, self.pad(batch), {})
+            self.keep(None, batch, after)
+            if batch in self.to_fit:
+                for kept, writer, (_, output) in zip(self.wanted, writers, found, strict=True):
+                    state = state + writer.added(output)
+                    kept.append(self.flat(state, batch).cpu())
+
+
+Extras = Mapping[str, tuple[Tensor, Tensor]]
+"""By writer, what is added to its output beside what its weights make: a and b of `b a x`."""
 
 
 @dataclass
@@ -38,14 +119,15 @@ class WriterStep:
     number: int
     place: int
     module: str
+    d_in: int
 
-    def blocks(self, candidate: str) -> Iterator[Block]:
+    def blocks(self, candidate: str, a: Tensor) -> Iterator[Block]:
         """As the contract says."""
-        return self.streams.blocks(self, candidate)
+        return self.streams.blocks(self, candidate, a)
 
     def put(self, candidate: str, a: Tensor, b: Tensor) -> None:
         """As the contract says."""
-        self.streams.extras.setdefault(candidate, {})[self.module] = Extra(a.float(), b.float())
+        self.streams.put(self, candidate, a.float(), b.float())
 
 
 @dataclass
@@ -53,274 +135,272 @@ class Streams:
     """Two models over the same rows; see `portllm.methods.contract.Streams`.
 
     Attributes:
-        old: The base with its patch.
         new: The evolved model with the patch added.
-        rows: What they read.
-        folder: Where states lie.
-        batch_size: Rows of a pass.
-        device: Where layers run.
-        omega: What a token of a prompt counts, beside one with a token of an answer after it.
+        prompts: The rows of the domain, with the old specialist's answers.
+        general: Rows of general text; None for none.
         progress: Told of the layers done.
-        extras: By candidate and module, what was put.
+        extras: By candidate, what was put at writers.
     """
 
-    old: LayeredModel
     new: LayeredModel
-    rows: Rows
-    folder: Path
-    batch_size: int
-    omega: float
-    device: torch.device
+    prompts: Reading
+    general: Reading | None
     progress: Progress
-    extras: dict[str, dict[str, Extra]] = field(default_factory=dict)
+    extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._batches = {
-            is_fit: self._batched(self.rows.of(*parts))
-            for is_fit, parts in ((True, ("fit",)), (False, ("choose", "report")))
-        }
-        self._states: dict[str, Tensor] = {}
-        self._targets: list[Tensor] = []
         self._writers: list[Writer] = []
-        self._inputs: dict[str, Tensor] = {}
+        self._done: dict[str, list[tuple[Reading, list[int], Tensor, Tensor]]] = {}
         self._likely: Tensor | None = None
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What is read."""
+        return [self.prompts] if self.general is None else [self.prompts, self.general]
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
     def walk(self, candidates: Sequence[str]) -> Iterator[WriterStep]:
         """As the contract says."""
-        for name in (OLD, *candidates):
-            self._begin(name)
+        for reading in self.readings:
+            reading.begin(None, reading.model)
+            for name in candidates:
+                reading.begin(name, self.new)
         n_layers = len(self.new.layers)
         for number in range(n_layers):
-            with self.old.filled(number), self.new.filled(number):
-                self._writers = self._find(self.new, number)
-                self._run_old(number)
+            for reading in self.readings:
+                with reading.model.filled(number):
+                    reading.run_wanted(number)
+            with self.new.filled(number):
+                self._writers = _writers_of(self.new, number, self.prompts)
                 for place, writer in enumerate(self._writers):
-                    yield WriterStep(self, number, place, writer.name)
+                    module = self.new.module(number, writer.name)
+                    yield WriterStep(self, number, place, writer.name, d_in=_d_in(module))
                 for candidate in candidates:
                     self._run(number, candidate)
             self.progress("align", number + 1, n_layers, "steps")
 
-    def blocks(self, step: WriterStep, candidate: str) -> Iterator[Block]:
-        """What a candidate gives a writer, and what it lacks of the old specialist behind it; rows to fit on."""
-        target = self._targets[step.place]
-        seen = 0
-        for batch in self._batches[True]:
-            state = self._padded(candidate, batch)
-            found = self._watch(self.new, self._writers, step.number, candidate, batch, state, stop=step.place)
-            x, y = found[step.place]
-            before = state + sum(
-                (writer.added(found[place][1]) for place, writer in enumerate(self._writers[: step.place])),
-                torch.zeros_like(state),
-            )
-            count = len(self.rows.tokens(batch))
-            wanted = target[seen : seen + count].to(self.device) - _flat(before, batch, self.rows)
-            seen += count
-            x, y = _flat(x, batch, self.rows), _flat(y, batch, self.rows)
-            writer, weight = self._writers[step.place], self.rows.weights(batch, self.omega).to(self.device)
-            if writer.gain is None:
-                error = wanted / writer.scale - y
-            else:  # a norm keeps the direction alone: y need be no longer than it is
-                rms = y.pow(2).mean(dim=1, keepdim=True).sqrt()
-                error, weight = rms * wanted / writer.gain - y, weight / rms[:, 0].pow(2)
-            yield Block(x, error, weight)
+    def blocks(self, step: WriterStep, candidate: str, a: Tensor) -> Iterator[Block]:
+        """What a candidate gives a writer, and what it lacks behind it."""
+        is_last = step.place == len(self._writers) - 1
+        writer = self._writers[step.place]
+        a = a.to(self.new.device, torch.float32)
+        self._done.pop(candidate, None)
+        done = []
+        for reading in self.readings:
+            for batch, wanted in zip(reading.to_fit, reading.wanted[step.place], strict=True):
+                state = reading.state(candidate, batch)
+                found, after = _watch(
+                    self.new,
+                    step.number,
+                    self._writers,
+                    state,
+                    reading.pad(batch),
+                    self.extras.get(candidate, {}),
+                    stop=None if is_last else step.place,
+                )
+                for before, (_, output) in zip(self._writers[: step.place], found, strict=False):
+                    state = state + before.added(output)
+                x, output = (reading.flat(each, batch) for each in found[step.place])
+                missing = wanted.to(x.device) - reading.flat(state, batch)
+                error, factor = writer.error(missing, output)
+                z = x @ a.T
+                if is_last:
+                    done.append((reading, batch, z.cpu(), reading.flat(after, batch).cpu()))
+                weight = reading.share * reading.rows.weights(batch, reading.omega)
+                yield Block(z, error, weight.to(x.device) * factor)
+        if is_last and writer.gain is None:
+            self._done[candidate] = done
+
+    def put(self, step: WriterStep, candidate: str, a: Tensor, b: Tensor) -> None:
+        """What a candidate has at a writer; where nothing comes after it in the layer, its states follow."""
+        self.extras.setdefault(candidate, {})[step.module] = a, b
+        scale = self._writers[step.place].scale
+        for place, (reading, batch, z, after) in enumerate(self._done.get(candidate, ())):
+            self._done[candidate][place] = reading, batch, z, after + scale * z @ b.cpu().T
+
+    def put_by(self, candidate: str) -> Extras:
+        """As the contract says."""
+        return self.extras.get(candidate, {})
 
     # -- what is compared at the end ----------------------------------------------------------------------------------
 
     @property
     def parts(self) -> Sequence[Part]:
         """As the contract says."""
-        return self.rows.parts
+        return self.prompts.rows.parts
 
     @property
-    def prompt_of_place(self) -> Int64[Tensor, " places"]:
+    def part_of_place(self) -> Sequence[Part]:
         """As the contract says."""
-        return self.rows.row_of_place
-
-    def put_by(self, candidate: str) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """As the contract says."""
-        return {module: (extra.a, extra.b) for module, extra in self.extras.get(candidate, {}).items()}
+        return [self.parts[row] for row in self.prompts.rows.row_of_place.tolist()]
 
     def last_states(self, candidate: str | None) -> Float32[Tensor, "places width"]:
         """As the contract says."""
-        return self._states[OLD if candidate is None else candidate][self.rows.places].to(self.device)
+        return self.prompts.states[candidate][self.prompts.rows.places]
 
     def last_inputs(self, candidate: str) -> Float32[Tensor, "places d_in"]:
         """As the contract says."""
-        return self._inputs[candidate]
+        return self.prompts.inputs[candidate]
 
-    @property
     def last_writer(self) -> tuple[str, float] | None:
         """As the contract says."""
         last = self._writers[-1]
         return None if last.gain is not None else (last.name, last.scale)
 
-    @property
     def gain(self) -> Float32[Tensor, " width"] | None:
         """As the contract says."""
-        return self.new.gain
+        return None if self.new.gain is None else self.new.gain.cpu()
 
     def compare(self, states: Mapping[str, Tensor]) -> dict[str, Comparison]:
         """As the contract says."""
-        old = self.old.finish(self.last_states(None))
-        finished = {name: self.new.finish(state.to(self.device)) for name, state in states.items()}
-        found = _Compared(len(old), finished, self.device)
-        for start, stop in self.new.head_blocks():
-            rows = range(start, stop)
-            with self.old.head(rows) as old_logits, self.new.head(rows) as new_logits:
-                found.add(start, old_logits(old), {name: new_logits(each) for name, each in finished.items()})
-        asked = self.rows.is_asked
-        return {name: self._by_prompt(nats[asked], same[asked]) for name, (nats, same) in found.results().items()}
+        old, new, rows = self.prompts.model, self.new, self.prompts.rows
+        wanted = old.finish(self.last_states(None))
+        finished = {name: new.finish(state) for name, state in states.items()}
+        parts = torch.arange(len(wanted)).split(PLACES)
+        found = [_Compared(len(part), finished, new.device) for part in parts]
+        for start, stop in new.head_blocks():
+            with old.head(range(start, stop)) as old_logits, new.head(range(start, stop)) as new_logits:
+                for part, compared in zip(parts, found, strict=True):
+                    logits = {name: new_logits(each[part]) for name, each in finished.items()}
+                    compared.add(start, old_logits(wanted[part]), logits)
+        results = [compared.results() for compared in found]
+        by_name = {
+            name: [torch.cat(each) for each in zip(*(part[name] for part in results), strict=True)] for name in states
+        }
+        return {name: Comparison(rows.by_row(nats), rows.by_row(same) == 1) for name, (nats, same) in by_name.items()}
 
     def likely(self, share: float) -> Int64[Tensor, " tokens"]:
         """As the contract says; the likeliest first."""
         if self._likely is None:
-            is_fit = torch.tensor([part == "fit" for part in self.rows.parts])[self.rows.row_of_place]
-            states = self.old.finish(self.last_states(None))[is_fit & self.rows.is_asked]
-            softmax, blocks = _Softmax(len(states), self.device), []
-            for start, stop in self.old.head_blocks():
-                with self.old.head(range(start, stop)) as logits:
-                    blocks.append(logits(states))
-                    softmax.add(start, blocks[-1].double())
-            self._likely = torch.cat([(each - softmax.normalizer[:, None]).exp().mean(dim=0) for each in blocks])
+            old = self.prompts.model
+            states = old.finish(self.last_states(None)[self.prompts.rows.is_of("fit")])
+            found = torch.zeros(old.n_vocabulary, dtype=torch.float64)
+            for part in states.split(PLACES // 4):
+                blocks = []
+                for start, stop in old.head_blocks():
+                    with old.head(range(start, stop)) as logits:
+                        blocks.append(logits(part))
+                found += torch.cat(blocks, dim=1).softmax(dim=1).sum(dim=0).double().cpu()
+            self._likely = found / len(states)
         order = self._likely.argsort(descending=True, stable=True)
-        return order[self._likely[order] > share].cpu()
+        return order[self._likely[order] > share]
 
     def head(self, tokens: Int64[Tensor, " tokens"]) -> Float32[Tensor, "tokens width"]:
         """As the contract says."""
-        return self.new.head_rows(tokens.tolist())
+        return self.new.head_rows(tokens.tolist()).cpu()
 
     def logits(self, tokens: Int64[Tensor, " tokens"], states: Tensor | None) -> Float32[Tensor, "places tokens"]:
         """As the contract says."""
-        model, at = (self.old, self.last_states(None)) if states is None else (self.new, states)
+        model, at = (self.prompts.model, self.last_states(None)) if states is None else (self.new, states)
         with model.head(tokens.tolist()) as logits:
-            return logits(model.finish(at.to(self.device)))
+            return logits(model.finish(at)).cpu()
 
-    def _by_prompt(self, nats: Tensor, same: Tensor) -> Comparison:
-        """What was found at places where answers are compared, by prompt."""
-        rows = self.rows.row_of_place[self.rows.is_asked]
-        counts = torch.bincount(rows, minlength=len(self.rows.ids))
-        sums = torch.zeros(len(counts), dtype=torch.float64).index_add(0, rows, nats)
-        agreeing = torch.zeros(len(counts), dtype=torch.float64).index_add(0, rows, same.double())
-        return Comparison(sums / counts, agreeing == counts)
+    def anchor_inputs(self, candidate: str) -> Float32[Tensor, "anchors d_in"] | None:
+        """As the contract says."""
+        reading = self.general
+        return None if reading is None else reading.inputs[candidate][reading.rows.is_of("anchor")]
+
+    def general_nats(self, tails: Mapping[str, tuple[str | None, Extras]]) -> dict[str, Float64[Tensor, " rows"]]:
+        """As the contract says."""
+        reading = self.general
+        if reading is None:
+            return {}
+        there = reading.rows.is_of("price")
+        said = torch.tensor(reading.rows.next_ids)[there]
+        rows = reading.rows.row_of_place[there]
+        found = {}
+        for name, (candidate, tail) in tails.items():
+            model = reading.model if candidate is None else self.new
+            state = reading.states[candidate][reading.rows.places][there]
+            for a, b in tail.values():
+                state = (
+                    state + self._writers[-1].scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
+                )
+            finished = model.finish(state)
+            softmax, of_said = _Softmax(len(state), model.device), torch.zeros(len(state), dtype=torch.float64)
+            for start, stop in model.head_blocks():
+                with model.head(range(start, stop)) as logits:
+                    block = logits(finished).double()
+                    softmax.add(start, block)
+                    inside = (said >= start) & (said < stop)
+                    of_said[inside] = block.cpu()[inside, said[inside] - start]
+            nats = softmax.normalizer.cpu() - of_said
+            found[name] = torch.stack([nats[rows == row].mean() for row in rows.unique()])
+        return found
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _batched(self, rows: Sequence[int]) -> list[list[int]]:
-        lengths = [len(self.rows.ids[row]) for row in rows]
-        return [[rows[place] for place in batch] for batch in batches(lengths, batch_size=self.batch_size)]
-
-    def _all(self) -> list[list[int]]:
-        return [*self._batches[True], *self._batches[False]]
-
-    def _pad(self, batch: Sequence[int]) -> PaddedBatch:
-        return pad_left([self.rows.ids[row] for row in batch], device=self.device)
-
-    def _begin(self, name: str) -> None:
-        model = self.old if name == OLD else self.new
-        ids = torch.tensor([token for row in self.rows.ids for token in row])
-        embedded = model.embed(ids)
-        self._states[name] = torch.empty(self.rows.n_tokens, model.width)
-        for batch in self._all():
-            padded = self._pad(batch)
-            begun = model.begin(padded, _spread(embedded, batch, self.rows, padded.ids.shape[1]))
-            self._states[name][self.rows.tokens(batch)] = _flat(begun, batch, self.rows).cpu()
-
-    def _padded(self, name: str, batch: Sequence[int]) -> Tensor:
-        width = max(len(self.rows.ids[row]) for row in batch)
-        return _spread(self._states[name].to(self.device), batch, self.rows, width)
-
-    def _find(self, model: LayeredModel, number: int) -> list[Writer]:
-        probe = pad_left([self.rows.ids[0][:4]], device=self.device)
-        return find_writers(model, number, model.arguments(probe)[number], tokens=probe.ids.shape[1])
-
-    def _run_old(self, number: int) -> None:
-        """The old specialist through a layer; what it has behind each writer is kept for the rows to fit on."""
-        writers = self._find(self.old, number)
-        kept: list[list[Tensor]] = [[] for _ in writers]
-        for batch in self._all():
-            state = self._padded(OLD, batch)
-            outputs: dict[int, Tensor] = {}
-            is_fit = self.rows.parts[batch[0]] == "fit"
-            modules = {
-                writer.name: self.old.layers[number].get_submodule(_inner(self.old, number, writer.name))
-                for writer in writers
-            }
-            places = {writer.name: place for place, writer in enumerate(writers)}
-
-            def output(name: str, _: nn.Module, __: tuple[Tensor, ...], said: Tensor) -> None:
-                outputs[places[name]] = said
-
-            with hooked(modules, output):
-                after = self.old.run(number, state, self.old.arguments(self._pad(batch))[number])
-            if is_fit:
-                for place, writer in enumerate(writers):
-                    state = state + writer.added(outputs[place])
-                    kept[place].append(_flat(state, batch, self.rows).cpu())
-            self._states[OLD][self.rows.tokens(batch)] = _flat(after, batch, self.rows).cpu()
-        self._targets = [torch.cat(each) for each in kept]
-
     def _run(self, number: int, candidate: str) -> None:
-        last = number == len(self.new.layers) - 1
-        inputs: list[Tensor] = []
-        tokens: list[Tensor] = []
-        for batch in self._all():
-            found = self._watch(self.new, self._writers, number, candidate, batch, self._padded(candidate, batch))
-            where = self.rows.tokens(batch)
-            self._states[candidate][where] = _flat(found[-1][1], batch, self.rows).cpu()
-            if last:
-                inputs.append(_flat(found[len(self._writers) - 1][0], batch, self.rows).cpu())
-                tokens.append(where)
-        if last:
-            every = torch.empty(self.rows.n_tokens, inputs[0].shape[1])
-            every[torch.cat(tokens)] = torch.cat(inputs)
-            self._inputs[candidate] = every[self.rows.places]
+        """A candidate through a layer: what was run to fit its last writer has come through already."""
+        is_last = number == len(self.new.layers) - 1
+        for reading in self.readings:
+            inputs: list[tuple[Tensor, Tensor]] = []
+            done = [] if is_last else [each for each in self._done.get(candidate, ()) if each[0] is reading]
+            for _, batch, _, after in done:
+                reading.states[candidate][reading.rows.tokens(batch)] = after
+            for batch in (*(() if done else reading.to_fit), *reading.others):
+                state = reading.state(candidate, batch)
+                found, after = _watch(
+                    self.new, number, self._writers, state, reading.pad(batch), self.extras.get(candidate, {})
+                )
+                reading.keep(candidate, batch, after)
+                if is_last:
+                    inputs.append((reading.rows.tokens(batch), reading.flat(found[-1][0], batch).cpu()))
+            if is_last:
+                order = torch.cat([tokens for tokens, _ in inputs]).argsort()
+                reading.inputs[candidate] = torch.cat([each for _, each in inputs])[order][reading.rows.places]
+        self._done.pop(candidate, None)
 
-    @torch.no_grad()
-    def _watch(
-        self,
-        model: LayeredModel,
-        writers: Sequence[Writer],
-        number: int,
-        candidate: str,
-        batch: Sequence[int],
-        state: Tensor,
-        *,
-        stop: int | None = None,
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Input and output of each writer up to `stop`; at -1, the state before and behind the layer."""
-        extras = self.extras.get(candidate, {})
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        places = {writer.name: place for place, writer in enumerate(writers)}
 
-        def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
-            if name in extras:
-                said = said + inputs[0] @ extras[name].a.T @ extras[name].b.T
-            found[places[name]] = inputs[0], said
-            if places[name] == stop:
-                raise _EnoughError
-            return said
+def _writers_of(model: LayeredModel, number: int, reading: Reading) -> list[Writer]:
+    probe = pad_left([reading.rows.ids[0][:4]], device=model.device)
+    return find_writers(model, number, model.arguments(probe)[number], tokens=probe.ids.shape[1])
 
-        modules = {
-            writer.name: model.layers[number].get_submodule(_inner(model, number, writer.name)) for writer in writers
-        }
-        with hooked(modules, output):
-            try:
-                after = model.run(number, state, model.arguments(self._pad(batch))[number])
-            except _EnoughError:
-                return found
-        return {**found, -1: (state, after)}
+
+@torch.no_grad()
+def _watch(
+    model: LayeredModel,
+    number: int,
+    writers: Sequence[Writer],
+    state: Tensor,
+    padded: PaddedBatch,
+    extras: Extras,
+    *,
+    stop: int | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Input and output of each writer up to `stop`, and the state behind the layer, or before it where it was left."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
+        if name in extras:
+            a, b = extras[name]
+            said = said + inputs[0] @ a.T.to(said) @ b.T.to(said)
+        found.append((inputs[0], said))
+        if len(found) - 1 == stop:
+            raise _EnoughError
+        return said
+
+    given = model.arguments(padded)[number]
+    with hooked({writer.name: model.module(number, writer.name) for writer in writers}, output):
+        try:
+            return found, model.run(number, state, given)
+        except _EnoughError:
+            return found, state
+
+
+def _d_in(module: nn.Module) -> int:
+    weight = module.weight
+    return int(weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0])
 
 
 class _Compared:
     """Divergence and agreement of several streams from one, over blocks of the vocabulary as they come."""
 
     def __init__(self, n: int, streams: Mapping[str, Tensor], device: torch.device) -> None:
-        wide = {"dtype": torch.float64, "device": device}
         self._old = _Softmax(n, device)
         self._new = {name: _Softmax(n, device) for name in streams}
-        self._cross = {name: torch.zeros(n, **wide) for name in streams}
+        self._cross = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in streams}
 
     def add(self, start: int, old: Tensor, streams: Mapping[str, Tensor]) -> None:
         """The logits of some tokens."""
@@ -331,7 +411,7 @@ class _Compared:
         for name, logits in streams.items():
             wide = logits.double()
             self._new[name].add(start, wide)
-            shrunk = self._cross[name] * (before - self._old.most).exp().nan_to_num(0.0)
+            shrunk = self._cross[name] * (before - self._old.most).exp()
             self._cross[name] = shrunk + (shares * (old - wide)).sum(dim=1)
 
     def results(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -365,21 +445,3 @@ class _Softmax:
     def normalizer(self) -> Tensor:
         """`log Σ exp(logit)`."""
         return self.most + self.sum.log()
-
-
-def _inner(model: LayeredModel, number: int, name: str) -> str:
-    return name.removeprefix(f"{model.names[number]}.")
-
-
-def _flat(padded: Tensor, batch: Sequence[int], rows: Rows) -> Tensor:
-    """The tokens of a batch without padding, row after row."""
-    width = padded.shape[1]
-    return torch.cat([padded[place, width - len(rows.ids[row]) :] for place, row in enumerate(batch)])
-
-
-def _spread(flat: Tensor, batch: Sequence[int], rows: Rows, width: int) -> Tensor:
-    """States of a batch with zeros for padding, from those of all tokens."""
-    padded = flat.new_zeros(len(batch), width, flat.shape[1])
-    for place, row in enumerate(batch):
-        padded[place, width - len(rows.ids[row]) :] = flat[rows.starts[row] : rows.starts[row + 1]]
-    return padded

@@ -18,7 +18,6 @@ from portllm.patch.low_rank import is_plain_lora, load_delta
 from portllm.patch.patch import Patch
 from portllm.probing.expansion import SKETCH, has_terms
 from portllm.progress import Progress
-from portllm.running.beginning import shared_beginning
 from portllm.running.encoding import Encoded, Encoder, batches
 from portllm.running.loss import completion_targets
 from portllm.running.model import PeftModel, PreTrainedModel, attach_adapter, detach_adapter, load_model
@@ -26,6 +25,9 @@ from portllm.running.moments import Moments, gather_moments
 from portllm.running.observation import Observation, observe
 from portllm.running.ranges import require_ranges
 from portllm.training.distil_lora import mean_divergence
+
+MOST_SHARED = 8
+"""Tokens that all answers may begin with: a blank, a quotation mark, a few words of form."""
 
 GRADIENT_SHARE = 4
 """A pass with gradients keeps the activations of its batch: so many times fewer prompts are run together."""
@@ -228,6 +230,37 @@ class Passes:
                 "or too large for its dtype. Check the files; 'portllm check' names any non-finite tensor."
             )
         return seen
+
+
+def shared_beginning(
+    ask: Callable[[tuple[int, ...]], list[Logits]], *, end: int
+) -> tuple[tuple[int, ...], list[Logits]]:
+    """What answers begin with whatever the prompt, and what models say after it.
+
+    A beginning that all answers share says nothing of the prompt: where labels are numbers, a tokenizer may put a blank
+    before them as a token of its own.
+
+    Args:
+        ask: The logits of each model after every prompt and some tokens.
+        end: The token that ends an answer.
+
+    Returns:
+        The tokens, none where all answers are the same to their end or for more than `MOST_SHARED` tokens, and the
+        logits after them.
+
+    Example:
+        >>> blanks, answers = torch.eye(4)[[1, 1]], torch.eye(4)[[2, 3]]
+        >>> shared_beginning(lambda shared: [answers if shared else blanks], end=0)[0]
+        (1,)
+    """
+    shared: tuple[int, ...] = ()
+    first = logits = ask(shared)
+    while len(likeliest := {int(token) for each in logits for token in each.argmax(dim=-1)}) == 1:
+        if len(shared) == MOST_SHARED or end in likeliest:
+            return (), first
+        shared += (*likeliest,)
+        logits = ask(shared)
+    return shared, logits
 
 
 def _divergence(

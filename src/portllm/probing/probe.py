@@ -47,7 +47,6 @@ from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.moments import Moments
 from portllm.running.observation import Observation, spread_positions
 
-
 __all__ = ["LEAST_PROMPTS", "TextSettings", "add_text", "measure_text"]
 
 Logits = Float32[Tensor, "prompts _"]

@@ -65,6 +65,11 @@ class Encoder:
         self.eos: int = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
 
+    @property
+    def start(self) -> int:
+        """What a text begins behind that follows nothing: the begin-of-text token, or the end mark of another text."""
+        return self.eos if self._bos is None else self._bos
+
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of a text that stands for itself, with what the tokenizer puts before it and nothing after it."""
         ids = self._ids_of(text, add_special_tokens=True)

@@ -6,6 +6,8 @@ filled, run on states that lie elsewhere, and emptied. So nothing here knows an 
 layers around one residual stream is found out by running it on two tokens, and refused.
 """
 
+import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from portllm.errors import CheckpointError
-from portllm.running.encoding import PaddedBatch, batches, pad_left
+from portllm.running.encoding import PaddedBatch
 from portllm.running.foreign import foreign
 from portllm.running.model import PeftModel, PreTrainedModel, build_skeleton
 
@@ -50,6 +52,50 @@ class Arguments:
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
 
+    def replaced(self, old: object, new: object) -> "Arguments":
+        """With another object in the place of one."""
+        return Arguments(
+            tuple(new if value is old else value for value in self.args),
+            {name: new if value is old else value for name, value in self.kwargs.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """The newest tokens of rows whose tokens before are in a cache.
+
+    Attributes:
+        mask: Of all tokens of each row, as in `PaddedBatch`.
+        positions: Of the newest.
+    """
+
+    mask: Int64[Tensor, "rows all_tokens"]
+    positions: Int64[Tensor, "rows tokens"]
+
+
+Batch = PaddedBatch | NewTokens
+
+
+class _Noted:
+    """A visit that notes what each layer is called with, and gives back the state that it was given, or a new one."""
+
+    def __init__(self, *, renewed: bool = False) -> None:
+        self.states: list[Tensor] = []
+        self.arguments: list[Arguments] = []
+        self._given: list[Tensor] = []
+        self._renewed = renewed
+
+    def __call__(self, _number: int, state: Tensor, arguments: Arguments) -> Tensor:
+        self.states.append(state)
+        self.arguments.append(arguments)
+        self._given.append(state.clone() if self._renewed else state)
+        return self._given[-1]
+
+    @property
+    def is_passed_on(self) -> bool:
+        """Whether each layer was given the very tensor that the one before gave."""
+        return all(map(operator.is_, self.states[1:], self._given))
+
 
 class _Decoded:
     """What a decoder returns, with the last states alone; all else that a model may look for in it is None."""
@@ -70,6 +116,8 @@ class LayeredModel:
     Attributes:
         layers: Its layers, in order.
         names: The name of each.
+        width: Of the residual stream.
+        device: Where layers run.
 
     Args:
         folder: Its checkpoint, for the configuration.
@@ -82,7 +130,7 @@ class LayeredModel:
     """
 
     def __init__(self, folder: Path, weights: Weights, *, device: torch.device, longest: int) -> None:
-        self._folder, self._weights, self._device = folder, weights, device
+        self._folder, self._weights, self.device = folder, weights, device
         self._model = build_skeleton(folder, longest=longest)
         self._decoder: Any = self._model.get_decoder()
         self.layers = decoder_layers(self._model)
@@ -98,8 +146,8 @@ class LayeredModel:
         self._embedding.padding_idx = None  # means nothing without training, and may lie outside of some rows
         self.width = int(self._embedding.weight.shape[1])
         for module in self._model.modules():
-            for leaf, buffer in module._buffers.items():  # noqa: SLF001 (there is no other way to replace one)
-                module._buffers[leaf] = None if buffer is None else buffer.to(device)  # noqa: SLF001
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = None if buffer is None else buffer.to(device)
         within = {id(part) for layer in self.layers for part in layer.modules()}
         for name, module in self._model.named_modules():
             if id(module) not in within and module not in (self._embedding, self._head):
@@ -107,27 +155,36 @@ class LayeredModel:
         self._in_tuples = False
         self._find_form()
 
+    @property
+    def n_vocabulary(self) -> int:
+        """Rows of the head."""
+        return self._weights.n_rows(f"{self._head_name}.weight")
+
+    def module(self, number: int, name: str) -> nn.Module:
+        """A module inside a layer, by its name in the model."""
+        return self.layers[number].get_submodule(name.removeprefix(f"{self.names[number]}."))
+
     def embed(self, ids: Int64[Tensor, " tokens"]) -> Float32[Tensor, "tokens width"]:
         """What the embedding gives for tokens; only the rows of these are read."""
         there, places = ids.unique(return_inverse=True)
         rows = self._weights.rows(f"{self._embedding_name}.weight", there.tolist())
-        with _filled(self._embedding, {"weight": rows.to(self._device)}), torch.no_grad():
-            embedded: Tensor = self._embedding(places.to(self._device))
+        with _filled(self._embedding, {"weight": rows.to(self.device)}), torch.no_grad():
+            embedded: Tensor = self._embedding(places.to(self.device))
         return embedded
 
-    def begin(self, batch: PaddedBatch, embedded: State) -> State:
-        """The residual stream before the first layer."""
-        first: list[Tensor] = []
-        self._through(embedded, batch, lambda number, state, _: first.append(state) or state)
-        return first[0]
+    def begin(self, batch: Batch, embedded: State, *, cache: object | None = None) -> State:
+        """The residual stream before the first layer; with a cache, of tokens behind those that it knows of."""
+        noted = _Noted()
+        self._through(embedded, batch, noted, cache=cache)
+        return noted.states[0]
 
-    def arguments(self, batch: PaddedBatch) -> list[Arguments]:
+    def arguments(self, batch: Batch, *, cache: object | None = None) -> list[Arguments]:
         """What each layer is called with for a batch."""
-        found: list[Arguments] = []
-        rows, tokens = batch.ids.shape
-        nothing = torch.zeros(1, 1, self.width, device=self._device).expand(rows, tokens, self.width)
-        self._through(nothing, batch, lambda _, state, given: found.append(given) or state)
-        return found
+        noted = _Noted()
+        rows, tokens = batch.positions.shape
+        nothing = torch.zeros(1, 1, self.width, device=self.device).expand(rows, tokens, self.width)
+        self._through(nothing, batch, noted, cache=cache)
+        return noted.arguments
 
     @contextmanager
     def filled(self, number: int) -> Iterator[nn.Module]:
@@ -137,14 +194,14 @@ class LayeredModel:
             CheckpointError: The checkpoint lacks a tensor of it.
         """
         layer = self.layers[number]
-        empty = [(module, dict(module._parameters)) for module in layer.modules()]  # noqa: SLF001
+        empty = [(module, dict(module._parameters)) for module in layer.modules()]
         try:
             for name, module in layer.named_modules(prefix=self.names[number]):
                 self._fill(module, name)
             yield layer
         finally:
             for module, parameters in empty:
-                module._parameters.update(parameters)  # noqa: SLF001
+                module._parameters.update(parameters)
 
     @torch.no_grad()
     def run(self, number: int, state: State, given: Arguments) -> State:
@@ -156,43 +213,29 @@ class LayeredModel:
 
     def finish(self, states: Float32[Tensor, "n width"]) -> Float32[Tensor, "n width"]:
         """What the head is given for states behind the last layer: after the last norm."""
-        last, ends = len(self.layers) - 1, states[:, None].to(self._device)
-        one = torch.ones(len(states), 1, dtype=torch.int64, device=self._device)
+        last, ends = len(self.layers) - 1, states[:, None].to(self.device)
+        one = torch.ones(len(states), 1, dtype=torch.int64, device=self.device)
         output = self._through(
             torch.zeros_like(ends), PaddedBatch(one * 0, one, one * 0), lambda n, state, _: ends if n == last else state
         )
         return output[:, 0]
 
-    def next_logits(self, rows: Sequence[Sequence[int]], *, batch_size: int) -> Float32[Tensor, "rows vocabulary"]:
-        """The logits of the token after each row."""
-        padded = [
-            (batch, pad_left([rows[row] for row in batch], device=self._device))
-            for batch in batches(list(map(len, rows)), batch_size=batch_size)
-        ]
-        states = [self.begin(each, self.embed(each.ids.flatten()).view(*each.ids.shape, -1)) for _, each in padded]
-        for number in range(len(self.layers)):
-            with self.filled(number):
-                states = [
-                    self.run(number, state, self.arguments(each)[number])
-                    for state, (_, each) in zip(states, padded, strict=True)
-                ]
-        last = torch.empty(len(rows), self.width, device=self._device)
-        for state, (batch, _) in zip(states, padded, strict=True):
-            last[batch] = state[:, -1]
-        finished, blocks = self.finish(last), []
+    def logits(self, states: Float32[Tensor, "n width"]) -> Float32[Tensor, "n vocabulary"]:
+        """All logits of states behind the last layer."""
+        finished, blocks = self.finish(states), []
         for start, stop in self.head_blocks():
             with self.head(range(start, stop)) as logits:
                 blocks.append(logits(finished))
-        return torch.cat(blocks, dim=1).cpu()
+        return torch.cat(blocks, dim=1)
 
     def head_blocks(self, height: int = HEAD_BLOCK) -> Iterator[tuple[int, int]]:
         """First and last token of blocks of the vocabulary."""
-        n_rows = self._weights.n_rows(f"{self._head_name}.weight")
+        n_rows = self.n_vocabulary
         return ((start, min(start + height, n_rows)) for start in range(0, n_rows, height))
 
     def head_rows(self, rows: Sequence[int]) -> Float32[Tensor, "rows width"]:
         """The head's weights for some tokens."""
-        return self._weights.rows(f"{self._head_name}.weight", rows).to(self._device)
+        return self._weights.rows(f"{self._head_name}.weight", rows).to(self.device)
 
     @contextmanager
     def head(self, rows: Sequence[int]) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -202,7 +245,7 @@ class LayeredModel:
             bias = self._weights.tensor(f"{self._head_name}.bias")
             if bias is None:
                 raise self._refused(f"it has no '{self._head_name}.bias'")
-            weights["bias"] = bias[list(rows)].to(self._device)
+            weights["bias"] = bias[list(rows)].to(self.device)
 
         @torch.no_grad()
         def logits(finished: Tensor) -> Tensor:
@@ -217,27 +260,27 @@ class LayeredModel:
     @cached_property
     def gain(self) -> Float32[Tensor, " width"] | None:
         """The weight g of the last norm, where that is `g · r / rms(r)`; None for any other."""
-        probe = torch.randn(2, self.width, generator=torch.Generator().manual_seed(0)).to(self._device)
+        probe = torch.randn(2, self.width, generator=torch.Generator().manual_seed(0)).to(self.device)
         gain, found = self.finish(torch.ones_like(probe))[0], self.finish(probe)
         expected = gain * probe / probe.pow(2).mean(dim=1, keepdim=True).sqrt()
         return gain if torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(gain.abs().max())) else None
 
     def _fill(self, module: nn.Module, name: str) -> None:
         """Give a module its own tensors, not those of modules inside it."""
-        for leaf, parameter in module._parameters.items():  # noqa: SLF001
+        for leaf, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
             tensor = self._weights.tensor(f"{name}.{leaf}")
             if tensor is None or tensor.shape != parameter.shape:
                 found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
                 raise self._refused(f"'{name}.{leaf}' {found}; its layers need {tuple(parameter.shape)}")
-            module._parameters[leaf] = nn.Parameter(tensor.to(self._device), requires_grad=False)  # noqa: SLF001
-        for leaf in set(module._buffers) - module._non_persistent_buffers_set:  # noqa: SLF001
+            module._parameters[leaf] = nn.Parameter(tensor.to(self.device), requires_grad=False)
+        for leaf in set(module._buffers) - module._non_persistent_buffers_set:
             if (tensor := self._weights.tensor(f"{name}.{leaf}")) is not None:
-                module._buffers[leaf] = tensor.to(self._device)  # noqa: SLF001
+                module._buffers[leaf] = tensor.to(self.device)
 
     @torch.no_grad()
-    def _through(self, embedded: State, batch: PaddedBatch, visit: Visit) -> State:
+    def _through(self, embedded: State, batch: Batch, visit: Visit, *, cache: object | None = None) -> State:
         """The model's own forward pass with a visit in the place of each layer; what comes out behind the last norm."""
 
         def visited(number: int, *args: object, **kwargs: object) -> object:
@@ -252,7 +295,11 @@ class LayeredModel:
             for number, layer in enumerate(self.layers):
                 stack.enter_context(_method(layer, "forward", partial(visited, number)))
             output = self._decoder(
-                inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+                inputs_embeds=embedded,
+                attention_mask=batch.mask,
+                position_ids=batch.positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         result: Tensor = output.last_hidden_state
         return result
@@ -263,32 +310,21 @@ class LayeredModel:
         Raises:
             CheckpointError: What one layer gives is not what the next one is given.
         """
-        mask = torch.ones(1, 2, dtype=torch.int64, device=self._device)
+        mask = torch.ones(1, 2, dtype=torch.int64, device=self.device)
         batch = PaddedBatch(mask * 0, mask, mask.cumsum(dim=1) - 1)
-        probe = torch.randn(1, 2, self.width, generator=torch.Generator().manual_seed(0)).to(self._device)
+        probe = torch.randn(1, 2, self.width, generator=torch.Generator().manual_seed(0)).to(self.device)
         for self._in_tuples in (False, True):
-            given: list[Tensor] = []
-            wanted: list[Tensor] = []
-
-            def visit(_: int, state: Tensor, __: Arguments) -> Tensor:
-                given.append(state)
-                wanted.append(probe.clone())
-                return wanted[-1]
-
-            try:
-                self._through(probe, batch, visit)
-            except CheckpointError:
-                continue
-            if len(given) == len(self.layers) and all(
-                state is one for state, one in zip(given[1:], wanted, strict=False)
-            ):
-                break
+            noted = _Noted(renewed=True)
+            with contextlib.suppress(CheckpointError):
+                self._through(probe, batch, noted)
+                if len(noted.states) == len(self.layers) and noted.is_passed_on:
+                    break
         else:
             raise self._refused("what one of its layers gives is not what the next one is given")
-        arguments: list[list[Arguments]] = [[], []]
-        for scale, found in enumerate(arguments, start=1):
-            self._through(scale * probe, batch, lambda _, state, each: found.append(each) or state)
-        if any(not _equal(one, other) for one, other in zip(*arguments, strict=True)):
+        once, again = _Noted(), _Noted()
+        self._through(probe, batch, once)
+        self._through(2 * probe, batch, again)
+        if not _equal(once.arguments, again.arguments):
             raise self._refused("its layers are given more of the input than the residual stream")
 
     def _refused(self, why: str) -> CheckpointError:
@@ -319,14 +355,12 @@ def _equal(one: object, other: object) -> bool:
 
 @contextmanager
 def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    before = dict(module._parameters)  # noqa: SLF001
-    module._parameters.update(  # noqa: SLF001
-        {leaf: nn.Parameter(tensor, requires_grad=False) for leaf, tensor in tensors.items()}
-    )
+    before = dict(module._parameters)
+    module._parameters.update({leaf: nn.Parameter(tensor, requires_grad=False) for leaf, tensor in tensors.items()})
     try:
         yield
     finally:
-        module._parameters.update(before)  # noqa: SLF001
+        module._parameters.update(before)
 
 
 @contextmanager

@@ -45,6 +45,23 @@ class Writer:
             return output * self.scale
         return self.gain * output / output.pow(2).mean(dim=-1, keepdim=True).sqrt()
 
+    def error(
+        self, missing: Float32[Tensor, "tokens width"], output: Float32[Tensor, "tokens width"]
+    ) -> tuple[Float32[Tensor, "tokens width"], Float32[Tensor, " tokens"]]:
+        """What its output lacks for the stream to have what is wanted, and what each token counts for that.
+
+        A norm behind it keeps the direction of its output alone: it need be no longer than it is, and an error of a
+        short output weighs more.
+
+        Args:
+            missing: The state wanted behind the writer, less the stream before what it adds.
+            output: What it says now.
+        """
+        if self.gain is None:
+            return missing / self.scale - output, torch.ones_like(output[:, 0])
+        rms = output.pow(2).mean(dim=1, keepdim=True).sqrt()
+        return rms * missing / self.gain - output, 1 / rms[:, 0].pow(2)
+
 
 def find_writers(model: LayeredModel, number: int, given: Arguments, *, tokens: int) -> list[Writer]:
     """The writers of a layer that is filled, in the order in which they speak.
@@ -69,7 +86,7 @@ def find_writers(model: LayeredModel, number: int, given: Arguments, *, tokens: 
     def spoken(speaker: str | None) -> Tensor:
         """What the layer adds where one module alone speaks."""
 
-        def output(candidate: str, module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        def output(candidate: str, _: nn.Module, __: tuple[Tensor, ...], ___: Tensor) -> Tensor:
             order.append(candidate)
             return said if candidate == speaker else torch.zeros_like(said)
 
@@ -85,7 +102,7 @@ def find_writers(model: LayeredModel, number: int, given: Arguments, *, tokens: 
     for candidate in dict.fromkeys(order):
         added = spoken(candidate)
         if added.abs().max() > TOLERANCE:
-            writers[candidate] = _writer(candidate, layer, said, added)
+            writers[candidate] = _writer(candidate, said, added)
     return [writers[candidate] for candidate in dict.fromkeys(order) if candidate in writers]
 
 
@@ -105,7 +122,7 @@ def hooked(modules: Mapping[str, nn.Module], output: Output) -> Iterator[None]:
         yield
 
 
-def _writer(name: str, layer: nn.Module, said: Tensor, added: Tensor) -> Writer:
+def _writer(name: str, said: Tensor, added: Tensor) -> Writer:
     scale = float((added * said).sum() / said.pow(2).sum())
     if (added - scale * said).abs().max() <= TOLERANCE * added.abs().max():
         return Writer(name, scale)
