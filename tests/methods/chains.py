@@ -20,10 +20,8 @@ class Module:
     chains: "TwoChains"
     module: str
 
-    d_in = 12
-
-    def blocks(self, candidate, a):
-        yield self.chains.block(self.module, candidate, a)
+    def blocks(self, candidate):
+        yield self.chains.block(self.module, candidate)
 
     def put(self, candidate, a, b):
         self.chains.given.setdefault(candidate, {})[self.module] = (a, b)
@@ -45,6 +43,7 @@ class TwoChains:
 
     parts = ("fit", "choose", "fit", "report") * (PROMPTS // 4)
     part_of_place = parts
+    wanted = None
 
     def inputs(self, module):
         return numbers(PROMPTS * TOKENS, 12, seed=60 + self.modules.index(module))
@@ -60,11 +59,11 @@ class TwoChains:
     def state(self, candidate, stop=None):
         return sum(self.output(module, candidate) for module in self.modules[:stop])
 
-    def block(self, module, candidate, a):
+    def block(self, module, candidate):
         stop = self.modules.index(module) + 1
         is_fit = torch.tensor([part == "fit" for part in self.parts]).repeat_interleave(TOKENS)
         error = self.state(None, stop) - self.state(candidate, stop)
-        return Block(self.inputs(module)[is_fit] @ a.T, error[is_fit], torch.ones(int(is_fit.sum())))
+        return Block(self.inputs(module)[is_fit], error[is_fit], torch.ones(int(is_fit.sum())))
 
     def walk(self, candidates):
         for module in self.modules:
@@ -85,10 +84,11 @@ class TwoChains:
     def gain(self):
         return None
 
-    def likely(self, share):
-        shares = self.last_states(None).softmax(dim=1).mean(dim=0)
-        order = shares.argsort(descending=True)
-        return order[shares[order] > share]
+    def likely(self):
+        return self.last_states(None).softmax(dim=1).mean(dim=0).argsort(descending=True)[:4]
+
+    def aims(self):
+        return self.last_states(None)
 
     def head(self, tokens):
         return torch.eye(18)[tokens]

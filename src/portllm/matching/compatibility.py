@@ -12,7 +12,7 @@ from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_mismatches
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
-from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import Change, F, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
@@ -43,7 +43,7 @@ def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Ch
     return changes
 
 
-def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
+def changes_of(patch: Patch[F]) -> dict[str, Change[F]]:
     """What a patch does, by the name that it has for the tensor it is done to; all but experts."""
     return {
         **{module + WEIGHT: delta for module, delta in patch.deltas.items()},

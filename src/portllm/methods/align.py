@@ -7,16 +7,15 @@ divergence on others, and how often it answers as the old specialist does is cou
 Source: this project; docs/methods/align.md has formulas, measurements and failures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from portllm.methods.add import add
 from portllm.methods.choice import choose, on, wilson
-from portllm.methods.contract import Comparison, Inputs, Ported, Streams, Writer
+from portllm.methods.contract import Block, Comparison, Inputs, Part, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums, crossed
 from portllm.methods.tail import balance, balance_move, constant, logit_moves, reduced_rank
@@ -24,15 +23,14 @@ from portllm.methods.values import Values, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 
-ADD, REFIT = "add", "refit"
+ADD = "add"
+REFITS = {"refit": 0, "refit wide": 8}
+"""By name, how many principal directions of its input each writer reads beside those that the patch has."""
+
 FOLDS = 2
-SKETCH = 64
-"""Random directions of an input from which those of new factors are combined."""
+OLD_STATES = "the old specialist's states, read by the evolved head"
+SUBSPACE_STEPS = 2
 
-ANSWER_SHARE = 0.01
-"""A token to which the old specialist gives less than this, on average, is no answer."""
-
-MOST_ANSWERS = 64
 TAIL_RHO = 0.01
 TAIL_RANK = 8
 ANCHOR_SHARE = 0.05
@@ -60,69 +58,93 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
         raise ValueError("align was given no streams, which it declares to need")
     start = add(patch, inputs).patch
     streams = inputs.streams(start)
-    refit(streams, start)
-    candidates = [
-        each for walked in (ADD, REFIT) for each in (Candidate(walked, walked), *corrected(streams, start, walked))
-    ]
-    old_states = streams.last_states(None)
-    found = streams.compare({each.name: moved(streams, each) for each in candidates} | {"": old_states})
-    gate = float(on(found[""].nats, streams.parts, "choose").mean())
-    name = choose([each.name for each in candidates], found, streams.parts)
-    chosen = next(each for each in candidates if each.name == name)
-    numbers = evidence(found, name, streams) | {"head_gate": gate} | price(streams, chosen)
+    climbed = _climbed(streams, start, {}) if streams.wanted is not None else None
+    if climbed is None or _share(climbed.found[climbed.chosen.name], streams.parts) < (streams.wanted or 0.0):
+        climbed = _climbed(streams, start, REFITS)
+    found, chosen = climbed.found, climbed.chosen
+    gate = float(on(found[OLD_STATES].nats, streams.parts, "choose").mean())
+    numbers = evidence(found, chosen.name, streams) | {"head_gate": gate} | price(streams, chosen)
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
-    return Ported(made(start, streams, chosen), rounded, None if name == ADD else name)
+    return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Climbed:
+    """What was measured of some candidates, and which of them was chosen."""
+
+    found: Mapping[str, Comparison]
+    chosen: Candidate
+
+
+def _climbed(streams: Streams, start: Patch[Values], wide: Mapping[str, int]) -> _Climbed:
+    refit(streams, start, wide)
+    candidates = [
+        each for walked in (ADD, *wide) for each in (Candidate(walked, walked), *corrected(streams, start, walked))
+    ]
+    by_name = {each.name: each for each in candidates}
+    states = {name: moved(streams, each) for name, each in by_name.items()}
+    found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
+    return _Climbed(found, by_name[choose(list(by_name), found, streams.parts)])
+
+
+def _share(compared: Comparison, parts: Sequence[Part]) -> float:
+    """Of the prompts to choose by, how many are answered as by the old specialist."""
+    return float(on(compared.agrees, parts, "choose").double().mean())
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def refit(streams: Streams, start: Patch[Values]) -> None:
-    """Fit what every writer adds, first to last, with what was fitted before in force."""
-    delta_like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
-    rank = 0 if delta_like is None else delta_like.rank
-    for writer in streams.walk([ADD, REFIT]):
+def refit(streams: Streams, start: Patch[Values], wide: Mapping[str, int]) -> None:
+    """Fit what every writer adds, first to last, with what was fitted before in force.
+
+    Args:
+        streams: Both models.
+        start: The patch as it is added.
+        wide: By candidate, how many principal directions of a writer's input are read beside those of its A.
+    """
+    for writer in streams.walk([ADD, *wide]):
         delta = start.deltas.get(writer.module)
-        if delta is None:
-            if rank and not start.experts:
-                writer.put(REFIT, *new_factors(writer, rank))
-        elif delta.magnitude is None:
-            a = whole(delta.a).float()
-            sums, rho = summed(writer, a)
-            writer.put(REFIT, a, sums.solve(rho))
+        if delta is not None and delta.magnitude is not None:
+            continue
+        for name, more in wide.items():
+            blocks = [Block(block.x.cpu(), block.error.cpu(), block.weight.cpu()) for block in writer.blocks(name)]
+            parts = [] if delta is None else [whole(delta.a).float()]
+            if more and not start.experts:
+                parts.append(principal(blocks, more))
+            if parts:
+                a = torch.cat(parts)
+                writer.put(name, a, fitted(blocks, a))
 
 
-def summed(writer: Writer, a: Tensor) -> tuple[Sums, float]:
-    """What the regression needs, and the ridge that serves tokens best which it was not fitted on."""
+def fitted(blocks: Sequence[Block], a: Tensor) -> Tensor:
+    """The change of B by the ridge that serves tokens best which it was not fitted on."""
     folds: dict[int, Sums] = {}
-    for number, block in enumerate(writer.blocks(REFIT, a)):
-        part, fold = Sums.of(block.z.cpu(), block.error.cpu(), block.weight.cpu()), number % FOLDS
+    for number, block in enumerate(blocks):
+        part, fold = Sums.of(block.x @ a.T, block.error, block.weight), number % FOLDS
         folds[fold] = folds[fold] + part if fold in folds else part
     first, *others = folds.values()
-    return sum(others, first), crossed([first, *others])
+    return sum(others, first).solve(crossed([first, *others])).float()
 
 
-def new_factors(writer: Writer, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors for a writer that the patch leaves alone: the best of a rank among combinations of random directions."""
-    seed = int.from_bytes(blake2b(writer.module.encode(), digest_size=7).digest())
-    sketch = torch.randn(SKETCH, writer.d_in, generator=torch.Generator().manual_seed(seed)) / writer.d_in**0.5
-    sums, rho = summed(writer, sketch)
-    change = sums.solve(rho)
-    leading = torch.linalg.svd(change @ torch.linalg.cholesky(sums.zz + ridge_of(sums, rho)), full_matrices=False).U
-    kept = leading[:, : min(rank, SKETCH)]
-    return (kept.T @ change @ sketch.double()).float(), kept.float()
-
-
-def ridge_of(sums: Sums, rho: float) -> Tensor:
-    """`λ I`, with a little more for directions that no token has."""
-    size = float(sums.zz.diagonal().mean())
-    return (rho + 1e-12) * max(size, 1e-300) * torch.eye(len(sums.zz), dtype=torch.float64)
+def principal(blocks: Sequence[Block], count: int) -> Tensor:
+    """Leading directions of weighted inputs, each of mean square 1 on them, by subspace iteration."""
+    x = torch.cat([block.x * block.weight.sqrt()[:, None] for block in blocks])
+    total = float(sum(float(block.weight.sum()) for block in blocks))
+    start = torch.randn(x.shape[1], 2 * count, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(x.T @ (x @ start)).Q
+    for _ in range(SUBSPACE_STEPS):
+        basis = torch.linalg.qr(x.T @ (x @ basis)).Q
+    _, sizes, right = torch.linalg.svd(x @ basis, full_matrices=False)
+    leading = (right @ basis.T)[:count]
+    scaled: Tensor = leading / (sizes[:count, None] / total**0.5).clamp(min=1e-12)
+    return scaled
 
 
 def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candidate]:
     """The corrections at the last writer of what was walked, the simplest first; none where they are not possible."""
     gain, writer = streams.gain(), streams.last_writer()
-    tokens = streams.likely(ANSWER_SHARE)[:MOST_ANSWERS]
+    tokens = streams.likely()
     if gain is None or writer is None or len(tokens) < 2 or start.experts:
         return []
     module, scale = writer
@@ -130,7 +152,7 @@ def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candi
     if there is not None and there.magnitude is not None:
         return []
     fit = torch.tensor([part == "fit" for part in streams.part_of_place])
-    states, u, wanted = streams.last_states(walked), streams.last_inputs(walked)[fit], streams.last_states(None)[fit]
+    states, u, wanted = streams.last_states(walked), streams.last_inputs(walked)[fit], streams.aims()[fit]
     logits = streams.logits(tokens, states)[fit]
     answers, head, state = streams.logits(tokens, None)[fit], streams.head(tokens), states[fit]
     anchors = streams.anchor_inputs(walked)
@@ -168,10 +190,12 @@ def made(start: Patch[Values], streams: Streams, candidate: Candidate) -> Patch[
     deltas: dict[str, LowRankDelta[Values]] = dict(start.deltas)
     more = dict(candidate.tail)
     for module, (a, b) in streams.put_by(candidate.walked).items():
-        if module in deltas:
-            deltas[module] = add_to_b(deltas[module], b)
-        else:
-            more[module] = Factors(a, b) if module not in more else more[module].beside(Factors(a, b))
+        rank = deltas[module].rank if module in deltas else 0  # the first of its directions are those of the patch
+        if rank:
+            deltas[module] = add_to_b(deltas[module], b[:, :rank])
+        if len(a) > rank:
+            new = Factors(a[rank:], b[:, rank:])
+            more[module] = more[module].beside(new) if module in more else new
     patch = replace(start, deltas=deltas)
     return with_appended(patch, more) if more else patch
 

@@ -41,12 +41,12 @@ class Block:
     """What a candidate gives a writer for some tokens.
 
     Attributes:
-        z: The writer's input, as the rows of a matrix A read it: `A x`.
+        x: The writer's input.
         error: What its output lacks for the residual stream behind it to be what is wanted.
         weight: How much each token counts; 0 for one that is not to be looked at.
     """
 
-    z: "Float32[Tensor, 'tokens r']"
+    x: "Float32[Tensor, 'tokens d_in']"
     error: "Float32[Tensor, 'tokens d_out']"
     weight: "Float32[Tensor, ' tokens']"
 
@@ -72,11 +72,7 @@ class Writer(Protocol):
     def module(self) -> str:
         """Its name."""
 
-    @property
-    def d_in(self) -> int:
-        """How wide its input is."""
-
-    def blocks(self, candidate: str, a: "Float[Tensor, 'r d_in']") -> "Iterable[Block]":
+    def blocks(self, candidate: str) -> "Iterable[Block]":
         """What a candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
 
         On prompts the old specialist's state is wanted, on general text that of the bare evolved model.
@@ -93,6 +89,10 @@ class Streams(Protocol):
     Answers are what the old specialist says to the prompts, to their end. Places are the tokens that have one of an
     answer after them, those of all prompts one after another.
     """
+
+    @property
+    def wanted(self) -> float | None:
+        """Share of answers that are to be the old specialist's, above which no more is tried; None for the most."""
 
     @property
     def parts(self) -> "Sequence[Part]":
@@ -123,8 +123,11 @@ class Streams(Protocol):
     def compare(self, states: "Mapping[str, Float32[Tensor, 'places width']]") -> Mapping[str, Comparison]:
         """The answers of the evolved model with these states behind its last layer."""
 
-    def likely(self, share: float) -> "Int64[Tensor, ' tokens']":
-        """Tokens to which the old specialist gives more than a share, on average over the places to fit on."""
+    def likely(self) -> "Int64[Tensor, ' tokens']":
+        """Tokens that the old specialist answers with, the likeliest first."""
+
+    def aims(self) -> "Float32[Tensor, 'places width']":
+        """The old specialist's last states, moved to where the evolved head gives its answers their old logits."""
 
     def head(self, tokens: "Int64[Tensor, ' tokens']") -> "Float32[Tensor, 'tokens width']":
         """Rows of the evolved model's head."""

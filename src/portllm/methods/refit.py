@@ -74,7 +74,8 @@ def ridge(zz: Float64[Tensor, "r r"], ez: Float64[Tensor, "d r"], rho: float) ->
     inverse = torch.where(
         values > floor, 1 / raised.clamp(min=torch.finfo(torch.float64).tiny), torch.zeros_like(values)
     )
-    return (ez @ vectors) * inverse @ vectors.T
+    change: Tensor = (ez @ vectors) * inverse @ vectors.T
+    return change
 
 
 def crossed(folds: Sequence[Sums], rhos: Sequence[float] = RHOS) -> float:

@@ -48,6 +48,8 @@ class Domain:
         anchor_share: What a token of general text counts there.
         device: Where layers run.
         seed: Of the text that the evolved model writes.
+        wanted: Share of answers that are to be the old specialist's, above which nothing more is tried; None for the
+            most that can be had.
         progress: Progress callback (tokens written, layers).
 
     Raises:
@@ -64,6 +66,7 @@ class Domain:
     anchor_share: float = 0.05
     device: Device = "auto"
     seed: int = 0
+    wanted: float | None = None
     progress: Progress = silent
 
     def __post_init__(self) -> None:
@@ -125,7 +128,9 @@ def open_streams(plan: PortPlan, patch: Patch[Values], added: Patch[Values], dom
     if general:
         rows = Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))
         texts = Reading(rows, bare, 1.0, device, domain.batch_size, domain.anchor_share)
-    return Streams(new, Reading(asked, old, domain.omega, device, domain.batch_size), texts, domain.progress)
+    return Streams(
+        new, Reading(asked, old, domain.omega, device, domain.batch_size), texts, domain.progress, domain.wanted
+    )
 
 
 def _alternate(n: int) -> tuple[Part, ...]:

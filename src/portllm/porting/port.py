@@ -20,7 +20,7 @@ from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
-from portllm.porting.auto import Route
+from portllm.porting.auto import AUTO, Route
 from portllm.porting.inputs import gather, left_out, settled
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def port(
         NonFiniteError: A tensor of the patch, before or after porting, contains an infinity or NaN.
     """
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
-    route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
+    reads = domain is not None and method == AUTO
+    route = Route(update, method=method, force=force, allow_other_base=allow_other_base, reads=reads)
     return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite, domain=domain)
 
 

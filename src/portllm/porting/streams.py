@@ -13,13 +13,22 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor, nn
 
 from portllm.methods.contract import Block, Comparison, Part
+from portllm.methods.tail import logit_moves
 from portllm.porting.prompts import Rows
 from portllm.progress import Progress
 from portllm.running.encoding import PaddedBatch, batches, pad_left
-from portllm.running.layers import LayeredModel
+from portllm.running.layers import Arguments, LayeredModel
 from portllm.running.writers import Writer, find_writers, hooked
 
 FITTED: tuple[Part, ...] = ("fit", "anchor")
+ANSWER_SHARE = 0.001
+"""A token to which the old specialist gives less than this, on average, is no answer."""
+
+MOST_ANSWERS = 64
+
+KEPT_SCORES = 1 << 18
+"""Of a batch: tokens of a row, squared, times rows. Masks of more are made again for every layer."""
+
 PLACES = 1024
 """Whose logits are in memory at a time, for some thousand tokens of the vocabulary."""
 
@@ -50,6 +59,7 @@ class Reading:
     states: dict[str | None, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     wanted: list[list[Tensor]] = field(default_factory=list)
+    _arguments: dict[tuple[int, tuple[int, ...]], list[Arguments]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.to_fit, self.others = (
@@ -66,6 +76,18 @@ class Reading:
     def pad(self, batch: Sequence[int]) -> PaddedBatch:
         """The ids of a batch."""
         return pad_left([self.rows.ids[row] for row in batch], device=self.device)
+
+    def arguments(self, model: LayeredModel, number: int, batch: Sequence[int]) -> Arguments:
+        """What a layer of a model is called with for a batch; kept for all layers where it is small."""
+        key = id(model), tuple(batch)
+        if key in self._arguments:
+            return self._arguments[key][number]
+        padded = self.pad(batch)
+        arguments = model.arguments(padded)
+        rows, tokens = padded.ids.shape
+        if rows * tokens * tokens <= KEPT_SCORES:
+            self._arguments[key] = arguments
+        return arguments[number]
 
     def state(self, name: str | None, batch: Sequence[int]) -> Tensor:
         """The states of a batch, padded."""
@@ -99,7 +121,7 @@ class Reading:
         self.wanted = [[] for _ in writers]
         for batch in (*self.to_fit, *self.others):
             state = self.state(None, batch)
-            found, after = _watch(self.model, number, writers, state, self.pad(batch), {})
+            found, after = _watch(self.model, number, writers, state, self.arguments(self.model, number, batch), {})
             self.keep(None, batch, after)
             if batch in self.to_fit:
                 for kept, writer, (_, output) in zip(self.wanted, writers, found, strict=True):
@@ -119,11 +141,10 @@ class WriterStep:
     number: int
     place: int
     module: str
-    d_in: int
 
-    def blocks(self, candidate: str, a: Tensor) -> Iterator[Block]:
+    def blocks(self, candidate: str) -> Iterator[Block]:
         """As the contract says."""
-        return self.streams.blocks(self, candidate, a)
+        return self.streams.blocks(self, candidate)
 
     def put(self, candidate: str, a: Tensor, b: Tensor) -> None:
         """As the contract says."""
@@ -139,6 +160,7 @@ class Streams:
         prompts: The rows of the domain, with the old specialist's answers.
         general: Rows of general text; None for none.
         progress: Told of the layers done.
+        wanted: Share of answers that are to be the old specialist's; None for as many as can be.
         extras: By candidate, what was put at writers.
     """
 
@@ -146,6 +168,7 @@ class Streams:
     prompts: Reading
     general: Reading | None
     progress: Progress
+    wanted: float | None = None
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,20 +194,20 @@ class Streams:
             for reading in self.readings:
                 with reading.model.filled(number):
                     reading.run_wanted(number)
+            if number == n_layers - 1:
+                self._aim()
             with self.new.filled(number):
                 self._writers = _writers_of(self.new, number, self.prompts)
                 for place, writer in enumerate(self._writers):
-                    module = self.new.module(number, writer.name)
-                    yield WriterStep(self, number, place, writer.name, d_in=_d_in(module))
+                    yield WriterStep(self, number, place, writer.name)
                 for candidate in candidates:
                     self._run(number, candidate)
             self.progress("align", number + 1, n_layers, "steps")
 
-    def blocks(self, step: WriterStep, candidate: str, a: Tensor) -> Iterator[Block]:
+    def blocks(self, step: WriterStep, candidate: str) -> Iterator[Block]:
         """What a candidate gives a writer, and what it lacks behind it."""
         is_last = step.place == len(self._writers) - 1
         writer = self._writers[step.place]
-        a = a.to(self.new.device, torch.float32)
         self._done.pop(candidate, None)
         done = []
         for reading in self.readings:
@@ -195,7 +218,7 @@ class Streams:
                     step.number,
                     self._writers,
                     state,
-                    reading.pad(batch),
+                    reading.arguments(self.new, step.number, batch),
                     self.extras.get(candidate, {}),
                     stop=None if is_last else step.place,
                 )
@@ -204,11 +227,10 @@ class Streams:
                 x, output = (reading.flat(each, batch) for each in found[step.place])
                 missing = wanted.to(x.device) - reading.flat(state, batch)
                 error, factor = writer.error(missing, output)
-                z = x @ a.T
                 if is_last:
-                    done.append((reading, batch, z.cpu(), reading.flat(after, batch).cpu()))
+                    done.append((reading, batch, x.cpu(), reading.flat(after, batch).cpu()))
                 weight = reading.share * reading.rows.weights(batch, reading.omega)
-                yield Block(z, error, weight.to(x.device) * factor)
+                yield Block(x, error, weight.to(x.device) * factor)
         if is_last and writer.gain is None:
             self._done[candidate] = done
 
@@ -216,8 +238,8 @@ class Streams:
         """What a candidate has at a writer; where nothing comes after it in the layer, its states follow."""
         self.extras.setdefault(candidate, {})[step.module] = a, b
         scale = self._writers[step.place].scale
-        for place, (reading, batch, z, after) in enumerate(self._done.get(candidate, ())):
-            self._done[candidate][place] = reading, batch, z, after + scale * z @ b.cpu().T
+        for place, (reading, batch, x, after) in enumerate(self._done.get(candidate, ())):
+            self._done[candidate][place] = reading, batch, x, after + scale * x @ a.cpu().T @ b.cpu().T
 
     def put_by(self, candidate: str) -> Extras:
         """As the contract says."""
@@ -257,7 +279,7 @@ class Streams:
         old, new, rows = self.prompts.model, self.new, self.prompts.rows
         wanted = old.finish(self.last_states(None))
         finished = {name: new.finish(state) for name, state in states.items()}
-        parts = torch.arange(len(wanted)).split(PLACES)
+        parts = torch.split(torch.arange(len(wanted)), PLACES)
         found = [_Compared(len(part), finished, new.device) for part in parts]
         for start, stop in new.head_blocks():
             with old.head(range(start, stop)) as old_logits, new.head(range(start, stop)) as new_logits:
@@ -270,21 +292,21 @@ class Streams:
         }
         return {name: Comparison(rows.by_row(nats), rows.by_row(same) == 1) for name, (nats, same) in by_name.items()}
 
-    def likely(self, share: float) -> Int64[Tensor, " tokens"]:
-        """As the contract says; the likeliest first."""
+    def likely(self) -> Int64[Tensor, " tokens"]:
+        """As the contract says: those with more than a share, on average over the places to fit on."""
         if self._likely is None:
             old = self.prompts.model
             states = old.finish(self.last_states(None)[self.prompts.rows.is_of("fit")])
             found = torch.zeros(old.n_vocabulary, dtype=torch.float64)
-            for part in states.split(PLACES // 4):
+            for part in torch.split(states, PLACES // 4):
                 blocks = []
                 for start, stop in old.head_blocks():
                     with old.head(range(start, stop)) as logits:
                         blocks.append(logits(part))
                 found += torch.cat(blocks, dim=1).softmax(dim=1).sum(dim=0).double().cpu()
             self._likely = found / len(states)
-        order = self._likely.argsort(descending=True, stable=True)
-        return order[self._likely[order] > share]
+        order = self._likely.argsort(descending=True, stable=True)[:MOST_ANSWERS]
+        return order[self._likely[order] > ANSWER_SHARE]
 
     def head(self, tokens: Int64[Tensor, " tokens"]) -> Float32[Tensor, "tokens width"]:
         """As the contract says."""
@@ -326,10 +348,26 @@ class Streams:
                     inside = (said >= start) & (said < stop)
                     of_said[inside] = block.cpu()[inside, said[inside] - start]
             nats = softmax.normalizer.cpu() - of_said
-            found[name] = torch.stack([nats[rows == row].mean() for row in rows.unique()])
+            found[name] = torch.stack([nats[rows == row].mean() for row in torch.unique(rows)])
         return found
 
+    def aims(self) -> Float32[Tensor, "places width"]:
+        """As the contract says."""
+        states, tokens, gain = self.last_states(None), self.likely(), self.gain()
+        if gain is None or len(tokens) < 2:
+            return states
+        missing = self.logits(tokens, None) - self.logits(tokens, states)
+        return (states + logit_moves(missing, self.head(tokens), gain, states)).float()
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _aim(self) -> None:
+        """Behind the last layer, wanted where an answer is said is what the evolved head reads as that answer."""
+        reading, rows = self.prompts, self.prompts.rows
+        moves = torch.zeros(rows.n_tokens, self.new.width)
+        moves[rows.places] = self.aims() - self.last_states(None)
+        for batch, wanted in zip(reading.to_fit, reading.wanted[-1], strict=True):
+            wanted += moves[rows.tokens(batch)]
 
     def _run(self, number: int, candidate: str) -> None:
         """A candidate through a layer: what was run to fit its last writer has come through already."""
@@ -342,7 +380,12 @@ class Streams:
             for batch in (*(() if done else reading.to_fit), *reading.others):
                 state = reading.state(candidate, batch)
                 found, after = _watch(
-                    self.new, number, self._writers, state, reading.pad(batch), self.extras.get(candidate, {})
+                    self.new,
+                    number,
+                    self._writers,
+                    state,
+                    reading.arguments(self.new, number, batch),
+                    self.extras.get(candidate, {}),
                 )
                 reading.keep(candidate, batch, after)
                 if is_last:
@@ -364,7 +407,7 @@ def _watch(
     number: int,
     writers: Sequence[Writer],
     state: Tensor,
-    padded: PaddedBatch,
+    given: Arguments,
     extras: Extras,
     *,
     stop: int | None = None,
@@ -381,17 +424,11 @@ def _watch(
             raise _EnoughError
         return said
 
-    given = model.arguments(padded)[number]
     with hooked({writer.name: model.module(number, writer.name) for writer in writers}, output):
         try:
             return found, model.run(number, state, given)
         except _EnoughError:
             return found, state
-
-
-def _d_in(module: nn.Module) -> int:
-    weight = module.weight
-    return int(weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0])
 
 
 class _Compared:

@@ -166,7 +166,7 @@ class LayeredModel:
 
     def embed(self, ids: Int64[Tensor, " tokens"]) -> Float32[Tensor, "tokens width"]:
         """What the embedding gives for tokens; only the rows of these are read."""
-        there, places = ids.unique(return_inverse=True)
+        there, places = torch.unique(ids, return_inverse=True)
         rows = self._weights.rows(f"{self._embedding_name}.weight", there.tolist())
         with _filled(self._embedding, {"weight": rows.to(self.device)}), torch.no_grad():
             embedded: Tensor = self._embedding(places.to(self.device))

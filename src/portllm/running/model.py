@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -201,9 +201,7 @@ def build_skeleton(folder: str | Path, *, longest: int = SHORT) -> PreTrainedMod
     def failed(why: str) -> CheckpointError:
         return CheckpointError(f"'{folder}': transformers cannot build it as a causal language model: {why}")
 
-    def to_meta(
-        _module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter | None
-    ) -> torch.nn.Parameter | None:
+    def to_meta(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter | None) -> Any:  # noqa: ANN401
         # Memory that nothing was written to yet costs nothing, and is given back before the next parameter.
         return None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 

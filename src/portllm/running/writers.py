@@ -91,7 +91,8 @@ def find_writers(model: LayeredModel, number: int, given: Arguments, *, tokens: 
             return said if candidate == speaker else torch.zeros_like(said)
 
         with hooked(candidates, output):
-            return model.run(number, state, given) - state
+            added: Tensor = model.run(number, state, given) - state
+        return added
 
     if spoken(None).abs().max() > TOLERANCE:
         raise CheckpointError(

@@ -76,7 +76,7 @@ def write_layered(
     for number in range(most):
         last = _step(model, groups)
         logits = model.logits(last)
-        for group, part in zip(groups, logits.split([len(group.rows) for group in groups]), strict=True):
+        for group, part in zip(groups, torch.split(logits, [len(group.rows) for group in groups]), strict=True):
             tokens = pick(part)
             for row, token in zip(group.rows, tokens.tolist(), strict=True):
                 if not (written[row] and written[row][-1] == end):
@@ -92,16 +92,16 @@ def write_layered(
 
 def _step(model: LayeredModel, groups: Sequence[_Group]) -> Float32[Tensor, "rows width"]:
     """The newest tokens of all groups through all layers; the last one's state of each row."""
-    states = []
+    states, given = [], []
     for group in groups:
         embedded = model.embed(group.ids.flatten()).view(*group.ids.shape, -1)
-        states.append(model.begin(group.tokens, embedded, cache=_stand_in(model, group)))
+        cache = _stand_in(model, group)
+        states.append(model.begin(group.tokens, embedded, cache=cache))
+        arguments = model.arguments(group.tokens, cache=cache)
+        given.append([each.replaced(cache, kept) for each, kept in zip(arguments, group.kept, strict=True)])
     for number in range(len(model.layers)):
         with model.filled(number):
-            for place, group in enumerate(groups):
-                cache = _stand_in(model, group)
-                given = model.arguments(group.tokens, cache=cache)[number]
-                states[place] = model.run(number, states[place], given.replaced(cache, group.kept[number]))
+            states = [model.run(number, state, each[number]) for state, each in zip(states, given, strict=True)]
     return torch.cat([state[:, -1] for state in states])
 
 
