@@ -220,17 +220,40 @@ def digits(value: float | None) -> str:
 
 
 def render_families() -> str:
-    """The page `families.md`."""
-    from portllm.checkpoint.model.families import families
+    """The page `families.md`, from what the sweep over all model types has found."""
+    sys.path.insert(0, str(ROOT))  # the sweep is the tests'
+    from tests.model_types import NONE, OUT, RIGHT
 
+    found = json.loads(OUT.read_text(encoding="utf-8"))
+    rows = [(model_type, name, cells) for model_type, classes in found.items() for name, cells in classes.items()]
+    run = [(model_type, name, cells) for model_type, name, cells in rows if "model" not in cells]
+    kinds = [*dict.fromkeys(kind for *_, cells in run for kind in cells)]
+    marks = {RIGHT: "yes", NONE: ""}
+    table_rows = [
+        (f"`{model_type}`", f"`{name}`", *(marks.get(cells[kind], cells[kind].partition(":")[0]) for kind in kinds))
+        for model_type, name, cells in run
+    ]
+    reasons = [
+        f"- `{name}`, {kind}: {cells[kind]}"
+        for _, name, cells in run
+        for kind in kinds
+        if cells[kind] not in (RIGHT, NONE)
+    ]
     parts = [
         "# Families of models",
-        "Written by `scripts/gen_docs.py` from `checkpoint/model/families/*.toml`; change those, not this page.",
+        "Written by `scripts/gen_docs.py` from `tests/model_types.json`, which a sweep over all model types writes.",
         paragraph(
-            "A family defines how the tensors of its models are named and laid out. The *current* name of a tensor is "
-            "its name in the model that transformers 5 builds; PEFT's keys derive from it. A file or an adapter may "
-            "use another spelling. PortLLM reads all spellings below, on either side, and writes a model or an "
-            "adapter in the spelling it was read in. A name that could mean two tensors is refused."
+            "What is known of a model type comes from transformers itself: `scripts/gen_model_types.py` builds every "
+            "class that transformers loads a type into, without memory, and writes down how it names, ties and lays "
+            "out its tensors. The *current* name of a tensor is its name in the model that transformers 5 builds; "
+            "PEFT's keys derive from it. A file or an adapter may use another spelling. PortLLM reads the spellings "
+            "that transformers reads, on either side, and writes a model or an adapter in the spelling it was read "
+            "in. A name that could mean two tensors is refused."
+        ),
+        paragraph(
+            "A model of vision and text may be loaded as a text model too, and an adapter may have been trained on "
+            "either: it is matched by the names of the class that it was trained with. What that class does not "
+            "load, such as layers for multi-token prediction, is not asked of the adapter."
         ),
         paragraph(
             "Experts may be stored one per tensor or all in one tensor. An adapter of all experts at once (PEFT's "
@@ -240,35 +263,26 @@ def render_families() -> str:
             "models holds one delta for all experts of a layer, however either model stores them."
         ),
         paragraph(
-            "A model of an unknown family can also be read: names are then used as stored, an embedding is recognized "
-            "by its name, and `fan_in_fan_out` is taken from the adapter."
+            "A model type that is not in the table is asked of the transformers installed, where there is one. Where "
+            "neither knows it, plain linear modules are served by the names they are stored under, and whatever "
+            "touches embedding, head or experts is refused."
         ),
-        "\n".join(
-            [
-                "| family | models | `model_type` |",
-                "| --- | --- | --- |",
-                *(f"| [{f.id}](#{f.id}) | {f.title} | {listed(f.model_types)} |" for f in families()),
-            ]
+        "## What was run",
+        paragraph(
+            f"Tiny models of {len(run)} classes, each with an adapter of every kind, as PEFT saves it. *yes*: the "
+            "merged model, reloaded by transformers, has the logits that PEFT computes with the adapter unmerged; a "
+            "captured patch, loaded by PEFT on the base, has those of the model it was captured from. *refused*: "
+            "PortLLM writes nothing and says why. *PEFT*: PEFT or transformers cannot make or run such an adapter. "
+            "Empty: the model has no such part."
         ),
+        table(("model type", "class", *kinds), table_rows),
+        "## Refused, or not to be had from PEFT",
+        "\n".join(reasons),
+        "## Not run",
+        "The classes that could not be made tiny, or not be run on text alone:",
+        "\n".join(f"- `{name}`: {cells['model']}" for _, name, cells in rows if "model" in cells),
     ]
-    return "\n\n".join([*parts, *map(render_family, families())]) + "\n"
-
-
-def render_family(family: Any) -> str:
-    """The section of one family."""
-    rows = {
-        "architectures": listed(family.architectures),
-        "embedding, head": listed((family.embedding, family.head)),
-        "linear modules": listed(family.linear),
-        "stored transposed": listed(family.transposed) or "none",
-        "source": f"<{family.source}>",
-    }
-    for fused, parts in family.experts.items():
-        rows[f"experts: `{fused}`"] = f"for all experts, or {listed(parts)} for each"
-    for spelling, rewrites in family.spellings.items():
-        rows[f"spelling: {spelling}"] = ", ".join(f"`{old}` for `{new}`" for old, new in rewrites)
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    return f"## {family.id}\n\n| {family.title} | |\n| --- | --- |\n{table}"
+    return "\n\n".join(parts) + "\n"
 
 
 def render_adapters() -> str:

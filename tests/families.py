@@ -1,4 +1,4 @@
-"""Tiny seeded models of every family that the package knows, made by transformers from its own configurations.
+"""Tiny seeded models of each layout that the package reads, made by transformers from its own configurations.
 
 Width 12, inner width 20, three query heads and one key head of 6, vocabulary 31, two layers: no matrix is square
 but for those that an architecture makes square (GPT-2's attention output, Qwen 2-VL's query, projections of a vision
@@ -38,7 +38,7 @@ class Kind:
     """One tiny model.
 
     Attributes:
-        family: The id of its family in the package.
+        family: Its model type, which is what the package calls its family.
         config: Name of its configuration's class.
         model: Name of its own class.
         fields: Of its configuration.
@@ -57,10 +57,10 @@ class Kind:
 KINDS = {
     "llama": Kind("llama", "LlamaConfig", "LlamaForCausalLM", TEXT),
     "mistral": Kind("mistral", "MistralConfig", "MistralForCausalLM", TEXT),
-    "gemma2": Kind("gemma", "Gemma2Config", "Gemma2ForCausalLM", TEXT),
-    "gemma3": Kind("gemma", "Gemma3TextConfig", "Gemma3ForCausalLM", TEXT),
-    "qwen2": Kind("qwen", "Qwen2Config", "Qwen2ForCausalLM", TEXT),
-    "qwen3": Kind("qwen", "Qwen3Config", "Qwen3ForCausalLM", TEXT),
+    "gemma2": Kind("gemma2", "Gemma2Config", "Gemma2ForCausalLM", TEXT),
+    "gemma3": Kind("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM", TEXT),
+    "qwen2": Kind("qwen2", "Qwen2Config", "Qwen2ForCausalLM", TEXT),
+    "qwen3": Kind("qwen3", "Qwen3Config", "Qwen3ForCausalLM", TEXT),
     "phi3": Kind(
         "phi3", "Phi3Config", "Phi3ForCausalLM", TEXT, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     ),
@@ -79,7 +79,7 @@ KINDS = {
         targets=ATTENTION,
     ),
     "qwen2-moe": Kind(
-        "qwen-moe",
+        "qwen2_moe",
         "Qwen2MoeConfig",
         "Qwen2MoeForCausalLM",
         {
@@ -92,14 +92,14 @@ KINDS = {
         targets=(*ATTENTION, "shared_expert_gate"),
     ),
     "qwen3-moe": Kind(
-        "qwen-moe",
+        "qwen3_moe",
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
         {**TEXT, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         targets=ATTENTION,
     ),
     "gemma3-vision": Kind(
-        "gemma3-vision",
+        "gemma3",
         "Gemma3Config",
         "Gemma3ForConditionalGeneration",
         {
@@ -113,7 +113,7 @@ KINDS = {
         text=TEXT,
     ),
     "qwen2-vision": Kind(
-        "qwen-vision",
+        "qwen2_vl",
         "Qwen2VLConfig",
         "Qwen2VLForConditionalGeneration",
         {"vision_config": {**QWEN_VISION, "embed_dim": 8, "hidden_size": 12}},
@@ -177,12 +177,18 @@ def merge_with_peft(kind, base, adapter, folder, *, current=False):
     return Path(folder)
 
 
-def spelled(family, name, spelling):
-    """A tensor or module as one of the family's spellings has it."""
-    name = family.current_name(name) + "."
-    for old, new in family.spellings[spelling]:
-        if new.startswith("."):
-            name = name.replace(new, old)
-        elif name.startswith(new):
-            name = old + name.removeprefix(new)
-    return name[:-1]
+OLD = {
+    "gemma3-vision": [("lm_head.", "language_model.lm_head."), ("model.language_model.", "language_model.model."),
+                      ("model.vision_tower.", "vision_tower.vision_model.")],
+    "qwen2-vision": [("model.language_model.", "model."), ("model.visual.", "visual.")],
+    "mixtral": [("model.layers.0.mlp.", "model.layers.0.block_sparse_moe.")],
+}  # fmt: skip
+"""How transformers 4 began the names of models that transformers 5 names otherwise."""
+
+
+def spelled_of_old(kind, name):
+    """A current name as transformers 4 had it."""
+    for new, old in OLD[kind]:
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name

@@ -35,6 +35,10 @@ MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "patch.json")
 
 
+class Hangs(BaseException):
+    """The program does not end. No `except` of the program is meant for it, as one of `OSError` would be."""
+
+
 def write_model(folder):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
@@ -154,11 +158,11 @@ def bound_by_permissions():
 def run(*arguments):
     """How the program ends with these arguments: its status, and what it says.
 
-    Whatever is no error of ours comes out as it is; so does `TimeoutError`, where the program does not end.
+    Whatever is no error of ours comes out as it is; so does `Hangs`, where the program does not end.
     """
 
     def stop(*_):
-        raise TimeoutError(f"still busy after {HANGS_AFTER_SECONDS} seconds")
+        raise Hangs(f"still busy after {HANGS_AFTER_SECONDS} seconds")
 
     said, before = io.StringIO(), (signal.signal(signal.SIGALRM, stop), signal.getsignal(signal.SIGTERM))
     signal.alarm(HANGS_AFTER_SECONDS)

@@ -107,3 +107,60 @@ def _permuted(rows, heads):
     from tests.tiny_gguf import permute
 
     return permute(rows, heads)
+
+
+def quantize_mlp(base, folder, scheme):
+    """A model's folder with the weights of its MLPs stored in FP8 or as GPTQ; the folder of the values they stand for.
+
+    The rest is in bfloat16. The values are in float32, in a second folder.
+    """
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    stored, values = {}, {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if ".mlp." not in name:
+            stored[name] = values[name] = tensor.bfloat16()
+            continue
+        parts, values[name] = IN_SCHEME[scheme](tensor.float())
+        stored |= {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
+    for where, tensors in ((folder, stored), (values_folder := folder.with_name(f"{folder.name}-values"), values)):
+        shutil.copytree(base, where)
+        save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIGS[scheme]}))
+    return folder, values_folder
+
+
+def _fp8(weight):
+    """Blocks of 32 by 32, the last ones cut."""
+    rows, columns = (-(-size // 32) for size in weight.shape)
+    scale = torch.full((rows, columns), 0.004) * torch.arange(1, rows * columns + 1).reshape(rows, columns)
+    whole = scale.repeat_interleave(32, 0)[: weight.shape[0]].repeat_interleave(32, 1)[:, : weight.shape[1]]
+    codes = (weight / whole).to(torch.float8_e4m3fn)
+    return {".weight": codes, ".weight_scale_inv": scale}, codes.float() * whole
+
+
+def _gptq(weight):
+    """Groups of 16 columns, zero points at 8."""
+    from tests.checkpoint.safetensors.schemes import words
+
+    groups = torch.arange(weight.shape[1]) // 16
+    scales = torch.full((int(groups[-1]) + 1, weight.shape[0]), 0.1).half()
+    codes = (weight.T / scales[groups] + 8).round().clamp(0, 15).long()
+    parts = {
+        ".qweight": words(codes.T, 4).T,
+        ".qzeros": words(torch.full(scales.shape, 7), 4),
+        ".scales": scales,
+        ".g_idx": groups.int(),
+    }
+    return parts, (scales[groups] * (codes - 8)).T.float().contiguous()
+
+
+IN_SCHEME = {"fp8": _fp8, "gptq": _gptq}
+CONFIGS = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True},
+}

@@ -16,7 +16,7 @@ from .porting.port import port as port, port_each as port_each
 from .probing.check import check as check
 from .running.examples import read_examples as read_examples
 from .study.run import run_study as run_study, study_results as study_results, study_status as study_status
-from .training.request import train as train
+from .training.train import train as train
 from .verifying.sign import sign as sign
 from .verifying.verify import verify as verify
 

@@ -20,7 +20,7 @@ def story(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, evolved / name)
     make_adapter(base, folder / "patch", size=0.2)
-    (folder / "prompts.txt").write_text("\n".join(f"{one} {two}" for one in WORDS[:4] for two in WORDS))
+    (folder / "prompts.txt").write_text("\n".join(f"{one} {two}" for one in WORDS[:3] for two in WORDS))
     (folder / "anchors.txt").write_text("\n".join(f"What is a {word}? Rest and tea." for word in WORDS))
     return folder
 
@@ -31,6 +31,7 @@ def align(portllm, story, out, *more):
     return portllm("port", story / "patch", *models, *how, *more)
 
 
+@pytest.mark.slow
 def test_the_agreement_and_its_interval_are_printed_beside_those_of_addition(portllm, story, tmp_path):
     result = align(portllm, story, tmp_path / "out", "--method", "align", "--agreement", "0")
     assert result.status == 0
@@ -44,10 +45,12 @@ def test_what_falls_short_of_the_agreement_is_written_and_exits_with_3(portllm, 
     found = json.loads(result.out)["record"]["ports"][-1]["evidence"]
     assert found["agreement_high"] < 1, "the case is too easy to tell"
     assert result.status == 3
+    assert {"agreement_added", "divergence_added", "general_nats_ported", "head_gate"} <= found.keys()
     assert "has fewer of the old specialist's answers than 100.0 %" in result.err
     assert (tmp_path / "out" / "patch.json").is_file()
 
 
+@pytest.mark.slow
 def test_auto_goes_no_further_than_the_agreement_that_is_asked_for(portllm, story, tmp_path):
     easy = align(portllm, story, tmp_path / "easy", "--method", "auto", "--agreement", "0", "--json")
     assert "refit" not in json.loads(easy.out)["record"]["ports"][-1]["method"]

@@ -267,19 +267,19 @@ def test_a_certificate_of_what_changed_gets_no_name(room, monkeypatch, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["in", "rows.jsonl"]
 
 
-def test_data_that_changes_between_its_digest_and_its_rows_is_refused(tmp_path):
-    from portllm.running.examples import digested, read_texts
+def test_data_that_changes_between_its_rows_and_its_digest_is_refused(tmp_path):
+    from portllm.running.examples import read_texts, read_with_digest
 
     file = tmp_path / "rows.jsonl"
     file.write_text('{"q": "a"}\n')
 
     def read():
-        with digested(file):
-            touch(file)
-            return read_texts(file, "{q}")
+        rows = read_texts(file, "{q}")
+        touch(file)
+        return rows
 
     with pytest.raises(InputChangedError, match=r"rows\.jsonl"):
-        read()
+        read_with_digest(file, read)
 
 
 def test_files_without_a_state_are_the_programs_own(tmp_path):

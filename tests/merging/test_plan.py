@@ -26,7 +26,7 @@ MODULES = [
 def sparse(tmp_path):
     """Writes an adapter for `modules` and a model with `weights`, all zeros."""
 
-    def write(modules, weights, *, config=None, tied=None):
+    def write(modules, weights, *, config=None, tied=None, model_type="llama"):
         folder = tmp_path / "adapter"
         folder.mkdir()
         fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(modules), **(config or {})}
@@ -39,8 +39,9 @@ def sparse(tmp_path):
         model = tmp_path / "model"
         model.mkdir()
         write_sparse(model / "model.safetensors", weights)
-        if tied is not None:
-            (model / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+        said = {} if tied is None else {"tie_word_embeddings": tied}
+        if model_type is not None:
+            (model / "config.json").write_text(json.dumps({"model_type": model_type, **said}))
         return load_patch(folder), open_checkpoint(model)
 
     return write
@@ -123,6 +124,18 @@ def test_a_tied_head_is_planned_as_a_tensor_of_its_own(tied, sparse):
     assert step.change is not None
     assert plan.steps["model.embed_tokens.weight"].change is None
     assert any("a separate head" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("model_type", [None, "foreign"])
+def test_head_and_embedding_of_a_model_of_an_unknown_type_are_refused_and_its_linear_modules_are_not(
+    model_type, sparse
+):
+    modules = {"lm_head": (31, 12), "h.0.q_proj": (12, 12)}
+    weights = {**EMBEDDING, "lm_head.weight": ("BF16", (31, 12)), "h.0.q_proj.weight": ("BF16", (12, 12))}
+    patch, into = sparse(modules, weights, tied=False, model_type=model_type)
+    (refusal,) = plan_merge(patch, into=into).refusals
+    assert refusal.where == "lm_head"
+    assert ("is not known here" if model_type else "names no model type") in refusal.reason
 
 
 def test_a_head_of_its_own_is_planned_as_any_other_module(sparse):

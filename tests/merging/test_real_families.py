@@ -51,7 +51,7 @@ def real(request, tmp_path_factory):
                 pytest.skip(f"{GEMMA} is not installed with its parts")
             base = write_gemma(folder / "base")
             gguf = folder / "gemma.gguf"
-        family = {"smollm2": "llama", "gemma3": "gemma"}[request.param]
+        family = {"smollm2": "llama", "gemma3": "gemma3_text"}[request.param]
         yield SimpleNamespace(family=family, base=base, gguf=gguf, folder=folder)
 
 
@@ -132,7 +132,7 @@ def test_a_real_model_is_captured_merged_and_ported_as_peft_has_it(real, tmp_pat
 
 
 def test_the_weights_of_gemma_are_read_right(real):
-    if real.family != "gemma":
+    if real.family != "gemma3_text":
         pytest.skip("asked of Gemma alone; the conversion of SmolLM2 has tests of its own")
     from transformers import AutoModelForCausalLM
 

@@ -14,10 +14,12 @@ from tests.language import make_reader
 from tests.models import load_tuned, make_adapter, make_evolved
 
 WORDS = ("fever", "cold", "measles", "rest", "tea", "time", "clinic", "risk", "cause", "kind", "who", "what", "answer")
-PROMPTS = tuple(f"{one} {other}" for one in WORDS for other in WORDS[:7])
-"""Ninety-one of them."""
+PROMPTS = tuple(f"{one} {other}" for one in WORDS for other in WORDS[:4])
+"""Fifty-two of them."""
 
-ANSWER_TOKENS = 3
+ANCHORS = ("What is a fever? Rest and tea.", "Who is at risk? The clinic asks.") * 2
+
+ANSWER_TOKENS = 2
 
 FLOAT32_NATS = 1e-4
 """Of a divergence of some hundredths, from logits of size 1 in float32."""
@@ -36,7 +38,7 @@ def story(tmp_path_factory):
 
 
 def align(story, out, *, evolved="evolved", prompts=PROMPTS, **how):
-    domain = Domain(prompts=prompts, device="cpu", answer_tokens=ANSWER_TOKENS, **how)
+    domain = Domain(prompts=prompts, device="cpu", answer_tokens=ANSWER_TOKENS, anchors=ANCHORS, **how)
     return port(story["patch"], evolved=story[evolved], base=story["base"], method="align", out=out, domain=domain)
 
 
@@ -97,6 +99,7 @@ def test_without_drift_the_factors_stay_as_they_are_byte_for_byte(story, tmp_pat
     assert all(tensor.equal(load_file(after)[name]) for name, tensor in load_file(before).items())
 
 
+@pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes(story, tmp_path):
     align(story, tmp_path / "again")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -107,8 +110,8 @@ def test_prompts_are_split_in_three_by_their_texts_alone():
     parts = dict(zip(PROMPTS, split(PROMPTS), strict=True))
     turned = PROMPTS[::-1]
     assert dict(zip(turned, split(turned), strict=True)) == parts
-    assert sorted(parts.values()).count("fit") == 46
-    assert {part: list(parts.values()).count(part) for part in ("choose", "report")} == {"choose": 23, "report": 22}
+    assert sorted(parts.values()).count("fit") == 26
+    assert {part: list(parts.values()).count(part) for part in ("choose", "report")} == {"choose": 13, "report": 13}
 
 
 def test_too_few_prompts_are_refused():

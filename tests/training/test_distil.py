@@ -12,9 +12,9 @@ from portllm.errors import OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
 from portllm.running.model import load_tokenizer
-from portllm.training.distil import Teacher, distil
+from portllm.training.lessons import Teacher, read_questions
 from portllm.training.lora import TrainSettings
-from portllm.training.request import train
+from portllm.training.train import Training, train
 from tests.language import make_reader
 from tests.models import make_adapter, make_evolved
 from tests.safetensors_files import contents
@@ -27,6 +27,10 @@ ROWS = [
 ]
 STILL = TrainSettings(learning_rate=1e-30, steps=1)
 """A step that is too small for any float32 factor to notice."""
+
+
+def distil(base, *, data, prompt, teacher, **options):
+    return Training(base=base, lesson=read_questions(data, prompt, teacher), **options).run(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,6 @@ def test_a_refreshed_patch_is_closer_to_the_old_tuned_model_and_says_who_taught_
         out=tmp_path / "refreshed",
         settings=TrainSettings(learning_rate=1e-2, steps=20),
         start=world["ported"],
-        device="cpu",
     )
     assert report.losses[-1] < 0.7 * report.losses[0]
     settings = patch.record.capture.settings
@@ -141,7 +144,6 @@ def test_answers_in_the_data_are_not_read(world, tmp_path):
             teacher=teacher,
             out=out,
             settings=TrainSettings(steps=2),
-            device="cpu",
         )
         made.append((out / "adapter_model.safetensors").read_bytes())
     assert made[0] == made[1]
@@ -161,5 +163,4 @@ def test_an_output_that_exists_is_kept(world, tmp_path):
             prompt="{question}",
             teacher=Teacher(world["base"], world["patch"]),
             out=tmp_path,
-            device="cpu",
         )

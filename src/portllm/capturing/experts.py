@@ -40,6 +40,8 @@ def compare_experts(name: str, plan: TunedPlan, *, known: Known, spool: Spool) -
         if not (base.isfinite().all() and tuned.isfinite().all()):
             raise not_finite(name)
         base_sq += square_sum(base)
+        if pair.transposed:
+            base, tuned = base.T, tuned.T
         found.append(capture_low_rank(base, tuned, rank=plan.rank, max_rank=plan.max_rank))
     delta = _together(found, pair.shape)
     measured = CapturedTensor(
@@ -52,7 +54,7 @@ def compare_experts(name: str, plan: TunedPlan, *, known: Known, spool: Spool) -
     if delta is None:
         return Compared(digests, measured)
     a, b = spool.add(f"{name}.lora_A", delta.a), spool.add(f"{name}.lora_B", delta.b)
-    return Compared(digests, measured, ExpertsDelta(a=a, b=b, scale=1.0, rank=delta.rank))
+    return Compared(digests, measured, ExpertsDelta(a=a, b=b, scale=1.0, rank=delta.rank, transposed=pair.transposed))
 
 
 def are_equal(pair: ExpertsPair, base: Mapping[str, str], tuned: Mapping[str, str]) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_bytes
 from portllm.checkpoint.model.identity import READ_BYTES
-from portllm.checkpoint.model.names import HEAD_MODULE
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
@@ -35,7 +34,7 @@ def unconvertible(adapter: Patch[TensorInfo], base: Checkpoint, initial: Patch[T
         )
     if base.tied_embedding is not None:
         for module, delta in adapter.deltas.items():
-            if module == HEAD_MODULE or delta.is_embedding:
+            if base.current_name(module) == base.head_module or delta.is_embedding:
                 yield Refusal(
                     module,
                     f"head and embedding of {base.name} are tied: when PEFT subtracted a part from one, it "

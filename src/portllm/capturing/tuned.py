@@ -131,7 +131,9 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
         found.take(name, compared, plan)
     for checkpoint, digests in zip((plan.base, plan.tuned), found.digests, strict=True):
         remember_digests(checkpoint, digests)
-    placed = place_values(found.kept, tensors=plan.pairs, targets=found.factors, tied=plan.tied)
+    placed = place_values(
+        found.kept, tensors=plan.pairs, targets=found.factors, tied=plan.tied, head=plan.base.head_name
+    )
     for name, reason in placed.left_out.items():
         found.leave_out(name, found.values.pop(name), reason)
     if not found.factors and not found.experts:
@@ -225,6 +227,8 @@ class _Found:
             return
         self.changed.add(name)
         match compared.delta:
+            case _ if name in plan.absent:
+                self.leave_out(name, compared.measured, plan.absent[name])
             case LowRankDelta() as delta:
                 module = name.removesuffix(WEIGHT)
                 self.deltas[module], self.factors[module] = compared.measured, delta

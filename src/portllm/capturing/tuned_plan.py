@@ -9,13 +9,15 @@ from typing import Literal
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.experts import Experts
-from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, HEAD, is_embedding
+from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, is_embedding
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, read_vocabulary
 from portllm.errors import Refusal
 from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.identify import identify
 from portllm.patch.record import ModelIdentity
+
+ABSENT = "the model that transformers builds does not have it, or has it in another form"
 
 Dense = Literal["keep", "drop"]
 """What becomes of norms, biases, embeddings and heads: kept as the tuned model's whole values, or left out."""
@@ -70,15 +72,18 @@ class ExpertsPair:
     Attributes:
         base: For each expert the matrices that, stacked, are its part, as the base stores them.
         tuned: The same as the tuned model stores them; cut otherwise, perhaps.
+        transposed: The models store each expert's part as (d_in, d_out).
     """
 
     base: Experts
     tuned: Experts
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of each expert's part: (d_out, d_in)."""
-        return sum(info.shape[0] for info in self.base[0]), self.base[0][0].shape[1]
+        height, width = sum(info.shape[0] for info in self.base[0]), self.base[0][0].shape[1]
+        return (width, height) if self.transposed else (height, width)
 
     @property
     def n_bytes(self) -> int:
@@ -97,6 +102,7 @@ class TunedPlan:
         target: The tuned model's identity.
         pairs: By the tensor's name in the base; all but experts.
         experts: By the name that the tensor of all experts of a layer has or would have.
+        absent: What the running model has not, or not in this form, and why that is: PEFT cannot be given its change.
         tied: The embedding whose matrix is the head's too, in both; None where there is none.
         rank: Of every delta; None for what stands above the rounding noise.
         max_rank: Bounds the rank where `rank` is None.
@@ -110,6 +116,7 @@ class TunedPlan:
     target: ModelIdentity
     pairs: Mapping[str, TunedPair]
     experts: Mapping[str, ExpertsPair]
+    absent: Mapping[str, str]
     tied: str | None
     rank: int | None
     max_rank: int | None
@@ -162,26 +169,30 @@ def plan_capture_tuned(
     for name in sorted(before.keys() & after.keys()):
         left, right = before[name], after[name]
         row_map = None
-        if left.shape != right.shape and _is_vocabulary(name, left, right):
+        has_token_rows = _is_vocabulary(name, base, left, right)
+        if left.shape != right.shape and has_token_rows:
             lengths = (left.shape[0], right.shape[0])
             if lengths not in maps:
                 maps[lengths] = match_rows(base, tuned, n_base=lengths[0], n_tuned=lengths[1])
             row_map = maps[lengths]
-        problem = _problem(left, right, base.name, tuned.name, row_map)
+        problem = _problem(left, right, (base.name, tuned.name), row_map, has_token_rows=has_token_rows)
         if problem:
             refusals.append(Refusal(name, problem))
-        module = _linear_module(name, left)
+        module = _linear_module(name, left, base)
         transposed = module is not None and bool(base.is_transposed(module))
         pairs[name] = TunedPair(left, right, module, row_map, transposed)
     is_tied = base.tied_embedding is not None and tuned.tied_embedding is not None
     tied = next((name for name, info in before.items() if is_tied and info is base.tied_embedding), None)
-    return TunedPlan(base, tuned, source, target, pairs, experts, tied, rank, max_rank, dense, tuple(sorted(refusals)))
+    absent = dict.fromkeys(pairs.keys() - base.running(pairs).keys(), ABSENT)
+    return TunedPlan(
+        base, tuned, source, target, pairs, experts, absent, tied, rank, max_rank, dense, tuple(sorted(refusals))
+    )
 
 
 def _pair_experts(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, ExpertsPair], list[Refusal]]:
     """The experts that both models have, and why they cannot be compared."""
     pairs = {
-        name: ExpertsPair(base.experts[name], tuned.experts[name])
+        name: ExpertsPair(base.experts[name], tuned.experts[name], base.has_transposed_experts(name))
         for name in base.experts.keys() & tuned.experts.keys()
     }
     refusals = []
@@ -235,9 +246,9 @@ def match_rows(base: Checkpoint, tuned: Checkpoint, *, n_base: int, n_tuned: int
 
 def _with_own_head(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, TensorInfo]:
     """A model's tensors by name; a tied head counts as one where the other model has a head of its own."""
-    if checkpoint.tied_embedding is None or HEAD not in other.own_tensors:
+    if checkpoint.tied_embedding is None or checkpoint.head_name not in other.own_tensors:
         return dict(checkpoint.own_tensors)
-    return {**checkpoint.own_tensors, HEAD: checkpoint.tied_embedding}
+    return {**checkpoint.own_tensors, checkpoint.head_name: checkpoint.tied_embedding}
 
 
 def _alone(
@@ -252,8 +263,11 @@ def _alone(
             )
 
 
-def _problem(left: TensorInfo, right: TensorInfo, base: str, tuned: str, row_map: RowMap | None) -> str | None:
+def _problem(
+    left: TensorInfo, right: TensorInfo, names: tuple[str, str], row_map: RowMap | None, *, has_token_rows: bool
+) -> str | None:
     """Why two tensors cannot be compared, or None."""
+    base, tuned = names
     for info, owner in ((left, base), (right, tuned)):
         if info.dtype not in FLOAT_DTYPES or info.encoding is not None:
             return (
@@ -263,7 +277,7 @@ def _problem(left: TensorInfo, right: TensorInfo, base: str, tuned: str, row_map
     if left.shape == right.shape or row_map is not None:
         return None
     shapes = f"it is {_axes(left)} in {base} and {_axes(right)} in {tuned}"
-    if _is_vocabulary(left.name, left, right):
+    if has_token_rows:
         return (
             f"{shapes}. When vocabulary sizes differ, rows are matched by token, which needs a {TOKENIZER_FILE} "
             "in both folders."
@@ -271,17 +285,19 @@ def _problem(left: TensorInfo, right: TensorInfo, base: str, tuned: str, row_map
     return f"{shapes}. The shapes must be equal."
 
 
-def _is_vocabulary(name: str, left: TensorInfo, right: TensorInfo) -> bool:
-    is_named = name.endswith(EMBEDDING_SUFFIX) or name == HEAD
+def _is_vocabulary(name: str, base: Checkpoint, left: TensorInfo, right: TensorInfo) -> bool:
+    is_named = left is base.embedding or name == base.head_name or name.endswith(EMBEDDING_SUFFIX)
     return is_named and len(left.shape) == len(right.shape) == 2 and left.shape[1] == right.shape[1]
 
 
-def _linear_module(name: str, info: TensorInfo) -> str | None:
-    """The module whose change is low-rank: a linear layer that is neither embedding nor head."""
+def _linear_module(name: str, info: TensorInfo, base: Checkpoint) -> str | None:
+    """The module whose change is low-rank: a linear layer, or the router of experts; neither embedding nor head."""
     module, _, leaf = name.rpartition(".")
-    kind = module.rpartition(".")[2]
-    is_linear = leaf == "weight" and len(info.shape) == 2 and not is_embedding(module) and kind not in HEAD_NAMES
-    return module if is_linear else None
+    if leaf != "weight" or len(info.shape) != 2 or info in (base.embedding, base.head, base.tied_embedding):
+        return None
+    is_router = bool(base.expert_parts) and not is_embedding(module)
+    is_head = module.rpartition(".")[2] in HEAD_NAMES
+    return module if (base.is_linear(module) or is_router) and not is_head else None
 
 
 def _axes(info: TensorInfo) -> str:

@@ -11,7 +11,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError, PortLLMError
 from portllm.evaluating.answers import AnswerKind, Questions
 from portllm.patch.patch import Patch
-from portllm.running.examples import digested, read_prompts
+from portllm.running.examples import read_prompts, read_with_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +90,7 @@ def read_asked(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) 
         DataError: Rows do not fit, there are fewer than are to be drawn, or the choices are not known.
     """
     prompt, completion = _format(patch, settings)
-    with digested(data) as digest:
-        prompts, completions = read_prompts(data, prompt, completion=completion)
+    (prompts, completions), digest = read_with_digest(data, lambda: read_prompts(data, prompt, completion=completion))
     if settings.sample is not None and settings.sample > len(prompts):
         raise DataError(
             f"'{data}': has {len(prompts)} rows, fewer than the sample of {settings.sample}. Use a smaller sample."

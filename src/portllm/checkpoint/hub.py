@@ -155,10 +155,10 @@ def open_remote(name: str) -> Checkpoint:
         )
     )
     if held:
-        infos, metadata = join_shards(weight_map, headers, index=f"{name}/{INDEX_FILE}")
+        infos, metadata = join_shards(weight_map, headers, config, index=f"{name}/{INDEX_FILE}")
     else:
         header = headers[SINGLE_FILE]
-        infos, metadata = tensors_of(header.tensors), header.metadata
+        infos, metadata = tensors_of(header.tensors, config), header.metadata
     return Checkpoint(name, None, infos, config, metadata, repository.revision)
 
 

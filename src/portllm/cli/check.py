@@ -23,6 +23,14 @@ def check(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=PATCHES)],
     base: Annotated[str, typer.Option("--base", help=f"The model the patches were made on. {MODEL}")],
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            "--trained-on",
+            help="For ported patches: the base they were trained on, to measure the drift since then instead of "
+            "adding up the ports.",
+        ),
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Read every weight of both models instead of a few megabytes of each.")
     ] = False,
@@ -86,6 +94,7 @@ def check(
             *there,
             base=base,
             evolved=evolved,
+            trained_on=trained_on,
             full=full,
             places=html is not None,
             text=text,

@@ -61,7 +61,7 @@ def _signer(
 ) -> "Signer":
     from portllm.errors import SignatureError
     from portllm.files.input_file import read_input
-    from portllm.verifying.signature import CertificateSigner, KeySigner, SigstoreSigner
+    from portllm.verifying.signature import MAX_KEY_BYTES, CertificateSigner, KeySigner, SigstoreSigner
 
     if (key is None) == (not sigstore):
         raise typer.BadParameter("pass either --key or --sigstore.")
@@ -80,6 +80,6 @@ def _signer(
     if password_file is None:
         return KeySigner(key)
     try:
-        return KeySigner(key, read_input(password_file).decode("utf-8").split("\n", 1)[0])
+        return KeySigner(key, read_input(password_file, most=MAX_KEY_BYTES).decode("utf-8").split("\n", 1)[0])
     except (OSError, UnicodeDecodeError) as error:
         raise SignatureError(f"'{password_file}': cannot be read: {error}.") from error

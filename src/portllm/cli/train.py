@@ -1,7 +1,7 @@
-"""Commands that run a model: train, evaluate, demo."""
+"""The command `train`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,9 +17,6 @@ from portllm.cli.options import (
     QuietOption,
 )
 from portllm.cli.terminal import print_json, say
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(
@@ -83,10 +80,10 @@ def train(
     from portllm.cli.progress import shown_progress
     from portllm.inspecting.inspect import summarize_patch, summary_to_json
     from portllm.patch.adapter_folder import load_patch
-    from portllm.training.distil import Teacher
+    from portllm.training.lessons import Teacher, lesson_of
     from portllm.training.lora import TrainSettings
-    from portllm.training.request import Training
     from portllm.training.text import render_training
+    from portllm.training.train import Training
 
     if (teacher is None) != (teacher_base is None):
         raise typer.BadParameter("--teacher and --teacher-base must be used together.")
@@ -118,16 +115,15 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
+    start = None if init_from is None else load_patch(init_from)
+    old = None
+    if teacher is not None and teacher_base is not None:
+        old = Teacher(open_checkpoint(teacher_base), load_patch(teacher), max_new_tokens or 32)
     training = Training(
         base=open_checkpoint(base),
-        data=data,
-        prompt=prompt,
-        completion=completion,
-        start=None if init_from is None else load_patch(init_from),
-        teacher=None
-        if teacher is None or teacher_base is None
-        else Teacher(open_checkpoint(teacher_base), load_patch(teacher), max_new_tokens or 32),
+        lesson=lesson_of(data, prompt=prompt, completion=completion, start=start, teacher=old),
         settings=settings,
+        start=start,
         out=output,
         overwrite=overwrite,
     )

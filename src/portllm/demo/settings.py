@@ -1,8 +1,9 @@
 """The demo's settings: chosen so that the whole story takes about five minutes on two cores of a plain processor.
 
 A clinic files passages of health leaflets under the type of question that they answer; its provider goes on training
-the base on mathematics. Learning rates are high because both runs are short. Steps and learning rates were compared on
-the last 108 rows of the training file, with patches trained on the others, and not on the rows that the table scores.
+the base on mathematics. Learning rates are high because both runs are short. Those of the patch were compared, with its
+steps, on the last 108 rows of the training file, with patches trained on the others, and not on the rows that the table
+scores; for the evolution, two pairs were tried.
 """
 
 from portllm.training.evolve import EvolveSettings

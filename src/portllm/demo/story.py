@@ -46,7 +46,8 @@ from portllm.progress import Progress, Unit, silent
 from portllm.running.examples import ExampleFormat, read_examples, read_prompts, read_texts
 from portllm.running.folder import model_folder
 from portllm.training.evolve import evolve
-from portllm.training.train import train_on_rows
+from portllm.training.lessons import read_labels
+from portllm.training.train import Training
 
 BASE = "builtin:smollm2-135m"
 DATA = resources.files("portllm.demo") / "data"
@@ -170,16 +171,10 @@ class _Teller:
     def train(self, name: str, model: Checkpoint, out: Path, *, progress: Progress) -> None:
         def work() -> dict[str, object]:
             with resources.as_file(DATA / TRAINING_ROWS) as rows:
-                _, report = train_on_rows(
-                    model,
-                    data=rows,
-                    fmt=FORMAT,
-                    out=out,
-                    settings=TRAIN,
-                    device="cpu",
-                    overwrite=True,
-                    progress=progress,
+                training = Training(
+                    base=model, lesson=read_labels(rows, FORMAT), out=out, settings=TRAIN, overwrite=True
                 )
+                _, report = training.run(device="cpu", progress=progress)
             return {
                 "steps": report.steps,
                 "rows": report.n_rows,

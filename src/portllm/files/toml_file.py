@@ -1,5 +1,6 @@
 """TOML files that people write: read, and every problem told at once with its line and key."""
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,11 +8,15 @@ from typing import Any
 
 from portllm.errors import PortLLMError
 from portllm.files.input_file import read_input
-from portllm.files.json_text import require_shallow
+from portllm.files.json_text import MAX_DEPTH, require_shallow
 from portllm.files.toml_text import line_of
 
 MAX_TOML_BYTES = 4_000_000
 """Which is a fleet of forty thousand patches, each by its name."""
+
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*"""
+_DEEP_KEY = re.compile(rf"(?:^|[\[{{,])[ \t]*(?:{_PART}){{{MAX_DEPTH}}}", re.MULTILINE)
+"""A key of more parts than values may be nested; the time that `tomllib` takes for one grows with their square."""
 
 
 def read_toml(file: Path, *, kind: str, error: type[PortLLMError]) -> tuple[str, dict[str, Any]]:
@@ -27,6 +32,8 @@ def read_toml(file: Path, *, kind: str, error: type[PortLLMError]) -> tuple[str,
     """
     try:
         text = read_input(file, most=MAX_TOML_BYTES).decode("utf-8")
+        if _DEEP_KEY.search(text):
+            raise ValueError("a key has too many parts")
         values = tomllib.loads(text)
         require_shallow(values)
         return text, values

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, look_same
-from portllm.checkpoint.model.names import HEAD, HEAD_MODULE, is_embedding
-from portllm.checkpoint.tensor.encoding import FourBit
+from portllm.checkpoint.model.identity import fingerprint_in
+from portllm.checkpoint.model.names import is_embedding
+from portllm.checkpoint.tensor.encoding import Unread
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_mismatches
-from portllm.patch.adapter_config import AdapterConfig
+from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Change, F, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify
@@ -29,7 +30,17 @@ def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorIn
         is_transposed = checkpoint.is_transposed(module)
         if is_transposed is not None and delta.transposed != (delta.is_embedding or is_transposed):
             turned[module] = replace(delta, transposed=not delta.transposed)
-    return replace(patch, deltas={**patch.deltas, **turned}) if turned else patch
+    experts = {
+        name: replace(delta, transposed=True)
+        for name, delta in patch.experts.items()
+        if checkpoint.has_transposed_experts(name) and not delta.transposed
+    }
+    is_as_it_was = not (turned or experts)
+    return (
+        patch
+        if is_as_it_was
+        else replace(patch, deltas={**patch.deltas, **turned}, experts={**patch.experts, **experts})
+    )
 
 
 def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Change[TensorInfo]]:
@@ -37,7 +48,7 @@ def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Ch
     changes: dict[str, Change[TensorInfo]] = {}
     for name, change in changes_of(patch).items():
         tensor = checkpoint.stored(name)
-        changes[name if tensor is None else tensor.name] = change
+        changes[checkpoint.current_name(name) if tensor is None else tensor.name] = change
     for name, delta in patch.experts.items():
         changes |= expert_changes(name, delta, checkpoint)
     return changes
@@ -55,13 +66,24 @@ def changes_of(patch: Patch[F]) -> dict[str, Change[F]]:
 
 def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
+    unread = next((info.encoding for info in checkpoint.infos.values() if isinstance(info.encoding, Unread)), None)
+    if unread is not None:
+        yield Refusal(
+            checkpoint.name,
+            f"its config.json says that it is quantized by {unread.scheme}, which is not supported: which module "
+            "each of its tensors belongs to is not known. Use the model in 16 bit that it was made from, or a "
+            "version of it in a supported format (docs/quantized.md).",
+        )
+        return
     patch = oriented(patch, checkpoint)
     weights = checkpoint.matrices
-    named = _Named(patch.config, checkpoint, [*weights, *patch.deltas])
+    named = _Named(patch, checkpoint)
     for name, change in changes_of(patch).items():
         tensor = checkpoint.tensor(name)
         where = name.removesuffix(WEIGHT) if isinstance(change, LowRankDelta) else name
-        if tensor is None:
+        if reason := _unknown(name, change, checkpoint):
+            yield Refusal(where, reason)
+        elif tensor is None:
             yield Refusal(
                 where,
                 f"the patch changes it, but {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}",
@@ -93,6 +115,24 @@ def _outline(change: Change[TensorInfo]) -> Hashable:
             return type(change), values.shape
         case _:
             raise TypeError(f"{change} is of an expert")
+
+
+def _unknown(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
+    """Why what is known of a model's type does not suffice for a change; None where it does."""
+    stored = checkpoint.converted.get(checkpoint.current_name(name))
+    if stored is not None:
+        return (
+            f"transformers makes it of '{stored}' when it loads {checkpoint.name}, by more than a new name, and that "
+            "cannot be undone for the change. Save the model with save_pretrained(save_original_format=False) and "
+            "use that."
+        )
+    if checkpoint.family is not None or isinstance(change, VectorDelta):
+        return None
+    module = name.rpartition(".")[0]
+    is_role = isinstance(change, RowValues) or is_embedding(module) or module.rpartition(".")[2] in HEAD_NAMES
+    if not (is_role or (isinstance(change, LowRankDelta) and change.is_embedding)):
+        return None
+    return f"{checkpoint.why_unknown}, so whether it is tied to another matrix is not known either."
 
 
 def _kind(change: Change[TensorInfo]) -> str:
@@ -136,18 +176,27 @@ def _axes(shape: tuple[int, ...], names: tuple[str, str]) -> str:
 class _Named:
     """What a patch's configuration names in a model."""
 
-    def __init__(self, config: AdapterConfig, checkpoint: Checkpoint, modules: Iterable[str]) -> None:
+    def __init__(self, patch: Patch[TensorInfo], checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.config = config
+        self.config = config = patch.config
         self.tied = checkpoint.tied_embedding
-        modules = list(modules)
+        named = [*patch.deltas, *(name for name in changes_of(patch) if not name.endswith(WEIGHT)), *patch.values]
+        self.tensors = checkpoint.running([*named, *patch.experts])
+        modules = [*self._matrices(), *patch.deltas]
         self.targets = {*config.targets(modules), *(m for m in modules if "weight" in config.parameters_of(m))}
         if self._ties_head_to(self.targets):
-            self.targets.add(HEAD_MODULE)
+            self.targets.add(checkpoint.head_module)
+
+    def _matrices(self) -> list[str]:
+        return [
+            name.removesuffix(WEIGHT)
+            for name, info in self.tensors.items()
+            if name.endswith(WEIGHT) and len(info.shape) == 2
+        ]
 
     def saves(self, tensor: str) -> bool:
         """Whether it names a tensor as one that is saved whole."""
-        is_head = tensor == HEAD and self.tied is not None and self.config.keeps_ties
+        is_head = tensor == self.checkpoint.head_name and self.tied is not None and self.config.keeps_ties
         return self.config.saves(tensor) or (is_head and self.tied is not None and self.config.saves(self.tied.name))
 
     def trains_bias(self, tensor: str, info: TensorInfo) -> bool:
@@ -164,12 +213,14 @@ class _Named:
             return [""] if tokens else []
         names = [name for name, rows in tokens.items() if rows]
         # One of two tied modules stands for both where they have the same rows.
-        is_shared = self.tied is not None and HEAD_MODULE in names
-        twins = [name for name in names if name != HEAD_MODULE and tokens[name] == tokens.get(HEAD_MODULE)]
-        return [name for name in names if not (is_shared and twins and name == HEAD_MODULE)]
+        head = next((name for name in names if f".{self.checkpoint.head_module}".endswith(f".{name}")), None)
+        twins = [name for name in names if name != head and tokens[name] == tokens.get(head)]
+        return [name for name in names if not (self.tied is not None and twins and name == head)]
 
     def _ties_head_to(self, modules: Collection[str]) -> bool:
-        return self.config.keeps_ties and self.tied is not None and self.tied.name.removesuffix(WEIGHT) in modules
+        if not self.config.keeps_ties or self.tied is None:
+            return False
+        return any(self.checkpoint.tensor(module + WEIGHT) is self.tied for module in modules)
 
 
 def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
@@ -182,7 +233,7 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
                 "ignore them. Add it to target_modules, or remove the tensors.",
             )
     for name in patch.values:
-        if name == HEAD and not named.saves(name):
+        if named.checkpoint.current_name(name) == named.checkpoint.head_name and not named.saves(name):
             yield Refusal(
                 name,
                 "the patch has a value for it because it was tied to the embedding, and ensure_weight_tying is "
@@ -190,7 +241,8 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
             )
     for name in patch.rows:
         module = name.removesuffix(WEIGHT)
-        if not (is_embedding(module) or isinstance(patch.config.fields.get("trainable_token_indices"), dict)):
+        is_input = named.checkpoint.stored(name) is named.checkpoint.embedding
+        if not (is_input or isinstance(patch.config.fields.get("trainable_token_indices"), dict)):
             yield Refusal(
                 module,
                 "the patch has token rows for it, and trainable_token_indices without a name means the embedding.",
@@ -200,9 +252,7 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
 def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     """What the configuration names, the model has and the patch lacks."""
     model = named.checkpoint
-    infos = dict(model.tensors)
-    if named.tied is not None:
-        infos[HEAD] = named.tied
+    infos = named.tensors
     deltas, values, targets = (
         set(map(model.current_name, part)) for part in (patch.deltas, patch.values, named.targets)
     )
@@ -213,8 +263,8 @@ def _missing(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     expected += [
         name
         for name, info in infos.items()
-        if name not in values
-        and name.removesuffix(WEIGHT) not in deltas
+        if model.current_name(name) not in values
+        and model.current_name(name.removesuffix(WEIGHT)) not in deltas
         and (named.saves(name) or named.trains_bias(name, info))
     ]
     of_rows = [name.removesuffix(WEIGHT) for name in patch.rows]
@@ -235,9 +285,10 @@ def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
     """Trained rows of a tied embedding are the head's too, so nothing else may be done to the head."""
     if named.tied is None or not any(named.checkpoint.tensor(name) is named.tied for name in patch.rows):
         return
-    if HEAD_MODULE in patch.deltas or HEAD in patch.values:
+    head = named.checkpoint.head_module
+    if head in patch.deltas or head + WEIGHT in patch.values:
         yield Refusal(
-            HEAD_MODULE,
+            head,
             "the patch changes it and trained token rows of the embedding, which it is tied to in "
             f"{named.checkpoint.name}; PEFT would overwrite rows of the changed head. This combination is not "
             "supported.",
@@ -289,20 +340,25 @@ def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint
         )
 
 
-def unmergeable(into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
-    """Why a patch cannot be added to the weights of a model, whatever the patch: they are quantized.
+def unmergeable(changed: Iterable[str], into: Checkpoint, *, dtype: str | None) -> Iterator[Refusal]:
+    """Why a patch cannot be added to the weights of a model: those that it changes are quantized.
 
-    What bitsandbytes stores in 4 bit can be stored as the values it stands for, where a dtype is asked for.
+    What a safetensors file holds so can be stored as the values it stands for, where a dtype is asked for; where none
+    is, only modules that are not quantized can be changed, and the others stay as they are.
     """
     if into.quantization is None:
         return
-    is_four_bit = all(isinstance(info.encoding, FourBit | None) for info in into.infos.values())
-    if is_four_bit and dtype is not None:
+    encodings = {name: info.encoding for name, info in into.infos.items() if info.encoding is not None}
+    unread = {name for name, encoding in encodings.items() if isinstance(encoding, Unread)}
+    is_listed = all(into.infos[name].listed is not None for name in encodings.keys() - unread)
+    touched = sorted(encodings.keys() & set(changed))
+    if is_listed and (not unread if dtype is not None else not touched):
         return
-    ways = "Store it in 16 bit (--dtype BF16), serve" if is_four_bit else "Serve"
+    ways = "Store it in 16 bit (--dtype BF16), serve" if is_listed and not unread else "Serve"
+    where = f"'{touched[0]}' and {len(touched) - 1} more of {into.name}" if len(touched) > 1 else f"{into.name}"
     yield Refusal(
         "--into",
-        f"the weights of {into.name} are quantized ({into.quantization}): storing the sum that way would round "
+        f"the weights of {where} are quantized ({into.quantization}): storing the sum that way would round "
         f"most of the patch away. {ways} the patch as an adapter on it, or merge into the 16-bit model that it "
         f"was made from: --into MODEL --quantized-base {into.name}.",
     )
@@ -325,11 +381,36 @@ def base_mismatch(
     model: Checkpoint,
     option: str,
     allow_other_base: bool,
+    evolved: ModelIdentity | None = None,
 ) -> Iterator[Refusal]:
-    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant."""
+    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant.
+
+    Args:
+        patch: The patch.
+        given: The identity of the model that was given for its base.
+        model: That model.
+        option: By which it was given.
+        allow_other_base: Whether any model is meant.
+        evolved: The model that was given to port to, if one was.
+    """
     if patch.record is None or allow_other_base or patch.record.base.fingerprint == given.fingerprint:
         return
     belongs = patch.record.base
+    if evolved is not None and evolved.fingerprint == belongs.fingerprint:
+        yield Refusal(
+            option,
+            f"{evolved.name}, which was given as the evolved model, is the base that patch '{patch.name}' belongs to: "
+            f"the two are swapped. Pass --base {evolved.name} --evolved {given.name}.",
+        )
+        return
+    if (dtype := same_in(model, belongs)) is not None:
+        yield Refusal(
+            option,
+            f"{given.name} is the base that patch '{patch.name}' belongs to, {belongs.name}, in another dtype: their "
+            f"samples are the same numbers in {dtype}. Pass {belongs.name}, or --allow-other-base to take one for the "
+            "other.",
+        )
+        return
     hint = (
         " A file that stores the experts differently (individually or stacked) also has another fingerprint."
         if model.expert_parts
@@ -342,6 +423,18 @@ def base_mismatch(
         "--allow-other-base if this is "
         f"intended.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
+
+
+def same_in(model: Checkpoint, other: ModelIdentity) -> str | None:
+    """The dtype in which two models are the same numbers, rounded, by what both fingerprints sample; else None."""
+    if model.quantization is not None or other.quantization is not None:
+        return None
+    given = identify(model)
+    if (
+        rounded := next((dtype for dtype, mark in other.rounded.items() if mark == given.fingerprint), None)
+    ) is not None:
+        return rounded
+    return next((dtype for dtype in FLOAT_DTYPES if fingerprint_in(model, dtype) == other.fingerprint), None)
 
 
 def _of_quantized(belongs: ModelIdentity, given: ModelIdentity) -> str:

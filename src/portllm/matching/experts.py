@@ -25,12 +25,14 @@ def expert_changes(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Check
 
 def expert_mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
     """Why the deltas of experts cannot be added to a model's weights, and which of them are missing."""
+    no_experts = "no class that its type is loaded into has such a parameter"
+    why = checkpoint.why_unknown if checkpoint.family is None else no_experts
     for name, delta in patch.experts.items():
         if name.rpartition(".")[2] not in checkpoint.expert_parts:
             yield Refusal(
                 name,
                 "the patch changes all experts of a layer at once, but the layout of experts in "
-                f"{checkpoint.name} is unknown: its family has no known experts. See docs/families.md.",
+                f"{checkpoint.name} is unknown: {why}.",
             )
         elif problem := _problem(name, delta, checkpoint):
             yield Refusal(name, problem)

@@ -93,7 +93,9 @@ def plan_port_on(
     given = update.source
     source = patch.record.base if patch.record else given
     if base is not None and given is not None:
-        refusals += base_mismatch(patch, given, model=base, option="--base", allow_other_base=allow_other_base)
+        refusals += base_mismatch(
+            patch, given, model=base, option="--base", allow_other_base=allow_other_base, evolved=target
+        )
         refusals += altered_copies(patch, base)
         refusals += mismatches(patch, base) if needs_weights else ()
         refusals += tie_mismatch(patch, base, evolved)

@@ -6,7 +6,6 @@ from functools import cached_property
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.experts import Experts
-from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.measures.places import TensorPlace, place_of
 
@@ -71,7 +70,7 @@ def pair_tensors(base: Checkpoint, evolved: Checkpoint) -> Pairing:
     """
     before, after = dict(base.own_tensors), dict(evolved.own_tensors)
     pairs = _expert_pairs(base, evolved, before, after)
-    by_token = {HEAD, *(name for name, info in before.items() if info is base.embedding)}
+    by_token = {base.head_name, *(name for name, info in before.items() if info is base.embedding)}
     reshaped, grown, no_numbers = {}, {}, []
     for name in sorted(before.keys() & after.keys()):
         old, new = before[name], after[name]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.names import HEAD, HEAD_MODULE
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer, read_vocabulary
 from portllm.errors import Refusal
@@ -94,7 +93,8 @@ def _with_token_rows(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
     return [
         name
         for name in names
-        if name in (HEAD, HEAD_MODULE + BIAS) or (shared is not None and checkpoint.tensor(name) is shared)
+        if checkpoint.current_name(name) in (checkpoint.head_name, checkpoint.head_module + BIAS)
+        or (shared is not None and checkpoint.tensor(name) is shared)
     ]
 
 

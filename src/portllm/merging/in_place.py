@@ -19,7 +19,7 @@ from msgspec import structs
 
 from portllm import __version__
 from portllm.checkpoint.folder import open_folder
-from portllm.checkpoint.model.equality import require_equal
+from portllm.checkpoint.model.equality import listed_tensors, require_equal
 from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
 from portllm.checkpoint.model.side_files import require_writable_name
 from portllm.checkpoint.model.unfinished import UNFINISHED_FILE
@@ -318,7 +318,7 @@ def _unmarked_if_it_fails(held: Held) -> Iterator[None]:
 def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: TensorOptions, progress: Progress) -> TensorResults:
     """Write the new bytes, made from the old ones that are kept; what is not changed is read for its digest."""
     total, done = TensorResults(), 0
-    places = open_folder(plan.folder, name=str(plan.folder)).infos
+    places = listed_tensors(open_folder(plan.folder, name=str(plan.folder)).infos)
 
     def told(n_bytes: int) -> None:
         nonlocal done
@@ -351,7 +351,7 @@ def _overwrite(held: Held, plan: InPlacePlan, undo: Undo, how: TensorOptions, pr
 
 def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
     """Bring the old bytes back, the manifest too, and see that they are there."""
-    places = open_folder(folder, name=str(folder)).infos
+    places = listed_tensors(open_folder(folder, name=str(folder)).infos)
     done, total = 0, sum(info.n_bytes for info in undo.tensors.values())
     with ExitStack() as opened:
         files = _open(held, {str(places[name].file) for name in undo.tensors}, opened)
@@ -365,7 +365,7 @@ def _restore(held: Held, folder: Path, undo: Undo, progress: Progress) -> None:
                 progress("undo", done, total, "bytes")
         for file in files.values():
             os.fsync(file)
-    restored = open_folder(folder, name=str(folder)).infos
+    restored = listed_tensors(open_folder(folder, name=str(folder)).infos)
     for name in undo.tensors:
         if digest_tensor(restored[name]) != undo.digests[name]:
             raise OutputError(

@@ -31,7 +31,7 @@ from portllm.matching.compatibility import taken_copies, taken_tie
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.merging.outputs import Output, good, not_written, write_outputs
-from portllm.merging.plan import MergePlan, plan_merge
+from portllm.merging.plan import MergePlan, as_listed, plan_merge
 from portllm.merging.quantization_gap import measure_gap
 from portllm.merging.rounding_modes import Stochastic
 from portllm.merging.tensor import TensorOptions, TensorResults, require_device
@@ -43,6 +43,9 @@ from portllm.progress import Progress, silent
 MOST_AT_ONCE = 32
 """Outputs that are written side by side: the model is read once for so many. Each has files open, and threads hold what
 all their patches have for a tensor."""
+
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""What some programs write beside a model to say how its weights are quantized, and others go by."""
 
 
 def merge(
@@ -211,6 +214,9 @@ def _finish(output: Output, folder: Path, how: TensorOptions, progress: Progress
     write_index(folder, plan.shards)
     if plan.into.folder is not None:
         copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes)
+        if plan.into.quantization is not None and not plan.keeps_storage:
+            for name in QUANTIZATION_FILES:
+                (folder / name).unlink(missing_ok=True)
     report = _report(plan, output.out, folder, how, output.known)
     if plan.fitted is not None:
         gap = measure_gap(plan, plan.fitted, output.known.sums, progress=progress)
@@ -280,11 +286,12 @@ def _on_disk(plans: Mapping[Path, MergePlan], progress: Progress) -> Mapping[Pat
             f"'{into.folder}': is not {into.name} as it is on the Hub: its fingerprint differs from "
             f"{planned.identity.fingerprint}. Delete it and run again."
         )
+    sources = as_listed(into.infos) if planned.keeps_storage else into.infos
     return {
         out: replace(
             plan,
             into=into,
-            steps={name: replace(step, source=into.infos[step.source.name]) for name, step in plan.steps.items()},
+            steps={name: replace(step, source=sources[step.source.name]) for name, step in plan.steps.items()},
         )
         for out, plan in plans.items()
     }

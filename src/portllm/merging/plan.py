@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import same_bytes
-from portllm.checkpoint.model.names import HEAD
+from portllm.checkpoint.model.equality import listed_tensors, same_bytes
 from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal, UnsupportedDtypeError
@@ -30,7 +29,7 @@ from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 
-QUANTIZATION_FIELD = "quantization_config"
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 """Of `config.json`: how transformers loads the weights."""
 
 
@@ -89,6 +88,11 @@ class MergePlan:
         return (*self.into.files, *files_of(self.patch), *{info.file for info in quantized.values()})
 
     @property
+    def keeps_storage(self) -> bool:
+        """Whether what is quantized in the model is so in the output, byte for byte."""
+        return self.into.quantization is not None and self.options.dtype is None
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of tensors that the run writes."""
         return sum(step.entry.n_bytes for step in self.steps.values())
@@ -130,7 +134,8 @@ def plan_merge(
     else:
         refusals += misnamed(patch, into, quantized_base)
     refusals += altered_copies(patch, into)
-    refusals += unmergeable(into, dtype=dtype)
+    on_model = changes_on(patch, into)
+    refusals += unmergeable(on_model, into, dtype=dtype)
     notes = []
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is assumed to be its base.")
@@ -138,7 +143,7 @@ def plan_merge(
     if (scheme := quantization_of(patch)) is not None and into.quantization is None:
         measured = "the report shows how much" if fitted else "the difference is not measured"
         notes.append(f"the patch was trained on {scheme} weights, which differ from {into.name}: {measured}.")
-    changes, sources, unties = _untangle(changes_on(patch, into), into)
+    changes, sources, unties = _untangle(on_model, into)
     config_changes: dict[str, object] = {}
     if unties:
         config_changes["tie_word_embeddings"] = False
@@ -146,8 +151,11 @@ def plan_merge(
         if isinstance(text, dict) and "tie_word_embeddings" in text:  # a model of vision and text says it there too
             config_changes["text_config"] = {**text, "tie_word_embeddings": False}
         notes.append("the patch unties head and embedding: the output has a separate head.")
-    if into.quantization is not None:
-        config_changes[QUANTIZATION_FIELD] = None
+    if into.quantization is not None and dtype is None:
+        notes.append(f"what the patch does not change stays quantized as in {into.name} ({into.quantization}).")
+        sources = as_listed(sources)
+    elif into.quantization is not None:
+        config_changes |= _unquantized({**into.config, **config_changes})
         notes.append(f"the output contains the dequantized weights of {into.name} with the patch added.")
     if dtype is not None:
         config_changes["dtype"] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
@@ -159,6 +167,21 @@ def plan_merge(
     return MergePlan(
         patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted
     )
+
+
+def as_listed(sources: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The same tensors with those that are quantized weights replaced by what the headers list of them."""
+    encoded = {name: info for name, info in sources.items() if info.encoding is not None}
+    return {**{name: info for name, info in sources.items() if name not in encoded}, **listed_tensors(encoded)}
+
+
+def _unquantized(config: Mapping[str, object]) -> dict[str, object]:
+    """What has to change in `config.json` for a model to be loaded as one that is not quantized."""
+    changes: dict[str, object] = {field: None for field in QUANTIZATION_FIELDS if field in config}
+    text = config.get("text_config")
+    if isinstance(text, dict) and any(field in text for field in QUANTIZATION_FIELDS):
+        changes["text_config"] = {key: value for key, value in text.items() if key not in QUANTIZATION_FIELDS}
+    return changes
 
 
 def _stored_as(info: TensorInfo, dtype: str | None) -> str:
@@ -175,7 +198,7 @@ def _untangle(
     """
     sources = dict(into.infos)
     shared, stored = into.tied_embedding, into.head
-    name = HEAD if stored is None else stored.name
+    name = into.head_name if stored is None else stored.name
     if shared is None:
         return changes, sources, False
     embedding, head = changes.get(shared.name), changes.get(name)

@@ -161,8 +161,9 @@ def _stacked(delta: ExpertsDelta[TensorInfo], bench: Workspace) -> tuple[Tensor,
 
 
 def _of_expert(a: Tensor, b: Tensor, delta: ExpertsDelta[TensorInfo], number: int) -> tuple[Tensor, Tensor]:
-    """One expert's factors, A of shape (rank, d_in) and B of shape (d_out, rank)."""
-    return a[number * delta.rank : (number + 1) * delta.rank], b[:, number :: delta.n_experts].contiguous()
+    """One expert's factors, A of shape (rank, d_in) and B of shape (d_out, rank), as the weight is stored."""
+    a, b = a[number * delta.rank : (number + 1) * delta.rank], b[:, number :: delta.n_experts].contiguous()
+    return (b.T.contiguous(), a.T.contiguous()) if delta.transposed else (a, b)
 
 
 def _transposed(delta: LowRankDelta[TensorInfo], cut: Tiling, bench: Workspace) -> Changer:

@@ -30,11 +30,11 @@ from portllm.patch.adapter_config import parse_adapter_config
 from portllm.patch.adapter_keys import INNER, PREFIX, Role, plain_key, render_key
 from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
+from portllm.patch.no_adapter import why_no_adapter
 from portllm.patch.patch import Patch
-from portllm.patch.record import PatchRecord
+from portllm.patch.record import PATCH_FILES, PatchRecord
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
+CONFIG_FILE, TENSOR_FILE = PATCH_FILES
 PICKLE_FILE = "adapter_model.bin"
 RECORD_FILE = "patch.json"
 COPY_BYTES = 1 << 24
@@ -294,15 +294,13 @@ def _fetch(name: str) -> tuple[Path, str]:
 
 
 def _require_files(path: Path, name: str) -> None:
-    if not os.path.isdir(path):
+    if not os.path.exists(path):
         raise AdapterFormatError(
             f"'{name[:MAX_NAME_LENGTH]}': no such folder. A patch is a folder with {CONFIG_FILE} and {TENSOR_FILE}."
         )
-    if not os.path.isfile(path / CONFIG_FILE):
-        inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
-        hint = f" Its subfolder '{inner}' is one: pass that." if inner else ""
-        raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE}, so it is not an adapter folder.{hint}")
     try:
+        if not os.path.isfile(path / CONFIG_FILE):
+            raise AdapterFormatError(f"'{name}': {why_no_adapter(path, name)}")
         there = os.listdir(path)
     except OSError as error:
         raise AdapterFormatError(f"'{name}': cannot be looked into: {error.strerror}.") from error

@@ -98,6 +98,8 @@ class VectorDelta(Generic[F]):
 class ExpertsDelta(Generic[F]):
     """The deltas of one weight of all experts of a layer, `Δ_e = scale · B_e A_e` for expert `e`.
 
+    Where the model stores it the other way round, `Δ_e` is added to the transposed weight.
+
     PEFT stacks them: `A_e` are the rows `e·rank` to `(e+1)·rank` of `a`; `B_e` is every `n_experts`th column of `b`
     from column `e` on.
 
@@ -106,6 +108,7 @@ class ExpertsDelta(Generic[F]):
         b: Shape (d_out, rank · n_experts).
         scale: alpha / rank, or alpha / √rank for rank-stabilized LoRA.
         rank: Of each expert.
+        transposed: The model stores each expert's weight as (d_in, d_out), as GPT-OSS does.
 
     Example:
         >>> import torch
@@ -117,6 +120,7 @@ class ExpertsDelta(Generic[F]):
     b: F
     scale: float
     rank: int
+    transposed: bool = False
 
     @property
     def n_experts(self) -> int:
@@ -125,8 +129,9 @@ class ExpertsDelta(Generic[F]):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape of the weight of all experts: (n_experts, d_out, d_in)."""
-        return self.n_experts, self.b.shape[0], self.a.shape[1]
+        """The shape of the weight of all experts: (n_experts, d_out, d_in), the last two swapped where transposed."""
+        d_out, d_in = self.b.shape[0], self.a.shape[1]
+        return (self.n_experts, d_in, d_out) if self.transposed else (self.n_experts, d_out, d_in)
 
     @property
     def n_params(self) -> int:

@@ -37,7 +37,7 @@ class Placed:
 
 
 def place_values(
-    changed: Collection[str], *, tensors: Collection[str], targets: Collection[str], tied: str | None
+    changed: Collection[str], *, tensors: Collection[str], targets: Collection[str], tied: str | None, head: str = HEAD
 ) -> Placed:
     """PEFT's keys for tensors that are replaced whole.
 
@@ -49,6 +49,7 @@ def place_values(
         tensors: Names of all tensors of the model.
         targets: Modules that have a low-rank delta.
         tied: The embedding whose matrix is the head's too, before and after tuning; None where there is none.
+        head: What the head is called.
 
     Example:
         >>> tensors = ("model.embed_tokens.weight", "h.0.q.weight", "h.0.q.bias", "h.0.norm.weight")
@@ -79,7 +80,7 @@ def place_values(
             whole.add(module)
             keys |= {f"{PREFIX}{module}.{part}": f"{module}.{part}" for part in LEAVES if f"{module}.{part}" in tensors}
             if name == tied:
-                keys[PREFIX + HEAD] = name
+                keys[PREFIX + head] = name
                 ensure_tying = True
     fields: dict[str, object] = {}
     if bias != "none":

@@ -66,7 +66,10 @@ class Patch(Generic[F]):
             {tensor: WholeValue(change(value.values)) for tensor, value in self.values.items()},
             {tensor: RowValues(change(rows.values), rows.rows) for tensor, rows in self.rows.items()},
             {tensor: VectorDelta(change(bias.values), bias.scale) for tensor, bias in self.bias_deltas.items()},
-            {tensor: ExpertsDelta(change(e.a), change(e.b), e.scale, e.rank) for tensor, e in self.experts.items()},
+            {
+                tensor: ExpertsDelta(change(e.a), change(e.b), e.scale, e.rank, e.transposed)
+                for tensor, e in self.experts.items()
+            },
             self.revision,
         )
 

@@ -29,6 +29,7 @@ class ModelIdentity(Recorded, frozen=True):
         digest: Over all bytes, where they were read anyway; None otherwise.
         revision: The commit hash of a model of the Hugging Face Hub, else None; for people, never compared.
         quantization: How its weights are stored where that is not plainly, such as `nf4-double` or `Q4_K, Q6_K`.
+        rounded: The fingerprint that it would have in a coarser dtype, by dtype: by these it is known in that one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelIdentity(Recorded, frozen=True):
         Annotated[str, Meta(pattern=f"^[0-9a-f]{{40,64}}{END}", description="40 to 64 hexadecimal digits")] | None
     ) = field(default_factory=NoneType)
     quantization: Text | None = None
+    rounded: Mapping[str, str] = field(default_factory=dict)
 
 
 class FittedTo(Recorded, frozen=True):

@@ -136,6 +136,12 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
         yield Refusal("--text", f"method '{plan.method.id}' runs both models over prompts: pass them with --text.")
     if domain is not None and not runs:
         yield Refusal("--text", f"method '{plan.method.id}' reads no prompts. Omit it.")
+    if runs and plan.evolved.experts:
+        yield Refusal(
+            "--evolved",
+            f"{plan.evolved.name} has experts, and what these write is not known for every token. Method "
+            f"'{plan.method.id}' is for dense models.",
+        )
     if runs and plan.base is not None and not has_same_tokenizer(plan.base, plan.evolved):
         yield Refusal(
             "--evolved",

@@ -84,6 +84,8 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         )
     elif plan.source.fingerprint == plan.target.fingerprint:
         rows["drift"] = "none: the evolved model is the base"
+    elif plan.base is None:
+        rows["drift"] = "not measured: with --base it is, and later checks of the ported patch count it"
     if plan.tokens is not None:
         gone = list(plan.tokens.gone.values())
         shown = ", ".join(repr(token) for token in gone[:SHOWN_TOKENS])

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError
 from portllm.matching.compatibility import changes_of
 from portllm.methods.values import Values, take_rows, whole
-from portllm.patch.delta import Change, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.merge import add, delta_rows, renormalize
 from portllm.patch.patch import Patch
 from portllm.porting.inputs import StoredValues
@@ -27,19 +26,13 @@ class PatchedWeights:
 
     def __init__(self, checkpoint: Checkpoint, patch: Patch[Values] | None) -> None:
         self._checkpoint = checkpoint
-        changes: dict[str, Change[Values]] = {} if patch is None else {**changes_of(patch), **patch.experts}
+        changes: dict[str, Change[Values]] = {} if patch is None else changes_of(patch)
         self._changes = {checkpoint.current_name(name): change for name, change in changes.items()}
 
     def tensor(self, name: str) -> Tensor | None:
         """A whole tensor; None where the model has none."""
         info = self._checkpoint.tensor(name)
-        if info is not None:
-            return patched(load(info).float(), self._change(name), None)
-        experts = self._checkpoint.experts.get(name)
-        if experts is None:
-            return None
-        stacked = torch.stack([torch.cat([load(part) for part in parts]) for parts in experts])
-        return patched(stacked.float(), self._change(name), None)
+        return None if info is None else patched(load(info).float(), self._change(name), None)
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Some rows of a matrix."""
@@ -53,7 +46,8 @@ class PatchedWeights:
     def _change(self, name: str) -> Change[Values] | None:
         change = self._changes.get(self._checkpoint.current_name(name))
         tied = self._checkpoint.tied_embedding
-        if change is None and name == HEAD and tied is not None:  # trained rows of a tied embedding are the head's too
+        is_head = self._checkpoint.current_name(name) == self._checkpoint.head_name
+        if change is None and is_head and tied is not None:  # trained rows of a tied embedding are the head's too
             change = self._changes.get(self._checkpoint.current_name(tied.name))
             return change if isinstance(change, RowValues) else None
         return change
@@ -88,10 +82,6 @@ def patched(weight: Tensor, change: Change[Values] | None, rows: Sequence[int] |
             return _with_rows(weight, whole(values).float(), places, rows)
         case VectorDelta(values, scale):
             return weight + scale * whole(values).float()
-        case ExpertsDelta(a=a, b=b, scale=scale, rank=rank):
-            stacked_a = whole(a).float().reshape(change.n_experts, rank, -1)
-            stacked_b = torch.stack([whole(b).float()[:, n :: change.n_experts] for n in range(change.n_experts)])
-            return weight + scale * (stacked_b @ stacked_a)
         case _:
             raise CheckpointError(f"a change of the kind {type(change).__name__} cannot be run layer by layer.")
 

@@ -20,6 +20,7 @@ def check(
     *patches: PatchLike,
     base: ModelLike,
     evolved: ModelLike,
+    trained_on: ModelLike | None = None,
     full: bool = False,
     places: bool = False,
     text: str | Path | Sequence[str] | None = None,
@@ -38,6 +39,7 @@ def check(
         *patches: The patches to check.
         base: The model that they belong to.
         evolved: The updated base.
+        trained_on: The base that ported patches were trained on: the drift since then is measured instead of bounded.
         full: Read every weight of both models instead of a few megabytes of each.
         places: Also read every factor of the patches and report where they are; does not affect the verdict.
         text: Unlabeled prompts from the patches' domain, or their file: `.txt` with one per line, or JSONL.
@@ -64,6 +66,7 @@ def check(
         *opened,
         base=old,
         evolved=new,
+        trained_on=None if trained_on is None else open_checkpoint(trained_on, progress=progress),
         full=full,
         places=places,
         allow_other_base=allow_other_base,

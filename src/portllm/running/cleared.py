@@ -21,10 +21,7 @@ from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.errors import AdapterFormatError, CheckpointError
 from portllm.files.json_file import read_config, read_json_text
 from portllm.files.source import LocalFile
-from portllm.patch.adapter_config import UNDERSTOOD_FIELDS
-from portllm.patch.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from portllm.patch.adapter_folder import TENSOR_FILE, load_patch, stored_tensors
-from portllm.running.foreign import (
+from portllm.foreign import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedConfig,
@@ -33,6 +30,9 @@ from portllm.running.foreign import (
     quiet,
     tokenizer_class_from_name,
 )
+from portllm.patch.adapter_config import UNDERSTOOD_FIELDS
+from portllm.patch.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from portllm.patch.adapter_folder import TENSOR_FILE, load_patch, stored_tensors
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int64
 
 from portllm.errors import CheckpointError, DataError
+from portllm.foreign import foreign
 from portllm.running.examples import completion_text
-from portllm.running.foreign import foreign
 from portllm.running.model import PreTrainedTokenizerBase
 
 

@@ -8,7 +8,6 @@ Every row that does not fit is gathered and told of at once.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -233,24 +232,27 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
-@contextmanager
-def digested(path: str | Path) -> Iterator[str]:
-    """The digest of a data file whose rows are read in this block, so that both are of the same bytes.
+def read_with_digest(path: str | Path, read: Callable[[], Made]) -> tuple[Made, str]:
+    """The rows of a data file and its digest, both of the same bytes.
+
+    The digest comes last, so that a file with no rows that fit is refused before all of it is read.
 
     Args:
         path: The file.
+        read: Reads its rows.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: It cannot be read, or `read` refuses a row.
         InputChangedError: It changed meanwhile.
     """
     try:
         file = local_file(Path(path))
+        rows = read()
         digest = f"blake3:{digest_file(Path(path))}"
     except OSError as error:
         raise DataError(f"'{path}': cannot be read: {error.strerror}. Pass a data file.") from error
-    yield digest
     require_unchanged([file])
+    return rows, digest
 
 
 class _RowError(Exception):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from portllm.errors import CheckpointError
 from portllm.running.encoding import PaddedBatch
-from portllm.running.foreign import foreign
+from portllm.foreign import foreign
 from portllm.running.model import PeftModel, PreTrainedModel, build_skeleton
 
 State = Float32[Tensor, "rows tokens width"]

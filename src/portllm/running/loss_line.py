@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from portllm.running.foreign import LoraLayer, PeftModel
+from portllm.foreign import LoraLayer, PeftModel
 
 
 @dataclass(frozen=True, slots=True)

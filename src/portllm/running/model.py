@@ -20,9 +20,7 @@ from torch.nn.modules import module as hooks
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import AdapterFormatError, CheckpointError, PortLLMError
-from portllm.running.budget import no_more_than
-from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
-from portllm.running.foreign import (
+from portllm.foreign import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,6 +35,8 @@ from portllm.running.foreign import (
     no_init_weights,
     quiet,
 )
+from portllm.running.budget import no_more_than
+from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
 
 __all__ = [
     "Device",

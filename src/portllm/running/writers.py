@@ -15,6 +15,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from portllm.errors import CheckpointError
+from portllm.foreign import Conv1D
 from portllm.running.layers import Arguments, LayeredModel
 
 TOLERANCE = 1e-4
@@ -111,7 +112,7 @@ def is_linear(module: nn.Module, width: int) -> bool:
     """Whether a module is linear with an output of a width; GPT-2's Conv1D has its weight the other way round."""
     if isinstance(module, nn.Linear):
         return module.out_features == width
-    return type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == width
+    return isinstance(module, Conv1D) and bool(module.nf == width)
 
 
 @contextmanager

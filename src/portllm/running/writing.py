@@ -8,7 +8,7 @@ from torch import Tensor
 
 from portllm.progress import Progress, silent
 from portllm.running.encoding import PaddedBatch, batches, pad_left
-from portllm.running.foreign import DynamicCache
+from portllm.foreign import DynamicCache
 from portllm.running.layers import LayeredModel, NewTokens
 
 Pick = Callable[[Float32[Tensor, "rows vocabulary"]], Int64[Tensor, " rows"]]

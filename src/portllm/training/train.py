@@ -1,166 +1,173 @@
-"""A first patch: LoRA fine-tuning on a JSONL file, captured with the record of what it was trained on."""
+"""A patch by LoRA fine-tuning, captured with the record of what it was trained on."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, Refusal
-from portllm.files.input_file import local_file, unchanged
+from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.files.input_file import unchanged
 from portllm.files.output_folder import check_apart, check_free
-from portllm.files.record import encode
+from portllm.files.source import Source
 from portllm.matching.compatibility import base_refusals, mismatches
-from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of, load_patch
+from portllm.patch.adapter_folder import PatchLike, files_of, folder_of, load_patch
 from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
-from portllm.running.examples import Example, ExampleFormat, digested, read_examples
-from portllm.running.folder import model_folder
+from portllm.running.folder import check_runnable, model_folder
 from portllm.running.model import Device
-from portllm.training.lora import TrainReport, TrainSettings, train_lora
+from portllm.training.lessons import Lesson, Teacher, lesson_of, origin_of
+from portllm.training.lora import TrainReport, TrainSettings
 
 
-def train_on_rows(
-    base: Checkpoint,
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One run of a training.
+
+    Attributes:
+        base: The model; a folder with configuration and tokenizer.
+        lesson: What is learned.
+        out: The patch's folder.
+        settings: Rank, learning rate and other settings.
+        start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
+        overwrite: Replace `out` if it exists.
+    """
+
+    base: Checkpoint
+    lesson: Lesson
+    out: Path
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    start: Patch[TensorInfo] | None = None
+    overwrite: bool = False
+
+    def preview(self) -> str:
+        """What a run would do, after everything has been checked that can be without running a model."""
+        self._check()
+        teacher = self.lesson.teacher
+        for model in (self.base, *(() if teacher is None else (teacher.base,))):
+            check_runnable(model)
+        began = "" if self.start is None else f", beginning with {self.start.name},"
+        taught = "" if teacher is None else f" that {teacher.patch.name} answers"
+        what = f"a patch of {self.base.name}{began} on {len(self.lesson.rows)} rows{taught}"
+        return f"would train {what}; the first:\n{self.lesson.rows[0]}\nto {self.out}"
+
+    def run(self, *, device: Device = "auto", progress: Progress = silent) -> tuple[Patch[TensorInfo], TrainReport]:
+        """Train, and write the patch.
+
+        Args:
+            device: Device to train on.
+            progress: Progress callback (downloaded bytes, answers of a teacher, steps).
+
+        Returns:
+            The patch, opened from `out`, and a report of the training.
+
+        Raises:
+            DataError: The models do not share their tokens.
+            PlanRefusedError: `start` cannot be trained on.
+            NotFoundError: A model is a single file, without configuration and tokenizer.
+            OutputExistsError: `out` exists; raised before any work is done.
+        """
+        self._check()
+        folder = model_folder(self.base, progress=progress)
+        first = None if self.start is None else folder_of(self.start)
+        with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
+            adapter = Path(scratch) / "adapter"
+            with unchanged(self._start_files):
+                report = self.lesson.fit(folder, adapter, self.settings, device=device, start=first, progress=progress)
+            ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
+            began = {} if self.start is None else _began_with(self.start)
+            patch = capture_adapter(
+                load_patch(adapter),
+                base=self.base,
+                out=self.out,
+                method="train",
+                settings={**asdict(self.settings), **began, **self.lesson.recorded, **ran},
+                overwrite=self.overwrite,
+            )
+        return patch, report
+
+    @property
+    def _start_files(self) -> tuple[Source, ...]:
+        return () if self.start is None else tuple(files_of(self.start))
+
+    def _check(self) -> None:
+        check_free(self.out, overwrite=self.overwrite)
+        check_apart(self.out, [*self.lesson.files, *self.base.files, *self._start_files])
+        if self.start is not None and (refusals := set(_start_refusals(self.start, self.base))):
+            raise PlanRefusedError(refusals)
+
+
+def train(
+    base: ModelLike,
     *,
-    data: Path,
-    fmt: ExampleFormat,
-    out: Path,
+    data: str | Path,
+    out: str | Path,
+    prompt: str | None = None,
+    completion: str | None = None,
+    start: PatchLike | None = None,
+    teacher: PatchLike | None = None,
+    teacher_base: ModelLike | None = None,
+    max_new_tokens: int | None = None,
     settings: TrainSettings | None = None,
-    start: Patch[TensorInfo] | None = None,
     device: Device = "auto",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> tuple[Patch[TensorInfo], TrainReport]:
-    """Fine-tune a patch for a base and write it to `out`.
+    """Fine-tune a patch for a base and write it to `out`; the loss counts completions only.
+
+    With a teacher, completions are an older patch's answers on its own base, and the loss is the mean divergence
+    `KL(teacher ‖ student)` over their tokens: no answer in the data is read.
 
     Args:
         base: The model; a folder with configuration and tokenizer.
         data: JSONL rows.
-        fmt: What of a row is prompt and what completion; recorded, so that `evaluate` asks the same way.
         out: The patch's folder.
-        settings: Rank, learning rate and the like.
-        start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
-        device: Where to train.
+        prompt: Prompt template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`.
+        completion: JSONL field with the target text; None for the one recorded in `start`, or with a teacher.
+        start: A patch of `base` to start from, such as a ported one; its rank, alpha and modules are kept.
+        teacher: An older patch whose answers are learned instead of a completion.
+        teacher_base: The model the teacher patch was made on.
+        max_new_tokens: Maximum number of tokens the teacher generates; 32 by default.
+        settings: Rank, learning rate and other settings.
+        device: Device to train on.
         overwrite: Replace `out` if it exists.
-        progress: Progress callback (steps).
+        progress: Progress callback (answers of the teacher, steps).
 
     Returns:
-        The patch, opened from `out`, and what training did.
+        The patch, opened from `out`, and a report of the training.
 
     Raises:
-        DataError: Rows do not fit.
-        PlanRefusedError: `start` cannot be trained on.
-        NotFoundError: The base is a single file, without configuration and tokenizer.
-        OutputExistsError: `out` exists; said before any work is done.
+        DataError: Rows are invalid, prompt or completion is unknown, or the models have different vocabularies.
+        PlanRefusedError: Training cannot start from `start`, or the teacher patch does not belong to its base.
+        NotFoundError: A model is a single file, without configuration and tokenizer.
+        OutputExistsError: `out` exists; raised before any work is done.
     """
-    check_free(out, overwrite=overwrite)
-    check_apart(out, [local_file(data)])
-    with digested(data) as digest:
-        examples = read_examples(data, fmt)
-    recorded = {"prompt": fmt.prompt, "completion": fmt.completion, "data": digest}
-    return train_on(
-        base,
-        examples,
-        out=out,
-        recorded=recorded,
-        settings=settings,
-        start=start,
-        device=device,
+    if (teacher is None) != (teacher_base is None):
+        raise PortLLMError("train: teacher and teacher_base must be used together.")
+    if teacher is None and max_new_tokens is not None:
+        raise PortLLMError("train: max_new_tokens requires a teacher. Omit it.")
+    if teacher is not None and completion is not None:
+        raise PortLLMError("train: completion cannot be used with a teacher, whose answers are learned instead.")
+    first = None if start is None else load_patch(start)
+    old = None
+    if teacher is not None and teacher_base is not None:
+        old = Teacher(open_checkpoint(teacher_base, progress=progress), load_patch(teacher), max_new_tokens or 32)
+    training = Training(
+        base=open_checkpoint(base, progress=progress),
+        lesson=lesson_of(Path(data), prompt=prompt, completion=completion, start=first, teacher=old),
+        out=Path(out),
+        settings=settings or TrainSettings(),
+        start=first,
         overwrite=overwrite,
-        progress=progress,
     )
+    return training.run(device=device, progress=progress)
 
 
-def train_on(
-    base: Checkpoint,
-    examples: Sequence[Example],
-    *,
-    out: Path,
-    recorded: Mapping[str, object],
-    settings: TrainSettings | None = None,
-    start: Patch[TensorInfo] | None = None,
-    device: Device = "auto",
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> tuple[Patch[TensorInfo], TrainReport]:
-    """As `train_on_rows`, on prompts and completions.
-
-    Args:
-        base: The model.
-        examples: Prompts and completions.
-        out: The patch's folder.
-        recorded: What the patch's record says of them.
-        settings: Rank, learning rate and the like.
-        start: A patch of this base to train on, such as a ported one; its rank, alpha and modules are kept.
-        device: Where to train.
-        overwrite: Replace `out` if it exists.
-        progress: Progress callback (steps).
-    """
-    settings = settings or TrainSettings()
-
-    def run(model: Path, adapter: Path) -> TrainReport:
-        first = None if start is None else folder_of(start)
-        return train_lora(model, examples, settings, adapter, device=device, start=first, progress=progress)
-
-    return capture_training(
-        base, run, out=out, recorded=recorded, settings=settings, start=start, overwrite=overwrite, progress=progress
-    )
-
-
-def capture_training(
-    base: Checkpoint,
-    run: Callable[[Path, Path], TrainReport],
-    *,
-    out: Path,
-    recorded: Mapping[str, object],
-    settings: TrainSettings,
-    start: Patch[TensorInfo] | None,
-    overwrite: bool,
-    progress: Progress,
-) -> tuple[Patch[TensorInfo], TrainReport]:
-    """Run a training of an adapter and write what came of it as a patch.
-
-    Args:
-        base: The model.
-        run: Given its folder, and the adapter's to be.
-        out: The patch's folder.
-        recorded: What the record says of the rows and the loss.
-        settings: What else shaped the patch.
-        start: What the adapter began with, or None.
-        overwrite: Replace `out` if it exists.
-        progress: Progress callback (downloaded bytes).
-
-    Raises:
-        PlanRefusedError: `start` cannot be trained on.
-        OutputExistsError: `out` exists; said before any work is done.
-    """
-    check_free(out, overwrite=overwrite)
-    check_apart(out, [*base.files, *(() if start is None else files_of(start))])
-    if start is not None and (refusals := sorted(set(start_refusals(start, base)))):
-        raise PlanRefusedError(refusals)
-    folder = model_folder(base, progress=progress)
-    with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
-        adapter = Path(scratch) / "adapter"
-        with unchanged(() if start is None else files_of(start)):
-            report = run(folder, adapter)
-        ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
-        began = {} if start is None else _began_with(start)
-        patch = capture_adapter(
-            load_patch(adapter),
-            base=base,
-            out=out,
-            method="train",
-            settings={**asdict(settings), **began, **recorded, **ran},
-            overwrite=overwrite,
-        )
-    return patch, report
-
-
-def start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
+def _start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
     """Why a patch cannot be trained on with a base."""
     yield from mismatches(start, base)
     yield from base_refusals(start, base, option="--init-from")
@@ -170,13 +177,6 @@ def start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refus
             f"{start.name} contains more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows "
             "or biases), but training can only continue from LoRA factors. Train a new patch.",
         )
-
-
-def origin_of(patch: Patch[TensorInfo]) -> dict[str, object]:
-    """What a record says of another patch: its name, its tensors, and where it comes from and was ported to."""
-    record = {} if patch.record is None else encode(patch.record)
-    known: dict[str, object] = {name: record[name] for name in ("base", "capture", "ports") if name in record}
-    return {"name": patch.name, "tensors": dict(sorted(digest_tensors(patch).items())), **known}
 
 
 def _began_with(start: Patch[TensorInfo]) -> dict[str, object]:

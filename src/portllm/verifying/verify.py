@@ -9,6 +9,7 @@ from pathlib import Path
 
 from portllm.certifying.certificate import CERTIFICATE_FILE
 from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
+from portllm.checkpoint.model.equality import listed_tensors
 from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.safetensors.header import render_header
@@ -218,7 +219,7 @@ def _weight_checks(folder: Path, manifest: Manifest, weights: Collection[str], p
     yield from _header_checks(checkpoint, manifest.headers)
     digests = {}
     done = 0
-    for name, info in checkpoint.infos.items():
+    for name, info in listed_tensors(checkpoint.infos).items():
         digests[name] = digest_tensor(info)
         done += info.n_bytes
         progress("verify", done, checkpoint.n_bytes, "bytes")
@@ -239,12 +240,13 @@ def _header_checks(checkpoint: Checkpoint, kept: Mapping[str, str]) -> Iterator[
 
     A merge in place has kept the headers that were there, and noted their digests.
     """
+    listed = listed_tensors(checkpoint.infos).values()
     for file in checkpoint.files:
         if kept:
             if digest_header(Path(str(file))) != kept.get(Path(str(file)).name):
                 yield wrong(Path(str(file)).name, "its header differs from the one that merge read")
             continue
-        infos = sorted((info for info in checkpoint.infos.values() if info.file == file), key=lambda info: info.start)
+        infos = sorted((info for info in listed if info.file == file), key=lambda info: info.start)
         written = render_header([(info.name, info.dtype, info.shape) for info in infos], METADATA)
         with open(str(file), "rb") as stream:
             if stream.read(len(written)) != written:

@@ -1,12 +1,11 @@
 """Families: what their files say is so in the models that transformers builds, and names mean the same tensor."""
 
 import json
-import tomllib
 from importlib.resources import files
 
 import pytest
 
-from portllm.checkpoint.model.families import families, family_named, family_of
+from portllm.checkpoint.model.families import FILE, SHARED, families_of, family_of
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError
@@ -16,6 +15,10 @@ KINDS = (
     "llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "gpt2", "mixtral", "qwen2-moe", "qwen3-moe",
     "gemma3-vision", "qwen2-vision",
 )  # fmt: skip
+
+MODEL_TYPES = sorted(json.loads(files("portllm.checkpoint.model").joinpath(FILE).read_text("utf-8")).keys() - {SHARED})
+NOT_WITHOUT_HEAD = ("UnlimitedOcrForConditionalGeneration",)
+"""Classes that transformers itself cannot load from a file that was saved without the head."""
 
 EXPERT_MATRICES = 2 * 3 * 3
 """In two layers of three experts, where each matrix of each expert is stored alone."""
@@ -52,11 +55,11 @@ def model(folder, names, **config):
     return open_checkpoint(folder)
 
 
-def test_every_kind_of_tiny_model_is_of_a_family_and_every_family_has_one():
+def test_every_kind_of_tiny_model_is_of_a_family():
     from tests import families as tiny
 
     assert tuple(tiny.KINDS) == KINDS
-    assert {kind.family for kind in tiny.KINDS.values()} == {family.id for family in families()}
+    assert {kind.family for kind in tiny.KINDS.values()} <= set(MODEL_TYPES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +69,7 @@ def test_the_family_is_found_by_model_type_and_by_architecture(kind, tiny_famili
     config = json.loads((tiny_families(kind)[1] / "config.json").read_text())
     found = family_of(config)
     assert found.id == tiny.KINDS[kind].family
-    assert family_of({"architectures": config["architectures"]}) is found
+    assert family_of({"architectures": config["architectures"]}).name == found.name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,47 +138,67 @@ def test_every_tensor_is_found_by_all_its_names(kind, tiny_families):
 
     _, folder, _ = tiny_families(kind)
     opened = open_checkpoint(folder)
+    prefix = f"{opened.family.prefix}."
     for name, info in opened.infos.items():
-        others = [tiny.spelled(opened.family, name, spelling) for spelling in opened.family.spellings]
-        assert {opened.stored(other) for other in (name, opened.current_name(name), *others)} == {info}
+        current = opened.current_name(name)
+        others = [tiny.spelled_of_old(kind, current)] if kind in tiny.OLD else []
+        assert {opened.stored(other) for other in (name, current, current.removeprefix(prefix), *others)} == {info}
 
 
-@pytest.mark.parametrize("family", [family.id for family in families()])
-def test_names_stay_what_they_are_when_spelled_back(family):
-    from tests import families as tiny
-
-    family = family_named(family)
-    for name in (family.embedding, family.head, "model.layers.0.input_layernorm.weight", "anything.else"):
-        current = family.current_name(name)
-        assert family.current_name(current) == current
-        for spelling in family.spellings:
-            assert family.current_name(tiny.spelled(family, name, spelling)) == current
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_current_names_stay_what_they_are_and_names_without_the_head_become_them(model_type):
+    for family in families_of({"model_type": model_type}):
+        for name in filter(None, (family.embedding, family.head, "anything.else")):
+            assert family.current_name(name) == name
+        bare = (family.embedding or "").removeprefix(f"{family.prefix}.")
+        if bare.partition(".")[0] in family.inner and family.name not in NOT_WITHOUT_HEAD:
+            assert family.current_name(bare) == family.current_name(family.embedding)
 
 
-@pytest.mark.parametrize("family", [family.id for family in families()])
-def test_a_file_of_facts_has_no_fact_twice(family):
-    text = files("portllm.checkpoint.model").joinpath("families", f"{family}.toml").read_text(encoding="utf-8")
-    facts = tomllib.loads(text)
-    assert facts["source"].startswith("https://")
-    assert len(set(facts["linear"])) == len(facts["linear"])
-    assert set(facts.get("transposed", [])) <= set(facts["linear"])
-    assert {module for parts in facts.get("experts", {}).values() for module in parts} <= set(facts["linear"])
+def test_a_class_is_of_one_model_type_first_and_the_class_that_a_model_names_comes_first():
+    config = {"model_type": "llama", "architectures": ["LlamaForTokenClassification"]}
+    found = families_of(config)
+    assert found[0].name == "LlamaForTokenClassification"
+    assert {family.name for family in found} == {family.name for family in families_of({"model_type": "llama"})}
 
 
-def test_no_model_type_is_of_two_families():
-    types = [name for family in families() for name in (*family.model_types, *family.architectures)]
-    assert len(set(types)) == len(types)
+def test_a_text_model_reads_the_names_of_the_model_of_vision_and_text(tmp_path):
+    names = ["model.language_model.layers.0.mlp.up_proj.weight", "model.visual.merger.norm.weight", "mtp.fc.weight"]
+    config = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
+    opened = model(tmp_path, names, **config, text_config={"num_hidden_layers": 1})
+    text = "model.layers.0.mlp.up_proj"
+    assert opened.current_name(text) == "model.language_model.layers.0.mlp.up_proj"
+    assert opened.stored(f"{text}.weight") is opened.infos[names[0]]
+    assert set(opened.running([f"{text}.weight"])) >= {f"{text}.weight"}
+    assert not {name for name in opened.running([text]) if "visual" in name or "mtp" in name}
+    assert {names[0], names[1]} <= set(opened.running(names))
+    assert names[2] not in opened.running(names)
+
+
+def test_layers_beyond_those_of_the_configuration_are_not_loaded(tmp_path):
+    names = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(3)]
+    opened = model(tmp_path, names, model_type="glm4_moe", num_hidden_layers=2)
+    assert set(opened.tensors) == set(names)
+    assert {name for name in opened.running(names) if "layers" in name} == set(names[:2])
+
+
+def test_what_transformers_takes_apart_has_no_current_name(tmp_path):
+    stored = "gte.encoder.layer.0.attention.qkv_proj.weight"
+    opened = model(tmp_path, [stored], model_type="gte", architectures=["GteForSequenceClassification"])
+    assert set(opened.tensors) == {stored}
+    assert set(opened.converted.values()) == {stored}
+    assert len(opened.converted) == 3
 
 
 def test_a_model_that_is_not_known_has_no_family():
-    assert family_of({"model_type": "bert", "architectures": ["LlamaForCausalLM"]}) is None
+    assert family_of({"model_type": "foreign", "architectures": ["LlamaForCausalLM"]}) is None
     assert family_of({}) is None
     assert family_of({"architectures": []}) is None
     assert family_of({"model_type": 3}) is None
 
 
 def test_a_name_in_a_model_that_is_not_known_means_itself_alone(tmp_path):
-    opened = model(tmp_path, ["h.0.x.weight"], model_type="bert")
+    opened = model(tmp_path, ["h.0.x.weight"], model_type="foreign")
     assert opened.stored("h.0.x.weight") is opened.infos["h.0.x.weight"]
     assert opened.stored("transformer.h.0.x.weight") is None
 
@@ -219,9 +242,26 @@ def test_the_embedding_of_gpt2_serves_as_its_head_when_there_is_no_other(tmp_pat
 
 
 def test_a_model_of_vision_and_text_may_say_in_the_part_about_text_that_it_is_tied(tmp_path):
-    names = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
-    tied = model(tmp_path / "tied", names, model_type="gemma3", text_config={"tie_word_embeddings": True})
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    tied = model(tmp_path / "tied", names, model_type="qwen2_vl", text_config={"tie_word_embeddings": True})
     assert tied.tied_embedding.name == names[0]
-    untied = model(tmp_path / "untied", names, model_type="gemma3", text_config={"tie_word_embeddings": False})
+    untied = model(tmp_path / "untied", names, model_type="qwen2_vl", text_config={"tie_word_embeddings": False})
     assert untied.tied_embedding is None
     assert fingerprint(tied) != fingerprint(untied)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [("llama", "LlamaForSequenceClassification"), ("gpt2", "GPT2ForTokenClassification")],
+)
+def test_a_classifier_has_no_head_and_is_not_tied(model_type, class_name, tmp_path):
+    embedding = family_of({"model_type": model_type, "architectures": [class_name]}).embedding
+    opened = model(tmp_path, [embedding, "score.weight"], model_type=model_type, architectures=[class_name])
+    assert (opened.embedding.name, opened.head, opened.tied_embedding) == (embedding, None, None)
+    assert not {module for module in opened.matrices if "lm_head" in module}
+
+
+def test_a_head_that_the_configuration_denies_is_not_there(tmp_path):
+    names = ["language_model.model.embed_tokens.weight"]
+    opened = model(tmp_path, names, model_type="llama4", text_config={"tie_word_embeddings": False})
+    assert (opened.embedding.name, opened.tied_embedding) == (names[0], None)

@@ -6,7 +6,7 @@ import torch
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading import bytes as raw_files
-from portllm.checkpoint.reading.decoding import decode_floats
+from portllm.checkpoint.reading.numbers import decode_floats
 from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
 from portllm.checkpoint.reading.windows import SAMPLE_BYTES, load_spans, load_values, sample_span
 from portllm.errors import CheckpointError, UnsupportedDtypeError

@@ -193,12 +193,15 @@ def _of_experts(change: ExpertsDelta[TensorInfo] | ExpertDelta[TensorInfo], samp
     stored = sampled.rows + sampled.pair.first_row
     if isinstance(change, ExpertDelta):
         stored = stored + change.number * height + change.start
-    stacked = load_values(experts.b, 0, experts.b.n_params).reshape(height, experts.rank, n_experts)
+    d_in = experts.a.shape[1]
+    stacked = load_values(experts.b, 0, experts.b.n_params).reshape(-1, experts.rank, n_experts)
     added, overlap, delta_sq, seen = np.zeros_like(sampled.base), DriftShare(), 0.0, 0
     for number in np.unique(stored // height):
-        first = int(number) * experts.rank * width
-        a = load_values(experts.a, first, first + experts.rank * width).reshape(experts.rank, width)
+        first = int(number) * experts.rank * d_in
+        a = load_values(experts.a, first, first + experts.rank * d_in).reshape(experts.rank, d_in)
         b = np.ascontiguousarray(stacked[:, :, number])
+        if experts.transposed:
+            a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
         mine = stored // height == number
         added[mine] = np.float32(experts.scale) * (b[stored[mine] % height] @ a)
         of_a, drift = gram(a)[None], sampled.drift[mine]
@@ -211,7 +214,7 @@ def _of_experts(change: ExpertsDelta[TensorInfo] | ExpertDelta[TensorInfo], samp
         experts.rank,
         delta_sq * sampled.pair.rows / max(1, seen),
         align(added, sampled.drift),
-        {INPUT: overlap},
+        {OUTPUT if experts.transposed else INPUT: overlap},
         _rounding(added, sampled),
     )
 

@@ -16,7 +16,7 @@ from portllm.checking.update.lineage import lineage_of
 from portllm.checking.update.report import KindReport, UpdateReport
 from portllm.checking.update.samples import DriftColumns, DriftSample, drawn, sample_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.names import HEAD
+from portllm.checkpoint.model.identity import same_rounded
 from portllm.checkpoint.open import side_file
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.matching.tensor_pairs import Pairing, TensorPair, pair_tensors
@@ -156,16 +156,17 @@ def _update_report(
         tokens=update.tokens,
         has_vocabularies=has_vocabularies,
         broken=_broken(pairing, strata),
+        same_in=same_rounded(update.base, update.evolved),
     )
 
 
 def _matrices(pairing: Pairing, base: Checkpoint) -> list[TensorPair]:
     """The weights that tell lineage: neither vectors, whose values lie around one, nor rows of tokens."""
-    by_token = {HEAD, *(() if base.embedding is None else (base.embedding.name,))}
+    by_token = {base.head_name, *(() if base.embedding is None else (base.embedding.name,))}
     return [
         pair
         for pair in pairing.pairs.values()
-        if len(pair.base.shape) > 1 and pair.base.name not in by_token and pair.name != HEAD
+        if len(pair.base.shape) > 1 and pair.base.name not in by_token and pair.name != base.head_name
     ]
 
 

@@ -2,17 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from portllm.checkpoint.model.equality import TakenForEqual, look_same
 from portllm.checkpoint.model.experts import Experts, experts_of, parameters_of
-from portllm.checkpoint.model.families import Family, family_of
-from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, HEAD, HEAD_MODULE, is_embedding
+from portllm.checkpoint.model.families import WEIGHT, Family, families_of
+from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, HEAD, is_embedding
 from portllm.checkpoint.tensor.encoding import schemes_of
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import CheckpointError, MissingTensorError, Refusal
 from portllm.files.source import RemoteFile, Source
 
@@ -82,6 +82,11 @@ class Checkpoint:
         return schemes_of(info.encoding for info in self.infos.values())
 
     @property
+    def float_dtypes(self) -> frozenset[str]:
+        """The floating-point dtypes that its tensors have."""
+        return frozenset(info.dtype for info in self.infos.values()) & frozenset(FLOAT_DTYPES)
+
+    @property
     def _stored(self) -> Iterator[TensorInfo]:
         for info in self.infos.values():
             yield info
@@ -100,20 +105,31 @@ class Checkpoint:
             raise MissingTensorError(f"'{name}': {self.name} has no such tensor among its {len(self.infos)}.{hint}")
         return self.infos[name]
 
-    @cached_property
+    @property
     def family(self) -> Family | None:
-        """The family that the model is of; None for one that is not known."""
-        return family_of(self.config)
+        """What is known of the class that the model was saved from; None where its type is not known."""
+        return next(iter(self._families), None)
+
+    @cached_property
+    def _families(self) -> tuple[Family, ...]:
+        """The classes that the model may be loaded into; a model of vision and text as a text model too."""
+        inner = self.config.get("text_config")
+        of_text = families_of({"model_type": inner.get("model_type")}) if isinstance(inner, dict) else ()
+        return (*families_of(self.config), *of_text)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its current name, sorted; as stored for a model whose family is not known.
+        """Every tensor by its current name, sorted.
+
+        It is the stored one where the running model has the tensor in another form (see `converted`), and where the
+        model's type is not known.
 
         Raises:
             CheckpointError: The checkpoint holds one tensor in two spellings.
         """
         tensors: dict[str, TensorInfo] = {}
-        for name, stored in sorted((self.current_name(name), name) for name in self.infos):
+        named = ((name if self._is_converted(name) else self._renamed(name), name) for name in self.infos)
+        for name, stored in sorted(named):
             if name in tensors:
                 raise CheckpointError(
                     f"'{name}': {self.name} has {tensors[name].name} and {stored}, which are two names of the "
@@ -122,9 +138,84 @@ class Checkpoint:
             tensors[name] = self.infos[stored]
         return tensors
 
+    @cached_property
+    def converted(self) -> Mapping[str, str]:
+        """By what the running model has in their place, the stored tensors that transformers makes it of."""
+        found: dict[str, str] = {}
+        for name in filter(self._is_converted, self.infos):
+            current = self._renamed(name)
+            conversion = None if self.family is None else self.family.conversion_of(current)
+            found |= dict.fromkeys(() if conversion is None else conversion.made(current), name)
+        return found
+
     def current_name(self, name: str) -> str:
-        """The current name of a tensor or module, however it is spelled."""
+        """The current name of a tensor or module, however it is spelled, in whichever class the model is loaded."""
+        current = self._renamed(name)
+        if self._has(current):
+            return current
+        for spoken in self._spoken[1:]:
+            path, rest = name, ""
+            while path:
+                if path in spoken:
+                    return spoken[path] + rest
+                path, _, last = path.rpartition(".")
+                rest = f".{last}{rest}"
+        return current
+
+    def running(self, names: Iterable[str]) -> Mapping[str, TensorInfo]:
+        """What the class whose names these are loads, by its own names; a tied head has one too.
+
+        An adapter says what it changes in the words of the class that it was trained with. Of a model of vision and
+        text that may be a text model, which loads a part of the tensors, under other names.
+        """
+        names = list(names)
+        spoken = max(self._spoken, key=lambda known: sum(name in known for name in names), default=None)
+        if spoken is None:
+            found = dict(self.tensors)
+        else:
+            found = {name: self.tensors[current] for name, current in spoken.items() if current in self.tensors}
+        return found if self.tied_embedding is None else {**found, self.head_name: self.tied_embedding}
+
+    @cached_property
+    def _spoken(self) -> tuple[Mapping[str, str], ...]:
+        """For each class the current names by those of the class, of all that it loads, and of each path to that."""
+        return tuple(self._paths(family) for family in self._families)
+
+    def _paths(self, family: Family) -> dict[str, str]:
+        paths: dict[str, str] = {}
+        config = self._config_of(family)
+        for current, info in self.tensors.items():
+            name = family.current_name(info.name) if family is not self.family else current
+            if not family.loads(name, config):
+                continue
+            while name and name not in paths:
+                paths[name] = current
+                # A tensor and its module end alike; what stands before that is theirs alone.
+                if name.rpartition(".")[2] != current.rpartition(".")[2]:
+                    break
+                name, current = name.rpartition(".")[0], current.rpartition(".")[0]
+        return paths
+
+    def _config_of(self, family: Family) -> Mapping[str, object]:
+        """The configuration as a class of its own type has it."""
+        inner = self.config.get("text_config")
+        is_inner = (
+            family.id != self.config.get("model_type")
+            and isinstance(inner, dict)
+            and inner.get("model_type") == family.id
+        )
+        return inner if is_inner and isinstance(inner, dict) else self.config
+
+    def _renamed(self, name: str) -> str:
         return name if self.family is None else self.family.current_name(name)
+
+    def _has(self, current: str) -> bool:
+        return current in self.tensors or current + WEIGHT in self.tensors or current == self.head_name
+
+    def _is_converted(self, name: str) -> bool:
+        """Whether the running model has a stored tensor in another form; that of an expert has but another place."""
+        conversion = None if self.family is None else self.family.conversion_of(self.family.current_name(name))
+        return conversion is not None and not conversion.merges_experts
 
     def stored(self, name: str) -> TensorInfo | None:
         """The tensor that a name means, in whatever spelling either is; None where the file has none.
@@ -137,33 +228,53 @@ class Checkpoint:
     def tensor(self, name: str) -> TensorInfo | None:
         """The tensor that a patch means by a name; a tied head is the embedding, stored or not."""
         found = self.stored(name)
-        is_head = name == HEAD or (found is not None and found is self.head)
+        is_head = (
+            name == HEAD or self.current_name(name) == self.head_name or (found is not None and found is self.head)
+        )
         return self.tied_embedding or found if is_head else found
 
     @cached_property
     def embedding(self) -> TensorInfo | None:
-        """The input embedding: where the model's family has it, or where the checkpoint names it in the usual way."""
-        found = None if self.family is None else self.stored(self.family.embedding)
-        return found or next((info for name, info in self.infos.items() if name.endswith(EMBEDDING_SUFFIX)), None)
+        """The input embedding: where the running model has it, or, of an unknown type, where it usually is."""
+        if self.family is not None:
+            return None if self.family.embedding is None else self.stored(self.family.embedding)
+        return next((info for name, info in self.infos.items() if name.endswith(EMBEDDING_SUFFIX)), None)
+
+    @property
+    def head_name(self) -> str:
+        """What the output head is called, whether the model has one of its own, a tied one or none."""
+        return HEAD if self.family is None or self.family.head is None else self.family.head
+
+    @property
+    def head_module(self) -> str:
+        """The module of `head_name`."""
+        return self.head_name.removesuffix(WEIGHT)
 
     @cached_property
     def head(self) -> TensorInfo | None:
         """The output head, where the file has one."""
-        return self.stored(HEAD if self.family is None else self.family.head)
+        if self.family is None:
+            return self.infos.get(HEAD)
+        return None if self.family.head is None else self.tensors.get(self.family.head)
 
     @cached_property
     def tied_embedding(self) -> TensorInfo | None:
-        """The embedding that is the head too: one matrix for both; None for a model with a head of its own.
+        """The embedding that is the head too: one matrix for both; None for a model with a head of its own, or none.
 
         A file may hold a tied head once (no `lm_head.weight`) or twice (the same numbers under that name, in the same
         or in another floating-point dtype): both are the same model, with one identity. So a head that is not in the
-        file is tied. One that is there is tied where the configuration says so and it looks like the embedding by
-        samples of both; a tied model that was trained on with a head of its own does not. A run for which every number
-        of them counts compares the two whole: see `stored_twice`.
+        file is tied, unless the configuration denies it. One that is there is tied where the configuration says so and
+        it looks like the embedding by samples of both; a tied model that was trained on with a head of its own does
+        not. A run for which every number of them counts compares the two whole: see `stored_twice`.
         """
+        if self.family is not None and self.family.ties is None:
+            return None
+        says = self._says_tied
         if self.embedding is None or self.head is None:
-            return self.embedding
-        return self.embedding if self._says_tied and look_same(self.head, self.embedding) else None
+            return None if says is False and self.family is not None else self.embedding
+        default = self.family is not None and self.family.ties is not None and self.family.ties[1]
+        is_said = default if says is None else says
+        return self.embedding if is_said and look_same(self.head, self.embedding) else None
 
     @property
     def stored_twice(self) -> tuple[TakenForEqual, ...]:
@@ -188,11 +299,11 @@ class Checkpoint:
     def matrices(self) -> Mapping[str, TensorInfo]:
         """The weight of every linear module and embedding, by the module's current name; a tied head has one too."""
         weights = {
-            name.removesuffix(".weight"): info
+            name.removesuffix(WEIGHT): info
             for name, info in self.tensors.items()
-            if name.endswith(".weight") and len(info.shape) == 2
+            if name.endswith(WEIGHT) and len(info.shape) == 2
         }
-        return weights if self.tied_embedding is None else {**weights, HEAD_MODULE: self.tied_embedding}
+        return weights if self.tied_embedding is None else {**weights, self.head_module: self.tied_embedding}
 
     @cached_property
     def linear(self) -> Mapping[str, TensorInfo]:
@@ -206,6 +317,19 @@ class Checkpoint:
     def is_transposed(self, module: str) -> bool | None:
         """Whether a linear module's weight is stored as (d_in, d_out); None where that is not known."""
         return None if self.family is None else self.family.is_transposed(module)
+
+    def has_transposed_experts(self, name: str) -> bool:
+        """Whether a tensor of all experts has their weights as (d_in, d_out)."""
+        end = ".".join(name.split(".")[-2:])
+        return self.family is not None and self.family.parameters.get(end, False)
+
+    @property
+    def why_unknown(self) -> str:
+        """What is to be said where the model's type is not known."""
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str):
+            return f"config.json of {self.name} names no model type"
+        return f"the model type '{model_type}' of {self.name} is not known here, nor to the installed transformers"
 
     @property
     def expert_parts(self) -> Mapping[str, tuple[str, ...]]:
@@ -227,12 +351,14 @@ class Checkpoint:
         return parameters_of(self.tensors, self.family)
 
     @property
-    def _says_tied(self) -> bool:
+    def _says_tied(self) -> bool | None:
         """What the configuration says; models of vision and text may say it in the part about text."""
-        config = self.config
-        if "tie_word_embeddings" not in config and isinstance(inner := config.get("text_config"), dict):
-            config = inner
-        return config.get("tie_word_embeddings") is True
+        if self.family is not None:
+            return self.family.says_tied(self.config)
+        inner = self.config.get("text_config")
+        of_text = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
+        said = self.config.get("tie_word_embeddings", of_text)
+        return said if isinstance(said, bool) else None
 
 
 def names_hub(where: str | Path) -> bool:

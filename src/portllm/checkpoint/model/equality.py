@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
-from portllm.checkpoint.reading.decoding import decode_floats
+from portllm.checkpoint.reading.numbers import decode_floats
 from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
 from portllm.errors import Refusal, refuse
 from portllm.files.source import LocalFile
@@ -73,12 +73,21 @@ def stored_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tenso
             yield name + suffix, part
 
 
+def listed_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors as the headers list them, by name: what a quantized weight is made of stands there one by one."""
+    stored = (part if part.listed is None else part.listed for _, part in stored_tensors(infos))
+    return {info.name: info for info in sorted(stored, key=lambda info: info.name)}
+
+
 def are_stored_alike(
     left: TensorInfo, right: TensorInfo, left_digests: Mapping[str, str], right_digests: Mapping[str, str]
 ) -> bool:
     """Whether two tensors are known to hold the same values, by the digests of all their bytes."""
     sides = [
-        [(suffix, part.stored_as, part.shape, digests.get(part.name)) for suffix, part in stored_tensors({"": info})]
+        [
+            (suffix, part.stored_as, part.shape, digests.get(part.stored_name))
+            for suffix, part in stored_tensors({"": info})
+        ]
         for info, digests in ((left, left_digests), (right, right_digests))
     ]
     return sides[0] == sides[1] and all(digest is not None for *_, digest in sides[0])

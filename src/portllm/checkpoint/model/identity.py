@@ -19,8 +19,9 @@ from blake3 import blake3
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_values, stored_tensors
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
-from portllm.checkpoint.reading.windows import sample_window
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.checkpoint.reading.windows import load_spans, sample_window
+from portllm.checkpoint.tensor.info import DTYPE_BITS, FLOAT_DTYPES, TensorInfo
+from portllm.checkpoint.tensor.rounding import encode_floats
 from portllm.errors import OutputError
 from portllm.files.cache import cache_root
 from portllm.files.input_file import local_file, read_input, require_unchanged
@@ -53,6 +54,42 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return FINGERPRINT_PREFIX + state.hexdigest(20)
 
 
+def fingerprint_in(checkpoint: Checkpoint, dtype: str) -> str:
+    """The fingerprint that the checkpoint would have if its weights were stored in another dtype.
+
+    Where it is that of another model, the two are one in two dtypes: both hold the same numbers, rounded to this one.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    state = blake3()
+    infos = list(stored_tensors(checkpoint.own_tensors))
+    width = DTYPE_BITS[dtype] // 8
+    windows = [(info, sample_window(name, width * info.n_params)) for name, info in infos if _is_float(info)]
+    floats = load_spans([(info, start // width, stop // width) for info, (start, stop) in windows])
+    others = read_spans([(info, *sample_window(name, info.n_bytes)) for name, info in infos if not _is_float(info)])
+    for name, info in infos:
+        stored_as = dtype if _is_float(info) else info.stored_as
+        state.update(json.dumps([name, stored_as, info.shape]).encode())
+        state.update(encode_floats(next(floats), dtype) if _is_float(info) else next(others))
+    return FINGERPRINT_PREFIX + state.hexdigest(20)
+
+
+def same_rounded(one: Checkpoint, other: Checkpoint) -> str | None:
+    """The dtype in which two models that are stored in different ones are the same numbers, by their samples."""
+    dtypes = [model.float_dtypes for model in (one, other)]
+    if dtypes[0] == dtypes[1] or any(model.quantization is not None for model in (one, other)):
+        return None
+    for model, rounded, found in ((one, other, dtypes[1]), (other, one, dtypes[0])):
+        if len(found) == 1 and fingerprint_in(model, dtype := next(iter(found))) == fingerprint(rounded):
+            return dtype
+    return None
+
+
+def _is_float(info: TensorInfo) -> bool:
+    return info.encoding is None and info.dtype in FLOAT_DTYPES
+
+
 def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:
     """The checkpoint's digest: blake3 of each tensor's bytes, then over the sorted list of names and digests.
 
@@ -70,7 +107,7 @@ def digest_of(digests: Mapping[str, str], checkpoint: Checkpoint) -> str:
     is_tied = all(same_values(pair.left, pair.right, known=digests) for pair in checkpoint.stored_twice)
     infos = checkpoint.own_tensors if is_tied else checkpoint.tensors
     stored = sorted(stored_tensors(infos), key=lambda pair: pair[0])
-    rows = [[name, info.stored_as, list(info.shape), digests[info.name]] for name, info in stored]
+    rows = [[name, info.stored_as, list(info.shape), digests[info.stored_name]] for name, info in stored]
     return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
 
 
@@ -81,10 +118,10 @@ def tensor_digests(checkpoint: Checkpoint, *, progress: Progress = silent) -> di
     for file in checkpoint.files:
         infos = [info for _, info in stored_tensors(checkpoint.infos) if info.file == file]
         known = _recall(file)
-        if not all(info.name in known for info in infos):
+        if not all(info.stored_name in known for info in infos):
             known = {}
             for info in infos:
-                known[info.name] = digest_tensor(info)
+                known[info.stored_name] = digest_tensor(info)
                 done += info.n_bytes
                 progress("digest", done, checkpoint.n_bytes, "bytes")
             require_unchanged([file])
@@ -102,7 +139,7 @@ def known_digests(checkpoint: Checkpoint) -> dict[str, str]:
 def remember_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
     """Keep the digests of a model's tensors, by the names in its files, for each file of which all are given."""
     for file in checkpoint.files:
-        names = [info.name for _, info in stored_tensors(checkpoint.infos) if info.file == file]
+        names = [info.stored_name for _, info in stored_tensors(checkpoint.infos) if info.file == file]
         if all(name in digests for name in names):
             remember(file, {name: digests[name] for name in names})
 
@@ -114,7 +151,7 @@ def digest_stored(info: TensorInfo, known: Mapping[str, str]) -> dict[str, str]:
         CheckpointError: The file cannot be read.
     """
     parts = [part for _, part in stored_tensors({info.name: info})]
-    return {part.name: known.get(part.name) or digest_tensor(part) for part in parts}
+    return {part.stored_name: known.get(part.stored_name) or digest_tensor(part) for part in parts}
 
 
 def digest_tensor(info: TensorInfo) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import CONFIG_FILE
 from portllm.errors import CheckpointError
-from portllm.files.input_file import MAX_BYTES
+from portllm.files.content import LFS_POINTER, mistaken
+from portllm.files.input_file import MAX_BYTES, open_input
 from portllm.files.json_file import read_config
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -40,7 +41,16 @@ def side_files(folder: Path) -> list[Path]:
                 f"'{file}': is a link to '{target}', outside the model's folder, and would be copied into the "
                 "output. Delete the link, or replace it with the file itself."
             )
+        if (problem := _stand_in(file)) is not None:
+            raise CheckpointError(f"'{file}': would be copied into the output, and {problem}")
     return files
+
+
+def _stand_in(file: Path) -> str | None:
+    """What is copied in place of a file that a clone did not bring along; None for a file that is itself."""
+    with open_input(file) as stream:
+        head = stream.read(len(LFS_POINTER))
+    return mistaken(head) if head == LFS_POINTER else None
 
 
 def require_writable_name(file: Path) -> None:

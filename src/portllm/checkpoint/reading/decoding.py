@@ -14,10 +14,12 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from portllm.checkpoint.tensor.encoding import UNQUANTIZED, FourBit, GGMLBlocks
+from portllm.checkpoint.reading.numbers import decode_floats, unpack_nibbles
+from portllm.checkpoint.reading.scaled import from_scaled, scaled_spans
+from portllm.checkpoint.tensor.encoding import UNQUANTIZED, FourBit, GGMLBlocks, Scaled, Unread
 from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
 from portllm.checkpoint.tensor.rounding import round_to
-from portllm.errors import CheckpointError, UnsupportedDtypeError
+from portllm.errors import CheckpointError
 
 Span = tuple[TensorInfo, int, int]
 """A stored tensor, and the first and one past the last byte of it that is needed."""
@@ -41,6 +43,13 @@ def spans_of(info: TensorInfo, start: int, stop: int) -> list[Span]:
             return [(info, first * blocks.n_bytes, last * blocks.n_bytes)]
         case FourBit() as four_bit:
             return _four_bit_spans(info, four_bit, start, stop)
+        case Scaled() as scaled:
+            return scaled_spans(info, scaled, start, stop)
+        case Unread(scheme):
+            raise CheckpointError(
+                f"'{info.file}': '{info.name}' is stored by {scheme}, which cannot be dequantized. Use the model in "
+                "16 bit."
+            )
 
 
 def decoded(info: TensorInfo, start: int, stop: int, data: Sequence[bytes]) -> Float32[np.ndarray, " n"]:
@@ -57,22 +66,10 @@ def decoded(info: TensorInfo, start: int, stop: int, data: Sequence[bytes]) -> F
             return _from_blocks(info, blocks, start, stop, data[0])
         case FourBit() as four_bit:
             return _from_four_bit(info, four_bit, start, stop, data)
-
-
-def decode_floats(data: bytes | memoryview, dtype: str) -> Float32[np.ndarray, " n"]:
-    """Bytes of a checkpoint as float32 numbers.
-
-    Example:
-        >>> decode_floats(bytes.fromhex("803f0040"), "BF16").tolist()
-        [1.0, 2.0]
-    """
-    match dtype:
-        case "BF16":  # the upper half of a float32
-            return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        case "F16" | "F32" | "F64":
-            return np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32, copy=False)
-        case _:
-            raise UnsupportedDtypeError(f"dtype {dtype}: cannot be sampled as numbers.")
+        case Scaled() as scaled:
+            return from_scaled(info, scaled, start, stop, data)
+        case Unread():
+            raise AssertionError("has no spans")
 
 
 def stored_rows(rows: Int64[np.ndarray, " n"], *, n_rows: int, n_heads: int) -> Int64[np.ndarray, " n"]:
@@ -175,13 +172,3 @@ def _from_four_bit(
     values = values[start % 2 :][: stop - start]
     block = np.arange(start, stop) // four_bit.block_size - first
     return round_to(values * absmax[block], info.dtype)
-
-
-def unpack_nibbles(packed: UInt8[np.ndarray, " n"]) -> UInt8[np.ndarray, " m"]:
-    """The halves of each byte, the upper one first.
-
-    Example:
-        >>> unpack_nibbles(np.array([0x1F, 0x20], np.uint8)).tolist()
-        [1, 15, 2, 0]
-    """
-    return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from portllm.checkpoint.reading.bytes import read_into
-from portllm.checkpoint.reading.decoding import decode_floats
+from portllm.checkpoint.reading.numbers import decode_floats
 from portllm.checkpoint.tensor.info import TensorInfo
 
 ALIGNMENT = 8

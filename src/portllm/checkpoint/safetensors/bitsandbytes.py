@@ -95,7 +95,9 @@ def _weight(infos: Mapping[str, TensorInfo], match: re.Match[str], facts: Mappin
         parts[".nested_quant_map"] = _part(infos, name, ".nested_quant_map", "F32", NESTED_CODE_LENGTH)
         encoding = FourBit(match["kind"], block_size, nested_size, float(offset))
     parts[match["suffix"]] = state
-    return replace(packed, dtype=dtype, shape=tuple(shape), encoding=encoding, parts=tuple(parts.items()))
+    return replace(
+        packed, dtype=dtype, shape=tuple(shape), encoding=encoding, parts=tuple(parts.items()), listed=packed
+    )
 
 
 def _part(infos: Mapping[str, TensorInfo], name: str, suffix: str, dtype: str, count: int) -> TensorInfo:

@@ -6,6 +6,7 @@ from pathlib import Path
 from portllm.checkpoint.reading.bytes import read_spans
 from portllm.checkpoint.safetensors.bitsandbytes import joined
 from portllm.checkpoint.safetensors.header import Header
+from portllm.checkpoint.safetensors.scaled import scaled_joined
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import IndexFileError, MissingShardError
 from portllm.files.json_file import read_json
@@ -39,40 +40,56 @@ def require_shards(weight_map: Mapping[str, str], *, where: str, there: Iterable
     missing = sorted(set(shards) - set(there))
     if missing:
         raise MissingShardError(
-            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}'. Download them again."
+            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}': the copy is not "
+            f"complete. Download the rest: hf download ORG/NAME --local-dir {where}"
         )
     return shards
 
 
 def join_shards(
-    weight_map: Mapping[str, str], headers: Mapping[str, Header], *, index: str
+    weight_map: Mapping[str, str], headers: Mapping[str, Header], config: Mapping[str, object], *, index: str
 ) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
     """Every tensor of a sharded model, and the first shard's metadata.
 
+    A tensor that no index lists belongs to the model: who loads it reads every tensor of every shard.
+
     Raises:
-        IndexFileError: Index and shards do not name the same tensors.
+        IndexFileError: The index lists a tensor that is not there, or a tensor is in several shards.
     """
     infos: dict[str, TensorInfo] = {}
+    holders: dict[str, str] = {}
     for shard, header in headers.items():
         for tensor, info in header.tensors.items():
-            if weight_map.get(tensor) != shard:
+            listed = weight_map.get(tensor, shard)
+            if tensor in infos or listed != shard:
+                other = holders.get(tensor, listed)
                 raise IndexFileError(
-                    f"'{index}': tensor '{tensor}' is in '{shard}', but the index says {weight_map.get(tensor)!r}."
+                    f"'{index}': tensor '{tensor}' is in '{shard}' and in '{other}'"
+                    f"{_listing(weight_map.get(tensor))}. Programs differ in which of the two they load: save the "
+                    "model again with save_pretrained, or download it again."
+                    if other in headers and tensor in headers[other].tensors
+                    else f"'{index}': tensor '{tensor}' is in '{shard}', but the index lists it in '{listed}'. The "
+                    "shards are of several versions, or the index is: download the model again."
                 )
             infos[tensor] = info
+            holders[tensor] = shard
     unheld = sorted(set(weight_map) - set(infos))
     if unheld:
         raise IndexFileError(
             f"'{index}': {len(unheld)} tensors are in no shard, first '{unheld[0]}' (mapped to "
             f"'{weight_map[unheld[0]]}')."
         )
-    return tensors_of(infos), next(iter(headers.values())).metadata
+    return tensors_of(infos, config), next(iter(headers.values())).metadata
 
 
-def tensors_of(infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-    """The tensors of a model, sorted by name, from those that its files list: a 4-bit weight is several of these.
+def tensors_of(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Mapping[str, TensorInfo]:
+    """The tensors of a model, sorted by name, from those that its files list: a quantized weight is several of these.
 
     Raises:
-        CheckpointError: The parts of a 4-bit weight do not fit each other.
+        CheckpointError: The parts of a quantized weight do not fit each other.
     """
-    return joined({name: infos[name] for name in sorted(infos)}, read_spans)
+    return scaled_joined(joined({name: infos[name] for name in sorted(infos)}, read_spans), config, read_spans)
+
+
+def _listing(shard: str | None) -> str:
+    return ", and the index lists it nowhere" if shard is None else f"; the index lists '{shard}'"

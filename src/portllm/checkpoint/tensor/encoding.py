@@ -1,6 +1,7 @@
 """How a tensor's bytes stand for its values where they are not the values themselves. Values, no reading.
 
-Two kinds of files hold weights so: GGUF, in blocks along a row, and what bitsandbytes saves of a model in 4 bit.
+Files hold weights so in GGUF, in blocks along a row; as bitsandbytes saves a model in 4 bit; and as codes of few bits
+beside their scales, which is what all other schemes do (FP8, MXFP4, AWQ, GPTQ, compressed-tensors).
 `portllm.checkpoint.reading.decoding` does the arithmetic.
 """
 
@@ -98,7 +99,98 @@ class FourBit:
         return scheme_name(self.kind, is_double=bool(self.nested_block_size), block_size=self.block_size)
 
 
-Encoding = GGMLBlocks | FourBit
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How the numbers of one stored tensor lie over a matrix: one for each of its elements, or for each block of them.
+
+    Attributes:
+        part: What follows the weight's name in `TensorInfo.parts`; empty for the bytes of the tensor itself.
+        dtype: How each number is stored: a dtype of headers, `F4_E2M1` (half a byte), or `INT` (packed, without sign).
+        height: Rows of the matrix that share a number.
+        width: Columns that share a number.
+        bits: Bits of a packed number, the first one lowest in its byte; 0 where each has bytes of its own.
+        packed_axis: The stored axis along which numbers share bytes.
+        transposed: Whether the matrix is stored with its columns as rows.
+        order: For each number of a word of 32 bits, which place in it is its; empty where it is its own.
+        plus: What is added to a packed number, which then starts again at zero where it has no room.
+    """
+
+    part: str
+    dtype: str
+    height: int = 1
+    width: int = 1
+    bits: int = 0
+    packed_axis: int = 1
+    transposed: bool = False
+    order: tuple[int, ...] = ()
+    plus: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a row of the matrix lies all over the stored tensor, so that no part of it has that row."""
+        return self.transposed or (self.bits > 0 and self.packed_axis == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A weight as codes of few bits, and scales for blocks of them: `W = (code - zero) * scale`.
+
+    Attributes:
+        scheme: What people call it.
+        rows: Of the matrix; a tensor of experts is one matrix after the other.
+        columns: Of the matrix.
+        codes: The codes.
+        scales: What they are multiplied by.
+        divisors: What the first of the scales is divided by.
+        zeros: What is subtracted from the codes.
+        zero: What is subtracted besides, from every code.
+        groups: The part that says which column is in which group; empty where groups follow each other.
+        factor: What every value is multiplied by at last.
+    """
+
+    scheme: str
+    rows: int
+    columns: int
+    codes: Grid
+    scales: tuple[Grid, ...] = ()
+    divisors: tuple[Grid, ...] = ()
+    zeros: Grid | None = None
+    zero: int = 0
+    groups: str = ""
+    factor: float = 1.0
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """All grids, in the order in which they are read."""
+        return (self.codes, *self.scales, *self.divisors, *(() if self.zeros is None else (self.zeros,)))
+
+    @property
+    def label(self) -> str:
+        """What stands for the dtype in the model's identity.
+
+        Example:
+            >>> Scaled("fp8", 256, 512, Grid("", "F8_E4M3"), (Grid("_scale_inv", "F32", 128, 128),)).label
+            'fp8 128x128'
+        """
+        blocks = "".join(f" {scale.height}x{scale.width}" for scale in self.scales)
+        plus = f" plus {self.zeros.plus}" if self.zeros is not None and self.zeros.plus else ""
+        return f"{self.scheme}{blocks}{plus}" + (f" minus {self.zero}" if self.zero else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A tensor of a model that is quantized in a way that is not known here: its values cannot be told.
+
+    Attributes:
+        scheme: What the model's configuration calls it.
+        label: Its dtype, which stands for it in the model's identity.
+    """
+
+    scheme: str
+    label: str
+
+
+Encoding = GGMLBlocks | FourBit | Scaled | Unread
 """How the bytes of a tensor stand for its values; `TensorInfo.encoding` is None where they are the values."""
 
 

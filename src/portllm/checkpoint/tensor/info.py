@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from portllm.checkpoint.tensor.encoding import Encoding
 from portllm.files.source import Source
@@ -24,7 +24,7 @@ class TensorInfo:
     """One tensor as its header describes it; no byte of it has been read.
 
     Attributes:
-        name: Its name in the file.
+        name: Its name in the file; of a quantized weight, the name that its values have in any other file.
         dtype: A key of `DTYPE_BITS`; for an encoded tensor that of its values once they are decoded.
         shape: Its axes, outermost first; `()` for a scalar.
         file: The file that holds it.
@@ -32,6 +32,7 @@ class TensorInfo:
         stop: One past its last byte.
         encoding: How its bytes stand for its values; None where they are the values.
         parts: What else decoding needs, by what follows the tensor's name.
+        listed: The tensor as the header lists it, where that has another name, dtype or shape.
     """
 
     name: str
@@ -42,6 +43,12 @@ class TensorInfo:
     stop: int
     encoding: Encoding | None = None
     parts: tuple[tuple[str, "TensorInfo"], ...] = ()
+    listed: "TensorInfo | None" = None
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the file."""
+        return self.name if self.listed is None else self.listed.name
 
     @property
     def n_bytes(self) -> int:
@@ -60,7 +67,7 @@ class TensorInfo:
 
     def in_file(self, file: Source) -> "TensorInfo":
         """The tensor at the same place of another file with the same header."""
-        return TensorInfo(self.name, self.dtype, self.shape, file, self.start, self.stop, self.encoding, self.parts)
+        return replace(self, file=file)
 
 
 def n_bytes_of(dtype: str, shape: Iterable[int]) -> int:

@@ -18,7 +18,7 @@ from portllm.errors import CheckpointError, DataError
 from portllm.evaluating.harness.package import HFLM, CacheHook, Instance, quiet_harness
 from portllm.evaluating.harness.task import HarnessTask, Question
 from portllm.evaluating.scoring import Scores, Tick
-from portllm.running.foreign import PeftModel, PreTrainedModel, PreTrainedTokenizerBase, foreign, quiet
+from portllm.foreign import PeftModel, PreTrainedModel, PreTrainedTokenizerBase, foreign, quiet
 
 FLEXIBLE = "flexible-extract"
 """The filter that counts where a task reads an answer out of a text in more than one way."""

@@ -31,7 +31,8 @@ from portllm.study.schedule.places import Places
 from portllm.study.schedule.tasks import below, digest_examples, first, open_task
 from portllm.training.evolve import evolve
 from portllm.training.evolve_lora import LoraEvolveSettings, train_on_text
-from portllm.training.train import train_on
+from portllm.training.lessons import Labels
+from portllm.training.train import Training
 
 Found = Mapping[str, object]
 
@@ -129,16 +130,14 @@ class StepRunner:
 
     def _train(self, step: Step) -> Found:
         examples = self.inputs.tasks[str(step.task)].train_examples()
-        _, report = train_on(
-            self._model(step.model),
-            examples,
+        training = Training(
+            base=self._model(step.model),
+            lesson=Labels(examples, {"task": step.task, "data": f"blake3:{digest_examples(examples)}"}),
             out=self.places.folder(step.name),
-            recorded={"task": step.task, "data": f"blake3:{digest_examples(examples)}"},
             settings=replace(self.study.patch, seed=step.seed or 0),
-            device=self.device,
             overwrite=True,
-            progress=self.progress,
         )
+        _, report = training.run(device=self.device, progress=self.progress)
         return asdict(report)
 
     def _evolve(self, step: Step) -> Found:

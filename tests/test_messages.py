@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import portllm
-from portllm.running.messages import errors_only
+from portllm.messages import errors_only
 
 
 def test_errors_are_shown_and_warnings_are_not_inside_the_block_alone(caplog):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from portllm.errors import MissingExtraError, PortLLMError
-from portllm.running.messages import errors_only
+from portllm.messages import errors_only
 
 
 @contextlib.contextmanager
@@ -31,6 +31,7 @@ def _without(package: str) -> Iterator[None]:
 try:
     # Where bitsandbytes is installed, peft loads it, and it warns of a kernel for 4-bit weights that it lacks.
     with errors_only("bitsandbytes"), _without("kernels"):
+        import transformers
         from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
         from peft.tuners.lora import LoraLayer
         from transformers import (
@@ -45,8 +46,17 @@ try:
             PreTrainedTokenizerBase,
             PreTrainedTokenizerFast,
         )
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            GroupWeightRename,
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
         from transformers.initialization import no_init_weights
+        from transformers.models.auto import modeling_auto
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+        from transformers.pytorch_utils import Conv1D
         from transformers.utils import logging as transformers_logging
 except ImportError as missing:
     raise MissingExtraError(
@@ -57,10 +67,13 @@ except ImportError as missing:
 __all__ = [
     "CONFIG_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "REGISTRIES",
     "AutoConfig",
     "AutoModelForCausalLM",
     "AutoTokenizer",
+    "Conv1D",
     "DynamicCache",
+    "GroupWeightRename",
     "LoraConfig",
     "LoraLayer",
     "PeftModel",
@@ -68,13 +81,28 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "PreTrainedTokenizerFast",
+    "WeightConverter",
+    "WeightRenaming",
     "foreign",
+    "get_model_conversion_mapping",
     "get_peft_model",
     "get_peft_model_state_dict",
     "no_init_weights",
     "quiet",
+    "rename_source_key",
     "tokenizer_class_from_name",
+    "transformers",
 ]
+
+REGISTRIES = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "vision": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "multimodal": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "sequence": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "token": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
+"""Which class a model type is loaded into, by the task that an adapter may be trained for."""
 
 PANICS = "pyo3_runtime"
 """The module of what a package in Rust raises when it gives up; it is no `Exception`."""
