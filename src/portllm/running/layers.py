@@ -20,8 +20,8 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from portllm.errors import CheckpointError
-from portllm.running.encoding import PaddedBatch
 from portllm.foreign import foreign
+from portllm.running.encoding import PaddedBatch
 from portllm.running.model import PeftModel, PreTrainedModel, build_skeleton
 
 State = Float32[Tensor, "rows tokens width"]

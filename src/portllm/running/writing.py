@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from portllm.foreign import DynamicCache
 from portllm.progress import Progress, silent
 from portllm.running.encoding import PaddedBatch, batches, pad_left
-from portllm.foreign import DynamicCache
 from portllm.running.layers import LayeredModel, NewTokens
 
 Pick = Callable[[Float32[Tensor, "rows vocabulary"]], Int64[Tensor, " rows"]]
