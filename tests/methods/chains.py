@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from portllm.methods.contract import Block, Comparison
+from portllm.methods.contract import Block, Comparison, Kind
 
 PROMPTS, TOKENS = 24, 2
 
@@ -62,8 +62,9 @@ class TwoChains:
     def block(self, module, candidate):
         stop = self.modules.index(module) + 1
         is_fit = torch.tensor([part == "fit" for part in self.parts]).repeat_interleave(TOKENS)
+        n = int(is_fit.sum())
         error = self.state(None, stop) - self.state(candidate, stop)
-        return Block(self.inputs(module)[is_fit], error[is_fit], torch.ones(int(is_fit.sum())))
+        return Block(self.inputs(module)[is_fit], error[is_fit], torch.full((n,), Kind.ANSWER), torch.ones(n))
 
     def walk(self, candidates):
         for module in self.modules:

@@ -32,7 +32,7 @@ def story(tmp_path_factory):
     evolved = make_evolved(base, folder / "evolved", drift=0.05)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, evolved / name)
-    patch = make_adapter(base, folder / "patch", size=0.2)
+    patch = make_adapter(base, folder / "patch", size=0.2, r=10)
     ported = align({"base": base, "evolved": evolved, "patch": patch}, folder / "ported")
     return {"base": base, "evolved": evolved, "patch": patch, "ported": ported, "folder": folder / "ported"}
 
@@ -141,3 +141,36 @@ def test_prompts_for_a_method_that_reads_none_are_refused(story, tmp_path):
             out=tmp_path / "out",
             domain=Domain(prompts=PROMPTS),
         )
+
+
+def test_a_run_that_is_interrupted_goes_on_from_the_layer_it_had_reached_to_the_same_bytes(story, tmp_path):
+    done = []
+
+    def interrupt(label, n_done, n_all, unit):
+        if label == "align" and n_done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        align(story, tmp_path / "out", progress=interrupt)
+    align(story, tmp_path / "out", progress=lambda label, n_done, n_all, unit: done.append((label, n_done)))
+    assert done == [("align", 2)]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (story["folder"] / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["out", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_is_not_gone_on_with_from_other_prompts(story, tmp_path):
+    done = []
+
+    def interrupt(label, n_done, n_all, unit):
+        done.append((label, n_done))
+        if label == "align" and n_done == 1:
+            raise KeyboardInterrupt
+
+    for prompts in (PROMPTS, PROMPTS[1:]):
+        with pytest.raises(KeyboardInterrupt):
+            align(story, tmp_path / "out", prompts=prompts, progress=interrupt)
+    assert done.count(("align", 1)) == 2

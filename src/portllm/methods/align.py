@@ -17,24 +17,44 @@ from portllm.methods.add import add
 from portllm.methods.choice import choose, on, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Part, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
-from portllm.methods.refit import Sums, crossed
+from portllm.methods.refit import Sums
 from portllm.methods.tail import balance, balance_move, constant, logit_moves, reduced_rank
 from portllm.methods.values import Values, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 
 ADD = "add"
-REFITS = {"refit": 0, "refit wide": 8}
-"""By name, how many principal directions of its input each writer reads beside those that the patch has."""
-
-FOLDS = 2
 OLD_STATES = "the old specialist's states, read by the evolved head"
-SUBSPACE_STEPS = 2
+SUBSPACE_STEPS = 3
 
 TAIL_RHO = 0.01
 TAIL_RANK = 8
 ANCHOR_SHARE = 0.05
 """What a token of general text counts in a correction at the last writer, beside a place of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """How the factors of writers are fitted.
+
+    Attributes:
+        rho: Ridge, as a share of the mean square of what A reads.
+        omega: What a token of a prompt counts beside one with a token of an answer after it.
+        general: What a token of general text counts.
+    """
+
+    rho: float
+    omega: float
+    general: float = 0.05
+
+    def weights(self, block: Block) -> Tensor:
+        """What each token counts."""
+        weights: Tensor = torch.tensor([0.0, self.omega, 1.0, self.general])[block.kind] * block.factor
+        return weights
+
+
+REFITS = {f"refit rho={rho} omega={omega}": Refit(rho, omega) for rho, omega in ((1.0, 0.05), (0.1, 0.05))}
+"""The ones that change least come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +96,10 @@ class _Climbed:
     chosen: Candidate
 
 
-def _climbed(streams: Streams, start: Patch[Values], wide: Mapping[str, int]) -> _Climbed:
-    refit(streams, start, wide)
+def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> _Climbed:
+    refit(streams, start, refits)
     candidates = [
-        each for walked in (ADD, *wide) for each in (Candidate(walked, walked), *corrected(streams, start, walked))
+        each for walked in (ADD, *refits) for each in (Candidate(walked, walked), *corrected(streams, start, walked))
     ]
     by_name = {each.name: each for each in candidates}
     states = {name: moved(streams, each) for name, each in by_name.items()}
@@ -95,50 +115,35 @@ def _share(compared: Comparison, parts: Sequence[Part]) -> float:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def refit(streams: Streams, start: Patch[Values], wide: Mapping[str, int]) -> None:
-    """Fit what every writer adds, first to last, with what was fitted before in force.
-
-    Args:
-        streams: Both models.
-        start: The patch as it is added.
-        wide: By candidate, how many principal directions of a writer's input are read beside those of its A.
-    """
-    for writer in streams.walk([ADD, *wide]):
+def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> None:
+    """Fit what every writer adds, first to last, with what was fitted before in force."""
+    like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
+    for writer in streams.walk([ADD, *refits]):
         delta = start.deltas.get(writer.module)
-        if delta is not None and delta.magnitude is not None:
+        if (delta is None and (like is None or start.experts)) or (delta is not None and delta.magnitude is not None):
             continue
-        for name, more in wide.items():
-            blocks = [Block(block.x.cpu(), block.error.cpu(), block.weight.cpu()) for block in writer.blocks(name)]
-            parts = [] if delta is None else [whole(delta.a).float()]
-            if more and not start.experts:
-                parts.append(principal(blocks, more))
-            if parts:
-                a = torch.cat(parts)
-                writer.put(name, a, fitted(blocks, a))
+        for name, how in refits.items():
+            blocks = [_on_cpu(block) for block in writer.blocks(name)]
+            a = whole(delta.a).float() if delta is not None else principal(blocks, how, like.rank if like else 0)
+            sums = [Sums.of(block.x @ a.T, block.error, how.weights(block)) for block in blocks]
+            writer.put(name, a, sum(sums[1:], sums[0]).solve(how.rho).float())
 
 
-def fitted(blocks: Sequence[Block], a: Tensor) -> Tensor:
-    """The change of B by the ridge that serves tokens best which it was not fitted on."""
-    folds: dict[int, Sums] = {}
-    for number, block in enumerate(blocks):
-        part, fold = Sums.of(block.x @ a.T, block.error, block.weight), number % FOLDS
-        folds[fold] = folds[fold] + part if fold in folds else part
-    first, *others = folds.values()
-    return sum(others, first).solve(crossed([first, *others])).float()
-
-
-def principal(blocks: Sequence[Block], count: int) -> Tensor:
+def principal(blocks: Sequence[Block], how: Refit, count: int) -> Tensor:
     """Leading directions of weighted inputs, each of mean square 1 on them, by subspace iteration."""
-    x = torch.cat([block.x * block.weight.sqrt()[:, None] for block in blocks])
-    total = float(sum(float(block.weight.sum()) for block in blocks))
-    start = torch.randn(x.shape[1], 2 * count, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(x.T @ (x @ start)).Q
+    weights = [how.weights(block) for block in blocks]
+    x = torch.cat([block.x * weight.sqrt()[:, None] for block, weight in zip(blocks, weights, strict=True)])
+    basis = torch.randn(x.shape[1], 2 * count, generator=torch.Generator().manual_seed(0))
     for _ in range(SUBSPACE_STEPS):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
     _, sizes, right = torch.linalg.svd(x @ basis, full_matrices=False)
-    leading = (right @ basis.T)[:count]
-    scaled: Tensor = leading / (sizes[:count, None] / total**0.5).clamp(min=1e-12)
+    typical = sizes[:count, None] / sum(float(weight.sum()) for weight in weights) ** 0.5
+    scaled: Tensor = (right @ basis.T)[:count] / typical.clamp(min=1e-12)
     return scaled
+
+
+def _on_cpu(block: Block) -> Block:
+    return Block(block.x.cpu(), block.error.cpu(), block.kind.cpu(), block.factor.cpu())
 
 
 def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candidate]:
@@ -190,12 +195,10 @@ def made(start: Patch[Values], streams: Streams, candidate: Candidate) -> Patch[
     deltas: dict[str, LowRankDelta[Values]] = dict(start.deltas)
     more = dict(candidate.tail)
     for module, (a, b) in streams.put_by(candidate.walked).items():
-        rank = deltas[module].rank if module in deltas else 0  # the first of its directions are those of the patch
-        if rank:
-            deltas[module] = add_to_b(deltas[module], b[:, :rank])
-        if len(a) > rank:
-            new = Factors(a[rank:], b[:, rank:])
-            more[module] = more[module].beside(new) if module in more else new
+        if module in deltas:
+            deltas[module] = add_to_b(deltas[module], b)
+        else:
+            more[module] = Factors(a, b).beside(more[module]) if module in more else Factors(a, b)
     patch = replace(start, deltas=deltas)
     return with_appended(patch, more) if more else patch
 

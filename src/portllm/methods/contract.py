@@ -8,7 +8,7 @@ are `Values`, read when asked for; what a method passes on as it is goes to the 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from portllm.methods.values import Values
@@ -36,6 +36,19 @@ class Need(StrEnum):
     """The old specialist and the evolved model, run in step over prompts."""
 
 
+class Kind(IntEnum):
+    """What a token is to a fit."""
+
+    FIRST = 0
+    """The first of a text: its state is many times larger than all others, whatever the text (an attention sink)."""
+
+    PROMPT = 1
+    ANSWER = 2
+    """One of the answer comes after it."""
+
+    GENERAL = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """What a candidate gives a writer for some tokens.
@@ -43,12 +56,14 @@ class Block:
     Attributes:
         x: The writer's input.
         error: What its output lacks for the residual stream behind it to be what is wanted.
-        weight: How much each token counts; 0 for one that is not to be looked at.
+        kind: What each token is, as a `Kind`.
+        factor: How much an error of each counts beside those of others of its kind.
     """
 
     x: "Float32[Tensor, 'tokens d_in']"
     error: "Float32[Tensor, 'tokens d_out']"
-    weight: "Float32[Tensor, ' tokens']"
+    kind: "Int64[Tensor, ' tokens']"
+    factor: "Float32[Tensor, ' tokens']"
 
 
 @dataclass(frozen=True, slots=True)

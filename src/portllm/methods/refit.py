@@ -12,15 +12,11 @@ Source: ridge regression, Hoerl and Kennard (1970), Technometrics 12(1); its use
 patch is this project's (docs/methods/align.md).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-
-RHOS = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
-"""Ridges that are tried: from one that leaves a patch as it is to one that does as it likes."""
 
 
 @dataclass
@@ -48,10 +44,6 @@ class Sums:
         """Of the tokens of both."""
         return Sums(self.zz + other.zz, self.ez + other.ez)
 
-    def left(self, change: Float64[Tensor, "d r"]) -> float:
-        """What a change of B leaves of the squared errors of these tokens, less what there was without it."""
-        return float((change * (change @ self.zz - 2 * self.ez)).sum())
-
     def solve(self, rho: float) -> Float64[Tensor, "d r"]:
         """The change D of B; zero where no token has an input.
 
@@ -76,26 +68,3 @@ def ridge(zz: Float64[Tensor, "r r"], ez: Float64[Tensor, "d r"], rho: float) ->
     )
     change: Tensor = (ez @ vectors) * inverse @ vectors.T
     return change
-
-
-def crossed(folds: Sequence[Sums], rhos: Sequence[float] = RHOS) -> float:
-    """The ridge that leaves least of the errors of tokens which it was not fitted on, each fold in turn.
-
-    Args:
-        folds: Sums of disjoint sets of tokens.
-        rhos: Ridges to try, the strongest first: it wins where several are as good.
-
-    Example:
-        >>> folds = [Sums(torch.eye(1).double(), torch.eye(1).double()) for _ in range(2)]
-        >>> crossed(folds)
-        0.0001
-    """
-
-    def left(rho: float) -> float:
-        total = 0.0
-        for number, fold in enumerate(folds):
-            first, *others = [*folds[:number], *folds[number + 1 :]]
-            total += fold.left(sum(others, first).solve(rho))
-        return total
-
-    return min(rhos, key=left) if len(folds) > 1 else rhos[0]

@@ -1,7 +1,7 @@
 """What both models read in an aligned port: prompts of the domain that a patch is for, and general text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from portllm.methods.values import Values
 from portllm.patch.patch import Patch
 from portllm.porting.prompts import Ids, Rows, split
 from portllm.porting.streams import Reading, Streams
+from portllm.porting.unfinished import Unfinished
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder, encode_prompts
@@ -44,8 +45,6 @@ class Domain:
         max_tokens: Of a prompt and its answer, at most; longer prompts are cut from the left.
         answer_tokens: Of an answer, at most.
         batch_size: Prompts of a forward pass.
-        omega: What a token of a prompt counts in a fit, beside one with a token of an answer after it.
-        anchor_share: What a token of general text counts there.
         device: Where layers run.
         seed: Of the text that the evolved model writes.
         wanted: Share of answers that are to be the old specialist's, above which nothing more is tried; None for the
@@ -62,12 +61,15 @@ class Domain:
     max_tokens: int = 512
     answer_tokens: int = 32
     batch_size: int = 16
-    omega: float = 0.05
-    anchor_share: float = 0.05
     device: Device = "auto"
     seed: int = 0
     wanted: float | None = None
     progress: Progress = silent
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """All that a result depends on."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "progress"}
 
     def __post_init__(self) -> None:
         least = self.answer_tokens + 2
@@ -76,8 +78,6 @@ class Domain:
             ("max_tokens", self.max_tokens, f"{least} or more", self.max_tokens >= least),
             ("answer_tokens", self.answer_tokens, "1 or more", self.answer_tokens >= 1),
             ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
-            ("omega", self.omega, "0 to 1", 0 <= self.omega <= 1),
-            ("anchor_share", self.anchor_share, "more than 0, at most 1", 0 < self.anchor_share <= 1),
         )
         if (n := len(set(self.prompts))) < LEAST_PROMPTS:
             raise DataError(
@@ -86,7 +86,9 @@ class Domain:
             )
 
 
-def open_streams(plan: PortPlan, patch: Patch[Values], added: Patch[Values], domain: Domain) -> Streams:
+def open_streams(
+    plan: PortPlan, patch: Patch[Values], added: Patch[Values], domain: Domain, unfinished: Unfinished
+) -> Streams:
     """Both models over the prompts of a domain, with the old specialist's answers, and over general text.
 
     Args:
@@ -94,6 +96,7 @@ def open_streams(plan: PortPlan, patch: Patch[Values], added: Patch[Values], dom
         patch: The patch of the base, with its deltas the way round in which the base stores its weights.
         added: The patch of the evolved model, as plain addition makes it.
         domain: What is read.
+        unfinished: What an earlier run of the same plan has done.
 
     Raises:
         CheckpointError: A model cannot be run layer by layer.
@@ -113,23 +116,29 @@ def open_streams(plan: PortPlan, patch: Patch[Values], added: Patch[Values], dom
     )
     encoder = Encoder(load_tokenizer(before))
     prompts, _ = encode_prompts(encoder, domain.prompts, room=domain.max_tokens - domain.answer_tokens)
-    answers = write_layered(
-        old,
+    texts = unfinished.texts()
+    if texts is None:
+        texts = {"answers": _answers(old, prompts, encoder, domain), "general": _general(bare, encoder, domain)}
+        unfinished.keep_texts(texts)
+    answers, general = texts["answers"], texts["general"]
+    asked = Reading(Rows.answered(prompts, answers, split(domain.prompts)), old, device, domain.batch_size)
+    other = None
+    if general:
+        rows = Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))
+        other = Reading(rows, bare, device, domain.batch_size)
+    return Streams(new, asked, other, domain.progress, domain.wanted, unfinished)
+
+
+def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, domain: Domain) -> list[Ids]:
+    """What the old specialist says to each prompt, always the likeliest token."""
+    return write_layered(
+        model,
         prompts,
         most=domain.answer_tokens,
         end=encoder.eos,
         pick=lambda logits: logits.argmax(dim=1),
         batch_size=domain.batch_size,
         progress=domain.progress,
-    )
-    asked = Rows.answered(prompts, answers, split(domain.prompts))
-    general = _general(bare, encoder, domain)
-    texts = None
-    if general:
-        rows = Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))
-        texts = Reading(rows, bare, 1.0, device, domain.batch_size, domain.anchor_share)
-    return Streams(
-        new, Reading(asked, old, domain.omega, device, domain.batch_size), texts, domain.progress, domain.wanted
     )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from portllm.checkpoint.reading.spool import Spool
     from portllm.porting.domain import Domain
+    from portllm.porting.unfinished import Unfinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,15 @@ class StoredValues:
         return load_rows(self.info, start, stop)
 
 
-def gather(plan: PortPlan, domain: "Domain | None" = None) -> tuple[Patch[Values], Inputs]:
+def gather(
+    plan: PortPlan, domain: "Domain | None" = None, unfinished: "Unfinished | None" = None
+) -> tuple[Patch[Values], Inputs]:
     """The patch in the evolved model's vocabulary, and what the plan's method asks for, which is read when it asks.
 
     Args:
         plan: What is ported.
         domain: Prompts, for a method that runs the models.
+        unfinished: What an earlier run of the same plan has done.
 
     Raises:
         PlanRefusedError: Head and embedding, of which the patch changes one, were taken for equal and are not.
@@ -68,7 +72,7 @@ def gather(plan: PortPlan, domain: "Domain | None" = None) -> tuple[Patch[Values
         patch = following(patch, by_token, plan.tokens, _take)
     needs = plan.method.needs_for(plan.patch)
     needs_weights = Need.WEIGHTS in needs
-    streams = _streams(plan, domain) if Need.STREAMS in needs else None
+    streams = _streams(plan, domain, unfinished) if Need.STREAMS in needs else None
     if plan.base is None or not (needs_weights or by_token):
         return patch, Inputs(streams=streams)
     models = on_disk(plan.base), on_disk(plan.evolved)
@@ -81,15 +85,17 @@ def gather(plan: PortPlan, domain: "Domain | None" = None) -> tuple[Patch[Values
     return patch, Inputs(base, evolved, streams)
 
 
-def _streams(plan: PortPlan, domain: "Domain | None") -> "Callable[[Patch[Values]], Streams]":
+def _streams(
+    plan: PortPlan, domain: "Domain | None", unfinished: "Unfinished | None"
+) -> "Callable[[Patch[Values]], Streams]":
     """What opens both models over the prompts, given the patch as it is added."""
     from portllm.porting.domain import open_streams  # loads transformers, which most ports do without
 
-    if domain is None or plan.base is None:
+    if domain is None or unfinished is None or plan.base is None:
         raise AssertionError("a plan whose method runs the models was checked for prompts and base")
     models = replace(plan, base=on_disk(plan.base), evolved=on_disk(plan.evolved))
     patch: Patch[Values] = oriented(plan.patch, plan.base).mapped(StoredValues)
-    return lambda added: open_streams(models, patch, added, domain)
+    return lambda added: open_streams(models, patch, added, domain, unfinished)
 
 
 def _by_token(plan: PortPlan) -> list[str]:

@@ -1,8 +1,11 @@
 """Port a patch to an evolved model: plan, run the method, write the adapter with its new record."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from portllm import __version__
 from portllm.checkpoint.model.equality import require_equal
@@ -10,7 +13,8 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PortLLMError, Refusal, refuse
-from portllm.files.output_folder import check_apart, check_free, staged_folder
+from portllm.files.kept_results import versions
+from portllm.files.output_folder import check_apart, check_free, resumable_folder
 from portllm.matching.compatibility import taken_copies
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
@@ -114,8 +118,16 @@ def run_port(
     require_port(plan, out, overwrite=overwrite, domain=domain)
     require_finite(plan.patch)
     require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
-    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
-        ported = plan.method.port(*gather(plan, domain))
+    digest = None if domain is None else _digest(plan, domain)
+    with resumable_folder(out, overwrite=overwrite, plan=digest, inputs=plan.files) as staged:
+        folder, unfinished = staged.folder, None
+        if domain is not None:
+            from portllm.porting.unfinished import Unfinished  # loads torch, which most ports do without
+
+            unfinished = Unfinished(staged)
+        ported = plan.method.port(*gather(plan, domain, unfinished))
+        if unfinished is not None:
+            unfinished.clear()
         with settled(ported.patch, folder) as patch:
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
             write_record(folder, _record(plan, patch, ported))
@@ -148,6 +160,18 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
             f"{plan.base.name} and {plan.evolved.name} have different tokenizers, so method '{plan.method.id}' cannot "
             "compare them token by token.",
         )
+
+
+def _digest(plan: PortPlan, domain: "Domain") -> str:
+    """Of all that an aligned port depends on: a run that died goes on only with the same."""
+    depends = {
+        "method": plan.method.id,
+        "models": [plan.source.fingerprint, plan.target.fingerprint],
+        "patch": [digest_tensors(plan.patch), dict(plan.patch.config.fields)],
+        "domain": domain.identity,
+        "versions": dict(versions()),
+    }
+    return blake3(json.dumps(depends, sort_keys=True, default=list).encode()).hexdigest()
 
 
 def _record(plan: PortPlan, ported: Patch[TensorInfo], done: Ported) -> PatchRecord:

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import torch
 from blake3 import blake3
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from portllm.methods.contract import Part
+from portllm.methods.contract import Kind, Part
 
 Ids = tuple[int, ...]
 
@@ -97,15 +97,13 @@ class Rows:
         sums = torch.zeros(len(self.ids), dtype=torch.float64).index_add(0, self.row_of_place, values.double())
         return sums / torch.tensor(self.n_places)
 
-    def weights(self, rows: Sequence[int], omega: float) -> Float32[Tensor, " tokens"]:
-        """What each token of some rows counts: 1 at a place, 0 at the first token, `omega` at all others.
-
-        The first token's state is many times larger than all others, whatever the text (an attention sink).
-        """
+    def kinds(self, rows: Sequence[int]) -> Int64[Tensor, " tokens"]:
+        """What each token of some rows is; see `portllm.methods.contract.Kind`."""
         found = []
         for row in rows:
-            weight = torch.full((len(self.ids[row]),), omega)
-            weight[len(weight) - self.n_places[row] :] = 1.0
-            weight[0] = 0.0
-            found.append(weight)
+            kinds = torch.full((len(self.ids[row]),), Kind.PROMPT)
+            said = Kind.ANSWER if self.parts[row] in DEALT else Kind.GENERAL
+            kinds[len(kinds) - self.n_places[row] :] = said
+            kinds[0] = Kind.FIRST
+            found.append(kinds)
         return torch.cat(found)

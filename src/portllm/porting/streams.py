@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from portllm.methods.contract import Block, Comparison, Part
 from portllm.methods.tail import logit_moves
 from portllm.porting.prompts import Rows
+from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
 from portllm.running.encoding import PaddedBatch, batches, pad_left
 from portllm.running.layers import Arguments, LayeredModel
@@ -44,18 +45,14 @@ class Reading:
     Attributes:
         rows: The rows.
         model: Whose states the candidates are to have: the old specialist, or the bare evolved model.
-        omega: What a token counts in a fit that is not followed by what counts.
         device: Where layers run.
         batch_size: Rows of a pass.
-        share: What every token counts beside those of other readings.
     """
 
     rows: Rows
     model: LayeredModel
-    omega: float
     device: torch.device
     batch_size: int
-    share: float = 1.0
     states: dict[str | None, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     wanted: list[list[Tensor]] = field(default_factory=list)
@@ -161,6 +158,7 @@ class Streams:
         general: Rows of general text; None for none.
         progress: Told of the layers done.
         wanted: Share of answers that are to be the old specialist's; None for as many as can be.
+        unfinished: Where what has been done is kept.
         extras: By candidate, what was put at writers.
     """
 
@@ -169,6 +167,7 @@ class Streams:
     general: Reading | None
     progress: Progress
     wanted: float | None = None
+    unfinished: Unfinished | None = None
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -185,12 +184,8 @@ class Streams:
 
     def walk(self, candidates: Sequence[str]) -> Iterator[WriterStep]:
         """As the contract says."""
-        for reading in self.readings:
-            reading.begin(None, reading.model)
-            for name in candidates:
-                reading.begin(name, self.new)
-        n_layers = len(self.new.layers)
-        for number in range(n_layers):
+        n_layers, n_done = len(self.new.layers), self._resume(candidates)
+        for number in range(n_done, n_layers):
             for reading in self.readings:
                 with reading.model.filled(number):
                     reading.run_wanted(number)
@@ -202,6 +197,8 @@ class Streams:
                     yield WriterStep(self, number, place, writer.name)
                 for candidate in candidates:
                     self._run(number, candidate)
+            if self.unfinished is not None and number + 1 < n_layers:
+                self.unfinished.keep_walked(number + 1, candidates, self._tensors())
             self.progress("align", number + 1, n_layers, "steps")
 
     def blocks(self, step: WriterStep, candidate: str) -> Iterator[Block]:
@@ -229,8 +226,7 @@ class Streams:
                 error, factor = writer.error(missing, output)
                 if is_last:
                     done.append((reading, batch, x.cpu(), reading.flat(after, batch).cpu()))
-                weight = reading.share * reading.rows.weights(batch, reading.omega)
-                yield Block(x, error, weight.to(x.device) * factor)
+                yield Block(x, error, reading.rows.kinds(batch).to(x.device), factor)
         if is_last and writer.gain is None:
             self._done[candidate] = done
 
@@ -360,6 +356,35 @@ class Streams:
         return (states + logit_moves(missing, self.head(tokens), gain, states)).float()
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _resume(self, candidates: Sequence[str]) -> int:
+        """Begin where an earlier run has come to, or before the first layer; how many layers are done."""
+        n_done, tensors = (0, {}) if self.unfinished is None else self.unfinished.walked(candidates)
+        for number, reading in enumerate(self.readings):
+            for name in (None, *candidates):
+                if n_done:
+                    reading.states[name] = tensors[f"state/{number}/{name or ''}"]
+                else:
+                    reading.begin(name, reading.model if name is None else self.new)
+        for key in (key for key in tensors if key.startswith("a/")):
+            _, candidate, module = key.split("/")
+            self.extras.setdefault(candidate, {})[module] = tensors[key], tensors[f"b{key[1:]}"]
+        return n_done
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that the walk goes on from."""
+        states = {
+            f"state/{number}/{name or ''}": state
+            for number, reading in enumerate(self.readings)
+            for name, state in reading.states.items()
+        }
+        put = {
+            f"{side}/{candidate}/{module}": tensor.contiguous().cpu()
+            for candidate, extras in self.extras.items()
+            for module, pair in extras.items()
+            for side, tensor in zip("ab", pair, strict=True)
+        }
+        return states | put
 
     def _aim(self) -> None:
         """Behind the last layer, wanted where an answer is said is what the evolved head reads as that answer."""
