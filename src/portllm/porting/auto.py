@@ -84,6 +84,7 @@ class Route:
 def _remedies(plan: PortPlan) -> str:
     names = f"--base {plan.target.name} --teacher {plan.patch.name} --teacher-base {plan.source.name}"
     return (
+        "With prompts, --text measures what can be kept and tries more than addition (docs/methods/align.md). "
         f"Without labels the evolved model can learn from the old one: portllm train {names} (docs/refresh.md); "
         "--init-from starts from the patch as ported with --force. With labels, train again. --force ports it "
         "anyway."
