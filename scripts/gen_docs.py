@@ -221,23 +221,17 @@ def digits(value: float | None) -> str:
 
 def render_families() -> str:
     """The page `families.md`, from what the sweep over all model types has found."""
-    sys.path.insert(0, str(ROOT))  # the sweep is the tests'
-    from tests.model_types import NONE, OUT, RIGHT
-
-    found = json.loads(OUT.read_text(encoding="utf-8"))
+    found = json.loads((ROOT / "tests" / "model_types.json").read_text(encoding="utf-8"))
     rows = [(model_type, name, cells) for model_type, classes in found.items() for name, cells in classes.items()]
     run = [(model_type, name, cells) for model_type, name, cells in rows if "model" not in cells]
     kinds = [*dict.fromkeys(kind for *_, cells in run for kind in cells)]
-    marks = {RIGHT: "yes", NONE: ""}
+    marks = {"right": "yes", "none": ""}
     table_rows = [
         (f"`{model_type}`", f"`{name}`", *(marks.get(cells[kind], cells[kind].partition(":")[0]) for kind in kinds))
         for model_type, name, cells in run
     ]
     reasons = [
-        f"- `{name}`, {kind}: {cells[kind]}"
-        for _, name, cells in run
-        for kind in kinds
-        if cells[kind] not in (RIGHT, NONE)
+        f"- `{name}`, {kind}: {cells[kind]}" for _, name, cells in run for kind in kinds if cells[kind] not in marks
     ]
     parts = [
         "# Families of models",

@@ -8,6 +8,7 @@ device from its default configuration; those that cannot be built are listed, wi
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -17,20 +18,36 @@ from portllm.checkpoint.model.asked import classes_of, facts_of
 from portllm.checkpoint.model.families import FILE, SHARED
 from portllm.foreign import REGISTRIES
 
+OPEN: tuple[dict[str, int], ...] = ({}, {"head_dim": 64}, {"num_key_value_heads": 8}, {"vocab_size": 64})
+"""Sizes that some configurations leave open, one after the other; no fact depends on them."""
+
 OUT = Path(__file__).parents[1] / "src" / "portllm" / "checkpoint" / "model" / FILE
 
 
 def gather() -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """The facts of every class by model type, and why some are not there."""
     found: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, str] = {}
     for model_type in sorted({name for registry in REGISTRIES.values() for name in registry}):
         for name, task in classes_of(model_type):
             try:
-                found.setdefault(model_type, []).append({"task": task, **facts_of(model_type, name)})
+                facts = built(model_type, name)
+                of_part = facts.pop("part_type")
+                found.setdefault(model_type, []).append({"task": task, **facts})
+                if of_part is not None:
+                    parts.setdefault(of_part, []).append({"task": task, **facts, "part": ""})
             except Exception as error:
                 missing[f"{model_type} {name}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return found, missing
+    return dict(sorted({**parts, **found}.items())), missing
+
+
+def built(model_type: str, name: str) -> dict[str, Any]:
+    """The facts of a class; where its defaults leave a size open that it needs, with one of `OPEN`."""
+    for fields in OPEN:
+        with contextlib.suppress(Exception):  # the classes are others', and raise what they like
+            return facts_of(model_type, name, fields)
+    return facts_of(model_type, name)
 
 
 def render(found: dict[str, list[dict[str, Any]]]) -> str:

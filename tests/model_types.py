@@ -48,7 +48,8 @@ SIZES = {
     14: ["patch_size"],
     8: ["head_dim", "d_kv", "kv_channels", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim",
         "linear_value_head_dim", "state_size", "ssm_state_size", "mamba_d_state", "attention_window"],
-    4: ["num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
+    4: ["rotary_dim", "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+        "decoder_attention_heads",
         "attention_heads", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
         "linear_num_value_heads", "linear_conv_kernel_dim", "conv_kernel", "time_step_rank", "mamba_dt_rank"],
     2: ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
@@ -58,6 +59,12 @@ SIZES = {
         "decoder_start_token_id"],
     0: ["pad_token_id"],
 }  # fmt: skip
+FOUR_KEY_HEADS = ("dots3", "glm5_next")
+"""Model types that have as many key heads as query heads."""
+
+THREE_AXES = ("cosmos3", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5", "qwen2_vl")
+"""Model types whose positions have three axes, which share the width of a head."""
+
 SMALL = {name: size for size, names in SIZES.items() for name in names}
 TOKENS = torch.tensor([[5, 9, 13, 21, 34, 3, 7]])
 
@@ -80,6 +87,11 @@ def shrunk(config: Any) -> dict[str, Any]:
         n_layers = max(2, *map(len, kinds.values()))
         fields |= {name: (each * n_layers)[:n_layers] for name, each in kinds.items()}
         fields[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = n_layers
+    if "kv_lora_rank" in own or config.model_type.startswith(FOUR_KEY_HEADS):
+        fields["num_key_value_heads"] = 4
+    if hasattr(config, "rope_parameters") and config.model_type.startswith(THREE_AXES):
+        rope = config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        fields["rope_parameters"] = {**rope, "mrope_section": [1, 1, 2]}
     special = [name for name in own if name.endswith(("token_id", "token_index")) and name not in SMALL]
     fields |= {name: 40 + number for number, name in enumerate(special)}
     return fields | {name: {**shrunk(part), "model_type": part.model_type} for name, part in parts.items()}
@@ -112,8 +124,14 @@ def fill(model: Any, seed: int, size: float, only: str = "") -> None:
 def logits(model: Any) -> Any:
     """What a model says to some tokens."""
     extra = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False, **extra).logits.double()
+    try:
+        with torch.no_grad():
+            return model(input_ids=TOKENS, use_cache=False, **extra).logits.double()
+    except TypeError as error:
+        if "use_cache" not in str(error):
+            raise
+        with torch.no_grad():
+            return model(input_ids=TOKENS, **extra).logits.double()
 
 
 class Sweep:
@@ -121,11 +139,15 @@ class Sweep:
 
     def __init__(self, family: Family, folder: Path) -> None:
         self.family, self.folder = family, folder
+        self.task = "SEQ_CLS" if family.task == "sequence" else "CAUSAL_LM"
         self.cls = getattr(transformers, family.name)
         with quiet():
-            make_model(family).save_pretrained(folder / "base")
+            made = make_model(family)
+            made.save_pretrained(folder / "base")
             self.model = self.load("base")
             self.plain = logits(self.model)
+            if (logits(made) - self.plain).abs().max() > TOLERANCE:
+                raise ValueError("transformers does not reload what it saves")
         self.base = open_checkpoint(folder / "base")
 
     def load(self, name: str) -> Any:
@@ -135,14 +157,8 @@ class Sweep:
 
     def cells(self) -> dict[str, str]:
         """The outcome of every kind of adapter."""
-        linear = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
-            and module is not self.model.get_output_embeddings()
-            and f"{name}.weight" not in self.base.converted
-        ]
-        some = [name for name in linear if not name.startswith(("model.visual", "model.vision"))][:2]
+        linear = self.linear()
+        some = linear[:2]
         ends = [
             None if name is None else name.removesuffix(".weight") for name in (self.family.embedding, self.family.head)
         ]
@@ -157,10 +173,35 @@ class Sweep:
             ways |= {f"{what} saved": saved, f"{what} adapted": target}
         tokens = {ends[0]: [3, 5, 21]}
         ways["token rows"] = None if ends[0] is None else {"target_modules": some, "trainable_token_indices": tokens}
+        if self.task == "SEQ_CLS":
+            ways = {name: ways[name] for name in ("linear", "experts", "embedding saved", "token rows")}
         found = {name: NONE if how is None else self.merged(name, how) for name, how in ways.items()}
         for name in ("linear", "experts"):
             found[f"{name} captured"] = self.captured(name) if found[name] == RIGHT else found[name]
         return found
+
+    def linear(self) -> list[str]:
+        """The linear modules that the model runs on text, and that PEFT can adapt; the head is none of them."""
+        plain = (torch.nn.Linear.forward, transformers.pytorch_utils.Conv1D.forward)
+        found: list[str] = []
+        hooks = [
+            module.register_forward_hook(lambda *_, name=name: found.append(name))
+            for name, module in self.model.named_modules()
+            if type(module).forward in plain
+            and module is not self.model.get_output_embeddings()
+            and f"{name}.weight" not in self.base.converted
+        ]
+        logits(self.model)
+        for hook in hooks:
+            hook.remove()
+        names = [name for name in dict.fromkeys(found) if name.rpartition(".")[2] != self._barred()]
+        some = [name for name in names if name.rpartition(".")[2] in ("q_proj", "v_proj")]
+        return [*some, *(name for name in names if name not in some)]
+
+    def _barred(self) -> str:
+        """What PEFT does not adapt in models of state spaces."""
+        has_mamba = any("mamba" in type(module).__name__.lower() for module in self.model.modules())
+        return "out_proj" if has_mamba else ""
 
     def _is_experts(self, name: str, parameter: Any) -> bool:
         return parameter.ndim == 3 and name.split(".")[-2] == "experts"
@@ -185,13 +226,18 @@ class Sweep:
         except PortLLMError as error:
             return f"refused: {said(error)}"
         with quiet():
+            own = PeftModel.from_pretrained(copy.deepcopy(self.model), self.folder / f"{name} adapter").eval()
+            if self.compared(logits(own), logits(self.load(f"{name} merged"))) != RIGHT:
+                return "PEFT: does not load the adapter that it saved itself"
             patched = PeftModel.from_pretrained(copy.deepcopy(self.model), self.folder / f"{name} patch").eval()
             return self.compared(logits(patched), logits(self.load(f"{name} merged")))
 
     def train(self, adapter: Path, how: dict[str, Any]) -> Any:
         """Save an adapter as PEFT does, with seeded numbers for training; the logits of the model with it, unmerged."""
         with quiet():
-            tuned = get_peft_model(copy.deepcopy(self.model), LoraConfig(r=2, lora_alpha=4, **how)).eval()
+            tuned = get_peft_model(
+                copy.deepcopy(self.model), LoraConfig(r=2, lora_alpha=4, task_type=self.task, **how)
+            ).eval()
             for seed, part, size in ((3, "lora_", 0.3), (5, "modules_to_save.default", 0.2), (6, "tokens_delta", 0.2)):
                 fill(tuned, seed, size, part)
             tuned.save_pretrained(adapter, save_embedding_layers=False)
@@ -218,7 +264,7 @@ def swept(model_type: str) -> dict[str, dict[str, str]]:
     """The cells of every class of a model type that is loaded for text, by class."""
     rows: dict[str, dict[str, str]] = {}
     for family in families_of({"model_type": model_type}):
-        if family.task not in ("causal", "vision"):
+        if family.task not in ("causal", "vision", "sequence"):
             continue
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")

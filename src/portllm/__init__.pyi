@@ -14,6 +14,7 @@ from .merging.merge import merge as merge, merge_each as merge_each
 from .patch.adapter_folder import load_patch as load_patch
 from .porting.port import port as port, port_each as port_each
 from .probing.check import check as check
+from .running.data import read_data as read_data
 from .running.examples import read_examples as read_examples
 from .study.run import run_study as run_study, study_results as study_results, study_status as study_status
 from .training.train import train as train
@@ -25,6 +26,7 @@ from .certifying.inputs import CertifySettings as CertifySettings
 from .checkpoint.model.checkpoint import Checkpoint as Checkpoint
 from .checkpoint.open import ModelLike as ModelLike
 from .combining.combine import Exact as Exact, Selected as Selected
+from .evaluating.file_rows import FileRows as FileRows
 from .evaluating.harness.source import HarnessRows as HarnessRows
 from .evaluating.scoring import Task as Task
 from .merging.options import MergeOptions as MergeOptions
@@ -34,6 +36,7 @@ from .patch.patch import Patch as Patch
 from .patch.record import FittedTo as FittedTo
 from .probing.passes import TextSettings as TextSettings
 from .progress import Progress as Progress
+from .running.data import Data as Data
 from .running.examples import Example as Example, ExampleFormat as ExampleFormat
 from .training.lora import TrainSettings as TrainSettings
 from .verifying.certificate import Certified as Certified

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from portllm.errors import MissingExtraError, PortLLMError
+from portllm.installed import how_to_get
 from portllm.messages import errors_only
 
 
@@ -37,6 +38,9 @@ try:
         from transformers import (
             CONFIG_MAPPING,
             MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
             AutoConfig,
             AutoModelForCausalLM,
             AutoTokenizer,
@@ -60,11 +64,18 @@ try:
         from transformers.utils import logging as transformers_logging
 except ImportError as missing:
     raise MissingExtraError(
-        f"'{missing.name}': not installed; training and evaluating need transformers and peft. "
-        "Run: pip install 'portllm[live]'"
+        f"'{missing.name}': not installed; training and evaluating need transformers and peft. {how_to_get('live')}"
     ) from missing
 
+CLASSIFIERS = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
+"""By PEFT's `task_type`, the classes of models with a head of their own."""
+
 __all__ = [
+    "CLASSIFIERS",
     "CONFIG_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "REGISTRIES",

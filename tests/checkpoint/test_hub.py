@@ -441,7 +441,7 @@ def test_faults_in_the_middle_of_a_port_do_not_change_its_result(hub, tiny, tmp_
             IndexFileError,
             "is not the name of",
         ),
-        (lambda f: (f / INDEX_FILE).unlink(), NotFoundError, "contains neither"),
+        (lambda f: (f / INDEX_FILE).unlink(), NotFoundError, "Download the index too"),
         (lambda f: (f / "model-00001-of-00003.safetensors").write_bytes(b"12"), HeaderError, "at least 8"),
         (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "must contain a JSON object"),
     ],

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from portllm.capturing.stored_values import StoredValues
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError
 from portllm.matching.compatibility import oriented
 from portllm.patch.adapter_folder import load_patch
-from portllm.porting.inputs import StoredValues
 from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left
 from portllm.running.layers import LayeredModel
@@ -97,7 +97,9 @@ def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, tmp
     from tests.models import make_base
 
     base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
-    written = write_layered(layered(base), ROWS, most=6, end=2, pick=lambda logits: logits.argmax(dim=1), batch_size=2)
+    written = write_layered(
+        layered(base), ROWS, most=6, ends=(2,), pick=lambda logits: logits.argmax(dim=1), batch_size=2
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for row, tokens in zip(ROWS, written, strict=True):
         ids = torch.tensor([row])

@@ -384,7 +384,7 @@ def test_without_the_extra_the_way_to_it_is_told(copy, keys, monkeypatch):
         lambda: sign(folder, KeySigner(keys / "mine.key")),
         lambda: verify(folder, trust=PublicKey(keys / "mine.pub")),
     ):
-        with pytest.raises(MissingExtraError, match=r"pip install 'portllm\[sign\]'"):
+        with pytest.raises(MissingExtraError, match="pip install .*'model-signing>="):
             call()
     assert verify(folder).verified
     assert border.SIGNATURE_FILE == "model.sig"

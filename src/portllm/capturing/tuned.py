@@ -33,6 +33,9 @@ from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.workers.one_thread import one_thread_each
 
+TASKS = {"seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+"""What PEFT calls what a class is loaded for, where it is not to continue a text."""
+
 BELOW_NOISE = "its change does not exceed the rounding noise of the two files"
 DROPPED = "it is not a linear weight, and --dense drop leaves those out"
 NOISE = "upper edge of the rounding noise of both files, step^2/12 per element"
@@ -191,7 +194,10 @@ def _configured(
     ranks = {module: delta.rank for module, delta in factors.items() if module not in routers}
     parameters = {module + WEIGHT: factors[module].rank for module in routers}
     parameters |= {name: delta.rank for name, delta in experts.items()}
-    return canonical_config(ranks, parameters=parameters, fields=fields)
+    task = None if plan.base.family is None else TASKS.get(plan.base.family.task)
+    return canonical_config(
+        ranks, parameters=parameters, fields=fields if task is None else {**fields, "task_type": task}
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,13 @@ from portllm.certifying.certificate import (
     count_labels,
     write_certificate,
 )
-from portllm.certifying.inputs import Asked, CertifySettings, read_asked
+from portllm.certifying.inputs import Asked, CertifySettings, ask, read_inputs
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
-from portllm.evaluating.evaluate import model_refusals
-from portllm.files.input_file import local_file
+from portllm.evaluating.plan import model_refusals, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
@@ -39,8 +38,11 @@ from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, PatchLike, fi
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
+from portllm.running.data import Data, require_template
 from portllm.running.folder import model_folder
 from portllm.running.model import Device, choose_device
+
+TRAINED_ON = "The bound would say nothing about other inputs. Provide inputs that were not used for training."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,7 @@ def certify(
     Args:
         patch: The original patch.
         base: Its base.
-        data: JSONL rows, with or without right answers.
+        data: A data file, with or without right answers.
         out: The certificate's folder.
         evolved: The updated base, unless `merged` is given.
         ported: The patch ported to it.
@@ -134,10 +136,12 @@ def certify(
         OutputExistsError: `out` exists; raised before any work is done.
     """
     check_free(Path(out), overwrite=overwrite)
+    settings, old = settings or CertifySettings(), load_patch(patch)
+    rows = read_inputs(Path(data), old, settings)
     plan = plan_certify(
-        load_patch(patch),
+        old,
         base=open_checkpoint(base, progress=progress),
-        data=Path(data),
+        data=rows,
         evolved=None if evolved is None else open_checkpoint(evolved, progress=progress),
         ported=None if ported is None else load_patch(ported),
         merged=None if merged is None else open_checkpoint(merged, progress=progress),
@@ -164,7 +168,7 @@ def plan_certify(
     patch: Patch[TensorInfo],
     *,
     base: Checkpoint,
-    data: Path,
+    data: Data,
     evolved: Checkpoint | None = None,
     ported: Patch[TensorInfo] | None = None,
     merged: Checkpoint | None = None,
@@ -181,32 +185,33 @@ def plan_certify(
         raise AssertionError("one of the two is given")
     specialist = Side(identify(base), _files(patch))
     after = Side(identify(successor), None if ported is None else _files(ported))
-    asked = read_asked(data, patch, settings)
     refusals = list(model_refusals("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
     if ported is not None:
         refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
-    refusals += _too_few(len(asked.rows), settings)
+    refusals += _too_few(settings.sample or len(data.rows), settings)
     if settings.kind == "free" and not has_same_tokenizer(base, successor):
         reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
-    refusals += _trained_on(asked.inputs.digest, patch, ported)
+    refusals += trained_on(data.digest, patch, ported, consequence=TRAINED_ON)
     if refusals:
         raise PlanRefusedError(refusals)
+    folder = model_folder(base, progress=progress)
+    require_template(data, patch, data.template_of(folder), model=base.name)
     return CertifyPlan(
         specialist=specialist,
         ported=after,
         respondents=(
-            Respondent("base + patch", model_folder(base, progress=progress), folder_of(patch)),
+            Respondent("base + patch", folder, folder_of(patch)),
             Respondent(
                 "merged" if ported is None else "evolved + ported",
                 model_folder(successor, progress=progress),
                 None if ported is None else folder_of(ported),
             ),
         ),
-        asked=asked,
+        asked=ask(data, folder, settings),
         settings=settings,
         files=(
-            local_file(data),
+            data.file,
             *base.files,
             *successor.files,
             *files_of(patch),
@@ -271,17 +276,6 @@ def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:
         f"{settings.wanted} cannot be met with {n} inputs, even if all answers agree: it takes {least}. Provide "
         "more inputs, or a weaker bound.",
     )
-
-
-def _trained_on(digest: str, *patches: Patch[TensorInfo] | None) -> Iterator[Refusal]:
-    for patch in patches:
-        if patch is not None and patch.record is not None and patch.record.capture.settings.get("data") == digest:
-            yield Refusal(
-                "--data",
-                f"is the file that {patch.name} was trained on. The bound would say nothing about other inputs. "
-                "Provide inputs that were not used for training.",
-            )
-            return
 
 
 def _files(patch: Patch[TensorInfo]) -> PatchFiles:

@@ -183,6 +183,7 @@ def check_patch(
             quantization_gap=None if gap is None else gap.ratio,
             same_in=known.report.same_in,
             chain=chain,
+            nothing=plan.nothing,
         )
     )
     report = PatchReport(

@@ -104,6 +104,7 @@ class Measures:
         quantization_gap: `|W - dequant(quant(W))| / |Δ|` of them; None where it was not measured.
         same_in: The dtype in which base and evolved model are the same numbers; None where more than that differs.
         chain: The way of a patch that was ported before; None for one that was not.
+        nothing: Why the patch changes nothing; None where it does.
     """
 
     refusals: tuple[Refusal, ...] = ()
@@ -120,6 +121,7 @@ class Measures:
     quantization_gap: float | None = None
     same_in: str | None = None
     chain: Chain | None = None
+    nothing: str | None = None
 
 
 def judge(measures: Measures) -> Verdict:
@@ -164,6 +166,8 @@ def _reasons(measures: Measures) -> Iterator[Reason]:
     if measures.refusals:
         yield from (Reason(Answer.CANNOT_BE_PORTED, str(refusal)) for refusal in measures.refusals)
         return
+    if measures.nothing is not None:
+        yield Reason(Answer.UNCERTAIN, f"there is nothing to hold: {measures.nothing}")
     for name in measures.broken:
         yield Reason(Answer.WILL_NOT_HOLD, f"{name}: contains an infinity or NaN; a training run diverged.")
     yield from _of_lineage(measures)

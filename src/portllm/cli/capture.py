@@ -135,10 +135,10 @@ def _capture_adapter(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from portllm.capturing.adapter import capture_adapter, plan_capture
+    from portllm.capturing.adapter import plan_capture, run_capture
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
     from portllm.inspecting.inspect import summarize_patch, summary_to_json
     from portllm.inspecting.text import render_summary
@@ -146,22 +146,18 @@ def _capture_adapter(
 
     loaded, model = open_adapter(adapter), open_checkpoint(base)
     before = None if initial is None else open_adapter(initial)
+    plan = plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to)
+    refuse(plan.refusals)
+    for note in plan.notes:
+        say(f"note: {note}", err=True)
+    if plan.nothing is not None:
+        say(f"warning: {plan.nothing}", err=True)
     if dry_run:
-        if refusals := plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to):
-            raise PlanRefusedError(refusals)
         check_free(output, overwrite=overwrite)
         say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules match; output: {output}")
         return
     with shown_progress(quiet=quiet) as progress:
-        capture_adapter(
-            loaded,
-            base=model,
-            out=output,
-            initial=before,
-            fitted_to=fitted_to,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        run_capture(plan, output, overwrite=overwrite, progress=progress)
     summary = summarize_patch(output)
     if as_json:
         print_json(summary_to_json(summary))

@@ -103,7 +103,7 @@ def certify(
     if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
         raise typer.BadParameter("pass --evolved and --ported, or --merged instead of both.")
     from portllm.certifying.certify import plan_certify, run_certify
-    from portllm.certifying.inputs import CertifySettings
+    from portllm.certifying.inputs import CertifySettings, read_inputs
     from portllm.certifying.text import render_certificate, render_certify_plan
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
@@ -128,11 +128,15 @@ def certify(
     )
     check_free(output, overwrite=overwrite)
     page = Page(html, overwrite=overwrite, alone=False)
+    old = load_patch(patch)
+    rows = read_inputs(data, old, settings)
+    if not quiet:
+        say(str(rows), err=True)
     with shown_progress(quiet=quiet) as progress:
         planned = plan_certify(
-            load_patch(patch),
+            old,
             base=open_checkpoint(base),
-            data=data,
+            data=rows,
             evolved=None if evolved is None else open_checkpoint(evolved),
             ported=None if ported is None else load_patch(ported),
             merged=None if merged is None else open_checkpoint(merged),

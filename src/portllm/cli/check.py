@@ -77,6 +77,7 @@ def check(
     from portllm.cli.progress import shown_progress
     from portllm.patch.folders import find_patches, open_each
     from portllm.probing.check import check as check_patches
+    from portllm.probing.domain import read_domain
 
     page = Page(html, overwrite=overwrite)
     opened = open_each(find_patches(patches), lambda patch, _: patch)
@@ -84,8 +85,11 @@ def check(
     failed = [outcome for outcome in opened if outcome.error is not None]
     if failed and not there:
         raise failed[0].error or AssertionError("an outcome without a value has an error")
-    settings = None
+    settings = prompts = None
     if text is not None:
+        prompts = read_domain(text, there, template=prompt)
+        if not quiet and not isinstance(prompts, list):
+            say(str(prompts), err=True)
         from portllm.probing.passes import TextSettings
 
         settings = TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients)
@@ -97,8 +101,7 @@ def check(
             trained_on=trained_on,
             full=full,
             places=html is not None,
-            text=text,
-            prompt=prompt,
+            text=prompts,
             settings=settings,
             device=device.value,
             allow_other_base=allow_other_base,

@@ -15,13 +15,12 @@ from portllm.cli.options import (
     OtherBaseOption,
     OverwriteOption,
     QuietOption,
+    TrainingDataOption,
 )
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
-    from portllm.checkpoint.tensor.info import TensorInfo
-    from portllm.evaluating.scoring import Scored, Task
-    from portllm.patch.patch import Patch
+    from portllm.evaluating.scoring import Scored
 
 
 class Judging(StrEnum):
@@ -78,6 +77,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Random seed for the intervals' bootstrap.")] = 0,
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
+    allow_training_data: TrainingDataOption = False,
     html: HtmlOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -87,7 +87,7 @@ def evaluate(
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.evaluate import evaluate as evaluate_patch
-    from portllm.evaluating.text import render_comparison
+    from portllm.evaluating.file_rows import FileRows
     from portllm.patch.adapter_folder import load_patch
 
     page = Page(html, overwrite=overwrite)
@@ -99,9 +99,20 @@ def evaluate(
             raise typer.BadParameter("--task defines its own --prompt, --completion, --judge and --labels; omit them.")
         from portllm.evaluating.harness.source import HarnessRows
 
-        rows: Scored = HarnessRows(task, data=data, score_rows=limit, batch_size=batch_size, **given)
+        rows: FileRows | Scored = HarnessRows(task, data=data, score_rows=limit, batch_size=batch_size, **given)
     elif data is not None:
-        rows = _rows_of_a_file(old, data, prompt, completion, judge, labels, limit, batch_size=batch_size, **given)
+        from portllm.running.data import read_data
+
+        rows = FileRows(
+            read_data(data, old, prompt=prompt, completion=completion),
+            kind=(judge or Judging.LABELS).value,
+            labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
+            limit=limit,
+            batch_size=batch_size,
+            **given,
+        )
+        if not quiet:
+            say(str(rows.data), err=True)
     else:
         raise typer.BadParameter("pass --data or --task.")
     with shown_progress(quiet=quiet) as progress:
@@ -114,6 +125,7 @@ def evaluate(
             retrained=retrained,
             merged=merged,
             allow_other_base=allow_other_base,
+            allow_training_data=allow_training_data,
             device=device.value,
             seed=seed,
             progress=progress,
@@ -122,30 +134,9 @@ def evaluate(
         from portllm.evaluating.page import evaluate_page
 
         page.write(evaluate_page(comparison, title=f"{patch} from {base} to {evolved}"))
+    from portllm.evaluating.text import render_comparison
+
     if as_json:
         print_json(comparison.to_json())
     else:
         say(render_comparison(comparison))
-
-
-def _rows_of_a_file(
-    patch: "Patch[TensorInfo]",
-    data: Path,
-    prompt: str | None,
-    completion: str | None,
-    judge: Judging | None,
-    labels: str | None,
-    limit: int | None,
-    **bounds: int,
-) -> "Task":
-    from portllm.evaluating.scoring import Task
-    from portllm.running.examples import read_examples
-    from portllm.running.recorded import recorded_format
-
-    examples = read_examples(data, recorded_format(patch, prompt=prompt, completion=completion))
-    return Task(
-        examples=tuple(examples[:limit]),
-        kind=(judge or Judging.LABELS).value,
-        labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
-        **bounds,
-    )

@@ -47,7 +47,6 @@ app = typer.Typer(
     name="portllm",
     help="Carry a fine-tuned model's patch over to the next version of its base, without training.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -10,7 +10,7 @@ from portllm.cli.options import MODEL, PATCHES, DryRunOption, JsonOption, OtherB
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from portllm.errors import PortLLMError
     from portllm.merging.manifest import MergeReport
@@ -33,6 +33,13 @@ class RoundingName(StrEnum):
 
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
+
+
+class TokenizerName(StrEnum):
+    """Whose tokenizer and chat template a merged model gets."""
+
+    BASE = "base"
+    PATCH = "patch"
 
 
 class MergeDevice(StrEnum):
@@ -73,6 +80,13 @@ def merge(
             "--quantized-base", help="The quantized model the patch was trained on, if it was made from --into."
         ),
     ] = None,
+    tokenizer: Annotated[
+        TokenizerName | None,
+        typer.Option(
+            "--tokenizer",
+            help="Whose tokenizer and chat template the output gets where they differ. Defaults to the patch's.",
+        ),
+    ] = None,
     allow_other_base: OtherBaseOption = False,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -99,6 +113,7 @@ def merge(
             device=device.value,
             shard_bytes=int(max_shard_size * 10**9),
             allow_other_base=allow_other_base,
+            tokenizer=None if tokenizer is None else tokenizer.value,
         )
         _merge_to(
             patches, into, output, options, quantized_base,
@@ -106,9 +121,9 @@ def merge(
         )  # fmt: skip
     elif len(patches) > 1:
         raise typer.BadParameter("--in-place takes one patch.")
-    elif dtype is not None or overwrite or quantized_base is not None:
+    elif dtype is not None or overwrite or quantized_base is not None or tokenizer is not None:
         raise typer.BadParameter(
-            "--dtype, --overwrite and --quantized-base require -o and cannot be used with --in-place."
+            "--dtype, --overwrite, --quantized-base and --tokenizer require -o and cannot be used with --in-place."
         )
     else:
         _merge_in_place(
@@ -143,6 +158,7 @@ def _merge_to(
         found, lambda patch, _: plan_merge(patch, into=model, options=options, quantized_base=quantized)
     )
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
+    _warn(plans.values())
     if dry_run and found.is_single:
         for plan in plans.values():
             say(render_merge_plan(plan, output))
@@ -197,11 +213,18 @@ def _merge_in_place(
     if dry_run:
         say(render_in_place_plan(plan))
     refuse(plan.merge.refusals)
+    _warn([plan.merge])
     if dry_run:
         return
     with shown_progress(quiet=quiet) as progress:
         report = run_in_place(plan, progress=progress)
     _show(report, folder, plan.merge.notes, as_json=as_json)
+
+
+def _warn(plans: "Iterable[MergePlan]") -> None:
+    for plan in plans:
+        if plan.nothing is not None and not plan.refusals:
+            say(f"warning: {plan.nothing}", err=True)
 
 
 def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:

@@ -39,6 +39,11 @@ OtherBaseOption = Annotated[
 ]
 
 
+TrainingDataOption = Annotated[
+    bool, typer.Option("--allow-training-data", help="Accept the file that a patch was trained on.")
+]
+
+
 class DeviceName(StrEnum):
     """Where a model runs."""
 

@@ -96,6 +96,7 @@ def port(
     from portllm.checkpoint.open import open_checkpoint
     from portllm.checkpoint.tensor.info import TensorInfo
     from portllm.cli.progress import shown_progress
+    from portllm.errors import refuse
     from portllm.matching.port_plan import PortPlan
     from portllm.matching.update import Update
     from portllm.patch.folders import each, find_patches, open_each
@@ -104,7 +105,7 @@ def port(
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
         port_outcomes_to_json,
-        port_warning,
+        port_warnings,
         ported_to_json,
         render_measured,
         render_port_outcomes,
@@ -125,7 +126,7 @@ def port(
     planned = open_each(found, lambda patch, _: route.plan(patch))
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
     for plan in plans.values():
-        if warning := port_warning(plan):
+        for warning in port_warnings(plan):
             say(warning, err=True)
         if found.is_single and not as_json:
             say(render_port_plan(plan, output))
@@ -135,11 +136,20 @@ def port(
             domain = None
             if text is not None:
                 from portllm.porting.domain import Domain
-                from portllm.running.examples import read_lines
-                from portllm.running.recorded import read_domain
+                from portllm.probing.domain import read_domain
+                from portllm.running.data import Data
+                from portllm.running.folder import model_folder
+                from portllm.running.rows import read_lines
+                from portllm.running.wording import word
 
+                refuse(plan.refusals)
+                read = read_domain(text, [plan.patch], template=prompt)
+                asked = None
+                if isinstance(read, Data):
+                    asked = word(read, model_folder(plan.base or plan.evolved, progress=progress))
                 domain = Domain(
-                    prompts=read_domain(text, [plan.patch], template=prompt),
+                    prompts=read if isinstance(read, list) else () if asked is None else asked.prompts,
+                    border=None if asked is None else asked.border,
                     anchors=None if anchors is None else read_lines(anchors),
                     max_tokens=max_tokens,
                     answer_tokens=answer_tokens,

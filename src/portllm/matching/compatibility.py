@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import TakenForEqual, look_same
+from portllm.checkpoint.model.equality import TakenForEqual
 from portllm.checkpoint.model.identity import fingerprint_in
 from portllm.checkpoint.model.names import is_embedding
 from portllm.checkpoint.tensor.encoding import Unread
@@ -13,10 +14,12 @@ from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_mismatches
 from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
-from portllm.patch.delta import Change, F, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import Change, Factor, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+
+F = TypeVar("F", bound=Factor)
 
 
 def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorInfo]:
@@ -64,8 +67,14 @@ def changes_of(patch: Patch[F]) -> dict[str, Change[F]]:
     }
 
 
-def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
-    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
+def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int | None = None) -> Iterator[Refusal]:
+    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for.
+
+    Args:
+        patch: What is put on it.
+        checkpoint: The model.
+        n_rows: How many rows its embedding and its head get for it; None for as many as they have.
+    """
     unread = next((info.encoding for info in checkpoint.infos.values() if isinstance(info.encoding, Unread)), None)
     if unread is not None:
         yield Refusal(
@@ -88,12 +97,30 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Ref
                 where,
                 f"the patch changes it, but {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}",
             )
-        elif problem := _mismatch(change, tensor, checkpoint):
+        elif problem := _mismatch(change, _resized(tensor, checkpoint, n_rows), checkpoint):
             yield Refusal(where, problem)
     yield from _unnamed(patch, named)
     yield from _missing(patch, named)
     yield from expert_mismatches(patch, checkpoint)
     yield from _shared_rows(patch, named)
+    yield from _resized_copies(patch, checkpoint)
+
+
+def _resized(tensor: TensorInfo, checkpoint: Checkpoint, n_rows: int | None) -> TensorInfo:
+    if n_rows is None or not (tensor is checkpoint.embedding or tensor is checkpoint.head):
+        return tensor
+    return replace(tensor, shape=(n_rows, *tensor.shape[1:]))
+
+
+def _resized_copies(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+    """Copies of weights, not yet held against the base, that PEFT could not even load over the model's."""
+    for name, copies in patch.base_copies.items():
+        tensor = checkpoint.tensor(name)
+        for copy in copies:
+            if tensor is not None and copy.shape != tensor.shape:
+                yield Refusal(
+                    name, f"the adapter contains it with shape {copy.shape}, but {checkpoint.name} has {tensor.shape}."
+                )
 
 
 def outline(patch: Patch[TensorInfo]) -> Hashable:
@@ -102,6 +129,7 @@ def outline(patch: Patch[TensorInfo]) -> Hashable:
         repr(patch.config.fields),
         tuple((name, _outline(change)) for name, change in changes_of(patch).items()),
         tuple((name, delta.a.shape, delta.b.shape, delta.rank) for name, delta in patch.experts.items()),
+        tuple((name, tuple(copy.shape for copy in copies)) for name, copies in patch.base_copies.items()),
     )
 
 
@@ -119,20 +147,36 @@ def _outline(change: Change[TensorInfo]) -> Hashable:
 
 def _unknown(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
     """Why what is known of a model's type does not suffice for a change; None where it does."""
-    stored = checkpoint.converted.get(checkpoint.current_name(name))
-    if stored is not None:
-        return (
-            f"transformers makes it of '{stored}' when it loads {checkpoint.name}, by more than a new name, and that "
-            "cannot be undone for the change. Save the model with save_pretrained(save_original_format=False) and "
-            "use that."
-        )
-    if checkpoint.family is not None or isinstance(change, VectorDelta):
+    if reason := checkpoint.why_converted(name):
+        return reason
+    if checkpoint.family is not None:
+        return _not_as_trained(name, change, checkpoint)
+    if isinstance(change, VectorDelta):
         return None
     module = name.rpartition(".")[0]
     is_role = isinstance(change, RowValues) or is_embedding(module) or module.rpartition(".")[2] in HEAD_NAMES
     if not (is_role or (isinstance(change, LowRankDelta) and change.is_embedding)):
         return None
     return f"{checkpoint.why_unknown}, so whether it is tied to another matrix is not known either."
+
+
+def _not_as_trained(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
+    """Why no weights give what PEFT computes with a change of embedding or head; None where there are such weights."""
+    tensor, family = checkpoint.tensor(name), checkpoint.family
+    if tensor is None or family is None or tensor not in (checkpoint.embedding, checkpoint.head):
+        return None
+    is_added = isinstance(change, RowValues) or (isinstance(change, LowRankDelta) and change.is_embedding)
+    if tensor is checkpoint.embedding and is_added and not family.looks_up:
+        return (
+            f"the embedding of {checkpoint.name} does more than look up rows, and PEFT adds to what comes of that: "
+            "no change of the matrix has the same effect. Save the whole embedding instead (modules_to_save)."
+        )
+    if family.ties is not None and not family.ties.alone and checkpoint.tied_embedding is not None:
+        return (
+            f"in {checkpoint.name} more than head and embedding are one matrix, and PEFT changes only one of them: "
+            "no stored matrix has the same effect. Train the adapter without it."
+        )
+    return None
 
 
 def _kind(change: Change[TensorInfo]) -> str:
@@ -295,36 +339,10 @@ def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
         )
 
 
-def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
-    """Where a copy of the base's weight that an adapter carries is not this base's."""
-    for module, copy in patch.base_copies.items():
-        weight = base.tensor(module + WEIGHT)
-        if weight is None or not look_same(copy, weight):
-            yield _altered_copy(module, base)
-
-
-def taken_copies(patch: Patch[TensorInfo], base: Checkpoint) -> tuple[TakenForEqual, ...]:
-    """The copies of the base's weights that an adapter carries and that `altered_copies` compares by samples."""
-    weights = {module: base.tensor(module + WEIGHT) for module in patch.base_copies}
-    return tuple(
-        TakenForEqual(patch.base_copies[module], weight, _altered_copy(module, base))
-        for module, weight in weights.items()
-        if weight is not None
-    )
-
-
 def taken_tie(patch: Patch[TensorInfo], model: Checkpoint) -> tuple[TakenForEqual, ...]:
     """The head that is stored beside the embedding it is tied to, where a patch changes either."""
     is_touched = any(model.tensor(name) is model.tied_embedding for name in changes_of(patch))
     return model.stored_twice if is_touched else ()
-
-
-def _altered_copy(module: str, base: Checkpoint) -> Refusal:
-    return Refusal(
-        module,
-        f"the adapter contains a copy of its base's weight that differs from the weight of {base.name}: it "
-        "belongs to another base, or trained this module in full, which is not supported.",
-    )
 
 
 def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> Iterator[Refusal]:

@@ -49,6 +49,8 @@ def expert_mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Itera
 
 def _problem(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Checkpoint) -> str | None:
     """Why one delta does not fit, or None."""
+    if reason := checkpoint.why_converted(name):
+        return reason
     whole = checkpoint.stored(name)
     stored = ((whole,),) if whole is not None else checkpoint.experts.get(checkpoint.current_name(name), ())
     if not stored:

@@ -16,6 +16,8 @@ class MergeOptions:
         device: Device for the sums, `cpu` or `cuda`; bytes are guaranteed to equal PEFT's on the CPU only.
         shard_bytes: Maximum size of an output shard.
         allow_other_base: Accept a model other than the one the patch was made on.
+        tokenizer: Whose tokenizer and chat template the output gets where they differ, `base` or `patch`; None for the
+            patch's, unless its tokenizer contradicts the model's.
     """
 
     dtype: str | None = None
@@ -23,6 +25,7 @@ class MergeOptions:
     device: str = "cpu"
     shard_bytes: int = DEFAULT_SHARD_BYTES
     allow_other_base: bool = False
+    tokenizer: str | None = None
 
 
 AS_IT_IS = MergeOptions()

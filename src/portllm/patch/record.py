@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeAlias
 from msgspec import Meta, field
 
 from portllm.files.record import END, Blake3, NamedBlake3, Recorded, one_of
+from portllm.patch.side_files import SIDE_FILES
 
 FORMAT = 1
 """Version of the record's layout."""
@@ -16,6 +17,16 @@ PATCH_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PatchFileDigests: TypeAlias = Annotated[
     Mapping[Annotated[str, one_of(*PATCH_FILES)], Blake3],
     Meta(min_length=len(PATCH_FILES), description=f"the digests of {' and '.join(PATCH_FILES)}"),
+]
+"""The blake3 digest of all bytes of each file of an adapter."""
+
+RecordedFiles: TypeAlias = Annotated[
+    Mapping[Annotated[str, one_of(*PATCH_FILES, *SIDE_FILES)], Blake3],
+    Meta(
+        min_length=len(PATCH_FILES),
+        description=f"the digests of {' and '.join(PATCH_FILES)}",
+        extra_json_schema={"required": list(PATCH_FILES)},
+    ),
 ]
 """The blake3 digest of all bytes of each other file of a patch."""
 
@@ -116,6 +127,8 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
         ports: Oldest first; the last one's target is `base`.
         tensors: blake3 digest of each stored tensor's bytes.
         files: blake3 digest of each other file of the patch; known once they are written.
+        labels: Names of the labels of a classifier's head, where the adapter's folder said them.
+        added_tokens: Tokens that were added to the vocabulary of `base` for the patch, with their rows.
     """
 
     program: str
@@ -123,4 +136,10 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
     capture: Capture
     ports: tuple[PortStep, ...]
     tensors: Mapping[str, Blake3]
-    files: PatchFileDigests
+    files: RecordedFiles
+    added_tokens: Mapping[str, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.files and (missing := [name for name in PATCH_FILES if name not in self.files]):
+            raise ValueError(f"'files' lacks the digest of {' and '.join(missing)}")

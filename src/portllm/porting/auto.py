@@ -57,9 +57,9 @@ class Route:
                 "--base", f"method '{AUTO}' compares the evolved model with the base: pass the base with --base."
             )
             return replace(plan, refusals=tuple(sorted((*plan.refusals, unnamed))))
-        return plan if plan.refusals else self._chosen(plan)
+        return plan if plan.refusals else self._chosen(plan, patch)
 
-    def _chosen(self, plan: PortPlan) -> PortPlan:
+    def _chosen(self, plan: PortPlan, patch: Patch[TensorInfo]) -> PortPlan:
         report = check_patch(plan, self._measured)
         verdict, evidence = report.verdict, _evidence(report)
         decision = choose(verdict, evidence, force=self.force, reads=self.reads)
@@ -70,7 +70,7 @@ class Route:
             found = f"{plan.patch.name}: {verdict.answer}; {decision.reason}"
             return replace(plan, choice=choice, refusals=(Refusal(f"--method {AUTO}", f"{found} {_remedies(plan)}"),))
         if decision.method != plan.method.id:  # another one may ask for more
-            plan = self._plan_by(decision.method, plan.patch)
+            plan = self._plan_by(decision.method, patch)
         return replace(plan, choice=choice, evidence={**plan.evidence, **evidence})
 
     def _plan_by(self, method: str, patch: Patch[TensorInfo]) -> PortPlan:

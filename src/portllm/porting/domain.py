@@ -17,6 +17,7 @@ from portllm.porting.unfinished import Unfinished
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder, encode_prompts
+from portllm.running.examples import Border
 from portllm.running.folder import model_folder
 from portllm.running.layers import LayeredModel
 from portllm.running.model import Device, choose_device, load_tokenizer
@@ -40,6 +41,7 @@ class Domain:
 
     Attributes:
         prompts: As they would be given to the model; nobody has to answer them.
+        border: How answers follow the prompts.
         anchors: General text, on which the evolved model is to stay as it is; None for text that it writes itself, no
             rows for none.
         max_tokens: Of a prompt and its answer, at most; longer prompts are cut from the left.
@@ -57,6 +59,7 @@ class Domain:
     """
 
     prompts: Sequence[str]
+    border: Border | None = None
     anchors: Sequence[str] | None = None
     max_tokens: int = 512
     answer_tokens: int = 32
@@ -114,7 +117,7 @@ def open_streams(
             (after, plan.evolved, None),
         )
     )
-    encoder = Encoder(load_tokenizer(before))
+    encoder = Encoder(load_tokenizer(before), domain.border)
     prompts, _ = encode_prompts(encoder, domain.prompts, room=domain.max_tokens - domain.answer_tokens)
     texts = unfinished.texts()
     if texts is None:
@@ -135,7 +138,7 @@ def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, doma
         model,
         prompts,
         most=domain.answer_tokens,
-        end=encoder.eos,
+        ends=encoder.stops,
         pick=lambda logits: logits.argmax(dim=1),
         batch_size=domain.batch_size,
         progress=domain.progress,
@@ -160,7 +163,7 @@ def _general(model: LayeredModel, encoder: Encoder, domain: Domain) -> list[Ids]
         model,
         [(encoder.start,)] * ANCHORS,
         most=WRITTEN_TOKENS,
-        end=encoder.eos,
+        ends=encoder.stops,
         pick=drawn,
         batch_size=ANCHORS,
         progress=domain.progress,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from portllm import __version__
+from portllm.capturing.stored_values import settled
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
@@ -15,7 +16,6 @@ from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.kept_results import versions
 from portllm.files.output_folder import check_apart, check_free, resumable_folder
-from portllm.matching.compatibility import taken_copies
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
 from portllm.methods.contract import Need, Ported
@@ -25,7 +25,7 @@ from portllm.patch.folders import Where, each
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import AUTO, Route
-from portllm.porting.inputs import gather, left_out, settled
+from portllm.porting.inputs import gather, left_out, with_own
 
 if TYPE_CHECKING:
     from portllm.porting.domain import Domain
@@ -117,7 +117,7 @@ def run_port(
     """Carry out a plan; see `port`."""
     require_port(plan, out, overwrite=overwrite, domain=domain)
     require_finite(plan.patch)
-    require_equal(() if plan.base is None else taken_copies(plan.patch, plan.base))
+    require_equal(plan.taken)
     digest = None if domain is None else _digest(plan, domain)
     with resumable_folder(out, overwrite=overwrite, plan=digest, inputs=plan.files) as staged:
         folder, unfinished = staged.folder, None
@@ -128,7 +128,9 @@ def run_port(
         ported = plan.method.port(*gather(plan, domain, unfinished))
         if unfinished is not None:
             unfinished.clear()
-        with settled(ported.patch, folder) as patch:
+        with settled(with_own(plan, ported.patch), folder) as patch:
+            for name, text in plan.beside.texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
             write_record(folder, _record(plan, patch, ported))
     return load_patch(out)
@@ -148,6 +150,12 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
         yield Refusal("--text", f"method '{plan.method.id}' runs both models over prompts: pass them with --text.")
     if domain is not None and not runs:
         yield Refusal("--text", f"method '{plan.method.id}' reads no prompts. Omit it.")
+    if runs and (plan.own or plan.carried_tokens is not None):
+        yield Refusal(
+            "--method",
+            f"{plan.patch.name} has tokens or a head of its own, which the evolved model lacks, so method "
+            f"'{plan.method.id}' cannot run it there. Port it with --method add.",
+        )
     if runs and plan.evolved.experts:
         yield Refusal(
             "--evolved",
@@ -186,4 +194,6 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], done: Ported) -> PatchRec
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
         files={},
+        labels=plan.patch.labels,
+        added_tokens={} if plan.carried_tokens is None else plan.carried_tokens.added,
     )

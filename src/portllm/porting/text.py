@@ -1,11 +1,12 @@
 """What became of several patches, as one table or one list."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from portllm.checking.verdict import Answer
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
+from portllm.matching.carried_tokens import CarriedTokens
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
@@ -94,7 +95,9 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         rows["tokens"] = (
             f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is missing'}"
         )
-    return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
+    if plan.carried_tokens is not None:
+        rows["own tokens"] = _own_tokens(plan.carried_tokens)
+    return "\n".join([*lines, *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
 
 
 def render_measured(step: PortStep) -> list[str]:
@@ -136,8 +139,24 @@ def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
     )
 
 
-def port_warning(plan: PortPlan) -> str | None:
-    """What to say on stderr of a port whose method was chosen though nothing says that it holds."""
-    if plan.refusals or plan.choice is None or plan.choice.verdict == Answer.HOLDS:
-        return None
-    return f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."
+def _own_tokens(carried: CarriedTokens) -> str:
+    """Where the tokens that only the patch has have gone."""
+    parts = []
+    for tokens, what in (
+        ([token for token in carried.added if token not in carried.existing], "appended to the evolved vocabulary"),
+        ([token for token in carried.added if token in carried.existing], "given the evolved model's rows"),
+    ):
+        shown = ", ".join(f"{token!r} (row {carried.added[token]})" for token in tokens[:SHOWN_TOKENS])
+        more = f" and {len(tokens) - SHOWN_TOKENS} more" if len(tokens) > SHOWN_TOKENS else ""
+        parts += [f"{shown}{more} {what}"] if tokens else []
+    return "; ".join([*parts, f"{carried.n_rows} rows: resize the evolved model to these before PEFT loads the patch"])
+
+
+def port_warnings(plan: PortPlan) -> Iterator[str]:
+    """What to say on stderr: of a patch that changes nothing, and of a method that nothing says holds."""
+    if plan.refusals:
+        return
+    if plan.nothing is not None:
+        yield f"warning: {plan.nothing}"
+    elif plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
+        yield f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."

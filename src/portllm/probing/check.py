@@ -9,7 +9,10 @@ from portllm.checking.report import CheckReport
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import PortLLMError
 from portllm.patch.adapter_folder import PatchLike, load_patch
+from portllm.probing.domain import read_domain
 from portllm.progress import Progress, silent
+from portllm.running.data import Data
+from portllm.running.folder import model_folder
 
 if TYPE_CHECKING:
     from portllm.probing.passes import TextSettings
@@ -23,7 +26,7 @@ def check(
     trained_on: ModelLike | None = None,
     full: bool = False,
     places: bool = False,
-    text: str | Path | Sequence[str] | None = None,
+    text: str | Path | Data | Sequence[str] | None = None,
     prompt: str | None = None,
     settings: "TextSettings | None" = None,
     device: "Device" = "auto",
@@ -42,8 +45,8 @@ def check(
         trained_on: The base that ported patches were trained on: the drift since then is measured instead of bounded.
         full: Read every weight of both models instead of a few megabytes of each.
         places: Also read every factor of the patches and report where they are; does not affect the verdict.
-        text: Unlabeled prompts from the patches' domain, or their file: `.txt` with one per line, or JSONL.
-        prompt: Prompt template for JSONL; None for the one recorded in the patches.
+        text: Unlabeled prompts from the patches' domain, or their file: `.txt` with one per line, or rows.
+        prompt: Prompt template for rows; None for the one recorded in the patches, or for the shape of the rows.
         settings: Limits for running the prompts.
         device: Device to run the models on.
         allow_other_base: Accept a `base` other than the one a patch names.
@@ -58,10 +61,9 @@ def check(
         raise PortLLMError("check: prompt requires text to be a file of prompts, and settings require text. Omit it.")
     opened = [load_patch(patch) for patch in patches]
     old, new = (open_checkpoint(model, progress=progress) for model in (base, evolved))
-    if isinstance(text, str | Path):
-        from portllm.running.recorded import read_domain
-
-        text = read_domain(Path(text), opened, template=prompt)
+    found = read_domain(Path(text), opened, template=prompt) if isinstance(text, str | Path) else text
+    if isinstance(found, Data) and old.folder is not None:
+        found.template_of(old.folder)
     report = check_weights(
         *opened,
         base=old,
@@ -72,16 +74,22 @@ def check(
         allow_other_base=allow_other_base,
         progress=progress,
     )
-    if text is None:
+    if found is None:
         return report
     from portllm.probing.probe import add_text  # runs models, which weights alone do not need
+    from portllm.running.wording import word
 
+    border = None
+    if isinstance(found, Data):
+        asked = word(found, model_folder(old, progress=progress))
+        found, border = asked.prompts, asked.border
     return add_text(
         report,
         opened,
         base=old,
         evolved=new,
-        prompts=text,
+        prompts=found,
+        border=border,
         settings=settings,
         allow_other_base=allow_other_base,
         device=device,

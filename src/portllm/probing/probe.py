@@ -42,6 +42,7 @@ from portllm.probing.expansion import terms_of
 from portllm.probing.passes import Carried, Host, Passes, TextSettings
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder, encode_prompts
+from portllm.running.examples import Border
 from portllm.running.folder import model_folder
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.moments import Moments
@@ -62,6 +63,7 @@ def measure_text(
     patches: Sequence[Patch[TensorInfo]],
     prompts: Sequence[str],
     *,
+    border: Border | None = None,
     settings: TextSettings | None = None,
     allow_other_base: bool = False,
     device: Device = "auto",
@@ -74,6 +76,7 @@ def measure_text(
         evolved: A later version of it, with the same tokenizer.
         patches: What may be ported.
         prompts: Of the domain that the patches are for, as they would be given to the model; nobody has to answer them.
+        border: How answers follow the prompts.
         settings: How much is looked at.
         allow_other_base: Accept a `base` other than the one a patch names.
         device: Where models run.
@@ -113,7 +116,7 @@ def measure_text(
             Carried(plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base)))
             for number, plan in enumerate(plans)
         ]
-        return _measure(base, evolved, carried, prompts, settings, device=device, progress=progress)
+        return _measure(base, evolved, carried, prompts, border, settings, device=device, progress=progress)
 
 
 def add_text(
@@ -123,6 +126,7 @@ def add_text(
     base: Checkpoint,
     evolved: Checkpoint,
     prompts: Sequence[str],
+    border: Border | None = None,
     settings: TextSettings | None = None,
     allow_other_base: bool = False,
     device: Device = "auto",
@@ -136,6 +140,7 @@ def add_text(
         base: As for `measure_text`, and so are the others.
         evolved: Likewise.
         prompts: Likewise.
+        border: Likewise.
         settings: Likewise.
         allow_other_base: Likewise.
         device: Likewise.
@@ -153,6 +158,7 @@ def add_text(
             evolved,
             list(itertools.compress(patches, fits)),
             prompts,
+            border=border,
             settings=settings,
             allow_other_base=allow_other_base,
             device=device,
@@ -180,6 +186,7 @@ def _measure(
     evolved: Checkpoint,
     carried: Sequence[Carried],
     prompts: Sequence[str],
+    border: Border | None,
     settings: TextSettings,
     *,
     device: Device,
@@ -190,7 +197,7 @@ def _measure(
         Host(model.name, model_folder(model, progress=progress), device=where, settings=settings)
         for model in (base, evolved)
     )
-    encoder = Encoder(load_tokenizer(before.folder))
+    encoder = Encoder(load_tokenizer(before.folder), border)
     rows, n_cut = encode_prompts(encoder, prompts, room=settings.max_tokens)
     passes = Passes(rows, settings, where, n_passes=2 + 2 * len(carried), progress=progress)
     factors = _stacked(carried)

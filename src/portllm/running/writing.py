@@ -1,6 +1,6 @@
 """What a model writes while one layer at a time is in memory; keys and values of tokens before are kept by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from jaxtyping import Float32, Int64
@@ -52,7 +52,7 @@ def write_layered(
     prompts: Sequence[Sequence[int]],
     *,
     most: int,
-    end: int,
+    ends: Collection[int],
     pick: Pick,
     batch_size: int,
     progress: Progress = silent,
@@ -63,7 +63,7 @@ def write_layered(
         model: The model.
         prompts: Ids of each.
         most: Tokens written, at most.
-        end: The end mark.
+        ends: Tokens that end a text.
         pick: The next tokens.
         batch_size: Prompts of a pass.
         progress: Told of the tokens written.
@@ -79,11 +79,11 @@ def write_layered(
         for group, part in zip(groups, torch.split(logits, [len(group.rows) for group in groups]), strict=True):
             tokens = pick(part)
             for row, token in zip(group.rows, tokens.tolist(), strict=True):
-                if not (written[row] and written[row][-1] == end):
+                if not (written[row] and written[row][-1] in ends):
                     written[row].append(token)
             group.go_on(tokens.to(model.device))
         progress("write answers", number + 1, most, "steps")
-        groups = [group for group in groups if any(written[row][-1] != end for row in group.rows)]
+        groups = [group for group in groups if any(written[row][-1] not in ends for row in group.rows)]
         if not groups:
             progress("write answers", most, most, "steps")
             break

@@ -18,8 +18,10 @@ import torch
 from portllm.errors import DataError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent
+from portllm.running.chat import Chat
+from portllm.running.chat_template import read_chat_template
 from portllm.running.encoding import Encoded, Encoder
-from portllm.running.examples import Example
+from portllm.running.examples import Border
 from portllm.running.loss import completion_nats
 from portllm.running.model import (
     Device,
@@ -34,6 +36,7 @@ from portllm.running.model import (
     save_memory,
 )
 from portllm.running.ranges import require_ranges
+from portllm.running.shapes import Content, Conversation
 from portllm.training.descent import descend
 from portllm.training.schedule import Decay, bucketed_batches
 
@@ -135,10 +138,11 @@ class TrainReport:
 
 def train_lora(
     base_folder: str | Path,
-    examples: Sequence[Example],
+    examples: Sequence[Content],
     settings: TrainSettings,
     adapter_folder: str | Path,
     *,
+    border: Border | None = None,
     device: Device = "auto",
     start: Path | None = None,
     overwrite: bool = False,
@@ -147,14 +151,15 @@ def train_lora(
     """Trains a LoRA adapter on a base and writes it as a PEFT folder.
 
     The loss of a step is the mean of `-log p(token | all before it)` over the completion and end-mark tokens of its
-    rows.
+    rows; of conversations over the tokens of the assistant's turns, of texts over all tokens.
     On a CPU, the same base, rows and settings give the same bytes.
 
     Args:
         base_folder: Checkpoint folder of the base.
-        examples: Prompts and completions.
+        examples: Prompts and completions; conversations, for a base with a chat template; or whole texts.
         settings: Everything else.
         adapter_folder: The folder to be; a failed run leaves nothing there.
+        border: How completions follow prompts.
         device: Where to train.
         start: An adapter folder whose factors are trained on, instead of new ones; its rank, alpha and modules count,
             and not those of the settings.
@@ -172,12 +177,17 @@ def train_lora(
         raise DataError("training: no examples were given; expected at least one.")
     with staged_folder(Path(adapter_folder), overwrite=overwrite) as staging:
         where = choose_device(device)
-        encoder = Encoder(load_tokenizer(base_folder))
-        rows = encode_all(encoder, examples, max_tokens=settings.max_tokens)
-        ended = [replace(row, completion=(*row.completion, encoder.eos)) for row in rows]
+        is_chat = any(isinstance(example, Conversation) for example in examples)
+        template = read_chat_template(Path(base_folder)) if is_chat else ""
+        encoder = Encoder(load_tokenizer(base_folder), border)
+        ended = [
+            row if row.counted is not None or row.completion[-1] == encoder.eos
+            else replace(row, completion=(*row.completion, encoder.eos))
+            for row in encode_all(encoder, examples, max_tokens=settings.max_tokens, template=template)
+        ]  # fmt: skip
 
         def mean_nats(model: PeftModel, batch: Sequence[Encoded]) -> torch.Tensor:
-            return completion_nats(model, batch, device=where).sum() / sum(len(row.completion) for row in batch)
+            return completion_nats(model, batch, device=where).sum() / sum(row.n_counted for row in batch)
 
         return fit_adapter(
             base_folder, ended, mean_nats, settings, staging, device=where, start=start, progress=progress
@@ -228,17 +238,30 @@ def _fresh(base: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     )
 
 
-def encode_all(encoder: Encoder, examples: Sequence[Example], *, max_tokens: int) -> list[Encoded]:
+def encode_all(encoder: Encoder, examples: Sequence[Content], *, max_tokens: int, template: str = "") -> list[Encoded]:
     """The examples as ids that fit into `max_tokens` together with an end mark.
+
+    Args:
+        encoder: Of the model.
+        examples: What is to be learned.
+        max_tokens: Most ids of a row.
+        template: The chat template of conversations, which has end marks of its own.
 
     Raises:
         DataError: Some do not; all are counted, the first ten shown.
     """
+    chat = Chat(encoder, template)
     rows: list[Encoded] = []
     problems: list[str] = []
     for number, example in enumerate(examples, start=1):
         try:
-            rows.append(encoder.encode(example.prompt, example.completion, max_tokens=max_tokens, reserve=1))
+            match example:
+                case Conversation():
+                    rows.append(chat.encode(example, max_tokens=max_tokens))
+                case str():
+                    rows.append(encoder.encode_whole(example, max_tokens=max_tokens, reserve=1))
+                case _:
+                    rows.append(encoder.encode(example.prompt, example.completion, max_tokens=max_tokens, reserve=1))
         except DataError as error:
             problems.append(f"  example {number}: {error}")
     if problems:

@@ -18,9 +18,12 @@ from portllm.patch.adapter_folder import PatchLike, files_of, folder_of, load_pa
 from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
+from portllm.running.chat_template import read_chat_template, template_digest
+from portllm.running.data import read_data
 from portllm.running.folder import check_runnable, model_folder
 from portllm.running.model import Device
-from portllm.training.lessons import Lesson, Teacher, lesson_of, origin_of
+from portllm.running.shapes import Conversation
+from portllm.training.lessons import Lesson, Teacher, origin_of, read_labels, read_questions
 from portllm.training.lora import TrainReport, TrainSettings
 
 
@@ -73,6 +76,7 @@ class Training:
         """
         self._check()
         folder = model_folder(self.base, progress=progress)
+        worded = {} if not self._is_chat else {"chat_template": template_digest(read_chat_template(folder))}
         first = None if self.start is None else folder_of(self.start)
         with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
             adapter = Path(scratch) / "adapter"
@@ -85,7 +89,7 @@ class Training:
                 base=self.base,
                 out=self.out,
                 method="train",
-                settings={**asdict(self.settings), **began, **self.lesson.recorded, **ran},
+                settings={**asdict(self.settings), **began, **self.lesson.recorded, **worded, **ran},
                 overwrite=self.overwrite,
             )
         return patch, report
@@ -94,9 +98,15 @@ class Training:
     def _start_files(self) -> tuple[Source, ...]:
         return () if self.start is None else tuple(files_of(self.start))
 
+    @property
+    def _is_chat(self) -> bool:
+        return any(isinstance(row, Conversation) for row in self.lesson.rows)
+
     def _check(self) -> None:
         check_free(self.out, overwrite=self.overwrite)
         check_apart(self.out, [*self.lesson.files, *self.base.files, *self._start_files])
+        if self._is_chat and self.base.folder is not None:
+            read_chat_template(self.base.folder)
         if self.start is not None and (refusals := set(_start_refusals(self.start, self.base))):
             raise PlanRefusedError(refusals)
 
@@ -124,10 +134,11 @@ def train(
 
     Args:
         base: The model; a folder with configuration and tokenizer.
-        data: JSONL rows.
+        data: A data file: JSONL, JSON, CSV or Parquet; see `docs/data.md`.
         out: The patch's folder.
-        prompt: Prompt template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`.
-        completion: JSONL field with the target text; None for the one recorded in `start`, or with a teacher.
+        prompt: Prompt template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`, or for
+            rows with `messages`, `prompt` and `completion`, or `text`.
+        completion: Field with the target text; None for the one recorded in `start`, or with a teacher.
         start: A patch of `base` to start from, such as a ported one; its rank, alpha and modules are kept.
         teacher: An older patch whose answers are learned instead of a completion.
         teacher_base: The model the teacher patch was made on.
@@ -153,12 +164,19 @@ def train(
     if teacher is not None and completion is not None:
         raise PortLLMError("train: completion cannot be used with a teacher, whose answers are learned instead.")
     first = None if start is None else load_patch(start)
+    rows = read_data(
+        Path(data),
+        *(load_patch(patch) for patch in (start if teacher is None else teacher,) if patch is not None),
+        prompt=prompt,
+        completion=completion,
+        answers=teacher is None,
+    )
     old = None
     if teacher is not None and teacher_base is not None:
         old = Teacher(open_checkpoint(teacher_base, progress=progress), load_patch(teacher), max_new_tokens or 32)
     training = Training(
         base=open_checkpoint(base, progress=progress),
-        lesson=lesson_of(Path(data), prompt=prompt, completion=completion, start=first, teacher=old),
+        lesson=read_labels(rows) if old is None else read_questions(rows, old),
         out=Path(out),
         settings=settings or TrainSettings(),
         start=first,

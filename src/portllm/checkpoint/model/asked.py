@@ -91,12 +91,15 @@ def _described(model: PreTrainedModel, part: str) -> dict[str, Any]:
     others = _templates(matrices - linear.keys())
     return {
         "part": part,
+        "part_type": model.config.model_type if part else None,
         "prefix": prefix,
         "root": root,
         "inner": inner,
         "embedding": embedding,
         "head": head,
         "ties": _ties(model, head, embedding),
+        "same": _same(model, head, embedding),
+        "looks_up": _looks_up(model),
         "linear": _ends(_templates(linear.keys() - {(head or "").removesuffix(".weight")}), others),
         "transposed": _ends(
             _templates(name for name, module in linear.items() if isinstance(module, Conv1D)),
@@ -120,11 +123,18 @@ def _weight_name(getter: Callable[[], nn.Module | None], names: Mapping[int, str
     return f"{names[id(module)]}.weight" if has_weight else None
 
 
-def _ties(model: PreTrainedModel, head: str | None, embedding: str | None) -> dict[str, Any] | None:
-    """When head and embedding are one matrix: which parts of the configuration say it, and what holds where none does.
+def _looks_up(model: PreTrainedModel) -> bool:
+    """Whether the embedding only looks up rows, or scales them by what PEFT knows as the scale too."""
+    try:
+        module = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return False
+    plain = getattr(type(module), "forward", None) is nn.Embedding.forward
+    return plain or hasattr(module, "embed_scale")
 
-    None where they never are. The first part says it; another one is asked where that says no or nothing.
-    """
+
+def _ties(model: PreTrainedModel, head: str | None, embedding: str | None) -> dict[str, Any] | None:
+    """How head and embedding can be one matrix; see `portllm.checkpoint.model.families.Tie`."""
     if head is None or embedding is None:
         return None
     parts = {"": model.config}
@@ -132,24 +142,39 @@ def _ties(model: PreTrainedModel, head: str | None, embedding: str | None) -> di
         name: part for name in model.config.sub_configs if (part := getattr(model.config, name, None)) is not None
     }
     said = {name: bool(getattr(part, "tie_word_embeddings", False)) for name, part in parts.items()}
-    deciding = [name for name in parts if _is_tied_by(model, parts, name, (head, embedding))]
+    found = {name: _tied_by(model, parts, name) for name in parts}
     for name, part in parts.items():
         part.tie_word_embeddings = said[name]
-    if not deciding:
+    deciding = next((name for name, tied in found.items() if _root(tied, head) == _root(tied, embedding)), None)
+    if deciding is None:
         return None
-    follows = ["text_config"] if deciding[0] == "" and _follows_text(model.config) else []
-    return {"parts": [deciding[0], *follows], "default": said[deciding[0]]}
+    tied = found[deciding]
+    third = {name for name in tied if name.endswith(".weight") and _root(tied, name) == _root(tied, head)}
+    third -= {head, embedding, _root(tied, head)}
+    is_third = _root(tied, head) not in (head, embedding)
+    follows = ["text_config"] if deciding == "" and _follows_text(model.config) else []
+    return {"parts": [deciding, *follows], "default": said[deciding], "alone": not (third or is_third)}
 
 
-def _is_tied_by(
-    model: PreTrainedModel, parts: Mapping[str, PreTrainedConfig], name: str, ends: tuple[str, str]
-) -> bool:
-    """Whether one part of the configuration alone makes head and embedding one matrix."""
+def _same(model: PreTrainedModel, head: str | None, embedding: str | None) -> dict[str, str]:
+    """By its name, a tensor that is stored under another one, but for head and embedding."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {name: _root(tied, name) for name in sorted(tied) if name not in (head, embedding)}
+
+
+def _tied_by(model: PreTrainedModel, parts: Mapping[str, PreTrainedConfig], name: str) -> dict[str, str]:
+    """What is tied to what where one part of the configuration alone says that there are ties."""
     for other, part in parts.items():
         part.tie_word_embeddings = other == name
-    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    joined = {end: tied.get(end, end) for end in ends}
-    return len({tied.get(end, end) for end in joined.values()}) == 1
+    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return tied
+
+
+def _root(tied: Mapping[str, str], name: str) -> str:
+    """The tensor that a name is tied to in the end."""
+    while tied.get(name, name) != name:
+        name = tied[name]
+    return name
 
 
 def _follows_text(config: PreTrainedConfig) -> bool:

@@ -223,7 +223,9 @@ class Checkpoint:
         Raises:
             CheckpointError: As `tensors`.
         """
-        return self.infos.get(name) or self.tensors.get(self.current_name(name))
+        current = self.current_name(name)
+        same = {} if self.family is None else self.family.same
+        return self.infos.get(name) or self.tensors.get(current) or self.tensors.get(same.get(current, ""))
 
     def tensor(self, name: str) -> TensorInfo | None:
         """The tensor that a patch means by a name; a tied head is the embedding, stored or not."""
@@ -272,7 +274,7 @@ class Checkpoint:
         says = self._says_tied
         if self.embedding is None or self.head is None:
             return None if says is False and self.family is not None else self.embedding
-        default = self.family is not None and self.family.ties is not None and self.family.ties[1]
+        default = self.family is not None and self.family.ties is not None and self.family.ties.default
         is_said = default if says is None else says
         return self.embedding if is_said and look_same(self.head, self.embedding) else None
 
@@ -323,6 +325,16 @@ class Checkpoint:
         end = ".".join(name.split(".")[-2:])
         return self.family is not None and self.family.parameters.get(end, False)
 
+    def why_converted(self, name: str) -> str | None:
+        """Why a change of what the running model calls so has no place in the file; None where it has one."""
+        stored = self.converted.get(self.current_name(name))
+        if stored is None:
+            return None
+        return (
+            f"transformers makes it of '{stored}' when it loads {self.name}, by more than a new name, and that cannot "
+            "be undone for the change. Save the model with save_pretrained(save_original_format=False) and use that."
+        )
+
     @property
     def why_unknown(self) -> str:
         """What is to be said where the model's type is not known."""
@@ -349,6 +361,21 @@ class Checkpoint:
     def parameters(self) -> frozenset[str]:
         """Every tensor that is not one matrix or vector of a module, and experts as one, by current name."""
         return parameters_of(self.tensors, self.family)
+
+    @property
+    def rows_reach_head(self) -> bool:
+        """Whether rows of a tied embedding that PEFT trains are the head's too."""
+        return self.family is None or self.family.ties is None or self.family.ties.is_seen_by_peft
+
+    @property
+    def untied_config(self) -> dict[str, object]:
+        """The fields of the configuration of the same model with a head of its own."""
+        changes: dict[str, object] = {"tie_word_embeddings": False}
+        deciding = () if self.family is None or self.family.ties is None else self.family.ties.parts[:1]
+        for name, part in self.config.items():
+            if isinstance(part, dict) and ("tie_word_embeddings" in part or name in deciding):
+                changes[name] = {**part, "tie_word_embeddings": False}
+        return changes
 
     @property
     def _says_tied(self) -> bool | None:

@@ -99,6 +99,27 @@ class Conversion:
         return () if first is None else tuple(first.replace(self.targets[0], target) for target in self.targets)
 
 
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """How head and embedding of a class can be one matrix.
+
+    Attributes:
+        parts: The parts of the configuration that say so, empty for the whole; a later one is asked where those before
+            it say no or nothing.
+        default: What holds where none says anything.
+        alone: Whether no third tensor is the same matrix.
+    """
+
+    parts: tuple[str, ...]
+    default: bool
+    alone: bool
+
+    @property
+    def is_seen_by_peft(self) -> bool:
+        """Whether PEFT, which looks at the whole of the configuration, finds the tie for trained rows of tokens."""
+        return self.parts[0] == ""
+
+
 @dataclass(frozen=True)
 class Family:
     """What is known of one class that transformers loads models of a type into.
@@ -113,8 +134,9 @@ class Family:
         inner: The part behind `prefix`.
         embedding: Current name of the input embedding.
         head: Current name of the output head; None for a model that has none.
-        ties: The parts of the configuration that say whether head and embedding are one matrix, and what holds where
-            none does; None where they never are.
+        ties: How head and embedding can be one matrix; None where they never are.
+        same: Other names of tensors that are one with that of a given name, such as a head's bias.
+        looks_up: Whether the embedding is a matrix whose rows are taken as they are, or scaled, and nothing more.
         linear: The ends of the names of its linear modules, but for the head.
         transposed: Those of them whose weight is stored as (d_in, d_out).
         parameters: By the end of its name, a tensor of three axes that is no module's weight, and whether its last two
@@ -134,7 +156,9 @@ class Family:
     inner: frozenset[str]
     embedding: str | None
     head: str | None
-    ties: tuple[tuple[str, ...], bool] | None
+    ties: "Tie | None"
+    same: Mapping[str, str]
+    looks_up: bool
     linear: tuple[str, ...]
     transposed: tuple[str, ...]
     parameters: Mapping[str, bool]
@@ -152,6 +176,8 @@ class Family:
             >>> family_of({"model_type": "mixtral"}).current_name("model.layers.0.block_sparse_moe.gate")
             'model.layers.0.mlp.gate'
         """
+        if self.kept and _NUMBER.sub("*", f".{name}")[1:] in self.kept:
+            return name
         is_module = not name.endswith((".weight", ".bias"))
         found = self._prefixed(self._renamed(name + WEIGHT if is_module else name))
         return found.removesuffix(WEIGHT) if is_module else found
@@ -177,7 +203,7 @@ class Family:
 
     def says_tied(self, config: Mapping[str, Any]) -> bool | None:
         """Whether a configuration makes head and embedding one matrix; None where it says nothing about it."""
-        parts, _ = self.ties or ((), False)
+        parts = () if self.ties is None else self.ties.parts
         inner = config.get(self.part, {}) if self.part else config
         said = [_value(inner, f"{part}.tie_word_embeddings".lstrip(".")) for part in parts]
         return None if all(value is None for value in said) else any(value is True for value in said)
@@ -336,7 +362,9 @@ def _families_in(model_type: str, classes: list[dict[str, Any]]) -> Iterator[Fam
             inner=frozenset(facts["inner"]),
             embedding=facts["embedding"],
             head=facts["head"],
-            ties=None if facts["ties"] is None else (tuple(facts["ties"]["parts"]), facts["ties"]["default"]),
+            ties=None if facts["ties"] is None else Tie(**{**facts["ties"], "parts": tuple(facts["ties"]["parts"])}),
+            same=facts["same"],
+            looks_up=facts["looks_up"],
             linear=tuple(facts["linear"]),
             transposed=tuple(facts["transposed"]),
             parameters=facts["parameters"],

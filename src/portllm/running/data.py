@@ -1,0 +1,224 @@
+"""A data file as it is to be learned or asked: by a template, given or recorded, or by the shape of its rows.
+
+Nothing here needs torch: rows that do not fit are refused before a model is loaded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import DataError
+from portllm.files.input_file import local_file
+from portllm.files.source import LocalFile
+from portllm.patch.adapter_folder import PatchLike, load_patch
+from portllm.patch.patch import Patch
+from portllm.running.chat_template import read_chat_template, template_digest
+from portllm.running.examples import Border, Example, ExampleFormat, read_examples, read_prompts
+from portllm.running.rows import Row, RowError, first_row, read_rows, read_with_digest
+from portllm.running.shapes import Content, Conversation, Shape, recognize
+
+SHAPES_SAID = "'messages', 'prompt' and 'completion', or 'text' alone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wording:
+    """How prompts are made of rows.
+
+    Attributes:
+        prompt: A template; None where the shape of the rows says it.
+        completion: Field of the right answer.
+        shape: The shape of the rows; None with a template.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    shape: Shape | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """A chat template makes the prompts."""
+        return self.shape is not None and self.shape.is_chat
+
+    @property
+    def template(self) -> str:
+        """As a template: the field of the prompt, where the shape of the rows says it."""
+        return f"{{{next(iter(self.shape.fields))}}}" if self.shape is not None else self.prompt or ""
+
+    @property
+    def answer_field(self) -> str | None:
+        """The field of the right answer."""
+        return self.completion if self.shape is None else [*self.shape.fields][-1]
+
+    @property
+    def recorded(self) -> dict[str, object]:
+        """What a record says of it, the chat template apart."""
+        if self.shape is not None:
+            return {"shape": self.shape.name}
+        said = {"prompt": self.prompt, "completion": self.completion}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The rows of a file.
+
+    Attributes:
+        rows: What they hold; an example without a completion where none is there.
+        wording: How prompts are made of them.
+        digest: Of all bytes of the file.
+        file: The file.
+    """
+
+    rows: tuple[Content, ...]
+    wording: Wording
+    digest: str
+    file: LocalFile
+
+    @property
+    def recorded(self) -> dict[str, object]:
+        """What a record says of it, the chat template apart."""
+        return {**self.wording.recorded, "data": self.digest}
+
+    @property
+    def border(self) -> Border:
+        """How completions follow prompts where they are learned, the chat template apart."""
+        return Border() if self.wording.shape is None else Border(lead="")
+
+    def template_of(self, folder: Path) -> str | None:
+        """The chat template of a model, where these rows need one; DataError if it has none."""
+        return read_chat_template(folder) if self.wording.is_chat else None
+
+    def __str__(self) -> str:
+        shape = self.wording.shape
+        how = f"prompts by the template {self.wording.prompt!r}" if shape is None else f"rows of {shape.said}"
+        return (
+            f"'{self.file}': {len(self.rows)} rows, read as {how}"
+            + ", through the chat template" * self.wording.is_chat
+        )
+
+
+def read_data(
+    path: str | Path,
+    *patches: PatchLike,
+    prompt: str | None = None,
+    completion: str | None = None,
+    answers: bool | None = True,
+) -> Data:
+    """The rows of a data file.
+
+    Args:
+        path: The file.
+        *patches: Their records say how prompts are made, where nothing is given; the first one's completion counts.
+        prompt: Template of the prompt.
+        completion: Field of the completion.
+        answers: Each row has one; None: all or none have; False: none is looked for.
+
+    Raises:
+        DataError: The file cannot be read, rows do not fit, or it is not known how prompts are made.
+    """
+    path = Path(path)
+    opened = [load_patch(patch) for patch in patches]
+    wording = find_wording(path, opened, prompt=prompt, completion=completion, answers=answers)
+    rows, digest = read_with_digest(path, lambda: _read(path, wording, answers=answers))
+    return Data(rows=tuple(rows), wording=wording, digest=digest, file=local_file(path))
+
+
+def find_wording(
+    path: Path,
+    patches: Sequence[Patch[TensorInfo]],
+    *,
+    prompt: str | None,
+    completion: str | None,
+    answers: bool | None,
+) -> Wording:
+    """How prompts are made of the rows of a file: as given, else as recorded, else as its first row has them.
+
+    Raises:
+        DataError: It is not known, or the patches do not agree.
+    """
+    said = [_settings(patch) for patch in patches]
+    if prompt is None:
+        prompts = sorted({text for settings in said if isinstance(text := settings.get("prompt"), str)})
+        if len(prompts) > 1:
+            raise DataError(
+                f"the patches were trained on {len(prompts)} different prompts: "
+                f"{', '.join(map(repr, prompts[:3]))}. Check them separately, or pass one --prompt for all."
+            )
+        prompt = prompts[0] if prompts else None
+    if completion is None and said and isinstance(field := said[0].get("completion"), str):
+        completion = field
+    if answers is False:
+        completion = None
+    if prompt is not None and (completion is not None or not answers):
+        return Wording(prompt=prompt, completion=completion)
+    row = first_row(path)
+    shape = None if row is None or prompt or completion else recognize(row, answered=answers is True)
+    if row is None:
+        read_rows(path, lambda row: row, what="prompts and completions")  # says why
+    if shape is None:
+        raise DataError(_unknown(path, row or {}, patches, prompt=prompt, answers=answers))
+    for patch, settings in zip(patches, said, strict=True):
+        if (trained := settings.get("shape")) not in (None, shape.name):
+            raise DataError(
+                f"'{path}': has {shape}, but {patch.name} was trained on rows of '{trained}'. Write the rows as in "
+                "training, or pass --prompt and --completion."
+            )
+    return Wording(shape=shape)
+
+
+def require_template(data: Data, patch: Patch[TensorInfo], template: str | None, *, model: str) -> None:
+    """See to it that the chat template is the one that a patch was trained through.
+
+    Raises:
+        DataError: It is another.
+    """
+    trained = _settings(patch).get("chat_template")
+    if template is not None and trained not in (None, template_digest(template)):
+        raise DataError(
+            f"'{patch.name}': was trained through another chat template than that of {model}, so the prompts of "
+            f"'{data.file}' would not be those it knows. Pass the model with the tokenizer of the training."
+        )
+
+
+def _read(path: Path, wording: Wording, *, answers: bool | None) -> Sequence[Content]:
+    if wording.shape is not None:
+        return _read_shape(path, wording.shape, answers=answers)
+    prompt = wording.prompt or ""
+    if answers:
+        return read_examples(path, ExampleFormat(prompt=prompt, completion=wording.completion or ""))
+    prompts, completions = read_prompts(path, prompt, completion=wording.completion)
+    return [Example(*pair) for pair in zip(prompts, completions or [""] * len(prompts), strict=True)]
+
+
+def _read_shape(path: Path, shape: Shape, *, answers: bool | None) -> Sequence[Content]:
+    def make(row: Row) -> Content:
+        content = shape.make(row)
+        if answers and isinstance(content, Conversation) and not content.learned:
+            raise RowError("no message of the assistant is to be learned")
+        return content
+
+    return read_rows(path, make, what=f"rows of {shape.said}")
+
+
+def _settings(patch: Patch[TensorInfo]) -> Mapping[str, object]:
+    return patch.record.capture.settings if patch.record else {}
+
+
+def _unknown(
+    path: Path, row: Row, patches: Sequence[Patch[TensorInfo]], *, prompt: str | None, answers: bool | None
+) -> str:
+    """Why no prompts can be made of rows."""
+    there = ", ".join(f"'{name}'" for name in row) or "no fields"
+    silent = [patch.name for patch in patches if "prompt" not in _settings(patch)]
+    needed = "--prompt" if answers is False else "--completion" if prompt else "--prompt and --completion"
+    why = (
+        f" '{silent[0]}' has no recorded prompt template, since it was not trained with 'portllm train'."
+        if silent
+        else ""
+    )
+    keep = "; 'portllm capture' takes them too, and keeps them in the patch" if silent else ""
+    return (
+        f"'{path}': its rows have {there}; without a template, {SHAPES_SAID} are expected.{why} Pass {needed}, such as "
+        f"--prompt 'Question: {{question}} Type:' --completion type{keep}."
+    )
