@@ -107,3 +107,50 @@ def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, tmp
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=2
         )
         assert tokens == tuple(output[0, len(row) :].tolist())
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A tiny Gemma 2: norms behind what writes, embeddings that are scaled, logits that are capped."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from tests.models import fill_at_random
+
+    config = Gemma2Config(
+        vocab_size=31,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=6,
+        max_position_embeddings=64,
+        sliding_window=4,
+        final_logit_softcapping=2.0,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    fill_at_random(model.named_parameters(), seed=0, size=0.2)
+    model.save_pretrained(folder := tmp_path_factory.mktemp("gemma"))
+    return folder
+
+
+def test_scaled_embeddings_sliding_windows_and_capped_logits_are_those_of_transformers(gemma):
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = torch.stack([whole(torch.tensor([row])).logits[0, -1] for row in ROWS])
+    assert (next_logits(layered(gemma)) - expected).abs().max() < FLOAT32_LOGITS * expected.abs().max()
+
+
+def test_the_norm_behind_a_writer_is_found_and_what_it_lacks_is_said_in_front_of_it(gemma):
+    model = layered(gemma)
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[0]
+    with model.filled(0):
+        writers = find_writers(model, 0, given, tokens=3)
+    assert [writer.name.rpartition(".")[2] for writer in writers] == ["o_proj", "down_proj"]
+    said, wanted = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    for writer in writers:
+        reachable = writer.added(wanted)
+        error, _ = writer.error(reachable, said)
+        assert (writer.added(said + error) - reachable).abs().max() < 1e-4
