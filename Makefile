@@ -27,8 +27,14 @@ bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside
 	@$(BIN)/python -m bench.cost
 	@$(BIN)/python -m bench.speed $(BENCH)
 
+PAGES := build/pages
+PAGE_FILES := README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE NOTICE docs examples studies \
+	bench/README.md bench/results src/portllm/patch/patch.schema.json
+
 site: $(SITE) ## the pages of docs/ as a site in site/, with nothing in them that leads nowhere
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@rm -rf $(PAGES) && mkdir -p $(PAGES)
+	@tar -c --exclude=studies/work $(PAGE_FILES) | tar -x -C $(PAGES)
+	@PATH=$(BIN):$$PATH NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'open site/index.html'
 
 dist: $(BIN)/python ## a source distribution and a wheel in dist/, with the loops in C unless PORTLLM_PURE is set
@@ -93,7 +99,7 @@ $(LIVE): pyproject.toml constraints.txt $(wildcard src/portllm/native/*.[ch]) | 
 
 $(SITE): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'installing what builds the site'
-	@$(PIP) --quiet mkdocs mkdocs-material mkdocstrings-python
+	@$(PIP) --quiet mkdocs mkdocs-material mkdocstrings-python ruff
 	@touch $@
 
 $(DEV): $(LIVE)

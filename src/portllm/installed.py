@@ -4,7 +4,7 @@ No message names this package as one that pip could find somewhere: an extra is 
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -60,7 +60,17 @@ def how_to_get(*extras: str) -> str:
     wanted = [package.requirement for extra in extras for package in needed(extra)]
     if not wanted:
         return f"Run, in the source folder of PortLLM: pip install -e '.[{','.join(extras)}]'"
-    return f"Run: pip install {shlex.join(wanted)}"
+    return install(wanted)
+
+
+def install(requirements: Iterable[str]) -> str:
+    """The sentence that has pip install these.
+
+    Example:
+        >>> install(["numpy>=2", "torch"])
+        "Run: pip install 'numpy>=2' torch"
+    """
+    return f"Run: pip install {shlex.join(requirements)}"
 
 
 def _requirements(extra: str) -> Iterator[Requirement]:

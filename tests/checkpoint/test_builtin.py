@@ -10,7 +10,7 @@ import pytest
 from blake3 import blake3
 
 from portllm.checkpoint import builtin
-from portllm.checkpoint.builtin import BUILTIN, Builtin, builtin_folder
+from portllm.checkpoint.builtin import Builtin, builtin_folder
 from portllm.checkpoint.gguf import convert as gguf
 from portllm.errors import CheckpointError, NotFoundError, OutputError
 from portllm.files.cache import cache_root
@@ -200,8 +200,7 @@ def smollm2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def original():
     """Keywords with which transformers reads the package's GGUF file itself."""
-    row = BUILTIN["smollm2-135m"]
-    path = builtin._locate("smollm2-135m", row)
+    path = builtin.locate("smollm2-135m")
     return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
 
 

@@ -74,7 +74,7 @@ def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
     """
     if name not in BUILTIN:
         raise NotFoundError(f"'builtin:{name}': unknown built-in model; available: {', '.join(sorted(BUILTIN))}.")
-    source = _locate(name, BUILTIN[name])
+    source = locate(name)
     root = cache_root() / "builtin"
     folder = root / f"{name}-{_content_key(source, root / f'{name}.json')}"
     if not _is_whole(folder):
@@ -82,8 +82,13 @@ def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
     return folder
 
 
-def _locate(name: str, builtin: Builtin) -> Path:
-    """The GGUF file inside the installed package."""
+def locate(name: str) -> Path:
+    """The GGUF file of a key of `BUILTIN`, inside the installed package.
+
+    Raises:
+        NotFoundError: The package is not installed.
+    """
+    builtin = BUILTIN[name]
     spec = find_spec(builtin.module)
     places = spec.submodule_search_locations if spec is not None else None
     for place in places or ():

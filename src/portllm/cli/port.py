@@ -137,7 +137,7 @@ def port(
             if text is not None:
                 from portllm.porting.domain import Domain
                 from portllm.probing.domain import read_domain
-                from portllm.running.data import Data
+                from portllm.running.data import Data, chat_template_for
                 from portllm.running.folder import model_folder
                 from portllm.running.rows import read_lines
                 from portllm.running.wording import word
@@ -146,7 +146,8 @@ def port(
                 read = read_domain(text, [plan.patch], template=prompt)
                 asked = None
                 if isinstance(read, Data):
-                    asked = word(read, model_folder(plan.base or plan.evolved, progress=progress))
+                    folder = model_folder(plan.base or plan.evolved, progress=progress)
+                    asked = word(read, folder, chat_template_for(read, plan.patch, folder=folder))
                 domain = Domain(
                     prompts=read if isinstance(read, list) else () if asked is None else asked.prompts,
                     border=None if asked is None else asked.border,

@@ -22,6 +22,7 @@ from portllm.methods.contract import Need, Ported
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
+from portllm.patch.identify import identity_of_base
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import AUTO, Route
@@ -189,7 +190,7 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], done: Ported) -> PatchRec
     step = PortStep(plan.source, plan.target, method, found, left_out(plan), plan.choice)
     return PatchRecord(
         program=__version__,
-        base=plan.target,
+        base=identity_of_base(plan.evolved, plan.target),
         capture=before.capture if before else Capture("adapter", {}),
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),
