@@ -35,11 +35,11 @@ from .merging.rounding_modes import Nearest as Nearest, Stochastic as Stochastic
 from .patch.adapter_folder import PatchLike as PatchLike
 from .patch.patch import Patch as Patch
 from .patch.record import FittedTo as FittedTo
-from .probing.passes import TextSettings as TextSettings
+from .probing.settings import TextSettings as TextSettings
 from .progress import Progress as Progress
 from .running.data import Data as Data
 from .running.examples import Example as Example, ExampleFormat as ExampleFormat
-from .training.lora import TrainSettings as TrainSettings
+from .training.settings import TrainSettings as TrainSettings
 from .verifying.certificate import Certified as Certified
 from .verifying.signature import (
     CertificateSigner as CertificateSigner,
@@ -63,7 +63,7 @@ from .inspecting.inspect import CheckpointSummary as CheckpointSummary, PatchSum
 from .merging.manifest import MergeReport as MergeReport
 from .study.results.table import StudyResults as StudyResults
 from .study.run import StudyStatus as StudyStatus
-from .training.lora import TrainReport as TrainReport
+from .training.settings import TrainReport as TrainReport
 from .verifying.checks import Verification as Verification
 
 # What they raise.

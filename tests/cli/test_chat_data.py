@@ -40,7 +40,12 @@ def write(file, rows):
 
 
 @pytest.mark.parametrize(
-    ("row", "shape"), [(messages, "messages"), (chat_pair, "messages"), (pair, "prompt-completion")]
+    ("row", "shape"),
+    [
+        (messages, "messages"),
+        (pair, "prompt-completion"),
+        pytest.param(chat_pair, "messages", marks=pytest.mark.slow),
+    ],
 )
 def test_a_patch_of_chat_data_is_trained_checked_evaluated_and_certified(portllm, world, tmp_path, row, shape):
     data = write(tmp_path / "train.jsonl", [row(*asked) for asked in ASKED])

@@ -14,7 +14,7 @@ from portllm.porting.port import port
 from portllm.running.data import read_data
 from portllm.running.model import load_tokenizer
 from portllm.training.lessons import Teacher, read_questions
-from portllm.training.lora import TrainSettings
+from portllm.training.settings import TrainSettings
 from portllm.training.train import Training, train
 from tests.language import make_reader
 from tests.models import make_adapter, make_evolved

@@ -21,7 +21,7 @@ from portllm.methods.values import Values
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.finite import require_finite
-from portllm.patch.identify import identify
+from portllm.patch.identify import identify, identity_of_base
 from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, FittedTo, PatchRecord
@@ -183,7 +183,7 @@ def _write(
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
     record = PatchRecord(
         program=__version__,
-        base=identify(base),
+        base=identity_of_base(base, identify(base)),
         capture=capture,
         ports=(),
         tensors=tensors,

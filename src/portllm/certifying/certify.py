@@ -7,11 +7,11 @@ more than the share of inputs whose answers differ. See `docs/certify.md` for wh
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 
 from portllm import __version__
-from portllm.certifying.agreement import Agreement, Respondent, compare_answers
 from portllm.certifying.bounds import least_inputs, upper_bound
 from portllm.certifying.certificate import (
     ASSUMES,
@@ -24,7 +24,7 @@ from portllm.certifying.certificate import (
     count_labels,
     write_certificate,
 )
-from portllm.certifying.inputs import Asked, CertifySettings, ask, read_inputs
+from portllm.certifying.inputs import Asked, CertifySettings, Respondent, ask, read_inputs
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
@@ -38,9 +38,12 @@ from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, PatchLike, fi
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
-from portllm.running.data import Data, require_template
-from portllm.running.folder import model_folder
-from portllm.running.model import Device, choose_device
+from portllm.running.data import Data, chat_template_for
+from portllm.running.device import Device
+from portllm.running.folder import check_runnable, model_folder
+
+if TYPE_CHECKING:
+    from portllm.certifying.agreement import Agreement
 
 TRAINED_ON = "The bound would say nothing about other inputs. Provide inputs that were not used for training."
 
@@ -157,6 +160,9 @@ def run_certify(
 ) -> Certification:
     """Carry out a plan; see `certify`."""
     check_apart(out, plan.files)
+    from portllm.certifying.agreement import compare_answers  # loads torch, which no refusal needs
+    from portllm.running.model import choose_device
+
     agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
     certificate = conclude(plan, agreement, device=choose_device(device).type)
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
@@ -185,6 +191,8 @@ def plan_certify(
         raise AssertionError("one of the two is given")
     specialist = Side(identify(base), _files(patch))
     after = Side(identify(successor), None if ported is None else _files(ported))
+    for model in (base, successor):
+        check_runnable(model)
     refusals = list(model_refusals("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
     if ported is not None:
         refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
@@ -196,7 +204,7 @@ def plan_certify(
     if refusals:
         raise PlanRefusedError(refusals)
     folder = model_folder(base, progress=progress)
-    require_template(data, patch, data.template_of(folder), model=base.name)
+    template = chat_template_for(data, patch, folder=folder)
     return CertifyPlan(
         specialist=specialist,
         ported=after,
@@ -208,7 +216,7 @@ def plan_certify(
                 None if ported is None else folder_of(ported),
             ),
         ),
-        asked=ask(data, folder, settings),
+        asked=ask(data, folder, template, settings),
         settings=settings,
         files=(
             data.file,
@@ -220,7 +228,7 @@ def plan_certify(
     )
 
 
-def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certificate:
+def conclude(plan: CertifyPlan, agreement: "Agreement", *, device: str) -> Certificate:
     """What follows from the answers."""
     asked, confidence = plan.asked, plan.settings.confidence
     n, questions = len(asked.rows), asked.questions
@@ -254,7 +262,7 @@ def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certifi
     )
 
 
-def _disagreements(asked: Asked, agreement: Agreement) -> Iterator[Disagreement]:
+def _disagreements(asked: Asked, agreement: "Agreement") -> Iterator[Disagreement]:
     if agreement.second is None or agreement.differing is None:
         return
     for index in agreement.differing:
@@ -283,7 +291,7 @@ def _files(patch: Patch[TensorInfo]) -> PatchFiles:
     return PatchFiles(patch.name, {name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
 
 
-def _labels(plan: CertifyPlan, agreement: Agreement) -> LabelCounts | None:
+def _labels(plan: CertifyPlan, agreement: "Agreement") -> LabelCounts | None:
     completions = plan.asked.completions
     if completions is None or agreement.second is None:
         return None
@@ -298,7 +306,7 @@ def _labels(plan: CertifyPlan, agreement: Agreement) -> LabelCounts | None:
     )
 
 
-def _tokens(agreement: Agreement) -> TokenCounts | None:
+def _tokens(agreement: "Agreement") -> TokenCounts | None:
     if agreement.same_tokens is None:
         return None
     lengths = list(map(len, agreement.first.tokens))

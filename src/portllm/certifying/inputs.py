@@ -66,6 +66,21 @@ class CertifySettings:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Respondent:
+    """A model that answers.
+
+    Attributes:
+        name: For the progress.
+        folder: Its checkpoint.
+        adapter: An adapter folder to put on it, or None.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What is asked.
@@ -108,12 +123,13 @@ def read_inputs(data: Path, patch: Patch[TensorInfo], settings: CertifySettings)
     return rows
 
 
-def ask(data: Data, folder: Path, settings: CertifySettings) -> Asked:
+def ask(data: Data, folder: Path, template: str | None, settings: CertifySettings) -> Asked:
     """The questions that rows make.
 
     Args:
         data: The rows.
-        folder: Of the model whose chat template makes prompts of conversations.
+        folder: Of the base.
+        template: The chat template that makes prompts of conversations.
         settings: What to ask.
 
     Raises:
@@ -122,7 +138,7 @@ def ask(data: Data, folder: Path, settings: CertifySettings) -> Asked:
     from portllm.evaluating.answers import Questions  # loads torch, which reading rows does not need
     from portllm.running.wording import word
 
-    asked = word(data, folder)
+    asked = word(data, folder, template)
     completions = None if settings.kind == "free" else asked.answers
     rows = draw_rows(len(asked.prompts), settings.sample, seed=settings.seed)
     texts = tuple(asked.prompts[row - 1] for row in rows)
@@ -136,7 +152,6 @@ def ask(data: Data, folder: Path, settings: CertifySettings) -> Asked:
         batch_size=settings.batch_size,
         border=asked.border,
     )
-    template = data.template_of(folder)
     inputs = Inputs(
         digest=data.digest,
         rows=len(asked.prompts),

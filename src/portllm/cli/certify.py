@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -39,14 +40,11 @@ def certify(
             "--merged", help="Instead of --evolved and --ported: the evolved model with the ported patch merged in."
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Inputs: a JSONL file, with or without answers.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help=f"Inputs, with or without answers. {DATA}")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for certificate.json.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Prompt template. Defaults to the one recorded in the patch.")
-    ] = None,
-    completion: Annotated[
-        str | None, typer.Option(help="JSONL field with the correct answer, if there is one. Same default.")
-    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    completion: CompletionOption = None,
     answers: Annotated[
         AnswerName,
         typer.Option(
@@ -115,7 +113,7 @@ def certify(
     settings = CertifySettings(
         kind=answers.value,
         choices=tuple(choice.strip() for choice in choices.split(",")) if choices else (),
-        prompt=prompt,
+        prompt=given_prompt(prompt, prompt_file),
         completion=completion,
         one_line=one_line,
         max_tokens=max_tokens,
@@ -130,8 +128,7 @@ def certify(
     page = Page(html, overwrite=overwrite, alone=False)
     old = load_patch(patch)
     rows = read_inputs(data, old, settings)
-    if not quiet:
-        say(str(rows), err=True)
+    say_data(rows, labels=settings.kind == "choices", quiet=quiet)
     with shown_progress(quiet=quiet) as progress:
         planned = plan_certify(
             old,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import PromptFileOption, PromptOption, given_prompt, say_data
 from portllm.cli.options import (
     MODEL,
     PATCHES,
@@ -38,14 +39,12 @@ def check(
         Path | None,
         typer.Option(
             "--text",
-            help="Also run both models on unlabeled prompts from the patches' domain (.jsonl, or .txt with one per "
-            "line).",
+            help="Also run both models on unlabeled prompts from the patches' domain: a data file, or .txt with one "
+            "per line.",
         ),
     ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="With --text: prompt template. Defaults to the one recorded in the patches."),
-    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
     gradients: Annotated[
         bool,
         typer.Option(
@@ -70,8 +69,9 @@ def check(
     With --text, both models also run on prompts, which can put a patch in doubt. Exits with 3 unless every patch holds.
     docs/check.md explains each number and where the thresholds come from.
     """
+    prompt = given_prompt(prompt, prompt_file)
     if text is None and (prompt is not None or gradients):
-        raise typer.BadParameter("--prompt and --gradients require --text.")
+        raise typer.BadParameter("--prompt, --prompt-file and --gradients require --text.")
     from portllm.checking.text import check_to_json, render_check
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
@@ -88,9 +88,9 @@ def check(
     settings = prompts = None
     if text is not None:
         prompts = read_domain(text, there, template=prompt)
-        if not quiet and not isinstance(prompts, list):
-            say(str(prompts), err=True)
-        from portllm.probing.passes import TextSettings
+        if not isinstance(prompts, list):
+            say_data(prompts, labels=False, quiet=quiet)
+        from portllm.probing.settings import TextSettings
 
         settings = TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients)
     with shown_progress(quiet=quiet) as progress:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -36,7 +37,7 @@ def evaluate(
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
     ported: Annotated[Path, typer.Option("--ported", help="The patch ported to the evolved model.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Test data: a JSONL file; with --task, a folder of task data.")
+        Path | None, typer.Option("--data", help=f"Test data. {DATA} With --task, a folder of task data.")
     ] = None,
     task: Annotated[
         str | None,
@@ -51,10 +52,9 @@ def evaluate(
     merged: Annotated[
         str | None, typer.Option("--merged", help="The evolved model with the ported patch merged in.")
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Prompt template. Defaults to the one recorded in the patch.")
-    ] = None,
-    completion: Annotated[str | None, typer.Option(help="JSONL field with the correct answer. Same default.")] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    completion: CompletionOption = None,
     judge: Annotated[
         Judging | None,
         typer.Option(help="labels picks the likeliest label; text compares generated text. Defaults to labels."),
@@ -90,6 +90,7 @@ def evaluate(
     from portllm.evaluating.file_rows import FileRows
     from portllm.patch.adapter_folder import load_patch
 
+    prompt = given_prompt(prompt, prompt_file)
     page = Page(html, overwrite=overwrite)
     old = load_patch(patch)
     bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
@@ -111,8 +112,7 @@ def evaluate(
             batch_size=batch_size,
             **given,
         )
-        if not quiet:
-            say(str(rows.data), err=True)
+        say_data(rows.data, labels=rows.kind == "labels", quiet=quiet)
     else:
         raise typer.BadParameter("pass --data or --task.")
     with shown_progress(quiet=quiet) as progress:

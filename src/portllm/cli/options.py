@@ -55,6 +55,3 @@ class DeviceName(StrEnum):
 DeviceOption = Annotated[
     DeviceName, typer.Option("--device", help="Device to run on; auto uses a GPU if there is one.")
 ]
-
-
-DataOption = Annotated[Path, typer.Option("--data", help="Training data: a JSONL file.")]

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
 from portllm.cli.options import (
     MODEL,
-    DataOption,
     DeviceName,
     DeviceOption,
     DryRunOption,
@@ -21,19 +21,11 @@ from portllm.cli.terminal import print_json, say
 
 def train(
     base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {MODEL}")],
-    data: DataOption,
+    data: Annotated[Path, typer.Option("--data", help=f"Training data. {DATA}")],
     output: OutOption,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            help="Prompt template, such as 'Question: {question} Type:'. Defaults to the one recorded in "
-            "--init-from or --teacher.",
-        ),
-    ] = None,
-    completion: Annotated[
-        str | None, typer.Option("--completion", help="JSONL field with the target text. Same default.")
-    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    completion: CompletionOption = None,
     init_from: Annotated[
         Path | None, typer.Option("--init-from", help="Start from this patch of --base, such as a ported one.")
     ] = None,
@@ -82,7 +74,7 @@ def train(
     from portllm.patch.adapter_folder import load_patch
     from portllm.running.data import read_data
     from portllm.training.lessons import Teacher, read_labels, read_questions
-    from portllm.training.lora import TrainSettings
+    from portllm.training.settings import TrainSettings
     from portllm.training.text import render_training
     from portllm.training.train import Training
 
@@ -92,6 +84,7 @@ def train(
         raise typer.BadParameter("--max-new-tokens requires --teacher.")
     if teacher is not None and completion is not None:
         raise typer.BadParameter("--completion cannot be used with --teacher, whose answers are learned instead.")
+    prompt = given_prompt(prompt, prompt_file)
     shape: dict[str, object] = {
         "rank": rank,
         "alpha": alpha,
@@ -133,8 +126,7 @@ def train(
         out=output,
         overwrite=overwrite,
     )
-    if not quiet:
-        say(str(rows), err=True)
+    say_data(rows, labels=teacher is None, quiet=quiet)
     if dry_run:
         say(training.preview())
         return

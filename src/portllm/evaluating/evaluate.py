@@ -10,12 +10,12 @@ from portllm.evaluating.plan import plan_evaluation, trained_on
 from portllm.files.input_file import unchanged
 from portllm.patch.adapter_folder import PatchLike, files_of, load_patch
 from portllm.progress import Progress, silent
-from portllm.running.data import read_data
+from portllm.running.data import chat_template_for, read_data
+from portllm.running.device import Device
 
 if TYPE_CHECKING:
     from portllm.evaluating.compare import Comparison
     from portllm.evaluating.scoring import Scored
-    from portllm.running.model import Device
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     merged: ModelLike | None = None,
     allow_other_base: bool = False,
     allow_training_data: bool = False,
-    device: "Device" = "auto",
+    device: Device = "auto",
     seed: int = 0,
     progress: Progress = silent,
 ) -> "Comparison":
@@ -79,9 +79,8 @@ def evaluate(
             allow_other_base=allow_other_base,
             progress=progress,
         )
-        if isinstance(rows, FileRows):
-            rows.check(old, contestants.base)
+        template = chat_template_for(rows.data, old, folder=contestants.base) if isinstance(rows, FileRows) else None
         from portllm.evaluating.compare import compare  # loads torch, which no refusal needs
 
-        task = rows.task(contestants.base) if isinstance(rows, FileRows) else rows
+        task = rows.task(contestants.base, template) if isinstance(rows, FileRows) else rows
         return compare(contestants, task, device=device, seed=seed, progress=progress)

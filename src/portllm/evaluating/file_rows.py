@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.patch.patch import Patch
-from portllm.running.data import Data, require_template
+from portllm.running.data import Data
 
 if TYPE_CHECKING:
     from portllm.evaluating.scoring import Task
@@ -34,20 +32,17 @@ class FileRows:
     max_new_tokens: int = 32
     batch_size: int = 16
 
-    def check(self, patch: Patch[TensorInfo], folder: Path) -> None:
-        """See to it that prompts can be made by the model in a folder, as the patch knows them.
+    def task(self, folder: Path, template: str | None) -> "Task":
+        """The task.
 
-        Raises:
-            DataError: It has no chat template, or another than the patch was trained through.
+        Args:
+            folder: Of the base.
+            template: The chat template that makes prompts of conversations; see `chat_template_for`.
         """
-        require_template(self.data, patch, self.data.template_of(folder), model=folder.name)
-
-    def task(self, folder: Path) -> "Task":
-        """The task; the chat template of the model in a folder makes prompts of conversations."""
         from portllm.evaluating.scoring import Task
         from portllm.running.wording import word
 
-        asked = word(self.data, folder)
+        asked = word(self.data, folder, template)
         return Task(
             examples=asked.examples[: self.limit],
             kind=self.kind,

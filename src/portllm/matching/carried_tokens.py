@@ -81,7 +81,9 @@ def carry_tokens(
     rows = {token: new[token] for token in added if token in new}
     rows |= {token: first + number for number, token in enumerate(missing)}
     n_evolved = max(n_rows_of(evolved), height_of_tokens(rows))
-    if n_evolved > n_rows_of(evolved):
+    if n_rows == n_rows_of(evolved):
+        n_evolved = max(n_evolved, height)  # padded as the base was
+    elif n_evolved > n_rows_of(evolved):
         n_evolved = padded(n_evolved, like=height, last=max(old.values()))
     tokens = token_map(old, {**new, **rows}, n_base=height, n_evolved=n_evolved)
     own = frozenset({*range(n_rows, height), *added.values()})

@@ -79,6 +79,7 @@ def plan_head(patch: Patch[TensorInfo], own: Collection[str], into: Checkpoint) 
             "was trained with random numbers there. Save it again with these modules in modules_to_save.",
         )
     labels = _labels(patch, into, n_labels)
+    labelled = f"with {n_labels} label{'s' if n_labels > 1 else ''}"
     return MergedHead(
         tensors,
         leave_out,
@@ -87,10 +88,7 @@ def plan_head(patch: Patch[TensorInfo], own: Collection[str], into: Checkpoint) 
             "id2label": {str(number): label for number, label in enumerate(labels)},
             "label2id": {label: number for number, label in enumerate(labels)},
         },
-        (
-            f"the output is a {found.name} with {n_labels} label{'s' if n_labels > 1 else ''}; "
-            f"its head is the patch's: {', '.join(tensors)}.",
-        ),
+        (f"the output is a {found.name}, {labelled}; its head is the patch's: {', '.join(tensors)}.",),
     )
 
 

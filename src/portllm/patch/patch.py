@@ -54,6 +54,13 @@ class Patch(Generic[F]):
         base = f", base={self.record.base.name!r}" if self.record else ""
         return f"Patch({self.name!r}, {len(self.deltas) + len(self.experts)} modules, {self.n_params:,} numbers{base})"
 
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether it is made of LoRA deltas alone."""
+        if self.values or self.rows or self.bias_deltas or self.experts:
+            return False
+        return all(delta.magnitude is None for delta in self.deltas.values())
+
     def mapped(self, change: Callable[[F], G]) -> "Patch[G]":
         """The same patch with a function applied to each of its tensors."""
         return Patch(

@@ -15,6 +15,7 @@ from portllm.matching.update import Update
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
+from portllm.patch.identify import identity_of_base
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import Route
@@ -126,7 +127,7 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, fl
     step = PortStep(plan.source, plan.target, plan.method.id, found, left_out(plan), plan.choice)
     return PatchRecord(
         program=__version__,
-        base=plan.target,
+        base=identity_of_base(plan.evolved, plan.target),
         capture=before.capture if before else Capture("adapter", {}),
         ports=(*(before.ports if before else ()), step),
         tensors=digest_tensors(ported),

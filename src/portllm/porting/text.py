@@ -99,6 +99,12 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
     return "\n".join([*lines, *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
 
 
+def trained_tokens_lost(plan: PortPlan) -> list[str]:
+    """Tokens whose rows were trained one by one, and that the evolved model does not have."""
+    gone = {} if plan.tokens is None else plan.tokens.gone
+    return [gone[row] for row in sorted({row for rows in plan.patch.rows.values() for row in rows.rows}) if row in gone]
+
+
 def _own_tokens(carried: CarriedTokens) -> str:
     """Where the tokens that only the patch has have gone."""
     parts = []
@@ -118,5 +124,12 @@ def port_warnings(plan: PortPlan) -> Iterator[str]:
         return
     if plan.nothing is not None:
         yield f"warning: {plan.nothing}"
-    elif plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
+    if plan.tokens is not None and (lost := trained_tokens_lost(plan)):
+        shown = ", ".join(map(repr, lost[:SHOWN_TOKENS]))
+        more = f" and {len(lost) - SHOWN_TOKENS} more" if len(lost) > SHOWN_TOKENS else ""
+        yield (
+            f"warning: {plan.patch.name}: trained rows of {shown}{more} are left out: {plan.target.name} has no such "
+            "tokens. To keep them, add the tokens to its tokenizer, resize it, and port again."
+        )
+    if plan.nothing is None and plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
         yield f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."

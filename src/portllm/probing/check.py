@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from portllm.checking.check import check_weights
 from portllm.checking.report import CheckReport
@@ -10,13 +9,11 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import PortLLMError
 from portllm.patch.adapter_folder import PatchLike, load_patch
 from portllm.probing.domain import read_domain
+from portllm.probing.settings import TextSettings
 from portllm.progress import Progress, silent
-from portllm.running.data import Data
-from portllm.running.folder import model_folder
-
-if TYPE_CHECKING:
-    from portllm.probing.passes import TextSettings
-    from portllm.running.model import Device
+from portllm.running.data import Data, chat_template_for
+from portllm.running.device import Device
+from portllm.running.folder import check_runnable, model_folder
 
 
 def check(
@@ -28,8 +25,8 @@ def check(
     places: bool = False,
     text: str | Path | Data | Sequence[str] | None = None,
     prompt: str | None = None,
-    settings: "TextSettings | None" = None,
-    device: "Device" = "auto",
+    settings: TextSettings | None = None,
+    device: Device = "auto",
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> CheckReport:
@@ -62,8 +59,11 @@ def check(
     opened = [load_patch(patch) for patch in patches]
     old, new = (open_checkpoint(model, progress=progress) for model in (base, evolved))
     found = read_domain(Path(text), opened, template=prompt) if isinstance(text, str | Path) else text
+    if found is not None:
+        check_runnable(old)
+        check_runnable(new)
     if isinstance(found, Data) and old.folder is not None:
-        found.template_of(old.folder)
+        chat_template_for(found, *opened, folder=old.folder)
     report = check_weights(
         *opened,
         base=old,
@@ -81,7 +81,8 @@ def check(
 
     border = None
     if isinstance(found, Data):
-        asked = word(found, model_folder(old, progress=progress))
+        folder = model_folder(old, progress=progress)
+        asked = word(found, folder, chat_template_for(found, *opened, folder=folder))
         found, border = asked.prompts, asked.border
     return add_text(
         report,

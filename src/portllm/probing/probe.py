@@ -39,7 +39,8 @@ from portllm.patch.low_rank import load_delta
 from portllm.patch.patch import Patch
 from portllm.porting.port import run_port
 from portllm.probing.expansion import terms_of
-from portllm.probing.passes import Carried, Host, Passes, TextSettings
+from portllm.probing.passes import Carried, Host, Passes
+from portllm.probing.settings import TextSettings
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder, encode_prompts
 from portllm.running.examples import Border

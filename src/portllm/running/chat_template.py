@@ -18,29 +18,37 @@ def read_chat_template(folder: Path) -> str:
     """The template that transformers' `apply_chat_template` uses.
 
     Args:
-        folder: Of the model.
+        folder: Of a model, or of a patch that it was saved with.
 
     Raises:
         DataError: There is none, or it cannot be read.
     """
-    file = folder / TEMPLATE_FILE
-    try:
-        if file.is_file():
-            return read_input(file, most=MAX_TEMPLATE_BYTES).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"'{file}': cannot be read: {error}. Copy it from the model's own folder.") from error
-    config = folder / TOKENIZER_CONFIG_FILE
-    listed = read_config(config).get("chat_template") if config.is_file() else None
-    if isinstance(listed, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in listed if isinstance(one, dict)}
-        listed = named.get("default")
-    if not isinstance(listed, str):
+    template = _template(folder)
+    if template is None:
         raise DataError(
             f"'{folder}': its tokenizer has no chat template, so no text can be made of messages. Copy "
             f"'{TEMPLATE_FILE}' from the model's chat version into the folder, or write the rows as 'prompt' and "
             "'completion' texts."
         )
-    return listed
+    return template
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether there is one in a folder; errors as `read_chat_template`."""
+    return _template(folder) is not None
+
+
+def _template(folder: Path) -> str | None:
+    file, config = folder / TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
+    try:
+        if file.is_file():
+            return read_input(file, most=MAX_TEMPLATE_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"'{file}': cannot be read: {error}. Copy it from the model's own folder.") from error
+    listed = read_config(config).get("chat_template") if config.is_file() else None
+    if isinstance(listed, list):  # several, by name
+        listed = {one.get("name"): one.get("template") for one in listed if isinstance(one, dict)}.get("default")
+    return listed if isinstance(listed, str) else None
 
 
 def template_digest(template: str) -> str:

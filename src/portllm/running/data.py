@@ -11,10 +11,10 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError
 from portllm.files.input_file import local_file
 from portllm.files.source import LocalFile
-from portllm.patch.adapter_folder import PatchLike, load_patch
+from portllm.patch.adapter_folder import PatchLike, folder_of, load_patch
 from portllm.patch.patch import Patch
-from portllm.running.chat_template import read_chat_template, template_digest
-from portllm.running.examples import Border, Example, ExampleFormat, read_examples, read_prompts
+from portllm.running.chat_template import has_chat_template, read_chat_template, template_digest
+from portllm.running.examples import Border, Example, ExampleFormat, read_examples, read_prompts, recorded_wording
 from portllm.running.rows import Row, RowError, first_row, read_rows, read_with_digest
 from portllm.running.shapes import Content, Conversation, Shape, recognize
 
@@ -55,8 +55,7 @@ class Wording:
         """What a record says of it, the chat template apart."""
         if self.shape is not None:
             return {"shape": self.shape.name}
-        said = {"prompt": self.prompt, "completion": self.completion}
-        return {name: value for name, value in said.items() if value is not None}
+        return recorded_wording(self.prompt, self.completion)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +80,14 @@ class Data:
         return {**self.wording.recorded, "data": self.digest}
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """The right answers, without whitespace around them; empty where there is none."""
+        return tuple(map(_answer, self.rows))
+
+    @property
     def border(self) -> Border:
         """How completions follow prompts where they are learned, the chat template apart."""
         return Border() if self.wording.shape is None else Border(lead="")
-
-    def template_of(self, folder: Path) -> str | None:
-        """The chat template of a model, where these rows need one; DataError if it has none."""
-        return read_chat_template(folder) if self.wording.is_chat else None
 
     def __str__(self) -> str:
         shape = self.wording.shape
@@ -167,18 +167,33 @@ def find_wording(
     return Wording(shape=shape)
 
 
-def require_template(data: Data, patch: Patch[TensorInfo], template: str | None, *, model: str) -> None:
-    """See to it that the chat template is the one that a patch was trained through.
+def chat_template_for(data: Data, *patches: Patch[TensorInfo], folder: Path) -> str | None:
+    """The chat template that makes prompts of conversations: saved with the patch, or else that of its base.
+
+    Args:
+        data: The rows.
+        *patches: The patches that are asked.
+        folder: Of their base.
+
+    Returns:
+        None where the rows need none.
 
     Raises:
-        DataError: It is another.
+        DataError: There is none, or a patch was trained through another.
     """
-    trained = _settings(patch).get("chat_template")
-    if template is not None and trained not in (None, template_digest(template)):
-        raise DataError(
-            f"'{patch.name}': was trained through another chat template than that of {model}, so the prompts of "
-            f"'{data.file}' would not be those it knows. Pass the model with the tokenizer of the training."
-        )
+    if not data.wording.is_chat:
+        return None
+    own = {read_chat_template(folder_of(patch)) for patch in patches if has_chat_template(folder_of(patch))}
+    if len(own) > 1:
+        raise DataError("the patches were saved with different chat templates. Ask them separately.")
+    template = own.pop() if own else read_chat_template(folder)
+    for patch in patches:
+        if _settings(patch).get("chat_template") not in (None, template_digest(template)):
+            raise DataError(
+                f"'{patch.name}': was trained through another chat template than that of '{folder}', so the prompts of "
+                f"'{data.file}' would not be those it knows. Pass the model with the tokenizer of the training."
+            )
+    return template
 
 
 def _read(path: Path, wording: Wording, *, answers: bool | None) -> Sequence[Content]:
@@ -199,6 +214,16 @@ def _read_shape(path: Path, shape: Shape, *, answers: bool | None) -> Sequence[C
         return content
 
     return read_rows(path, make, what=f"rows of {shape.said}")
+
+
+def _answer(content: Content) -> str:
+    match content:
+        case Example(completion=answer):
+            return answer.strip()
+        case Conversation():
+            return (content.answer or "").strip()
+        case _:
+            return ""
 
 
 def _settings(patch: Patch[TensorInfo]) -> Mapping[str, object]:

@@ -121,6 +121,20 @@ class ExampleFormat:
             )
 
 
+def recorded_wording(prompt: str | None, completion: str | None) -> dict[str, object]:
+    """What a record says of a template and the field of the answer.
+
+    Raises:
+        DataError: The template is broken, or shows the answer.
+    """
+    if prompt is not None and completion is not None:
+        ExampleFormat(prompt=prompt, completion=completion)
+    elif prompt is not None:
+        Template(prompt)
+    said = {"prompt": prompt, "completion": completion}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def completion_text(prompt: str, completion: str) -> str:
     """The completion as it follows the prompt: after one space, or directly where the prompt ends in whitespace.
 

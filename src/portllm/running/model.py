@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -35,6 +34,7 @@ from portllm.foreign import (
 )
 from portllm.running.budget import no_more_than
 from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
+from portllm.running.device import Device
 
 __all__ = [
     "Device",
@@ -55,8 +55,6 @@ __all__ = [
     "save_memory",
     "save_model",
 ]
-
-Device = Literal["auto", "cpu", "cuda"]
 
 SHORT = 512
 """Tokens up to which eager attention is used on a CPU.

@@ -58,38 +58,38 @@ class Asked:
         return tuple(map(Example, self.prompts, self.completions))
 
 
-def word(data: Data, folder: Path) -> Asked:
+def word(data: Data, folder: Path, template: str | None) -> Asked:
     """What the rows of a file ask, and how an answer follows.
 
     Args:
         data: The rows.
-        folder: Of the model whose chat template makes prompts of conversations.
+        folder: Of the model whose tokenizer it is.
+        template: The chat template that makes prompts of conversations.
 
     Raises:
-        DataError: There is no chat template, it refuses a row, or answers do not follow all prompts in the same way.
+        DataError: The chat template refuses a row, or answers do not follow all prompts in the same way.
     """
-    template = data.template_of(folder)
     chat = None if template is None else Chat(Encoder(load_tokenizer(folder)), template)
-    asked = []
+    asked: list[tuple[str, Border]] = []
     for number, row in enumerate(data.rows, start=1):
         match row:
             case Conversation() if chat is not None:
                 try:
-                    asked.append((*chat.ask(row.asked), (row.answer or "").strip()))
+                    asked.append(chat.ask(row.asked))
                 except DataError as error:
                     raise DataError(f"'{data.file}', row {number}: {error}") from error
             case Example(prompt, completion):
-                asked.append((prompt, _border(data, completion), completion.strip()))
+                asked.append((prompt, _border(data, completion)))
             case str():
-                asked.append((row, Border(), ""))
-    prompts, borders, completions = zip(*asked, strict=True)
+                asked.append((row, Border()))
+    prompts, borders = zip(*asked, strict=True)
     border, *others = dict.fromkeys(borders)
     if others:
         raise DataError(
             f"'{data.file}': answers do not follow all prompts in the same way: after {border.lead!r} and "
             f"{others[0].lead!r}, before {border.end!r} and {others[0].end!r}. Make the rows alike."
         )
-    return Asked(prompts, completions, border, str(data.file))
+    return Asked(prompts, data.answers, border, str(data.file))
 
 
 def _border(data: Data, completion: str) -> Border:

@@ -22,7 +22,8 @@ from portllm.running.examples import Border
 from portllm.running.generation import write
 from portllm.running.loss import IGNORED, completion_logits, completion_targets
 from portllm.running.model import Device, PeftModel, attach_adapter, choose_device, load_model, load_tokenizer
-from portllm.training.lora import TrainReport, TrainSettings, fit_adapter
+from portllm.training.lora import fit_adapter
+from portllm.training.settings import TrainReport, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)

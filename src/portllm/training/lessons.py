@@ -15,14 +15,13 @@ from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress
-from portllm.running.data import Data
+from portllm.running.chat_template import read_chat_template
+from portllm.running.data import Data, chat_template_for
+from portllm.running.device import Device
 from portllm.running.examples import Border
 from portllm.running.folder import model_folder
-from portllm.running.model import Device
-from portllm.running.shapes import Content
-from portllm.running.wording import word
-from portllm.training.distil_lora import TeacherFolders, distil_lora
-from portllm.training.lora import TrainReport, TrainSettings, train_lora
+from portllm.running.shapes import Content, Conversation
+from portllm.training.settings import TrainReport, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +50,29 @@ class Labels:
         adapter: Path,
         settings: TrainSettings,
         *,
+        template: str | None,
         device: Device,
         start: Path | None,
         progress: Progress,
     ) -> TrainReport:
         """Train an adapter on a base; see `portllm.training.lora`."""
+        from portllm.training.lora import train_lora  # loads torch, which reading rows does not need
+
         return train_lora(
-            base, self.rows, settings, adapter, border=self.border, device=device, start=start, progress=progress
+            base,
+            self.rows,
+            settings,
+            adapter,
+            border=self.border,
+            template=template or "",
+            device=device,
+            start=start,
+            progress=progress,
         )
+
+    def template(self, folder: Path) -> str | None:
+        """The chat template of conversations: that of the base."""
+        return read_chat_template(folder) if any(isinstance(row, Conversation) for row in self.rows) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +128,19 @@ class Answers:
         adapter: Path,
         settings: TrainSettings,
         *,
+        template: str | None,
         device: Device,
         start: Path | None,
         progress: Progress,
     ) -> TrainReport:
         """Train an adapter on a base; both models are in memory."""
+        from portllm.running.wording import word
+        from portllm.training.distil_lora import TeacherFolders, distil_lora
+
         patch, model = self.teacher.patch, self.teacher.base
         folders = TeacherFolders(model_folder(model, progress=progress), folder_of(patch), self.teacher.max_new_tokens)
         with unchanged((*model.files, *files_of(patch))):
-            asked = word(self.data, base)
+            asked = word(self.data, base, template)
             return distil_lora(
                 base,
                 asked.prompts,
@@ -134,6 +152,10 @@ class Answers:
                 start=start,
                 progress=progress,
             )
+
+    def template(self, folder: Path) -> str | None:
+        """The chat template of conversations: the one that the teacher was trained through."""
+        return chat_template_for(self.data, self.teacher.patch, folder=folder)
 
 
 Lesson = Labels | Answers

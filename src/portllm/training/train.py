@@ -15,16 +15,14 @@ from portllm.files.output_folder import check_apart, check_free
 from portllm.files.source import Source
 from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import PatchLike, files_of, folder_of, load_patch
-from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
-from portllm.running.chat_template import read_chat_template, template_digest
+from portllm.running.chat_template import template_digest
 from portllm.running.data import read_data
+from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
-from portllm.running.model import Device
-from portllm.running.shapes import Conversation
 from portllm.training.lessons import Lesson, Teacher, origin_of, read_labels, read_questions
-from portllm.training.lora import TrainReport, TrainSettings
+from portllm.training.settings import TrainReport, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +49,6 @@ class Training:
         """What a run would do, after everything has been checked that can be without running a model."""
         self._check()
         teacher = self.lesson.teacher
-        for model in (self.base, *(() if teacher is None else (teacher.base,))):
-            check_runnable(model)
         began = "" if self.start is None else f", beginning with {self.start.name},"
         taught = "" if teacher is None else f" that {teacher.patch.name} answers"
         what = f"a patch of {self.base.name}{began} on {len(self.lesson.rows)} rows{taught}"
@@ -76,12 +72,21 @@ class Training:
         """
         self._check()
         folder = model_folder(self.base, progress=progress)
-        worded = {} if not self._is_chat else {"chat_template": template_digest(read_chat_template(folder))}
+        template = self.lesson.template(folder)
+        worded = {} if template is None else {"chat_template": template_digest(template)}
         first = None if self.start is None else folder_of(self.start)
         with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
             adapter = Path(scratch) / "adapter"
             with unchanged(self._start_files):
-                report = self.lesson.fit(folder, adapter, self.settings, device=device, start=first, progress=progress)
+                report = self.lesson.fit(
+                    folder,
+                    adapter,
+                    self.settings,
+                    template=template,
+                    device=device,
+                    start=first,
+                    progress=progress,
+                )
             ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
             began = {} if self.start is None else _began_with(self.start)
             patch = capture_adapter(
@@ -98,15 +103,13 @@ class Training:
     def _start_files(self) -> tuple[Source, ...]:
         return () if self.start is None else tuple(files_of(self.start))
 
-    @property
-    def _is_chat(self) -> bool:
-        return any(isinstance(row, Conversation) for row in self.lesson.rows)
-
     def _check(self) -> None:
         check_free(self.out, overwrite=self.overwrite)
         check_apart(self.out, [*self.lesson.files, *self.base.files, *self._start_files])
-        if self._is_chat and self.base.folder is not None:
-            read_chat_template(self.base.folder)
+        for model in (self.base, *(() if self.lesson.teacher is None else (self.lesson.teacher.base,))):
+            check_runnable(model)
+        if self.base.folder is not None:
+            self.lesson.template(self.base.folder)
         if self.start is not None and (refusals := set(_start_refusals(self.start, self.base))):
             raise PlanRefusedError(refusals)
 
@@ -189,7 +192,7 @@ def _start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refu
     """Why a patch cannot be trained on with a base."""
     yield from mismatches(start, base)
     yield from base_refusals(start, base, option="--init-from")
-    if not is_plain_lora(start):
+    if not start.is_plain_lora:
         yield Refusal(
             "--init-from",
             f"{start.name} contains more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows "

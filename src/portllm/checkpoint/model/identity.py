@@ -11,7 +11,7 @@ tensors. Both are over bytes as they are stored: a model and what was quantized 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -62,17 +62,24 @@ def fingerprint_in(checkpoint: Checkpoint, dtype: str) -> str:
     Raises:
         CheckpointError: A file cannot be read.
     """
-    state = blake3()
+    return fingerprints_in(checkpoint, [dtype])[dtype]
+
+
+def fingerprints_in(checkpoint: Checkpoint, dtypes: Sequence[str]) -> dict[str, str]:
+    """`fingerprint_in` for several dtypes of one size, whose samples are the same numbers, read once."""
     infos = list(stored_tensors(checkpoint.own_tensors))
-    width = DTYPE_BITS[dtype] // 8
+    (width,) = {DTYPE_BITS[dtype] // 8 for dtype in dtypes}
     windows = [(info, sample_window(name, width * info.n_params)) for name, info in infos if _is_float(info)]
     floats = load_spans([(info, start // width, stop // width) for info, (start, stop) in windows])
     others = read_spans([(info, *sample_window(name, info.n_bytes)) for name, info in infos if not _is_float(info)])
+    states = {dtype: blake3() for dtype in dtypes}
     for name, info in infos:
-        stored_as = dtype if _is_float(info) else info.stored_as
-        state.update(json.dumps([name, stored_as, info.shape]).encode())
-        state.update(encode_floats(next(floats), dtype) if _is_float(info) else next(others))
-    return FINGERPRINT_PREFIX + state.hexdigest(20)
+        values, data = (next(floats), b"") if _is_float(info) else (None, next(others))
+        for dtype, state in states.items():
+            stored_as = info.stored_as if values is None else dtype
+            state.update(json.dumps([name, stored_as, info.shape]).encode())
+            state.update(data if values is None else encode_floats(values, dtype))
+    return {dtype: FINGERPRINT_PREFIX + state.hexdigest(20) for dtype, state in states.items()}
 
 
 def same_rounded(one: Checkpoint, other: Checkpoint) -> str | None:

@@ -52,9 +52,9 @@ def parse_header_length(prefix: bytes, *, file: Source, file_bytes: int) -> int:
     """
     if len(prefix) < 8:
         raise HeaderError(f"'{file}': has {file_bytes} bytes; a safetensors file has at least 8. Download it again.")
-    if (problem := mistaken(prefix)) is not None:
-        raise HeaderError(f"'{file}': {problem}")
     length = int.from_bytes(prefix[:8], "little")
+    if 8 + length > min(file_bytes, 8 + MAX_HEADER_BYTES) and (problem := mistaken(prefix)) is not None:
+        raise HeaderError(f"'{file}': {problem}")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(
             f"'{file}': its header claims {length} bytes, the limit is {MAX_HEADER_BYTES}. This is not a "
