@@ -41,6 +41,7 @@ def gather(plan: PortPlan) -> tuple[Patch[Values], Inputs]:
     if not needs_weights:
         return patch, Inputs()
     base, evolved = (_weights(patch, model) for model in models)
+    by_token = [name for name in by_token if name in base]  # rows of tokens that are all gone are no part of it
     if plan.carried_tokens is not None:
         own = plan.carried_tokens
         base |= {name: take_rows(base[name], own.base_rows()) for name in by_token}
