@@ -133,7 +133,7 @@ def certify(
         seed=seed,
     )
     check_free(output, overwrite=overwrite)
-    page = Page(html, overwrite=overwrite, alone=False)
+    page = Page(html, overwrite=overwrite)
     old = load_patch(patch)
     rows = read_inputs(data, old, settings)
     say_data(rows, labels=settings.kind == "choices", quiet=quiet)
