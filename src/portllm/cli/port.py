@@ -111,6 +111,7 @@ def port(
         render_port_outcomes,
         render_port_plan,
         shortfall,
+        trained_tokens_lost,
     )
 
     if force and method != AUTO:
@@ -181,5 +182,5 @@ def port(
         say(said, err=True)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)
-    if short:
+    if short or any(map(trained_tokens_lost, plans.values())):
         raise typer.Exit(3)
