@@ -1,7 +1,9 @@
 """The pages say what the code says."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -70,18 +72,20 @@ def test_the_readme_shows_commands():
 
 
 def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(portllm, tmp_path, monkeypatch):
-    from tests import models
+    from tests import language, models
 
     monkeypatch.chdir(tmp_path)
 
-    base = models.make_base(tmp_path / "base-v1")
+    base = language.make_reader(tmp_path / "base-v1")
     models.make_evolved(base, tmp_path / "base-v2", drift=0.00003)  # so little that `check` says it holds
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "base-v2")
     models.make_adapter(base, tmp_path / "my-adapter")
+    for name, kinds in (("train", ("cause", "treatment")), ("test", ("treatment", "cause"))):
+        rows = [json.dumps({"question": f"measles {kind}?", "type": kind}) for kind in kinds]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     for line in shell_commands(read("README.md")):
-        words = shlex.split(line)[1:]
-        if words[0] in ("train", "evaluate"):  # these need a model that can read and write
-            continue
-        done = portllm(*words)
+        done = portllm(*shlex.split(line)[1:])
         assert done.status == 0, f"{line}\n{done.err}"
     assert (tmp_path / "my-model-v2" / "model.safetensors").exists()
 

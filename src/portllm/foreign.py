@@ -44,6 +44,7 @@ try:
             AutoConfig,
             AutoModelForCausalLM,
             AutoTokenizer,
+            DynamicCache,
             PreTrainedConfig,
             PreTrainedModel,
             PreTrainedTokenizerBase,
@@ -56,6 +57,7 @@ try:
             WeightRenaming,
             rename_source_key,
         )
+        from transformers.initialization import no_init_weights
         from transformers.models.auto import modeling_auto
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
         from transformers.pytorch_utils import Conv1D
@@ -81,6 +83,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "Conv1D",
+    "DynamicCache",
     "GroupWeightRename",
     "LoraConfig",
     "LoraLayer",
@@ -95,6 +98,7 @@ __all__ = [
     "get_model_conversion_mapping",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "no_init_weights",
     "quiet",
     "rename_source_key",
     "tokenizer_class_from_name",

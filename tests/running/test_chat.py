@@ -140,3 +140,11 @@ def test_the_template_is_read_where_transformers_keeps_it(tmp_path):
     tokenizer.save_pretrained(tmp_path / "field", save_jinja_files=False)
     assert not (tmp_path / "field" / "chat_template.jinja").exists()
     assert read_chat_template(tmp_path / "field") == CHATML
+
+
+@pytest.mark.parametrize(
+    "reach", ["''.__class__.__mro__[1].__subclasses__()", "messages.append", "self.__init__.__globals__"]
+)
+def test_a_template_reaches_nothing_but_the_messages(tokenizer, reach):
+    with pytest.raises(DataError, match="the chat template refuses the conversation"):
+        encode(tokenizer, f"{{{{ {reach}(1) }}}}", TALK)

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.data import (
+    DATA,
+    CompletionOption,
+    PromptFileOption,
+    PromptOption,
+    given_prompt,
+    say_data,
+    say_templates,
+)
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -84,6 +92,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Compare base, base + patch, evolved, evolved + ported (and retrained) on the same rows."""
+    from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.evaluate import evaluate as evaluate_patch
@@ -92,7 +101,7 @@ def evaluate(
 
     prompt = given_prompt(prompt, prompt_file)
     page = Page(html, overwrite=overwrite)
-    old = load_patch(patch)
+    old, before, after = load_patch(patch), open_checkpoint(base), open_checkpoint(evolved)
     bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
     given = {name: value for name, value in bounds.items() if value is not None}
     if task is not None:
@@ -113,14 +122,15 @@ def evaluate(
             **given,
         )
         say_data(rows.data, labels=rows.kind == "labels", quiet=quiet)
+        say_templates(rows.data, [old], before, after)
     else:
         raise typer.BadParameter("pass --data or --task.")
     with shown_progress(quiet=quiet) as progress:
         comparison = evaluate_patch(
             rows,
-            base=base,
+            base=before,
             patch=old,
-            evolved=evolved,
+            evolved=after,
             ported=ported,
             retrained=retrained,
             merged=merged,
