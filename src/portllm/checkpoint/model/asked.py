@@ -78,7 +78,7 @@ def _described(model: PreTrainedModel, part: str) -> dict[str, Any]:
     stored = list(model.state_dict())
     prefix = model.base_model_prefix
     root = sorted({name.partition(".")[0] for name in stored})
-    inner = sorted({name.split(".")[1] for name in stored if name.startswith(f"{prefix}.") and name.count(".") > 1})
+    inner = sorted({name.split(".")[1] for name in stored if name.startswith(f"{prefix}.")})
     head = _weight_name(model.get_output_embeddings, names)
     embedding = _weight_name(model.get_input_embeddings, names)
     renames, converters = _transforms(model)
