@@ -47,7 +47,7 @@ try:
         )
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
-            GroupWeightRename,
+            PrefixChange,
             WeightConverter,
             WeightRenaming,
             rename_source_key,
@@ -70,7 +70,6 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "Conv1D",
-    "GroupWeightRename",
     "LoraConfig",
     "LoraLayer",
     "PeftModel",
@@ -78,6 +77,7 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "PreTrainedTokenizerFast",
+    "PrefixChange",
     "WeightConverter",
     "WeightRenaming",
     "foreign",

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -139,7 +139,9 @@ class Checkpoint:
         """By what the running model has in their place, the stored tensors that transformers makes it of."""
         found: dict[str, str] = {}
         for stored, name in self._names.items():
-            conversion = None if self.family is None else self.family.conversion_of(name)
+            if self.family is None:
+                break
+            conversion = self.family.conversion_of(name) or self.family.conversion_of(stored)
             # Experts that are stacked are the same numbers in another place: see `experts`.
             if conversion is not None and not conversion.merges_experts:
                 found |= dict.fromkeys(conversion.made(name), stored)
@@ -153,16 +155,14 @@ class Checkpoint:
     def current_name(self, name: str) -> str:
         """The current name of a tensor or module, however it is spelled, in whichever class the model is loaded."""
         current = self._renamed(name)
-        if self._has(current):
+        if self.family is None or self._has(current):
             return current
-        for spoken in self._spoken[1:]:
-            path, rest = name, ""
-            while path:
-                if path in spoken:
-                    return spoken[path] + rest
-                path, _, last = path.rpartition(".")
-                rest = f".{last}{rest}"
-        return current
+        asked = [current, *[name] * len(self._spoken[1:])]
+        known = [_known_part(path, spoken) for path, spoken in zip(asked, self._spoken, strict=True)]
+        number = max(range(len(known)), key=lambda number: len(known[number]), default=0)
+        if not number:
+            return current
+        return self._spoken[number][known[number]] + name.removeprefix(known[number])
 
     def running(self, names: Iterable[str]) -> Mapping[str, TensorInfo]:
         """What the class whose names these are loads, by its own names; a tied head has one too.
@@ -385,6 +385,13 @@ class Checkpoint:
         of_text = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
         said = self.config.get("tie_word_embeddings", of_text)
         return said if isinstance(said, bool) else None
+
+
+def _known_part(path: str, known: Container[str]) -> str:
+    """The longest beginning of a path that is known; empty where none is."""
+    while path and path not in known:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def names_hub(where: str | Path) -> bool:
