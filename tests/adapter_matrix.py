@@ -27,18 +27,52 @@ merged, captured and loaded again by PEFT, and ported to an evolved base. In eac
 the configuration does not explain, and a field that contradicts the tensors are refused by name."""
 
 NOTES = """\
-How they are ported: a delta that is added to a weight is carried over *as it is*. A value that replaces the base's is
-*re-based*: what it changed is carried over. With V the value in the file and W0, W1 the base's and the evolved model's,
-it becomes `V + (W1 - W0)` in float32, so a port without drift changes nothing. A DoRA weight `m (W + Δ) / |W + Δ|`
-keeps the factor by which each row is scaled: the magnitude becomes `m |W1 + Δ| / |W0 + Δ|`; a row of zeros has no such
-factor and is refused. Re-basing needs `--base`. If base and evolved model have different tokenizers, rows of
-embeddings, heads and token lists follow their token's string, whatever kind of change they are.
+How they are ported: a delta that is added to a weight is carried over *as it is*. A value that replaces the base's
+is *re-based*: what it changed is carried over. With V the value in the file and W0, W1 the base's and the evolved
+model's, it becomes `V + (W1 - W0)` in float32, so a port without drift changes nothing. A DoRA weight `m (W + Δ) /
+|W + Δ|` keeps the factor by which each row is scaled: the magnitude becomes `m |W1 + Δ| / |W0 + Δ|`; a row of zeros
+has no such factor and is refused. Re-basing needs `--base`. If base and evolved model have different tokenizers,
+rows of embeddings, heads and token lists follow their token's string, whatever kind of change they are.
 
-`modules_to_save` matches the end of module names, as in PEFT: `norm` also saves every `input_layernorm`. Copies of the
-base's own head or embedding in an adapter are compared with the base and not written, because PEFT would overwrite the
-evolved model's with them. A DoRA of an embedding is refused, because PEFT's merge ignores its magnitude. Two more cases
-are refused: token rows of a tied embedding together with another change of the head, and token rows for a model that
-ties head and embedding differently from the base."""
+`modules_to_save` matches the end of module names, as in PEFT: `norm` also saves every `input_layernorm`. A DoRA of
+an embedding is refused, because PEFT's merge ignores its magnitude. Two more cases are refused: token rows of a
+tied embedding together with another change of the head, and token rows for a model that ties head and embedding
+differently from the base.
+
+## Copies of the base
+
+PEFT stores weights of the base beside the factors: under an adapter of the head (`X.base_layer.weight`), under
+token rows (`X.token_adapter.base_layer.weight`), beside a saved module (`X.original_module.weight`), and embedding
+and head whenever the vocabulary was resized (`X.weight`). They are compared with the base. What equals it, also
+after rounding to bfloat16 or float16, is a copy and is left out with a note, because PEFT would overwrite the
+evolved model's weights with it. An embedding or a head that differs was trained, and is kept as a saved module.
+Anything else that differs is refused: the adapter belongs to another base.
+
+## Added tokens
+
+If an embedding has more rows than the base's, tokens were added for the adapter, and the tokenizer in its folder
+says which. Their rows are the patch's own. `capture` keeps them as token rows, so that PEFT loads the patch on a
+base resized to that many rows; `merge` writes the resized model with its `vocab_size` and tokenizer; `port` gives
+each token the row of the same string in the evolved vocabulary, or the next one behind its last token, carries its
+row as it is, and writes the tokenizer of the evolved model with these tokens. The same goes for added tokens of the
+base that a patch trains and the evolved model lacks. Rows that stand for no token pad the vocabulary to a multiple,
+and do so again. Without a tokenizer the patch is refused, unless the base is given as it was resized. PEFT does not
+save the resized head of an adapter of the embedding alone; such an adapter needs the resized base too.
+
+## Heads of the patch
+
+A classifier's or reward model's head is in no base. `capture` and `port` carry it as it is. `merge` writes the
+model of its class, which transformers names for the adapter's `task_type` (`SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`),
+with as many labels as the head has outputs; their names are those in a `config.json` beside the adapter, or in the
+base's. A head of no such task stays an adapter, as does one whose class has tensors that neither adapter nor base
+contains.
+
+## Tokenizer and chat template
+
+The files of a tokenizer and its chat template in an adapter's folder are kept with the patch. A merged model gets
+them where they differ from the base's, with a note; `--tokenizer base` keeps the base's. If the adapter's tokenizer
+gives a token another row than the base's does, or has more tokens than the model has rows, `merge` asks for one or
+the other."""
 
 
 @dataclass(frozen=True)

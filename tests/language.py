@@ -50,9 +50,23 @@ def metaspace_tokenizer(*, ends_texts=False):
     )
 
 
-def make_reader(folder, *, seed=0, dtype=torch.bfloat16, tied=True):
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat template of SmolLM2 and of the first Qwens."""
+
+
+def chatting(tokenizer, template=CHATML):
+    """The tokenizer with a chat template and its marks."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_reader(folder, *, seed=0, dtype=torch.bfloat16, tied=True, template=None):
     """Writes a tiny Llama with the byte-level tokenizer as a checkpoint folder and returns it."""
-    tokenizer = byte_level_tokenizer()
+    tokenizer = byte_level_tokenizer() if template is None else chatting(byte_level_tokenizer(), template)
     config = llama_config(tied=tied)
     config.vocab_size = len(tokenizer)
     model = LlamaForCausalLM(config)

@@ -147,3 +147,20 @@ def logits(model, *, rows=2, tokens=7):
     ids = torch.arange(rows * tokens).reshape(rows, tokens) % VOCABULARY
     with torch.no_grad():
         return model(ids).logits.float()
+
+
+def resized(base, n_rows, *, seed=7):
+    """A tiny model in memory with another number of rows, the new ones seeded."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(n_rows)
+    return model
+
+
+def adapter_of(model, folder, *, seed=1, size=0.3, **lora):
+    """Writes a LoRA adapter for a model in memory as PEFT does; returns it and the model with it, not merged."""
+    lora = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **lora}
+    tuned = get_peft_model(model, LoraConfig(**lora)).eval()
+    fill_at_random([pair for pair in tuned.named_parameters() if pair[1].requires_grad], seed=seed, size=size)
+    tuned.save_pretrained(folder)
+    return Path(folder), tuned

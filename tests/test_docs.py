@@ -1,7 +1,9 @@
 """The pages say what the code says."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,9 +32,15 @@ def error_classes():
 
 def shell_commands(text):
     """The lines of a page's verbatim blocks that call the program, without their comments."""
-    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = (line.split(" #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    shell = (block for kind, block in blocks if kind in ("", "sh", "bash"))
+    lines = (line.split(" #")[0].strip() for block in shell for line in block.replace("\\\n", " ").splitlines())
     return [line for line in lines if line.startswith("portllm ")]
+
+
+def python_in(text):
+    """The Python on a page, one block after the other."""
+    return "".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
 
 
 def options_of_commands():
@@ -64,18 +72,20 @@ def test_the_readme_shows_commands():
 
 
 def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(portllm, tmp_path, monkeypatch):
-    from tests import models
+    from tests import language, models
 
     monkeypatch.chdir(tmp_path)
 
-    base = models.make_base(tmp_path / "base-v1")
+    base = language.make_reader(tmp_path / "base-v1")
     models.make_evolved(base, tmp_path / "base-v2", drift=0.00003)  # so little that `check` says it holds
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "base-v2")
     models.make_adapter(base, tmp_path / "my-adapter")
+    for name, kinds in (("train", ("cause", "treatment")), ("test", ("treatment", "cause"))):
+        rows = [json.dumps({"question": f"measles {kind}?", "type": kind}) for kind in kinds]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     for line in shell_commands(read("README.md")):
-        words = shlex.split(line)[1:]
-        if words[0] in ("train", "evaluate"):  # these need a model that can read and write
-            continue
-        done = portllm(*words)
+        done = portllm(*shlex.split(line)[1:])
         assert done.status == 0, f"{line}\n{done.err}"
     assert (tmp_path / "my-model-v2" / "model.safetensors").exists()
 
@@ -84,6 +94,22 @@ def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(portllm, tm
 def test_every_link_to_a_file_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def pages_of_the_site():
+    """The pages in the navigation of mkdocs.yml."""
+    return re.findall(r"^ +- .*: (\S+\.md)$", read("mkdocs.yml"), flags=re.MULTILINE)
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once_and_no_other():
+    shown = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "studies").rglob("*.md")]
+    shown += [ROOT / "bench" / "README.md", *(ROOT / "bench" / "results").glob("*.md")]
+    assert sorted(pages_of_the_site()) == sorted(str(page.relative_to(ROOT)) for page in shown)
+
+
+def test_every_how_to_is_linked_from_the_readme():
+    linked = set(re.findall(r"\((docs/how-to/[\w-]+\.md)\)", read("README.md")))
+    assert linked == {page for page in pages_of_the_site() if page.startswith("docs/how-to/")}
 
 
 def test_the_generated_pages_are_up_to_date():

@@ -52,10 +52,13 @@ except SystemExit as end:
         "portllm.merging.merge",
         "portllm.merging.plan",
         "portllm.porting.port",
+        "portllm.certifying.certify",
         "portllm.certifying.page",
         "portllm.checking.page",
+        "portllm.evaluating.evaluate",
         "portllm.evaluating.page",
         "portllm.study.results.page",
+        "portllm.training.train",
     ],
 )
 def test_the_module_loads_no_heavy_library(module):
@@ -95,11 +98,56 @@ def test_merging_a_plain_patch_loads_no_heavy_library(tiny, tmp_path):
     assert heavy_modules_after(command("merge", str(patch), "--into", str(base), "-o", "merged"), cwd=tmp_path) == []
 
 
+def test_the_doctor_asks_the_library_of_the_hub_and_loads_nothing_else_that_is_heavy():
+    assert set(heavy_modules_after(command("doctor"))) <= {"huggingface_hub", "httpx2"}
+
+
 def test_verifying_loads_no_heavy_library(tiny, tmp_path):
     base, adapter = str(tiny("base")), str(tiny("adapter"))
     captured = command("capture", "--adapter", adapter, "--base", base, "-o", "patch")
     verified = command("verify", "patch", "--base", base)
     assert heavy_modules_after(captured + verified, cwd=tmp_path) == []
+
+
+ROWS = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+
+
+PATCHES = "--patch", "patch", "--ported", "patch"
+WRONG = (
+    (("train", "--data", "nothing.jsonl", "-o", "out"), "'nothing.jsonl': cannot be read"),
+    (("train", "--data", "rows.jsonl", "--prompt", "{a}", "--completion", "b", "-o", "out"), "no field 'a'"),
+    (("train", "--data", "rows.jsonl", "-o", "patch"), "already exists"),
+    (("train", "--data", "rows.jsonl", "-o", "out", "--learning-rate", "-1"), "learning_rate is -1"),
+    (("train", "--data", "rows.jsonl", "-o", "out"), "has no 'tokenizer.json'"),
+    (("evaluate", "--patch", "patch", "--ported", "nothing", "--data", "rows.jsonl"), "'nothing'"),
+    (("evaluate", *PATCHES, "--data", "nothing.jsonl"), "'nothing.jsonl': cannot be read"),
+    (("evaluate", *PATCHES, "--data", "rows.jsonl"), "has no 'tokenizer.json'"),
+    (("certify", *PATCHES, "--data", "nothing.jsonl", "-o", "out"), "'nothing.jsonl': cannot be read"),
+    (("certify", *PATCHES, "--data", "rows.jsonl", "-o", "out"), "has no 'tokenizer.json'"),
+    (("check", "patch", "--text", "nothing.jsonl"), "'nothing.jsonl': cannot be read"),
+    (("check", "patch", "--text", "rows.jsonl"), "has no 'tokenizer.json'"),
+)
+"""Commands with a wrong input each, and what they say of it."""
+
+
+def test_what_is_wrong_with_an_input_is_said_before_a_heavy_library_is_loaded(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "base").symlink_to(tiny("base"))
+    (tmp_path / "patch").symlink_to(tiny("adapter"))
+    program = f"""
+import contextlib, io, sys
+from portllm.cli.main import main
+for words, said in {WRONG!r}:
+    evolved = () if words[0] == "train" else ("--evolved", "base")
+    sys.argv = ["portllm", *words, "--base", "base", *evolved]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == 1, end.code
+    assert said in told.getvalue(), (words, told.getvalue())
+"""
+    assert heavy_modules_after(program, cwd=tmp_path) == []
 
 
 def test_this_check_notices_a_heavy_import():

@@ -6,6 +6,7 @@ from .certifying.certificate import read_certificate as read_certificate
 from .certifying.certify import certify as certify
 from .checkpoint.open import open_checkpoint as open_checkpoint
 from .combining.combine import combine as combine
+from .diagnosing.doctor import doctor as doctor
 from .evaluating.evaluate import evaluate as evaluate
 from .fleets.fleet import fleet as fleet
 from .inspecting.inspect import inspect as inspect
@@ -14,6 +15,7 @@ from .merging.merge import merge as merge, merge_each as merge_each
 from .patch.adapter_folder import load_patch as load_patch
 from .porting.port import port as port, port_each as port_each
 from .probing.check import check as check
+from .running.data import read_data as read_data
 from .running.examples import read_examples as read_examples
 from .study.run import run_study as run_study, study_results as study_results, study_status as study_status
 from .training.train import train as train
@@ -25,6 +27,7 @@ from .certifying.inputs import CertifySettings as CertifySettings
 from .checkpoint.model.checkpoint import Checkpoint as Checkpoint
 from .checkpoint.open import ModelLike as ModelLike
 from .combining.combine import Exact as Exact, Selected as Selected
+from .evaluating.file_rows import FileRows as FileRows
 from .evaluating.harness.source import HarnessRows as HarnessRows
 from .evaluating.scoring import Task as Task
 from .merging.options import MergeOptions as MergeOptions
@@ -32,10 +35,11 @@ from .merging.rounding_modes import Nearest as Nearest, Stochastic as Stochastic
 from .patch.adapter_folder import PatchLike as PatchLike
 from .patch.patch import Patch as Patch
 from .patch.record import FittedTo as FittedTo
-from .probing.passes import TextSettings as TextSettings
+from .probing.settings import TextSettings as TextSettings
 from .progress import Progress as Progress
+from .running.data import Data as Data
 from .running.examples import Example as Example, ExampleFormat as ExampleFormat
-from .training.lora import TrainSettings as TrainSettings
+from .training.settings import TrainSettings as TrainSettings
 from .verifying.certificate import Certified as Certified
 from .verifying.signature import (
     CertificateSigner as CertificateSigner,
@@ -52,13 +56,14 @@ from .certifying.certificate import Certificate as Certificate
 from .checking.report import CheckReport as CheckReport, PatchReport as PatchReport
 from .checking.verdict import Answer as Answer, Verdict as Verdict
 from .combining.combine import CombineReport as CombineReport
+from .diagnosing.doctor import DoctorReport as DoctorReport
 from .evaluating.compare import Comparison as Comparison, ComparisonRow as ComparisonRow
 from .fleets.plan import FleetRow as FleetRow
 from .inspecting.inspect import CheckpointSummary as CheckpointSummary, PatchSummary as PatchSummary
 from .merging.manifest import MergeReport as MergeReport
 from .study.results.table import StudyResults as StudyResults
 from .study.run import StudyStatus as StudyStatus
-from .training.lora import TrainReport as TrainReport
+from .training.settings import TrainReport as TrainReport
 from .verifying.checks import Verification as Verification
 
 # What they raise.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from portllm.errors import MissingExtraError, PortLLMError
+from portllm.installed import how_to_get
 from portllm.messages import errors_only
 
 
@@ -37,9 +38,13 @@ try:
         from transformers import (
             CONFIG_MAPPING,
             MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
             AutoConfig,
             AutoModelForCausalLM,
             AutoTokenizer,
+            DynamicCache,
             PreTrainedConfig,
             PreTrainedModel,
             PreTrainedTokenizerBase,
@@ -52,17 +57,25 @@ try:
             WeightRenaming,
             rename_source_key,
         )
+        from transformers.initialization import no_init_weights
         from transformers.models.auto import modeling_auto
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
         from transformers.pytorch_utils import Conv1D
         from transformers.utils import logging as transformers_logging
 except ImportError as missing:
     raise MissingExtraError(
-        f"'{missing.name}': not installed; training and evaluating need transformers and peft. "
-        "Run: pip install 'portllm[live]'"
+        f"'{missing.name}': not installed; training and evaluating need transformers and peft. {how_to_get('live')}"
     ) from missing
 
+CLASSIFIERS = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
+"""By PEFT's `task_type`, the classes of models with a head of their own."""
+
 __all__ = [
+    "CLASSIFIERS",
     "CONFIG_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "REGISTRIES",
@@ -70,6 +83,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "Conv1D",
+    "DynamicCache",
     "LoraConfig",
     "LoraLayer",
     "PeftModel",
@@ -84,6 +98,7 @@ __all__ = [
     "get_model_conversion_mapping",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "no_init_weights",
     "quiet",
     "rename_source_key",
     "tokenizer_class_from_name",

@@ -51,7 +51,7 @@ def refused(adapter, base, tmp_path):
         capture_adapter(adapter, base=base, out=tmp_path / "out")
     assert contents(tmp_path) == before
     assert not (tmp_path / "out").exists()
-    assert error.value.refusals == plan_capture(adapter, base=base)
+    assert error.value.refusals == plan_capture(adapter, base=base).refusals
     return {refusal.where: refusal.reason for refusal in error.value.refusals}
 
 
@@ -75,7 +75,7 @@ def test_an_adapter_of_the_head_of_another_base_is_refused(tied, tiny, tmp_path)
     adapter = load_patch(tiny("adapter", of=base, target_modules=["q_proj", "lm_head"]))
     reasons = refused(adapter, open_checkpoint(tiny("base", tied=tied, seed=5)), tmp_path)
     assert set(reasons) == {"lm_head"}
-    assert plan_capture(adapter, base=open_checkpoint(base)) == ()
+    assert plan_capture(adapter, base=open_checkpoint(base)).refusals == ()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -132,6 +132,7 @@ def test_a_copy_of_the_head_that_an_adapter_holds_in_float32_is_that_of_the_base
     tensors = load_file(file)
     key = "base_model.model.lm_head.base_layer.weight"
     save_file({**tensors, key: tensors[key].float()}, file)
-    assert plan_capture(load_patch(adapter), base=open_checkpoint(base)) == ()
+    assert plan_capture(load_patch(adapter), base=open_checkpoint(base)).refusals == ()
     save_file({**tensors, key: tensors[key].float() + 1e-4}, file)
-    assert [refusal.where for refusal in plan_capture(load_patch(adapter), base=open_checkpoint(base))] == ["lm_head"]
+    refusals = plan_capture(load_patch(adapter), base=open_checkpoint(base)).refusals
+    assert [refusal.where for refusal in refusals] == ["lm_head"]

@@ -278,7 +278,7 @@ def reasons(trained, *, adapter=None, initial=None, base=None):
         open_adapter(adapter or trained.adapter),
         base=open_checkpoint(base or trained.base),
         initial=None if initial is None else open_adapter(initial),
-    )
+    ).refusals
     return {refusal.where: refusal.reason for refusal in refusals}
 
 

@@ -13,7 +13,7 @@ from portllm.certifying import agreement
 from portllm.certifying.bounds import change_interval, upper_bound
 from portllm.certifying.certificate import read_certificate
 from portllm.certifying.certify import certify, plan_certify, run_certify
-from portllm.certifying.inputs import CertifySettings, draw_rows
+from portllm.certifying.inputs import CertifySettings, draw_rows, read_inputs
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, OutputError, OutputExistsError, PlanRefusedError, PortLLMError
 from portllm.evaluating.scoring import Task, score
@@ -117,7 +117,9 @@ def test_right_answers_add_flips_and_an_interval(story, labeled, run):
 
 
 def test_the_rows_that_differ_are_handed_on_as_text_and_stand_in_no_certificate(story, labeled, tmp_path):
-    plan = plan_certify(load_patch(story.patch), data=labeled, settings=BY_CHOICE, **story.models())
+    patch = load_patch(story.patch)
+    data = read_inputs(labeled, patch, BY_CHOICE)
+    plan = plan_certify(patch, data=data, settings=BY_CHOICE, **story.models())
     found = run_certify(plan, tmp_path / "certificate", device="cpu")
     rows = [json.loads(line) for line in labeled.read_text().splitlines()]
     assert tuple(one.row for one in found.disagreements) == found.certificate.differing

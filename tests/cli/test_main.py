@@ -1,5 +1,8 @@
 """The program as a whole: the order of its commands, and what it says when it is interrupted."""
 
+import subprocess
+import sys
+
 import pytest
 
 from portllm.cli.main import RESUMED, after_interruption
@@ -10,7 +13,7 @@ def test_the_commands_are_listed_in_the_order_in_which_a_patch_goes_through_them
     program = find_program()
     listed = program.list_commands(open_context(program, "portllm"))
     assert " ".join(listed) == (
-        "demo inspect train capture check port merge combine evaluate certify verify sign fleet study"
+        "demo inspect train capture check port merge combine evaluate certify verify sign fleet doctor study"
     )
     assert set(RESUMED) <= set(listed)
 
@@ -36,3 +39,16 @@ def test_a_name_too_long_for_any_file_is_told_in_one_line(command, name, portllm
     assert told.status == 1
     assert told.err.startswith("portllm: ")
     assert len(told.err) < 400
+
+
+def test_the_shell_completes_commands(monkeypatch):
+    monkeypatch.setenv("_PORTLLM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "portllm ins")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['portllm']; from portllm.cli.main import main; main()"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["inspect"]

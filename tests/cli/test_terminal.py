@@ -63,6 +63,7 @@ def test_the_name_of_a_base_stays_on_its_line(portllm, adapter):
         "rank",
         "scale",
         "size",
+        "warning",
         "base",
     ]
     assert json.loads(portllm("inspect", folder, "--json").out)["base_name"] == EVIL

@@ -48,7 +48,7 @@ def test_the_page_shows_the_scores_that_json_has(portllm, models, rows, tmp_path
 
 
 def test_a_task_of_the_harness_is_set_side_by_side_with_its_own_metrics(portllm, models, rows):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
     task = ("--task", "sst2", "--data", rows)
     told = json.loads(portllm("evaluate", *models, *task, "--json").out)
     assert (told["kind"], told["n_rows"]) == ("lm-evaluation-harness", 5)

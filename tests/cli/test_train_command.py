@@ -41,7 +41,7 @@ def test_a_patch_is_trained_ported_and_refreshed(portllm, world, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "--prompt and --completion"),
+        (("--prompt", "{q}"), "--prompt and --completion together"),
         (("--teacher", "p", "--prompt", "{q}"), "must be used together"),
         (("--max-new-tokens", "3", *ASKED), "requires --teacher"),
         (("--teacher", "p", "--teacher-base", "b", *ASKED), "cannot be used with --teacher"),

@@ -135,6 +135,13 @@ def test_the_combined_patch_ports_and_merges(pair, tiny, tmp_path):
     assert report.total.kept_gain == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_sum_of_ported_patches_has_come_as_far_as_they(pair, tiny, tmp_path):
+    base, evolved = tiny("base", dtype=torch.float32), tiny("evolved", of=tiny("base", dtype=torch.float32))
+    ported = [portllm.port(patch, base=base, evolved=evolved, out=tmp_path / patch.name[-3:]) for patch in pair]
+    report = combine(ported, out=tmp_path / "both")
+    assert report.record.ports == ported[0].record.ports
+
+
 def test_patches_of_other_bases_are_refused_with_the_way_out(pair, tiny, tmp_path):
     other = tiny("base", dtype=torch.float32, seed=5)
     stranger = portllm.capture(

@@ -11,7 +11,8 @@ from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
 from portllm.running.model import attach_adapter, load_model, load_tokenizer
 from portllm.training.evolve import EvolveSettings, evolve
-from portllm.training.lora import TrainSettings, train_lora
+from portllm.training.lora import train_lora
+from portllm.training.settings import TrainSettings
 from tests.language import TEXT
 
 KINDS = {"what causes": "cause", "how is": "treatment", "who has": "symptoms"}

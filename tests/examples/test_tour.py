@@ -1,7 +1,6 @@
 """The library as a person in a notebook meets it: the tour runs, and what it leaves is shown in a line or a table."""
 
 import json
-import re
 import runpy
 import textwrap
 from pathlib import Path
@@ -12,6 +11,7 @@ import portllm
 from portllm.running.model import load_tokenizer
 from tests.language import make_reader
 from tests.models import make_adapter, make_evolved
+from tests.test_docs import python_in
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -31,12 +31,6 @@ def write_models(folder):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     others = (json.dumps({"question": f"what causes {name}?"}) + "\n" for name in ("a cold", "a fever", "measles"))
     (folder / "questions.jsonl").write_text("".join(others))
-
-
-def python_blocks(page):
-    """The Python on a page, one block after the other."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return "".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def test_the_python_of_a_page_runs_as_it_stands(page, tmp_path, monkeypatch):
     write_models(tmp_path)
     monkeypatch.chdir(tmp_path)
     if page.endswith(".md"):
-        code = python_blocks(page)
+        code = python_in((ROOT / page).read_text(encoding="utf-8"))
     else:
         lines = [line for line in portllm.__doc__.splitlines() if line.startswith("    ")]
         code = textwrap.dedent("\n".join(["    import portllm", *lines]))

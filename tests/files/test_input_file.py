@@ -21,7 +21,7 @@ from portllm.files.json_file import MAX_CONFIG_BYTES, read_config
 from portllm.files.json_text import parse_json
 from portllm.files.source import LocalFile, RemoteFile
 from portllm.files.toml_file import read_toml
-from portllm.running import examples
+from portllm.running import rows
 from portllm.running.examples import read_texts
 from tests.odd_places import device, loop
 
@@ -142,7 +142,7 @@ def test_a_gguf_file_that_announces_more_than_any_has_is_refused(tensors, fields
 
 
 def test_a_row_longer_than_any_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 20)
     (tmp_path / "rows.jsonl").write_text('{"q": "a"}\n' + '{"q": "' + "b" * 20 + '"}\n')
     with pytest.raises(DataError, match="line 2: has more than 20 bytes"):
         read_texts(tmp_path / "rows.jsonl", "{q}")

@@ -63,7 +63,10 @@ def _zeros_but_for(row, size, tokens):
 
 def write_adapter(folder, kind, *, tokens=TOKENS, copy_row=None):
     """An adapter of the query projection, and of what else its kind says, without a record."""
-    factors = {"lora_A": ("F32", (1, WIDTH), bytes(range(4 * WIDTH))), "lora_B": ("F32", (WIDTH, 1), bytes(4 * WIDTH))}
+    factors = {
+        "lora_A": ("F32", (1, WIDTH), bytes(range(4 * WIDTH))),
+        "lora_B": ("F32", (WIDTH, 1), bytes(range(4 * WIDTH))),
+    }
     tensors = {f"base_model.model.{QUERY}.{name}.weight": factor for name, factor in factors.items()}
     fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
     match kind:
@@ -224,7 +227,7 @@ RUNS = {
 def test_a_copy_of_the_bases_weight_that_differs_where_no_sample_lies_is_refused(run, fine, tmp_path):
     patch = write_adapter(tmp_path / "adapter", "head", copy_row=UNSEEN)
     base = open_checkpoint(fine)
-    assert plan_capture(patch, base=base) == ()
+    assert plan_capture(patch, base=base).refusals == ()
     with pytest.raises(PlanRefusedError, match="lm_head: the adapter contains a copy of its base's weight"):
         RUNS[run](patch, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from portllm.checkpoint.model.identity import digest
 from portllm.checkpoint.open import open_checkpoint
 from portllm.combining.combine import combine
 from portllm.errors import InputChangedError
-from portllm.evaluating import evaluate
+from portllm.evaluating import compare, evaluate
 from portllm.files import output_folder
 from portllm.files.input_file import require_unchanged
 from portllm.merging import in_place
@@ -248,7 +248,7 @@ def test_an_evaluation_of_what_changed_is_no_report(room, monkeypatch):
     base, patch = open_checkpoint(room.base), load_patch(room.patch)
     rows = SimpleNamespace(kind="labels", labels=("a",), n_rows=1, examples=(), longest=1, score=len)
     monkeypatch.setattr(evaluate, "plan_evaluation", lambda **_: None)
-    monkeypatch.setattr(evaluate, "compare", lambda *_, **__: touch(room.base / "config.json"))
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: touch(room.base / "config.json"))
     with pytest.raises(InputChangedError, match=r"base/config\.json"):
         evaluate.evaluate(rows, base=base, patch=patch, evolved=base, ported=patch)
 
@@ -258,7 +258,8 @@ def test_a_certificate_of_what_changed_gets_no_name(room, monkeypatch, tmp_path)
     rows.write_text('{"q": "a", "a": "b"}\n{"q": "c", "a": "d"}\n')
     patch, base = load_patch(room.patch), open_checkpoint(room.base)
     settings = certify.CertifySettings(prompt="{q}", completion="a")
-    plan = certify.plan_certify(patch, base=base, data=rows, evolved=base, ported=patch, settings=settings)
+    data = certify.read_inputs(rows, patch, settings)
+    plan = certify.plan_certify(patch, base=base, data=data, evolved=base, ported=patch, settings=settings)
     monkeypatch.setattr(certify, "compare_answers", lambda *_, **__: touch(room.patch / "patch.json"))
     monkeypatch.setattr(certify, "conclude", lambda *_, **__: None)
     monkeypatch.setattr(certify, "write_certificate", lambda *_: None)
@@ -268,7 +269,8 @@ def test_a_certificate_of_what_changed_gets_no_name(room, monkeypatch, tmp_path)
 
 
 def test_data_that_changes_between_its_rows_and_its_digest_is_refused(tmp_path):
-    from portllm.running.examples import read_texts, read_with_digest
+    from portllm.running.examples import read_texts
+    from portllm.running.rows import read_with_digest
 
     file = tmp_path / "rows.jsonl"
     file.write_text('{"q": "a"}\n')

@@ -218,8 +218,9 @@ def test_the_plan_of_a_port_reads_samples_of_the_models_and_nothing_more(tmp_pat
     monkeypatch.setattr(os, "pread", counting)
     base, evolved = map(open_checkpoint, models)
     port(patch, evolved=evolved, base=base, out=tmp_path / "out")
-    # A window of each tensor for the fingerprint, and one of the patched module for the drift.
-    assert read[models[1].stat().st_ino] == 3 * SAMPLE_BYTES + SAMPLE_BYTES
+    # A window of each tensor for the fingerprint, and one of the patched module for the drift. Of a base in float32,
+    # also what its fingerprint in 16 bit would sample: as many bytes of that, twice as many of float32.
+    assert read[models[1].stat().st_ino] == 3 * SAMPLE_BYTES + SAMPLE_BYTES + 3 * 2 * SAMPLE_BYTES
     assert read[models[0].stat().st_ino] == 2 * SAMPLE_BYTES + SAMPLE_BYTES
 
 

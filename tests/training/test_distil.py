@@ -11,9 +11,10 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
+from portllm.running.data import read_data
 from portllm.running.model import load_tokenizer
 from portllm.training.lessons import Teacher, read_questions
-from portllm.training.lora import TrainSettings
+from portllm.training.settings import TrainSettings
 from portllm.training.train import Training, train
 from tests.language import make_reader
 from tests.models import make_adapter, make_evolved
@@ -30,7 +31,9 @@ STILL = TrainSettings(learning_rate=1e-30, steps=1)
 
 
 def distil(base, *, data, prompt, teacher, **options):
-    return Training(base=base, lesson=read_questions(data, prompt, teacher), **options).run(device="cpu")
+    return Training(
+        base=base, lesson=read_questions(read_data(data, prompt=prompt, answers=False), teacher), **options
+    ).run(device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from portllm.running.encoding import Encoder
 from portllm.running.loss import IGNORED
 from portllm.running.model import load_tokenizer
 from portllm.training.distil_lora import TeacherFolders, distil_lora, mean_divergence
-from portllm.training.lora import TrainSettings, train_lora
+from portllm.training.lora import train_lora
+from portllm.training.settings import TrainSettings
 from tests.language import make_reader, metaspace_tokenizer
 from tests.models import make_adapter, make_evolved
 from tests.training.test_lora import EXAMPLES, QUICK

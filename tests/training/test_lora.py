@@ -10,7 +10,8 @@ from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
 from portllm.running.loss import completion_nats
 from portllm.running.model import attach_adapter, load_model, load_tokenizer
-from portllm.training.lora import TrainSettings, encode_all, train_lora
+from portllm.training.lora import encode_all, train_lora
+from portllm.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 

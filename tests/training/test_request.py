@@ -19,5 +19,6 @@ def test_what_cannot_be_trained_for_is_refused_before_anything_is_opened(given, 
 
 
 def test_without_a_patch_that_says_them_prompt_and_completion_are_needed(tiny, tmp_path):
-    with pytest.raises(DataError, match="pass prompt and completion"):
-        portllm.train(tiny("base"), data="rows.jsonl", out=tmp_path / "patch", prompt="{question}")
+    (tmp_path / "rows.jsonl").write_text('{"question": "why?", "kind": "cause"}\n')
+    with pytest.raises(DataError, match="its rows have 'question', 'kind'; .* Pass --completion"):
+        portllm.train(tiny("base"), data=tmp_path / "rows.jsonl", out=tmp_path / "patch", prompt="{question}")

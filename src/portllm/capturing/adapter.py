@@ -1,24 +1,64 @@
 """Capture a patch: write down, beside an adapter, which base it belongs to."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from portllm import __version__
 from portllm.capturing.initial_plan import needs_conversion, unconvertible
+from portllm.capturing.stored_values import StoredValues, settled, stacked
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import require_equal
+from portllm.checkpoint.model.equality import TakenForEqual, require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, Refusal
+from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import staged_folder
-from portllm.matching.compatibility import altered_copies, mismatches, taken_copies
+from portllm.matching.added_tokens import added_tokens, height_of, own_rows, unexplained, with_own_rows
+from portllm.matching.base_copies import HeldCopies, hold_copies
+from portllm.matching.compatibility import mismatches
+from portllm.matching.own_values import own_values, without
+from portllm.methods.values import Values
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
 from portllm.patch.finite import require_finite
-from portllm.patch.identify import identify
+from portllm.patch.identify import identify, identity_of_base
+from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, FittedTo, PatchRecord
+from portllm.patch.side_files import uncopyable
 from portllm.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePlan:
+    """An adapter about to be written down as a patch of a base.
+
+    Attributes:
+        adapter: As it was opened.
+        base: The model that it was made on.
+        initial: The adapter before training, where it was given.
+        fitted_to: How the base was quantized when the adapter was trained.
+        patch: The adapter, without its copies of the base's weights.
+        taken: What is compared whole before it is written.
+        notes: What a user should know.
+        refusals: Every reason not to run.
+        added: Tokens that were added to the base's vocabulary for the adapter, with their rows.
+    """
+
+    adapter: Patch[TensorInfo]
+    base: Checkpoint
+    initial: Patch[TensorInfo] | None
+    fitted_to: FittedTo | None
+    patch: Patch[TensorInfo]
+    taken: tuple[TakenForEqual, ...]
+    notes: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+    added: Mapping[str, int]
+
+    @property
+    def nothing(self) -> str | None:
+        """Why the adapter changes nothing; None where it does. Reads factors."""
+        return why_nothing(self.patch)
 
 
 def plan_capture(
@@ -27,11 +67,21 @@ def plan_capture(
     base: Checkpoint,
     initial: Patch[TensorInfo] | None = None,
     fitted_to: FittedTo | None = None,
-) -> tuple[Refusal, ...]:
-    """Every reason why an adapter cannot be captured as a patch of this base, fitted to it as said."""
-    refusals = [*mismatches(adapter, base), *unconvertible(adapter, base, initial)]
+) -> CapturePlan:
+    """Plan to capture an adapter as a patch of this base, fitted to it as said."""
     # The copies that come with an adapter which is to be converted are of what was left of the base's weights.
-    refusals += () if needs_conversion(adapter, initial) else altered_copies(adapter, base)
+    is_converted = needs_conversion(adapter, initial)
+    held = HeldCopies(replace(adapter, base_copies={})) if is_converted else hold_copies(adapter, base)
+    own = own_values(held.patch, base)
+    added = added_tokens(held.patch, base)
+    height = height_of(held.patch, base)
+    refusals = [
+        *held.refusals,
+        *uncopyable(adapter.beside),
+        *unexplained(held.patch, base, added),
+        *mismatches(without(held.patch, own), base, n_rows=height),
+        *unconvertible(adapter, base, initial),
+    ]
     if adapter.record is not None:
         refusals.append(
             Refusal(
@@ -48,7 +98,10 @@ def plan_capture(
                 "option, or pass the 16-bit model that was quantized when the adapter was trained.",
             )
         )
-    return tuple(sorted(refusals))
+    return CapturePlan(
+        adapter, base, initial, fitted_to, held.patch, held.taken, held.notes, tuple(sorted(refusals)),
+        added,
+    )  # fmt: skip
 
 
 def capture_adapter(
@@ -86,15 +139,30 @@ def capture_adapter(
         OutputError: `out` cannot be written, or contains an input.
         NonFiniteError: A tensor of the adapter holds an infinity or NaN.
     """
-    refusals = plan_capture(adapter, base=base, initial=initial, fitted_to=fitted_to)
-    if refusals:
-        raise PlanRefusedError(refusals)
+    plan = plan_capture(adapter, base=base, initial=initial, fitted_to=fitted_to)
+    return run_capture(plan, out, method=method, settings=settings, overwrite=overwrite, progress=progress)
+
+
+def run_capture(
+    plan: CapturePlan,
+    out: Path,
+    *,
+    method: str = "adapter",
+    settings: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Patch[TensorInfo]:
+    """Carry out a plan; see `capture_adapter`."""
+    refuse(plan.refusals)
+    adapter, initial, base = plan.adapter, plan.initial, plan.base
     files = (*base.files, *files_of(adapter), *(() if initial is None else files_of(initial)))
-    require_finite(adapter)
+    require_finite(plan.patch)
     if not needs_conversion(adapter, initial):
-        require_equal(taken_copies(adapter, base), progress=progress)
+        require_equal(plan.taken, progress=progress)
         with staged_folder(out, overwrite=overwrite, inputs=files) as folder:
-            _write(folder, adapter, base, Capture(method, dict(settings or {}), fitted_to))
+            kept: Patch[Values] = plan.patch.mapped(StoredValues)
+            with settled(with_own_rows(kept, own_rows(plan.patch, base), stacked), folder) as patch:
+                _write(folder, patch, base, Capture(method, dict(settings or {}), plan.fitted_to), plan.added)
         return load_patch(out)
     from portllm.capturing.initial import convert  # loads torch, which few adapters need
     from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
@@ -104,14 +172,26 @@ def capture_adapter(
     with staged_folder(out, overwrite=overwrite, inputs=files) as folder, Spool(folder / SPOOL_FILE) as spool:
         converted = convert(adapter, base=base, initial=initial, spool=spool, progress=progress)
         how = _conversion(adapter, initial, converted.known_to)
-        _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}, fitted_to))
+        _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}, plan.fitted_to), {})
     return load_patch(out)
 
 
-def _write(folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture) -> None:
+def _write(
+    folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture, added: Mapping[str, int]
+) -> None:
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
-    write_record(folder, PatchRecord(__version__, identify(base), capture, ports=(), tensors=tensors, files={}))
+    record = PatchRecord(
+        program=__version__,
+        base=identity_of_base(base, identify(base)),
+        capture=capture,
+        ports=(),
+        tensors=tensors,
+        files={},
+        added_tokens=added,
+        labels=patch.labels,
+    )
+    write_record(folder, record)
 
 
 def _conversion(

@@ -12,6 +12,7 @@ from portllm.patch.adapter_folder import PatchLike, open_adapter
 from portllm.patch.patch import Patch
 from portllm.patch.record import FittedTo
 from portllm.progress import Progress, silent
+from portllm.running.examples import recorded_wording
 
 if TYPE_CHECKING:
     from portllm.capturing.tuned import TunedReport
@@ -25,6 +26,8 @@ def capture(
     out: str | Path,
     initial: PatchLike | None = None,
     fitted_to: FittedTo | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Patch[TensorInfo]: ...
@@ -39,6 +42,8 @@ def capture(
     rank: int | None = None,
     max_rank: int | None = None,
     dense: Dense | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> "TunedReport": ...
@@ -55,6 +60,8 @@ def capture(
     rank: int | None = None,
     max_rank: int | None = None,
     dense: Dense | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> "Patch[TensorInfo] | TunedReport":
@@ -70,6 +77,8 @@ def capture(
         rank: Rank of the deltas extracted from `tuned`; None keeps what exceeds the rounding noise of the two files.
         max_rank: Upper limit where `rank` is None.
         dense: `keep` (the default) or `drop` changes to norms, biases, embeddings and heads of `tuned`.
+        prompt: Prompt template of the training data, recorded so that `evaluate` and `certify` ask the same way.
+        completion: Field with the right answer, recorded likewise.
         overwrite: Replace `out` if it exists.
         progress: Progress callback.
 
@@ -77,6 +86,7 @@ def capture(
         The patch, opened from `out`; with `tuned`, also a report of each tensor.
 
     Raises:
+        DataError: The prompt template is broken, or shows the answer.
         PlanRefusedError: The inputs do not match, or there is nothing to write; lists every reason.
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written, or contains an input.
@@ -92,6 +102,9 @@ def capture(
     if stray := [name for name, value in alone.items() if value is not None]:
         other = "an adapter" if tuned is None else "a tuned model"
         raise PortLLMError(f"capture: {stray[0]} cannot be used with {other}. Omit it.")
+    if completion is not None and prompt is None:
+        raise PortLLMError("capture: completion requires prompt.")
+    settings = recorded_wording(prompt, completion)
     before, out = open_checkpoint(base, progress=progress), Path(out)
     if adapter is not None:
         return capture_adapter(
@@ -99,6 +112,7 @@ def capture(
             base=before,
             out=out,
             initial=None if initial is None else open_adapter(initial),
+            settings=settings,
             fitted_to=fitted_to,
             overwrite=overwrite,
             progress=progress,
@@ -115,6 +129,7 @@ def capture(
         rank=rank,
         max_rank=max_rank,
         dense=dense or "keep",
+        settings=settings,
         overwrite=overwrite,
         progress=progress,
     )

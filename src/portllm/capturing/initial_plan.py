@@ -4,13 +4,12 @@ from collections.abc import Iterator
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_bytes
-from portllm.checkpoint.model.identity import READ_BYTES
-from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.compatibility import oriented
 from portllm.patch.adapter_folder import why_unconverted
 from portllm.patch.adapter_start import RECOMPUTED_INITS, named_init
+from portllm.patch.nothing import has_values
 from portllm.patch.patch import Patch
 
 OPTION = "--initial"
@@ -89,14 +88,9 @@ def _not_its_beginning(adapter: Patch[TensorInfo], initial: Patch[TensorInfo]) -
             f"{initial.name} has the same factors as {adapter.name}: it was not trained, or one is a copy of the "
             "other.",
         )
-    elif both and not any(_has_values(initial.deltas[module].b) for module in both):
+    elif both and not any(has_values(initial.deltas[module].b) for module in both):
         yield Refusal(
             OPTION,
             f"B is zero in all of {initial.name}, so nothing was subtracted from the base: capture {adapter.name} "
             "without --initial.",
         )
-
-
-def _has_values(info: TensorInfo) -> bool:
-    starts = range(0, info.n_bytes, READ_BYTES)
-    return any(read_bytes(info, start, min(start + READ_BYTES, info.n_bytes)).strip(b"\0") for start in starts)

@@ -27,6 +27,7 @@ from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, WholeValue
+from portllm.patch.identify import identity_of_base
 from portllm.patch.new_adapter import canonical_config, place_values, stored_name
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
@@ -87,6 +88,7 @@ def capture_tuned(
     rank: int | None = None,
     max_rank: int | None = None,
     dense: Dense = "keep",
+    settings: Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> TunedReport:
@@ -99,6 +101,7 @@ def capture_tuned(
         rank: Of every delta; None keeps the singular values above the edge of the two files' rounding noise.
         max_rank: Bounds the rank where `rank` is None.
         dense: Keep norms, biases, embeddings and heads whole, or leave them out.
+        settings: What else the record says of it, such as how prompts are made.
         overwrite: Replace `out` if it exists.
         progress: Progress callback (bytes of both models that are compared).
 
@@ -109,11 +112,16 @@ def capture_tuned(
         OutputError: `out` cannot be written, or contains an input.
     """
     plan = plan_capture_tuned(base, tuned, rank=rank, max_rank=max_rank, dense=dense)
-    return run_capture_tuned(plan, out, overwrite=overwrite, progress=progress)
+    return run_capture_tuned(plan, out, settings=settings, overwrite=overwrite, progress=progress)
 
 
 def run_capture_tuned(
-    plan: TunedPlan, out: Path, *, overwrite: bool = False, progress: Progress = silent
+    plan: TunedPlan,
+    out: Path,
+    *,
+    settings: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> TunedReport:
     """Carry out a plan; see `capture_tuned`."""
     if plan.refusals:
@@ -127,7 +135,9 @@ def run_capture_tuned(
         require_equal((*plan.base.stored_twice, *plan.tuned.stored_twice), progress=progress)
         with Spool(folder / SPOOL_FILE) as spool:
             report = _capture(plan, folder, spool, progress)
-        return replace(report, record=write_record(folder, report.record))
+        capture = report.record.capture
+        capture = structs.replace(capture, settings={**capture.settings, **(settings or {})})
+        return replace(report, record=write_record(folder, structs.replace(report.record, capture=capture)))
 
 
 def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) -> TunedReport:
@@ -276,6 +286,7 @@ def _report(
         settings["max_rank"] = plan.max_rank
     left_out = dict(sorted(found.left_out.items()))
     n_unchanged = len(plan.pairs) + len(plan.experts) - len(found.changed)
+    base = identity_of_base(plan.base, base)
     blank = PatchRecord(__version__, base, Capture("tuned", {}), ports=(), tensors=digest_tensors(patch), files={})
     report = TunedReport(blank, found.deltas, found.values, left_out, found.reasons, n_unchanged)
     settings |= {"truncation_residual": _rounded(report.truncation_residual), "left_out": left_out}

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from portllm.certifying.inputs import Respondent
 from portllm.evaluating.answers import Answers, Questions, answer, count_same_tokens
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
@@ -18,21 +18,6 @@ from portllm.running.model import (
     load_model,
     load_tokenizer,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Respondent:
-    """A model that answers.
-
-    Attributes:
-        name: For the progress.
-        folder: Its checkpoint.
-        adapter: An adapter folder to put on it, or None.
-    """
-
-    name: str
-    folder: Path
-    adapter: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

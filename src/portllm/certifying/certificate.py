@@ -67,6 +67,7 @@ class Inputs(Recorded, frozen=True, kw_only=True):
         seed: Of the drawing, or None.
         repeated: Prompts that had been asked before.
         cut: Prompts that were too long and lost their beginning.
+        chat_template: Digest of the chat template that made prompts of messages, or None.
     """
 
     digest: NamedBlake3
@@ -77,6 +78,7 @@ class Inputs(Recorded, frozen=True, kw_only=True):
     seed: int | None
     repeated: Count
     cut: Count
+    chat_template: NamedBlake3 | None = None
 
 
 class AnswerRule(Recorded, frozen=True, kw_only=True):

@@ -7,11 +7,11 @@ more than the share of inputs whose answers differ. See `docs/certify.md` for wh
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 
 from portllm import __version__
-from portllm.certifying.agreement import Agreement, Respondent, compare_answers
 from portllm.certifying.bounds import least_inputs, upper_bound
 from portllm.certifying.certificate import (
     ASSUMES,
@@ -24,14 +24,13 @@ from portllm.certifying.certificate import (
     count_labels,
     write_certificate,
 )
-from portllm.certifying.inputs import Asked, CertifySettings, read_asked
+from portllm.certifying.inputs import Asked, CertifySettings, Respondent, ask, read_inputs
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
-from portllm.evaluating.evaluate import model_refusals
-from portllm.files.input_file import local_file
+from portllm.evaluating.plan import model_refusals, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
@@ -39,8 +38,14 @@ from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, PatchLike, fi
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
-from portllm.running.folder import model_folder
-from portllm.running.model import Device, choose_device
+from portllm.running.data import Data, chat_template_for
+from portllm.running.device import Device
+from portllm.running.folder import check_runnable, model_folder
+
+if TYPE_CHECKING:
+    from portllm.certifying.agreement import Agreement
+
+TRAINED_ON = "The bound would say nothing about other inputs. Provide inputs that were not used for training."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +121,7 @@ def certify(
     Args:
         patch: The original patch.
         base: Its base.
-        data: JSONL rows, with or without right answers.
+        data: A data file, with or without right answers.
         out: The certificate's folder.
         evolved: The updated base, unless `merged` is given.
         ported: The patch ported to it.
@@ -134,10 +139,12 @@ def certify(
         OutputExistsError: `out` exists; raised before any work is done.
     """
     check_free(Path(out), overwrite=overwrite)
+    settings, old = settings or CertifySettings(), load_patch(patch)
+    rows = read_inputs(Path(data), old, settings)
     plan = plan_certify(
-        load_patch(patch),
+        old,
         base=open_checkpoint(base, progress=progress),
-        data=Path(data),
+        data=rows,
         evolved=None if evolved is None else open_checkpoint(evolved, progress=progress),
         ported=None if ported is None else load_patch(ported),
         merged=None if merged is None else open_checkpoint(merged, progress=progress),
@@ -153,6 +160,9 @@ def run_certify(
 ) -> Certification:
     """Carry out a plan; see `certify`."""
     check_apart(out, plan.files)
+    from portllm.certifying.agreement import compare_answers  # loads torch, which no refusal needs
+    from portllm.running.model import choose_device
+
     agreement = compare_answers(*plan.respondents, plan.asked.questions, device=device, progress=progress)
     certificate = conclude(plan, agreement, device=choose_device(device).type)
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
@@ -164,7 +174,7 @@ def plan_certify(
     patch: Patch[TensorInfo],
     *,
     base: Checkpoint,
-    data: Path,
+    data: Data,
     evolved: Checkpoint | None = None,
     ported: Patch[TensorInfo] | None = None,
     merged: Checkpoint | None = None,
@@ -181,32 +191,35 @@ def plan_certify(
         raise AssertionError("one of the two is given")
     specialist = Side(identify(base), _files(patch))
     after = Side(identify(successor), None if ported is None else _files(ported))
-    asked = read_asked(data, patch, settings)
+    for model in (base, successor):
+        check_runnable(model)
     refusals = list(model_refusals("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
     if ported is not None:
         refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
-    refusals += _too_few(len(asked.rows), settings)
+    refusals += _too_few(settings.sample or len(data.rows), settings)
     if settings.kind == "free" and not has_same_tokenizer(base, successor):
         reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
-    refusals += _trained_on(asked.inputs.digest, patch, ported)
+    refusals += trained_on(data.digest, patch, ported, consequence=TRAINED_ON)
     if refusals:
         raise PlanRefusedError(refusals)
+    folder = model_folder(base, progress=progress)
+    template = chat_template_for(data, patch, folder=folder)
     return CertifyPlan(
         specialist=specialist,
         ported=after,
         respondents=(
-            Respondent("base + patch", model_folder(base, progress=progress), folder_of(patch)),
+            Respondent("base + patch", folder, folder_of(patch)),
             Respondent(
                 "merged" if ported is None else "evolved + ported",
                 model_folder(successor, progress=progress),
                 None if ported is None else folder_of(ported),
             ),
         ),
-        asked=asked,
+        asked=ask(data, folder, template, settings),
         settings=settings,
         files=(
-            local_file(data),
+            data.file,
             *base.files,
             *successor.files,
             *files_of(patch),
@@ -215,7 +228,7 @@ def plan_certify(
     )
 
 
-def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certificate:
+def conclude(plan: CertifyPlan, agreement: "Agreement", *, device: str) -> Certificate:
     """What follows from the answers."""
     asked, confidence = plan.asked, plan.settings.confidence
     n, questions = len(asked.rows), asked.questions
@@ -249,7 +262,7 @@ def conclude(plan: CertifyPlan, agreement: Agreement, *, device: str) -> Certifi
     )
 
 
-def _disagreements(asked: Asked, agreement: Agreement) -> Iterator[Disagreement]:
+def _disagreements(asked: Asked, agreement: "Agreement") -> Iterator[Disagreement]:
     if agreement.second is None or agreement.differing is None:
         return
     for index in agreement.differing:
@@ -273,23 +286,12 @@ def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:
     )
 
 
-def _trained_on(digest: str, *patches: Patch[TensorInfo] | None) -> Iterator[Refusal]:
-    for patch in patches:
-        if patch is not None and patch.record is not None and patch.record.capture.settings.get("data") == digest:
-            yield Refusal(
-                "--data",
-                f"is the file that {patch.name} was trained on. The bound would say nothing about other inputs. "
-                "Provide inputs that were not used for training.",
-            )
-            return
-
-
 def _files(patch: Patch[TensorInfo]) -> PatchFiles:
     folder = folder_of(patch)
     return PatchFiles(patch.name, {name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
 
 
-def _labels(plan: CertifyPlan, agreement: Agreement) -> LabelCounts | None:
+def _labels(plan: CertifyPlan, agreement: "Agreement") -> LabelCounts | None:
     completions = plan.asked.completions
     if completions is None or agreement.second is None:
         return None
@@ -304,7 +306,7 @@ def _labels(plan: CertifyPlan, agreement: Agreement) -> LabelCounts | None:
     )
 
 
-def _tokens(agreement: Agreement) -> TokenCounts | None:
+def _tokens(agreement: "Agreement") -> TokenCounts | None:
     if agreement.same_tokens is None:
         return None
     lengths = list(map(len, agreement.first.tokens))

@@ -1,7 +1,9 @@
 """Inputs of a certificate: all rows of the user's file or a random sample, and what counts as an answer."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -9,9 +11,14 @@ from portllm.certifying.bounds import CONFIDENCE, MOST_CONFIDENCE
 from portllm.certifying.certificate import Inputs
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError, PortLLMError
-from portllm.evaluating.answers import AnswerKind, Questions
+from portllm.evaluating.names import AnswerKind
 from portllm.patch.patch import Patch
-from portllm.running.examples import read_prompts, read_with_digest
+from portllm.running.chat_template import template_digest
+from portllm.running.data import Data, read_data
+from portllm.running.labels import are_texts
+
+if TYPE_CHECKING:
+    from portllm.evaluating.answers import Questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,21 @@ class CertifySettings:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Respondent:
+    """A model that answers.
+
+    Attributes:
+        name: For the progress.
+        folder: Its checkpoint.
+        adapter: An adapter folder to put on it, or None.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What is asked.
@@ -72,31 +94,61 @@ class Asked:
         inputs: The same for the certificate.
     """
 
-    questions: Questions
+    questions: "Questions"
     completions: tuple[str, ...] | None
     rows: tuple[int, ...]
     inputs: Inputs
 
 
-def read_asked(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) -> Asked:
-    """The questions that a file holds for a patch.
+def read_inputs(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) -> Data:
+    """The rows that a file holds for a patch; no model is needed for that.
 
     Args:
-        data: JSONL rows.
+        data: The file.
         patch: Its record says how prompts are made, where the settings do not.
         settings: What to ask.
 
     Raises:
-        DataError: Rows do not fit, there are fewer than are to be drawn, or the choices are not known.
+        DataError: Rows do not fit, there are fewer than are to be drawn, or answers are texts and no choices.
     """
-    prompt, completion = _format(patch, settings)
-    (prompts, completions), digest = read_with_digest(data, lambda: read_prompts(data, prompt, completion=completion))
-    if settings.sample is not None and settings.sample > len(prompts):
+    rows = read_data(
+        data,
+        patch,
+        prompt=settings.prompt,
+        completion=settings.completion,
+        answers=False if settings.kind == "free" else None,
+    )
+    if settings.kind == "choices" and not settings.choices and are_texts(counts := Counter(rows.answers)):
         raise DataError(
-            f"'{data}': has {len(prompts)} rows, fewer than the sample of {settings.sample}. Use a smaller sample."
+            f"'{data}': its {len(rows.rows)} rows have {len(counts)} different answers, which are texts and no "
+            "choices. Compare what is written with --answers exact, or list the --choices."
         )
-    rows = draw_rows(len(prompts), settings.sample, seed=settings.seed)
-    texts = tuple(prompts[row - 1] for row in rows)
+    if settings.sample is not None and settings.sample > len(rows.rows):
+        raise DataError(
+            f"'{data}': has {len(rows.rows)} rows, fewer than the sample of {settings.sample}. Use a smaller sample."
+        )
+    return rows
+
+
+def ask(data: Data, folder: Path, template: str | None, settings: CertifySettings) -> Asked:
+    """The questions that rows make.
+
+    Args:
+        data: The rows.
+        folder: Of the base.
+        template: The chat template that makes prompts of conversations.
+        settings: What to ask.
+
+    Raises:
+        DataError: No prompts can be made of the rows, or the choices are not known.
+    """
+    from portllm.evaluating.answers import Questions  # loads torch, which reading rows does not need
+    from portllm.running.wording import word
+
+    asked = word(data, folder, template)
+    completions = None if settings.kind == "free" else asked.answers
+    rows = draw_rows(len(asked.prompts), settings.sample, seed=settings.seed)
+    texts = tuple(asked.prompts[row - 1] for row in rows)
     questions = Questions(
         prompts=texts,
         kind=settings.kind,
@@ -105,12 +157,14 @@ def read_asked(data: Path, patch: Patch[TensorInfo], settings: CertifySettings) 
         max_tokens=settings.max_tokens,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
+        border=asked.border,
     )
     inputs = Inputs(
-        digest=digest,
-        rows=len(prompts),
-        prompt=prompt,
-        completion=None if completions is None else completion,
+        digest=data.digest,
+        rows=len(asked.prompts),
+        prompt=data.wording.template,
+        completion=None if completions is None else data.wording.answer_field,
+        chat_template=None if template is None else template_digest(template),
         sample=settings.sample,
         seed=None if settings.sample is None else settings.seed,
         repeated=len(texts) - len(set(texts)),
@@ -135,29 +189,14 @@ def draw_rows(n_rows: int, n: int | None, *, seed: int) -> tuple[int, ...]:
     return tuple(sorted(lots[:n]))
 
 
-def _format(patch: Patch[TensorInfo], settings: CertifySettings) -> tuple[str, str | None]:
-    """Prompt and completion field: as given, else as the patch was trained."""
-    trained = patch.record.capture.settings if patch.record else {}
-    prompt, completion = (
-        given if given is not None else said if isinstance(said := trained.get(key), str) else None
-        for key, given in (("prompt", settings.prompt), ("completion", settings.completion))
-    )
-    if prompt is None:
-        raise DataError(
-            f"'{patch.name}': has no recorded prompt template, since it was not trained with 'portllm train'. "
-            "Pass --prompt."
-        )
-    return prompt, None if settings.kind == "free" else completion
-
-
-def _choices(data: Path, completions: list[str] | None, settings: CertifySettings) -> tuple[str, ...]:
+def _choices(data: Data, completions: tuple[str, ...] | None, settings: CertifySettings) -> tuple[str, ...]:
     """All possible answers: as given, else those that are right somewhere."""
     right = sorted(set(completions or ()))
     strangers = [answer for answer in right if answer not in settings.choices]
     if settings.choices and strangers:
         shown = ", ".join(map(repr, strangers[:10]))
         raise DataError(
-            f"'{data}': {len(strangers)} completions are not among the choices: {shown}. Add them to the choices, "
+            f"'{data.file}': {len(strangers)} completions are not among the choices: {shown}. Add them to the choices, "
             "or correct the rows."
         )
     return settings.choices or tuple(right)

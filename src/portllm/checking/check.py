@@ -5,10 +5,12 @@ against what was read; of its own tensors every byte is read, of at most `MOST_T
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
+from portllm.checking.chain import chain_of
 from portllm.checking.delta.measures import ChangeMeasures, measure_changes, summed
 from portllm.checking.delta.places import place_patch
 from portllm.checking.delta.quantization import sample_gap
@@ -21,6 +23,7 @@ from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.matching.compatibility import changes_on
 from portllm.matching.port_plan import PortPlan, plan_port_on
@@ -31,8 +34,13 @@ from portllm.matching.update import Update
 from portllm.measures.overlap import Alignment
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change
+from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
+
+ADD = "add"
+"""The method that leaves a patch as it is."""
 
 MOST_TENSORS = 32
 """Tensors of one patch that are read: enough for its angle, its size and what rounding takes of it."""
@@ -45,6 +53,7 @@ def check_weights(
     *patches: Patch[TensorInfo],
     base: Checkpoint,
     evolved: Checkpoint,
+    trained_on: Checkpoint | None = None,
     full: bool = False,
     places: bool = False,
     allow_other_base: bool = False,
@@ -59,6 +68,7 @@ def check_weights(
         *patches: What may be ported.
         base: The model that they belong to.
         evolved: The later version of it.
+        trained_on: The base that ported patches were trained on: their drift since then is measured, not bounded.
         full: Read every weight of both, instead of a few megabytes spread over all of them.
         places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
         allow_other_base: Accept a `base` other than the one a patch names.
@@ -67,17 +77,47 @@ def check_weights(
     Raises:
         CheckpointError, RemoteError: A model cannot be read.
         InputChangedError: A file changed while it was read.
-        PlanRefusedError: By `full`, a head is found not to be the embedding that its model says it is tied to.
+        PlanRefusedError: By `full`, a head is found not to be the embedding that its model says it is tied to; or
+            `trained_on` is not the model that a patch was trained on.
     """
+    if trained_on is not None and not allow_other_base:
+        given = identify(trained_on)
+        refuse([refusal for patch in patches for refusal in _not_trained_on(patch, given)])
     if full:
         base, evolved = (on_disk(model, progress=progress) for model in (base, evolved))
-    with unchanged([*base.files, *evolved.files, *(file for patch in patches for file in files_of(patch))]):
+        trained_on = None if trained_on is None else on_disk(trained_on, progress=progress)
+    first = () if trained_on is None else trained_on.files
+    with unchanged([*base.files, *evolved.files, *first, *(file for patch in patches for file in files_of(patch))]):
         if full:
             require_equal((*base.stored_twice, *evolved.stored_twice), progress=progress)
         known = measure_update(Update(base, evolved), full=full, progress=progress)
+        since = None
+        if trained_on is not None:
+            since = measure_update(Update(trained_on, evolved), full=full, progress=progress)
         plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
         reader = AlikeReader()
-        return CheckReport(known.report, tuple(check_patch(plan, known, reader, places=places) for plan in plans))
+        found = (check_patch(plan, known, reader, since=since, places=places) for plan in plans)
+        return CheckReport(known.report, tuple(found))
+
+
+def _not_trained_on(patch: Patch[TensorInfo], given: ModelIdentity) -> Iterator[Refusal]:
+    """Why a model is not the one that a patch was trained on, or says nothing of how far the patch has come."""
+    if patch.record is None:
+        return
+    first = patch.record.ports[0].source if patch.record.ports else patch.record.base
+    if first.fingerprint != given.fingerprint:
+        yield Refusal(
+            "--trained-on",
+            f"{given.name} ({given.fingerprint}) is not the model that {patch.name} was trained on, {first.name} "
+            f"({first.fingerprint}). Pass that one, or omit the option.",
+        )
+    changed = next((port.method for port in patch.record.ports if port.method != ADD), None)
+    if changed is not None:
+        yield Refusal(
+            "--trained-on",
+            f"{patch.name} was ported by '{changed}', which fits a patch to the weights it is ported to: the distance "
+            "to those that it was trained on no longer says how well it fits. Omit the option.",
+        )
 
 
 def refused(plan: PortPlan) -> PatchReport | None:
@@ -86,7 +126,12 @@ def refused(plan: PortPlan) -> PatchReport | None:
 
 
 def check_patch(
-    plan: PortPlan, known: MeasuredUpdate, reader: AlikeReader | None = None, *, places: bool = False
+    plan: PortPlan,
+    known: MeasuredUpdate,
+    reader: AlikeReader | None = None,
+    *,
+    since: MeasuredUpdate | None = None,
+    places: bool = False,
 ) -> PatchReport:
     """Hold one patch against an update.
 
@@ -94,6 +139,7 @@ def check_patch(
         plan: To carry it through that update; where it has refusals, they are what is found.
         known: What was read of the update.
         reader: Keeps its memory from patch to patch, where several are checked.
+        since: What was read of the way from the base that the patch was trained on; None where that is not at hand.
         places: As for `check_weights`.
     """
     if (found := refused(plan)) is not None:
@@ -112,6 +158,9 @@ def check_patch(
     changed = frozenset(matrices or {pair.place for _, pair in changes.values()})
     drift = known.drift_of(changed)
     alignment = sum((found.alignment for found in measured.values()), Alignment())
+    chain = chain_of(patch.record, known.report.base, known.report.evolved, drift)
+    if chain is not None and since is not None:
+        chain = replace(chain, measured=since.drift_of(changed))
     gap = sample_gap(patch, measured, known.sample.rows)
     stored_as = Counter(pair.evolved.dtype for _, pair in changes.values()).most_common(1)
     verdict = judge(
@@ -132,6 +181,9 @@ def check_patch(
             changes_vocabulary=plan.tokens is not None,
             fitted_to=quantization_of(patch),
             quantization_gap=None if gap is None else gap.ratio,
+            same_in=known.report.same_in,
+            chain=chain,
+            nothing=plan.nothing,
         )
     )
     report = PatchReport(
@@ -143,6 +195,7 @@ def check_patch(
         measured,
         gap,
         place_patch(changes, measured, known.report.cells) if places else None,
+        chain=chain,
     )
     return with_forecast(known.report, report)
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from portllm.checking.chain import Chain
 from portllm.checking.delta.measures import ChangeMeasures, summed
 from portllm.checking.delta.places import PlacedDelta
 from portllm.checking.forecast_model import Expected
@@ -34,6 +35,7 @@ class PatchReport:
         places: Its size by layer and module; None if not requested.
         text: Measures on prompts; None if there were none, or the patch does not match.
         forecast: Expected retention; None where measures are missing.
+        chain: Its way from the base that it was trained on; None if it was not ported before.
     """
 
     name: str
@@ -46,6 +48,7 @@ class PatchReport:
     places: Mapping[TensorPlace, PlacedDelta] | None = None
     text: TextMeasures | None = None
     forecast: Expected | None = None
+    chain: Chain | None = None
 
     @property
     def alignment(self) -> Alignment:
@@ -108,6 +111,7 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
     return {
         "patch": patch.name,
         "verdict": str(patch.verdict.answer),
+        "method": patch.verdict.method,
         "reasons": [_reason(reason) for reason in patch.verdict.reasons],
         "remarks": list(patch.verdict.remarks),
         "drift": _drift(patch.drift),
@@ -128,6 +132,9 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
             for place, found in patch.places.items()
         ],
         "forecast": None if patch.forecast is None else patch.forecast.to_json(),
+        "since_training": None
+        if patch.chain is None
+        else patch.chain.to_json() | {"drift": _drift(patch.chain.measured)},
     }
 
 

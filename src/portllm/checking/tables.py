@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from portllm.checking.chain import Chain
 from portllm.checking.forecast_model import Expected
 from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.update.report import UpdateReport
@@ -46,12 +47,20 @@ def patch_rows(report: CheckReport) -> Rows:
     return rows
 
 
+WAYS = {
+    None: "none",
+    "add": "add",
+    "align": "align, which fits it on unlabeled prompts and measures what it keeps (docs/methods/align.md)",
+}
+
+
 def patch_facts(patch: PatchReport) -> dict[str, str]:
     """What was measured of one patch; nothing where it cannot be ported."""
     if not patch.changes:
         return {}
     against = patch.size_against_drift
     rows = {
+        "method": WAYS[patch.verdict.method],
         "size": f"{three_percent(patch.relative_size)} of the norm of the weights it changes"
         + ("" if against is None else f", {three_digits(against)} times their drift"),
     }
@@ -59,6 +68,8 @@ def patch_facts(patch: PatchReport) -> dict[str, str]:
         rows["forecast"] = _forecast(patch.forecast)
     if patch.n_rescaled:
         rows["size"] += f"; excluding DoRA's rescaling in {patch.n_rescaled} modules"
+    if patch.chain is not None:
+        rows["since training"] = _since(patch.chain)
     if patch.alignment.cosine is not None:
         rows["with drift"] = f"cosine {patch.alignment.cosine:.4f} between patch and drift"
     for side, share in patch.overlaps.items():
@@ -70,6 +81,17 @@ def patch_facts(patch: PatchReport) -> dict[str, str]:
         kept = (f"{dtype} {percent(sums.kept_gain)}" for dtype, sums in patch.rounding.items())
         rows["kept gain"] = f"if merged and stored as {', '.join(kept)}"
     return rows
+
+
+def _since(chain: Chain) -> str:
+    """How far the weights drifted since the base that the patch was trained on."""
+    if chain.measured is not None:
+        return f"{_with_error(chain.measured.relative)} drift since {chain.trained_on.name}"
+    if chain.at_most is None:
+        hops = ", ".join(f"{hop.source} to {hop.target}" for hop in chain.unmeasured)
+        return f"unknown drift since {chain.trained_on.name}: not measured from {hops}"
+    drifts = ", ".join(three_percent(hop.drift) for hop in chain.hops)
+    return f"at most {three_percent(chain.at_most)} drift since {chain.trained_on.name}, update by update: {drifts}"
 
 
 def _forecast(expected: Expected) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from portllm.checking.chain import Chain
 from portllm.checking.update.config_changes import ConfigChange, Effect
 from portllm.checking.update.lineage import Lineage
 from portllm.errors import Refusal
@@ -69,6 +70,20 @@ class Verdict:
     reasons: tuple[Reason, ...]
     remarks: tuple[str, ...] = ()
 
+    @property
+    def method(self) -> str | None:
+        """The port method for the patch, a row of `METHODS`; None where none carries it.
+
+        What addition is not known to carry is for the method that measures, on prompts, what it keeps.
+        """
+        match self.answer:
+            case Answer.HOLDS:
+                return "add"
+            case Answer.CANNOT_BE_PORTED:
+                return None
+            case _:
+                return "align"
+
 
 @dataclass(frozen=True, slots=True)
 class Measures:
@@ -87,6 +102,9 @@ class Measures:
         changes_vocabulary: Whether the patch changes rows that stand for tokens, and tokens have moved or are gone.
         fitted_to: How the weights that the patch was fitted to are quantized (QLoRA); None where they are not.
         quantization_gap: `|W - dequant(quant(W))| / |Δ|` of them; None where it was not measured.
+        same_in: The dtype in which base and evolved model are the same numbers; None where more than that differs.
+        chain: The way of a patch that was ported before; None for one that was not.
+        nothing: Why the patch changes nothing; None where it does.
     """
 
     refusals: tuple[Refusal, ...] = ()
@@ -101,6 +119,9 @@ class Measures:
     changes_vocabulary: bool = False
     fitted_to: str | None = None
     quantization_gap: float | None = None
+    same_in: str | None = None
+    chain: Chain | None = None
+    nothing: str | None = None
 
 
 def judge(measures: Measures) -> Verdict:
@@ -145,9 +166,12 @@ def _reasons(measures: Measures) -> Iterator[Reason]:
     if measures.refusals:
         yield from (Reason(Answer.CANNOT_BE_PORTED, str(refusal)) for refusal in measures.refusals)
         return
+    if measures.nothing is not None:
+        yield Reason(Answer.UNCERTAIN, f"there is nothing to hold: {measures.nothing}")
     for name in measures.broken:
         yield Reason(Answer.WILL_NOT_HOLD, f"{name}: contains an infinity or NaN; a training run diverged.")
     yield from _of_lineage(measures)
+    yield from _of_chain(measures.chain)
     yield from _of_direction(measures)
     for change in measures.config_changes:
         if change.effect is Effect.FUNCTION:
@@ -222,6 +246,40 @@ def _of_lineage(measures: Measures) -> Iterator[Reason]:
         )
 
 
+def _of_chain(chain: Chain | None) -> Iterator[Reason]:
+    """What speaks against a patch that was ported before, though this update alone may be short."""
+    if chain is None:
+        return
+    first, since = chain.trained_on.name, chain.measured
+    if since is not None:
+        if since.relative.high > SHORT_DRIFT.value:
+            yield Reason(
+                Answer.UNCERTAIN,
+                f"since {first}, on which it was trained, the weights that the patch changes drifted by "
+                f"{_percent(since.relative.value)} of their norm; plain addition is known to hold up to "
+                f"{_percent(SHORT_DRIFT.value)}. Measure it: portllm evaluate.",
+                SHORT_DRIFT,
+            )
+        return
+    if (bound := chain.at_most) is None:
+        hop = chain.unmeasured[0]
+        yield Reason(
+            Answer.UNCERTAIN,
+            f"how far the weights drifted since {first}, on which it was trained, is not known: the drift from "
+            f"{hop.source} to {hop.target} was not measured when it was ported. Measure all of it: --trained-on "
+            f"{first}.",
+            SHORT_DRIFT,
+        )
+    elif bound > SHORT_DRIFT.value:
+        yield Reason(
+            Answer.UNCERTAIN,
+            f"since {first}, on which it was trained, the weights that the patch changes may have drifted by up to "
+            f"{_percent(bound)} of their norm over {len(chain.hops)} updates; plain addition is known to hold up to "
+            f"{_percent(SHORT_DRIFT.value)}. Measure all of it: --trained-on {first}.",
+            SHORT_DRIFT,
+        )
+
+
 def _of_direction(measures: Measures) -> Iterator[Reason]:
     cosine = measures.alignment
     if cosine is not None and abs(cosine) >= ALIGNED_COSINE.value:
@@ -242,6 +300,10 @@ def _of_direction(measures: Measures) -> Iterator[Reason]:
 
 
 def _remarks(measures: Measures) -> Iterator[str]:
+    if measures.same_in is not None:
+        yield f"base and evolved model are the same weights in {measures.same_in}: what drifted is rounding alone"
+    if measures.chain is not None:
+        yield "the patch was ported before; the forecast is for this update alone"
     for change in measures.config_changes:
         if change.effect is not Effect.FUNCTION:
             yield _change(change)

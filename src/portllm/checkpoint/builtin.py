@@ -8,6 +8,7 @@ not be installed.
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -74,7 +75,7 @@ def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
     """
     if name not in BUILTIN:
         raise NotFoundError(f"'builtin:{name}': unknown built-in model; available: {', '.join(sorted(BUILTIN))}.")
-    source = _locate(name, BUILTIN[name])
+    source = locate(name)
     root = cache_root() / "builtin"
     folder = root / f"{name}-{_content_key(source, root / f'{name}.json')}"
     if not _is_whole(folder):
@@ -82,8 +83,35 @@ def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
     return folder
 
 
-def _locate(name: str, builtin: Builtin) -> Path:
-    """The GGUF file inside the installed package."""
+def export_builtin(name: str, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> None:
+    """Write a built-in model to a folder of the user's own, as a checkpoint that any tool reads.
+
+    Args:
+        name: A key of `BUILTIN`.
+        out: The folder.
+        overwrite: Replace what is there.
+        progress: Told of the conversion, if there is one.
+
+    Raises:
+        OutputExistsError: `out` exists and `overwrite` is False.
+        NotFoundError, CheckpointError, OutputError: As `builtin_folder`, or `out` cannot be written.
+    """
+    from portllm.files.output_folder import check_free, staged_folder
+
+    check_free(out, overwrite=overwrite)
+    folder = builtin_folder(name, progress=progress)
+    with staged_folder(out, overwrite=overwrite) as staging:
+        for file in _FILES:
+            shutil.copyfile(folder / file, staging / file)
+
+
+def locate(name: str) -> Path:
+    """The GGUF file of a key of `BUILTIN`, inside the installed package.
+
+    Raises:
+        NotFoundError: The package is not installed.
+    """
+    builtin = BUILTIN[name]
     spec = find_spec(builtin.module)
     places = spec.submodule_search_locations if spec is not None else None
     for place in places or ():

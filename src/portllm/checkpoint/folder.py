@@ -1,6 +1,7 @@
 """A model's folder, opened by what lies in it."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from portllm.checkpoint.safetensors.header_file import describing, read_header
 from portllm.checkpoint.safetensors.names import GGUF_SUFFIX, INDEX_FILE, SINGLE_FILE
 from portllm.errors import NotFoundError
 from portllm.files.json_file import read_config
+
+ADAPTER_FILE = "adapter_config.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+CONVERSION = (
+    'Convert the model once, if you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\"."
+)
+
+_SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_STEP = re.compile(r"checkpoint-(?P<step>\d+)")
 
 
 def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Checkpoint:
@@ -32,7 +43,7 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
     files = [folder / file for file in there if file.endswith(GGUF_SUFFIX)]
     if len(files) == 1:
         return open_gguf(files[0], name=name, folder=folder)
-    raise NotFoundError(f"'{name}': {why_no_model(there)}")
+    raise NotFoundError(f"'{name}': {_inner_model(folder, name) or why_no_model(there)}")
 
 
 def open_gguf(path: Path, *, name: str, folder: Path | None) -> Checkpoint:
@@ -54,14 +65,56 @@ def _files_in(folder: Path) -> list[str]:
 def why_no_model(files: Iterable[str]) -> str:
     """What a folder or repository with these files is, when it is no model that can be read."""
     files = list(files)
-    if "adapter_config.json" in files:
-        return "is an adapter, not a model. Pass it as the patch, and its base model as the base."
-    if any(file.endswith(".bin") or Path(file).suffix.startswith(".pt") for file in files):
+    if ADAPTER_FILE in files:
         return (
-            'contains pickled weights, which are never read. Convert them once: python -c "from transformers '
-            "import AutoModelForCausalLM as M; "
-            "M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\"."
+            "is an adapter, not a model. Pass it as the patch (capture takes it as --adapter), and the model that it "
+            "was trained on as the base."
         )
+    if any(Path(file).suffix in PICKLE_SUFFIXES for file in files):
+        return f"contains pickled weights, which are never read. {CONVERSION}"
     if several := sorted(file for file in files if file.endswith(GGUF_SUFFIX)):
         return f"contains {len(several)} GGUF files. Pass one of them, such as '{several[0]}'."
+    if any(file.endswith(".safetensors") for file in files):
+        shown = ", ".join(sorted(file for file in files if file.endswith(".safetensors"))[:2])
+        return (
+            f"contains {shown}, and neither {SINGLE_FILE} nor {INDEX_FILE}. Download the index too, or name the file "
+            "itself if it is a whole model."
+        )
     return f"contains neither {SINGLE_FILE} nor {INDEX_FILE} nor a GGUF file."
+
+
+def why_no_model_file(path: Path, *, folder: Path) -> str | None:
+    """What a file is that is no whole model, and what to pass instead; None for one that may be.
+
+    Args:
+        path: The file, which is not a GGUF file.
+        folder: The one that it is in, as the user would name it.
+    """
+    if _SHARD_NAME.search(path.name):
+        return f"is one shard of a model. Pass the folder that contains all shards: {folder}"
+    if (path.parent / ADAPTER_FILE).is_file() and path.name.startswith("adapter"):
+        return (
+            f"is a file of an adapter, not a model. Pass its folder as the patch: {folder}, and the model that it was "
+            "trained on as the base."
+        )
+    if path.suffix == ".safetensors":
+        return None
+    if path.suffix in PICKLE_SUFFIXES:
+        return f"is a pickle, which can run code and is never read. {CONVERSION}"
+    if path.suffix in SIDE_SUFFIXES:
+        return f"is a file of a model's folder, not its weights. Pass the folder: {folder}"
+    return "is neither a safetensors nor a GGUF file. Pass a model's folder, or such a file."
+
+
+def _inner_model(folder: Path, name: str) -> str | None:
+    """The way into a folder that is no model itself, and holds the checkpoints of a training run."""
+    steps = {
+        int(match["step"]): child
+        for child in folder.glob("checkpoint-*")
+        if (match := _STEP.fullmatch(child.name)) is not None and child.is_dir()
+    }
+    if not steps:
+        return None
+    last = steps[max(steps)]
+    kind = "an adapter: pass it as the patch" if (last / ADAPTER_FILE).is_file() else "a model: pass it"
+    return f"is the folder of a training run. Its last checkpoint is {kind}: {name}/{last.name}"

@@ -7,11 +7,10 @@ for a model of the hub only.
 """
 
 import os
-import re
 from pathlib import Path
 
 from portllm.checkpoint.builtin import builtin_folder
-from portllm.checkpoint.folder import open_folder, open_gguf
+from portllm.checkpoint.folder import open_folder, open_gguf, why_no_model_file
 from portllm.checkpoint.model.checkpoint import HUB_ID, MAX_NAME_LENGTH, Checkpoint, names_hub
 from portllm.checkpoint.model.unfinished import require_finished
 from portllm.checkpoint.safetensors.folder import tensors_of
@@ -25,8 +24,6 @@ BUILTIN_PREFIX = "builtin:"
 
 ModelLike = str | Path | Checkpoint
 """A model, or where it is."""
-
-_SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpoint:
@@ -97,12 +94,7 @@ def side_file(checkpoint: Checkpoint, name: str) -> Path | None:
 def _open_file(path: Path, *, name: str) -> Checkpoint:
     if path.suffix == GGUF_SUFFIX:
         return open_gguf(path, name=name, folder=None)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"'{name}': only safetensors and GGUF files are read, never pickle. Save the model with save_pretrained "
-            "first."
-        )
-    if _SHARD_NAME.search(path.name):
-        raise CheckpointError(f"'{name}': is one shard of a model. Pass the folder that contains all shards.")
+    if (problem := why_no_model_file(path, folder=Path(name).parent)) is not None:
+        raise CheckpointError(f"'{name}': {problem}")
     header = read_header(path)
     return Checkpoint(name, None, tensors_of(header.tensors, {}), {}, header.metadata)

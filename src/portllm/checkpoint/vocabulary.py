@@ -1,6 +1,7 @@
 """Which token each row of an embedding stands for: `tokenizer.json`, as far as that."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import side_file
@@ -9,6 +10,8 @@ from portllm.files.input_file import read_input
 from portllm.files.json_file import MAX_JSON_BYTES, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
+ADDED_FILE = "added_tokens.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 MAX_ROWS = 1 << 31
 """Token ids are 32-bit numbers in every tokenizer."""
@@ -21,12 +24,51 @@ def read_vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
         CheckpointError: The file is damaged.
     """
     file = side_file(checkpoint, TOKENIZER_FILE)
-    if file is None:
-        return None
+    return None if file is None else _parsed(file)
+
+
+def vocabulary_in(files: Mapping[str, Path]) -> Mapping[str, int] | None:
+    """The row of each token that some files of a tokenizer, by name, tell of; None where they tell of none.
+
+    Where there is no `tokenizer.json`, as with older tokenizers, the added tokens are known, and those of `vocab.json`.
+
+    Raises:
+        CheckpointError: A file is damaged.
+    """
+    if TOKENIZER_FILE in files:
+        return _parsed(files[TOKENIZER_FILE])
+    rows: dict[str, object] = {}
+    for name in ("vocab.json", ADDED_FILE):
+        if name in files:
+            rows |= read_json(files[name])
+    if TOKENIZER_CONFIG in files:
+        decoder = read_json(files[TOKENIZER_CONFIG]).get("added_tokens_decoder")
+        for row, entry in decoder.items() if isinstance(decoder, dict) else ():
+            match entry:
+                case {"content": str(token)} if row.isdecimal() and len(row) < 11:
+                    rows[token] = int(row)
+    return {token: row for token, row in rows.items() if type(row) is int and 0 <= row < MAX_ROWS} or None
+
+
+def _parsed(file: Path) -> Mapping[str, int] | None:
     try:
         return parse_vocabulary(read_json(file))
     except ValueError as error:
         raise CheckpointError(f"'{file}': {error}. The tokenizer is corrupt: download it again.") from error
+
+
+def added_entries(file: Path) -> dict[str, Mapping[str, object]]:
+    """The added tokens of a `tokenizer.json` by their string, each as it is written there.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    listed = read_json(file).get("added_tokens")
+    return {
+        entry["content"]: entry
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    }
 
 
 def has_same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli.data import PromptFileOption, given_prompt
 from portllm.cli.options import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
 
@@ -69,12 +70,25 @@ def capture(
             help="With --tuned: keep or drop changes to norms, biases, embeddings and heads. Defaults to keep.",
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            help="Prompt template of the training data, kept in the patch so that evaluate and certify ask the same "
+            "way.",
+        ),
+    ] = None,
+    prompt_file: PromptFileOption = None,
+    completion: Annotated[
+        str | None, typer.Option("--completion", help="With --prompt: the field with the right answer, kept likewise.")
+    ] = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make a patch from a PEFT adapter and its base, or from a base and its fine-tuned version."""
+    wording = _wording(given_prompt(prompt, prompt_file), completion)
     if (adapter is None) == (tuned is None):
         raise typer.BadParameter("pass exactly one of --adapter and --tuned.")
     if fitted_to is None and left_alone is not None:
@@ -86,7 +100,7 @@ def capture(
         if isinstance(chosen, int) and max_rank is not None:
             raise typer.BadParameter("--max-rank only applies to --rank auto.")
         _capture_tuned(
-            base, tuned, output, None if chosen == AUTO else int(chosen), max_rank, dense or DenseName.KEEP,
+            base, tuned, output, None if chosen == AUTO else int(chosen), max_rank, dense or DenseName.KEEP, wording,
             dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
         )  # fmt: skip
     elif adapter is not None:
@@ -95,7 +109,7 @@ def capture(
                 "--rank, --max-rank and --dense require --tuned; an adapter is captured unchanged."
             )
         _capture_adapter(
-            base, adapter, initial, output, _fitted_to(fitted_to, left_alone),
+            base, adapter, initial, output, _fitted_to(fitted_to, left_alone), wording,
             dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
         )  # fmt: skip
 
@@ -114,6 +128,15 @@ def parse_rank(text: str) -> int | str:
     return int(text)
 
 
+def _wording(prompt: str | None, completion: str | None) -> dict[str, object]:
+    """How prompts were made in training, for the record."""
+    if completion is not None and prompt is None:
+        raise typer.BadParameter("--completion requires --prompt.")
+    from portllm.running.examples import recorded_wording
+
+    return recorded_wording(prompt, completion)
+
+
 def _fitted_to(scheme: FittedName | None, left_alone: str | None) -> "FittedTo | None":
     if scheme is None:
         return None
@@ -129,16 +152,17 @@ def _capture_adapter(
     initial: Path | None,
     output: Path,
     fitted_to: "FittedTo | None",
+    wording: dict[str, object],
     *,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from portllm.capturing.adapter import capture_adapter, plan_capture
+    from portllm.capturing.adapter import plan_capture, run_capture
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
     from portllm.inspecting.inspect import summarize_patch, summary_to_json
     from portllm.inspecting.text import render_summary
@@ -146,22 +170,18 @@ def _capture_adapter(
 
     loaded, model = open_adapter(adapter), open_checkpoint(base)
     before = None if initial is None else open_adapter(initial)
+    plan = plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to)
+    refuse(plan.refusals)
+    for note in plan.notes:
+        say(f"note: {note}", err=True)
+    if plan.nothing is not None:
+        say(f"warning: {plan.nothing}", err=True)
     if dry_run:
-        if refusals := plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to):
-            raise PlanRefusedError(refusals)
         check_free(output, overwrite=overwrite)
         say(f"would capture {adapter} as a patch of {model.name}: {len(loaded.deltas)} modules match; output: {output}")
         return
     with shown_progress(quiet=quiet) as progress:
-        capture_adapter(
-            loaded,
-            base=model,
-            out=output,
-            initial=before,
-            fitted_to=fitted_to,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        run_capture(plan, output, settings=wording, overwrite=overwrite, progress=progress)
     summary = summarize_patch(output)
     if as_json:
         print_json(summary_to_json(summary))
@@ -176,6 +196,7 @@ def _capture_tuned(
     rank: int | None,
     max_rank: int | None,
     dense: DenseName,
+    wording: dict[str, object],
     *,
     dry_run: bool,
     overwrite: bool,
@@ -202,7 +223,7 @@ def _capture_tuned(
     from portllm.capturing.tuned import run_capture_tuned
 
     with shown_progress(quiet=quiet) as progress:
-        report = run_capture_tuned(plan, output, overwrite=overwrite, progress=progress)
+        report = run_capture_tuned(plan, output, settings=wording, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(tuned_report_to_json(report, output))
     else:

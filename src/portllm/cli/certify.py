@@ -6,6 +6,15 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import (
+    DATA,
+    CompletionOption,
+    PromptFileOption,
+    PromptOption,
+    given_prompt,
+    say_data,
+    say_templates,
+)
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -39,14 +48,11 @@ def certify(
             "--merged", help="Instead of --evolved and --ported: the evolved model with the ported patch merged in."
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Inputs: a JSONL file, with or without answers.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help=f"Inputs, with or without answers. {DATA}")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for certificate.json.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Prompt template. Defaults to the one recorded in the patch.")
-    ] = None,
-    completion: Annotated[
-        str | None, typer.Option(help="JSONL field with the correct answer, if there is one. Same default.")
-    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    completion: CompletionOption = None,
     answers: Annotated[
         AnswerName,
         typer.Option(
@@ -103,7 +109,7 @@ def certify(
     if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
         raise typer.BadParameter("pass --evolved and --ported, or --merged instead of both.")
     from portllm.certifying.certify import plan_certify, run_certify
-    from portllm.certifying.inputs import CertifySettings
+    from portllm.certifying.inputs import CertifySettings, read_inputs
     from portllm.certifying.text import render_certificate, render_certify_plan
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
@@ -115,7 +121,7 @@ def certify(
     settings = CertifySettings(
         kind=answers.value,
         choices=tuple(choice.strip() for choice in choices.split(",")) if choices else (),
-        prompt=prompt,
+        prompt=given_prompt(prompt, prompt_file),
         completion=completion,
         one_line=one_line,
         max_tokens=max_tokens,
@@ -127,15 +133,20 @@ def certify(
         seed=seed,
     )
     check_free(output, overwrite=overwrite)
-    page = Page(html, overwrite=overwrite, alone=False)
+    page = Page(html, overwrite=overwrite)
+    old = load_patch(patch)
+    rows = read_inputs(data, old, settings)
+    say_data(rows, labels=settings.kind == "choices", quiet=quiet)
+    before, after = (open_checkpoint(model) for model in (base, evolved or merged or base))
+    say_templates(rows, [old], before, after)
     with shown_progress(quiet=quiet) as progress:
         planned = plan_certify(
-            load_patch(patch),
-            base=open_checkpoint(base),
-            data=data,
-            evolved=None if evolved is None else open_checkpoint(evolved),
+            old,
+            base=before,
+            data=rows,
+            evolved=None if evolved is None else after,
             ported=None if ported is None else load_patch(ported),
-            merged=None if merged is None else open_checkpoint(merged),
+            merged=None if merged is None else after,
             settings=settings,
             allow_other_base=allow_other_base,
             progress=progress,

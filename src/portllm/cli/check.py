@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import PromptFileOption, PromptOption, given_prompt, say_data, say_templates
 from portllm.cli.options import (
     MODEL,
     PATCHES,
@@ -23,6 +24,14 @@ def check(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=PATCHES)],
     base: Annotated[str, typer.Option("--base", help=f"The model the patches were made on. {MODEL}")],
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            "--trained-on",
+            help="For ported patches: the base they were trained on, to measure the drift since then instead of "
+            "adding up the ports.",
+        ),
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Read every weight of both models instead of a few megabytes of each.")
     ] = False,
@@ -30,14 +39,12 @@ def check(
         Path | None,
         typer.Option(
             "--text",
-            help="Also run both models on unlabeled prompts from the patches' domain (.jsonl, or .txt with one per "
-            "line).",
+            help="Also run both models on unlabeled prompts from the patches' domain: a data file, or .txt with one "
+            "per line.",
         ),
     ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="With --text: prompt template. Defaults to the one recorded in the patches."),
-    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
     gradients: Annotated[
         bool,
         typer.Option(
@@ -62,13 +69,16 @@ def check(
     With --text, both models also run on prompts, which can put a patch in doubt. Exits with 3 unless every patch holds.
     docs/check.md explains each number and where the thresholds come from.
     """
+    prompt = given_prompt(prompt, prompt_file)
     if text is None and (prompt is not None or gradients):
-        raise typer.BadParameter("--prompt and --gradients require --text.")
+        raise typer.BadParameter("--prompt, --prompt-file and --gradients require --text.")
     from portllm.checking.text import check_to_json, render_check
+    from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.patch.folders import find_patches, open_each
     from portllm.probing.check import check as check_patches
+    from portllm.probing.domain import read_domain
 
     page = Page(html, overwrite=overwrite)
     opened = open_each(find_patches(patches), lambda patch, _: patch)
@@ -76,20 +86,25 @@ def check(
     failed = [outcome for outcome in opened if outcome.error is not None]
     if failed and not there:
         raise failed[0].error or AssertionError("an outcome without a value has an error")
-    settings = None
+    before, after = open_checkpoint(base), open_checkpoint(evolved)
+    settings = prompts = None
     if text is not None:
-        from portllm.probing.passes import TextSettings
+        prompts = read_domain(text, there, template=prompt)
+        if not isinstance(prompts, list):
+            say_data(prompts, labels=False, quiet=quiet)
+            say_templates(prompts, there, before, after)
+        from portllm.probing.settings import TextSettings
 
         settings = TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients)
     with shown_progress(quiet=quiet) as progress:
         report = check_patches(
             *there,
-            base=base,
-            evolved=evolved,
+            base=before,
+            evolved=after,
+            trained_on=trained_on,
             full=full,
             places=html is not None,
-            text=text,
-            prompt=prompt,
+            text=prompts,
             settings=settings,
             device=device.value,
             allow_other_base=allow_other_base,

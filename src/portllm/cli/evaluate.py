@@ -6,6 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli.data import (
+    DATA,
+    CompletionOption,
+    PromptFileOption,
+    PromptOption,
+    given_prompt,
+    say_data,
+    say_templates,
+)
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -15,13 +24,12 @@ from portllm.cli.options import (
     OtherBaseOption,
     OverwriteOption,
     QuietOption,
+    TrainingDataOption,
 )
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
-    from portllm.checkpoint.tensor.info import TensorInfo
-    from portllm.evaluating.scoring import Scored, Task
-    from portllm.patch.patch import Patch
+    from portllm.evaluating.scoring import Scored
 
 
 class Judging(StrEnum):
@@ -37,7 +45,7 @@ def evaluate(
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
     ported: Annotated[Path, typer.Option("--ported", help="The patch ported to the evolved model.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Test data: a JSONL file; with --task, a folder of task data.")
+        Path | None, typer.Option("--data", help=f"Test data. {DATA} With --task, a folder of task data.")
     ] = None,
     task: Annotated[
         str | None,
@@ -52,10 +60,9 @@ def evaluate(
     merged: Annotated[
         str | None, typer.Option("--merged", help="The evolved model with the ported patch merged in.")
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Prompt template. Defaults to the one recorded in the patch.")
-    ] = None,
-    completion: Annotated[str | None, typer.Option(help="JSONL field with the correct answer. Same default.")] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    completion: CompletionOption = None,
     judge: Annotated[
         Judging | None,
         typer.Option(help="labels picks the likeliest label; text compares generated text. Defaults to labels."),
@@ -78,20 +85,23 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Random seed for the intervals' bootstrap.")] = 0,
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
+    allow_training_data: TrainingDataOption = False,
     html: HtmlOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compare base, base + patch, evolved, evolved + ported (and retrained) on the same rows."""
+    from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.evaluate import evaluate as evaluate_patch
-    from portllm.evaluating.text import render_comparison
+    from portllm.evaluating.file_rows import FileRows
     from portllm.patch.adapter_folder import load_patch
 
+    prompt = given_prompt(prompt, prompt_file)
     page = Page(html, overwrite=overwrite)
-    old = load_patch(patch)
+    old, before, after = load_patch(patch), open_checkpoint(base), open_checkpoint(evolved)
     bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
     given = {name: value for name, value in bounds.items() if value is not None}
     if task is not None:
@@ -99,21 +109,33 @@ def evaluate(
             raise typer.BadParameter("--task defines its own --prompt, --completion, --judge and --labels; omit them.")
         from portllm.evaluating.harness.source import HarnessRows
 
-        rows: Scored = HarnessRows(task, data=data, score_rows=limit, batch_size=batch_size, **given)
+        rows: FileRows | Scored = HarnessRows(task, data=data, score_rows=limit, batch_size=batch_size, **given)
     elif data is not None:
-        rows = _rows_of_a_file(old, data, prompt, completion, judge, labels, limit, batch_size=batch_size, **given)
+        from portllm.running.data import read_data
+
+        rows = FileRows(
+            read_data(data, old, prompt=prompt, completion=completion),
+            kind=(judge or Judging.LABELS).value,
+            labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
+            limit=limit,
+            batch_size=batch_size,
+            **given,
+        )
+        say_data(rows.data, labels=rows.kind == "labels", quiet=quiet)
+        say_templates(rows.data, [old], before, after)
     else:
         raise typer.BadParameter("pass --data or --task.")
     with shown_progress(quiet=quiet) as progress:
         comparison = evaluate_patch(
             rows,
-            base=base,
+            base=before,
             patch=old,
-            evolved=evolved,
+            evolved=after,
             ported=ported,
             retrained=retrained,
             merged=merged,
             allow_other_base=allow_other_base,
+            allow_training_data=allow_training_data,
             device=device.value,
             seed=seed,
             progress=progress,
@@ -122,30 +144,9 @@ def evaluate(
         from portllm.evaluating.page import evaluate_page
 
         page.write(evaluate_page(comparison, title=f"{patch} from {base} to {evolved}"))
+    from portllm.evaluating.text import render_comparison
+
     if as_json:
         print_json(comparison.to_json())
     else:
         say(render_comparison(comparison))
-
-
-def _rows_of_a_file(
-    patch: "Patch[TensorInfo]",
-    data: Path,
-    prompt: str | None,
-    completion: str | None,
-    judge: Judging | None,
-    labels: str | None,
-    limit: int | None,
-    **bounds: int,
-) -> "Task":
-    from portllm.evaluating.scoring import Task
-    from portllm.running.examples import read_examples
-    from portllm.running.recorded import recorded_format
-
-    examples = read_examples(data, recorded_format(patch, prompt=prompt, completion=completion))
-    return Task(
-        examples=tuple(examples[:limit]),
-        kind=(judge or Judging.LABELS).value,
-        labels=tuple(label.strip() for label in labels.split(",")) if labels else (),
-        **bounds,
-    )

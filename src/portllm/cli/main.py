@@ -22,6 +22,7 @@ from portllm.cli.certify import certify
 from portllm.cli.check import check
 from portllm.cli.combine import combine
 from portllm.cli.demo import demo
+from portllm.cli.doctor import doctor
 from portllm.cli.evaluate import evaluate
 from portllm.cli.fleet import fleet
 from portllm.cli.inspect import inspect
@@ -47,7 +48,6 @@ app = typer.Typer(
     name="portllm",
     help="Carry a fine-tuned model's patch over to the next version of its base, without training.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -72,7 +72,22 @@ def program(
 
 
 # In the order in which a patch goes through them, which is that of `--help`.
-for command in (demo, inspect, train, capture, check, port, merge, combine, evaluate, certify, verify, sign, fleet):
+for command in (
+    demo,
+    inspect,
+    train,
+    capture,
+    check,
+    port,
+    merge,
+    combine,
+    evaluate,
+    certify,
+    verify,
+    sign,
+    fleet,
+    doctor,
+):
     app.command()(command)
 app.add_typer(study)
 

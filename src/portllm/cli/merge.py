@@ -10,22 +10,13 @@ from portllm.cli.options import MODEL, PATCHES, DryRunOption, JsonOption, OtherB
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from portllm.errors import PortLLMError
     from portllm.merging.manifest import MergeReport
     from portllm.merging.options import MergeOptions
     from portllm.merging.plan import MergePlan
     from portllm.merging.rounding_modes import Rounding
-
-
-class DType(StrEnum):
-    """Storage dtypes that weights can be merged to."""
-
-    F64 = "F64"
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
 
 
 class RoundingName(StrEnum):
@@ -35,11 +26,28 @@ class RoundingName(StrEnum):
     STOCHASTIC = "stochastic"
 
 
+class TokenizerName(StrEnum):
+    """Whose tokenizer and chat template a merged model gets."""
+
+    BASE = "base"
+    PATCH = "patch"
+
+
 class MergeDevice(StrEnum):
     """Where the sums of a merge are computed."""
 
     CPU = "cpu"
     CUDA = "cuda"
+
+
+def _dtype(name: str) -> str:
+    from portllm.checkpoint.tensor.info import float_dtype
+    from portllm.errors import UnsupportedDtypeError
+
+    try:
+        return float_dtype(name)
+    except UnsupportedDtypeError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def merge(
@@ -55,7 +63,15 @@ def merge(
     undo: Annotated[
         Path | None, typer.Option("--undo", help="Undo an --in-place merge of the model in this folder (use alone).")
     ] = None,
-    dtype: Annotated[DType | None, typer.Option("--dtype", help="Output dtype. Defaults to each tensor's own.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            parser=_dtype,
+            metavar="DTYPE",
+            help="Output dtype: F64, F32, F16 or BF16, or torch's names of these. Defaults to each tensor's own.",
+        ),
+    ] = None,
     rounding: Annotated[
         RoundingName,
         typer.Option("--rounding", help="How sums are rounded to the output dtype; stochastic is for BF16."),
@@ -71,6 +87,13 @@ def merge(
         str | None,
         typer.Option(
             "--quantized-base", help="The quantized model the patch was trained on, if it was made from --into."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        TokenizerName | None,
+        typer.Option(
+            "--tokenizer",
+            help="Whose tokenizer and chat template the output gets where they differ. Defaults to the patch's.",
         ),
     ] = None,
     allow_other_base: OtherBaseOption = False,
@@ -94,11 +117,12 @@ def merge(
         from portllm.merging.options import MergeOptions
 
         options = MergeOptions(
-            dtype=None if dtype is None else dtype.value,
+            dtype=dtype,
             rounding=_rounding(rounding, seed),
             device=device.value,
             shard_bytes=int(max_shard_size * 10**9),
             allow_other_base=allow_other_base,
+            tokenizer=None if tokenizer is None else tokenizer.value,
         )
         _merge_to(
             patches, into, output, options, quantized_base,
@@ -106,9 +130,9 @@ def merge(
         )  # fmt: skip
     elif len(patches) > 1:
         raise typer.BadParameter("--in-place takes one patch.")
-    elif dtype is not None or overwrite or quantized_base is not None:
+    elif dtype is not None or overwrite or quantized_base is not None or tokenizer is not None:
         raise typer.BadParameter(
-            "--dtype, --overwrite and --quantized-base require -o and cannot be used with --in-place."
+            "--dtype, --overwrite, --quantized-base and --tokenizer require -o and cannot be used with --in-place."
         )
     else:
         _merge_in_place(
@@ -143,6 +167,7 @@ def _merge_to(
         found, lambda patch, _: plan_merge(patch, into=model, options=options, quantized_base=quantized)
     )
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
+    _warn(plans.values())
     if dry_run and found.is_single:
         for plan in plans.values():
             say(render_merge_plan(plan, output))
@@ -197,11 +222,18 @@ def _merge_in_place(
     if dry_run:
         say(render_in_place_plan(plan))
     refuse(plan.merge.refusals)
+    _warn([plan.merge])
     if dry_run:
         return
     with shown_progress(quiet=quiet) as progress:
         report = run_in_place(plan, progress=progress)
     _show(report, folder, plan.merge.notes, as_json=as_json)
+
+
+def _warn(plans: "Iterable[MergePlan]") -> None:
+    for plan in plans:
+        if plan.nothing is not None and not plan.refusals:
+            say(f"warning: {plan.nothing}", err=True)
 
 
 def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:

@@ -39,6 +39,11 @@ OtherBaseOption = Annotated[
 ]
 
 
+TrainingDataOption = Annotated[
+    bool, typer.Option("--allow-training-data", help="Accept the file that a patch was trained on.")
+]
+
+
 class DeviceName(StrEnum):
     """Where a model runs."""
 
@@ -50,6 +55,3 @@ class DeviceName(StrEnum):
 DeviceOption = Annotated[
     DeviceName, typer.Option("--device", help="Device to run on; auto uses a GPU if there is one.")
 ]
-
-
-DataOption = Annotated[Path, typer.Option("--data", help="Training data: a JSONL file.")]

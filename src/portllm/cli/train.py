@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
 from portllm.cli.options import (
     MODEL,
-    DataOption,
     DeviceName,
     DeviceOption,
     DryRunOption,
@@ -21,19 +21,11 @@ from portllm.cli.terminal import print_json, say
 
 def train(
     base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {MODEL}")],
-    data: DataOption,
+    data: Annotated[Path, typer.Option("--data", help=f"Training data. {DATA}")],
     output: OutOption,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            help="Prompt template, such as 'Question: {question} Type:'. Defaults to the one recorded in "
-            "--init-from or --teacher.",
-        ),
-    ] = None,
-    completion: Annotated[
-        str | None, typer.Option("--completion", help="JSONL field with the target text. Same default.")
-    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    completion: CompletionOption = None,
     init_from: Annotated[
         Path | None, typer.Option("--init-from", help="Start from this patch of --base, such as a ported one.")
     ] = None,
@@ -80,8 +72,9 @@ def train(
     from portllm.cli.progress import shown_progress
     from portllm.inspecting.inspect import summarize_patch, summary_to_json
     from portllm.patch.adapter_folder import load_patch
-    from portllm.training.lessons import Teacher, lesson_of
-    from portllm.training.lora import TrainSettings
+    from portllm.running.data import read_data
+    from portllm.training.lessons import Teacher, read_labels, read_questions
+    from portllm.training.settings import TrainSettings
     from portllm.training.text import render_training
     from portllm.training.train import Training
 
@@ -91,6 +84,7 @@ def train(
         raise typer.BadParameter("--max-new-tokens requires --teacher.")
     if teacher is not None and completion is not None:
         raise typer.BadParameter("--completion cannot be used with --teacher, whose answers are learned instead.")
+    prompt = given_prompt(prompt, prompt_file)
     shape: dict[str, object] = {
         "rank": rank,
         "alpha": alpha,
@@ -100,8 +94,8 @@ def train(
     given = {name: value for name, value in shape.items() if value is not None}
     if init_from is not None and given:
         raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')}: is fixed by --init-from. Omit it.")
-    if init_from is None and teacher is None and (prompt is None or completion is None):
-        raise typer.BadParameter("pass --prompt and --completion.")
+    if init_from is None and teacher is None and (prompt is None) != (completion is None):
+        raise typer.BadParameter("pass --prompt and --completion together.")
     if target_modules is not None and "," in target_modules:
         given["target_modules"] = tuple(target_modules.split(","))
     settings = TrainSettings(
@@ -116,17 +110,23 @@ def train(
         seed=seed,
     )
     start = None if init_from is None else load_patch(init_from)
+    taught_by = None if teacher is None else load_patch(teacher)
+    known = taught_by or start
+    rows = read_data(
+        data, *(() if known is None else (known,)), prompt=prompt, completion=completion, answers=teacher is None
+    )
     old = None
-    if teacher is not None and teacher_base is not None:
-        old = Teacher(open_checkpoint(teacher_base), load_patch(teacher), max_new_tokens or 32)
+    if taught_by is not None and teacher_base is not None:
+        old = Teacher(open_checkpoint(teacher_base), taught_by, max_new_tokens or 32)
     training = Training(
         base=open_checkpoint(base),
-        lesson=lesson_of(data, prompt=prompt, completion=completion, start=start, teacher=old),
+        lesson=read_labels(rows) if old is None else read_questions(rows, old),
         settings=settings,
         start=start,
         out=output,
         overwrite=overwrite,
     )
+    say_data(rows, labels=teacher is None, quiet=quiet)
     if dry_run:
         say(training.preview())
         return

@@ -7,7 +7,7 @@ scores; for the evolution, two pairs were tried.
 """
 
 from portllm.training.evolve import EvolveSettings
-from portllm.training.lora import TrainSettings
+from portllm.training.settings import TrainSettings
 
 PROMPT = "{passage}\nThis passage answers a question about"
 COMPLETION = "type"

@@ -30,10 +30,10 @@ from portllm.demo.settings import (
     TRAIN,
 )
 from portllm.errors import OutputError, OutputExistsError
-from portllm.evaluating.compare import Comparison, Contestants, score_all, set_side_by_side
-from portllm.evaluating.evaluate import plan_evaluation
+from portllm.evaluating.compare import Comparison, score_all, set_side_by_side
 from portllm.evaluating.names import BASE as ALONE
 from portllm.evaluating.names import PORTED
+from portllm.evaluating.plan import Contestants, plan_evaluation
 from portllm.evaluating.scoring import Scores, Task
 from portllm.files.kept_results import Kept, keep
 from portllm.files.own_files import require_real
@@ -43,6 +43,7 @@ from portllm.patch.written import checkpoint_identity, patch_identity
 from portllm.porting.port import port
 from portllm.probing.probe import TextSettings, add_text
 from portllm.progress import Progress, Unit, silent
+from portllm.running.data import read_data
 from portllm.running.examples import ExampleFormat, read_examples, read_prompts, read_texts
 from portllm.running.folder import model_folder
 from portllm.training.evolve import evolve
@@ -171,9 +172,8 @@ class _Teller:
     def train(self, name: str, model: Checkpoint, out: Path, *, progress: Progress) -> None:
         def work() -> dict[str, object]:
             with resources.as_file(DATA / TRAINING_ROWS) as rows:
-                training = Training(
-                    base=model, lesson=read_labels(rows, FORMAT), out=out, settings=TRAIN, overwrite=True
-                )
+                lesson = read_labels(read_data(rows, prompt=PROMPT, completion=COMPLETION))
+                training = Training(base=model, lesson=lesson, out=out, settings=TRAIN, overwrite=True)
                 _, report = training.run(device="cpu", progress=progress)
             return {
                 "steps": report.steps,

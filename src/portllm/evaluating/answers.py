@@ -4,18 +4,17 @@ The same prompts, cuts and sums as `scoring`, so that an answer here is the one 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 
 from portllm.errors import DataError
+from portllm.evaluating.names import AnswerKind
 from portllm.evaluating.scoring import Tick, answer_text, encode_labels, label_log_probs
 from portllm.running.encoding import Encoder, batches, encode_prompts, pad_left
+from portllm.running.examples import Border
 from portllm.running.generation import write
 from portllm.running.model import PeftModel, PreTrainedModel
-
-AnswerKind = Literal["choices", "exact", "free"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +30,7 @@ class Questions:
         max_tokens: Most tokens of a row; longer prompts are cut from the left, as in training.
         max_new_tokens: Most tokens written.
         batch_size: Rows of a forward pass; changes no result by more than rounding.
+        border: How an answer follows a prompt.
 
     Raises:
         DataError: There are no prompts, or fewer than two choices, or one of them stands twice.
@@ -43,6 +43,7 @@ class Questions:
     max_tokens: int = 512
     max_new_tokens: int = 32
     batch_size: int = 16
+    border: Border = field(default_factory=Border)
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -91,6 +92,7 @@ def answer(
     Raises:
         DataError: A choice leaves no room for the prompt, or a prompt has no tokens.
     """
+    encoder = encoder.at(questions.border)
     texts = [""] * len(questions.prompts)
     if questions.kind == "choices":
         rows, choices, n_cut_rows = encode_labels(
@@ -143,6 +145,7 @@ def count_same_tokens(
         device: Where the model is.
         tick: Told how many rows each batch had.
     """
+    encoder = encoder.at(questions.border)
     rows, _ = encode_prompts(encoder, questions.prompts, room=questions.max_tokens - 1)
     same = [0] * len(rows)
     for batch in batches(

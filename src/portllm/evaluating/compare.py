@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from portllm.errors import PortLLMError
 from portllm.evaluating.metrics import Estimate, Flips, Retention, accuracy, flips, mean_loss, paired_change, retention
 from portllm.evaluating.names import BASE, EVOLVED, MERGED, ORDER, PATCHED, PORTED, PORTS, RETRAINED
+from portllm.evaluating.plan import Contestants
 from portllm.evaluating.scoring import Scored, Scores
 from portllm.notebook import ShownInNotebook
 from portllm.progress import Progress, silent
@@ -25,37 +25,6 @@ from portllm.running.model import (
     load_model,
     load_tokenizer,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contestants:
-    """The folders to compare; only what is given is run.
-
-    Attributes:
-        base: Checkpoint that the patch was made on.
-        patch: The patch, as an adapter folder.
-        evolved: Checkpoint of the later version.
-        ported: The patch carried over to it, as an adapter folder.
-        retrained: A patch trained on the evolved checkpoint with the same rows, as an adapter folder.
-        merged: Checkpoint of the evolved model with the ported patch in its weights.
-
-    Raises:
-        PortLLMError: Something of the evolved model is given without it.
-    """
-
-    base: Path
-    patch: Path | None = None
-    evolved: Path | None = None
-    ported: Path | None = None
-    retrained: Path | None = None
-    merged: Path | None = None
-
-    def __post_init__(self) -> None:
-        orphans = [name for name in ("ported", "retrained", "merged") if getattr(self, name) is not None]
-        if orphans and self.evolved is None:
-            raise PortLLMError(
-                f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Pass it as well."
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,9 @@
-"""What the models of a comparison are called, in the order of the story."""
+"""What the models of a comparison are called, in the order of the story, and the kinds of answers."""
+
+from typing import Literal
+
+AnswerKind = Literal["choices", "exact", "free"]
+"""The likeliest of the choices; what is written, compared as a whole; the same, compared token by token."""
 
 BASE = "base"
 PATCHED = "base + patch"

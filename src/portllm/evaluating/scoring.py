@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from portllm.errors import DataError
 from portllm.running.encoding import Encoder, PaddedBatch, batches, pad_left
-from portllm.running.examples import Example
+from portllm.running.examples import Border, Example
 from portllm.running.generation import write
 from portllm.running.loss import completion_nats
 from portllm.running.model import PeftModel, PreTrainedModel
@@ -81,6 +81,7 @@ class Task:
         max_tokens: Maximum tokens per row; longer prompts are truncated from the left, as in training.
         max_new_tokens: Maximum number of tokens to generate, for `text`.
         batch_size: Rows per forward pass; affects results only by rounding.
+        border: How an answer follows a prompt.
 
     Raises:
         DataError: There are no examples, fewer than two labels, or a completion that is no label.
@@ -92,6 +93,7 @@ class Task:
     max_tokens: int = 512
     max_new_tokens: int = 32
     batch_size: int = 16
+    border: Border = field(default_factory=Border)
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -173,6 +175,7 @@ def score(
         DataError: A completion does not fit into `task.max_tokens`.
     """
     began = time.perf_counter()
+    encoder = encoder.at(task.border)
     with torch.inference_mode():
         run = _score_labels if task.kind == "labels" else _score_text
         answers, losses, n_cut = run(model, encoder, task, device, tick)
@@ -314,5 +317,8 @@ def _score_text(
 
 def answer_text(encoder: Encoder, tokens: Sequence[int], *, one_line: bool) -> str:
     """The answer of written tokens, without marks and whitespace around it; its first line, if asked for."""
-    text = encoder.decode(tokens).strip()
+    text = encoder.decode(tokens)
+    if end := encoder.border.end.strip():  # of a template whose end mark is plain text
+        text = text.partition(end)[0]
+    text = text.strip()
     return text.splitlines()[0].strip() if one_line and text else text

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from portllm.errors import CheckpointError
+from portllm.files.content import mistaken
 from portllm.files.input_file import read_input
 from portllm.files.json_text import parse_json
 
@@ -29,12 +30,18 @@ def read_json(
     Raises:
         error: As `read_json_text`; or it is not JSON that every reader reads alike, or not an object.
     """
+    text = read_json_text(file, error=error, most=most)
     try:
-        value = parse_json(read_json_text(file, error=error, most=most), infinities=infinities)
+        value = parse_json(text, infinities=infinities)
     except ValueError as problem:
+        if (other := mistaken(text)) is not None:
+            raise error(f"'{file}': {other}") from problem
         raise error(f"'{file}': is not valid JSON ({problem}). Download or write it again.") from problem
     if not isinstance(value, dict):
-        raise error(f"'{file}': must contain a JSON object, not a {type(value).__name__}.")
+        raise error(
+            f"'{file}': must contain a JSON object, not a {type(value).__name__}: another file has taken its "
+            "name. Download it again, or copy it from where it was saved."
+        )
     return value
 
 

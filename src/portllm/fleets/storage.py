@@ -20,9 +20,14 @@ from fsspec import AbstractFileSystem
 from portllm.errors import MissingExtraError, PortLLMError, StorageError
 from portllm.files import own_files
 from portllm.files.seal import digest_file
+from portllm.installed import how_to_get
 from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE
+from portllm.patch.side_files import SIDE_FILES
 
-PATCH_FILES = (CONFIG_FILE, TENSOR_FILE, RECORD_FILE)
+PATCH_FILES = (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES)
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""By which extra a protocol is had; of others, fsspec says which package they need."""
 
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -176,11 +181,14 @@ def _reached(place: str) -> Iterator[tuple[AbstractFileSystem, str]]:
     except PortLLMError:
         raise
     except ImportError as error:
-        raise MissingExtraError(
-            f"'{place}': {error}. For s3:// run: pip install 'portllm[s3]'; for gs://: pip install 'portllm[gcs]'."
-        ) from error
+        raise MissingExtraError(f"'{place}': {error}. {_hint(place)}".rstrip()) from error
     except Exception as error:  # each of fsspec's file systems has errors of its own
         raise StorageError(f"'{place}': {_first_line(error)}.", can_pass=_can_pass(error)) from error
+
+
+def _hint(place: str) -> str:
+    extra = _EXTRAS.get(place.partition("://")[0])
+    return how_to_get(extra) if extra else ""
 
 
 def _can_pass(error: Exception) -> bool:

@@ -11,7 +11,9 @@ from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
 from portllm.patch.adapter_folder import CONFIG_FILE, PatchLike, open_adapter, stored_tensors
+from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
+from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
 from portllm.progress import Progress, silent
@@ -70,6 +72,10 @@ class PatchSummary:
         scales: Number of modules of each scale.
         n_params: Numbers in all factors.
         n_bytes: Bytes of all factors.
+        whole: Modules that it holds whole: saved modules, trained biases.
+        token_rows: By module, how many rows of tokens were trained.
+        copies: Tensors of which it contains copies, of the base's weights or of a base with other rows.
+        nothing: Why it changes nothing; None where it does.
         changed_base: How PEFT changed the base when training began (`pissa`, ...), else None.
         base_name: What PEFT's configuration calls the base.
         base_revision: Which revision of it PEFT's configuration names, or None.
@@ -84,6 +90,10 @@ class PatchSummary:
     scales: Mapping[float, int]
     n_params: int
     n_bytes: int
+    whole: tuple[str, ...]
+    token_rows: Mapping[str, int]
+    copies: tuple[str, ...]
+    nothing: str | None
     changed_base: str | None
     base_name: str | None
     base_revision: str | None
@@ -164,6 +174,10 @@ def summarize_patch(where: PatchLike) -> PatchSummary:
         scales=dict(sorted(Counter(delta.scale for delta in deltas.values()).items())),
         n_params=patch.n_params,
         n_bytes=sum(info.n_bytes for info in stored_tensors(patch).values()),
+        whole=tuple(dict.fromkeys(name.rpartition(".")[0] for name in patch.values)),
+        token_rows={name.removesuffix(WEIGHT): len(rows.rows) for name, rows in patch.rows.items()},
+        copies=tuple(patch.base_copies),
+        nothing=why_nothing(patch),
         changed_base=patch.config.changed_base,
         base_name=str(base_name) if base_name else None,
         base_revision=str(base_revision) if base_revision else None,

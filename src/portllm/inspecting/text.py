@@ -1,11 +1,13 @@
 """What `inspect` prints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from portllm.inspecting.inspect import CheckpointSummary, PatchSummary
 from portllm.patch.record import Choice, PatchRecord
 from portllm.show.numbers import counted, n_params
 from portllm.show.table import n_bytes, table
+
+SHOWN = 6
 
 
 def render_summary(summary: CheckpointSummary | PatchSummary) -> str:
@@ -39,6 +41,14 @@ def _patch(summary: PatchSummary) -> str:
         "scale": _by_module(summary.scales),
         "size": f"{n_params(summary.n_params)} parameters, {n_bytes(summary.n_bytes)}",
     }
+    if summary.whole:
+        rows["held whole"] = f"{len(summary.whole)}: {_shown(summary.whole)}"
+    if summary.token_rows:
+        rows["token rows"] = ", ".join(f"{count} of {module}" for module, count in summary.token_rows.items())
+    if summary.copies:
+        rows["copies"] = f"{_shown(summary.copies)}: of the base's own weights, or trained; 'capture' compares them"
+    if summary.nothing:
+        rows["warning"] = summary.nothing
     if summary.changed_base:
         rows["began with"] = f"from the base's weights ({summary.changed_base}); 'portllm capture' converts it"
     rows |= _origin(summary.record) if summary.record else {"base": _unrecorded(summary)}
@@ -80,6 +90,10 @@ def _setting(value: object) -> str:
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         return str(value["name"])
     return f"({len(value)})" if isinstance(value, Mapping | list) else str(value)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _counts(counts: Mapping[str, int]) -> str:

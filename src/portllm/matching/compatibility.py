@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import TakenForEqual, look_same
+from portllm.checkpoint.model.equality import TakenForEqual
+from portllm.checkpoint.model.identity import fingerprint_in
 from portllm.checkpoint.model.names import is_embedding
 from portllm.checkpoint.tensor.encoding import Unread
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
@@ -12,10 +14,12 @@ from portllm.errors import Refusal
 from portllm.matching.experts import expert_changes, expert_mismatches
 from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
-from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
+from portllm.patch.delta import Change, Factor, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+
+F = TypeVar("F", bound=Factor)
 
 
 def oriented(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Patch[TensorInfo]:
@@ -53,7 +57,7 @@ def changes_on(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> dict[str, Ch
     return changes
 
 
-def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
+def changes_of(patch: Patch[F]) -> dict[str, Change[F]]:
     """What a patch does, by the name that it has for the tensor it is done to; all but experts."""
     return {
         **{module + WEIGHT: delta for module, delta in patch.deltas.items()},
@@ -63,8 +67,14 @@ def changes_of(patch: Patch[TensorInfo]) -> dict[str, Change[TensorInfo]]:
     }
 
 
-def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
-    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for."""
+def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int | None = None) -> Iterator[Refusal]:
+    """Why a patch cannot be put on a model: both ways, nothing is left unaccounted for.
+
+    Args:
+        patch: What is put on it.
+        checkpoint: The model.
+        n_rows: How many rows its embedding and its head get for it; None for as many as they have.
+    """
     unread = next((info.encoding for info in checkpoint.infos.values() if isinstance(info.encoding, Unread)), None)
     if unread is not None:
         yield Refusal(
@@ -87,12 +97,30 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Ref
                 where,
                 f"the patch changes it, but {checkpoint.name} has no such {_kind(change)}.{_near(where, weights)}",
             )
-        elif problem := _mismatch(change, tensor, checkpoint):
+        elif problem := _mismatch(change, _resized(tensor, checkpoint, n_rows), checkpoint):
             yield Refusal(where, problem)
     yield from _unnamed(patch, named)
     yield from _missing(patch, named)
     yield from expert_mismatches(patch, checkpoint)
     yield from _shared_rows(patch, named)
+    yield from _resized_copies(patch, checkpoint)
+
+
+def _resized(tensor: TensorInfo, checkpoint: Checkpoint, n_rows: int | None) -> TensorInfo:
+    if n_rows is None or not (tensor is checkpoint.embedding or tensor is checkpoint.head):
+        return tensor
+    return replace(tensor, shape=(n_rows, *tensor.shape[1:]))
+
+
+def _resized_copies(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterator[Refusal]:
+    """Copies of weights, not yet held against the base, that PEFT could not even load over the model's."""
+    for name, copies in patch.base_copies.items():
+        tensor = checkpoint.tensor(name)
+        for copy in copies:
+            if tensor is not None and copy.shape != tensor.shape:
+                yield Refusal(
+                    name, f"the adapter contains it with shape {copy.shape}, but {checkpoint.name} has {tensor.shape}."
+                )
 
 
 def outline(patch: Patch[TensorInfo]) -> Hashable:
@@ -101,6 +129,7 @@ def outline(patch: Patch[TensorInfo]) -> Hashable:
         repr(patch.config.fields),
         tuple((name, _outline(change)) for name, change in changes_of(patch).items()),
         tuple((name, delta.a.shape, delta.b.shape, delta.rank) for name, delta in patch.experts.items()),
+        tuple((name, tuple(copy.shape for copy in copies)) for name, copies in patch.base_copies.items()),
     )
 
 
@@ -310,36 +339,10 @@ def _shared_rows(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
         )
 
 
-def altered_copies(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
-    """Where a copy of the base's weight that an adapter carries is not this base's."""
-    for module, copy in patch.base_copies.items():
-        weight = base.tensor(module + WEIGHT)
-        if weight is None or not look_same(copy, weight):
-            yield _altered_copy(module, base)
-
-
-def taken_copies(patch: Patch[TensorInfo], base: Checkpoint) -> tuple[TakenForEqual, ...]:
-    """The copies of the base's weights that an adapter carries and that `altered_copies` compares by samples."""
-    weights = {module: base.tensor(module + WEIGHT) for module in patch.base_copies}
-    return tuple(
-        TakenForEqual(patch.base_copies[module], weight, _altered_copy(module, base))
-        for module, weight in weights.items()
-        if weight is not None
-    )
-
-
 def taken_tie(patch: Patch[TensorInfo], model: Checkpoint) -> tuple[TakenForEqual, ...]:
     """The head that is stored beside the embedding it is tied to, where a patch changes either."""
     is_touched = any(model.tensor(name) is model.tied_embedding for name in changes_of(patch))
     return model.stored_twice if is_touched else ()
-
-
-def _altered_copy(module: str, base: Checkpoint) -> Refusal:
-    return Refusal(
-        module,
-        f"the adapter contains a copy of its base's weight that differs from the weight of {base.name}: it "
-        "belongs to another base, or trained this module in full, which is not supported.",
-    )
 
 
 def tie_mismatch(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> Iterator[Refusal]:
@@ -396,11 +399,36 @@ def base_mismatch(
     model: Checkpoint,
     option: str,
     allow_other_base: bool,
+    evolved: ModelIdentity | None = None,
 ) -> Iterator[Refusal]:
-    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant."""
+    """Why a model is not the one that a patch belongs to; nothing where the patch does not say, or it is meant.
+
+    Args:
+        patch: The patch.
+        given: The identity of the model that was given for its base.
+        model: That model.
+        option: By which it was given.
+        allow_other_base: Whether any model is meant.
+        evolved: The model that was given to port to, if one was.
+    """
     if patch.record is None or allow_other_base or patch.record.base.fingerprint == given.fingerprint:
         return
     belongs = patch.record.base
+    if evolved is not None and evolved.fingerprint == belongs.fingerprint:
+        yield Refusal(
+            option,
+            f"{evolved.name}, which was given as the evolved model, is the base that patch '{patch.name}' belongs to: "
+            f"the two are swapped. Pass --base {evolved.name} --evolved {given.name}.",
+        )
+        return
+    if (dtype := same_in(model, belongs)) is not None:
+        yield Refusal(
+            option,
+            f"{given.name} is the base that patch '{patch.name}' belongs to, {belongs.name}, in another dtype: their "
+            f"samples are the same numbers in {dtype}. Pass {belongs.name}, or --allow-other-base to take one for the "
+            "other.",
+        )
+        return
     hint = (
         " A file that stores the experts differently (individually or stacked) also has another fingerprint."
         if model.expert_parts
@@ -413,6 +441,18 @@ def base_mismatch(
         "--allow-other-base if this is "
         f"intended.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
+
+
+def same_in(model: Checkpoint, other: ModelIdentity) -> str | None:
+    """The dtype in which two models are the same numbers, rounded, by what both fingerprints sample; else None."""
+    if model.quantization is not None or other.quantization is not None:
+        return None
+    given = identify(model)
+    if (
+        rounded := next((dtype for dtype, mark in other.rounded.items() if mark == given.fingerprint), None)
+    ) is not None:
+        return rounded
+    return next((dtype for dtype in FLOAT_DTYPES if fingerprint_in(model, dtype) == other.fingerprint), None)
 
 
 def _of_quantized(belongs: ModelIdentity, given: ModelIdentity) -> str:

@@ -39,6 +39,11 @@ class TokenMap:
         return {old: new for new, old in enumerate(self.rows) if old >= 0}
 
     @property
+    def keeps_rows(self) -> bool:
+        """Whether each token of the base has the row that it had."""
+        return not self.gone and all(old in (-1, new) for new, old in enumerate(self.rows))
+
+    @property
     def n_moved(self) -> int:
         """Tokens that have another row than in the base."""
         return sum(old not in (-1, new) for new, old in enumerate(self.rows))
@@ -58,13 +63,8 @@ def match_tokens(base: Checkpoint, evolved: Checkpoint) -> TokenMap | None:
     return map_tokens(old, new, n_base=before.shape[0], n_evolved=after.shape[0])
 
 
-def map_tokens(old: Mapping[str, int], new: Mapping[str, int], *, n_base: int, n_evolved: int) -> TokenMap | None:
-    """How the rows of two vocabularies go together; None where each token has the same row in both.
-
-    Example:
-        >>> map_tokens({"a": 0, "b": 1, "c": 2}, {"c": 0, "a": 1, "d": 2}, n_base=4, n_evolved=4)
-        TokenMap(rows=(2, 0, -1, 3), gone={1: 'b'})
-    """
+def token_map(old: Mapping[str, int], new: Mapping[str, int], *, n_base: int, n_evolved: int) -> TokenMap:
+    """How the rows of two vocabularies go together."""
     rows = [-1] * n_evolved
     for token, row in new.items():
         if row < n_evolved and old.get(token, n_base) < n_base:
@@ -73,9 +73,18 @@ def map_tokens(old: Mapping[str, int], new: Mapping[str, int], *, n_base: int, n
         rows[row] = row
     names = {row: token for token, row in old.items()}
     kept = set(rows)
-    gone = {row: names.get(row, f"row {row}") for row in range(n_base) if row not in kept}
-    is_same = n_base == n_evolved and not gone and all(old in (-1, row) for row, old in enumerate(rows))
-    return None if is_same else TokenMap(tuple(rows), gone)
+    return TokenMap(tuple(rows), {row: names.get(row, f"row {row}") for row in range(n_base) if row not in kept})
+
+
+def map_tokens(old: Mapping[str, int], new: Mapping[str, int], *, n_base: int, n_evolved: int) -> TokenMap | None:
+    """How the rows of two vocabularies go together; None where each token has the same row in both.
+
+    Example:
+        >>> map_tokens({"a": 0, "b": 1, "c": 2}, {"c": 0, "a": 1, "d": 2}, n_base=4, n_evolved=4)
+        TokenMap(rows=(2, 0, -1, 3), gone={1: 'b'})
+    """
+    tokens = token_map(old, new, n_base=n_base, n_evolved=n_evolved)
+    return None if n_base == n_evolved and tokens.keeps_rows else tokens
 
 
 def has_token_rows(name: str, checkpoint: Checkpoint) -> bool:

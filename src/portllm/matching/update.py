@@ -43,11 +43,16 @@ class Update:
         """Which rows follow which tokens; None where they are the same in both, or a model does not say."""
         return None if self.base is None else match_tokens(self.base, self.evolved)
 
-    def mismatches(self, patch: Patch[TensorInfo]) -> tuple[Refusal, ...]:
-        """Why a patch cannot be put on the evolved model; found once for all patches of the same outline."""
-        asked = outline(patch)
+    def mismatches(self, patch: Patch[TensorInfo], *, n_rows: int | None = None) -> tuple[Refusal, ...]:
+        """Why a patch cannot be put on the evolved model; found once for all patches of the same outline.
+
+        Args:
+            patch: What is put on it.
+            n_rows: How many rows its embedding and its head get for it; None for as many as they have.
+        """
+        asked = outline(patch), n_rows
         if asked not in self._mismatches:
-            self._mismatches[asked] = tuple(mismatches(patch, self.evolved))
+            self._mismatches[asked] = tuple(mismatches(patch, self.evolved, n_rows=n_rows))
         return self._mismatches[asked]
 
     def window_sums(self, names: Iterable[str]) -> DriftSums:

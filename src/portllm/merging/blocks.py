@@ -43,11 +43,13 @@ class SourceBlock:
         start: The first row.
         stop: The one after the last.
         data: Their bytes.
+        is_stored: Whether they are rows of the tensor, and not of those that the output has behind its last.
     """
 
     start: int
     stop: int
     data: memoryview
+    is_stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,14 @@ class Tiling:
     Attributes:
         matrix: The tensor as it is read: its rows are what the blocks count.
         ranges: The first row of each block, and the one after its last.
+        n_stored: How many of the rows are in the file, where not all are.
+        resized: What has the others; None for rows of zeros.
     """
 
     matrix: TensorInfo
     ranges: tuple[tuple[int, int], ...]
+    n_stored: int | None = None
+    resized: TensorInfo | None = None
 
     @property
     def height(self) -> int:
@@ -141,6 +147,8 @@ def _reader(device: str, *, keep_cached: bool) -> SpanReader:
 def cut_for(steps: Sequence[MergeStep], bench: Workspace) -> Tiling:
     """Cut the source of some steps so that each of them can do with one block at a time."""
     source = steps[0].source
+    if source.shape != steps[0].entry.shape:
+        return _with_rows_behind(steps[0], bench)
     if all(step.is_copy for step in steps):
         ranges = ((start, min(start + COPY_BYTES, source.n_bytes)) for start in range(0, source.n_bytes, COPY_BYTES))
         return Tiling(replace(source, dtype="U8", shape=(source.n_bytes,)), tuple(ranges))
@@ -161,16 +169,35 @@ def cut_for(steps: Sequence[MergeStep], bench: Workspace) -> Tiling:
     return Tiling(source, tuple(bench.row_blocks(source)))
 
 
+def _with_rows_behind(step: MergeStep, bench: Workspace) -> Tiling:
+    """The tiling of a tensor that has more rows in the output than in its file: no block has of both."""
+    n_stored, n_rows = step.source.shape[0], step.entry.shape[0]
+    behind = bench.row_blocks(replace(step.source, shape=(n_rows - n_stored, *step.source.shape[1:])))
+    ranges = (*bench.row_blocks(step.source), *((n_stored + start, n_stored + stop) for start, stop in behind))
+    return Tiling(replace(step.source, shape=step.entry.shape), ranges, n_stored, step.resized)
+
+
 def read_blocks(cut: Tiling, bench: Workspace) -> Iterator[SourceBlock]:
     """The blocks of a tensor as they are stored; what is quantized, as the values it stands for."""
     row_bytes = n_bytes_of(cut.matrix.dtype, cut.matrix.shape[1:])
     for start, stop in cut.ranges:
-        if cut.matrix.encoding is None:
+        if cut.n_stored is not None and start >= cut.n_stored:
+            yield SourceBlock(start, stop, _rows_behind(cut, start, stop, row_bytes), is_stored=False)
+        elif cut.matrix.encoding is None:
             yield SourceBlock(start, stop, bench.reader.span(cut.matrix, start * row_bytes, stop * row_bytes))
         else:
             from portllm.checkpoint.reading.tensors import encode, load_rows  # loads torch
 
             yield SourceBlock(start, stop, encode(load_rows(cut.matrix, start, stop)))
+
+
+def _rows_behind(cut: Tiling, start: int, stop: int, row_bytes: int) -> memoryview:
+    """Rows that the file does not have, as it would store them."""
+    if cut.resized is None:
+        return memoryview(bytearray((stop - start) * row_bytes))
+    from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load_rows  # loads torch
+
+    return encode(load_rows(cut.resized, start, stop).to(TORCH_DTYPES[cut.matrix.dtype]))
 
 
 def copied(stored: SourceBlock) -> Block:

@@ -35,7 +35,8 @@ from portllm.files.page_cache import is_large
 from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.files.source import LocalFile
-from portllm.matching.compatibility import taken_copies, taken_tie
+from portllm.matching.compatibility import taken_tie
+from portllm.matching.side_files import BASE
 from portllm.merging.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -112,7 +113,7 @@ def plan_in_place(
         )
     undo = _read_undo(folder)
     is_unfinished = os.path.lexists(folder / UNFINISHED_FILE)
-    options = MergeOptions(rounding=rounding, device=device, allow_other_base=allow_other_base)
+    options = MergeOptions(rounding=rounding, device=device, allow_other_base=allow_other_base, tokenizer=BASE)
     plan = plan_merge(patch, into=original(folder, undo, name=str(folder)), options=options)
     refusals = [*plan.refusals, *_fixed_files(folder)]
     if undo is not None and not is_unfinished:
@@ -125,7 +126,9 @@ def plan_in_place(
         )
     if plan.config_changes:
         refusals.append(
-            Refusal(str(folder), "the output has a separate head, for which the model's files have no space.")
+            Refusal(
+                str(folder), "the output has a separate head or more rows, for which the model's files have no space."
+            )
         )
     found = InPlacePlan(plan, folder, undo)
     free = shutil.disk_usage(folder).free
@@ -150,7 +153,7 @@ def run_in_place(plan: InPlacePlan, *, progress: Progress = silent) -> MergeRepo
         if _read_undo(plan.folder) != plan.undo:
             raise OutputBusyError(f"'{plan.folder}': was changed by another run in the meantime. Run again.")
         require_unchanged(plan.merge.files)
-        taken = (*taken_copies(plan.merge.patch, plan.merge.into), *taken_tie(plan.merge.patch, plan.merge.into))
+        taken = (*plan.merge.taken, *taken_tie(plan.merge.patch, plan.merge.into))
         require_equal(taken, progress=progress)
         undo = plan.undo or _keep(held, plan, _digest(plan, how), progress)
         if undo.plan != _digest(plan, how):

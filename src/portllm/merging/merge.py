@@ -27,7 +27,7 @@ from portllm.files.output_folder import Room, check_apart, check_free
 from portllm.files.own_files import holds
 from portllm.files.page_cache import is_large
 from portllm.files.source import LocalFile
-from portllm.matching.compatibility import taken_copies, taken_tie
+from portllm.matching.compatibility import taken_tie
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.merging.outputs import Output, good, not_written, write_outputs
@@ -38,6 +38,7 @@ from portllm.merging.tensor import TensorOptions, TensorResults, require_device
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch
 from portllm.patch.folders import Where
 from portllm.patch.record import ModelIdentity
+from portllm.patch.side_files import copy_into
 from portllm.progress import Progress, silent
 
 MOST_AT_ONCE = 32
@@ -158,7 +159,7 @@ def run_merges(
     for output in outputs:
         with output.alone():
             _require_apart(output, outputs)
-            require_equal(taken_copies(output.plan.patch, output.plan.into), progress=progress)
+            require_equal(output.plan.taken, progress=progress)
     reports: dict[Path, MergeReport] = {}
     left = good(outputs)
     for start in range(0, len(left), MOST_AT_ONCE):
@@ -213,10 +214,13 @@ def _finish(output: Output, folder: Path, how: TensorOptions, progress: Progress
     require_equal(taken_tie(plan.patch, plan.into), known=output.known.read, progress=progress)
     write_index(folder, plan.shards)
     if plan.into.folder is not None:
-        copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes)
+        leave_out = {*plan.beside.leave_out}
         if plan.into.quantization is not None and not plan.keeps_storage:
-            for name in QUANTIZATION_FILES:
-                (folder / name).unlink(missing_ok=True)
+            leave_out |= {*QUANTIZATION_FILES}
+        copy_side_files(plan.into.folder, folder, config_changes=plan.config_changes, leave_out=leave_out)
+    copy_into(folder, plan.beside.files)
+    for name, text in plan.beside.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     report = _report(plan, output.out, folder, how, output.known)
     if plan.fitted is not None:
         gap = measure_gap(plan, plan.fitted, output.known.sums, progress=progress)
@@ -291,7 +295,10 @@ def _on_disk(plans: Mapping[Path, MergePlan], progress: Progress) -> Mapping[Pat
         out: replace(
             plan,
             into=into,
-            steps={name: replace(step, source=sources[step.source.name]) for name, step in plan.steps.items()},
+            steps={
+                name: replace(step, source=sources.get(step.source.name, step.source))
+                for name, step in plan.steps.items()
+            },
         )
         for out, plan in plans.items()
     }
@@ -307,7 +314,9 @@ def _report(
     written = open_checkpoint(folder)
     return MergeReport(
         output=ModelIdentity(out.name, fingerprint(written), digest_of(facts.written, written)),
-        into=structs.replace(plan.identity, digest=digest_of(facts.read, plan.into)),
+        into=plan.identity
+        if plan.leave_out
+        else structs.replace(plan.identity, digest=digest_of(facts.read, plan.into)),
         patch=plan.patch.record,
         dtype=tuple(sorted({plan.steps[name].entry.dtype for name in facts.sums})),
         rounding=str(how.rounding),

@@ -193,12 +193,13 @@ class _NothingLeftError(Exception):
 
 def _by_source(outputs: Sequence[Output]) -> Iterable[Sequence[tuple[Output, Shard, MergeStep]]]:
     """What is made of each tensor of the model, in the order in which the outputs' files need them."""
-    wanted: dict[str, list[tuple[Output, Shard, MergeStep]]] = defaultdict(list)
+    wanted: dict[object, list[tuple[Output, Shard, MergeStep]]] = defaultdict(list)
     for output in outputs:
         for shard in output.left:
             for entry in shard.entries:
                 step = output.plan.steps[entry.name]
-                wanted[step.source.name].append((output, shard, step))
+                # A tensor that gets more rows is read anew for each of those that it gets.
+                wanted[step.source, step.entry.shape, step.resized].append((output, shard, step))
     return wanted.values()
 
 

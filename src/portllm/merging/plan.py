@@ -8,24 +8,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.equality import listed_tensors, same_bytes
+from portllm.checkpoint.model.equality import TakenForEqual, listed_tensors, same_bytes
 from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
-from portllm.errors import Refusal, UnsupportedDtypeError
+from portllm.errors import Refusal
 from portllm.files.source import Source
+from portllm.matching.added_tokens import added_tokens, height_of, n_rows_of, unexplained
+from portllm.matching.base_copies import hold_copies
 from portllm.matching.compatibility import (
-    altered_copies,
     base_mismatch,
     changes_on,
     mismatches,
     oriented,
     unmergeable,
 )
+from portllm.matching.own_values import own_values, without
 from portllm.matching.quantized_base import Fitted, fitted_of, misnamed, quantization_of
+from portllm.matching.side_files import NO_SIDE_FILES, SideFiles, choose_side_files
+from portllm.merging.heads import plan_head
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.patch.adapter_folder import files_of
 from portllm.patch.delta import Change, RowValues, WholeValue
 from portllm.patch.identify import identify
+from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 
@@ -41,16 +46,20 @@ class MergeStep:
         entry: The tensor to write.
         source: The tensor to read.
         change: What the patch does, or None for a tensor that it does not touch.
+        resized: Where the entry has more rows than the source: the weight of a resized model, whose last rows these
+            are; None for rows of zeros.
     """
 
     entry: Entry
     source: TensorInfo
     change: Change[TensorInfo] | None
+    resized: TensorInfo | None = None
 
     @property
     def is_copy(self) -> bool:
         """Whether the stored bytes are those of the output."""
-        return self.change is None and self.source.stored_as == self.entry.dtype
+        as_stored = self.source.stored_as == self.entry.dtype and self.source.shape == self.entry.shape
+        return self.change is None and as_stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,9 @@ class MergePlan:
         notes: What a user should know, though it is no reason to stop.
         refusals: Every reason not to run.
         fitted: The quantized weights that the patch was fitted to, where they can be had again.
+        taken: Copies of the model's weights in the adapter, which are compared whole.
+        beside: What lies beside the weights.
+        leave_out: Tensors of the model that the output does not have, and that are not read.
     """
 
     patch: Patch[TensorInfo]
@@ -80,6 +92,14 @@ class MergePlan:
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     fitted: Fitted | None = None
+    taken: tuple[TakenForEqual, ...] = ()
+    beside: SideFiles = NO_SIDE_FILES
+    leave_out: frozenset[str] = frozenset()
+
+    @property
+    def nothing(self) -> str | None:
+        """Why the patch changes nothing; None where it does. Reads factors."""
+        return why_nothing(self.patch)
 
     @property
     def files(self) -> tuple[Source, ...]:
@@ -117,34 +137,41 @@ def plan_merge(
         into: The model that it belongs to.
         options: How.
         quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
-
-    Raises:
-        UnsupportedDtypeError: The dtype is not one that weights are stored in.
     """
     dtype = options.dtype
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise UnsupportedDtypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
-    patch = oriented(patch, into)
-    refusals = list(mismatches(patch, into))
+    held = hold_copies(patch, into)
+    whole = oriented(held.patch, into)
+    own = own_values(whole, into)
+    head = plan_head(whole, own, into)
+    patch = without(whole, own)
+    height = height_of(patch, into)
+    refusals = [
+        *held.refusals,
+        *unexplained(patch, into, added_tokens(patch, into)),
+        *head.refusals,
+        *mismatches(patch, into, n_rows=height),
+    ]
     if quantized_base is None:
         refusals += base_mismatch(
             patch, identity, model=into, option="--into", allow_other_base=options.allow_other_base
         )
     else:
         refusals += misnamed(patch, into, quantized_base)
-    refusals += altered_copies(patch, into)
     on_model = changes_on(patch, into)
     refusals += unmergeable(on_model, into, dtype=dtype)
-    notes = []
+    notes = [*held.notes, *head.notes]
     if patch.record is None:
         notes.append(f"{patch.name} has no patch.json: {into.name} is assumed to be its base.")
+    beside = choose_side_files(patch, into, n_rows=height or None, whose=options.tokenizer)
+    notes += beside.notes
+    refusals += beside.refusals
     fitted = None if into.quantization is not None else fitted_of(patch, into, quantized_base)
     if (scheme := quantization_of(patch)) is not None and into.quantization is None:
         measured = "the report shows how much" if fitted else "the difference is not measured"
         notes.append(f"the patch was trained on {scheme} weights, which differ from {into.name}: {measured}.")
     changes, sources, unties = _untangle(on_model, into)
-    config_changes: dict[str, object] = {}
+    config_changes: dict[str, object] = {**head.config_changes}
     if unties:
         config_changes |= into.untied_config
         notes.append("the patch unties head and embedding: the output has a separate head.")
@@ -156,14 +183,51 @@ def plan_merge(
         notes.append(f"the output contains the dequantized weights of {into.name} with the patch added.")
     if dtype is not None:
         config_changes["dtype"] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    if height > n_rows_of(into):
+        config_changes |= _with_vocabulary(config_changes, into, height)
+        notes.append(
+            f"embedding and head have {height} rows in the output, {height - n_rows_of(into)} more than in {into.name}."
+        )
     steps = {
-        name: MergeStep(Entry(name, _stored_as(info, dtype), info.shape), info, changes.get(name))
-        for name, info in sorted(sources.items())
+        name: _step(name, info, changes.get(name), patch, into, height, dtype) for name, info in sorted(sources.items())
+    }
+    steps = {name: step for name, step in steps.items() if name not in head.leave_out}
+    steps |= {
+        name: MergeStep(Entry(name, _stored_as(info, dtype), info.shape), info, None)
+        for name, info in head.tensors.items()
     }
     shards = lay_out({name: step.entry for name, step in steps.items()}, shard_bytes=options.shard_bytes)
     return MergePlan(
-        patch, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted
+        whole, into, identity, options, steps, shards, config_changes, tuple(notes), tuple(sorted(refusals)), fitted,
+        held.taken, beside, head.leave_out,
+    )  # fmt: skip
+
+
+def _step(
+    name: str,
+    info: TensorInfo,
+    change: Change[TensorInfo] | None,
+    patch: Patch[TensorInfo],
+    into: Checkpoint,
+    height: int,
+    dtype: str | None,
+) -> MergeStep:
+    """One tensor of the output; embedding and head have as many rows as the patch needs."""
+    is_resized = height > n_rows_of(into) and (info is into.embedding or info is into.head)
+    shape = (height, *info.shape[1:]) if is_resized else info.shape
+    tensor = into.tensor(name) if is_resized else None
+    found = (weight for other, weight in patch.resized.items() if tensor is not None and into.tensor(other) is tensor)
+    return MergeStep(Entry(name, _stored_as(info, dtype), shape), info, change, next(found, None))
+
+
+def _with_vocabulary(changes: Mapping[str, object], into: Checkpoint, n_rows: int) -> dict[str, object]:
+    """The fields of `config.json` that say how many rows there are; a model of vision and text says it there too."""
+    text = changes.get("text_config", into.config.get("text_config"))
+    is_inner = isinstance(text, dict) and "vocab_size" in text
+    found: dict[str, object] = (
+        {"text_config": {**text, "vocab_size": n_rows}} if isinstance(text, dict) and is_inner else {}
     )
+    return found if is_inner and "vocab_size" not in into.config else {**found, "vocab_size": n_rows}
 
 
 def as_listed(sources: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

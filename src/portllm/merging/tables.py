@@ -11,6 +11,10 @@ def merge_facts(report: MergeReport) -> dict[str, str]:
     rows = {
         "identity": f"{report.output.fingerprint}, {report.output.digest}",
         "patch size": f"{percent(total.relative_size, digits=2)} of the changed weights' norm",
+    }
+    if total.delta_sq == 0:
+        return {**rows, "kept gain": "none to keep: the patch changes nothing"}
+    rows |= {
         "kept gain": f"{percent(total.kept_gain)} of the patch survives rounding to {'/'.join(report.dtype)}",
         "rounding loss": f"{percent(total.rounding_loss)} of the patch's norm",
     }

@@ -88,7 +88,8 @@ def make_tensor(targets: Sequence[Target], bench: Workspace, tell: Tell) -> list
         making.begin(cut, bench)
     read, n_bytes = blake3(), 0
     for stored in read_blocks(cut, bench):
-        read.update(stored.data)
+        if stored.is_stored:
+            read.update(stored.data)
         for making in makings:
             n_bytes += making.make(stored)
         if n_bytes >= TELL_BYTES:

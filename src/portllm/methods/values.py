@@ -95,6 +95,34 @@ def take_rows(values: Values, rows: Sequence[int]) -> Computed:
     return Computed(values.name, (len(rows), *values.shape[1:]), taken)
 
 
+def joined(first: Values, second: Values) -> Computed:
+    """The rows of one and then those of another, in a dtype that holds both.
+
+    Example:
+        >>> import torch
+        >>> whole(joined(computed("w", torch.tensor([[1.0]])), computed("v", torch.tensor([[2.0]])))).tolist()
+        [[1.0], [2.0]]
+    """
+    n_first = n_rows_of(first)
+
+    def rows(start: int, stop: int) -> "Tensor":
+        import torch
+
+        dtype = torch.promote_types(first.rows(0, 1).dtype, second.rows(0, 1).dtype)
+        parts = [first.rows(start, min(stop, n_first))] if start < n_first else []
+        parts += [second.rows(max(0, start - n_first), stop - n_first)] if stop > n_first else []
+        return torch.cat([part.to(dtype) for part in parts])
+
+    return Computed(first.name, (n_first + n_rows_of(second), *first.shape[1:]), rows)
+
+
+def summed(first: Values, second: Values) -> Computed:
+    """The sum of two matrices of one shape, in a dtype that holds both."""
+    return Computed(
+        first.name, tuple(first.shape), lambda start, stop: first.rows(start, stop) + second.rows(start, stop)
+    )
+
+
 def take_columns(values: Values, columns: Sequence[int]) -> Computed:
     """Some columns of a matrix in some order; -1 stands for a column of zeros.
 

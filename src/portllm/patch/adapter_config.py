@@ -182,6 +182,11 @@ class AdapterConfig:
         parts = tensor.split(".")[:-1]
         return bool(names) and any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts) + 1))
 
+    def saving(self, modules: Iterable[str]) -> "AdapterConfig":
+        """The configuration with more modules among those that are saved whole."""
+        named = cast(list[str], self.fields.get("modules_to_save") or [])
+        return AdapterConfig({**self.fields, "modules_to_save": [*named, *sorted(modules)]})
+
     @property
     def keeps_ties(self) -> bool:
         """Whether what is done to an embedding is done to a head that is tied to it, and stored for both."""

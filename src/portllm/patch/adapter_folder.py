@@ -4,11 +4,13 @@ Reading takes the headers only; a factor stays on disk, described by a `TensorIn
 tensor of the file is accounted for: it becomes part of a delta, or the folder is refused with all such tensors named.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 from msgspec import structs
@@ -20,8 +22,8 @@ from portllm.checkpoint.safetensors.header import parse_header, render_header
 from portllm.checkpoint.safetensors.header_file import describing, read_header_text, size_of
 from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
-from portllm.errors import AdapterFormatError, PatchRecordError
-from portllm.files.json_file import MAX_CONFIG_BYTES, read_json
+from portllm.errors import AdapterFormatError, CheckpointError, PatchRecordError
+from portllm.files.json_file import MAX_CONFIG_BYTES, read_config, read_json
 from portllm.files.json_text import is_utf8
 from portllm.files.record import decode_sealed, write_sealed
 from portllm.files.seal import digest_file, seal_problem
@@ -30,12 +32,16 @@ from portllm.patch.adapter_config import parse_adapter_config
 from portllm.patch.adapter_keys import INNER, PREFIX, Role, plain_key, render_key
 from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
+from portllm.patch.no_adapter import why_no_adapter
 from portllm.patch.patch import Patch
-from portllm.patch.record import PatchRecord
+from portllm.patch.record import PATCH_FILES, PatchRecord
+from portllm.patch.side_files import SIDE_FILES, copy_into, labels_in, side_files_in
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
+CONFIG_FILE, TENSOR_FILE = PATCH_FILES
 PICKLE_FILE = "adapter_model.bin"
+MODEL_CONFIG_FILE = "config.json"
+"""Some training programs save that of the model beside the adapter; it names a classifier's labels."""
+
 RECORD_FILE = "patch.json"
 COPY_BYTES = 1 << 24
 
@@ -81,12 +87,22 @@ class AdapterOpener:
         recipe = header, file_bytes, repr(fields)  # as text: 1 and True are equal, and only one of them is a rank
         if self._last is not None and self._last[0] == recipe:
             patch = self._last[1].mapped(lambda info: info.in_file(file))
-            return replace(patch, name=name, record=read_record(path), revision=revision)
+            return replace(patch, name=name, revision=revision, **_around(path))
         config = parse_adapter_config(fields, where=name)
         tensors = parse_header(header, file=file, file_bytes=file_bytes).tensors
         patch = sort_out(tensors, config, name=name, record=read_record(path), revision=revision)
         self._last = recipe, patch
-        return patch
+        return replace(patch, **_around(path))
+
+
+def _around(folder: Path) -> dict[str, Any]:
+    """What lies around an adapter's tensors and configuration."""
+    record, config = read_record(folder), folder / MODEL_CONFIG_FILE
+    told = record.labels if record is not None else ()
+    if not told and os.path.isfile(config):
+        with contextlib.suppress(CheckpointError):  # nothing else is asked of it
+            told = labels_in(read_config(config))
+    return {"record": record, "beside": side_files_in(folder), "labels": told}
 
 
 def load_patch(folder: PatchLike) -> Patch[TensorInfo]:
@@ -163,7 +179,8 @@ def parse_record(values: Mapping[str, object], *, where: str) -> PatchRecord:
 
 def write_record(folder: Path, record: PatchRecord) -> PatchRecord:
     """Write `patch.json` beside the patch's other files, sealed and with their digests; the record as written."""
-    whole = structs.replace(record, files={name: digest_file(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)})
+    names = (CONFIG_FILE, TENSOR_FILE, *side_files_in(folder))
+    whole = structs.replace(record, files={name: digest_file(folder / name) for name in names})
     write_sealed(folder / RECORD_FILE, whole)
     return whole
 
@@ -171,7 +188,8 @@ def write_record(folder: Path, record: PatchRecord) -> PatchRecord:
 def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str, base_revision: str | None = None) -> None:
     """Write a patch whose factors lie on disk into a folder that PEFT loads; without the record.
 
-    The tensors are copied as bytes, in the order of their names, so that the same patch gives the same file.
+    The tensors are copied as bytes, in the order of their names, so that the same patch gives the same file. Tokenizer
+    and chat template are copied beside them.
 
     Args:
         folder: An existing, empty folder.
@@ -184,6 +202,7 @@ def write_patch(folder: Path, patch: Patch[TensorInfo], *, base_name: str, base_
     text = json.dumps(dict(sorted(fields.items())), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     tensors = stored_tensors(patch)
+    copy_into(folder, patch.beside)
     with open(folder / TENSOR_FILE, "wb") as file:
         file.write(render_header([(key, info.dtype, info.shape) for key, info in tensors.items()], METADATA))
         for info in tensors.values():
@@ -219,6 +238,8 @@ def stored_tensors(patch: Patch[TensorInfo]) -> dict[str, TensorInfo]:
         keyed[render_key(tensor.removesuffix(BIAS), Role.BIAS_DELTA)] = bias.values
     for tensor, rows in patch.rows.items():
         keyed[render_key(tensor.removesuffix(WEIGHT), Role.TOKEN_ROWS)] = rows.values
+    for tensor, weight in patch.resized.items():
+        keyed[render_key(tensor.removesuffix(WEIGHT), Role.BASE_WEIGHT)] = weight
     for tensor, whole in patch.values.items():
         targeted = tensor.endswith(BIAS) and tensor.removesuffix(BIAS) in patch.deltas
         key = render_key(tensor.removesuffix(BIAS), Role.BASE_BIAS) if targeted else render_key(tensor, Role.WHOLE)
@@ -235,8 +256,8 @@ def _wrapped(tensor: str, patch: Patch[TensorInfo]) -> str:
 
 
 def files_of(patch: Patch[TensorInfo]) -> tuple[Source, ...]:
-    """The files that hold a patch's tensors, sorted."""
-    return tuple(sorted({info.file for info in stored_tensors(patch).values()}, key=str))
+    """The files that a patch is read from, sorted: that of its tensors, tokenizer and chat template."""
+    return tuple(sorted({*(info.file for info in stored_tensors(patch).values()), *patch.beside.values()}, key=str))
 
 
 def folder_of(patch: Patch[TensorInfo]) -> Path:
@@ -276,7 +297,7 @@ def _fetch(name: str) -> tuple[Path, str]:
     from portllm.checkpoint.hub import fetch, look_up  # loads an HTTP client, which few runs need
 
     repository = look_up(name)
-    files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE) if file in repository.files]
+    files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES) if file in repository.files]
     if CONFIG_FILE not in files:
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the Hub, so it is not an adapter.")
     _require_read(repository.files, name)
@@ -294,15 +315,13 @@ def _fetch(name: str) -> tuple[Path, str]:
 
 
 def _require_files(path: Path, name: str) -> None:
-    if not os.path.isdir(path):
+    if not os.path.exists(path):
         raise AdapterFormatError(
             f"'{name[:MAX_NAME_LENGTH]}': no such folder. A patch is a folder with {CONFIG_FILE} and {TENSOR_FILE}."
         )
-    if not os.path.isfile(path / CONFIG_FILE):
-        inner = next((child.parent.name for child in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
-        hint = f" Its subfolder '{inner}' is one: pass that." if inner else ""
-        raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE}, so it is not an adapter folder.{hint}")
     try:
+        if not os.path.isfile(path / CONFIG_FILE):
+            raise AdapterFormatError(f"'{name}': {why_no_adapter(path, name)}")
         there = os.listdir(path)
     except OSError as error:
         raise AdapterFormatError(f"'{name}': cannot be looked into: {error.strerror}.") from error

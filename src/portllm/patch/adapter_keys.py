@@ -31,7 +31,6 @@ class Role(Enum):
 
 UNSUPPORTED: Mapping[str, str] = {
     "lora_diag": "a KaSA diagonal",
-    ".original_module.": "the base's own value, left beside the trained one",
     PREFIX * 2: "of an adapter around another adapter",
     ".lora_down.": "a factor with kohya's names",
     ".lora_up.": "a factor with kohya's names",
@@ -46,6 +45,8 @@ _NAMED = re.compile(
     r"\.(?!(?:weight|bias)$)([^.]+)(?=(?:\.weight|\.bias)?$)"
 )
 _SAVED = ".modules_to_save."
+_ORIGINAL, _UNDER_ROWS = ".original_module.", ".token_adapter.base_layer."
+"""Where PEFT keeps the base's own value of what was trained beside it: a module saved whole, rows of an embedding."""
 _MAGNITUDE = re.compile(r"(?<=\.lora_magnitude_vector)\.weight$")
 
 
@@ -74,6 +75,31 @@ def plain_key(key: str, name: str = "default") -> str:
     """
     key = _NAMED.sub(r".\1", WRAPPERS.sub("", key))
     return _MAGNITUDE.sub("", key.replace(f"{_SAVED}{name}.", ".").replace(_SAVED, "."))
+
+
+def copied_tensor(key: str) -> str | None:
+    """The tensor of the model that a plain key holds the base's own value of; None for a key that holds something else.
+
+    Example:
+        >>> copied_tensor("base_model.model.lm_head.original_module.weight")
+        'lm_head.weight'
+        >>> copied_tensor("base_model.model.wte.token_adapter.base_layer.weight")
+        'wte.weight'
+        >>> copied_tensor("base_model.model.lm_head.weight") is None
+        True
+    """
+    part = next((part for part in (_ORIGINAL, _UNDER_ROWS) if part in key), None)
+    return None if part is None or not key.startswith(PREFIX) else key.removeprefix(PREFIX).replace(part, ".", 1)
+
+
+def is_saved(key: str) -> bool:
+    """Whether a key, as it stands in a file, says that the module is one that is saved whole."""
+    return _SAVED in key
+
+
+def is_original(key: str) -> bool:
+    """Whether a key says that it holds the base's own value of a module that is saved whole."""
+    return _ORIGINAL in key
 
 
 def parse_key(key: str) -> tuple[str, Role] | None:

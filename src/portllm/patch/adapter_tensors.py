@@ -1,5 +1,6 @@
 """The tensors of an adapter file, sorted out: each becomes part of the patch, or the file is refused with all named."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -8,7 +9,19 @@ from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.adapter_keys import INNER, Role, adapter_names, parse_key, plain_key, split_inner, why_foreign
+from portllm.patch.adapter_keys import (
+    INNER,
+    PREFIX,
+    Role,
+    adapter_names,
+    copied_tensor,
+    is_original,
+    is_saved,
+    parse_key,
+    plain_key,
+    split_inner,
+    why_foreign,
+)
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
@@ -25,7 +38,7 @@ class _Parts:
     """What has been found so far, and what is wrong with it."""
 
     deltas: dict[str, LowRankDelta[TensorInfo]] = field(default_factory=dict)
-    copies: dict[str, TensorInfo] = field(default_factory=dict)
+    copies: dict[str, list[TensorInfo]] = field(default_factory=lambda: defaultdict(list))
     values: dict[str, WholeValue[TensorInfo]] = field(default_factory=dict)
     rows: dict[str, RowValues[TensorInfo]] = field(default_factory=dict)
     bias_deltas: dict[str, VectorDelta[TensorInfo]] = field(default_factory=dict)
@@ -82,6 +95,7 @@ def sort_out(
     for module, roles in by_module.items():
         _take_module(parts, module, roles, config)
     parts.problems += _changed_twice(parts)
+    parts.problems += _without_the_trained(parts)
     if not (parts.deltas or parts.values or parts.rows or parts.experts or parts.problems):
         parts.problems.append("it contains no LoRA factors")
     parts.problems += _wrong_dtypes(tensors)
@@ -94,7 +108,7 @@ def sort_out(
         parts.deltas,
         config,
         record,
-        base_copies=parts.copies,
+        base_copies={tensor: tuple(copies) for tensor, copies in sorted(parts.copies.items())},
         values=dict(sorted(parts.values.items())),
         rows=parts.rows,
         bias_deltas=parts.bias_deltas,
@@ -104,7 +118,7 @@ def sort_out(
 
 
 def _plain(parts: _Parts, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors by the keys that PEFT would write for them."""
+    """The tensors by the keys that PEFT would write for them, without the base's own values beside what was trained."""
     names = adapter_names(tensors)
     if len(names) > 1:
         parts.problems.append(
@@ -114,21 +128,40 @@ def _plain(parts: _Parts, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor
     keyed: dict[str, TensorInfo] = {}
     for key in sorted(tensors):
         plain = plain_key(key, *names)
-        if plain in keyed:
+        if (tensor := copied_tensor(plain)) is not None:
+            parts.copies[tensor].append(tensors[key])
+        elif plain not in keyed:
+            keyed[plain] = tensors[key]
+        elif is_saved(key) != is_saved(keyed[plain].name):
+            # PEFT writes both where the vocabulary was resized; the other one is a second copy, of either value.
+            saved, other = (tensors[key], keyed[plain]) if is_saved(key) else (keyed[plain], tensors[key])
+            keyed[plain] = saved
+            parts.copies[plain.removeprefix(PREFIX)].append(other)
+        else:
             parts.problems.append(f"tensor '{key}' is the same as '{keyed[plain].name}' under another name")
-        keyed[plain] = tensors[key]
     return keyed
 
 
 def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterConfig) -> None:
     # A tied head is stored beside the embedding that is saved, though only the embedding is named.
-    is_tied_head = config.keeps_ties and tensor == HEAD
+    is_tied_head = config.keeps_ties and tensor == HEAD and bool(config.fields.get("modules_to_save"))
     if config.saves(tensor) or is_tied_head or (config.biases == "all" and tensor.endswith(BIAS)):
         parts.values[tensor] = WholeValue(info)
+    elif _may_be_resized(tensor, info):
+        parts.copies[tensor].append(info)
     else:
         parts.problems.append(
             f"tensor '{info.name}' is a weight of the model that neither 'modules_to_save' nor 'bias' explains"
         )
+
+
+def _may_be_resized(tensor: str, info: TensorInfo) -> bool:
+    """Whether a tensor that nothing explains may be an embedding or a head, which PEFT saves with a new vocabulary.
+
+    What they are called is the model's affair, and which of its tensors it is; here, it is a matrix of no layer.
+    """
+    is_of_layer = any(part.isdigit() for part in tensor.split("."))
+    return tensor.endswith(WEIGHT) and len(info.shape) == 2 and not is_of_layer and not is_saved(info.name)
 
 
 def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], config: AdapterConfig) -> None:
@@ -137,7 +170,7 @@ def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], c
     if problems:
         return
     if Role.BASE_WEIGHT in roles:
-        parts.copies[module] = roles[Role.BASE_WEIGHT]
+        parts.copies[module + WEIGHT].append(roles[Role.BASE_WEIGHT])
     if Role.BASE_BIAS in roles:
         if module + BIAS in parts.values:
             parts.problems.append(f"'{module + BIAS}' occurs twice, inside its module and beside it")
@@ -286,6 +319,14 @@ def _changed_twice(parts: _Parts) -> Iterator[str]:
         found = [kind[name] for kind in kinds if name in kind]
         if len(found) > 1:
             yield f"'{name}' has {' and '.join(found)}, of which PEFT would load only one"
+
+
+def _without_the_trained(parts: _Parts) -> Iterator[str]:
+    """The base's own values beside which the trained ones are missing."""
+    for tensor, copies in parts.copies.items():
+        for info in copies:
+            if is_original(info.name) and tensor not in parts.values:
+                yield f"tensor '{info.name}' is the base's own value, and the trained one is missing beside it"
 
 
 def _wrong_dtypes(tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from portllm.files.source import LocalFile
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.delta import ExpertsDelta, F, Factor, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.record import PatchRecord
@@ -21,29 +22,44 @@ class Patch(Generic[F]):
         deltas: By module, such as `model.layers.0.self_attn.q_proj`; sorted.
         config: PEFT's configuration, as read.
         record: Its origin, or None for an adapter without `patch.json`.
-        base_copies: By module, copies of the base's own weights that PEFT stores with an adapter of the head. They
-            are no part of what was learned: they are compared with the base and left out of what is written.
+        base_copies: By tensor, what PEFT stores of the base's own weights: under the factors of an adapter of the head,
+            beside what is saved whole, and wherever the vocabulary was resized. They are held against the base before
+            the patch is used, and are no part of what is written; see `portllm.matching.base_copies`.
         values: By tensor, the tuned model's value, where it stands whole in the place of the base's.
         rows: By tensor, the tuned model's value of some rows of an embedding.
         bias_deltas: By tensor, what is added to a bias.
         experts: By tensor, what is added to the weight of all experts of a layer.
         revision: The commit hash of an adapter of the Hugging Face Hub, else None.
+        beside: Tokenizer and chat template saved with it, by name.
+        labels: Names of the labels of a classifier, where a `config.json` beside the adapter or the record says them.
+        resized: By tensor, the weight of a base with added tokens, where that has more rows than the base's; its first
+            rows are the base's.
     """
 
     name: str
     deltas: Mapping[str, LowRankDelta[F]]
     config: AdapterConfig
     record: PatchRecord | None
-    base_copies: Mapping[str, F] = field(default_factory=dict)
+    base_copies: Mapping[str, tuple[F, ...]] = field(default_factory=dict)
     values: Mapping[str, WholeValue[F]] = field(default_factory=dict)
     rows: Mapping[str, RowValues[F]] = field(default_factory=dict)
     bias_deltas: Mapping[str, VectorDelta[F]] = field(default_factory=dict)
     experts: Mapping[str, ExpertsDelta[F]] = field(default_factory=dict)
     revision: str | None = None
+    beside: Mapping[str, LocalFile] = field(default_factory=dict)
+    resized: Mapping[str, F] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         base = f", base={self.record.base.name!r}" if self.record else ""
         return f"Patch({self.name!r}, {len(self.deltas) + len(self.experts)} modules, {self.n_params:,} numbers{base})"
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether it is made of LoRA deltas alone."""
+        if self.values or self.rows or self.bias_deltas or self.experts:
+            return False
+        return all(delta.magnitude is None for delta in self.deltas.values())
 
     def mapped(self, change: Callable[[F], G]) -> "Patch[G]":
         """The same patch with a function applied to each of its tensors."""
@@ -62,7 +78,7 @@ class Patch(Generic[F]):
             },
             self.config,
             self.record,
-            {module: change(copy) for module, copy in self.base_copies.items()},
+            {tensor: tuple(map(change, copies)) for tensor, copies in self.base_copies.items()},
             {tensor: WholeValue(change(value.values)) for tensor, value in self.values.items()},
             {tensor: RowValues(change(rows.values), rows.rows) for tensor, rows in self.rows.items()},
             {tensor: VectorDelta(change(bias.values), bias.scale) for tensor, bias in self.bias_deltas.items()},
@@ -71,6 +87,9 @@ class Patch(Generic[F]):
                 for tensor, e in self.experts.items()
             },
             self.revision,
+            self.beside,
+            {tensor: change(weight) for tensor, weight in self.resized.items()},
+            self.labels,
         )
 
     @property
@@ -86,4 +105,9 @@ class Patch(Generic[F]):
     @property
     def is_relative(self) -> bool:
         """Whether all of it is added to the base, so that it can be ported without reading weights."""
-        return not (self.values or self.rows or any(delta.magnitude is not None for delta in self.deltas.values()))
+        return not (
+            self.values
+            or self.rows
+            or self.resized
+            or any(delta.magnitude is not None for delta in self.deltas.values())
+        )

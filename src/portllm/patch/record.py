@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeAlias
 from msgspec import Meta, field
 
 from portllm.files.record import END, Blake3, NamedBlake3, Recorded, one_of
+from portllm.patch.side_files import SIDE_FILES
 
 FORMAT = 1
 """Version of the record's layout."""
@@ -16,6 +17,16 @@ PATCH_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PatchFileDigests: TypeAlias = Annotated[
     Mapping[Annotated[str, one_of(*PATCH_FILES)], Blake3],
     Meta(min_length=len(PATCH_FILES), description=f"the digests of {' and '.join(PATCH_FILES)}"),
+]
+"""The blake3 digest of all bytes of each file of an adapter."""
+
+RecordedFiles: TypeAlias = Annotated[
+    Mapping[Annotated[str, one_of(*PATCH_FILES, *SIDE_FILES)], Blake3],
+    Meta(
+        min_length=len(PATCH_FILES),
+        description=f"the digests of {' and '.join(PATCH_FILES)}",
+        extra_json_schema={"required": list(PATCH_FILES)},
+    ),
 ]
 """The blake3 digest of all bytes of each other file of a patch."""
 
@@ -29,6 +40,7 @@ class ModelIdentity(Recorded, frozen=True):
         digest: Over all bytes, where they were read anyway; None otherwise.
         revision: The commit hash of a model of the Hugging Face Hub, else None; for people, never compared.
         quantization: How its weights are stored where that is not plainly, such as `nf4-double` or `Q4_K, Q6_K`.
+        rounded: The fingerprint that it would have in a coarser dtype, by dtype: by these it is known in that one.
     """
 
     name: str
@@ -40,6 +52,7 @@ class ModelIdentity(Recorded, frozen=True):
         Annotated[str, Meta(pattern=f"^[0-9a-f]{{40,64}}{END}", description="40 to 64 hexadecimal digits")] | None
     ) = field(default_factory=NoneType)
     quantization: Text | None = None
+    rounded: Mapping[str, str] = field(default_factory=dict)
 
 
 class FittedTo(Recorded, frozen=True):
@@ -114,6 +127,8 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
         ports: Oldest first; the last one's target is `base`.
         tensors: blake3 digest of each stored tensor's bytes.
         files: blake3 digest of each other file of the patch; known once they are written.
+        labels: Names of the labels of a classifier's head, where the adapter's folder said them.
+        added_tokens: Tokens that were added to the vocabulary of `base` for the patch, with their rows.
     """
 
     program: str
@@ -121,4 +136,10 @@ class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):
     capture: Capture
     ports: tuple[PortStep, ...]
     tensors: Mapping[str, Blake3]
-    files: PatchFileDigests
+    files: RecordedFiles
+    added_tokens: Mapping[str, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.files and (missing := [name for name in PATCH_FILES if name not in self.files]):
+            raise ValueError(f"'files' lacks the digest of {' and '.join(missing)}")

@@ -29,12 +29,14 @@ class Route:
         method: A row of `METHODS`, or `auto`.
         force: With `auto`, port what will not hold.
         allow_other_base: Go on though the base is not the one that a patch names.
+        reads: Whether there are prompts, so that, with `auto`, what is tried can be measured.
     """
 
     update: Update
     method: str = "add"
     force: bool = False
     allow_other_base: bool = False
+    reads: bool = False
 
     def __post_init__(self) -> None:
         if self.force and self.method != AUTO:
@@ -55,12 +57,12 @@ class Route:
                 "--base", f"method '{AUTO}' compares the evolved model with the base: pass the base with --base."
             )
             return replace(plan, refusals=tuple(sorted((*plan.refusals, unnamed))))
-        return plan if plan.refusals else self._chosen(plan)
+        return plan if plan.refusals else self._chosen(plan, patch)
 
-    def _chosen(self, plan: PortPlan) -> PortPlan:
+    def _chosen(self, plan: PortPlan, patch: Patch[TensorInfo]) -> PortPlan:
         report = check_patch(plan, self._measured)
         verdict, evidence = report.verdict, _evidence(report)
-        decision = choose(verdict, evidence, force=self.force)
+        decision = choose(verdict, evidence, force=self.force, reads=self.reads)
         choice = Choice(
             str(verdict.answer), decision.reason, tuple(reason.text for reason in verdict.reasons), decision.is_forced
         )
@@ -68,7 +70,7 @@ class Route:
             found = f"{plan.patch.name}: {verdict.answer}; {decision.reason}"
             return replace(plan, choice=choice, refusals=(Refusal(f"--method {AUTO}", f"{found} {_remedies(plan)}"),))
         if decision.method != plan.method.id:  # another one may ask for more
-            plan = self._plan_by(decision.method, plan.patch)
+            plan = self._plan_by(decision.method, patch)
         return replace(plan, choice=choice, evidence={**plan.evidence, **evidence})
 
     def _plan_by(self, method: str, patch: Patch[TensorInfo]) -> PortPlan:
@@ -82,6 +84,7 @@ class Route:
 def _remedies(plan: PortPlan) -> str:
     names = f"--base {plan.target.name} --teacher {plan.patch.name} --teacher-base {plan.source.name}"
     return (
+        "With prompts, --text measures what can be kept and tries more than addition (docs/methods/align.md). "
         f"Without labels the evolved model can learn from the old one: portllm train {names} (docs/refresh.md); "
         "--init-from starts from the patch as ported with --force. With labels, train again. --force ports it "
         "anyway."

@@ -1,15 +1,17 @@
 """What became of several patches, as one table or one list."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from portllm.checking.verdict import Answer
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
+from portllm.matching.carried_tokens import CarriedTokens
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
+from portllm.patch.record import PortStep
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
@@ -83,6 +85,8 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         )
     elif plan.source.fingerprint == plan.target.fingerprint:
         rows["drift"] = "none: the evolved model is the base"
+    elif plan.base is None:
+        rows["drift"] = "not measured: with --base it is, and later checks of the ported patch count it"
     if plan.tokens is not None:
         gone = list(plan.tokens.gone.values())
         shown = ", ".join(repr(token) for token in gone[:SHOWN_TOKENS])
@@ -91,11 +95,81 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         rows["tokens"] = (
             f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is missing'}"
         )
-    return "\n".join([*lines, *table(rows), *items("refused", plan.refusals)])
+    if plan.carried_tokens is not None:
+        rows["own tokens"] = _own_tokens(plan.carried_tokens)
+    return "\n".join([*lines, *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
 
 
-def port_warning(plan: PortPlan) -> str | None:
-    """What to say on stderr of a port whose method was chosen though nothing says that it holds."""
-    if plan.refusals or plan.choice is None or plan.choice.verdict == Answer.HOLDS:
+def render_measured(step: PortStep) -> list[str]:
+    """What was measured of a ported patch on prompts; nothing where none were read."""
+    found = step.evidence
+    if "agreement" not in found:
+        return []
+    ported, added = (_interval(found, name) for name in ("agreement", "agreement_added"))
+    rows = {
+        "method": step.method,
+        "agreement": f"{ported} of the old specialist's answers; by addition {added}",
+        "": f"on {found['prompts_report']:.0f} prompts that nothing was fitted or chosen on",
+        "divergence": f"{found['divergence']:.4f} nats per token; by addition {found['divergence_added']:.4f}",
+    }
+    if "general_nats" in found:
+        rows["general text"] = (
+            f"{found['general_nats_ported']:.3f} nats per token; by addition {found['general_nats_added']:.3f}, the "
+            f"evolved model {found['general_nats']:.3f}"
+        )
+    return table(rows)
+
+
+def _interval(found: Mapping[str, float], name: str) -> str:
+    low, high = (percent(found[f"{name}_{side}"], digits=1) for side in ("low", "high"))
+    return f"{percent(found[name], digits=1)} (95 % interval {low} to {high})"
+
+
+def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
+    """What to say where a ported patch was found to have fewer of the old specialist's answers than are wanted."""
+    high = step.evidence.get("agreement_high")
+    if high is None or high >= wanted:
         return None
-    return f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."
+    best = (
+        "nothing helps more than addition" if step.method == "align" else f"'{step.method}' is the best that was tried"
+    )
+    return (
+        f"{name}: has fewer of the old specialist's answers than {percent(wanted, digits=1)}: at most "
+        f"{percent(high, digits=1)}; {best}. Refresh it from the old specialist (docs/refresh.md), or train again."
+    )
+
+
+def trained_tokens_lost(plan: PortPlan) -> list[str]:
+    """Tokens whose rows were trained one by one, and that the evolved model does not have."""
+    gone = {} if plan.tokens is None else plan.tokens.gone
+    return [gone[row] for row in sorted({row for rows in plan.patch.rows.values() for row in rows.rows}) if row in gone]
+
+
+def _own_tokens(carried: CarriedTokens) -> str:
+    """Where the tokens that only the patch has have gone."""
+    parts = []
+    for tokens, what in (
+        ([token for token in carried.added if token not in carried.existing], "appended to the evolved vocabulary"),
+        ([token for token in carried.added if token in carried.existing], "given the evolved model's rows"),
+    ):
+        shown = ", ".join(f"{token!r} (row {carried.added[token]})" for token in tokens[:SHOWN_TOKENS])
+        more = f" and {len(tokens) - SHOWN_TOKENS} more" if len(tokens) > SHOWN_TOKENS else ""
+        parts += [f"{shown}{more} {what}"] if tokens else []
+    return "; ".join([*parts, f"{carried.n_rows} rows: resize the evolved model to these before PEFT loads the patch"])
+
+
+def port_warnings(plan: PortPlan) -> Iterator[str]:
+    """What to say on stderr: of a patch that changes nothing, and of a method that nothing says holds."""
+    if plan.refusals:
+        return
+    if plan.nothing is not None:
+        yield f"warning: {plan.nothing}"
+    if plan.tokens is not None and (lost := trained_tokens_lost(plan)):
+        shown = ", ".join(map(repr, lost[:SHOWN_TOKENS]))
+        more = f" and {len(lost) - SHOWN_TOKENS} more" if len(lost) > SHOWN_TOKENS else ""
+        yield (
+            f"warning: {plan.patch.name}: trained rows of {shown}{more} are left out: {plan.target.name} has no such "
+            "tokens. To keep them, add the tokens to its tokenizer, resize it, and port again."
+        )
+    if plan.nothing is None and plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
+        yield f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."

@@ -2,30 +2,31 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from portllm.checking.check import check_weights
 from portllm.checking.report import CheckReport
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import PortLLMError
 from portllm.patch.adapter_folder import PatchLike, load_patch
+from portllm.probing.domain import read_domain
+from portllm.probing.settings import TextSettings
 from portllm.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from portllm.probing.passes import TextSettings
-    from portllm.running.model import Device
+from portllm.running.data import Data, chat_template_for
+from portllm.running.device import Device
+from portllm.running.folder import check_runnable, model_folder
 
 
 def check(
     *patches: PatchLike,
     base: ModelLike,
     evolved: ModelLike,
+    trained_on: ModelLike | None = None,
     full: bool = False,
     places: bool = False,
-    text: str | Path | Sequence[str] | None = None,
+    text: str | Path | Data | Sequence[str] | None = None,
     prompt: str | None = None,
-    settings: "TextSettings | None" = None,
-    device: "Device" = "auto",
+    settings: TextSettings | None = None,
+    device: Device = "auto",
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> CheckReport:
@@ -38,10 +39,11 @@ def check(
         *patches: The patches to check.
         base: The model that they belong to.
         evolved: The updated base.
+        trained_on: The base that ported patches were trained on: the drift since then is measured instead of bounded.
         full: Read every weight of both models instead of a few megabytes of each.
         places: Also read every factor of the patches and report where they are; does not affect the verdict.
-        text: Unlabeled prompts from the patches' domain, or their file: `.txt` with one per line, or JSONL.
-        prompt: Prompt template for JSONL; None for the one recorded in the patches.
+        text: Unlabeled prompts from the patches' domain, or their file: `.txt` with one per line, or rows.
+        prompt: Prompt template for rows; None for the one recorded in the patches, or for the shape of the rows.
         settings: Limits for running the prompts.
         device: Device to run the models on.
         allow_other_base: Accept a `base` other than the one a patch names.
@@ -56,29 +58,39 @@ def check(
         raise PortLLMError("check: prompt requires text to be a file of prompts, and settings require text. Omit it.")
     opened = [load_patch(patch) for patch in patches]
     old, new = (open_checkpoint(model, progress=progress) for model in (base, evolved))
-    if isinstance(text, str | Path):
-        from portllm.probing.probe import read_domain
-
-        text = read_domain(Path(text), opened, template=prompt)
+    found = read_domain(Path(text), opened, template=prompt) if isinstance(text, str | Path) else text
+    if found is not None:
+        check_runnable(old)
+        check_runnable(new)
+    if isinstance(found, Data) and old.folder is not None:
+        chat_template_for(found, *opened, folder=old.folder)
     report = check_weights(
         *opened,
         base=old,
         evolved=new,
+        trained_on=None if trained_on is None else open_checkpoint(trained_on, progress=progress),
         full=full,
         places=places,
         allow_other_base=allow_other_base,
         progress=progress,
     )
-    if text is None:
+    if found is None:
         return report
     from portllm.probing.probe import add_text  # runs models, which weights alone do not need
+    from portllm.running.wording import word
 
+    border = None
+    if isinstance(found, Data):
+        folder = model_folder(old, progress=progress)
+        asked = word(found, folder, chat_template_for(found, *opened, folder=folder))
+        found, border = asked.prompts, asked.border
     return add_text(
         report,
         opened,
         base=old,
         evolved=new,
-        prompts=text,
+        prompts=found,
+        border=border,
         settings=settings,
         allow_other_base=allow_other_base,
         device=device,

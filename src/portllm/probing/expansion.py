@@ -31,8 +31,9 @@ from portllm.measures.terms import Terms
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain_lora, load_delta
+from portllm.patch.low_rank import load_delta
 from portllm.patch.patch import Patch
+from portllm.probing.settings import SKETCH
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoded, Encoder
 from portllm.running.examples import Example
@@ -46,8 +47,6 @@ Rows = tuple[slice, slice, Float32[Tensor, "rows columns"]]
 """A block of a matrix, and where it lies."""
 
 BLOCK_ELEMENTS = 1 << 22
-SKETCH = 32
-"""Columns of a sketch: the drift's own curvature is off by at most `√(4 / SKETCH)`, one standard error, a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +163,7 @@ def terms_of(
 
 def has_terms(patch: Patch[TensorInfo]) -> bool:
     """Whether a patch is made of LoRA deltas of linear modules alone, whose terms can be gathered."""
-    return is_plain_lora(patch) and not any(delta.is_embedding for delta in patch.deltas.values())
+    return patch.is_plain_lora and not any(delta.is_embedding for delta in patch.deltas.values())
 
 
 def _unhooked(patch: Patch[TensorInfo]) -> Iterator[Refusal]:

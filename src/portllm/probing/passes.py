@@ -14,16 +14,16 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain_lora, load_delta
+from portllm.patch.low_rank import load_delta
 from portllm.patch.patch import Patch
-from portllm.probing.expansion import SKETCH, has_terms
+from portllm.probing.expansion import has_terms
+from portllm.probing.settings import TextSettings
 from portllm.progress import Progress
 from portllm.running.encoding import Encoded, Encoder, batches
 from portllm.running.loss import completion_targets
 from portllm.running.model import PeftModel, PreTrainedModel, attach_adapter, detach_adapter, load_model
 from portllm.running.moments import Moments, gather_moments
 from portllm.running.observation import Observation, observe
-from portllm.running.ranges import require_ranges
 from portllm.training.distil_lora import mean_divergence
 
 MOST_SHARED = 8
@@ -33,39 +33,6 @@ GRADIENT_SHARE = 4
 """A pass with gradients keeps the activations of its batch: so many times fewer prompts are run together."""
 
 Logits = Float32[Tensor, "prompts vocabulary"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSettings:
-    """Settings of `check` on prompts.
-
-    Attributes:
-        max_tokens: Maximum tokens per prompt; longer ones are truncated from the left.
-        positions: Maximum number of tokens per prompt at which modules are observed: evenly spaced, including the last.
-        batch_size: Prompts per forward pass; a quarter of it for gradients.
-        gradients: Also measure first-order gain and interference (backward passes).
-        sketch: Columns of the sketches of curvature.
-        seed: Random seed of the sketches and of the labels drawn for them.
-
-    Raises:
-        PortLLMError: A value is out of its range; all of them are named.
-    """
-
-    max_tokens: int = 512
-    positions: int = 16
-    batch_size: int = 16
-    gradients: bool = False
-    sketch: int = SKETCH
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_ranges(
-            "text settings",
-            ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
-            ("positions", self.positions, "1 or more", self.positions >= 1),
-            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
-            ("sketch", self.sketch, "1 or more", self.sketch >= 1),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +78,7 @@ class Host:
         patched = attach_adapter(self.bare(), folder_of(patch), name="patch").eval()
         self._model = None
         yield patched
-        if is_plain_lora(patch):
+        if patch.is_plain_lora:
             self._model = detach_adapter(patched)
 
     def release(self) -> None:

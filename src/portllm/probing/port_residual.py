@@ -21,7 +21,7 @@ from portllm.measures.residual import Residual, measure_residual
 from portllm.measures.spectral import SpectralNorm, spectral_norm
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import LowRankDelta
-from portllm.patch.low_rank import is_plain_lora, load_delta
+from portllm.patch.low_rank import load_delta
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
 
@@ -168,7 +168,7 @@ def port_residual(
 def incomparable(ported: Patch[TensorInfo], retrained: Patch[TensorInfo]) -> Iterator[Refusal]:
     """Why two patches are not LoRA deltas of the same weights, and nothing else."""
     for patch in (ported, retrained):
-        if not is_plain_lora(patch):
+        if not patch.is_plain_lora:
             yield Refusal(
                 patch.name,
                 "contains more than plain LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows or "

@@ -39,22 +39,20 @@ from portllm.patch.low_rank import load_delta
 from portllm.patch.patch import Patch
 from portllm.porting.port import run_port
 from portllm.probing.expansion import terms_of
-from portllm.probing.passes import Carried, Host, Passes, TextSettings
+from portllm.probing.passes import Carried, Host, Passes
+from portllm.probing.settings import TextSettings
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder, encode_prompts
-from portllm.running.examples import read_lines, read_prompts
+from portllm.running.examples import Border
 from portllm.running.folder import model_folder
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.moments import Moments
 from portllm.running.observation import Observation, spread_positions
-from portllm.running.recorded import recorded_prompt
 
-__all__ = ["LEAST_PROMPTS", "TextSettings", "add_text", "measure_text", "read_domain"]
+__all__ = ["LEAST_PROMPTS", "TextSettings", "add_text", "measure_text"]
 
 Logits = Float32[Tensor, "prompts _"]
 """Base and evolved model may have different numbers of tokens."""
-
-PLAIN_SUFFIX = ".txt"
 
 LEAST_PROMPTS = 2
 """One prompt says nothing of how far answers differ from prompt to prompt."""
@@ -66,6 +64,7 @@ def measure_text(
     patches: Sequence[Patch[TensorInfo]],
     prompts: Sequence[str],
     *,
+    border: Border | None = None,
     settings: TextSettings | None = None,
     allow_other_base: bool = False,
     device: Device = "auto",
@@ -78,6 +77,7 @@ def measure_text(
         evolved: A later version of it, with the same tokenizer.
         patches: What may be ported.
         prompts: Of the domain that the patches are for, as they would be given to the model; nobody has to answer them.
+        border: How answers follow the prompts.
         settings: How much is looked at.
         allow_other_base: Accept a `base` other than the one a patch names.
         device: Where models run.
@@ -117,7 +117,7 @@ def measure_text(
             Carried(plan.patch, run_port(plan, Path(scratch) / str(number)), _linear_deltas(oriented(plan.patch, base)))
             for number, plan in enumerate(plans)
         ]
-        return _measure(base, evolved, carried, prompts, settings, device=device, progress=progress)
+        return _measure(base, evolved, carried, prompts, border, settings, device=device, progress=progress)
 
 
 def add_text(
@@ -127,6 +127,7 @@ def add_text(
     base: Checkpoint,
     evolved: Checkpoint,
     prompts: Sequence[str],
+    border: Border | None = None,
     settings: TextSettings | None = None,
     allow_other_base: bool = False,
     device: Device = "auto",
@@ -140,6 +141,7 @@ def add_text(
         base: As for `measure_text`, and so are the others.
         evolved: Likewise.
         prompts: Likewise.
+        border: Likewise.
         settings: Likewise.
         allow_other_base: Likewise.
         device: Likewise.
@@ -157,6 +159,7 @@ def add_text(
             evolved,
             list(itertools.compress(patches, fits)),
             prompts,
+            border=border,
             settings=settings,
             allow_other_base=allow_other_base,
             device=device,
@@ -174,32 +177,6 @@ def _with_text(update: UpdateReport, report: PatchReport, text: TextMeasures) ->
     return with_forecast(update, replace(report, text=text, verdict=verdict))
 
 
-def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: str | None = None) -> list[str]:
-    """The prompts in a file: the lines of a `.txt` file as they are, or rows of a JSONL file through a template.
-
-    Args:
-        file: The file.
-        patches: Their records say how prompts are made, where `template` does not.
-        template: For instance `"Question: {question}"`.
-
-    Raises:
-        DataError: Rows do not fit, or patches were trained on different prompts, or do not say on which.
-    """
-    if file.suffix == PLAIN_SUFFIX:
-        if template is not None:
-            raise DataError(
-                f"'{file}': is plain text, one prompt per line; a template only applies to JSONL rows. Omit it."
-            )
-        return read_lines(file)
-    templates = [template] if template is not None else sorted({recorded_prompt(patch) for patch in patches})
-    if len(templates) > 1:
-        raise DataError(
-            f"the patches were trained on {len(templates)} different prompts: "
-            f"{', '.join(map(repr, templates[:3]))}. Check them separately, or pass one --prompt for all."
-        )
-    return read_prompts(file, templates[0], completion=None)[0]
-
-
 def _linear_deltas(patch: Patch[TensorInfo]) -> dict[str, LowRankDelta[TensorInfo]]:
     """Those whose inputs are vectors; an embedding's are tokens, the same in both models."""
     return {module: delta for module, delta in patch.deltas.items() if not delta.is_embedding}
@@ -210,6 +187,7 @@ def _measure(
     evolved: Checkpoint,
     carried: Sequence[Carried],
     prompts: Sequence[str],
+    border: Border | None,
     settings: TextSettings,
     *,
     device: Device,
@@ -220,7 +198,7 @@ def _measure(
         Host(model.name, model_folder(model, progress=progress), device=where, settings=settings)
         for model in (base, evolved)
     )
-    encoder = Encoder(load_tokenizer(before.folder))
+    encoder = Encoder(load_tokenizer(before.folder), border)
     rows, n_cut = encode_prompts(encoder, prompts, room=settings.max_tokens)
     passes = Passes(rows, settings, where, n_passes=2 + 2 * len(carried), progress=progress)
     factors = _stacked(carried)

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 
 from portllm.errors import CheckpointError, DataError
 from portllm.foreign import foreign
-from portllm.running.examples import completion_text
+from portllm.running.examples import Border
 from portllm.running.model import PreTrainedTokenizerBase
 
 
@@ -23,11 +23,18 @@ class Encoded:
         prompt: Ids of the prompt, with what the tokenizer puts before a text; never empty.
         completion: Ids of the completion, without an end mark; never empty.
         n_cut: Tokens of the prompt that were left out because the whole was too long.
+        counted: Which tokens of the completion are to be learned; None for all.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     n_cut: int = 0
+    counted: tuple[bool, ...] | None = None
+
+    @property
+    def n_counted(self) -> int:
+        """How many tokens of the completion are to be learned."""
+        return len(self.completion) if self.counted is None else sum(self.counted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +57,13 @@ class Encoder:
 
     Args:
         tokenizer: Of the model; it needs an end-of-text token.
+        border: How completions follow prompts.
 
     Raises:
         DataError: The tokenizer has no end-of-text token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, border: Border | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise DataError(
                 "tokenizer: has no end-of-text token, so a model cannot learn where an answer ends. "
@@ -63,26 +71,41 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
-        self._bos: int | None = tokenizer.bos_token_id
+        self.bos: int | None = tokenizer.bos_token_id
+        self.border = border or Border()
+        marks = set(tokenizer.all_special_ids)
+        ends = (token for token in self._ids_of(self.border.end, add_special_tokens=False) if token in marks)
+        self.stops = frozenset({self.eos, next(ends, self.eos)})
+        """The tokens that end an answer."""
+
+    def at(self, border: Border) -> "Encoder":
+        """The same tokenizer, for prompts of another kind."""
+        return self if border == self.border else Encoder(self.tokenizer, border)
+
+    @property
+    def start(self) -> int:
+        """What a text begins behind that follows nothing: the begin-of-text token, or the end mark of another text."""
+        return self.eos if self.bos is None else self.bos
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of a text that stands for itself, with what the tokenizer puts before it and nothing after it."""
-        ids = self._ids_of(text, add_special_tokens=True)
+        ids = self._ids_of(text, add_special_tokens=self.border.marks)
         if ids and ids[-1] == self.eos and not text.endswith(self.tokenizer.eos_token):
             ids = ids[:-1]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without marks."""
-        with foreign(self._failed):
+        with foreign(self.failed):
             text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def _ids_of(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        with foreign(self._failed):
+        with foreign(self.failed):
             return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def _failed(self, why: str) -> CheckpointError:
+    def failed(self, why: str) -> CheckpointError:
+        """The error for what the tokenizer raises."""
         return CheckpointError(
             f"'{self.tokenizer.name_or_path}': its tokenizer fails on a text: {why} "
             "Copy 'tokenizer.json' from the model's own folder."
@@ -97,7 +120,7 @@ class Encoder:
 
         Args:
             prompt: Text of the prompt.
-            completion: Text of the completion; `completion_text` says how it joins the prompt.
+            completion: Text of the completion; the border says how it joins the prompt.
             max_tokens: Most ids of prompt, completion and `reserve` together; the prompt is cut from the left, behind
                 its begin-of-text token.
             reserve: Ids to be added later, such as the end mark.
@@ -105,7 +128,7 @@ class Encoder:
         Raises:
             DataError: No token of the prompt is left, or one of the two has no tokens.
         """
-        joined = completion_text(prompt, completion)
+        joined = self.border.join(prompt, completion)
         before = self.encode_text(prompt)
         whole = self.encode_text(prompt + joined)
         if len(whole) > len(before) and whole[: len(before)] == before:
@@ -122,6 +145,23 @@ class Encoder:
         kept, n_cut = self.cut_prompt(before, room=max_tokens - len(after) - reserve)
         return Encoded(prompt=kept, completion=after, n_cut=n_cut)
 
+    def encode_whole(self, text: str, *, max_tokens: int, reserve: int = 0) -> Encoded:
+        """Ids of a text that is a completion as a whole: the first one is given, for nothing stands before it.
+
+        Args:
+            text: The text.
+            max_tokens: Most ids of the text and `reserve` together; the text is cut from the left.
+            reserve: Ids to be added later, such as the end mark.
+
+        Raises:
+            DataError: It has fewer than two tokens.
+        """
+        ids = self.encode_text(text)
+        if len(ids) < 2:
+            raise DataError(f"text '{_shorten(text)}': has {len(ids)} tokens; at least two are needed to learn from.")
+        kept, n_cut = self.cut_prompt(ids, room=max_tokens - reserve)
+        return Encoded(prompt=kept[:1], completion=kept[1:], n_cut=n_cut)
+
     def cut_prompt(self, prompt: tuple[int, ...], *, room: int) -> tuple[tuple[int, ...], int]:
         """The last `room` ids of a prompt and how many were cut; a begin-of-text token at its start is kept.
 
@@ -129,7 +169,7 @@ class Encoder:
             DataError: Nothing of the prompt's own text is left.
         """
         n_cut = max(0, len(prompt) - room)
-        head = prompt[:1] if n_cut and prompt[0] == self._bos else ()
+        head = prompt[:1] if n_cut and prompt[0] == self.bos else ()
         if n_cut and room <= len(head):
             raise DataError(
                 f"a prompt of {len(prompt)} tokens: its completion leaves room for {max(room, 0)}, but at least "

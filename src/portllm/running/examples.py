@@ -1,32 +1,18 @@
-"""Rows of a JSONL file as prompts and completions; nothing here needs torch.
+"""Rows as prompts and completions by a template; nothing here needs torch.
 
-A row is a JSON object. A template with plain `{field}` placeholders makes the prompt of it, one field is the
-completion.
-Every row that does not fit is gathered and told of at once.
+A template with plain `{field}` placeholders makes the prompt of a row, one field is the completion.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 from portllm.errors import DataError
-from portllm.files.input_file import local_file, open_input, require_unchanged
-from portllm.files.json_text import parse_json
-from portllm.files.seal import digest_file
-
-SHOWN_PROBLEMS = 10
-MAX_LINE_BYTES = 16_000_000
-"""A row is a text that a model reads, of a million tokens at most."""
+from portllm.running.rows import Row, RowError, read_rows, row_texts
 
 _PIECE = re.compile(r"(?P<literal>[^{}]+)|(?P<escape>\{\{|\}\})|\{(?P<field>[^{}]*)\}|(?P<stray>[{}])")
 _FIELD = re.compile(r"[^\W\d][\w-]*")
-
-Made = TypeVar("Made")
-Row = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +26,25 @@ class Example:
 
     prompt: str
     completion: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Border:
+    """How a completion follows a prompt; the same in all rows.
+
+    Attributes:
+        lead: What stands between the two; None for a space, and nothing where the prompt ends in whitespace.
+        marks: The tokenizer puts its own marks before the prompt, which does not contain them yet.
+        end: What a chat template puts after the completion; empty for the tokenizer's end-of-text token.
+    """
+
+    lead: str | None = None
+    marks: bool = True
+    end: str = ""
+
+    def join(self, prompt: str, completion: str) -> str:
+        """The completion as it follows the prompt."""
+        return completion_text(prompt, completion) if self.lead is None else self.lead + completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,20 @@ class ExampleFormat:
             )
 
 
+def recorded_wording(prompt: str | None, completion: str | None) -> dict[str, object]:
+    """What a record says of a template and the field of the answer.
+
+    Raises:
+        DataError: The template is broken, or shows the answer.
+    """
+    if prompt is not None and completion is not None:
+        ExampleFormat(prompt=prompt, completion=completion)
+    elif prompt is not None:
+        Template(prompt)
+    said = {"prompt": prompt, "completion": completion}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def completion_text(prompt: str, completion: str) -> str:
     """The completion as it follows the prompt: after one space, or directly where the prompt ends in whitespace.
 
@@ -127,7 +146,7 @@ def completion_text(prompt: str, completion: str) -> str:
 
 
 def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
-    """Read the examples in a JSONL file, in order; blank lines are skipped.
+    """Read the examples in a data file, in order; blank lines are skipped.
 
     Text is UTF-8, with or without a byte order mark; lines may end in CRLF. Numbers and booleans become the JSON text
     that stands in the file.
@@ -143,20 +162,20 @@ def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
     template = Template(fmt.prompt)
 
     def make(row: Row) -> Example:
-        texts = _texts(row, (*template.fields, fmt.completion))
+        texts = row_texts(row, (*template.fields, fmt.completion))
         completion = texts[fmt.completion].strip()
         if not completion:
-            raise _RowError(f"field '{fmt.completion}' is empty; expected the completion")
+            raise RowError(f"field '{fmt.completion}' is empty; expected the completion")
         prompt = template.fill(texts)
         if not prompt.strip():
-            raise _RowError("the prompt is blank")
+            raise RowError("the prompt is blank")
         return Example(prompt=prompt, completion=completion)
 
-    return _read(path, make, what=f"the prompt '{fmt.prompt}' and the completion '{fmt.completion}'")
+    return read_rows(path, make, what=f"the prompt '{fmt.prompt}' and the completion '{fmt.completion}'")
 
 
 def read_prompts(path: str | Path, template: str, *, completion: str | None) -> tuple[list[str], list[str] | None]:
-    r"""The prompts in a JSONL file, and their completions if the rows have them; otherwise as `read_examples`.
+    r"""The prompts in a data file, and their completions if the rows have them; otherwise as `read_examples`.
 
     Args:
         path: The file.
@@ -172,13 +191,13 @@ def read_prompts(path: str | Path, template: str, *, completion: str | None) -> 
 
     def make(row: Row) -> tuple[str, str]:
         asked = completion is not None and row.get(completion) not in (None, "")
-        texts = _texts(row, (*parsed.fields, completion) if asked and completion else parsed.fields)
+        texts = row_texts(row, (*parsed.fields, completion) if asked and completion else parsed.fields)
         prompt = parsed.fill(texts)
         if not prompt.strip():
-            raise _RowError("the prompt is blank")
+            raise RowError("the prompt is blank")
         return prompt, texts[completion].strip() if asked and completion else ""
 
-    made = _read(path, make, what=f"the prompt '{template}'")
+    made = read_rows(path, make, what=f"the prompt '{template}'")
     n_completed = sum(bool(text) for _, text in made)
     if 0 < n_completed < len(made):
         raise DataError(
@@ -189,7 +208,7 @@ def read_prompts(path: str | Path, template: str, *, completion: str | None) -> 
 
 
 def read_texts(path: str | Path, template: str) -> list[str]:
-    r"""The texts that a template makes of the rows of a JSONL file; as `read_examples`, without a completion.
+    r"""The texts that a template makes of the rows of a data file; as `read_examples`, without a completion.
 
     Args:
         path: The file.
@@ -201,155 +220,9 @@ def read_texts(path: str | Path, template: str) -> list[str]:
     parsed = Template(template)
 
     def make(row: Row) -> str:
-        text = parsed.fill(_texts(row, parsed.fields))
+        text = parsed.fill(row_texts(row, parsed.fields))
         if not text.strip():
-            raise _RowError("the text is blank")
+            raise RowError("the text is blank")
         return text
 
-    return _read(path, make, what=f"the text '{template}'")
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank, as they are but for what ends them; UTF-8.
-
-    Args:
-        path: The file.
-
-    Raises:
-        DataError: The file cannot be read, has no such lines, or some are not UTF-8 or hold a zero byte.
-    """
-    lines: list[str] = []
-    problems: list[str] = []
-    for number, line in _numbered_lines(path, what="Pass a text file."):
-        try:
-            lines.append(_decoded(line).rstrip("\r"))
-        except _RowError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        raise DataError(_render_problems(str(path), problems, n_rows=len(lines) + len(problems), what="plain text"))
-    if not lines:
-        raise DataError(f"'{path}': is empty; expected one prompt per line.")
-    return lines
-
-
-def read_with_digest(path: str | Path, read: Callable[[], Made]) -> tuple[Made, str]:
-    """The rows of a data file and its digest, both of the same bytes.
-
-    The digest comes last, so that a file with no rows that fit is refused before all of it is read.
-
-    Args:
-        path: The file.
-        read: Reads its rows.
-
-    Raises:
-        DataError: It cannot be read, or `read` refuses a row.
-        InputChangedError: It changed meanwhile.
-    """
-    try:
-        file = local_file(Path(path))
-        rows = read()
-        digest = f"blake3:{digest_file(Path(path))}"
-    except OSError as error:
-        raise DataError(f"'{path}': cannot be read: {error.strerror}. Pass a data file.") from error
-    require_unchanged([file])
-    return rows, digest
-
-
-class _RowError(Exception):
-    """Why one row does not fit; gathered by `_read`."""
-
-
-def _read(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[Made]:
-    made: list[Made] = []
-    problems: list[str] = []
-    for number, line in _numbered_lines(path, what="Pass a JSONL file."):
-        try:
-            made.append(make(_parse_row(line)))
-        except _RowError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        raise DataError(_render_problems(str(path), problems, n_rows=len(made) + len(problems), what=what))
-    if not made:
-        raise DataError(f"'{path}': has no rows; expected one JSON object per line for {what}.")
-    return made
-
-
-def _numbered_lines(path: str | Path, *, what: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers, without a byte order mark."""
-    try:
-        with open_input(path) as stream:
-            for number in count(1):
-                line = stream.readline(MAX_LINE_BYTES + 1)
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"'{path}', line {number}: has more than {MAX_LINE_BYTES} bytes. {what}")
-                if not line:
-                    return
-                line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").removesuffix(b"\n")
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(f"'{path}': cannot be read: {error.strerror}. {what}") from error
-
-
-def _decoded(line: bytes) -> str:
-    if b"\0" in line:
-        raise _RowError(f"byte {line.index(0) + 1} is zero, which is not text")
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _RowError(f"byte {error.start + 1} is not UTF-8") from error
-
-
-def _render_problems(path: str, problems: Sequence[str], *, n_rows: int, what: str) -> str:
-    lines = [f"'{path}': {len(problems)} of {n_rows} rows do not match {what}. Correct the rows, or the field names."]
-    lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more.")
-    return "\n".join(lines)
-
-
-def _parse_row(line: bytes) -> Row:
-    try:
-        row = parse_json(line, numbers_as_text=True)
-    except UnicodeDecodeError as error:
-        raise _RowError(f"byte {error.start + 1} is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise _RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
-    except ValueError as error:
-        raise _RowError(f"is not a valid row: {error}") from error
-    if not isinstance(row, dict):
-        raise _RowError(f"is {_kind(row)}; expected an object")
-    return row
-
-
-def _texts(row: Row, fields: Sequence[str]) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    problems: list[str] = []
-    for field in dict.fromkeys(fields):
-        value = row.get(field)
-        if field not in row:
-            problems.append(f"no field '{field}'")
-        elif isinstance(value, bool):
-            texts[field] = json.dumps(value)
-        elif isinstance(value, str):
-            texts[field] = value
-        else:
-            problems.append(f"field '{field}' is {_kind(value)}; expected text, a number or a boolean")
-    if problems:
-        there = ", ".join(f"'{name}'" for name in row) or "no fields"
-        raise _RowError(f"{'; '.join(problems)} (the row has {there})")
-    return texts
-
-
-def _kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case list():
-            return "a list"
-        case dict():
-            return "an object"
-        case bool():
-            return "a boolean"
-        case _:
-            return "a text or a number"
+    return read_rows(path, make, what=f"the text '{template}'")

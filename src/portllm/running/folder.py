@@ -5,7 +5,8 @@ from pathlib import Path
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
-from portllm.errors import NotFoundError
+from portllm.checkpoint.vocabulary import TOKENIZER_FILE
+from portllm.errors import CheckpointError, NotFoundError
 from portllm.progress import Progress, silent
 
 
@@ -24,7 +25,12 @@ def model_folder(checkpoint: Checkpoint, *, progress: Progress = silent) -> Path
 
 
 def check_runnable(checkpoint: Checkpoint) -> None:
-    """Raise NotFoundError if a checkpoint is a single file, without configuration and tokenizer, or a GGUF file."""
+    """See to it that there is all that running a model takes, before anything of it is loaded.
+
+    Raises:
+        NotFoundError: It is a single file, without configuration and tokenizer, or a GGUF file.
+        CheckpointError: Its folder has no tokenizer.
+    """
     if any(str(file).endswith(GGUF_SUFFIX) for file in checkpoint.files):
         raise NotFoundError(
             f"'{checkpoint.name}': is a GGUF file, which can be read but not run here. Pass the folder of the "
@@ -34,4 +40,9 @@ def check_runnable(checkpoint: Checkpoint) -> None:
         raise NotFoundError(
             f"'{checkpoint.name}': is a single file; running a model also needs its configuration and tokenizer. "
             "Pass the folder that contains them."
+        )
+    if checkpoint.folder is not None and not (checkpoint.folder / TOKENIZER_FILE).is_file():
+        raise CheckpointError(
+            f"'{checkpoint.folder}': has no '{TOKENIZER_FILE}', so it cannot be run on text. Copy it and "
+            "'tokenizer_config.json' from the model's own folder."
         )

@@ -44,7 +44,7 @@ def write(
         ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         for row in sorted(open_rows):
             written[row].append(int(ids[row, 0]))
-            if written[row][-1] == encoder.eos or (one_line and "\n" in encoder.decode(written[row]).lstrip()):
+            if written[row][-1] in encoder.stops or (one_line and "\n" in encoder.decode(written[row]).lstrip()):
                 open_rows.remove(row)
         if not open_rows:
             break

@@ -49,11 +49,13 @@ def completion_logits(
 
 
 def completion_targets(rows: Sequence[Encoded], *, device: torch.device) -> Int64[torch.Tensor, "rows width"]:
-    """The completion tokens at the right edge; `IGNORED` before a shorter completion."""
+    """The completion tokens at the right edge; `IGNORED` before a shorter completion, and where none is counted."""
     width = max(len(row.completion) for row in rows)
     targets = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
     for index, row in enumerate(rows):
         targets[index, width - len(row.completion) :] = torch.tensor(row.completion, dtype=torch.int64)
+        if row.counted is not None:
+            targets[index, width - len(row.completion) :][~torch.tensor(row.counted)] = IGNORED
     return targets.to(device)
 
 

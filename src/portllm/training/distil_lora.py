@@ -18,10 +18,12 @@ from portllm.errors import DataError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoded, Encoder
+from portllm.running.examples import Border
 from portllm.running.generation import write
 from portllm.running.loss import IGNORED, completion_logits, completion_targets
 from portllm.running.model import Device, PeftModel, attach_adapter, choose_device, load_model, load_tokenizer
-from portllm.training.lora import TrainReport, TrainSettings, fit_adapter
+from portllm.training.lora import fit_adapter
+from portllm.training.settings import TrainReport, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ def distil_lora(
     settings: TrainSettings,
     adapter_folder: str | Path,
     *,
+    border: Border | None = None,
     device: Device = "auto",
     start: Path | None = None,
     overwrite: bool = False,
@@ -59,6 +62,7 @@ def distil_lora(
         teacher: What to learn from.
         settings: Everything else; prompts are cut from the left to leave room for what the teacher writes.
         adapter_folder: The folder to be; a failed run leaves nothing there.
+        border: How answers follow prompts.
         device: Where to train.
         start: An adapter to go on from, as in `train_lora`.
         overwrite: Replace what is at `adapter_folder`.
@@ -78,7 +82,7 @@ def distil_lora(
         raise DataError("distillation: no prompts were given; expected at least one.")
     with staged_folder(Path(adapter_folder), overwrite=overwrite) as staging:
         where = choose_device(device)
-        encoder = Encoder(load_tokenizer(base_folder))
+        encoder = Encoder(load_tokenizer(base_folder), border)
         _check_tokens(encoder, Encoder(load_tokenizer(teacher.base)))
         room = settings.max_tokens - teacher.max_new_tokens
         cut = [encoder.cut_prompt(encoder.encode_text(prompt), room=room) for prompt in prompts]

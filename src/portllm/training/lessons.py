@@ -1,13 +1,13 @@
 """What a patch learns from: rows with labels, or prompts that an older tuned model answers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import DataError, PlanRefusedError
-from portllm.files.input_file import local_file, unchanged
+from portllm.errors import PlanRefusedError
+from portllm.files.input_file import unchanged
 from portllm.files.record import encode
 from portllm.files.source import Source
 from portllm.matching.compatibility import base_refusals, mismatches
@@ -15,12 +15,13 @@ from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.progress import Progress
-from portllm.running.examples import Example, ExampleFormat, read_examples, read_texts, read_with_digest
+from portllm.running.chat_template import read_chat_template
+from portllm.running.data import Data, chat_template_for
+from portllm.running.device import Device
+from portllm.running.examples import Border
 from portllm.running.folder import model_folder
-from portllm.running.model import Device
-from portllm.running.recorded import recorded_format, recorded_prompt
-from portllm.training.distil_lora import TeacherFolders, distil_lora
-from portllm.training.lora import TrainReport, TrainSettings, train_lora
+from portllm.running.shapes import Content, Conversation
+from portllm.training.settings import TrainReport, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,13 @@ class Labels:
         rows: The prompts and completions.
         recorded: What the record says of them.
         files: The files they were read from.
+        border: How completions follow prompts.
     """
 
-    rows: Sequence[Example]
+    rows: Sequence[Content]
     recorded: Mapping[str, object]
     files: tuple[Source, ...] = ()
+    border: Border = field(default_factory=Border)
 
     @property
     def teacher(self) -> None:
@@ -47,12 +50,29 @@ class Labels:
         adapter: Path,
         settings: TrainSettings,
         *,
+        template: str | None,
         device: Device,
         start: Path | None,
         progress: Progress,
     ) -> TrainReport:
         """Train an adapter on a base; see `portllm.training.lora`."""
-        return train_lora(base, self.rows, settings, adapter, device=device, start=start, progress=progress)
+        from portllm.training.lora import train_lora  # loads torch, which reading rows does not need
+
+        return train_lora(
+            base,
+            self.rows,
+            settings,
+            adapter,
+            border=self.border,
+            template=template or "",
+            device=device,
+            start=start,
+            progress=progress,
+        )
+
+    def template(self, folder: Path) -> str | None:
+        """The chat template of conversations: that of the base."""
+        return read_chat_template(folder) if any(isinstance(row, Conversation) for row in self.rows) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +98,19 @@ class Answers:
     its tokens; see `portllm.training.distil_lora`.
 
     Attributes:
-        rows: The prompts.
+        data: The prompts.
         teacher: Who answers them.
-        prompts: What the record says of the prompts.
         files: The files that prompts and teacher were read from.
     """
 
-    rows: Sequence[str]
+    data: Data
     teacher: Teacher
-    prompts: Mapping[str, object]
     files: tuple[Source, ...]
+
+    @property
+    def rows(self) -> Sequence[Content]:
+        """The rows of the file."""
+        return self.data.rows
 
     @property
     def recorded(self) -> dict[str, object]:
@@ -97,7 +120,7 @@ class Answers:
             "patch": origin_of(self.teacher.patch),
             "max_new_tokens": self.teacher.max_new_tokens,
         }
-        return {**self.prompts, "teacher": teacher}
+        return {**self.data.recorded, **_completion_of(self.teacher.patch), "teacher": teacher}
 
     def fit(
         self,
@@ -105,46 +128,52 @@ class Answers:
         adapter: Path,
         settings: TrainSettings,
         *,
+        template: str | None,
         device: Device,
         start: Path | None,
         progress: Progress,
     ) -> TrainReport:
         """Train an adapter on a base; both models are in memory."""
+        from portllm.running.wording import word
+        from portllm.training.distil_lora import TeacherFolders, distil_lora
+
         patch, model = self.teacher.patch, self.teacher.base
         folders = TeacherFolders(model_folder(model, progress=progress), folder_of(patch), self.teacher.max_new_tokens)
         with unchanged((*model.files, *files_of(patch))):
+            asked = word(self.data, base, template)
             return distil_lora(
-                base, self.rows, folders, settings, adapter, device=device, start=start, progress=progress
+                base,
+                asked.prompts,
+                folders,
+                settings,
+                adapter,
+                border=asked.border,
+                device=device,
+                start=start,
+                progress=progress,
             )
+
+    def template(self, folder: Path) -> str | None:
+        """The chat template of conversations: the one that the teacher was trained through."""
+        return chat_template_for(self.data, self.teacher.patch, folder=folder)
 
 
 Lesson = Labels | Answers
 
 
-def read_labels(data: Path, fmt: ExampleFormat) -> Labels:
-    """The rows of a JSONL file, as prompts and completions.
+def read_labels(data: Data) -> Labels:
+    """The rows of a data file, to be learned."""
+    return Labels(data.rows, data.recorded, (data.file,), data.border)
+
+
+def read_questions(data: Data, teacher: Teacher) -> Answers:
+    """The prompts of a data file, for a teacher to answer; no answer in the file is read.
 
     Args:
-        data: The file.
-        fmt: What of a row is prompt and what completion; recorded, so that `evaluate` asks the same way.
-
-    Raises:
-        DataError: Rows do not fit.
-    """
-    rows, digest = read_with_digest(data, lambda: read_examples(data, fmt))
-    return Labels(rows, {"prompt": fmt.prompt, "completion": fmt.completion, "data": digest}, (local_file(data),))
-
-
-def read_questions(data: Path, prompt: str, teacher: Teacher) -> Answers:
-    """The prompts of a JSONL file, for a teacher to answer; no answer in the file is read.
-
-    Args:
-        data: The file.
-        prompt: Template of the prompt.
+        data: The rows.
         teacher: Who answers them.
 
     Raises:
-        DataError: Rows do not fit.
         PlanRefusedError: The teacher's patch is not one of its base.
     """
     refusals = {
@@ -153,34 +182,7 @@ def read_questions(data: Path, prompt: str, teacher: Teacher) -> Answers:
     }
     if refusals:
         raise PlanRefusedError(refusals)
-    rows, digest = read_with_digest(data, lambda: read_texts(data, prompt))
-    files = (local_file(data), *teacher.base.files, *files_of(teacher.patch))
-    return Answers(rows, teacher, {"prompt": prompt, **_completion_of(teacher.patch), "data": digest}, files)
-
-
-def lesson_of(
-    data: Path, *, prompt: str | None, completion: str | None, start: Patch[TensorInfo] | None, teacher: Teacher | None
-) -> Lesson:
-    """What there is to learn from a JSONL file.
-
-    Args:
-        data: The file.
-        prompt: Template of the prompt; None for that of `teacher` or `start`.
-        completion: Field of the completion; None for the one recorded in `start`, or with a teacher.
-        start: The patch that is trained on.
-        teacher: Who answers the prompts.
-
-    Raises:
-        DataError: Rows do not fit, or prompt or completion is unknown.
-        PlanRefusedError: The teacher's patch is not one of its base.
-    """
-    if teacher is not None:
-        return read_questions(data, recorded_prompt(teacher.patch) if prompt is None else prompt, teacher)
-    if prompt is not None and completion is not None:
-        return read_labels(data, ExampleFormat(prompt=prompt, completion=completion))
-    if start is None:
-        raise DataError("train: pass prompt and completion, or a patch or teacher that records them.")
-    return read_labels(data, recorded_format(start, prompt=prompt, completion=completion))
+    return Answers(data, teacher, (data.file, *teacher.base.files, *files_of(teacher.patch)))
 
 
 def origin_of(patch: Patch[TensorInfo]) -> dict[str, object]:

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +18,9 @@ import torch
 from portllm.errors import DataError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent
+from portllm.running.chat import Chat
 from portllm.running.encoding import Encoded, Encoder
-from portllm.running.examples import Example
+from portllm.running.examples import Border
 from portllm.running.loss import completion_nats
 from portllm.running.model import (
     Device,
@@ -33,112 +34,23 @@ from portllm.running.model import (
     save_adapter,
     save_memory,
 )
-from portllm.running.ranges import require_ranges
+from portllm.running.shapes import Content, Conversation
 from portllm.training.descent import descend
-from portllm.training.schedule import Decay, bucketed_batches
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSettings:
-    """Settings of a training run.
-
-    Attributes:
-        rank: LoRA rank.
-        alpha: PEFT's numerator: the scale is `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`.
-        target_modules: Names of the linear modules; `all-linear` is all but the head: in a Llama the paper's seven.
-        use_rslora: Use the rank-stabilized scale.
-        dropout: LoRA dropout.
-        learning_rate: Peak learning rate.
-        epochs: Number of passes over the data, unless `steps` is given.
-        steps: Number of optimizer steps, instead of `epochs`.
-        batch_size: Rows per optimizer step.
-        max_tokens: Maximum tokens per row; longer prompts are truncated from the left.
-        warmup: Fraction of the steps during which the learning rate rises.
-        decay: Learning-rate schedule after warmup.
-        weight_decay: AdamW weight decay.
-        max_grad_norm: Gradient clipping norm.
-        gradient_checkpointing: Trade about a third more time for less memory.
-        seed: Random seed of initialization, row order and dropout.
-
-    Raises:
-        PortLLMError: A value is out of range; all of them are named.
-    """
-
-    rank: int = 8
-    alpha: int = 16
-    target_modules: str | tuple[str, ...] = "all-linear"
-    use_rslora: bool = False
-    dropout: float = 0.0
-    learning_rate: float = 2e-4
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 8
-    max_tokens: int = 512
-    warmup: float = 0.1
-    decay: Decay = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_ranges(
-            "training settings",
-            ("rank", self.rank, "1 or more", self.rank >= 1),
-            ("alpha", self.alpha, "1 or more", self.alpha >= 1),
-            ("dropout", self.dropout, "0 to below 1", 0 <= self.dropout < 1),
-            ("learning_rate", self.learning_rate, "more than 0", 0 < self.learning_rate < math.inf),
-            ("epochs", self.epochs, "more than 0", 0 < self.epochs < math.inf),
-            ("steps", self.steps, "1 or more", self.steps is None or self.steps >= 1),
-            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
-            ("max_tokens", self.max_tokens, "2 or more", self.max_tokens >= 2),
-            ("warmup", self.warmup, "0 to below 1", 0 <= self.warmup < 1),
-            ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
-            ("max_grad_norm", self.max_grad_norm, "more than 0", self.max_grad_norm > 0),
-        )
-
+from portllm.training.schedule import bucketed_batches
+from portllm.training.settings import TrainReport, TrainSettings
 
 BatchLoss = Callable[[PeftModel, Sequence[Encoded]], torch.Tensor]
 """The mean loss of a model on a batch."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainReport:
-    """Report of a training run.
-
-    Attributes:
-        losses: Mean loss of each step's batch, in nats per token of completion and end mark.
-        seconds: Duration of the steps, excluding loading and saving.
-        n_trained: Number of trained parameters.
-        n_rows: Number of rows.
-        n_cut_rows: Number of rows whose prompt was truncated.
-        n_tokens: Number of tokens processed, excluding padding.
-        steps: Number of optimizer steps.
-        device: The device it ran on.
-        peak_bytes: Peak memory on a CUDA device; None on a CPU.
-    """
-
-    losses: tuple[float, ...]
-    seconds: float
-    n_trained: int
-    n_rows: int
-    n_cut_rows: int
-    n_tokens: int
-    steps: int
-    device: str
-    peak_bytes: int | None
-
-    def __repr__(self) -> str:
-        ends = f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else ""
-        return f"TrainReport({self.steps} steps on {self.n_rows} rows{ends}, {self.seconds:.1f} s)"
-
-
 def train_lora(
     base_folder: str | Path,
-    examples: Sequence[Example],
+    examples: Sequence[Content],
     settings: TrainSettings,
     adapter_folder: str | Path,
     *,
+    border: Border | None = None,
+    template: str = "",
     device: Device = "auto",
     start: Path | None = None,
     overwrite: bool = False,
@@ -147,14 +59,16 @@ def train_lora(
     """Trains a LoRA adapter on a base and writes it as a PEFT folder.
 
     The loss of a step is the mean of `-log p(token | all before it)` over the completion and end-mark tokens of its
-    rows.
+    rows; of conversations over the tokens of the assistant's turns, of texts over all tokens.
     On a CPU, the same base, rows and settings give the same bytes.
 
     Args:
         base_folder: Checkpoint folder of the base.
-        examples: Prompts and completions.
+        examples: Prompts and completions; conversations; or whole texts.
         settings: Everything else.
         adapter_folder: The folder to be; a failed run leaves nothing there.
+        border: How completions follow prompts.
+        template: The chat template of conversations.
         device: Where to train.
         start: An adapter folder whose factors are trained on, instead of new ones; its rank, alpha and modules count,
             and not those of the settings.
@@ -172,12 +86,15 @@ def train_lora(
         raise DataError("training: no examples were given; expected at least one.")
     with staged_folder(Path(adapter_folder), overwrite=overwrite) as staging:
         where = choose_device(device)
-        encoder = Encoder(load_tokenizer(base_folder))
-        rows = encode_all(encoder, examples, max_tokens=settings.max_tokens)
-        ended = [replace(row, completion=(*row.completion, encoder.eos)) for row in rows]
+        encoder = Encoder(load_tokenizer(base_folder), border)
+        ended = [
+            row if row.counted is not None or row.completion[-1] == encoder.eos
+            else replace(row, completion=(*row.completion, encoder.eos))
+            for row in encode_all(encoder, examples, max_tokens=settings.max_tokens, template=template)
+        ]  # fmt: skip
 
         def mean_nats(model: PeftModel, batch: Sequence[Encoded]) -> torch.Tensor:
-            return completion_nats(model, batch, device=where).sum() / sum(len(row.completion) for row in batch)
+            return completion_nats(model, batch, device=where).sum() / sum(row.n_counted for row in batch)
 
         return fit_adapter(
             base_folder, ended, mean_nats, settings, staging, device=where, start=start, progress=progress
@@ -228,17 +145,30 @@ def _fresh(base: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     )
 
 
-def encode_all(encoder: Encoder, examples: Sequence[Example], *, max_tokens: int) -> list[Encoded]:
+def encode_all(encoder: Encoder, examples: Sequence[Content], *, max_tokens: int, template: str = "") -> list[Encoded]:
     """The examples as ids that fit into `max_tokens` together with an end mark.
+
+    Args:
+        encoder: Of the model.
+        examples: What is to be learned.
+        max_tokens: Most ids of a row.
+        template: The chat template of conversations, which has end marks of its own.
 
     Raises:
         DataError: Some do not; all are counted, the first ten shown.
     """
+    chat = Chat(encoder, template)
     rows: list[Encoded] = []
     problems: list[str] = []
     for number, example in enumerate(examples, start=1):
         try:
-            rows.append(encoder.encode(example.prompt, example.completion, max_tokens=max_tokens, reserve=1))
+            match example:
+                case Conversation():
+                    rows.append(chat.encode(example, max_tokens=max_tokens))
+                case str():
+                    rows.append(encoder.encode_whole(example, max_tokens=max_tokens, reserve=1))
+                case _:
+                    rows.append(encoder.encode(example.prompt, example.completion, max_tokens=max_tokens, reserve=1))
         except DataError as error:
             problems.append(f"  example {number}: {error}")
     if problems:

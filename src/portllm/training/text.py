@@ -3,7 +3,7 @@
 from portllm.inspecting.inspect import PatchSummary
 from portllm.inspecting.text import render_summary
 from portllm.show.table import table
-from portllm.training.lora import TrainReport
+from portllm.training.settings import TrainReport
 
 
 def render_training(summary: PatchSummary, report: TrainReport) -> str:

@@ -15,13 +15,15 @@ from portllm.files.output_folder import check_apart, check_free
 from portllm.files.source import Source
 from portllm.matching.compatibility import base_refusals, mismatches
 from portllm.patch.adapter_folder import PatchLike, files_of, folder_of, load_patch
-from portllm.patch.low_rank import is_plain_lora
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
+from portllm.running.chat_template import template_digest
+from portllm.running.data import read_data
+from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
-from portllm.running.model import Device
-from portllm.training.lessons import Lesson, Teacher, lesson_of, origin_of
-from portllm.training.lora import TrainReport, TrainSettings
+from portllm.running.shapes import shown
+from portllm.training.lessons import Lesson, Teacher, origin_of, read_labels, read_questions
+from portllm.training.settings import TrainReport, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,10 @@ class Training:
         """What a run would do, after everything has been checked that can be without running a model."""
         self._check()
         teacher = self.lesson.teacher
-        for model in (self.base, *(() if teacher is None else (teacher.base,))):
-            check_runnable(model)
         began = "" if self.start is None else f", beginning with {self.start.name},"
         taught = "" if teacher is None else f" that {teacher.patch.name} answers"
         what = f"a patch of {self.base.name}{began} on {len(self.lesson.rows)} rows{taught}"
-        return f"would train {what}; the first:\n{self.lesson.rows[0]}\nto {self.out}"
+        return f"would train {what}; the first:\n{shown(self.lesson.rows[0])}\nto {self.out}"
 
     def run(self, *, device: Device = "auto", progress: Progress = silent) -> tuple[Patch[TensorInfo], TrainReport]:
         """Train, and write the patch.
@@ -73,11 +73,21 @@ class Training:
         """
         self._check()
         folder = model_folder(self.base, progress=progress)
+        template = self.lesson.template(folder)
+        worded = {} if template is None else {"chat_template": template_digest(template)}
         first = None if self.start is None else folder_of(self.start)
         with tempfile.TemporaryDirectory(prefix="portllm-train-") as scratch:
             adapter = Path(scratch) / "adapter"
             with unchanged(self._start_files):
-                report = self.lesson.fit(folder, adapter, self.settings, device=device, start=first, progress=progress)
+                report = self.lesson.fit(
+                    folder,
+                    adapter,
+                    self.settings,
+                    template=template,
+                    device=device,
+                    start=first,
+                    progress=progress,
+                )
             ran = {"rows": report.n_rows, "rows_cut": report.n_cut_rows, "steps": report.steps}
             began = {} if self.start is None else _began_with(self.start)
             patch = capture_adapter(
@@ -85,7 +95,7 @@ class Training:
                 base=self.base,
                 out=self.out,
                 method="train",
-                settings={**asdict(self.settings), **began, **self.lesson.recorded, **ran},
+                settings={**asdict(self.settings), **began, **self.lesson.recorded, **worded, **ran},
                 overwrite=self.overwrite,
             )
         return patch, report
@@ -97,6 +107,10 @@ class Training:
     def _check(self) -> None:
         check_free(self.out, overwrite=self.overwrite)
         check_apart(self.out, [*self.lesson.files, *self.base.files, *self._start_files])
+        for model in (self.base, *(() if self.lesson.teacher is None else (self.lesson.teacher.base,))):
+            check_runnable(model)
+        if self.base.folder is not None:
+            self.lesson.template(self.base.folder)
         if self.start is not None and (refusals := set(_start_refusals(self.start, self.base))):
             raise PlanRefusedError(refusals)
 
@@ -124,10 +138,11 @@ def train(
 
     Args:
         base: The model; a folder with configuration and tokenizer.
-        data: JSONL rows.
+        data: A data file: JSONL, JSON, CSV or Parquet; see `docs/data.md`.
         out: The patch's folder.
-        prompt: Prompt template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`.
-        completion: JSONL field with the target text; None for the one recorded in `start`, or with a teacher.
+        prompt: Prompt template such as `"Question: {question} Type:"`; None for that of `start` or `teacher`, or for
+            rows with `messages`, `prompt` and `completion`, or `text`.
+        completion: Field with the target text; None for the one recorded in `start`, or with a teacher.
         start: A patch of `base` to start from, such as a ported one; its rank, alpha and modules are kept.
         teacher: An older patch whose answers are learned instead of a completion.
         teacher_base: The model the teacher patch was made on.
@@ -153,12 +168,19 @@ def train(
     if teacher is not None and completion is not None:
         raise PortLLMError("train: completion cannot be used with a teacher, whose answers are learned instead.")
     first = None if start is None else load_patch(start)
+    rows = read_data(
+        Path(data),
+        *(load_patch(patch) for patch in (start if teacher is None else teacher,) if patch is not None),
+        prompt=prompt,
+        completion=completion,
+        answers=teacher is None,
+    )
     old = None
     if teacher is not None and teacher_base is not None:
         old = Teacher(open_checkpoint(teacher_base, progress=progress), load_patch(teacher), max_new_tokens or 32)
     training = Training(
         base=open_checkpoint(base, progress=progress),
-        lesson=lesson_of(Path(data), prompt=prompt, completion=completion, start=first, teacher=old),
+        lesson=read_labels(rows) if old is None else read_questions(rows, old),
         out=Path(out),
         settings=settings or TrainSettings(),
         start=first,
@@ -171,7 +193,7 @@ def _start_refusals(start: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refu
     """Why a patch cannot be trained on with a base."""
     yield from mismatches(start, base)
     yield from base_refusals(start, base, option="--init-from")
-    if not is_plain_lora(start):
+    if not start.is_plain_lora:
         yield Refusal(
             "--init-from",
             f"{start.name} contains more than LoRA deltas (a DoRA magnitude, experts, saved tensors, token rows "

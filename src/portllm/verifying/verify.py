@@ -123,9 +123,17 @@ def _verify_certificate(
 def _verify_patch(
     folder: Path, name: str, base: Checkpoint | None, trust: Trust | None, signature: Path | None
 ) -> Verification:
-    covered = {RECORD_FILE, CONFIG_FILE, TENSOR_FILE}
+    covered = {RECORD_FILE, CONFIG_FILE, TENSOR_FILE, *_recorded_files(folder)}
     checks = [*_patch_checks(folder, base), *signature_checks(folder, trust, signature, covered)]
     return Verification("patch", name, tuple(checks), tuple(notes_on(folder, covered, trust, signature)))
+
+
+def _recorded_files(folder: Path) -> Collection[str]:
+    """What else the record covers, where it can be read."""
+    try:
+        return parse_record(read_json(folder / RECORD_FILE, error=PatchRecordError), where=RECORD_FILE).files
+    except PatchRecordError:
+        return ()
 
 
 def _patch_checks(folder: Path, base: Checkpoint | None) -> Iterator[Check]:

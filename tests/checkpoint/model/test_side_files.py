@@ -94,7 +94,7 @@ def test_a_configuration_that_is_damaged_is_an_error(source, target):
 def test_a_link_out_of_the_folder_is_not_followed_into_the_output(source, target, tmp_path):
     (tmp_path / "id_rsa").write_text("secret")
     (source / "notes.txt").symlink_to("../id_rsa")
-    with pytest.raises(CheckpointError, match=r"notes\.txt': is a link to '.*id_rsa', outside the model's folder"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt': is a link to '.*id_rsa', outside its folder"):
         copy_side_files(source, target, config_changes={})
     assert contents(target) == {}
 

@@ -263,3 +263,9 @@ def test_what_the_library_writes_is_parsed(tensors, metadata):
     for name, tensor in made.items():
         stored = content[parsed.tensors[name].start : parsed.tensors[name].stop]
         assert stored == bytes(tensor.reshape(-1).view(torch.uint8).tolist() if tensor.numel() else b"")
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480])
+def test_a_length_that_begins_as_a_pickle_does_is_a_length(length):
+    prefix = length.to_bytes(8, "little")
+    assert parse_header_length(prefix, file=LocalFile(Path("m.safetensors")), file_bytes=8 + length) == length

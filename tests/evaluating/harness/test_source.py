@@ -3,7 +3,7 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
 
 from portllm.evaluating.harness.scoring import score_task
 from portllm.evaluating.harness.source import HarnessRows

@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
 
 from portllm.errors import DataError
 from portllm.evaluating.harness.task import HarnessTask, as_example

@@ -55,7 +55,7 @@ def test_missing_files_and_rows_are_refused(data):
 
 
 def test_a_task_of_the_harness_comes_from_its_folder(tmp_path):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'portllm[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
     rows = [{"sentence": f"a cold {n}", "label": n % 2} for n in range(5)]
     (tmp_path / "sst2").mkdir()
     for split in ("train", "validation"):

@@ -16,6 +16,7 @@ from portllm.checking.update.lineage import lineage_of
 from portllm.checking.update.report import KindReport, UpdateReport
 from portllm.checking.update.samples import DriftColumns, DriftSample, drawn, sample_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.identity import same_rounded
 from portllm.checkpoint.open import side_file
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.matching.tensor_pairs import Pairing, TensorPair, pair_tensors
@@ -155,6 +156,7 @@ def _update_report(
         tokens=update.tokens,
         has_vocabularies=has_vocabularies,
         broken=_broken(pairing, strata),
+        same_in=same_rounded(update.base, update.evolved),
     )
 
 

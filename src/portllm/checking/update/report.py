@@ -47,6 +47,7 @@ class UpdateReport:
         tokens: How rows of the vocabularies go together; None where they are the same, or a model does not say.
         has_vocabularies: Whether both models say which row is which token.
         broken: Tensors that hold an infinity or NaN.
+        same_in: The dtype in which both models are the same numbers, where only their dtypes differ; else None.
     """
 
     base: ModelIdentity
@@ -62,6 +63,7 @@ class UpdateReport:
     tokens: TokenMap | None
     has_vocabularies: bool
     broken: tuple[str, ...]
+    same_in: str | None = None
 
 
 def update_to_json(update: UpdateReport) -> dict[str, object]:
@@ -73,6 +75,7 @@ def update_to_json(update: UpdateReport) -> dict[str, object]:
         "mode": "full" if update.is_full else "sampled",
         "elements_read": update.n_elements,
         "lineage": str(update.lineage),
+        "same_in": update.same_in,
         "drift": _drift(update.drift),
         "kinds": {
             kind: {"lineage": str(found.lineage), "tensors": found.n_tensors, **(_drift(found.drift) or {})}

@@ -20,6 +20,7 @@ from portllm.checkpoint.safetensors.header import name_problem
 from portllm.checkpoint.safetensors.header_file import size_of
 from portllm.checkpoint.tensor.encoding import GGML_TYPES
 from portllm.errors import CheckpointError
+from portllm.files.content import FEWEST, mistaken
 from portllm.files.input_file import open_input, open_unchanged, state_of
 from portllm.files.source import LocalFile
 
@@ -107,6 +108,10 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     """
     try:
         with open_input(path) as stream:
+            head = stream.read(FEWEST)
+            if not head.startswith(b"GGUF") and (other := mistaken(head)) is not None:
+                raise CheckpointError(f"'{path}': {other}")
+            stream.seek(0)
             return _header(_Cursor(stream), LocalFile(path, state_of(stream.fileno())))
     except OSError as error:
         raise CheckpointError(f"'{path}': cannot be read: {error.strerror}.") from error

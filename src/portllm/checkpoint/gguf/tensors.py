@@ -103,6 +103,11 @@ def open_gguf_model(path: Path) -> GGUFModel:
     file = open_gguf(path)
     if file.has("split.count") and file.integer("split.count") > 1:
         raise file.refuse("is one of several parts. Join them with llama.cpp's 'llama-gguf-split --merge' first.")
+    if file.has("general.type") and file.text("general.type") == "adapter":
+        raise file.refuse(
+            "is a LoRA adapter for llama.cpp, not a model. Pass the PEFT folder that it was converted from as the "
+            "patch, and its base model as the base."
+        )
     name = file.text("general.architecture")
     if name not in architectures():
         raise file.refuse(f"its architecture is '{name}'; supported: {listed(architectures())}.")

@@ -12,7 +12,7 @@ from portllm.checkpoint.model.experts import Experts, experts_of, parameters_of
 from portllm.checkpoint.model.families import WEIGHT, Family, families_of
 from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, HEAD, is_embedding
 from portllm.checkpoint.tensor.encoding import schemes_of
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import CheckpointError, MissingTensorError, Refusal
 from portllm.files.source import RemoteFile, Source
 
@@ -80,6 +80,11 @@ class Checkpoint:
     def quantization(self) -> str | None:
         """How its weights are quantized, such as `nf4-double` or `Q4_K, Q6_K`; None where its bytes are its values."""
         return schemes_of(info.encoding for info in self.infos.values())
+
+    @property
+    def float_dtypes(self) -> frozenset[str]:
+        """The floating-point dtypes that its tensors have."""
+        return frozenset(info.dtype for info in self.infos.values()) & frozenset(FLOAT_DTYPES)
 
     @property
     def _stored(self) -> Iterator[TensorInfo]:

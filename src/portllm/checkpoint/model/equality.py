@@ -6,6 +6,7 @@ A plan reads headers and samples. What it takes for equal by these, the run that
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
 from portllm.checkpoint.reading.numbers import decode_floats
 from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
+from portllm.checkpoint.tensor.rounding import round_to
 from portllm.errors import Refusal, refuse
 from portllm.files.source import LocalFile
 from portllm.progress import Progress, silent
@@ -24,6 +26,9 @@ WINDOW_ELEMENTS = 4096
 WIDENED = ("BF16", "F16", "F32")
 """Dtypes whose numbers are compared where they are not stored in the same one: float32 holds each of them."""
 
+TRAINING_DTYPES = ("BF16", "F16")
+"""What a model is loaded in for training where that is not the dtype of its file."""
+
 
 @dataclass(frozen=True, slots=True)
 class TakenForEqual:
@@ -33,11 +38,13 @@ class TakenForEqual:
         left: The one.
         right: The other.
         otherwise: Why there can be no output where they differ after all.
+        rounded: Whether `left` may hold the numbers of `right` as a training run had loaded them.
     """
 
     left: TensorInfo
     right: TensorInfo
     otherwise: Refusal
+    rounded: bool = False
 
 
 def require_equal(
@@ -58,7 +65,8 @@ def require_equal(
     done, total = 0, sum(pair.left.n_bytes + pair.right.n_bytes for pair in here)
     refusals = []
     for pair in here:
-        if not same_values(pair.left, pair.right, known=known):
+        equal = is_rounded_copy if pair.rounded else partial(same_values, known=known)
+        if not equal(pair.left, pair.right):
             refusals.append(pair.otherwise)
         done += pair.left.n_bytes + pair.right.n_bytes
         progress(f"compare: {pair.left.name}", done, total, "bytes")
@@ -111,6 +119,16 @@ def look_same(left: TensorInfo, right: TensorInfo) -> bool:
     return _same(left, right, _windows_equal)
 
 
+def is_rounded_copy(copy: TensorInfo, weight: TensorInfo) -> bool:
+    """As `same_values`, also where the copy was taken of a model that had been loaded in a training dtype."""
+    return any(_same(copy, weight, partial(_all_equal, rounded=dtype)) for dtype in (None, *TRAINING_DTYPES))
+
+
+def looks_like_copy(copy: TensorInfo, weight: TensorInfo) -> bool:
+    """As `is_rounded_copy`, by windows as for `look_same`."""
+    return any(_same(copy, weight, partial(_windows_equal, rounded=dtype)) for dtype in (None, *TRAINING_DTYPES))
+
+
 Equal = Callable[[TensorInfo, TensorInfo], bool]
 
 
@@ -130,22 +148,24 @@ def _stored_alike(left: TensorInfo, right: TensorInfo, equal: Equal) -> bool:
     )
 
 
-def _all_equal(left: TensorInfo, right: TensorInfo) -> bool:
+def _all_equal(left: TensorInfo, right: TensorInfo, *, rounded: str | None = None) -> bool:
     size = left.n_params if left.encoding is None else left.n_bytes
     spans = ((start, min(start + BLOCK_ELEMENTS, size)) for start in range(0, size, BLOCK_ELEMENTS))
     return all(
-        _numbers_equal(read_bytes(left, *_places(left, *span)), left, read_bytes(right, *_places(right, *span)), right)
+        _numbers_equal(
+            read_bytes(left, *_places(left, *span)), left, read_bytes(right, *_places(right, *span)), right, rounded
+        )
         for span in spans
     )
 
 
-def _windows_equal(left: TensorInfo, right: TensorInfo) -> bool:
+def _windows_equal(left: TensorInfo, right: TensorInfo, *, rounded: str | None = None) -> bool:
     size = left.n_params if left.encoding is None else left.n_bytes
     last = max(0, size - WINDOW_ELEMENTS)
     starts = sorted({last * number // (WINDOWS - 1) for number in range(WINDOWS)})
     spans = [(start, min(start + WINDOW_ELEMENTS, size)) for start in starts]
     parts = read_spans([(info, *_places(info, *span)) for span in spans for info in (left, right)])
-    return all(_numbers_equal(mine, left, theirs, right) for mine, theirs in zip(parts, parts, strict=True))
+    return all(_numbers_equal(mine, left, theirs, right, rounded) for mine, theirs in zip(parts, parts, strict=True))
 
 
 def _places(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
@@ -155,7 +175,9 @@ def _places(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
     return n_bytes_of(info.dtype, (start,)), n_bytes_of(info.dtype, (stop,))
 
 
-def _numbers_equal(mine: bytes, left: TensorInfo, theirs: bytes, right: TensorInfo) -> bool:
-    if left.dtype == right.dtype:
+def _numbers_equal(mine: bytes, left: TensorInfo, theirs: bytes, right: TensorInfo, rounded: str | None) -> bool:
+    """Whether bytes of `left` hold the numbers of those of `right`, rounded to a dtype where one is named."""
+    if left.encoding is not None or (rounded is None and left.dtype == right.dtype):
         return mine == theirs
-    return np.array_equal(decode_floats(mine, left.dtype), decode_floats(theirs, right.dtype))
+    numbers, wanted = decode_floats(mine, left.dtype), decode_floats(theirs, right.dtype)
+    return np.array_equal(numbers, wanted if rounded is None else round_to(wanted, rounded))

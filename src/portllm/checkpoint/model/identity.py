@@ -11,7 +11,7 @@ tensors. Both are over bytes as they are stored: a model and what was quantized 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -19,8 +19,9 @@ from blake3 import blake3
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_values, stored_tensors
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
-from portllm.checkpoint.reading.windows import sample_window
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.checkpoint.reading.windows import load_spans, sample_window
+from portllm.checkpoint.tensor.info import DTYPE_BITS, FLOAT_DTYPES, TensorInfo
+from portllm.checkpoint.tensor.rounding import encode_floats
 from portllm.errors import OutputError
 from portllm.files.cache import cache_root
 from portllm.files.input_file import local_file, read_input, require_unchanged
@@ -51,6 +52,49 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         state.update(json.dumps([name, info.stored_as, info.shape]).encode())
         state.update(sample)
     return FINGERPRINT_PREFIX + state.hexdigest(20)
+
+
+def fingerprint_in(checkpoint: Checkpoint, dtype: str) -> str:
+    """The fingerprint that the checkpoint would have if its weights were stored in another dtype.
+
+    Where it is that of another model, the two are one in two dtypes: both hold the same numbers, rounded to this one.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    return fingerprints_in(checkpoint, [dtype])[dtype]
+
+
+def fingerprints_in(checkpoint: Checkpoint, dtypes: Sequence[str]) -> dict[str, str]:
+    """`fingerprint_in` for several dtypes of one size, whose samples are the same numbers, read once."""
+    infos = list(stored_tensors(checkpoint.own_tensors))
+    (width,) = {DTYPE_BITS[dtype] // 8 for dtype in dtypes}
+    windows = [(info, sample_window(name, width * info.n_params)) for name, info in infos if _is_float(info)]
+    floats = load_spans([(info, start // width, stop // width) for info, (start, stop) in windows])
+    others = read_spans([(info, *sample_window(name, info.n_bytes)) for name, info in infos if not _is_float(info)])
+    states = {dtype: blake3() for dtype in dtypes}
+    for name, info in infos:
+        values, data = (next(floats), b"") if _is_float(info) else (None, next(others))
+        for dtype, state in states.items():
+            stored_as = info.stored_as if values is None else dtype
+            state.update(json.dumps([name, stored_as, info.shape]).encode())
+            state.update(data if values is None else encode_floats(values, dtype))
+    return {dtype: FINGERPRINT_PREFIX + state.hexdigest(20) for dtype, state in states.items()}
+
+
+def same_rounded(one: Checkpoint, other: Checkpoint) -> str | None:
+    """The dtype in which two models that are stored in different ones are the same numbers, by their samples."""
+    dtypes = [model.float_dtypes for model in (one, other)]
+    if dtypes[0] == dtypes[1] or any(model.quantization is not None for model in (one, other)):
+        return None
+    for model, rounded, found in ((one, other, dtypes[1]), (other, one, dtypes[0])):
+        if len(found) == 1 and fingerprint_in(model, dtype := next(iter(found))) == fingerprint(rounded):
+            return dtype
+    return None
+
+
+def _is_float(info: TensorInfo) -> bool:
+    return info.encoding is None and info.dtype in FLOAT_DTYPES
 
 
 def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:

@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import CONFIG_FILE
 from portllm.errors import CheckpointError
-from portllm.files.input_file import MAX_BYTES
+from portllm.files.content import LFS_POINTER, mistaken
+from portllm.files.input_file import MAX_BYTES, open_input
 from portllm.files.json_file import read_config
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -28,19 +29,33 @@ def side_files(folder: Path) -> list[Path]:
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES + NOT_COPIED)
     )
     for file in files:
-        require_writable_name(file)
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise CheckpointError(
-                f"'{file}': has {size} bytes, and would be copied into the output; the limit for files beside the "
-                f"weights is {MAX_BYTES}. Move it elsewhere."
-            )
-        target = file.resolve()
-        if not any(target.is_relative_to(root) for root in _roots(folder.resolve())):
-            raise CheckpointError(
-                f"'{file}': is a link to '{target}', outside the model's folder, and would be copied into the "
-                "output. Delete the link, or replace it with the file itself."
-            )
+        require_copyable(file)
     return files
+
+
+def require_copyable(file: Path) -> None:
+    """Raise CheckpointError if a file must not be copied from a folder that may be a stranger's; see `side_files`."""
+    require_writable_name(file)
+    if (size := file.stat().st_size) > MAX_BYTES:
+        raise CheckpointError(
+            f"'{file}': has {size} bytes, and would be copied into the output; the limit for files beside the "
+            f"weights is {MAX_BYTES}. Move it elsewhere."
+        )
+    target = file.resolve()
+    if not any(target.is_relative_to(root) for root in _roots(file.parent.resolve())):
+        raise CheckpointError(
+            f"'{file}': is a link to '{target}', outside its folder, and would be copied into the output. Delete the "
+            "link, or replace it with the file itself."
+        )
+    if (problem := _stand_in(file)) is not None:
+        raise CheckpointError(f"'{file}': would be copied into the output, and {problem}")
+
+
+def _stand_in(file: Path) -> str | None:
+    """What is copied in place of a file that a clone did not bring along; None for a file that is itself."""
+    with open_input(file) as stream:
+        head = stream.read(len(LFS_POINTER))
+    return mistaken(head) if head == LFS_POINTER else None
 
 
 def require_writable_name(file: Path) -> None:
@@ -58,7 +73,9 @@ def _roots(folder: Path) -> tuple[Path, ...]:
     return (folder, folder.parents[1] / "blobs") if folder.parent.name == "snapshots" else (folder,)
 
 
-def copy_side_files(source: Path, folder: Path, *, config_changes: Mapping[str, object]) -> None:
+def copy_side_files(
+    source: Path, folder: Path, *, config_changes: Mapping[str, object], leave_out: Collection[str] = ()
+) -> None:
     """Copy them, with the given fields of `config.json` changed, or taken out where they are None.
 
     Without changes its bytes stay as they are. `dtype` goes where the file has it: under that name, or under the older
@@ -68,7 +85,8 @@ def copy_side_files(source: Path, folder: Path, *, config_changes: Mapping[str, 
         CheckpointError: As `side_files`.
     """
     for file in side_files(source):
-        shutil.copyfile(file, folder / file.name)
+        if file.name not in leave_out:
+            shutil.copyfile(file, folder / file.name)
     if not config_changes or not (folder / CONFIG_FILE).is_file():
         return
     config = read_config(folder / CONFIG_FILE)

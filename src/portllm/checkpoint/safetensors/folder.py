@@ -40,7 +40,8 @@ def require_shards(weight_map: Mapping[str, str], *, where: str, there: Iterable
     missing = sorted(set(shards) - set(there))
     if missing:
         raise MissingShardError(
-            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}'. Download them again."
+            f"'{where}': {len(missing)} of {len(shards)} shards are missing, first '{missing[0]}': the copy is not "
+            f"complete. Download the rest: hf download ORG/NAME --local-dir {where}"
         )
     return shards
 

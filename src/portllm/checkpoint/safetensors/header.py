@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo, n_bytes_of
 from portllm.errors import HeaderError
+from portllm.files.content import mistaken
 from portllm.files.json_text import parse_json
 from portllm.files.source import Source
 
@@ -47,11 +48,13 @@ def parse_header_length(prefix: bytes, *, file: Source, file_bytes: int) -> int:
     """The length of the JSON part, from the first eight bytes of a file.
 
     Raises:
-        HeaderError: The file is shorter than it says, or the length is over `MAX_HEADER_BYTES`.
+        HeaderError: The file is shorter than it says, is something else, or the length is over `MAX_HEADER_BYTES`.
     """
     if len(prefix) < 8:
         raise HeaderError(f"'{file}': has {file_bytes} bytes; a safetensors file has at least 8. Download it again.")
     length = int.from_bytes(prefix[:8], "little")
+    if 8 + length > min(file_bytes, 8 + MAX_HEADER_BYTES) and (problem := mistaken(prefix)) is not None:
+        raise HeaderError(f"'{file}': {problem}")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(
             f"'{file}': its header claims {length} bytes, the limit is {MAX_HEADER_BYTES}. This is not a "

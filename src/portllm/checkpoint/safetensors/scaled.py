@@ -391,7 +391,8 @@ class _Weights:
         if not codes.n_params:
             return
         module = name.removesuffix(".weight")
-        beside = {end: self._infos[module + end] for end in BESIDE if module + end in self._infos}
+        ends = [*BESIDE, *(end.replace(".", "_") for end in BESIDE)]
+        beside = {end: self._infos[module + end] for end in ends if module + end in self._infos}
         whole = {**parts, **beside}
         self.found[name] = replace(
             codes, name=name, dtype=dtype, shape=shape, encoding=scaled, parts=tuple(whole.items()), listed=codes

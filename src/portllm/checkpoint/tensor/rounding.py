@@ -33,3 +33,16 @@ def round_to(values: Float32[np.ndarray, "*shape"], dtype: str) -> Float32[np.nd
                 return values.astype(np.float16).astype(np.float32)
         case _:
             return values
+
+
+def encode_floats(values: Float32[np.ndarray, " n"], dtype: str) -> bytes:
+    """The bytes of the values as F64, F32, F16 or BF16, rounded to nearest, ties to even.
+
+    Example:
+        >>> encode_floats(np.array([1.0, 1.00390625], np.float32), "BF16").hex()
+        '803f803f'
+    """
+    if dtype == "BF16":
+        return round_to_bfloat16(np.ascontiguousarray(values)).astype("<u2").tobytes()
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, as in torch
+        return values.astype(f"<f{int(dtype[1:]) // 8}").tobytes()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from portllm.errors import MissingExtraError
+from portllm.installed import how_to_get
 
 try:
     import datasets
@@ -19,7 +20,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as missing:
     raise MissingExtraError(
-        f"'{missing.name}': not installed; tasks of lm-evaluation-harness need it. Run: pip install 'portllm[eval]'"
+        f"'{missing.name}': not installed; tasks of lm-evaluation-harness need it. {how_to_get('eval')}"
     ) from missing
 
 __all__ = ["HFLM", "TASK_FILES", "CacheHook", "ConfigurableTask", "Dataset", "Instance", "TaskManager", "quiet_harness"]

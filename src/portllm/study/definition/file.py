@@ -13,7 +13,7 @@ from portllm.files.typed import Tell, read_table
 from portllm.methods.table import method_named
 from portllm.study.definition.paper import published
 from portllm.study.definition.settings import EVOLUTIONS, Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
-from portllm.training.lora import TrainSettings
+from portllm.training.settings import TrainSettings
 
 TASKS: Mapping[str, type[TaskSettings]] = {"rows": RowsTask, "harness": HarnessTask}
 

@@ -13,7 +13,7 @@ from portllm.study.parts.control import ControlSettings, ReinitSettings, TwinSet
 from portllm.study.parts.theory import TheorySettings
 from portllm.training.evolve import EvolveSettings
 from portllm.training.evolve_lora import LoraEvolveSettings
-from portllm.training.lora import TrainSettings
+from portllm.training.settings import TrainSettings
 
 Artefact: TypeAlias = Literal["patches", "checkpoints"]
 EvolutionSettings: TypeAlias = EvolveSettings | ControlSettings

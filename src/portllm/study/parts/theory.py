@@ -7,8 +7,9 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.patch import Patch
-from portllm.probing.expansion import SKETCH, expand
+from portllm.probing.expansion import expand
 from portllm.probing.port_residual import port_residual
+from portllm.probing.settings import SKETCH
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.folder import model_folder

@@ -1,0 +1,101 @@
+"""What is to be compared, and every reason not to, before a model is loaded.
+
+PEFT loads an adapter onto any model whose names and shapes agree. Here a patch is compared on the model that it
+belongs to, or not at all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.matching.compatibility import base_mismatch, mismatches, unmatchable
+from portllm.patch.adapter_folder import folder_of
+from portllm.patch.identify import identify
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+from portllm.progress import Progress, silent
+from portllm.running.folder import model_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestants:
+    """The folders to compare; only what is given is run.
+
+    Attributes:
+        base: Checkpoint that the patch was made on.
+        patch: The patch, as an adapter folder.
+        evolved: Checkpoint of the later version.
+        ported: The patch carried over to it, as an adapter folder.
+        retrained: A patch trained on the evolved checkpoint with the same rows, as an adapter folder.
+        merged: Checkpoint of the evolved model with the ported patch in its weights.
+
+    Raises:
+        PortLLMError: Something of the evolved model is given without it.
+    """
+
+    base: Path
+    patch: Path | None = None
+    evolved: Path | None = None
+    ported: Path | None = None
+    retrained: Path | None = None
+    merged: Path | None = None
+
+    def __post_init__(self) -> None:
+        orphans = [name for name in ("ported", "retrained", "merged") if getattr(self, name) is not None]
+        if orphans and self.evolved is None:
+            raise PortLLMError(
+                f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Pass it as well."
+            )
+
+
+def plan_evaluation(
+    *,
+    base: Checkpoint,
+    patch: Patch[TensorInfo],
+    evolved: Checkpoint,
+    ported: Patch[TensorInfo],
+    retrained: Patch[TensorInfo] | None = None,
+    merged: Checkpoint | None = None,
+    allow_other_base: bool = False,
+    progress: Progress = silent,
+) -> Contestants:
+    """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
+    old, new = identify(base), identify(evolved)
+    pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
+    pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
+    refusals = [refusal for pair in pairs for refusal in model_refusals(*pair, allow_other_base=allow_other_base)]
+    if refusals:
+        raise PlanRefusedError(refusals)
+    return Contestants(
+        base=model_folder(base, progress=progress),
+        patch=folder_of(patch),
+        evolved=model_folder(evolved, progress=progress),
+        ported=folder_of(ported),
+        retrained=None if retrained is None else folder_of(retrained),
+        merged=None if merged is None else model_folder(merged, progress=progress),
+    )
+
+
+def model_refusals(
+    option: str,
+    patch: Patch[TensorInfo],
+    model: Checkpoint,
+    identity: ModelIdentity,
+    *,
+    allow_other_base: bool,
+) -> Iterator[Refusal]:
+    """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
+    yield from unmatchable(patch, model, option=option)
+    yield from mismatches(patch, model)
+    yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)
+
+
+def trained_on(digest: str, *patches: Patch[TensorInfo] | None, consequence: str) -> Iterator[Refusal]:
+    """Why the rows of a file cannot test patches that were trained on that very file."""
+    for patch in patches:
+        if patch is not None and patch.record is not None and patch.record.capture.settings.get("data") == digest:
+            yield Refusal("--data", f"is the file that {patch.name} was trained on. {consequence}")
+            return
