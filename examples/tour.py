@@ -1,7 +1,7 @@
 """The library in one script: every verb, with places as texts and with what the last verb gave.
 
 Beside it lie `base-v1` and `base-v2`, a base and the next version of it, `adapter`, a PEFT adapter of the first, and
-`rows.jsonl`, rows of a question and its kind.
+`rows.jsonl`, rows of a question and its kind; `held-out.jsonl` has other such rows.
 """
 
 import shutil
@@ -71,7 +71,9 @@ portllm.merge_in_place(ported, "copy")
 print(portllm.undo_merge("copy"))
 
 # Is it still worth it, and what can be lost?
-models = portllm.evaluate("rows.jsonl", base="base-v1", patch=patch, evolved=evolved, ported=ported, merged="merged")
+models = portllm.evaluate(
+    "held-out.jsonl", base="base-v1", patch=patch, evolved=evolved, ported=ported, merged="merged"
+)
 for row in models.rows:
     print(row.name, row.score.value)
 task = portllm.Task(

@@ -21,7 +21,8 @@ def rows(tmp_path_factory):
 def models(portllm, rows, tmp_path):
     """Options that name a tiny model, a patch, and itself as the evolved one."""
     base = make_reader(tmp_path / "base")
-    data = ("--data", rows / "sst2" / "validation.jsonl", "--prompt", "{sentence}", "--completion", "label")
+    write_rows(tmp_path / "trained-on.jsonl", ROWS["sst2"][:2])
+    data = ("--data", tmp_path / "trained-on.jsonl", "--prompt", "{sentence}", "--completion", "label")
     trained = portllm("train", "--base", base, *data, "--steps", "1", *SHORT, "-o", tmp_path / "patch")
     assert trained.status == 0, trained.err
     patch = tmp_path / "patch"

@@ -29,6 +29,11 @@ def write_models(folder):
     load_tokenizer(folder / "base-v1").save_pretrained(folder / "base-v2")
     make_adapter(folder / "base-v1", folder / "adapter", r=2)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    held_out = [
+        {"question": "what causes a fever?", "kind": "cause"},
+        {"question": "how is a cold treated?", "kind": "treatment"},
+    ]
+    (folder / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     others = (json.dumps({"question": f"what causes {name}?"}) + "\n" for name in ("a cold", "a fever", "measles"))
     (folder / "questions.jsonl").write_text("".join(others))
 

@@ -10,7 +10,7 @@ import pytest
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned import capture_tuned
-from portllm.certifying import certify
+from portllm.certifying import agreement, certify
 from portllm.checking import check
 from portllm.checking.check import check_weights as check_patch
 from portllm.checkpoint.model.identity import digest
@@ -256,11 +256,12 @@ def test_an_evaluation_of_what_changed_is_no_report(room, monkeypatch):
 def test_a_certificate_of_what_changed_gets_no_name(room, monkeypatch, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"q": "a", "a": "b"}\n{"q": "c", "a": "d"}\n')
+    (room.base / "tokenizer.json").write_text("{}")
     patch, base = load_patch(room.patch), open_checkpoint(room.base)
     settings = certify.CertifySettings(prompt="{q}", completion="a")
     data = certify.read_inputs(rows, patch, settings)
     plan = certify.plan_certify(patch, base=base, data=data, evolved=base, ported=patch, settings=settings)
-    monkeypatch.setattr(certify, "compare_answers", lambda *_, **__: touch(room.patch / "patch.json"))
+    monkeypatch.setattr(agreement, "compare_answers", lambda *_, **__: touch(room.patch / "patch.json"))
     monkeypatch.setattr(certify, "conclude", lambda *_, **__: None)
     monkeypatch.setattr(certify, "write_certificate", lambda *_: None)
     with pytest.raises(InputChangedError, match=r"patch/patch\.json"):
