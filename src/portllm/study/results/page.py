@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 from portllm.evaluating.metrics import Retention
 from portllm.evaluating.page import RETENTION_MARKS
+from portllm.show.headline import Headline
 from portllm.show.html.bars import Row, bars, dots
 from portllm.show.html.figure import figure, figures, table
 from portllm.show.html.lines import Curve, Point, lines
 from portllm.show.html.markup import Html, joined
-from portllm.show.html.page import Headline, document, fragment, paragraph, section
+from portllm.show.html.page import document, fragment, paragraph, section
 from portllm.show.numbers import counted, percent
 from portllm.study.definition.variants import BASE, EVOLVED, HEADS, PATCHED, PORTED, RETRAINED
 from portllm.study.results.markdown import (
