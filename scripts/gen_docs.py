@@ -228,11 +228,15 @@ def render_families() -> str:
     kinds = [*dict.fromkeys(kind for *_, cells in run for kind in cells)]
     marks = {"right": "yes", "none": ""}
     table_rows = [
-        (f"`{model_type}`", f"`{name}`", *(marks.get(cells[kind], cells[kind].partition(":")[0]) for kind in kinds))
+        (
+            f"`{model_type}`",
+            f"`{name}`",
+            *(marks.get(cell := cells.get(kind, "none"), cell.partition(":")[0]) for kind in kinds),
+        )
         for model_type, name, cells in run
     ]
     reasons = [
-        f"- `{name}`, {kind}: {cells[kind]}" for _, name, cells in run for kind in kinds if cells[kind] not in marks
+        f"- `{name}`, {kind}: {cell}" for _, name, cells in run for kind, cell in cells.items() if cell not in marks
     ]
     parts = [
         "# Families of models",
@@ -268,7 +272,7 @@ def render_families() -> str:
             "merged model, reloaded by transformers, has the logits that PEFT computes with the adapter unmerged; a "
             "captured patch, loaded by PEFT on the base, has those of the model it was captured from. *refused*: "
             "PortLLM writes nothing and says why. *PEFT*: PEFT or transformers cannot make or run such an adapter. "
-            "Empty: the model has no such part."
+            "Empty: the model has no such part, or it was not tried."
         ),
         table(("model type", "class", *kinds), table_rows),
         "## Refused, or not to be had from PEFT",

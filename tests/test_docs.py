@@ -1,7 +1,9 @@
 """The pages say what the code says."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -69,21 +71,24 @@ def test_the_readme_shows_commands():
     assert len(shell_commands(read("README.md"))) > 3
 
 
-def test_the_quickstart_of_the_readme_runs_in_the_order_it_stands_in(portllm, tmp_path, monkeypatch):
-    from tests import models
+@pytest.mark.parametrize(("page", "made"), [("README.md", "my-model-v2"), ("docs/data.md", "my-patch")])
+def test_the_commands_of_a_page_run_in_the_order_they_stand_in(portllm, tmp_path, monkeypatch, page, made):
+    from tests import language, models
 
     monkeypatch.chdir(tmp_path)
 
-    base = models.make_base(tmp_path / "base-v1")
+    base = language.make_reader(tmp_path / "base-v1")
     models.make_evolved(base, tmp_path / "base-v2", drift=0.00003)  # so little that `check` says it holds
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "base-v2")
     models.make_adapter(base, tmp_path / "my-adapter")
-    for line in shell_commands(read("README.md")):
-        words = shlex.split(line)[1:]
-        if words[0] in ("train", "evaluate"):  # these need a model that can read and write
-            continue
-        done = portllm(*words)
+    for name, kinds in (("train", ("cause", "treatment")), ("test", ("treatment", "cause"))):
+        rows = [json.dumps({"question": f"measles {kind}?", "type": kind}) for kind in kinds]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    for line in shell_commands(read(page)):
+        done = portllm(*shlex.split(line)[1:])
         assert done.status == 0, f"{line}\n{done.err}"
-    assert (tmp_path / "my-model-v2" / "model.safetensors").exists()
+    assert any((tmp_path / made).glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

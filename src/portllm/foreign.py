@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from portllm.errors import MissingExtraError, PortLLMError
-from portllm.installed import how_to_get
+from portllm.installed import why_not
 from portllm.messages import errors_only
 
 
@@ -44,6 +44,7 @@ try:
             AutoConfig,
             AutoModelForCausalLM,
             AutoTokenizer,
+            DynamicCache,
             PreTrainedConfig,
             PreTrainedModel,
             PreTrainedTokenizerBase,
@@ -51,18 +52,19 @@ try:
         )
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
-            GroupWeightRename,
+            PrefixChange,
             WeightConverter,
             WeightRenaming,
             rename_source_key,
         )
+        from transformers.initialization import no_init_weights
         from transformers.models.auto import modeling_auto
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
         from transformers.pytorch_utils import Conv1D
         from transformers.utils import logging as transformers_logging
 except ImportError as missing:
     raise MissingExtraError(
-        f"'{missing.name}': not installed; training and evaluating need transformers and peft. {how_to_get('live')}"
+        f"training and evaluating need transformers and peft; {why_not(missing, 'live')}"
     ) from missing
 
 CLASSIFIERS = {
@@ -81,7 +83,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "Conv1D",
-    "GroupWeightRename",
+    "DynamicCache",
     "LoraConfig",
     "LoraLayer",
     "PeftModel",
@@ -89,12 +91,14 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "PreTrainedTokenizerFast",
+    "PrefixChange",
     "WeightConverter",
     "WeightRenaming",
     "foreign",
     "get_model_conversion_mapping",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "no_init_weights",
     "quiet",
     "rename_source_key",
     "tokenizer_class_from_name",

@@ -74,6 +74,23 @@ def test_a_changed_file_of_the_same_size_is_noticed(package):
     assert files_of(second) != files_of(first)
 
 
+def test_a_model_that_is_written_out_is_the_one_in_the_cache_and_replaces_only_what_it_may(package, portllm, tmp_path):
+    out = tmp_path / "mine"
+    done = portllm("inspect", "builtin:tiny", "--export", out, "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["exported"] == str(out)
+    assert files_of(out) == files_of(builtin_folder("tiny"))
+    (out / "config.json").write_text("{}")
+    assert "exists" in portllm("inspect", "builtin:tiny", "--export", out).err
+    assert portllm("inspect", "builtin:tiny", "--export", out, "--overwrite").out.endswith(f"written to {out}\n")
+    assert files_of(out) == files_of(builtin_folder("tiny"))
+
+
+def test_what_is_no_built_in_model_is_not_written_out(portllm, tmp_path, tiny):
+    assert portllm("inspect", tiny("base"), "--export", tmp_path / "out").status == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_touched_file_keeps_its_folder(package, no_conversion):
     first = builtin_folder("tiny")
     no_conversion()

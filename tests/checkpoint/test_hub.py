@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 
+import httpx2
+import huggingface_hub
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors.numpy import save_file
 
 from portllm.capturing.adapter import capture_adapter
@@ -407,10 +409,27 @@ def test_a_hub_that_fails_otherwise_is_reported(hub):
         open_checkpoint("org/model")
 
 
-def test_a_hub_that_is_gone_is_reported(hub, waits):
+def test_a_hub_that_is_gone_is_soon_reported_with_the_switch_to_set(hub, tiny, waits):
+    hub.add("org/cached", tiny("base"))
+    on_disk(open_checkpoint("org/cached"))
     hub.close()
-    with pytest.raises(RemoteError, match="cannot reach http://127"):
+    huggingface_hub.close_session()
+    with pytest.raises(RemoteError, match=r"cannot reach http://127.*The cache has it: .* set HF_HUB_OFFLINE=1\.$"):
+        open_checkpoint("org/cached")
+    with pytest.raises(RemoteError, match=r"set HF_HUB_OFFLINE=1 once .* in the cache: hf download org/model\.$"):
         open_checkpoint("org/model")
+    assert waits == [0.5] * 2
+
+
+def test_a_network_that_swallows_everything_is_asked_once(hub, monkeypatch, waits):
+    def swallow(*_, **options):
+        assert options["timeout"].connect <= 3
+        raise httpx2.ConnectTimeout("timed out")
+
+    monkeypatch.setattr(HfApi, "model_info", swallow)
+    with pytest.raises(RemoteError, match=r"cannot reach http://127\S+ \(timed out\)\. Check the connection"):
+        open_checkpoint("org/model")
+    assert waits == []
 
 
 def test_faults_in_the_middle_of_a_port_do_not_change_its_result(hub, tiny, tmp_path, waits):

@@ -1,6 +1,7 @@
 """Data in the shapes of TRL and OpenAI, from training to the certificate."""
 
 import json
+import shutil
 
 import pytest
 
@@ -103,3 +104,19 @@ def test_rows_of_another_shape_than_the_patch_was_trained_on_are_refused(portllm
     evaluated = portllm("evaluate", *sides, "--ported", tmp_path / "patch", "--data", test)
     assert evaluated.status == 1
     assert "/patch was trained on rows of 'messages'" in evaluated.err
+
+
+def test_another_chat_template_than_that_of_the_training_is_refused_or_told(portllm, world, tmp_path):
+    data = write(tmp_path / "train.jsonl", [messages(*asked) for asked in ASKED])
+    how = ("--device", "cpu", "--steps", "1", "--rank", "2", "--quiet")
+    assert portllm("train", "--base", world / "base", "--data", data, *how, "-o", tmp_path / "patch").status == 0
+    test = write(tmp_path / "test.jsonl", [messages(*asked) for asked in ASKED[::-1]])
+    other = shutil.copytree(world / "base", tmp_path / "other")
+    (other / "chat_template.jinja").write_text(CHATML.replace("assistant", "helper"))
+    both = ("--patch", tmp_path / "patch", "--ported", tmp_path / "patch", "--data", test, "--device", "cpu")
+    told = portllm("evaluate", "--base", world / "base", "--evolved", other, *both)
+    assert told.status == 0, told.err
+    assert "other has another chat template than the patch was trained through" in told.err
+    refused = portllm("evaluate", "--base", other, "--evolved", other, *both)
+    assert refused.status == 1
+    assert "was trained through another chat template than that of" in refused.err

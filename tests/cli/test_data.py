@@ -61,3 +61,15 @@ def test_labels_in_use_are_printed_and_odd_ones_are_questioned(portllm, tiny, tm
     found = portllm("train", "--base", tiny("base"), *how, "--quiet")
     assert "warning: label 'refnd' (3 rows) is nearly 'refund' (18 rows)" in found.err
     assert "warning: label 'other' is the answer of one row only" in found.err
+
+
+@pytest.mark.parametrize(("command", "way"), [("evaluate", "--judge text"), ("certify", "--answers exact")])
+def test_answers_that_are_texts_are_not_taken_for_labels(portllm, tiny, tmp_path, command, way):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "q", "completion": f"answer {n}"}) + "\n" for n in range(30)))
+    sides = ("--patch", tiny("adapter"), "--ported", tiny("adapter"), "--base", tiny("base"), "--evolved", tiny("base"))
+    out = () if command == "evaluate" else ("-o", tmp_path / "out")
+    found = portllm(command, *sides, "--data", rows, *out)
+    assert found.status == 1
+    assert "30 different answers, which are texts" in found.err
+    assert way in found.err

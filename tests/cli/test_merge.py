@@ -91,3 +91,16 @@ def test_taking_back_what_was_not_done_is_refused(portllm, model):
     result = portllm("merge", "--undo", model)
     assert result.status == 1
     assert "there is no in-place merge to undo" in result.err
+
+
+@pytest.mark.parametrize("name", ["F32", "float32", "fp32", "torch.float32"])
+def test_a_dtype_may_have_the_name_it_has_in_torch(name, portllm, tiny, tmp_path):
+    done = portllm("merge", tiny("adapter"), "--into", tiny("base"), "--dtype", name, "-o", tmp_path / "merged")
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_dtype_that_weights_are_not_stored_in_is_wrong_usage(portllm, tiny, tmp_path):
+    done = portllm("merge", tiny("adapter"), "--into", tiny("base"), "--dtype", "int8", "-o", tmp_path / "merged")
+    assert done.status == 2
+    assert "unknown dtype 'int8'; expected one of F64, F32, F16, BF16" in " ".join(done.err.split())

@@ -129,6 +129,21 @@ def test_what_belongs_to_a_token_goes_where_the_evolved_model_has_it(kind, model
     assert json.loads((tmp_path / "ported" / "patch.json").read_text())["ports"][0]["left_out"]
 
 
+@pytest.mark.parametrize(("token", "status"), [(8, 3), (5, 0)])
+def test_trained_rows_of_tokens_that_are_gone_are_named_and_the_status_is_three(
+    token, status, models, portllm, tmp_path
+):
+    from tests.models import make_adapter
+
+    base, evolved = models(tied=False)
+    adapter = make_adapter(
+        base, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [token]}
+    )
+    result = portllm("port", adapter, "--base", base, "--evolved", evolved, "-o", tmp_path / "ported")
+    assert result.status == status
+    assert ("trained rows of 't8' are left out" in result.err) == (status == 3)
+
+
 def test_token_ids_in_the_configuration_are_those_of_the_evolved_model(models, tmp_path):
     from tests.models import make_adapter
 

@@ -211,7 +211,7 @@ def test_the_configuration_names_the_new_dtype(tiny, tmp_path):
 
 def test_a_dtype_that_weights_are_not_stored_in_is_refused(case, tmp_path):
     patch, into = case()
-    for dtype in ("I8", "float32", "F8_E4M3"):
+    for dtype in ("I8", "float8_e4m3fn", "F8_E4M3", "", "F"):
         with pytest.raises(UnsupportedDtypeError, match=f"dtype '{dtype}'; expected one of F64, F32, F16, BF16"):
             merge(patch, into=into, out=tmp_path / "out", options=MergeOptions(dtype=dtype))
     assert leftovers(tmp_path) == []

@@ -10,6 +10,7 @@ from portllm.methods.values import computed, whole
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
+from tests.methods.chains import TwoChains
 
 ROUNDING = 1e-5
 """Of float32: a method without drift may compute, but it ends where it began."""
@@ -64,6 +65,8 @@ def run(method, patch, *, evolved):
     needs = method.needs_for(patch)
     sides = [{name: computed(name, weight) for name, weight in side.items()} for side in (BASE, evolved)]
     given = Inputs(*sides) if Need.WEIGHTS in needs else Inputs()
+    if Need.STREAMS in needs:
+        given = replace(given, streams=lambda added: TwoChains(patch, added.mapped(whole), BASE, evolved))
     ported = method.port(patch.mapped(lambda tensor: computed("a tensor", tensor)), given)
     return ported.patch.mapped(whole), ported.evidence
 

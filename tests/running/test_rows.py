@@ -64,7 +64,9 @@ def test_messages_in_a_parquet_file_are_objects(tmp_path):
         ("a.json", b'[{"q": "a"}', "begins as a JSON array, but is none"),
         ("a.json", b"[1]", "row 1: is a text or a number; expected an object"),
         ("a.jsonl", b"question,type\nwho?,person\n", "If this is CSV, give it the suffix .csv"),
-        ("a.json", b'{\n"q": "a"\n}\n', "put each row on a line of its own: jq -c"),
+        ("a.json", b'{\n"q": "a"\n}\n', "is one JSON object over several lines; .* Run: jq -c . "),
+        ("a.json", b'{\n"rows": [\n{"q": "a"}\n]}\n', "Run: jq -c '.rows\\[\\]' "),
+        ("a.json", b'{\n"rows": [\n', "is neither rows of JSON nor one JSON object"),
         ("a.jsonl.gz", b"\x1f\x8b\x08", "compressed with gzip. Run: gunzip"),
         ("a.xlsx", b"PK\x03\x04", "an Excel workbook"),
         ("a.parquet", b"PAR1" + b"\0" * 64, "is not a valid Parquet file"),
@@ -85,6 +87,10 @@ def test_a_folder_names_the_files_in_it(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"is a folder, not a file. Pass a file of it: train.jsonl"):
         read(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.parquet").write_text("")
+    with pytest.raises(DataError, match=r"Pass a file of it: data/train-0.parquet, train.jsonl"):
+        read(tmp_path)
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(DataError, match="load_from_disk"):
         read(tmp_path)
@@ -93,3 +99,5 @@ def test_a_folder_names_the_files_in_it(tmp_path):
 def test_a_data_set_of_the_hub_is_named_with_the_command_that_fetches_it():
     with pytest.raises(DataError, match="hf download --repo-type dataset --local-dir data stanfordnlp/imdb"):
         read("stanfordnlp/imdb")
+    with pytest.raises(DataError, match="download it, and pass a data file"):
+        read("hf://datasets/stanfordnlp/imdb/train.parquet")

@@ -51,7 +51,7 @@ def test_where_nobody_has_to_answer_a_prompt_is_enough():
         ({"messages": [USER], "tools": [{}]}, "has tools"),
         ({"messages": ["who?"]}, "message 1 of 'messages' is a text"),
         ({"messages": [USER, {"role": "assistant"}]}, "message 2 of 'messages' has no 'content'"),
-        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}, "a tool call"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "is a tool call, which is not"),
         ({"messages": [{"from": "human", "value": "who?"}]}, "ShareGPT"),
         ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "'content' is more than text"),
         ({"messages": [USER, {**ANSWER, "weight": "0.5"}]}, "the weight 0.5"),

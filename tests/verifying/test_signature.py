@@ -345,6 +345,26 @@ def test_a_key_that_cannot_sign_is_an_error_and_leaves_nothing(signer, copy, key
     assert sorted(os.listdir(folder)) == before
 
 
+def test_a_key_of_another_kind_is_called_what_it_is_with_the_line_that_makes_one_that_signs(copy, keys):
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    folder = copy()
+    sign(folder, KeySigner(keys / "mine.key"))
+    made = {
+        "RSA": rsa.generate_private_key(65537, 2048),
+        "Ed25519": ed25519.Ed25519PrivateKey.generate(),
+        "secp256k1": ec.generate_private_key(ec.SECP256K1()),
+    }
+    for kind, key in made.items():
+        write_private(folder.parent / f"{kind}.key", key, password="secret")
+        write_public(folder.parent / f"{kind}.pub", key)
+        told = f"key of kind {kind}, and signatures are made with P-256, P-384, P-521. To make one: openssl"
+        with pytest.raises(SignatureError, match=told):
+            sign(folder, KeySigner(folder.parent / f"{kind}.key", "secret"), overwrite=True)
+        with pytest.raises(SignatureError, match=told):
+            verify(folder, trust=PublicKey(folder.parent / f"{kind}.pub"))
+
+
 @pytest.mark.parametrize("trust", [PublicKey, lambda file: Roots((file,))])
 @pytest.mark.parametrize("name", ["nothing.pub", "mine.key", "rsa.pub"])
 def test_a_key_that_cannot_be_read_is_an_error_and_no_verdict(trust, name, copy, keys):

@@ -1,5 +1,6 @@
 """Inputs of a certificate: all rows of the user's file or a random sample, and what counts as an answer."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from portllm.evaluating.names import AnswerKind
 from portllm.patch.patch import Patch
 from portllm.running.chat_template import template_digest
 from portllm.running.data import Data, read_data
+from portllm.running.labels import are_texts
 
 if TYPE_CHECKING:
     from portllm.evaluating.answers import Questions
@@ -107,7 +109,7 @@ def read_inputs(data: Path, patch: Patch[TensorInfo], settings: CertifySettings)
         settings: What to ask.
 
     Raises:
-        DataError: Rows do not fit, or there are fewer than are to be drawn.
+        DataError: Rows do not fit, there are fewer than are to be drawn, or answers are texts and no choices.
     """
     rows = read_data(
         data,
@@ -116,6 +118,11 @@ def read_inputs(data: Path, patch: Patch[TensorInfo], settings: CertifySettings)
         completion=settings.completion,
         answers=False if settings.kind == "free" else None,
     )
+    if settings.kind == "choices" and not settings.choices and are_texts(counts := Counter(rows.answers)):
+        raise DataError(
+            f"'{data}': its {len(rows.rows)} rows have {len(counts)} different answers, which are texts and no "
+            "choices. Compare what is written with --answers exact, or list the --choices."
+        )
     if settings.sample is not None and settings.sample > len(rows.rows):
         raise DataError(
             f"'{data}': has {len(rows.rows)} rows, fewer than the sample of {settings.sample}. Use a smaller sample."

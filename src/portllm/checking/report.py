@@ -111,6 +111,7 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
     return {
         "patch": patch.name,
         "verdict": str(patch.verdict.answer),
+        "method": patch.verdict.method,
         "reasons": [_reason(reason) for reason in patch.verdict.reasons],
         "remarks": list(patch.verdict.remarks),
         "drift": _drift(patch.drift),

@@ -47,12 +47,20 @@ def patch_rows(report: CheckReport) -> Rows:
     return rows
 
 
+WAYS = {
+    None: "none",
+    "add": "add",
+    "align": "align, which fits it on unlabeled prompts and measures what it keeps (docs/methods/align.md)",
+}
+
+
 def patch_facts(patch: PatchReport) -> dict[str, str]:
     """What was measured of one patch; nothing where it cannot be ported."""
     if not patch.changes:
         return {}
     against = patch.size_against_drift
     rows = {
+        "method": WAYS[patch.verdict.method],
         "size": f"{three_percent(patch.relative_size)} of the norm of the weights it changes"
         + ("" if against is None else f", {three_digits(against)} times their drift"),
     }

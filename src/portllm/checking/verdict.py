@@ -70,6 +70,20 @@ class Verdict:
     reasons: tuple[Reason, ...]
     remarks: tuple[str, ...] = ()
 
+    @property
+    def method(self) -> str | None:
+        """The port method for the patch, a row of `METHODS`; None where none carries it.
+
+        What addition is not known to carry is for the method that measures, on prompts, what it keeps.
+        """
+        match self.answer:
+            case Answer.HOLDS:
+                return "add"
+            case Answer.CANNOT_BE_PORTED:
+                return None
+            case _:
+                return "align"
+
 
 @dataclass(frozen=True, slots=True)
 class Measures:

@@ -8,6 +8,7 @@ not be installed.
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -80,6 +81,28 @@ def builtin_folder(name: str, *, progress: Progress = silent) -> Path:
     if not _is_whole(folder):
         _convert(source, folder, progress=progress)
     return folder
+
+
+def export_builtin(name: str, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> None:
+    """Write a built-in model to a folder of the user's own, as a checkpoint that any tool reads.
+
+    Args:
+        name: A key of `BUILTIN`.
+        out: The folder.
+        overwrite: Replace what is there.
+        progress: Told of the conversion, if there is one.
+
+    Raises:
+        OutputExistsError: `out` exists and `overwrite` is False.
+        NotFoundError, CheckpointError, OutputError: As `builtin_folder`, or `out` cannot be written.
+    """
+    from portllm.files.output_folder import check_free, staged_folder
+
+    check_free(out, overwrite=overwrite)
+    folder = builtin_folder(name, progress=progress)
+    with staged_folder(out, overwrite=overwrite) as staging:
+        for file in _FILES:
+            shutil.copyfile(folder / file, staging / file)
 
 
 def locate(name: str) -> Path:

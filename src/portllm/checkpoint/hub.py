@@ -63,6 +63,10 @@ HEADER_GUESS_BYTES = 100_000
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
 """What is fetched besides weights and `SIDE_SUFFIXES`: terms; never pickled weights or code."""
 
+CONNECT_SECONDS = 3.0
+UNREACHABLE_ATTEMPTS = 2
+"""For the first word with the hub: without a network, it is soon said what to do, and nothing has been done yet."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 HEADER_BYTES_PER_TENSOR = 256
@@ -281,13 +285,22 @@ def _bar_class(report: Callable[[int], None]) -> type:
 def _model_info(repo: str, revision: str) -> ModelInfo:
     try:
         return HfApi(endpoint=constants.ENDPOINT, library_name="portllm", library_version=__version__).model_info(
-            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            repo,
+            revision=revision,
+            files_metadata=True,
+            timeout=httpx2.Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS),  # type: ignore[arg-type]
         )
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status not in PASSING_STATUSES:
             raise
         raise TryAgainError(f"the Hub returned status {status}", wait=requested_wait(error.response)) from error
+    except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+        raise TryAgainError(
+            f"cannot reach {constants.ENDPOINT} ({_first_line(error)})",
+            attempts=1 if isinstance(error, httpx2.ConnectTimeout) else UNREACHABLE_ATTEMPTS,
+            remedy=_without_network(repo, revision),
+        ) from error
     except httpx2.TransportError as error:
         raise TryAgainError(f"cannot reach {constants.ENDPOINT} ({type(error).__name__})") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -330,6 +343,18 @@ def _not_cached(name: str, revision: str) -> NotFoundError:
         f"'{constants.HF_HUB_CACHE}'. Unset it, or download the model while online: hf download "
         f"{name.partition('@')[0]}."
     )
+
+
+def _without_network(repo: str, revision: str) -> str:
+    """What to do if there is no network: the cache has the model, or it has not."""
+    try:
+        _look_up_in_cache(repo, repo, revision)
+    except NotFoundError:
+        return (
+            "Check the connection, and HF_ENDPOINT or HTTPS_PROXY if there is a mirror or a proxy. Without a network, "
+            f"pass a folder, or set HF_HUB_OFFLINE=1 once the model is in the cache: hf download {repo}."
+        )
+    return "The cache has it: without a network, set HF_HUB_OFFLINE=1."
 
 
 def _remember_commit(repository: Repository) -> None:

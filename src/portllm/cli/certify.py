@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.data import (
+    DATA,
+    CompletionOption,
+    PromptFileOption,
+    PromptOption,
+    given_prompt,
+    say_data,
+    say_templates,
+)
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -136,18 +144,20 @@ def certify(
         seed=seed,
     )
     check_free(output, overwrite=overwrite)
-    page = Page(html, overwrite=overwrite, alone=False)
+    page = Page(html, overwrite=overwrite)
     old = load_patch(patch)
     rows = read_inputs(data, old, settings)
     say_data(rows, labels=settings.kind == "choices", quiet=quiet)
+    before, after = (open_checkpoint(model) for model in (base, evolved or merged or base))
+    say_templates(rows, [old], before, after)
     with shown_progress(quiet=quiet) as progress:
         planned = plan_certify(
             old,
-            base=open_checkpoint(base),
+            base=before,
             data=rows,
-            evolved=None if evolved is None else open_checkpoint(evolved),
+            evolved=None if evolved is None else after,
             ported=None if ported is None else load_patch(ported),
-            merged=None if merged is None else open_checkpoint(merged),
+            merged=None if merged is None else after,
             settings=settings,
             allow_other_base=allow_other_base,
             progress=progress,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.data import PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.data import PromptFileOption, PromptOption, given_prompt, say_data, say_templates
 from portllm.cli.options import (
     MODEL,
     PATCHES,
@@ -75,6 +75,7 @@ def check(
         raise typer.BadParameter("--prompt, --prompt-file and --gradients require --text.")
     from portllm.checking.decision import Checked
     from portllm.checking.text import check_to_json, check_tone, render_check
+    from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.patch.folders import find_patches, open_each
@@ -87,19 +88,21 @@ def check(
     failed = [outcome for outcome in opened if outcome.error is not None]
     if failed and not there:
         raise failed[0].error or AssertionError("an outcome without a value has an error")
+    before, after = open_checkpoint(base), open_checkpoint(evolved)
     settings = prompts = None
     if text is not None:
         prompts = read_domain(text, there, template=prompt)
         if not isinstance(prompts, list):
             say_data(prompts, labels=False, quiet=quiet)
+            say_templates(prompts, there, before, after)
         from portllm.probing.settings import TextSettings
 
         settings = TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients)
     with shown_progress(quiet=quiet) as progress:
         report = check_patches(
             *there,
-            base=base,
-            evolved=evolved,
+            base=before,
+            evolved=after,
             trained_on=trained_on,
             full=full,
             places=html is not None,

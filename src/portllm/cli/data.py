@@ -10,6 +10,11 @@ import typer
 from portllm.cli.terminal import say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from portllm.checkpoint.model.checkpoint import Checkpoint
+    from portllm.checkpoint.tensor.info import TensorInfo
+    from portllm.patch.patch import Patch
     from portllm.running.data import Data
 
 DATA = "A data file: JSONL, JSON, CSV or Parquet."
@@ -34,9 +39,6 @@ PromptFileOption = Annotated[
 CompletionOption = Annotated[
     str | None, typer.Option("--completion", help="Field with the right answer. Same default as --prompt.")
 ]
-
-MOST_LABELS = 20
-"""Different answers up to which they are taken for labels and printed."""
 
 _ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
 _MEANT = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -86,9 +88,27 @@ def unescape(text: str) -> str:
     return _ESCAPE.sub(meant, text)
 
 
+def say_templates(
+    data: "Data", patches: "Sequence[Patch[TensorInfo]]", base: "Checkpoint", evolved: "Checkpoint"
+) -> None:
+    """Warn on stderr where the updated model comes with another chat template than the prompts go through."""
+    from portllm.running.chat_template import has_chat_template, read_chat_template
+    from portllm.running.data import chat_template_for
+
+    if base.folder is None or evolved.folder is None or not has_chat_template(evolved.folder):
+        return
+    template = chat_template_for(data, *patches, folder=base.folder)
+    if template is not None and read_chat_template(evolved.folder) != template:
+        say(
+            f"warning: {evolved.name} has another chat template than the patch was trained through. Both models are "
+            "asked through that of the training; served through the new one, answers may differ.",
+            err=True,
+        )
+
+
 def say_data(data: "Data", *, labels: bool = True, quiet: bool) -> None:
     """Say on stderr which rows were read and how, the labels in use, and which of them may be meant otherwise."""
-    from portllm.running.labels import doubtful_labels
+    from portllm.running.labels import MOST_LABELS, doubtful_labels
 
     counts = Counter(filter(None, data.answers)) if labels else Counter()
     if not quiet:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.data import (
+    DATA,
+    CompletionOption,
+    PromptFileOption,
+    PromptOption,
+    given_prompt,
+    say_data,
+    say_templates,
+)
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -90,6 +98,7 @@ def evaluate(
 
     Says first what the update cost. Exits with 3 if --max-loss is given and the interval of the loss reaches beyond it.
     """
+    from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page, named
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.decision import Compared, decide, points_text, within
@@ -99,7 +108,7 @@ def evaluate(
 
     prompt = given_prompt(prompt, prompt_file)
     page = Page(html, overwrite=overwrite)
-    old = load_patch(patch)
+    old, before, after = load_patch(patch), open_checkpoint(base), open_checkpoint(evolved)
     bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
     given = {name: value for name, value in bounds.items() if value is not None}
     if task is not None:
@@ -120,14 +129,15 @@ def evaluate(
             **given,
         )
         say_data(rows.data, labels=rows.kind == "labels", quiet=quiet)
+        say_templates(rows.data, [old], before, after)
     else:
         raise typer.BadParameter("pass --data or --task.")
     with shown_progress(quiet=quiet) as progress:
         comparison = evaluate_patch(
             rows,
-            base=base,
+            base=before,
             patch=old,
-            evolved=evolved,
+            evolved=after,
             ported=ported,
             retrained=retrained,
             merged=merged,

@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from portllm.merging.rounding_modes import Rounding
 
 
-class DType(StrEnum):
-    """Storage dtypes that weights can be merged to."""
-
-    F64 = "F64"
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
-
-
 class RoundingName(StrEnum):
     """How a sum is brought to the storage dtype."""
 
@@ -49,6 +40,16 @@ class MergeDevice(StrEnum):
     CUDA = "cuda"
 
 
+def _dtype(name: str) -> str:
+    from portllm.checkpoint.tensor.info import float_dtype
+    from portllm.errors import UnsupportedDtypeError
+
+    try:
+        return float_dtype(name)
+    except UnsupportedDtypeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def merge(
     patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=PATCHES)] = None,
     into: Annotated[str | None, typer.Option("--into", help=f"The model to merge into. {MODEL}")] = None,
@@ -62,7 +63,15 @@ def merge(
     undo: Annotated[
         Path | None, typer.Option("--undo", help="Undo an --in-place merge of the model in this folder (use alone).")
     ] = None,
-    dtype: Annotated[DType | None, typer.Option("--dtype", help="Output dtype. Defaults to each tensor's own.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            parser=_dtype,
+            metavar="DTYPE",
+            help="Output dtype: F64, F32, F16 or BF16, or torch's names of these. Defaults to each tensor's own.",
+        ),
+    ] = None,
     rounding: Annotated[
         RoundingName,
         typer.Option("--rounding", help="How sums are rounded to the output dtype; stochastic is for BF16."),
@@ -108,7 +117,7 @@ def merge(
         from portllm.merging.options import MergeOptions
 
         options = MergeOptions(
-            dtype=None if dtype is None else dtype.value,
+            dtype=dtype,
             rounding=_rounding(rounding, seed),
             device=device.value,
             shard_bytes=int(max_shard_size * 10**9),

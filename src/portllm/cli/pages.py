@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import typer
-
 from portllm.cli.terminal import say
 from portllm.files.one_file import check_page_free, write_page
 
@@ -23,16 +21,13 @@ class Page:
 
     Args:
         file: Where, or None.
-        overwrite: Whether a file there may be replaced.
-        alone: Whether the page is all that `--overwrite` could mean.
+        overwrite: Whether a file there may be replaced; without one, nothing is.
 
     Raises:
         OutputExistsError: Something is there that may not be replaced.
     """
 
-    def __init__(self, file: Path | None, *, overwrite: bool, alone: bool = True) -> None:
-        if alone and overwrite and file is None:
-            raise typer.BadParameter("--overwrite requires --html.")
+    def __init__(self, file: Path | None, *, overwrite: bool) -> None:
         self._file, self._overwrite = file, overwrite
         if file is not None:
             check_page_free(file, overwrite=overwrite)

@@ -8,11 +8,14 @@ import typer
 from portllm.cli.options import (
     MODEL,
     PATCHES,
+    DeviceName,
+    DeviceOption,
     DryRunOption,
     JsonOption,
     OtherBaseOption,
     OutOption,
     OverwriteOption,
+    QuietOption,
 )
 from portllm.cli.terminal import print_json, say
 
@@ -28,10 +31,51 @@ def port(
         str,
         typer.Option(
             "--method",
-            help="Port method: add carries the delta over unchanged; auto chooses from what check finds (needs "
-            "--base).",
+            help="Port method: add carries the delta over unchanged; align fits it to the evolved model on prompts "
+            "(needs --base and --text); auto chooses from what check finds (needs --base).",
         ),
     ] = "add",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            help="With --method align: unlabeled prompts from the patch's domain, better 256 (.jsonl, or .txt with one "
+            "per line).",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="With --text: prompt template. Defaults to the one recorded in the patch."),
+    ] = None,
+    anchors: Annotated[
+        Path | None,
+        typer.Option(
+            "--anchors",
+            help="With --text: general text on which the evolved model is to stay as it is (.txt, one text per line). "
+            "Defaults to text that it writes itself.",
+        ),
+    ] = None,
+    agreement: Annotated[
+        float,
+        typer.Option(
+            "--agreement",
+            min=0.0,
+            max=1.0,
+            help="With --text: the share of answers that are to be the old specialist's; exits with 3 if the ported "
+            "patch is found to have fewer.",
+        ),
+    ] = 0.9,
+    answer_tokens: Annotated[
+        int, typer.Option("--answer-tokens", min=1, help="With --text: maximum tokens of an answer.")
+    ] = 32,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=2, help="With --text: maximum tokens per prompt and answer; longer prompts are cut from the left."
+        ),
+    ] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --text: prompts per forward pass.")] = 16,
+    device: DeviceOption = DeviceName.AUTO,
     force: Annotated[
         bool, typer.Option("--force", help="With --method auto: port even if check says the patch will not hold.")
     ] = False,
@@ -39,30 +83,45 @@ def port(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Port patches to an evolved model. They stay adapters; only headers and samples are read.
 
     Weights are read only for tensors that a patch stores in full; these need --base. --method auto reads a few
     megabytes of both models, as check does: a patch that will not hold is refused, an uncertain one is ported with a
-    warning. Several patches each get a subfolder of the output; one that fails does not stop the others.
+    warning. --method align runs both models on unlabeled prompts, one layer at a time (docs/methods/align.md); with
+    auto and --text, only if addition does not keep enough of the answers. Several patches each get a subfolder of the
+    output; one that fails does not stop the others.
     """
     from portllm.checkpoint.open import open_checkpoint
+    from portllm.checkpoint.tensor.info import TensorInfo
+    from portllm.cli.progress import shown_progress
+    from portllm.errors import refuse
+    from portllm.matching.port_plan import PortPlan
     from portllm.matching.update import Update
     from portllm.patch.folders import each, find_patches, open_each
+    from portllm.patch.patch import Patch
     from portllm.porting.auto import AUTO, Route
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
         port_outcomes_to_json,
         port_warnings,
         ported_to_json,
+        render_measured,
         render_port_outcomes,
         render_port_plan,
+        shortfall,
+        trained_tokens_lost,
     )
 
     if force and method != AUTO:
         raise typer.BadParameter("--force requires --method auto; any other method ports whatever is compatible.")
+    if text is None and (prompt is not None or anchors is not None):
+        raise typer.BadParameter("--prompt and --anchors require --text.")
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
-    route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
+    route = Route(
+        update, method=method, force=force, allow_other_base=allow_other_base, reads=method == AUTO and text is not None
+    )
     found = find_patches(patches)
     outputs = found.outputs(output)
     planned = open_each(found, lambda patch, _: route.plan(patch))
@@ -72,17 +131,56 @@ def port(
             say(warning, err=True)
         if found.is_single and not as_json:
             say(render_port_plan(plan, output))
-    run = require_port if dry_run else run_port
-    done = each(plans, lambda out, plan: run(plan, out, overwrite=overwrite))
+    with shown_progress(quiet=quiet) as progress:
+
+        def run(out: Path, plan: PortPlan) -> Patch[TensorInfo] | None:
+            domain = None
+            if text is not None:
+                from portllm.porting.domain import Domain
+                from portllm.probing.domain import read_domain
+                from portllm.running.data import Data, chat_template_for
+                from portllm.running.folder import model_folder
+                from portllm.running.rows import read_lines
+                from portllm.running.wording import word
+
+                refuse(plan.refusals)
+                read = read_domain(text, [plan.patch], template=prompt)
+                asked = None
+                if isinstance(read, Data):
+                    folder = model_folder(plan.base or plan.evolved, progress=progress)
+                    asked = word(read, folder, chat_template_for(read, plan.patch, folder=folder))
+                domain = Domain(
+                    prompts=read if isinstance(read, list) else () if asked is None else asked.prompts,
+                    border=None if asked is None else asked.border,
+                    anchors=None if anchors is None else read_lines(anchors),
+                    max_tokens=max_tokens,
+                    answer_tokens=answer_tokens,
+                    wanted=agreement if method == AUTO else None,
+                    batch_size=batch_size,
+                    device=device.value,
+                    progress=progress,
+                )
+            run_or_check = require_port if dry_run else run_port
+            return run_or_check(plan, out, overwrite=overwrite, domain=domain)
+
+        done = each(plans, run)
     outcomes = [outcome.followed_by(done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
+    ported = [outcome.value[1] for outcome in outcomes if outcome.value is not None]
+    steps = {patch.name: patch.record.ports[-1] for patch in ported if patch is not None and patch.record is not None}
     if found.is_single:
-        _, ported = outcomes[0].result()
-        if as_json and ported is not None:
-            print_json(ported_to_json(ported, output))
-        return
-    if as_json:
+        _, only = outcomes[0].result()
+        if as_json and only is not None:
+            print_json(ported_to_json(only, output))
+        for line in (line for step in steps.values() if not as_json for line in render_measured(step)):
+            say(line)
+    elif as_json:
         print_json(port_outcomes_to_json(outcomes, outputs))
     else:
         say(render_port_outcomes(outcomes, outputs))
+    short = [said for name, step in steps.items() if (said := shortfall(name, step, agreement)) is not None]
+    for said in short:
+        say(said, err=True)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)
+    if short or any(map(trained_tokens_lost, plans.values())):
+        raise typer.Exit(3)

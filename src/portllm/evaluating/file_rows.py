@@ -1,10 +1,13 @@
 """Rows of one's own to compare models on, and how answers are judged; read before torch is loaded."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from portllm.errors import DataError
 from portllm.running.data import Data
+from portllm.running.labels import are_texts
 
 if TYPE_CHECKING:
     from portllm.evaluating.scoring import Task
@@ -22,6 +25,9 @@ class FileRows:
         max_tokens: Maximum tokens per row.
         max_new_tokens: Maximum number of tokens to generate.
         batch_size: Rows per forward pass.
+
+    Raises:
+        DataError: Answers are to be labels, and are texts.
     """
 
     data: Data
@@ -31,6 +37,13 @@ class FileRows:
     max_tokens: int = 512
     max_new_tokens: int = 32
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind == "labels" and not self.labels and are_texts(counts := Counter(self.data.answers)):
+            raise DataError(
+                f"'{self.data.file}': its {len(self.data.rows)} rows have {len(counts)} different answers, which are "
+                "texts and no labels. Compare what is written with --judge text, or list the --labels."
+            )
 
     def task(self, folder: Path, template: str | None) -> "Task":
         """The task.

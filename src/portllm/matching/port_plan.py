@@ -130,7 +130,7 @@ def plan_port_on(
     patch = without(whole, own)
     if carried is not None:
         patch = with_own_rows(patch, sorted(carried.own), sized)
-    needs_weights = Need.WEIGHTS in chosen.needs_for(patch)
+    needs_weights = bool({Need.WEIGHTS, Need.STREAMS} & chosen.needs_for(patch))
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
     tokens = carried.tokens if carried is not None else update.tokens if by_token else None

@@ -11,7 +11,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, listed_tensors, same_bytes
 from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
-from portllm.errors import Refusal, UnsupportedDtypeError
+from portllm.errors import Refusal
 from portllm.files.source import Source
 from portllm.matching.added_tokens import added_tokens, height_of, n_rows_of, unexplained
 from portllm.matching.base_copies import hold_copies
@@ -137,13 +137,8 @@ def plan_merge(
         into: The model that it belongs to.
         options: How.
         quantized_base: The quantized model that the patch belongs to, where `into` is what that was made from.
-
-    Raises:
-        UnsupportedDtypeError: The dtype is not one that weights are stored in.
     """
     dtype = options.dtype
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise UnsupportedDtypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(FLOAT_DTYPES)}.")
     identity = identify(into)
     held = hold_copies(patch, into)
     whole = oriented(held.patch, into)

@@ -6,13 +6,24 @@ gives the patch for the evolved model: the same modules and tensors, each with t
 are `Values`, read when asked for; what a method passes on as it is goes to the new file byte for byte.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from portllm.methods.values import Values
 from portllm.patch.patch import Patch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Float64, Int64
+    from torch import Tensor
+
+Part = Literal["fit", "choose", "report", "anchor", "price"]
+"""What a text is for, and none for two of these.
+
+A prompt is to fit on, to choose by or to report on; general text is to fit on (`anchor`), or to see what a patch costs
+there (`price`).
+"""
 
 
 class Need(StrEnum):
@@ -20,6 +31,137 @@ class Need(StrEnum):
 
     WEIGHTS = "weights"
     """The weights of what the patch changes, in the base that it belongs to and in the evolved model."""
+
+    STREAMS = "streams"
+    """The old specialist and the evolved model, run in step over prompts."""
+
+
+class Kind(IntEnum):
+    """What a token is to a fit."""
+
+    FIRST = 0
+    """The first of a text: its state is many times larger than all others, whatever the text (an attention sink)."""
+
+    PROMPT = 1
+    ANSWER = 2
+    """One of the answer comes after it."""
+
+    GENERAL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a candidate gives a writer for some tokens.
+
+    Attributes:
+        x: The writer's input.
+        error: What its output lacks for the residual stream behind it to be what is wanted.
+        kind: What each token is, as a `Kind`.
+        factor: How much an error of each counts beside those of others of its kind.
+    """
+
+    x: "Float32[Tensor, 'tokens d_in']"
+    error: "Float32[Tensor, 'tokens d_out']"
+    kind: "Int64[Tensor, ' tokens']"
+    factor: "Float32[Tensor, ' tokens']"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the answers of a model compare with the old specialist's, prompt by prompt.
+
+    Attributes:
+        nats: Mean of `KL(old specialist ‖ model)` over the places of the answer, whole vocabulary.
+        agrees: Whether the likeliest token is the same at every one of them.
+    """
+
+    nats: "Float64[Tensor, ' prompts']"
+    agrees: "Bool[Tensor, ' prompts']"
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A module that writes to the residual stream, when the streams have come to it."""
+
+    @property
+    def module(self) -> str:
+        """Its name."""
+
+    def blocks(self, candidate: str) -> "Iterable[Block]":
+        """What a candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
+
+        On prompts the old specialist's state is wanted, on general text that of the bare evolved model.
+        """
+
+    def put(self, candidate: str, a: "Float[Tensor, 'r d_in']", b: "Float[Tensor, 'd_out r']") -> None:
+        """From here on the candidate adds `b a x` to the module's output, beside the patch as it was added."""
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """Two models over the same prompts: the base with its patch, and the evolved model with candidates for one.
+
+    Answers are what the old specialist says to the prompts, to their end. Places are the tokens that have one of an
+    answer after them, those of all prompts one after another.
+    """
+
+    @property
+    def wanted(self) -> float | None:
+        """Share of answers that are to be the old specialist's, above which no more is tried; None for the most."""
+
+    @property
+    def parts(self) -> "Sequence[Part]":
+        """What each prompt is for."""
+
+    @property
+    def part_of_place(self) -> "Sequence[Part]":
+        """What the prompt of each place is for."""
+
+    def walk(self, candidates: "Sequence[str]") -> "Iterator[Writer]":
+        """The writers in the order in which they speak; candidates are run up to each before it is given out."""
+
+    def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":
+        """By module, a and b that a candidate was given by `Writer.put`."""
+
+    def last_states(self, candidate: str | None) -> "Float32[Tensor, 'places width']":
+        """The residual stream behind the last layer, once the walk is over; None is the old specialist."""
+
+    def last_inputs(self, candidate: str) -> "Float32[Tensor, 'places d_in']":
+        """The input of the last writer."""
+
+    def last_writer(self) -> tuple[str, float] | None:
+        """Its name, and what its output is multiplied by; None where a norm stands between it and the stream."""
+
+    def gain(self) -> "Float32[Tensor, ' width'] | None":
+        """Weight of the evolved model's last norm, where that is `g · r / rms(r)`; None for any other."""
+
+    def compare(self, states: "Mapping[str, Float32[Tensor, 'places width']]") -> Mapping[str, Comparison]:
+        """The answers of the evolved model with these states behind its last layer."""
+
+    def likely(self) -> "Int64[Tensor, ' tokens']":
+        """Tokens that the old specialist answers with, the likeliest first."""
+
+    def aims(self) -> "Float32[Tensor, 'places width']":
+        """The old specialist's last states, moved to where the evolved head gives its answers their old logits."""
+
+    def head(self, tokens: "Int64[Tensor, ' tokens']") -> "Float32[Tensor, 'tokens width']":
+        """Rows of the evolved model's head."""
+
+    def logits(
+        self, tokens: "Int64[Tensor, ' tokens']", states: "Float32[Tensor, 'places width'] | None"
+    ) -> "Float32[Tensor, 'places tokens']":
+        """Of some tokens: the evolved model's for these states, the old specialist's own for None."""
+
+    def anchor_inputs(self, candidate: str) -> "Float32[Tensor, 'anchors d_in'] | None":
+        """The last writer's inputs on the general text to fit on; None where there is no general text."""
+
+    def general_nats(
+        self, tails: "Mapping[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]]"
+    ) -> "Mapping[str, Float64[Tensor, ' rows']]":
+        """What each row of the other general text costs a candidate with some factors more at the last writer.
+
+        In nats a token; None is the bare evolved model. Empty where there is no general text.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +174,12 @@ class Inputs:
     Attributes:
         base: With `Need.WEIGHTS`, by the name that the patch has for a tensor, its values in the base.
         evolved: Likewise in the evolved model, in the same shape: (experts, d_out, d_in) for the experts of a layer.
+        streams: With `Need.STREAMS`, what runs both models, given the patch as it is added to the evolved one.
     """
 
     base: Mapping[str, Values] = field(default_factory=dict)
     evolved: Mapping[str, Values] = field(default_factory=dict)
+    streams: Callable[[Patch[Values]], Streams] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +189,12 @@ class Ported:
     Attributes:
         patch: The patch of the evolved model.
         evidence: What was measured on the way, finite numbers by name; goes into `patch.json`.
+        how: What was chosen on the way, with every parameter that changes the result; stands behind the method's id.
     """
 
     patch: Patch[Values]
     evidence: Mapping[str, float] = field(default_factory=dict)
+    how: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,16 @@ from collections.abc import Mapping
 
 from portllm.errors import UnknownMethodError
 from portllm.methods.add import add, add_suits
-from portllm.methods.contract import PortMethod
+from portllm.methods.contract import Inputs, Need, Ported, PortMethod
+from portllm.methods.values import Values
+from portllm.patch.patch import Patch
+
+
+def _align(patch: Patch[Values], inputs: Inputs) -> Ported:
+    from portllm.methods.align import align  # loads torch
+
+    return align(patch, inputs)
+
 
 METHODS: Mapping[str, PortMethod] = {
     method.id: method
@@ -15,6 +24,14 @@ METHODS: Mapping[str, PortMethod] = {
             suits=add_suits,
             summary="add the old delta to the evolved weights, unchanged",
             reference="PortLLM, arXiv 2410.10870, eq. 6",
+        ),
+        PortMethod(
+            id="align",
+            port=_align,
+            suits=lambda _verdict, _evidence: None,
+            summary="fit what the patch writes to the residual stream anew, on prompts",
+            reference="this project, docs/methods/align.md",
+            needs=frozenset({Need.STREAMS}),
         ),
     )
 }

@@ -29,12 +29,14 @@ class Route:
         method: A row of `METHODS`, or `auto`.
         force: With `auto`, port what will not hold.
         allow_other_base: Go on though the base is not the one that a patch names.
+        reads: Whether there are prompts, so that, with `auto`, what is tried can be measured.
     """
 
     update: Update
     method: str = "add"
     force: bool = False
     allow_other_base: bool = False
+    reads: bool = False
 
     def __post_init__(self) -> None:
         if self.force and self.method != AUTO:
@@ -60,7 +62,7 @@ class Route:
     def _chosen(self, plan: PortPlan, patch: Patch[TensorInfo]) -> PortPlan:
         report = check_patch(plan, self._measured)
         verdict, evidence = report.verdict, _evidence(report)
-        decision = choose(verdict, evidence, force=self.force)
+        decision = choose(verdict, evidence, force=self.force, reads=self.reads)
         choice = Choice(
             str(verdict.answer), decision.reason, tuple(reason.text for reason in verdict.reasons), decision.is_forced
         )
@@ -82,6 +84,7 @@ class Route:
 def _remedies(plan: PortPlan) -> str:
     names = f"--base {plan.target.name} --teacher {plan.patch.name} --teacher-base {plan.source.name}"
     return (
+        "With prompts, --text measures what can be kept and tries more than addition (docs/methods/align.md). "
         f"Without labels the evolved model can learn from the old one: portllm train {names} (docs/refresh.md); "
         "--init-from starts from the patch as ported with --force. With labels, train again. --force ports it "
         "anyway."

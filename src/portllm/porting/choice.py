@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.checking.verdict import Answer, Verdict
+from portllm.methods.contract import Need
 from portllm.methods.table import METHODS
 
 
@@ -25,13 +26,16 @@ class Decision:
     is_forced: bool = False
 
 
-def choose(verdict: Verdict, evidence: Mapping[str, float] | None = None, *, force: bool = False) -> Decision:
+def choose(
+    verdict: Verdict, evidence: Mapping[str, float] | None = None, *, force: bool = False, reads: bool = False
+) -> Decision:
     """The cheapest method that is known to carry a patch.
 
     Args:
         verdict: What `check` found of the patch.
         evidence: The numbers that it rests on.
         force: Where none suits, take the cheapest all the same. What cannot be ported is not ported by force.
+        reads: Whether there are prompts to measure by. The one that reads them then tries the cheaper ones first.
 
     Example:
         >>> from portllm.checking.verdict import Reason
@@ -44,6 +48,9 @@ def choose(verdict: Verdict, evidence: Mapping[str, float] | None = None, *, for
     why = verdict.reasons[0].text if verdict.reasons else "no evidence for or against the patch was found."
     if verdict.answer is Answer.CANNOT_BE_PORTED:
         return Decision(None, f"no method can port an incompatible patch: {why}")
+    if reads:
+        reader = next(method for method in METHODS.values() if Need.STREAMS in method.needs)
+        return Decision(reader.id, f"'{reader.id}' tries addition first and measures what it tries: {why}")
     for method in METHODS.values():
         if (suits := method.suits(verdict.answer, evidence or {})) is not None:
             return Decision(method.id, f"{suits}: {why}")

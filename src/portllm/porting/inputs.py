@@ -10,10 +10,10 @@ from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.matching.added_tokens import sized, with_own_rows
-from portllm.matching.compatibility import changes_of, taken_tie
+from portllm.matching.compatibility import changes_of, oriented, taken_tie
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.token_rows import following, token_changes
-from portllm.methods.contract import Inputs, Need
+from portllm.methods.contract import Inputs, Need, Streams
 from portllm.methods.values import Computed, Values, summed, take_columns, take_rows
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import WholeValue
@@ -22,9 +22,19 @@ from portllm.patch.patch import Patch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from portllm.porting.domain import Domain
+    from portllm.porting.unfinished import Unfinished
 
-def gather(plan: PortPlan) -> tuple[Patch[Values], Inputs]:
+
+def gather(
+    plan: PortPlan, domain: "Domain | None" = None, unfinished: "Unfinished | None" = None
+) -> tuple[Patch[Values], Inputs]:
     """The patch in the evolved model's vocabulary, and what the plan's method asks for, which is read when it asks.
+
+    Args:
+        plan: What is ported.
+        domain: Prompts, for a method that runs the models.
+        unfinished: What an earlier run of the same plan has done.
 
     Raises:
         PlanRefusedError: Head and embedding, of which the patch changes one, were taken for equal and are not.
@@ -33,13 +43,15 @@ def gather(plan: PortPlan) -> tuple[Patch[Values], Inputs]:
     by_token = _by_token(plan)
     if plan.tokens is not None:
         patch = following(patch, by_token, plan.tokens, _take)
-    needs_weights = Need.WEIGHTS in plan.method.needs_for(patch)
+    needs = plan.method.needs_for(patch)
+    needs_weights = Need.WEIGHTS in needs
+    streams = _streams(plan, domain, unfinished) if Need.STREAMS in needs else None
     if plan.base is None or not (needs_weights or by_token):
-        return patch, Inputs()
+        return patch, Inputs(streams=streams)
     models = on_disk(plan.base), on_disk(plan.evolved)
     require_equal(taken for model in models for taken in taken_tie(plan.carried, model))
     if not needs_weights:
-        return patch, Inputs()
+        return patch, Inputs(streams=streams)
     base, evolved = (_weights(patch, model) for model in models)
     by_token = [name for name in by_token if name in base]  # rows of tokens that are all gone are no part of it
     if plan.carried_tokens is not None:
@@ -50,7 +62,20 @@ def gather(plan: PortPlan) -> tuple[Patch[Values], Inputs]:
         }
     elif plan.tokens is not None:
         base |= {name: take_rows(base[name], plan.tokens.rows) for name in by_token}
-    return patch, Inputs(base, evolved)
+    return patch, Inputs(base, evolved, streams)
+
+
+def _streams(
+    plan: PortPlan, domain: "Domain | None", unfinished: "Unfinished | None"
+) -> "Callable[[Patch[Values]], Streams]":
+    """What opens both models over the prompts, given the patch as it is added."""
+    from portllm.porting.domain import open_streams  # loads transformers, which most ports do without
+
+    if domain is None or unfinished is None or plan.base is None:
+        raise AssertionError("a plan whose method runs the models was checked for prompts and base")
+    models = replace(plan, base=on_disk(plan.base), evolved=on_disk(plan.evolved))
+    patch: Patch[Values] = oriented(plan.patch, plan.base).mapped(StoredValues)
+    return lambda added: open_streams(models, patch, added, domain, unfinished)
 
 
 def with_own(plan: PortPlan, ported: Patch[Values]) -> Patch[Values]:

@@ -1,25 +1,35 @@
 """Port a patch to an evolved model: plan, run the method, write the adapter with its new record."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from portllm import __version__
 from portllm.capturing.stored_values import settled
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PortLLMError, refuse
-from portllm.files.output_folder import check_apart, check_free, staged_folder
+from portllm.checkpoint.vocabulary import has_same_tokenizer
+from portllm.errors import PortLLMError, Refusal, refuse
+from portllm.files.kept_results import versions
+from portllm.files.output_folder import check_apart, check_free, resumable_folder
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.update import Update
+from portllm.methods.contract import Need, Ported
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
 from portllm.patch.identify import identity_of_base
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
-from portllm.porting.auto import Route
+from portllm.porting.auto import AUTO, Route
 from portllm.porting.inputs import gather, left_out, with_own
+
+if TYPE_CHECKING:
+    from portllm.porting.domain import Domain
 
 
 def port(
@@ -32,6 +42,7 @@ def port(
     force: bool = False,
     allow_other_base: bool = False,
     overwrite: bool = False,
+    domain: "Domain | None" = None,
 ) -> Patch[TensorInfo]:
     """Port a patch to an evolved model and write it to `out`, a folder that PEFT loads.
 
@@ -49,6 +60,7 @@ def port(
         force: With `auto`, port even if the verdict is that the patch will not hold.
         allow_other_base: Accept a `base` other than the one the patch names.
         overwrite: Replace `out` if it exists.
+        domain: Prompts, for a method that runs both models over some (`align`).
 
     Returns:
         The ported patch, opened from `out`.
@@ -61,8 +73,9 @@ def port(
         NonFiniteError: A tensor of the patch, before or after porting, contains an infinity or NaN.
     """
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
-    route = Route(update, method=method, force=force, allow_other_base=allow_other_base)
-    return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite)
+    reads = domain is not None and method == AUTO
+    route = Route(update, method=method, force=force, allow_other_base=allow_other_base, reads=reads)
+    return run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite, domain=domain)
 
 
 def port_each(
@@ -99,32 +112,82 @@ def port_each(
     return each(patches, lambda out, patch: run_port(route.plan(load_patch(patch)), Path(out), overwrite=overwrite))
 
 
-def run_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> Patch[TensorInfo]:
+def run_port(
+    plan: PortPlan, out: Path, *, overwrite: bool = False, domain: "Domain | None" = None
+) -> Patch[TensorInfo]:
     """Carry out a plan; see `port`."""
-    require_port(plan, out, overwrite=overwrite)
+    require_port(plan, out, overwrite=overwrite, domain=domain)
     require_finite(plan.patch)
     require_equal(plan.taken)
-    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
-        ported = plan.method.port(*gather(plan))
+    digest = None if domain is None else _digest(plan, domain)
+    with resumable_folder(out, overwrite=overwrite, plan=digest, inputs=plan.files) as staged:
+        folder, unfinished = staged.folder, None
+        if domain is not None:
+            from portllm.porting.unfinished import Unfinished  # loads torch, which most ports do without
+
+            unfinished = Unfinished(staged)
+        ported = plan.method.port(*gather(plan, domain, unfinished))
+        if unfinished is not None:
+            unfinished.clear()
         with settled(with_own(plan, ported.patch), folder) as patch:
             for name, text in plan.beside.texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
-            write_record(folder, _record(plan, patch, ported.evidence))
+            write_record(folder, _record(plan, patch, ported))
     return load_patch(out)
 
 
-def require_port(plan: PortPlan, out: Path, *, overwrite: bool = False) -> None:
+def require_port(plan: PortPlan, out: Path, *, overwrite: bool = False, domain: "Domain | None" = None) -> None:
     """Raise what `run_port` would raise before it reads the patch."""
-    refuse(plan.refusals)
+    refuse((*plan.refusals, *_unasked(plan, domain)))
     check_apart(out, plan.files)
     check_free(out, overwrite=overwrite)
 
 
-def _record(plan: PortPlan, ported: Patch[TensorInfo], evidence: Mapping[str, float]) -> PatchRecord:
+def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
+    """Why a method cannot run both models over prompts, or has no use for any."""
+    runs = Need.STREAMS in plan.method.needs_for(plan.patch)
+    if runs and domain is None:
+        yield Refusal("--text", f"method '{plan.method.id}' runs both models over prompts: pass them with --text.")
+    if domain is not None and not runs:
+        yield Refusal("--text", f"method '{plan.method.id}' reads no prompts. Omit it.")
+    if runs and (plan.own or plan.carried_tokens is not None):
+        yield Refusal(
+            "--method",
+            f"{plan.patch.name} has tokens or a head of its own, which the evolved model lacks, so method "
+            f"'{plan.method.id}' cannot run it there. Port it with --method add.",
+        )
+    if runs and plan.evolved.experts:
+        yield Refusal(
+            "--evolved",
+            f"{plan.evolved.name} has experts, and what these write is not known for every token. Method "
+            f"'{plan.method.id}' is for dense models.",
+        )
+    if runs and plan.base is not None and not has_same_tokenizer(plan.base, plan.evolved):
+        yield Refusal(
+            "--evolved",
+            f"{plan.base.name} and {plan.evolved.name} have different tokenizers, so method '{plan.method.id}' cannot "
+            "compare them token by token.",
+        )
+
+
+def _digest(plan: PortPlan, domain: "Domain") -> str:
+    """Of all that an aligned port depends on: a run that died goes on only with the same."""
+    depends = {
+        "method": plan.method.id,
+        "models": [plan.source.fingerprint, plan.target.fingerprint],
+        "patch": [digest_tensors(plan.patch), dict(plan.patch.config.fields)],
+        "domain": domain.identity,
+        "versions": dict(versions()),
+    }
+    return blake3(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _record(plan: PortPlan, ported: Patch[TensorInfo], done: Ported) -> PatchRecord:
     before = plan.patch.record
-    found = {**plan.evidence, **evidence}
-    step = PortStep(plan.source, plan.target, plan.method.id, found, left_out(plan), plan.choice)
+    found = {**plan.evidence, **done.evidence}
+    method = plan.method.id if done.how is None else f"{plan.method.id}: {done.how}"
+    step = PortStep(plan.source, plan.target, method, found, left_out(plan), plan.choice)
     return PatchRecord(
         program=__version__,
         base=identity_of_base(plan.evolved, plan.target),

@@ -1,6 +1,6 @@
 """What became of several patches, as one table or one list."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from portllm.checking.verdict import Answer
@@ -11,6 +11,7 @@ from portllm.matching.port_plan import PortPlan
 from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
+from portllm.patch.record import PortStep
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
@@ -97,6 +98,45 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
     if plan.carried_tokens is not None:
         rows["own tokens"] = _own_tokens(plan.carried_tokens)
     return "\n".join([*lines, *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
+
+
+def render_measured(step: PortStep) -> list[str]:
+    """What was measured of a ported patch on prompts; nothing where none were read."""
+    found = step.evidence
+    if "agreement" not in found:
+        return []
+    ported, added = (_interval(found, name) for name in ("agreement", "agreement_added"))
+    rows = {
+        "method": step.method,
+        "agreement": f"{ported} of the old specialist's answers; by addition {added}",
+        "": f"on {found['prompts_report']:.0f} prompts that nothing was fitted or chosen on",
+        "divergence": f"{found['divergence']:.4f} nats per token; by addition {found['divergence_added']:.4f}",
+    }
+    if "general_nats" in found:
+        rows["general text"] = (
+            f"{found['general_nats_ported']:.3f} nats per token; by addition {found['general_nats_added']:.3f}, the "
+            f"evolved model {found['general_nats']:.3f}"
+        )
+    return table(rows)
+
+
+def _interval(found: Mapping[str, float], name: str) -> str:
+    low, high = (percent(found[f"{name}_{side}"], digits=1) for side in ("low", "high"))
+    return f"{percent(found[name], digits=1)} (95 % interval {low} to {high})"
+
+
+def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
+    """What to say where a ported patch was found to have fewer of the old specialist's answers than are wanted."""
+    high = step.evidence.get("agreement_high")
+    if high is None or high >= wanted:
+        return None
+    best = (
+        "nothing helps more than addition" if step.method == "align" else f"'{step.method}' is the best that was tried"
+    )
+    return (
+        f"{name}: has fewer of the old specialist's answers than {percent(wanted, digits=1)}: at most "
+        f"{percent(high, digits=1)}; {best}. Refresh it from the old specialist (docs/refresh.md), or train again."
+    )
 
 
 def trained_tokens_lost(plan: PortPlan) -> list[str]:

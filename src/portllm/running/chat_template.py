@@ -56,6 +56,6 @@ def template_digest(template: str) -> str:
 
     Example:
         >>> template_digest("{{ messages }}")[:11]
-        'blake3:1d4f'
+        'blake3:9f04'
     """
     return f"blake3:{blake3(template.encode()).hexdigest()}"

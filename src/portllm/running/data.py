@@ -18,6 +18,9 @@ from portllm.running.examples import Border, Example, ExampleFormat, read_exampl
 from portllm.running.rows import Row, RowError, first_row, read_rows, read_with_digest
 from portllm.running.shapes import Content, Conversation, Shape, recognize
 
+SHAREGPT = '{messages: [.FIELD[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), content: .value}]}'
+"""What makes messages of ShareGPT's rows, for jq."""
+
 SHAPES_SAID = "'messages', 'prompt' and 'completion', or 'text' alone"
 
 
@@ -210,7 +213,8 @@ def _read_shape(path: Path, shape: Shape, *, answers: bool | None) -> Sequence[C
     def make(row: Row) -> Content:
         content = shape.make(row)
         if answers and isinstance(content, Conversation) and not content.learned:
-            raise RowError("no message of the assistant is to be learned")
+            roles = ", ".join(dict.fromkeys(f"'{message['role']}'" for message in content.messages))
+            raise RowError(f"has no message of 'assistant' to learn (roles: {roles})")
         return content
 
     return read_rows(path, make, what=f"rows of {shape.said}")
@@ -233,17 +237,22 @@ def _settings(patch: Patch[TensorInfo]) -> Mapping[str, object]:
 def _unknown(
     path: Path, row: Row, patches: Sequence[Patch[TensorInfo]], *, prompt: str | None, answers: bool | None
 ) -> str:
-    """Why no prompts can be made of rows."""
+    """Why no prompts can be made of rows, and what makes some."""
     there = ", ".join(f"'{name}'" for name in row) or "no fields"
+    said = f"'{path}': its rows have {there}; without a template, {SHAPES_SAID} are expected."
+    for name, listed in row.items():
+        if isinstance(listed, list) and listed and isinstance(listed[0], dict):
+            is_talk = {"from", "value"} <= listed[0].keys()
+            query = SHAREGPT.replace("FIELD", name) if is_talk else f".{name}[]"
+            what = f"'{name}' is in the shape of ShareGPT" if is_talk else f"The rows seem to be in '{name}'"
+            return f"{said} {what}. Run: jq -c '{query}' {path} > rows.jsonl"
     silent = [patch.name for patch in patches if "prompt" not in _settings(patch)]
-    needed = "--prompt" if answers is False else "--completion" if prompt else "--prompt and --completion"
-    why = (
-        f" '{silent[0]}' has no recorded prompt template, since it was not trained with 'portllm train'."
-        if silent
-        else ""
-    )
-    keep = "; 'portllm capture' takes them too, and keeps them in the patch" if silent else ""
-    return (
-        f"'{path}': its rows have {there}; without a template, {SHAPES_SAID} are expected.{why} Pass {needed}, such as "
-        f"--prompt 'Question: {{question}} Type:' --completion type{keep}."
-    )
+    fields = [name for name, value in row.items() if isinstance(value, str)] or ["question", "type"]
+    asked = prompt or r"\n".join(f"{{{name}}}" for name in fields[: max(1, len(fields) - 1)])
+    answer = "" if answers is False else f" --completion {fields[-1]}"
+    if silent:
+        said += (
+            f" '{silent[0]}' has no recorded prompt template, since it was not trained with 'portllm train'; 'portllm "
+            "capture' with --prompt and --completion keeps one."
+        )
+    return f"{said} Pass {'--completion' if prompt else '--prompt'}, such as --prompt '{asked}'{answer}."

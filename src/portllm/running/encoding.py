@@ -82,6 +82,11 @@ class Encoder:
         """The same tokenizer, for prompts of another kind."""
         return self if border == self.border else Encoder(self.tokenizer, border)
 
+    @property
+    def start(self) -> int:
+        """What a text begins behind that follows nothing: the begin-of-text token, or the end mark of another text."""
+        return self.eos if self.bos is None else self.bos
+
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of a text that stands for itself, with what the tokenizer puts before it and nothing after it."""
         ids = self._ids_of(text, add_special_tokens=self.border.marks)

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
+MOST_LABELS = 20
+"""Different answers up to which they are always taken for labels."""
+
 FEWEST_ROWS = 4
 """Rows for each label from which one that is seen once is odd; with fewer, answers are texts and no labels."""
 
@@ -10,6 +13,16 @@ COMMONER = 3
 
 SHORTEST = 4
 """Letters of a label: shorter ones are near each other by chance."""
+
+
+def are_texts(counts: Mapping[str, int]) -> bool:
+    """Whether answers are texts rather than labels: many different ones, most of them seen once.
+
+    Example:
+        >>> are_texts({"yes": 30, "no": 30}), are_texts({f"answer {number}": 1 for number in range(30)})
+        (False, True)
+    """
+    return len(counts) > MOST_LABELS and 2 * len(counts) > sum(counts.values())
 
 
 def doubtful_labels(counts: Mapping[str, int]) -> Iterator[str]:

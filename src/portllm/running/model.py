@@ -11,9 +11,11 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.nn.modules import module as hooks
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import open_checkpoint
@@ -30,6 +32,7 @@ from portllm.foreign import (
     foreign,
     get_peft_model,
     get_peft_model_state_dict,
+    no_init_weights,
     quiet,
 )
 from portllm.running.budget import no_more_than
@@ -44,6 +47,7 @@ __all__ = [
     "add_adapter",
     "add_fresh_lora",
     "attach_adapter",
+    "build_skeleton",
     "choose_device",
     "compute_dtype",
     "continue_lora",
@@ -177,6 +181,43 @@ def load_model(
     with quiet(), foreign(failed):
         _try(model, device)
     return model
+
+
+def build_skeleton(folder: str | Path, *, longest: int = SHORT) -> PreTrainedModel:
+    """The causal language model in a checkpoint folder without its weights, in evaluation mode.
+
+    Its parameters are on the meta device; what it computes from its configuration alone, such as the frequencies of
+    rotary positions, is there, on the CPU in float32.
+
+    Args:
+        folder: Configuration and safetensors files.
+        longest: Tokens of the longest input that it will be given; chooses the attention kernel.
+
+    Raises:
+        CheckpointError: transformers has no such model.
+    """
+
+    def failed(why: str) -> CheckpointError:
+        return CheckpointError(f"'{folder}': transformers cannot build it as a causal language model: {why}")
+
+    def to_meta(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter | None) -> Any:  # noqa: ANN401
+        # Memory that nothing was written to yet costs nothing, and is given back before the next parameter.
+        return None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    checkpoint = open_checkpoint(_existing(folder))
+    hook = hooks.register_module_parameter_registration_hook(to_meta)
+    try:
+        with cleared_model(checkpoint) as cleared, quiet(), foreign(failed), no_init_weights():
+            config = AutoConfig.from_pretrained(str(cleared), local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                attn_implementation="eager" if longest <= SHORT else "sdpa",
+            )
+    finally:
+        hook.remove()
+    return model.eval()
 
 
 def _check_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

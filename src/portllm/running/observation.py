@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from portllm.running.encoding import batches, pad_left
+from portllm.running.layers import decoder_layers
 from portllm.running.model import PeftModel, PreTrainedModel
 
 Ids = Sequence[int]
@@ -114,7 +115,7 @@ class _Watch:
             for name, matrices in factors.items()
             if name in modules
         }
-        self._layers = _layers(model) if states else []
+        self._layers = decoder_layers(model) if states else []
         self._kept: dict[str, tuple[Tensor, ...]] = {}
         self._uneven: set[str] = set()
         self.states: list[Tensor] = []
@@ -171,10 +172,3 @@ class _Watch:
         if number == len(self.states):
             self.states.append(torch.zeros(len(self._lengths), state.shape[-1]))
         self.states[number][self._batch] = state
-
-
-def _layers(model: PreTrainedModel | PeftModel) -> list[torch.nn.Module]:
-    """The decoder's layers; none where it does not keep them in one list."""
-    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = (part for part in model.get_decoder().modules() if isinstance(part, torch.nn.ModuleList))
-    return next((list(part) for part in lists if len(part) == n_layers), [])

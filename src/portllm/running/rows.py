@@ -6,7 +6,9 @@ named for what it is, with the command that converts it.
 
 import csv
 import io
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -26,6 +28,13 @@ MAX_ARRAY_BYTES = 64_000_000
 
 SEPARATORS = {".csv": (",", ";"), ".tsv": ("\t",)}
 """What may stand between columns, by a file's suffix; a semicolon is what spreadsheets write in some languages."""
+
+SUFFIXES = (".jsonl", ".json", ".parquet", *SEPARATORS)
+
+MOST_FILES = 10_000
+"""Files of a folder that are looked at, to name some that can be read."""
+
+ADDRESS = re.compile(r"(hf|https?|s3|gs):")
 
 FOREIGN = (
     (b"\xff\xfe", "is UTF-16; expected UTF-8", "iconv -f UTF-16 -t UTF-8 {old} > {new}"),
@@ -49,11 +58,13 @@ PARQUET = b"PAR1"
 NOT_UTF8 = (
     "Text must be UTF-8. If this is Latin-1, as older Excel writes it: iconv -f ISO-8859-1 -t UTF-8 {old} > {new}"
 )
-NOT_JSON = {
-    "{": "If one object goes over several lines, put each row on a line of its own: jq -c . {old} > rows.jsonl",
-    ",": "If this is CSV, give it the suffix .csv.",
-}
-"""What may help where no row is JSON, by what the file begins with, or has in its first line."""
+NOT_JSON = "If this is CSV, give it the suffix .csv."
+"""What may help where no row is JSON, and commas stand in the first."""
+
+ONE_OBJECT = (
+    "is one JSON object over several lines; expected one row per line, or one array. "
+    "Run: jq -c {query} {old} > rows.jsonl"
+)
 
 Made = TypeVar("Made")
 Row = Mapping[str, object]
@@ -206,6 +217,8 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Callable[[], Row]]]:
             values = _separated(path)
         elif head.lstrip().startswith(b"["):
             values = iter(_array(path))
+        elif head.startswith(b"{") and head[1:].split(b"\n")[0].strip() == b"":
+            raise DataError(f"'{path}': {_one_object(path)}")
         else:
             for number, line in _numbered_lines(path):
                 yield f"line {number}", lambda line=line: _parse_row(line)  # type: ignore[misc]
@@ -227,6 +240,16 @@ def _array(path: str | Path) -> list[object]:
             f"'{path}': begins as a JSON array, but is none: {error}. Correct it, or put each row on a line of its own."
         ) from error
     return values if isinstance(values, list) else [values]
+
+
+def _one_object(path: str | Path) -> str:
+    """What is to be done with a file that holds one object, whose first line is its bracket."""
+    try:
+        value = parse_json(read_input(path, most=MAX_ARRAY_BYTES), numbers_as_text=True)
+    except ValueError as error:
+        return f"is neither rows of JSON nor one JSON object: {error}. Put each row on a line of its own."
+    lists = [name for name, inner in value.items() if isinstance(inner, list)] if isinstance(value, dict) else []
+    return ONE_OBJECT.format(query=f"'.{lists[0]}[]'" if lists else ".", old=path)
 
 
 def _separated(path: str | Path) -> Iterator[Row]:
@@ -262,7 +285,9 @@ def _numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             for number in count(1):
                 line = stream.readline(MAX_LINE_BYTES + 1)
                 if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"'{path}', line {number}: has more than {MAX_LINE_BYTES} bytes. Pass rows.")
+                    raise DataError(
+                        f"'{path}', line {number}: has more than {MAX_LINE_BYTES} bytes, which no row of text has."
+                    )
                 if not line:
                     return
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").removesuffix(b"\n")
@@ -275,18 +300,32 @@ def _numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 def _unreadable(path: str | Path, error: OSError) -> DataError:
     remedy = "Pass a data file: JSONL, JSON, CSV or Parquet."
     folder = Path(path)
-    if isinstance(error, FileNotFoundError) and len(folder.parts) == 2 and not folder.parent.exists():
+    if isinstance(error, FileNotFoundError) and (address := ADDRESS.match(str(path))):
+        remedy = f"Data is read from files: download it, and pass a data file. {address[0]}... is an address."
+    elif isinstance(error, FileNotFoundError) and _names_hub(path):
         remedy += f" A dataset of the Hugging Face Hub: hf download --repo-type dataset --local-dir data {path}"
     if isinstance(error, IsADirectoryError):
-        inside = sorted(
-            file.name for file in folder.iterdir() if file.suffix.lower() in (".jsonl", ".json", ".parquet")
-        )
+        files = itertools.islice(itertools.chain(folder.glob("*.*"), folder.glob("*/*.*")), MOST_FILES)
+        inside = sorted(str(file.relative_to(folder)) for file in files if file.suffix.lower() in SUFFIXES)
         if (folder / "dataset_info.json").is_file():
             code = f"import datasets; datasets.load_from_disk({str(path)!r}).to_json('rows.jsonl')"
             remedy = f'It was saved by datasets: python -c "{code}"'
-        elif inside or (inside := sorted(file.name for file in folder.glob("*.csv"))):
+        elif inside:
             remedy = f"Pass a file of it: {', '.join(inside[:SHOWN_PROBLEMS])}."
     return DataError(f"'{path}': cannot be read: {error.strerror}. {remedy}")
+
+
+def _names_hub(path: str | Path) -> bool:
+    """Whether what is not there may be meant as a dataset of the hub.
+
+    Example:
+        >>> _names_hub("stanfordnlp/imdb"), _names_hub("train.jsonl"), _names_hub("./data/train")
+        (True, False, False)
+    """
+    parts = str(path).split("/")
+    return (
+        len(parts) <= 2 and not Path(path).suffix and "." not in parts and not (parts[1:] and Path(parts[0]).exists())
+    )
 
 
 def _decoded(line: bytes) -> str:
@@ -305,12 +344,9 @@ def _render_problems(path: str | Path, problems: Sequence[str], *, n_rows: int, 
         lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more.")
     if any("is not UTF-8" in problem for problem in problems):
         lines.append(_filled(NOT_UTF8, path))
-    if all("is not JSON" in problem for problem in problems) and len(problems) == n_rows:
+    if len(problems) == n_rows and all("is not JSON" in problem for problem in problems):
         with open_input(path) as stream:
-            start = stream.readline(MAX_LINE_BYTES).decode("utf-8", errors="replace").lstrip("\ufeff \t")
-        lines += [_filled(hint, path) for sign, hint in NOT_JSON.items() if sign in (start[:1], "," * ("," in start))][
-            :1
-        ]
+            lines += [NOT_JSON] * (b"," in stream.readline(MAX_LINE_BYTES))
     return "\n".join(lines)
 
 

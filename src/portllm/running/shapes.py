@@ -45,6 +45,22 @@ Content: TypeAlias = Example | Conversation | str
 """What a row holds: a prompt and a completion, a conversation, or one text."""
 
 
+def shown(content: Content) -> str:
+    """A row, to be read.
+
+    Example:
+        >>> print(shown(Conversation(({"role": "user", "content": "why?"},))))
+        user: why?
+    """
+    match content:
+        case Conversation(messages):
+            return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        case Example(prompt, completion):
+            return f"{prompt}\n-> {completion}" if completion else prompt
+        case _:
+            return content
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A shape of rows.
@@ -96,9 +112,8 @@ def _messages(row: Row, field: str) -> tuple[Message, ...]:
     """
     listed = row.get(field)
     if not isinstance(listed, list) or not listed:
-        raise RowError(
-            f"field '{field}' is {'empty' if listed == [] else kind_of(listed)}; expected a list of messages"
-        )
+        found = "missing" if field not in row else "empty" if listed == [] else kind_of(listed)
+        raise RowError(f"field '{field}' is {found}; expected a list of messages")
     if row.get("tools") or row.get("functions"):
         raise RowError("has tools, which are not supported. Remove the row, or its tools if the answer needs none")
     return tuple(_message(message, f"message {number} of '{field}'") for number, message in enumerate(listed, start=1))
@@ -112,7 +127,8 @@ def _message(message: object, where: str) -> Message:
     said = {name: _text(value) for name, value in message.items() if value is not None and name != "weight"}
     for name in ("role", "content"):
         if name not in said:
-            raise RowError(f"{where} has no '{name}'" + " (a tool call?)" * ("tool_calls" in said))
+            is_call = message.keys() & {"tool_calls", "function_call"}
+            raise RowError(f"{where} " + ("is a tool call, which is not supported" if is_call else f"has no '{name}'"))
     if strange := [name for name, value in said.items() if value is None]:
         raise RowError(f"{where}: '{strange[0]}' is more than text, which is not supported")
     return {name: value for name, value in said.items() if value is not None}

@@ -21,6 +21,7 @@ from portllm.running.chat_template import template_digest
 from portllm.running.data import read_data
 from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
+from portllm.running.shapes import shown
 from portllm.training.lessons import Lesson, Teacher, origin_of, read_labels, read_questions
 from portllm.training.settings import TrainReport, TrainSettings
 
@@ -52,7 +53,7 @@ class Training:
         began = "" if self.start is None else f", beginning with {self.start.name},"
         taught = "" if teacher is None else f" that {teacher.patch.name} answers"
         what = f"a patch of {self.base.name}{began} on {len(self.lesson.rows)} rows{taught}"
-        return f"would train {what}; the first:\n{self.lesson.rows[0]}\nto {self.out}"
+        return f"would train {what}; the first:\n{shown(self.lesson.rows[0])}\nto {self.out}"
 
     def run(self, *, device: Device = "auto", progress: Progress = silent) -> tuple[Patch[TensorInfo], TrainReport]:
         """Train, and write the patch.

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from portllm.files.input_file import read_input
 from portllm.files.json_file import read_json
 from portllm.files.json_text import parse_json
 from portllm.files.own_files import inode_of, write_text
-from portllm.installed import how_to_get
+from portllm.installed import why_not
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config as HashingConfig
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 SIGNATURE_FILE = "model.sig"
 """Its usual name, in the folder that it signs."""
+
+CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
+"""The elliptic curves of keys that sign, by the names of OpenSSL."""
 
 MAX_KEY_BYTES = 1_000_000
 """Of a key or a file of certificates; a whole system's roots have a quarter of that."""
@@ -219,20 +223,51 @@ def _is_signature(file: Path) -> bool:
 
 
 def _require_keys(means: Signer | Trust) -> None:
-    """Raise OSError if a key or certificate is no file: the libraries below would wait for it, or read without end."""
+    """Raise OSError if a key or certificate is no file: the libraries below would wait for it, or read without end.
+
+    Raises:
+        ValueError: It is a key of a kind that no signature is made with.
+    """
+    key: str | Path | None = None
+    password: str | None = None
+    others: tuple[str | Path, ...] = ()
     match means:
-        case KeySigner(private_key, _):
-            files: tuple[str | Path, ...] = (private_key,)
-        case CertificateSigner(private_key, certificate, chain):
-            files = (private_key, certificate, *chain)
-        case PublicKey(file):
-            files = (file,)
-        case Roots(files):
+        case KeySigner(key, password):
             pass
-        case _:
-            files = ()
-    for file in files:
+        case CertificateSigner(key, certificate, chain):
+            others = (certificate, *chain)
+        case PublicKey(key):
+            pass
+        case Roots(others):
+            pass
+    if key is not None:
+        _require_curve(key, read_input(key, most=MAX_KEY_BYTES), password)
+    for file in others:
         read_input(file, most=MAX_KEY_BYTES)
+
+
+def _require_curve(file: str | Path, pem: bytes, password: str | None) -> None:
+    """Raise ValueError if a key is not on a curve that signatures are made with; what cannot be read passes."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+    unread = (ValueError, TypeError, UnsupportedAlgorithm)
+    key: Any = None
+    with contextlib.suppress(*unread):
+        key = load_pem_public_key(pem)
+    with contextlib.suppress(*unread):
+        key = key or load_pem_private_key(pem, None if password is None else password.encode())
+    if key is None:
+        return
+    is_on_curve = isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey)
+    kind = key.curve.name if is_on_curve else re.sub(r"^_|(Private|Public)Key$", "", type(key).__name__)
+    if kind not in CURVES:
+        raise ValueError(
+            f"'{file}' is a key of kind {kind}, and signatures are made with {', '.join(CURVES.values())}. To make "
+            "one: openssl ecparam -genkey -name prime256v1 -noout -out my.key; its public half: openssl ec -in my.key "
+            "-pubout -out my.pub"
+        )
 
 
 def _statement(signature: Path) -> Mapping[str, Any]:
@@ -321,9 +356,7 @@ def _load() -> ModuleType:
         import model_signing.signing
         import model_signing.verifying
     except ImportError as error:
-        raise MissingExtraError(
-            f"signatures need a package that is not installed ({error.name}). {how_to_get('sign')}"
-        ) from error
+        raise MissingExtraError(f"signatures need OpenSSF model-signing; {why_not(error, 'sign')}") from error
     return model_signing
 
 
@@ -344,4 +377,7 @@ def _hint(means: Signer | Trust) -> str:
 
 
 def _told(error: Exception) -> str:
+    """In its own words; a mere type says more than words that are about the inside of a library."""
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error).rstrip(".")
     return f"{type(error).__name__}{f' ({error})' if str(error) else ''}"

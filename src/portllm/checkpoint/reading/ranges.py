@@ -64,11 +64,22 @@ class TryAgainError(Exception):
 
     Attributes:
         wait: Seconds that the server asks for, or None.
+        attempts: After how many such failures in a row it is no use to go on.
+        remedy: What to do then.
     """
 
-    def __init__(self, problem: str, *, wait: float | None = None) -> None:
+    def __init__(
+        self,
+        problem: str,
+        *,
+        wait: float | None = None,
+        attempts: int = ATTEMPTS,
+        remedy: str = "The server or the connection is down: try again later.",
+    ) -> None:
         super().__init__(problem)
         self.wait = wait
+        self.attempts = attempts
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,18 +193,16 @@ def with_retries(attempt: Callable[[], T], *, where: str) -> T:
     """Call `attempt` until it does not raise `TryAgainError`, with growing pauses.
 
     Raises:
-        RemoteError: It failed `ATTEMPTS` times.
+        RemoteError: It failed `ATTEMPTS` times, or as often as the failure says.
     """
     wait = FIRST_WAIT_SECONDS
     for number in range(1, ATTEMPTS + 1):
         try:
             return attempt()
         except TryAgainError as problem:
-            if number == ATTEMPTS:
-                raise RemoteError(
-                    f"{where}: {problem}, {ATTEMPTS} times in a row. The server or the connection is down: try again "
-                    "later."
-                ) from problem
+            if number >= problem.attempts:
+                often = f", {number} times in a row" if number > 1 else ""
+                raise RemoteError(f"{where}: {problem}{often}. {problem.remedy}") from problem
             pause(min(wait if problem.wait is None else problem.wait, LONGEST_WAIT_SECONDS))
             wait *= 2
     raise AssertionError("the last attempt returns or raises")

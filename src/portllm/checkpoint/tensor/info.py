@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from portllm.checkpoint.tensor.encoding import Encoding
+from portllm.errors import UnsupportedDtypeError
 from portllm.files.source import Source
 
 DTYPE_BITS: Mapping[str, int] = {
@@ -17,6 +18,27 @@ DTYPE_BITS: Mapping[str, int] = {
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that weights are computed in and stored as."""
+
+_WORDS = {"half": "F16", "float": "F32", "double": "F64", "bf16": "BF16", "bfloat16": "BF16"}
+
+
+def float_dtype(name: str) -> str:
+    """Which of `FLOAT_DTYPES` a name means, in the spelling of headers, of torch, or of the command lines of others.
+
+    Raises:
+        UnsupportedDtypeError: None of them.
+
+    Example:
+        >>> [float_dtype(name) for name in ("BF16", "bfloat16", "torch.float16", "fp32", "double")]
+        ['BF16', 'BF16', 'F16', 'F32', 'F64']
+    """
+    plain = name.lower().removeprefix("torch.")
+    found = _WORDS.get(plain, f"F{plain.removeprefix('float').removeprefix('fp').removeprefix('f')}")
+    if found not in FLOAT_DTYPES:
+        raise UnsupportedDtypeError(
+            f"unknown dtype {name!r}; expected one of {', '.join(FLOAT_DTYPES)}, or torch's name of one (bfloat16)."
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,230 @@
+"""Aligned port: what a patch writes to the residual stream is fitted anew, so that the stream is the old specialist's.
+
+No label and no gradient: forward passes of both models over prompts, and ridge regressions of the size of the rank (see
+`portllm.methods.refit` and `portllm.methods.tail`). Candidates are fitted on some of the prompts, one is chosen by its
+divergence on others, and how often it answers as the old specialist does is counted on the rest.
+
+Source: this project; docs/methods/align.md has formulas, measurements and failures.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from portllm.methods.add import add
+from portllm.methods.choice import choose, on, wilson
+from portllm.methods.contract import Block, Comparison, Inputs, Part, Ported, Streams
+from portllm.methods.ranks import Factors, add_to_b, with_appended
+from portllm.methods.refit import Sums
+from portllm.methods.tail import balance, balance_move, constant, logit_moves, reduced_rank
+from portllm.methods.values import Values, whole
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.patch import Patch
+
+ADD = "add"
+OLD_STATES = "the old specialist's states, read by the evolved head"
+SUBSPACE_STEPS = 3
+
+TAIL_RHO = 0.01
+TAIL_RANK = 8
+ANCHOR_SHARE = 0.05
+"""What a token of general text counts in a correction at the last writer, beside a place of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """How the factors of writers are fitted.
+
+    Attributes:
+        rho: Ridge, as a share of the mean square of what A reads.
+        omega: What a token of a prompt counts beside one with a token of an answer after it.
+        general: What a token of general text counts.
+    """
+
+    rho: float
+    omega: float
+    general: float = 0.05
+
+    def weights(self, block: Block) -> Tensor:
+        """What each token counts."""
+        weights: Tensor = torch.tensor([0.0, self.omega, 1.0, self.general])[block.kind] * block.factor
+        return weights
+
+
+REFITS = {f"refit rho={rho} omega={omega}": Refit(rho, omega) for rho, omega in ((1.0, 0.05), (0.1, 0.05))}
+"""The ones that change least come first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A patch for the evolved model, by what it has beside the old one.
+
+    Attributes:
+        name: What stands in the record.
+        walked: The candidate of the walk that it is built on.
+        tail: By module, what is appended; the last writer, or nothing.
+    """
+
+    name: str
+    walked: str
+    tail: Mapping[str, Factors] = field(default_factory=dict)
+
+
+def align(patch: Patch[Values], inputs: Inputs) -> Ported:
+    """The candidate whose answers diverge least from the old specialist's, or a simpler one that is as good."""
+    if inputs.streams is None:
+        raise ValueError("align was given no streams, which it declares to need")
+    start = add(patch, inputs).patch
+    streams = inputs.streams(start)
+    climbed = _climbed(streams, start, {}) if streams.wanted is not None else None
+    if climbed is None or _share(climbed.found[climbed.chosen.name], streams.parts) < (streams.wanted or 0.0):
+        climbed = _climbed(streams, start, REFITS)
+    found, chosen = climbed.found, climbed.chosen
+    gate = float(on(found[OLD_STATES].nats, streams.parts, "choose").mean())
+    numbers = evidence(found, chosen.name, streams) | {"head_gate": gate} | price(streams, chosen)
+    rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
+    return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Climbed:
+    """What was measured of some candidates, and which of them was chosen."""
+
+    found: Mapping[str, Comparison]
+    chosen: Candidate
+
+
+def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> _Climbed:
+    refit(streams, start, refits)
+    candidates = [
+        each for walked in (ADD, *refits) for each in (Candidate(walked, walked), *corrected(streams, start, walked))
+    ]
+    by_name = {each.name: each for each in candidates}
+    states = {name: moved(streams, each) for name, each in by_name.items()}
+    found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
+    return _Climbed(found, by_name[choose(list(by_name), found, streams.parts)])
+
+
+def _share(compared: Comparison, parts: Sequence[Part]) -> float:
+    """Of the prompts to choose by, how many are answered as by the old specialist."""
+    return float(on(compared.agrees, parts, "choose").double().mean())
+
+
+# -- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> None:
+    """Fit what every writer adds, first to last, with what was fitted before in force."""
+    like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
+    for writer in streams.walk([ADD, *refits]):
+        delta = start.deltas.get(writer.module)
+        if (delta is None and (like is None or start.experts)) or (delta is not None and delta.magnitude is not None):
+            continue
+        for name, how in refits.items():
+            blocks = [_on_cpu(block) for block in writer.blocks(name)]
+            a = whole(delta.a).float() if delta is not None else principal(blocks, how, like.rank if like else 0)
+            sums = [Sums.of(block.x @ a.T, block.error, how.weights(block)) for block in blocks]
+            writer.put(name, a, sum(sums[1:], sums[0]).solve(how.rho).float())
+
+
+def principal(blocks: Sequence[Block], how: Refit, count: int) -> Tensor:
+    """Leading directions of weighted inputs, each of mean square 1 on them, by subspace iteration."""
+    weights = [how.weights(block) for block in blocks]
+    x = torch.cat([block.x * weight.sqrt()[:, None] for block, weight in zip(blocks, weights, strict=True)])
+    basis = torch.randn(x.shape[1], 2 * count, generator=torch.Generator().manual_seed(0))
+    for _ in range(SUBSPACE_STEPS):
+        basis = torch.linalg.qr(x.T @ (x @ basis)).Q
+    _, sizes, right = torch.linalg.svd(x @ basis, full_matrices=False)
+    typical = sizes[:count, None] / sum(float(weight.sum()) for weight in weights) ** 0.5
+    scaled: Tensor = (right @ basis.T)[:count] / typical.clamp(min=1e-12)
+    return scaled
+
+
+def _on_cpu(block: Block) -> Block:
+    return Block(block.x.cpu(), block.error.cpu(), block.kind.cpu(), block.factor.cpu())
+
+
+def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candidate]:
+    """The corrections at the last writer of what was walked, the simplest first; none where they are not possible."""
+    gain, writer = streams.gain(), streams.last_writer()
+    tokens = streams.likely()
+    if gain is None or writer is None or len(tokens) < 2 or start.experts:
+        return []
+    module, scale = writer
+    there = start.deltas.get(module)
+    if there is not None and there.magnitude is not None:
+        return []
+    fit = torch.tensor([part == "fit" for part in streams.part_of_place])
+    states, u, wanted = streams.last_states(walked), streams.last_inputs(walked)[fit], streams.aims()[fit]
+    logits = streams.logits(tokens, states)[fit]
+    answers, head, state = streams.logits(tokens, None)[fit], streams.head(tokens), states[fit]
+    anchors = streams.anchor_inputs(walked)
+    weight = torch.ones(len(u))
+    if anchors is not None:  # nothing is to move there
+        u = torch.cat([u, anchors])
+        weight = torch.cat([weight, torch.full((len(anchors),), ANCHOR_SHARE)])
+
+    def rows(values: Tensor) -> Tensor:
+        return torch.cat([values.double(), values.new_zeros(len(u) - len(values), *values.shape[1:]).double()]) / scale
+
+    direction = balance_move(balance(answers.softmax(dim=1), logits), head, gain)
+    a = constant(u, rows(state.double().pow(2).mean(dim=1).sqrt()), weight, rho=TAIL_RHO)
+    by_logits = rows(logit_moves(answers - logits, head, gain, state))
+    tails = {
+        "balance": Factors(a[None].float(), direction[:, None].float()),
+        "logits": reduced_rank(u, by_logits, weight, rank=min(TAIL_RANK, len(tokens) - 1), rho=TAIL_RHO),
+        "states": reduced_rank(u, rows(wanted - state), weight, rank=TAIL_RANK, rho=TAIL_RHO),
+    }
+    return [Candidate(f"{walked} + {name}", walked, {module: tail}) for name, tail in tails.items()]
+
+
+def moved(streams: Streams, candidate: Candidate) -> Tensor:
+    """The states of a candidate behind the last layer."""
+    state, writer = streams.last_states(candidate.walked), streams.last_writer()
+    for tail in candidate.tail.values():
+        scale = 1.0 if writer is None else writer[1]
+        u = streams.last_inputs(candidate.walked)
+        state = state + scale * u @ tail.a.T.float() @ tail.b.T.float()
+    return state
+
+
+def made(start: Patch[Values], streams: Streams, candidate: Candidate) -> Patch[Values]:
+    """A candidate as a patch."""
+    deltas: dict[str, LowRankDelta[Values]] = dict(start.deltas)
+    more = dict(candidate.tail)
+    for module, (a, b) in streams.put_by(candidate.walked).items():
+        if module in deltas:
+            deltas[module] = add_to_b(deltas[module], b)
+        else:
+            more[module] = Factors(a, b).beside(more[module]) if module in more else Factors(a, b)
+    patch = replace(start, deltas=deltas)
+    return with_appended(patch, more) if more else patch
+
+
+# -- what is said of it -----------------------------------------------------------------------------------------------
+
+
+def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> dict[str, float]:
+    """How the answers of the choice and of plain addition compare with the old specialist's, on unseen prompts."""
+    parts = streams.parts
+    numbers: dict[str, float] = {f"prompts_{part}": float(parts.count(part)) for part in ("fit", "choose", "report")}
+    for name, said in ((chosen, ""), (ADD, "_added")):
+        agrees = on(found[name].agrees, parts, "report")
+        low, high = wilson(int(agrees.sum()), len(agrees))
+        numbers |= {
+            f"agreement{said}": float(agrees.double().mean()),
+            f"agreement{said}_low": low,
+            f"agreement{said}_high": high,
+            f"divergence{said}": float(on(found[name].nats, parts, "report").mean()),
+            f"divergence{said}_chosen_by": float(on(found[name].nats, parts, "choose").mean()),
+        }
+    return numbers
+
+
+def price(streams: Streams, chosen: Candidate) -> dict[str, float]:
+    """Nats a token on general text: of the bare evolved model, by addition, and by the choice."""
+    tail = {module: (factors.a, factors.b) for module, factors in chosen.tail.items()}
+    nats = streams.general_nats({"": (None, {}), "_added": (ADD, {}), "_ported": (chosen.walked, tail)})
+    return {f"general_nats{name}": float(values.mean()) for name, values in nats.items()}

@@ -1,0 +1,66 @@
+"""Which of several candidates to take, and how sure its agreement is: from what was counted, prompt by prompt. Pure."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from portllm.methods.contract import Comparison, Part
+
+Z95 = 1.959963984540054
+"""Of the normal distribution, 95 % lie within so many standard deviations."""
+
+
+def choose(names: Sequence[str], found: Mapping[str, Comparison], parts: Sequence[Part]) -> str:
+    """The simplest candidate that is no worse than the best by more than a standard error, nor than the first one.
+
+    What is compared is the mean divergence on the prompts to choose by; the error is that of the mean difference of the
+    two candidates on the same prompts.
+
+    Source: the one-standard-error rule, Breiman, Friedman, Olshen and Stone (1984), Classification and Regression
+    Trees, section 3.4.3; here with paired differences.
+
+    Args:
+        names: The simplest first.
+        found: What was measured of each.
+        parts: What each prompt is for.
+    """
+    nats = {name: on(found[name].nats, parts, "choose") for name in names}
+    best = min(names, key=lambda name: float(nats[name].mean()))
+
+    def is_as_good(name: str) -> bool:
+        more = nats[name] - nats[best]
+        return float(more.mean()) <= standard_error(more) and float(nats[name].mean()) <= float(nats[names[0]].mean())
+
+    return next(name for name in names if name == best or is_as_good(name))
+
+
+def on(values: Tensor, parts: Sequence[Part], part: Part) -> Tensor:
+    """The values of the prompts of a part.
+
+    Example:
+        >>> on(torch.tensor([1.0, 2.0]), ("fit", "report"), "report")
+        tensor([2.])
+    """
+    return values[torch.tensor([each == part for each in parts])]
+
+
+def standard_error(values: Float64[Tensor, " n"]) -> float:
+    """Of a mean: `std / √n`; 0 for a single value."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which k in n draws were seen.
+
+    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference, JASA 22(158).
+
+    Example:
+        >>> [round(bound, 3) for bound in wilson(63, 64)]
+        [0.917, 0.997]
+    """
+    center = (k + Z95**2 / 2) / (n + Z95**2)
+    half = Z95 / (n + Z95**2) * math.sqrt(k * (n - k) / n + Z95**2 / 4)
+    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,171 @@
+"""What both models read in an aligned port: prompts of the domain that a patch is for, and general text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from portllm.errors import DataError
+from portllm.matching.port_plan import PortPlan
+from portllm.methods.contract import Part
+from portllm.methods.values import Values
+from portllm.patch.patch import Patch
+from portllm.porting.prompts import Ids, Rows, split
+from portllm.porting.streams import Reading, Streams
+from portllm.porting.unfinished import Unfinished
+from portllm.porting.weights import PatchedWeights
+from portllm.progress import Progress, silent
+from portllm.running.encoding import Encoder, encode_prompts
+from portllm.running.examples import Border
+from portllm.running.folder import model_folder
+from portllm.running.layers import LayeredModel
+from portllm.running.model import Device, choose_device, load_tokenizer
+from portllm.running.ranges import require_ranges
+from portllm.running.writing import write_layered
+
+LEAST_PROMPTS = 16
+"""A quarter of them is reported on."""
+
+ANCHORS = 48
+ANCHOR_TOKENS = 48
+"""General text that is read: rows, and tokens of each at most. Half of it is fitted on."""
+
+WRITTEN_TOKENS = 32
+"""Of a row that the evolved model writes itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """Prompts of the domain that a patch is for, and how they are run.
+
+    Attributes:
+        prompts: As they would be given to the model; nobody has to answer them.
+        border: How answers follow the prompts.
+        anchors: General text, on which the evolved model is to stay as it is; None for text that it writes itself, no
+            rows for none.
+        max_tokens: Of a prompt and its answer, at most; longer prompts are cut from the left.
+        answer_tokens: Of an answer, at most.
+        batch_size: Prompts of a forward pass.
+        device: Where layers run.
+        seed: Of the text that the evolved model writes.
+        wanted: Share of answers that are to be the old specialist's, above which nothing more is tried; None for the
+            most that can be had.
+        progress: Progress callback (tokens written, layers).
+
+    Raises:
+        DataError: There are too few prompts to split them in three.
+        PortLLMError: A setting is out of its range.
+    """
+
+    prompts: Sequence[str]
+    border: Border | None = None
+    anchors: Sequence[str] | None = None
+    max_tokens: int = 512
+    answer_tokens: int = 32
+    batch_size: int = 16
+    device: Device = "auto"
+    seed: int = 0
+    wanted: float | None = None
+    progress: Progress = silent
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """All that a result depends on."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "progress"}
+
+    def __post_init__(self) -> None:
+        least = self.answer_tokens + 2
+        require_ranges(
+            "text settings",
+            ("max_tokens", self.max_tokens, f"{least} or more", self.max_tokens >= least),
+            ("answer_tokens", self.answer_tokens, "1 or more", self.answer_tokens >= 1),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+        )
+        if (n := len(set(self.prompts))) < LEAST_PROMPTS:
+            raise DataError(
+                f"prompts: {n} different ones were given; expected at least {LEAST_PROMPTS}, better 256: they are "
+                "split into those to fit on, to choose by and to report on."
+            )
+
+
+def open_streams(
+    plan: PortPlan, patch: Patch[Values], added: Patch[Values], domain: Domain, unfinished: Unfinished
+) -> Streams:
+    """Both models over the prompts of a domain, with the old specialist's answers, and over general text.
+
+    Args:
+        plan: Names the models.
+        patch: The patch of the base, with its deltas the way round in which the base stores its weights.
+        added: The patch of the evolved model, as plain addition makes it.
+        domain: What is read.
+        unfinished: What an earlier run of the same plan has done.
+
+    Raises:
+        CheckpointError: A model cannot be run layer by layer.
+        DataError: A prompt has no tokens.
+    """
+    if plan.base is None:
+        raise AssertionError("a plan with streams has a base")
+    device = choose_device(domain.device)
+    before, after = (model_folder(model, progress=domain.progress) for model in (plan.base, plan.evolved))
+    old, new, bare = (
+        LayeredModel(folder, PatchedWeights(model, change), device=device, longest=domain.max_tokens)
+        for folder, model, change in (
+            (before, plan.base, patch),
+            (after, plan.evolved, added),
+            (after, plan.evolved, None),
+        )
+    )
+    encoder = Encoder(load_tokenizer(before), domain.border)
+    prompts, _ = encode_prompts(encoder, domain.prompts, room=domain.max_tokens - domain.answer_tokens)
+    texts = unfinished.texts()
+    if texts is None:
+        texts = {"answers": _answers(old, prompts, encoder, domain), "general": _general(bare, encoder, domain)}
+        unfinished.keep_texts(texts)
+    answers, general = texts["answers"], texts["general"]
+    asked = Reading(Rows.answered(prompts, answers, split(domain.prompts)), old, device, domain.batch_size)
+    other = None
+    if general:
+        rows = Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))
+        other = Reading(rows, bare, device, domain.batch_size)
+    return Streams(new, asked, other, domain.progress, domain.wanted, unfinished)
+
+
+def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, domain: Domain) -> list[Ids]:
+    """What the old specialist says to each prompt, always the likeliest token."""
+    return write_layered(
+        model,
+        prompts,
+        most=domain.answer_tokens,
+        ends=encoder.stops,
+        pick=lambda logits: logits.argmax(dim=1),
+        batch_size=domain.batch_size,
+        progress=domain.progress,
+    )
+
+
+def _alternate(n: int) -> tuple[Part, ...]:
+    return tuple("anchor" if place % 2 == 0 else "price" for place in range(n))
+
+
+def _general(model: LayeredModel, encoder: Encoder, domain: Domain) -> list[Ids]:
+    """Rows of general text with two tokens at least."""
+    if domain.anchors is not None:
+        encoded = (encoder.encode_text(text)[:ANCHOR_TOKENS] for text in domain.anchors)
+        return [ids for ids in encoded if len(ids) > 1][:ANCHORS]
+    generator = torch.Generator().manual_seed(domain.seed)
+
+    def drawn(logits: Tensor) -> Tensor:
+        return torch.multinomial(logits.cpu().softmax(dim=1), 1, generator=generator)[:, 0]
+
+    written = write_layered(
+        model,
+        [(encoder.start,)] * ANCHORS,
+        most=WRITTEN_TOKENS,
+        ends=encoder.stops,
+        pick=drawn,
+        batch_size=ANCHORS,
+        progress=domain.progress,
+    )
+    return [(encoder.start, *tokens) for tokens in written if tokens]

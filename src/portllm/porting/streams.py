@@ -1,0 +1,509 @@
+"""The old specialist and what is ported of it, run in step over the same rows, layer by layer from disk.
+
+A layer of one model at a time is in memory: the old specialist's, whose states behind each writer are what the
+candidates are to reach on prompts; the bare evolved model's, whose states are what they are to keep on general text;
+and the evolved model's with the patch added, which the candidates share, each with its own changes at the writers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor, nn
+
+from portllm.methods.contract import Block, Comparison, Part
+from portllm.methods.tail import logit_moves
+from portllm.porting.prompts import Rows
+from portllm.porting.unfinished import Unfinished
+from portllm.progress import Progress
+from portllm.running.encoding import PaddedBatch, batches, pad_left
+from portllm.running.layers import Arguments, LayeredModel
+from portllm.running.writers import Writer, find_writers, hooked
+
+FITTED: tuple[Part, ...] = ("fit", "anchor")
+ANSWER_SHARE = 0.001
+"""A token to which the old specialist gives less than this, on average, is no answer."""
+
+MOST_ANSWERS = 64
+
+KEPT_SCORES = 1 << 18
+"""Of a batch: tokens of a row, squared, times rows. Masks of more are made again for every layer."""
+
+PLACES = 1024
+"""Whose logits are in memory at a time, for some thousand tokens of the vocabulary."""
+
+
+class _EnoughError(BaseException):
+    """Ends a pass through a layer behind the module that was looked at."""
+
+
+@dataclass
+class Reading:
+    """Some rows that several models read.
+
+    Attributes:
+        rows: The rows.
+        model: Whose states the candidates are to have: the old specialist, or the bare evolved model.
+        device: Where layers run.
+        batch_size: Rows of a pass.
+    """
+
+    rows: Rows
+    model: LayeredModel
+    device: torch.device
+    batch_size: int
+    states: dict[str | None, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    wanted: list[list[Tensor]] = field(default_factory=list)
+    _arguments: dict[tuple[int, tuple[int, ...]], list[Arguments]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.to_fit, self.others = (
+            [
+                [rows[place] for place in batch]
+                for batch in batches([len(self.rows.ids[row]) for row in rows], batch_size=self.batch_size)
+            ]
+            for rows in (
+                [row for row, part in enumerate(self.rows.parts) if part in FITTED],
+                [row for row, part in enumerate(self.rows.parts) if part not in FITTED],
+            )
+        )
+
+    def pad(self, batch: Sequence[int]) -> PaddedBatch:
+        """The ids of a batch."""
+        return pad_left([self.rows.ids[row] for row in batch], device=self.device)
+
+    def arguments(self, model: LayeredModel, number: int, batch: Sequence[int]) -> Arguments:
+        """What a layer of a model is called with for a batch; kept for all layers where it is small."""
+        key = id(model), tuple(batch)
+        if key in self._arguments:
+            return self._arguments[key][number]
+        padded = self.pad(batch)
+        arguments = model.arguments(padded)
+        rows, tokens = padded.ids.shape
+        if rows * tokens * tokens <= KEPT_SCORES:
+            self._arguments[key] = arguments
+        return arguments[number]
+
+    def state(self, name: str | None, batch: Sequence[int]) -> Tensor:
+        """The states of a batch, padded."""
+        width = max(len(self.rows.ids[row]) for row in batch)
+        padded = torch.zeros(len(batch), width, self.model.width)
+        for place, row in enumerate(batch):
+            start, stop = self.rows.starts[row], self.rows.starts[row + 1]
+            padded[place, width - (stop - start) :] = self.states[name][start:stop]
+        return padded.to(self.device)
+
+    def keep(self, name: str | None, batch: Sequence[int], state: Tensor) -> None:
+        """The states of a batch behind a layer."""
+        self.states[name][self.rows.tokens(batch)] = self.flat(state, batch).cpu()
+
+    def flat(self, padded: Tensor, batch: Sequence[int]) -> Tensor:
+        """The tokens of a batch without padding, row after row."""
+        width = padded.shape[1]
+        return torch.cat([padded[place, width - len(self.rows.ids[row]) :] for place, row in enumerate(batch)])
+
+    def begin(self, name: str | None, model: LayeredModel) -> None:
+        """The states before the first layer."""
+        self.states[name] = torch.empty(self.rows.n_tokens, model.width)
+        for batch in (*self.to_fit, *self.others):
+            padded = self.pad(batch)
+            embedded = model.embed(padded.ids.flatten()).view(*padded.ids.shape, -1)
+            self.keep(name, batch, model.begin(padded, embedded))
+
+    def run_wanted(self, number: int) -> None:
+        """The model to be reached, through a layer that is filled; what it has behind each writer is kept."""
+        writers = _writers_of(self.model, number, self)
+        self.wanted = [[] for _ in writers]
+        for batch in (*self.to_fit, *self.others):
+            state = self.state(None, batch)
+            found, after = _watch(self.model, number, writers, state, self.arguments(self.model, number, batch), {})
+            self.keep(None, batch, after)
+            if batch in self.to_fit:
+                for kept, writer, (_, output) in zip(self.wanted, writers, found, strict=True):
+                    state = state + writer.added(output)
+                    kept.append(self.flat(state, batch).cpu())
+
+
+Extras = Mapping[str, tuple[Tensor, Tensor]]
+"""By writer, what is added to its output beside what its weights make: a and b of `b a x`."""
+
+
+@dataclass
+class WriterStep:
+    """A writer that the streams have come to; see `portllm.methods.contract.Writer`."""
+
+    streams: "Streams"
+    number: int
+    place: int
+    module: str
+
+    def blocks(self, candidate: str) -> Iterator[Block]:
+        """As the contract says."""
+        return self.streams.blocks(self, candidate)
+
+    def put(self, candidate: str, a: Tensor, b: Tensor) -> None:
+        """As the contract says."""
+        self.streams.put(self, candidate, a.float(), b.float())
+
+
+@dataclass
+class Streams:
+    """Two models over the same rows; see `portllm.methods.contract.Streams`.
+
+    Attributes:
+        new: The evolved model with the patch added.
+        prompts: The rows of the domain, with the old specialist's answers.
+        general: Rows of general text; None for none.
+        progress: Told of the layers done.
+        wanted: Share of answers that are to be the old specialist's; None for as many as can be.
+        unfinished: Where what has been done is kept.
+        extras: By candidate, what was put at writers.
+    """
+
+    new: LayeredModel
+    prompts: Reading
+    general: Reading | None
+    progress: Progress
+    wanted: float | None = None
+    unfinished: Unfinished | None = None
+    extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._writers: list[Writer] = []
+        self._done: dict[str, list[tuple[Reading, list[int], Tensor, Tensor]]] = {}
+        self._likely: Tensor | None = None
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What is read."""
+        return [self.prompts] if self.general is None else [self.prompts, self.general]
+
+    # -- walking ------------------------------------------------------------------------------------------------------
+
+    def walk(self, candidates: Sequence[str]) -> Iterator[WriterStep]:
+        """As the contract says."""
+        n_layers, n_done = len(self.new.layers), self._resume(candidates)
+        for number in range(n_done, n_layers):
+            for reading in self.readings:
+                with reading.model.filled(number):
+                    reading.run_wanted(number)
+            if number == n_layers - 1:
+                self._aim()
+            with self.new.filled(number):
+                self._writers = _writers_of(self.new, number, self.prompts)
+                for place, writer in enumerate(self._writers):
+                    yield WriterStep(self, number, place, writer.name)
+                for candidate in candidates:
+                    self._run(number, candidate)
+            if self.unfinished is not None and number + 1 < n_layers:
+                self.unfinished.keep_walked(number + 1, candidates, self._tensors())
+            self.progress("align", number + 1, n_layers, "steps")
+
+    def blocks(self, step: WriterStep, candidate: str) -> Iterator[Block]:
+        """What a candidate gives a writer, and what it lacks behind it."""
+        is_last = step.place == len(self._writers) - 1
+        writer = self._writers[step.place]
+        self._done.pop(candidate, None)
+        done = []
+        for reading in self.readings:
+            for batch, wanted in zip(reading.to_fit, reading.wanted[step.place], strict=True):
+                state = reading.state(candidate, batch)
+                found, after = _watch(
+                    self.new,
+                    step.number,
+                    self._writers,
+                    state,
+                    reading.arguments(self.new, step.number, batch),
+                    self.extras.get(candidate, {}),
+                    stop=None if is_last else step.place,
+                )
+                for before, (_, output) in zip(self._writers[: step.place], found, strict=False):
+                    state = state + before.added(output)
+                x, output = (reading.flat(each, batch) for each in found[step.place])
+                missing = wanted.to(x.device) - reading.flat(state, batch)
+                error, factor = writer.error(missing, output)
+                if is_last:
+                    done.append((reading, batch, x.cpu(), reading.flat(after, batch).cpu()))
+                yield Block(x, error, reading.rows.kinds(batch).to(x.device), factor)
+        if is_last and writer.gain is None:
+            self._done[candidate] = done
+
+    def put(self, step: WriterStep, candidate: str, a: Tensor, b: Tensor) -> None:
+        """What a candidate has at a writer; where nothing comes after it in the layer, its states follow."""
+        self.extras.setdefault(candidate, {})[step.module] = a, b
+        scale = self._writers[step.place].scale
+        for place, (reading, batch, x, after) in enumerate(self._done.get(candidate, ())):
+            self._done[candidate][place] = reading, batch, x, after + scale * x @ a.cpu().T @ b.cpu().T
+
+    def put_by(self, candidate: str) -> Extras:
+        """As the contract says."""
+        return self.extras.get(candidate, {})
+
+    # -- what is compared at the end ----------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """As the contract says."""
+        return self.prompts.rows.parts
+
+    @property
+    def part_of_place(self) -> Sequence[Part]:
+        """As the contract says."""
+        return [self.parts[row] for row in self.prompts.rows.row_of_place.tolist()]
+
+    def last_states(self, candidate: str | None) -> Float32[Tensor, "places width"]:
+        """As the contract says."""
+        return self.prompts.states[candidate][self.prompts.rows.places]
+
+    def last_inputs(self, candidate: str) -> Float32[Tensor, "places d_in"]:
+        """As the contract says."""
+        return self.prompts.inputs[candidate]
+
+    def last_writer(self) -> tuple[str, float] | None:
+        """As the contract says."""
+        last = self._writers[-1]
+        return None if last.gain is not None else (last.name, last.scale)
+
+    def gain(self) -> Float32[Tensor, " width"] | None:
+        """As the contract says."""
+        return None if self.new.gain is None else self.new.gain.cpu()
+
+    def compare(self, states: Mapping[str, Tensor]) -> dict[str, Comparison]:
+        """As the contract says."""
+        old, new, rows = self.prompts.model, self.new, self.prompts.rows
+        wanted = old.finish(self.last_states(None))
+        finished = {name: new.finish(state) for name, state in states.items()}
+        parts = torch.split(torch.arange(len(wanted)), PLACES)
+        found = [_Compared(len(part), finished, new.device) for part in parts]
+        for start, stop in new.head_blocks():
+            with old.head(range(start, stop)) as old_logits, new.head(range(start, stop)) as new_logits:
+                for part, compared in zip(parts, found, strict=True):
+                    logits = {name: new_logits(each[part]) for name, each in finished.items()}
+                    compared.add(start, old_logits(wanted[part]), logits)
+        results = [compared.results() for compared in found]
+        by_name = {
+            name: [torch.cat(each) for each in zip(*(part[name] for part in results), strict=True)] for name in states
+        }
+        return {name: Comparison(rows.by_row(nats), rows.by_row(same) == 1) for name, (nats, same) in by_name.items()}
+
+    def likely(self) -> Int64[Tensor, " tokens"]:
+        """As the contract says: those with more than a share, on average over the places to fit on."""
+        if self._likely is None:
+            old = self.prompts.model
+            states = old.finish(self.last_states(None)[self.prompts.rows.is_of("fit")])
+            found = torch.zeros(old.n_vocabulary, dtype=torch.float64)
+            for part in torch.split(states, PLACES // 4):
+                blocks = []
+                for start, stop in old.head_blocks():
+                    with old.head(range(start, stop)) as logits:
+                        blocks.append(logits(part))
+                found += torch.cat(blocks, dim=1).softmax(dim=1).sum(dim=0).double().cpu()
+            self._likely = found / len(states)
+        order = self._likely.argsort(descending=True, stable=True)[:MOST_ANSWERS]
+        return order[self._likely[order] > ANSWER_SHARE]
+
+    def head(self, tokens: Int64[Tensor, " tokens"]) -> Float32[Tensor, "tokens width"]:
+        """As the contract says."""
+        return self.new.head_rows(tokens.tolist()).cpu()
+
+    def logits(self, tokens: Int64[Tensor, " tokens"], states: Tensor | None) -> Float32[Tensor, "places tokens"]:
+        """As the contract says."""
+        model, at = (self.prompts.model, self.last_states(None)) if states is None else (self.new, states)
+        with model.head(tokens.tolist()) as logits:
+            return logits(model.finish(at)).cpu()
+
+    def anchor_inputs(self, candidate: str) -> Float32[Tensor, "anchors d_in"] | None:
+        """As the contract says."""
+        reading = self.general
+        return None if reading is None else reading.inputs[candidate][reading.rows.is_of("anchor")]
+
+    def general_nats(self, tails: Mapping[str, tuple[str | None, Extras]]) -> dict[str, Float64[Tensor, " rows"]]:
+        """As the contract says."""
+        reading = self.general
+        if reading is None:
+            return {}
+        there = reading.rows.is_of("price")
+        said = torch.tensor(reading.rows.next_ids)[there]
+        rows = reading.rows.row_of_place[there]
+        found = {}
+        for name, (candidate, tail) in tails.items():
+            model = reading.model if candidate is None else self.new
+            state = reading.states[candidate][reading.rows.places][there]
+            for a, b in tail.values():
+                state = (
+                    state + self._writers[-1].scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
+                )
+            finished = model.finish(state)
+            softmax, of_said = _Softmax(len(state), model.device), torch.zeros(len(state), dtype=torch.float64)
+            for start, stop in model.head_blocks():
+                with model.head(range(start, stop)) as logits:
+                    block = logits(finished).double()
+                    softmax.add(start, block)
+                    inside = (said >= start) & (said < stop)
+                    of_said[inside] = block.cpu()[inside, said[inside] - start]
+            nats = softmax.normalizer.cpu() - of_said
+            found[name] = torch.stack([nats[rows == row].mean() for row in torch.unique(rows)])
+        return found
+
+    def aims(self) -> Float32[Tensor, "places width"]:
+        """As the contract says."""
+        states, tokens, gain = self.last_states(None), self.likely(), self.gain()
+        if gain is None or len(tokens) < 2:
+            return states
+        missing = self.logits(tokens, None) - self.logits(tokens, states)
+        return (states + logit_moves(missing, self.head(tokens), gain, states)).float()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _resume(self, candidates: Sequence[str]) -> int:
+        """Begin where an earlier run has come to, or before the first layer; how many layers are done."""
+        n_done, tensors = (0, {}) if self.unfinished is None else self.unfinished.walked(candidates)
+        for number, reading in enumerate(self.readings):
+            for name in (None, *candidates):
+                if n_done:
+                    reading.states[name] = tensors[f"state/{number}/{name or ''}"]
+                else:
+                    reading.begin(name, reading.model if name is None else self.new)
+        for key in (key for key in tensors if key.startswith("a/")):
+            _, candidate, module = key.split("/")
+            self.extras.setdefault(candidate, {})[module] = tensors[key], tensors[f"b{key[1:]}"]
+        return n_done
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that the walk goes on from."""
+        states = {
+            f"state/{number}/{name or ''}": state
+            for number, reading in enumerate(self.readings)
+            for name, state in reading.states.items()
+        }
+        put = {
+            f"{side}/{candidate}/{module}": tensor.contiguous().cpu()
+            for candidate, extras in self.extras.items()
+            for module, pair in extras.items()
+            for side, tensor in zip("ab", pair, strict=True)
+        }
+        return states | put
+
+    def _aim(self) -> None:
+        """Behind the last layer, wanted where an answer is said is what the evolved head reads as that answer."""
+        reading, rows = self.prompts, self.prompts.rows
+        moves = torch.zeros(rows.n_tokens, self.new.width)
+        moves[rows.places] = self.aims() - self.last_states(None)
+        for batch, wanted in zip(reading.to_fit, reading.wanted[-1], strict=True):
+            wanted += moves[rows.tokens(batch)]
+
+    def _run(self, number: int, candidate: str) -> None:
+        """A candidate through a layer: what was run to fit its last writer has come through already."""
+        is_last = number == len(self.new.layers) - 1
+        for reading in self.readings:
+            inputs: list[tuple[Tensor, Tensor]] = []
+            done = [] if is_last else [each for each in self._done.get(candidate, ()) if each[0] is reading]
+            for _, batch, _, after in done:
+                reading.states[candidate][reading.rows.tokens(batch)] = after
+            for batch in (*(() if done else reading.to_fit), *reading.others):
+                state = reading.state(candidate, batch)
+                found, after = _watch(
+                    self.new,
+                    number,
+                    self._writers,
+                    state,
+                    reading.arguments(self.new, number, batch),
+                    self.extras.get(candidate, {}),
+                )
+                reading.keep(candidate, batch, after)
+                if is_last:
+                    inputs.append((reading.rows.tokens(batch), reading.flat(found[-1][0], batch).cpu()))
+            if is_last:
+                order = torch.cat([tokens for tokens, _ in inputs]).argsort()
+                reading.inputs[candidate] = torch.cat([each for _, each in inputs])[order][reading.rows.places]
+        self._done.pop(candidate, None)
+
+
+def _writers_of(model: LayeredModel, number: int, reading: Reading) -> list[Writer]:
+    probe = pad_left([reading.rows.ids[0][:4]], device=model.device)
+    return find_writers(model, number, model.arguments(probe)[number], tokens=probe.ids.shape[1])
+
+
+@torch.no_grad()
+def _watch(
+    model: LayeredModel,
+    number: int,
+    writers: Sequence[Writer],
+    state: Tensor,
+    given: Arguments,
+    extras: Extras,
+    *,
+    stop: int | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Input and output of each writer up to `stop`, and the state behind the layer, or before it where it was left."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
+        if name in extras:
+            a, b = extras[name]
+            said = said + inputs[0] @ a.T.to(said) @ b.T.to(said)
+        found.append((inputs[0], said))
+        if len(found) - 1 == stop:
+            raise _EnoughError
+        return said
+
+    with hooked({writer.name: model.module(number, writer.name) for writer in writers}, output):
+        try:
+            return found, model.run(number, state, given)
+        except _EnoughError:
+            return found, state
+
+
+class _Compared:
+    """Divergence and agreement of several streams from one, over blocks of the vocabulary as they come."""
+
+    def __init__(self, n: int, streams: Mapping[str, Tensor], device: torch.device) -> None:
+        self._old = _Softmax(n, device)
+        self._new = {name: _Softmax(n, device) for name in streams}
+        self._cross = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in streams}
+
+    def add(self, start: int, old: Tensor, streams: Mapping[str, Tensor]) -> None:
+        """The logits of some tokens."""
+        old = old.double()
+        before = self._old.most
+        self._old.add(start, old)
+        shares = (old - self._old.most[:, None]).exp()
+        for name, logits in streams.items():
+            wide = logits.double()
+            self._new[name].add(start, wide)
+            shrunk = self._cross[name] * (before - self._old.most).exp()
+            self._cross[name] = shrunk + (shares * (old - wide)).sum(dim=1)
+
+    def results(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each stream, place by place: its divergence, and whether the likeliest token is the same."""
+        return {
+            name: (
+                (cross / self._old.sum - self._old.normalizer + self._new[name].normalizer).clamp(min=0).cpu(),
+                (self._old.likeliest == self._new[name].likeliest).cpu(),
+            )
+            for name, cross in self._cross.items()
+        }
+
+
+class _Softmax:
+    """The normalizer of a softmax and its greatest entry, over blocks of logits as they come."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.most = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(n, dtype=torch.float64, device=device)
+        self.likeliest = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """The logits of some tokens, from the token `start` on."""
+        most, place = logits.max(dim=1)
+        self.likeliest = torch.where(most > self.most, place + start, self.likeliest)
+        greatest = torch.maximum(most, self.most)
+        self.sum = self.sum * (self.most - greatest).exp() + (logits - greatest[:, None]).exp().sum(dim=1)
+        self.most = greatest
+
+    @property
+    def normalizer(self) -> Tensor:
+        """`log Σ exp(logit)`."""
+        return self.most + self.sum.log()

@@ -1,0 +1,72 @@
+"""What an aligned port has done so far, in the folder that it writes: a run of the same plan goes on from there."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from portllm.files.own_files import write_text
+from portllm.files.seal import digest_file
+from portllm.files.staging import Staged, remove
+
+ANSWERS = ".answers.json"
+WALK = ".layer-{}.safetensors"
+
+
+@dataclass
+class Unfinished:
+    """The work of a run that may die.
+
+    Attributes:
+        staged: The folder that is written; it stays where the run is interrupted.
+    """
+
+    staged: Staged
+
+    def texts(self) -> dict[str, list[tuple[int, ...]]] | None:
+        """Token ids that were written by models; None where they were not yet."""
+        if not self._is_whole(ANSWERS):
+            return None
+        found = json.loads((self.staged.folder / ANSWERS).read_text(encoding="utf-8"))
+        return {name: list(map(tuple, texts)) for name, texts in found.items()}
+
+    def keep_texts(self, texts: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
+        """Note token ids that were written by models."""
+        write_text(self.staged.folder / ANSWERS, json.dumps(texts))
+        self._finish(ANSWERS, {})
+
+    def walked(self, candidates: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
+        """How many layers candidates have come through, and what they had there."""
+        for number in sorted(self._layers(), reverse=True):
+            name = WALK.format(number)
+            if self.staged.finished[name].get("candidates") == list(candidates) and self._is_whole(name):
+                return number, load_file(self.staged.folder / name)
+        return 0, {}
+
+    def keep_walked(self, number: int, candidates: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        """Note what candidates have behind so many layers."""
+        name = WALK.format(number)
+        save_file(dict(tensors), self.staged.folder / name)
+        self._finish(name, {"candidates": list(candidates)})
+        for before in range(number):
+            remove(self.staged.folder / WALK.format(before))
+
+    def clear(self) -> None:
+        """Remove all of it: the output is about to be whole."""
+        for entry in self.staged.folder.glob(".*"):
+            remove(entry)
+
+    def _layers(self) -> list[int]:
+        first, last = WALK.split("{}")
+        return [
+            int(name.removeprefix(first).removesuffix(last)) for name in self.staged.finished if name.startswith(first)
+        ]
+
+    def _is_whole(self, name: str) -> bool:
+        path = self.staged.folder / name
+        return name in self.staged.finished and self.staged.finished[name].get("digest") == digest_file(path)
+
+    def _finish(self, name: str, facts: Mapping[str, object]) -> None:
+        self.staged.finish(name, {**facts, "digest": digest_file(self.staged.folder / name)})

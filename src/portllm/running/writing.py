@@ -1,0 +1,115 @@
+"""What a model writes while one layer at a time is in memory; keys and values of tokens before are kept by layer."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from portllm.foreign import DynamicCache
+from portllm.progress import Progress, silent
+from portllm.running.encoding import PaddedBatch, batches, pad_left
+from portllm.running.layers import LayeredModel, NewTokens
+
+Pick = Callable[[Float32[Tensor, "rows vocabulary"]], Int64[Tensor, " rows"]]
+"""The next token of each row, from its logits."""
+
+
+class _Kept:
+    """Keys and values of one layer, in the place of transformers' cache of all layers."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Take in those of the newest tokens; those of all."""
+        if self._keys is not None and self._values is not None:
+            keys, values = torch.cat([self._keys, keys], dim=-2), torch.cat([self._values, values], dim=-2)
+        self._keys, self._values = keys, values
+        return keys, values
+
+
+class _Group:
+    """Rows that are written together."""
+
+    def __init__(self, rows: list[int], padded: PaddedBatch, n_layers: int) -> None:
+        self.rows, self.ids, self.n_before = rows, padded.ids, 0
+        self.tokens = NewTokens(padded.mask, padded.positions)
+        self.kept = [_Kept() for _ in range(n_layers)]
+
+    def go_on(self, ids: Int64[Tensor, " rows"]) -> None:
+        """The newest token of each row."""
+        self.n_before += self.ids.shape[1]
+        self.ids = ids[:, None]
+        mask = torch.cat([self.tokens.mask, torch.ones_like(self.ids)], dim=1)
+        self.tokens = NewTokens(mask, self.tokens.positions[:, -1:] + 1)
+
+
+@torch.no_grad()
+def write_layered(
+    model: LayeredModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    most: int,
+    ends: Collection[int],
+    pick: Pick,
+    batch_size: int,
+    progress: Progress = silent,
+) -> list[tuple[int, ...]]:
+    """The tokens that a model writes after each prompt, with the end mark where it comes to one.
+
+    Args:
+        model: The model.
+        prompts: Ids of each.
+        most: Tokens written, at most.
+        ends: Tokens that end a text.
+        pick: The next tokens.
+        batch_size: Prompts of a pass.
+        progress: Told of the tokens written.
+    """
+    groups = [
+        _Group(batch, pad_left([prompts[row] for row in batch], device=model.device), len(model.layers))
+        for batch in batches(list(map(len, prompts)), batch_size=batch_size)
+    ]
+    written: list[list[int]] = [[] for _ in prompts]
+    for number in range(most):
+        last = _step(model, groups)
+        logits = model.logits(last)
+        for group, part in zip(groups, torch.split(logits, [len(group.rows) for group in groups]), strict=True):
+            tokens = pick(part)
+            for row, token in zip(group.rows, tokens.tolist(), strict=True):
+                if not (written[row] and written[row][-1] in ends):
+                    written[row].append(token)
+            group.go_on(tokens.to(model.device))
+        progress("write answers", number + 1, most, "steps")
+        groups = [group for group in groups if any(written[row][-1] not in ends for row in group.rows)]
+        if not groups:
+            progress("write answers", most, most, "steps")
+            break
+    return [tuple(tokens) for tokens in written]
+
+
+def _step(model: LayeredModel, groups: Sequence[_Group]) -> Float32[Tensor, "rows width"]:
+    """The newest tokens of all groups through all layers; the last one's state of each row."""
+    states, given = [], []
+    for group in groups:
+        embedded = model.embed(group.ids.flatten()).view(*group.ids.shape, -1)
+        cache = _stand_in(model, group)
+        states.append(model.begin(group.tokens, embedded, cache=cache))
+        arguments = model.arguments(group.tokens, cache=cache)
+        given.append([each.replaced(cache, kept) for each, kept in zip(arguments, group.kept, strict=True)])
+    for number in range(len(model.layers)):
+        with model.filled(number):
+            states = [model.run(number, state, each[number]) for state, each in zip(states, given, strict=True)]
+    return torch.cat([state[:, -1] for state in states])
+
+
+def _stand_in(model: LayeredModel, group: _Group) -> DynamicCache:
+    """A cache that says how many tokens there were before, for masks; it holds nothing of them."""
+    cache = DynamicCache()
+    if group.n_before:
+        nothing = torch.zeros(len(group.rows), 1, group.n_before, 1, device=model.device)
+        for number in range(len(model.layers)):
+            cache.update(nothing, nothing, number)
+    return cache

@@ -1,0 +1,176 @@
+"""An aligned port from end to end: what PEFT makes of the ported folder, and what it says of itself."""
+
+import shutil
+
+import pytest
+import torch
+
+from portllm.errors import DataError, PlanRefusedError
+from portllm.patch.adapter_folder import load_patch
+from portllm.porting.domain import Domain
+from portllm.porting.port import port
+from portllm.porting.prompts import split
+from tests.language import make_reader
+from tests.models import load_tuned, make_adapter, make_evolved
+
+WORDS = ("fever", "cold", "measles", "rest", "tea", "time", "clinic", "risk", "cause", "kind", "who", "what", "answer")
+PROMPTS = tuple(f"{one} {other}" for one in WORDS for other in WORDS[:4])
+"""Fifty-two of them."""
+
+ANCHORS = ("What is a fever? Rest and tea.", "Who is at risk? The clinic asks.") * 2
+
+ANSWER_TOKENS = 2
+
+FLOAT32_NATS = 1e-4
+"""Of a divergence of some hundredths, from logits of size 1 in float32."""
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aligned")
+    base = make_reader(folder / "base", dtype=torch.float32)
+    evolved = make_evolved(base, folder / "evolved", drift=0.05)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, evolved / name)
+    patch = make_adapter(base, folder / "patch", size=0.2, r=10)
+    ported = align({"base": base, "evolved": evolved, "patch": patch}, folder / "ported")
+    return {"base": base, "evolved": evolved, "patch": patch, "ported": ported, "folder": folder / "ported"}
+
+
+def align(story, out, *, evolved="evolved", prompts=PROMPTS, **how):
+    domain = Domain(prompts=prompts, device="cpu", answer_tokens=ANSWER_TOKENS, anchors=ANCHORS, **how)
+    return port(story["patch"], evolved=story[evolved], base=story["base"], method="align", out=out, domain=domain)
+
+
+def step_of(patch):
+    return patch.record.ports[-1]
+
+
+def said(base, adapter, prompts, answers=None):
+    """What PEFT says at each token of the answers, in float64; without answers, of its own, which come with it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = load_tuned(base, adapter, dtype=torch.float64)
+    own, found = [], []
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer(prompt).input_ids
+        logits = []
+        for place in range(ANSWER_TOKENS if answers is None else len(answers[number])):
+            with torch.no_grad():
+                logits.append(model(torch.tensor([ids])).logits[0, -1])
+            ids.append(int(logits[-1].argmax()) if answers is None else answers[number][place])
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        own.append(ids[len(ids) - len(logits) :])
+        found.append(torch.stack(logits))
+    return own, found
+
+
+def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its_record_says(story):
+    report = [prompt for prompt, part in zip(PROMPTS, split(PROMPTS), strict=True) if part == "report"]
+    answers, old = said(story["base"], story["patch"], report)
+    _, new = said(story["evolved"], story["folder"], report, answers)
+    nats = [
+        (one.softmax(1) * (one.log_softmax(1) - two.log_softmax(1))).sum(1).mean()
+        for one, two in zip(old, new, strict=True)
+    ]
+    agrees = [one.argmax(1).equal(two.argmax(1)) for one, two in zip(old, new, strict=True)]
+    recorded = step_of(story["ported"]).evidence
+    assert recorded["divergence"] == pytest.approx(float(torch.stack(nats).mean()), abs=FLOAT32_NATS)
+    assert recorded["agreement"] == pytest.approx(sum(agrees) / len(agrees), abs=1e-5)
+    assert recorded["agreement_low"] < recorded["agreement"] <= recorded["agreement_high"]
+
+
+def test_an_aligned_port_is_nearer_to_the_old_specialist_than_addition(story):
+    step = step_of(story["ported"])
+    assert step.method.startswith("align: refit")
+    assert step.evidence["divergence"] < 0.8 * step.evidence["divergence_added"]
+
+
+def test_without_drift_the_factors_stay_as_they_are_byte_for_byte(story, tmp_path):
+    ported = align(story, tmp_path / "still", evolved="base")
+    assert step_of(ported).method == "align"
+    assert step_of(ported).evidence["agreement"] == 1.0
+    before, after = (folder / "adapter_model.safetensors" for folder in (story["patch"], tmp_path / "still"))
+    assert load_patch(before.parent).deltas.keys() == ported.deltas.keys()
+    from safetensors.torch import load_file
+
+    assert all(tensor.equal(load_file(after)[name]) for name, tensor in load_file(before).items())
+
+
+@pytest.mark.slow
+def test_the_same_inputs_give_the_same_bytes(story, tmp_path):
+    align(story, tmp_path / "again")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (story["folder"] / name).read_bytes()
+
+
+def test_prompts_are_split_in_three_by_their_texts_alone():
+    parts = dict(zip(PROMPTS, split(PROMPTS), strict=True))
+    turned = PROMPTS[::-1]
+    assert dict(zip(turned, split(turned), strict=True)) == parts
+    assert sorted(parts.values()).count("fit") == 26
+    assert {part: list(parts.values()).count(part) for part in ("choose", "report")} == {"choose": 13, "report": 13}
+
+
+def test_too_few_prompts_are_refused():
+    with pytest.raises(DataError, match="3 different ones were given; expected at least"):
+        Domain(prompts=["a", "b", "c", "c"])
+
+
+def test_aligning_without_prompts_or_without_the_base_is_refused(story, tmp_path):
+    with pytest.raises(PlanRefusedError, match="pass them with --text"):
+        port(story["patch"], evolved=story["evolved"], base=story["base"], method="align", out=tmp_path / "out")
+    with pytest.raises(PlanRefusedError, match="--base"):
+        port(
+            story["patch"],
+            evolved=story["evolved"],
+            method="align",
+            out=tmp_path / "out",
+            domain=Domain(prompts=PROMPTS),
+        )
+
+
+def test_prompts_for_a_method_that_reads_none_are_refused(story, tmp_path):
+    with pytest.raises(PlanRefusedError, match="method 'add' reads no prompts"):
+        port(
+            story["patch"],
+            evolved=story["evolved"],
+            base=story["base"],
+            out=tmp_path / "out",
+            domain=Domain(prompts=PROMPTS),
+        )
+
+
+def test_a_run_that_is_interrupted_goes_on_from_the_layer_it_had_reached_to_the_same_bytes(story, tmp_path):
+    done = []
+
+    def interrupt(label, n_done, n_all, unit):
+        if label == "align" and n_done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        align(story, tmp_path / "out", progress=interrupt)
+    align(story, tmp_path / "out", progress=lambda label, n_done, n_all, unit: done.append((label, n_done)))
+    assert done == [("align", 2)]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (story["folder"] / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["out", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_is_not_gone_on_with_from_other_prompts(story, tmp_path):
+    done = []
+
+    def interrupt(label, n_done, n_all, unit):
+        done.append((label, n_done))
+        if label == "align" and n_done == 1:
+            raise KeyboardInterrupt
+
+    for prompts in (PROMPTS, PROMPTS[1:]):
+        with pytest.raises(KeyboardInterrupt):
+            align(story, tmp_path / "out", prompts=prompts, progress=interrupt)
+    assert done.count(("align", 1)) == 2

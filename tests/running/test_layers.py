@@ -1,0 +1,156 @@
+"""A model run layer by layer: transformers' own forward pass is the oracle."""
+
+import pytest
+import torch
+
+from portllm.capturing.stored_values import StoredValues
+from portllm.checkpoint.open import open_checkpoint
+from portllm.errors import CheckpointError
+from portllm.matching.compatibility import oriented
+from portllm.patch.adapter_folder import load_patch
+from portllm.porting.weights import PatchedWeights
+from portllm.running.encoding import pad_left
+from portllm.running.layers import LayeredModel
+from portllm.running.writers import find_writers
+from portllm.running.writing import write_layered
+
+CPU = torch.device("cpu")
+ROWS = ((1, 5, 7, 9, 3), (4, 4), (8, 2, 11))
+FLOAT32_LOGITS = 1e-5
+"""Of logits of size 1 in float32, where sums of a batch with padding and of a row alone come in another order."""
+
+TARGETS = {"llama": ["q_proj", "o_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}
+
+
+def layered(base, patch=None, **how):
+    checkpoint = open_checkpoint(base)
+    found = None if patch is None else oriented(load_patch(patch), checkpoint).mapped(StoredValues)
+    return LayeredModel(base, PatchedWeights(checkpoint, found), device=CPU, longest=64, **how)
+
+
+def next_logits(model):
+    """The logits after each row, all rows in one padded batch."""
+    batch = pad_left(ROWS, device=CPU)
+    state = model.begin(batch, model.embed(batch.ids.flatten()).view(*batch.ids.shape, -1))
+    for number in range(len(model.layers)):
+        with model.filled(number):
+            state = model.run(number, state, model.arguments(batch)[number])
+    return model.logits(state[:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
+def test_layer_by_layer_a_patched_model_gives_the_logits_of_transformers_and_peft(kind, lora, tmp_path):
+    from tests.models import load_tuned, make_adapter, make_base
+
+    base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=TARGETS[kind], **lora)
+    found = next_logits(layered(base, adapter))
+    whole = load_tuned(base, adapter, dtype=torch.float32)
+    with torch.no_grad():
+        expected = torch.stack([whole(torch.tensor([row])).logits[0, -1] for row in ROWS])
+    assert (found - expected).abs().max() < FLOAT32_LOGITS * expected.abs().max()
+
+
+def test_a_layer_has_its_weights_inside_the_block_and_none_outside(tiny):
+    model = layered(tiny("base"))
+    with model.filled(1) as layer:
+        assert not any(parameter.is_meta for parameter in layer.parameters())
+        assert all(parameter.is_meta for parameter in model.layers[0].parameters())
+    assert all(parameter.is_meta for layer in model.layers for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llama", ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]),
+        ("gpt2", ["transformer.h.1.attn.c_proj", "transformer.h.1.mlp.c_proj"]),
+    ],
+)
+def test_what_writes_to_the_residual_stream_is_found_on_the_layer(kind, names, tmp_path):
+    from tests.models import make_base
+
+    model = layered(make_base(tmp_path / "base", kind=kind, dtype=torch.float32))
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
+    with model.filled(1):
+        writers = find_writers(model, 1, given, tokens=3)
+    assert [writer.name for writer in writers] == names
+    assert all(writer.scale == pytest.approx(1.0, abs=1e-5) and writer.gain is None for writer in writers)
+
+
+def test_a_model_whose_weights_lack_a_tensor_of_a_layer_is_refused_by_its_name(tiny):
+    class Lacking(PatchedWeights):
+        def tensor(self, name):
+            return None if name.endswith("1.mlp.up_proj.weight") else super().tensor(name)
+
+    base = tiny("base")
+    model = LayeredModel(base, Lacking(open_checkpoint(base), None), device=CPU, longest=64)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight' is missing"), model.filled(1):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tests.models import make_base
+
+    base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
+    written = write_layered(
+        layered(base), ROWS, most=6, ends=(2,), pick=lambda logits: logits.argmax(dim=1), batch_size=2
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for row, tokens in zip(ROWS, written, strict=True):
+        ids = torch.tensor([row])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=2
+        )
+        assert tokens == tuple(output[0, len(row) :].tolist())
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A tiny Gemma 2: norms behind what writes, embeddings that are scaled, logits that are capped."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from tests.models import fill_at_random
+
+    config = Gemma2Config(
+        vocab_size=31,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=6,
+        max_position_embeddings=64,
+        sliding_window=4,
+        final_logit_softcapping=2.0,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    fill_at_random(model.named_parameters(), seed=0, size=0.2)
+    model.save_pretrained(folder := tmp_path_factory.mktemp("gemma"))
+    return folder
+
+
+def test_scaled_embeddings_sliding_windows_and_capped_logits_are_those_of_transformers(gemma):
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = torch.stack([whole(torch.tensor([row])).logits[0, -1] for row in ROWS])
+    assert (next_logits(layered(gemma)) - expected).abs().max() < FLOAT32_LOGITS * expected.abs().max()
+
+
+def test_the_norm_behind_a_writer_is_found_and_what_it_lacks_is_said_in_front_of_it(gemma):
+    model = layered(gemma)
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[0]
+    with model.filled(0):
+        writers = find_writers(model, 0, given, tokens=3)
+    assert [writer.name.rpartition(".")[2] for writer in writers] == ["o_proj", "down_proj"]
+    said, wanted = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    for writer in writers:
+        reachable = writer.added(wanted)
+        error, _ = writer.error(reachable, said)
+        assert (writer.added(said + error) - reachable).abs().max() < 1e-4
