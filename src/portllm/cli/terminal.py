@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import IO
+from typing import IO, Protocol, runtime_checkable
 
 import typer
 
@@ -17,6 +17,15 @@ from portllm.show.table import wrapped
 
 NARROWEST = 40
 """Narrower terminals wrap as they like."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What text can be written to, such as stdout."""
+
+    def isatty(self) -> bool:
+        """Whether it ends at a terminal."""
+        ...
 
 
 COLORS: Mapping[Tone, str | None] = {"good": "green", "doubt": "yellow", "bad": "red", "plain": None}
@@ -57,14 +66,14 @@ def say(text: str, *, err: bool = False, tone: Tone | None = None, whole: bool =
             raise OutputError(f"stdout: cannot be written to: {error.strerror}.") from error
 
 
-def width_of(stream: IO[str] | None) -> int | None:
+def width_of(stream: Stream | None) -> int | None:
     """Columns of the terminal that a stream ends at; None where it ends elsewhere, and lines are read by programs."""
     if stream is None or not stream.isatty():
         return None
     return max(shutil.get_terminal_size().columns, NARROWEST)
 
 
-def has_color(stream: IO[str]) -> bool:
+def has_color(stream: Stream) -> bool:
     """Whether a stream ends at a terminal whose user wants color (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 

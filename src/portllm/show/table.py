@@ -22,6 +22,16 @@ def amount(value: int, unit: Unit) -> str:
     return n_bytes(value) if unit == "bytes" else f"{value:,} {unit}"
 
 
+def done_of(done: int, total: int, unit: Unit) -> str:
+    """How far a piece of work is.
+
+    Example:
+        >>> done_of(14, 30, "steps"), done_of(19_600_000, 269_000_000, "bytes")
+        ('14 of 30 steps', '19.6 MB of 269.0 MB')
+    """
+    return f"{n_bytes(done) if unit == 'bytes' else f'{done:,}'} of {amount(total, unit)}"
+
+
 def n_bytes(value: int) -> str:
     """A size in decimal units, as disks and networks are sold.
 
