@@ -37,7 +37,7 @@ def test_the_verdict_and_its_reasons_come_first(checked):
     report = checked()
     page = Page(check_page(report))
     shown = [text for text in page.texts if text.strip()]
-    assert shown[2:4] == ["✓ ", f"holds: {report.patches[0].name} on {report.update.evolved.name}"]
+    assert shown[2:4] == ["✓ ", f"holds: {report.patches[0].name} on {report.update.evolved.name}; port it as it is"]
     assert shown[4].startswith(report.patches[0].verdict.reasons[0].text)
     assert "ours: on updates of SmolLM2-135M" in shown[4]
 

@@ -43,8 +43,8 @@ def test_the_bound_is_told_with_what_it_holds_for(certify, tmp_path):
     assert told["bound"] == upper_bound(told["k"], 30)
     assert f"{told['k']} of 30 (rows {told['differing'][0]}," in result.out
     assert "score(ported) >= score(old specialist) - " in result.out
-    assert "The inputs are independent draws" in result.out
-    assert result.out.splitlines()[-1] == "met: the requested bound is 90.00 %"
+    assert "if the inputs are independent draws" in result.out
+    assert "your limit of 90 points" in result.out.splitlines()[0]
 
 
 def test_a_bound_that_is_not_met_gives_status_three(certify, tmp_path):
@@ -55,10 +55,16 @@ def test_a_bound_that_is_not_met_gives_status_three(certify, tmp_path):
     assert (tmp_path / "certificate" / "certificate.json").is_file()
 
 
+def test_a_limit_in_points_is_the_bound(certify, tmp_path):
+    assert certify("--max-loss", "10").status == 3
+    assert json.loads((tmp_path / "certificate" / "certificate.json").read_text())["wanted"] == 0.1
+    assert certify("--max-loss", "10", "--bound", "0.1").status == 2
+
+
 def test_free_text_says_that_no_bound_follows(certify):
     result = certify("--answers", "free", "--max-new-tokens", "4")
     assert result.status == 0, result.err
-    assert "no bound: " in result.out
+    assert result.out.startswith("Gives no bound on the loss")
     assert ">=" not in result.out
 
 

@@ -161,7 +161,11 @@ def test_prompts_add_a_section_and_a_doubt_where_answers_begin_otherwise(portllm
     before, after = (said.out.split("\n\n")[0].splitlines() for said in (without, result))
     doubts = [line for line in after if line.startswith("  - 66.7 % of 30 answers begin as the old specialist")]
     assert len(doubts) == 1
-    assert [line for line in after if line not in doubts] == before
+    rest = [
+        [line for line in said if line not in doubts and "it keeps of retraining" not in line]
+        for said in (before, after)
+    ]
+    assert rest[0] == rest[1]  # but for the forecast, which prompts change
     section = next(part for part in result.out.split("\n\n") if part.startswith("on 30 prompts"))
     shown = [line.split("  ")[1] for line in section.splitlines()[1:]]
     assert shown == ["effect kept", "agreement", "moved by", "shift", "reads", "adds", "hidden states"]

@@ -35,8 +35,8 @@ def test_long_work_says_how_far_it_is_and_when_it_ends(clock, capsys):
             show("train", done, 3, "steps")
             clock.now += 8
     assert capsys.readouterr().err.splitlines() == [
-        "train: 2 steps of 3 steps, 16 s",
-        "train: 3 steps of 3 steps, 24 s",
+        "train: 2 of 3 steps, 16 s",
+        "train: 3 of 3 steps, 24 s",
     ]
 
 
@@ -46,7 +46,7 @@ def test_the_next_work_of_the_same_name_begins_anew(clock, capsys):
             for done in (0, 1, 2):
                 show("train: x", done, 2, "steps")
                 clock.now += 6
-    assert capsys.readouterr().err.splitlines() == ["train: x: 2 steps of 2 steps, 12 s"] * 2
+    assert capsys.readouterr().err.splitlines() == ["train: x: 2 of 2 steps, 12 s"] * 2
 
 
 def test_quiet_says_nothing(clock, capsys):

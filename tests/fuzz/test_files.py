@@ -22,6 +22,7 @@ from msgspec.structs import asdict
 
 from portllm.certifying.bounds import upper_bound
 from portllm.certifying.certificate import count_labels, read_certificate
+from portllm.certifying.decision import decide
 from portllm.certifying.text import render_certificate
 from portllm.checkpoint.gguf.file import open_gguf
 from portllm.checkpoint.model.identity import digest_tensor, remember_digests, tensor_digests
@@ -406,7 +407,8 @@ def certificate(folder, changes):
 
     def read():
         verification_to_json(verify(folder / "certified"))
-        render_certificate(read_certificate(folder / "certified"), folder)
+        read = read_certificate(folder / "certified")
+        render_certificate(read, folder, decide(read))
 
     return read, content
 

@@ -22,8 +22,8 @@ CERTIFICATE_FILE = "certificate.json"
 FORMAT = 1
 
 ASSUMES = (
-    "The inputs are independent draws from those that the port will be given, made before any answer was seen; the "
-    "score is the share of right answers."
+    "The bound holds if the inputs are independent draws from those that the port will be given, made before any "
+    "answer was seen; the score is the share of right answers."
 )
 """What the bound holds for; stands in every certificate, and wherever one is shown."""
 

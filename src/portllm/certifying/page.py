@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 from portllm.certifying.bounds import POWER, least_inputs, plan_inputs
 from portllm.certifying.certificate import ASSUMES, Certificate
-from portllm.certifying.tables import certificate_facts, certificate_notes, claim, confidence_text, met_text, side_name
+from portllm.certifying.decision import decide
+from portllm.certifying.tables import certificate_facts, certificate_notes, claim, confidence_text, side_name
+from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, dots
 from portllm.show.html.figure import facts, figure, figures, table
 from portllm.show.html.markup import Html
-from portllm.show.html.page import Headline, Tone, bullets, document, fragment, paragraph, section
+from portllm.show.html.page import bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points, upper_percent
 
 if TYPE_CHECKING:
@@ -30,12 +32,13 @@ NOT_CLAIMED = (
 )
 
 
-def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement]") -> str:
+def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement]", headline: Headline) -> str:
     """The page of one certificate.
 
     Args:
         certificate: As it was written.
         disagreements: The inputs whose answers differ, as text.
+        headline: What follows from it, as from `decide`.
     """
     title = f"portllm certify: {side_name(certificate.ported)} against {side_name(certificate.specialist)}"
     parts = [
@@ -45,19 +48,12 @@ def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement
         *_inputs(certificate),
         *_texts(certificate, disagreements),
     ]
-    return document(title, _headline(certificate), parts)
+    return document(title, headline, parts)
 
 
 def notebook(certificate: Certificate) -> str:
     """What a notebook shows: what is claimed, and what was counted."""
-    return fragment(_headline(certificate), facts(certificate_facts(certificate)))
-
-
-def _headline(certificate: Certificate) -> Headline:
-    tones: dict[bool | None, Tone] = {True: "good", False: "bad", None: "plain"}
-    met = met_text(certificate)
-    lines = [claim(certificate), ASSUMES] if certificate.loss_bound is not None else []
-    return Headline(tones[certificate.met], claim(certificate) if met is None else met, lines if met else lines[1:])
+    return fragment(decide(certificate), facts(certificate_facts(certificate)))
 
 
 def _shares(certificate: Certificate) -> list[Html]:

@@ -1,7 +1,7 @@
 """What a certificate says as tables and lines, for the terminal and the page alike. Pure."""
 
 from portllm.certifying.certificate import Certificate, Side
-from portllm.show.numbers import percent, points, upper_percent
+from portllm.show.numbers import counted, percent, points, upper_percent
 
 SHOWN_ROWS = 10
 
@@ -15,7 +15,9 @@ def certificate_facts(certificate: Certificate) -> dict[str, str]:
     rows = {
         "old specialist": side_name(certificate.specialist),
         "ported": side_name(certificate.ported),
-        "inputs": f"{n} rows" if inputs.sample is None else f"{n} of {inputs.rows} rows, drawn with seed {inputs.seed}",
+        "inputs": counted(n, "row")
+        if inputs.sample is None
+        else f"{n} of {inputs.rows} rows, drawn with seed {inputs.seed}",
         "answers": {
             "choices": f"the likeliest of {len(certificate.answers.choices)} choices",
             "exact": "generated answers, compared whole",
@@ -48,23 +50,20 @@ def claim(certificate: Certificate) -> str:
     return f"score(ported) >= score(old specialist) - {bound}, with {confidence_text(certificate)}"
 
 
-def met_text(certificate: Certificate) -> str | None:
-    """Whether the bound is as small as was asked for; None where nothing was."""
-    if certificate.met is None or certificate.wanted is None:
-        return None
-    return f"{'met' if certificate.met else 'NOT met'}: the requested bound is {percent(certificate.wanted, digits=2)}"
+def certificate_doubts(certificate: Certificate) -> list[str]:
+    """What speaks against inputs that are random draws."""
+    repeated, doubts = certificate.inputs.repeated, []
+    if repeated:
+        doubts.append(f"{counted(repeated, 'prompt')} had been asked before: repeated rows are no independent draws.")
+    if certificate.answers.choices_from == "labels":
+        doubts.append("The choices were taken from the answers of these rows; --choices keeps the test blind.")
+    return doubts
 
 
 def certificate_notes(certificate: Certificate) -> list[str]:
-    """What is special about what was asked."""
-    inputs, notes = certificate.inputs, []
-    if certificate.answers.choices_from == "labels":
-        notes.append("the choices were taken from the answers of these rows; pass --choices to keep the test blind")
-    if inputs.repeated:
-        notes.append(f"{inputs.repeated} prompts are repeated: duplicated rows are not independent draws")
-    if inputs.cut:
-        notes.append(f"{inputs.cut} prompts were longer than --max-tokens and were truncated from the left")
-    return notes
+    """What else is special about what was asked."""
+    cut = certificate.inputs.cut
+    return [f"{counted(cut, 'prompt')} longer than --max-tokens: truncated from the left"] if cut else []
 
 
 def side_name(side: Side) -> str:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from portllm.certifying.bounds import InputPlan, upper_bound
 from portllm.certifying.certificate import ASSUMES, CERTIFICATE_FILE, Certificate
-from portllm.certifying.tables import certificate_facts, certificate_notes, claim, met_text
+from portllm.certifying.tables import certificate_facts, certificate_notes, claim
+from portllm.show.headline import Headline, headline_lines
 from portllm.show.numbers import percent, upper_percent
 from portllm.show.table import items, table
 
@@ -13,13 +14,11 @@ if TYPE_CHECKING:
     from portllm.certifying.certify import CertifyPlan
 
 
-def render_certificate(certificate: Certificate, folder: Path) -> str:
-    """What `certify` prints: what was asked, what was counted, and what follows."""
-    lines = [f"certificate {folder / CERTIFICATE_FILE}", *table(certificate_facts(certificate))]
-    lines += [*items("note", certificate_notes(certificate)), claim(certificate)]
-    if certificate.loss_bound is not None:
-        lines.append(ASSUMES)
-    return "\n".join([*lines, *filter(None, [met_text(certificate)])])
+def render_certificate(certificate: Certificate, folder: Path, headline: Headline) -> str:
+    """What `certify` prints: the sentence to act on, what to do next, what was counted, and what follows."""
+    lines = [*headline_lines(headline), "", f"certificate {folder / CERTIFICATE_FILE}"]
+    lines += [*table(certificate_facts(certificate)), *items("note", certificate_notes(certificate))]
+    return "\n".join([*lines, claim(certificate)])
 
 
 def render_certify_plan(plan: "CertifyPlan", folder: Path) -> str:

@@ -3,15 +3,16 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
+from portllm.checking.decision import Checked, decide, decide_all
 from portllm.checking.delta.places import PlacedDelta
 from portllm.checking.prompts.tables import text_facts, text_notes, text_title
 from portllm.checking.report import CheckReport, PatchReport
-from portllm.checking.tables import Rows, kind_rows, patch_facts, patch_rows, update_facts, verdict_counts
+from portllm.checking.tables import Rows, kind_rows, patch_facts, patch_rows, update_facts
 from portllm.checking.update.config_changes import Effect
 from portllm.checking.update.report import UpdateReport
-from portllm.checking.verdict import Answer, Reason
 from portllm.measures.places import TensorPlace
 from portllm.measures.thresholds import KEPT_GAIN
 from portllm.show.html.bars import Row, bars
@@ -19,15 +20,8 @@ from portllm.show.html.figure import facts, figure, figures, folded, table
 from portllm.show.html.heatmap import cell_rows, heatmap, kinds_of, layers_of, stacks_of
 from portllm.show.html.lines import Curve, Point, lines
 from portllm.show.html.markup import Html, element, joined
-from portllm.show.html.page import Headline, Tone, banner, bullets, document, fragment, paragraph, section
+from portllm.show.html.page import banner, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, three_percent
-
-TONES: Mapping[Answer, Tone] = {
-    Answer.HOLDS: "good",
-    Answer.UNCERTAIN: "doubt",
-    Answer.WILL_NOT_HOLD: "bad",
-    Answer.CANNOT_BE_PORTED: "bad",
-}
 
 EFFECTS: Mapping[Effect, str] = {
     Effect.SHAPE: "weights change shape",
@@ -37,41 +31,41 @@ EFFECTS: Mapping[Effect, str] = {
 }
 
 
-def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = ()) -> str:
+def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = (), *, checked: Checked | None = None) -> str:
     """The page of one patch, or of several: then a table comes first, and each has a section of its own.
 
     Args:
         report: What `check` found, with `places`.
         failed: Patches that could not be opened, and why.
+        checked: What the user calls the models, for the command that comes next.
     """
     update = report.update
     title = f"portllm check: from {update.base.name} to {update.evolved.name}"
     if len(report.patches) == 1 and not failed:
         patch = report.patches[0]
         parts = [_patch(patch, beside=_drift_figures(update)), _update(update)]
-        return document(title, _headline(patch, update), parts)
+        return document(title, decide(patch, update.evolved.name, checked=checked, thresholds=True), parts)
     wrong = [f"{name}: {error}" for name, error in failed]
-    tone = _worst(report) if not wrong else "bad"
+    headline = replace(decide_all(report, failed=bool(wrong)), reasons=wrong)
     parts = [
         table(_linked(patch_rows(report)), label="All patches", wide={1, 7}),
         section("The update", figures(*_drift_figures(update)), _update(update)),
         *(
             element(
                 "section",
-                banner(_headline(patch, update), heading="h2"),
+                banner(decide(patch, update.evolved.name, checked=checked, thresholds=True), heading="h2"),
                 _patch(patch, beside=()),
                 id=f"patch-{number}",
             )
             for number, patch in enumerate(report.patches, start=1)
         ),
     ]
-    return document(title, Headline(tone, verdict_counts(report), wrong), parts)
+    return document(title, headline, parts)
 
 
 def notebook(report: CheckReport) -> str:
     """What a notebook shows: the table of all patches."""
-    shown = Headline(_worst(report), verdict_counts(report)) if report.patches else Headline("plain", "no patches")
-    return fragment(shown, table(patch_rows(report), label="All patches"))
+    return fragment(decide_all(report), table(patch_rows(report), label="All patches"))
 
 
 def _linked(rows: Rows) -> Rows:
@@ -81,25 +75,6 @@ def _linked(rows: Rows) -> Rows:
         (verdict, element("a", name, href=f"#patch-{n}"), *rest) for n, (verdict, name, *rest) in enumerate(patches, 1)
     )
     return [head, *named]
-
-
-def _worst(report: CheckReport) -> Tone:
-    order = list(Answer)
-    return TONES[max((patch.verdict.answer for patch in report.patches), key=order.index)]
-
-
-def _headline(patch: PatchReport, update: UpdateReport) -> Headline:
-    reasons = [_reason(reason) for reason in patch.verdict.reasons]
-    remarks = [f"Note: {remark}." for remark in patch.verdict.remarks]
-    text = f"{patch.verdict.answer}: {patch.name} on {update.evolved.name}"
-    return Headline(TONES[patch.verdict.answer], text, [*reasons, *remarks])
-
-
-def _reason(reason: Reason) -> str:
-    decided = reason.threshold
-    return reason.text + (
-        "" if decided is None else f" (Threshold: {decided.name}, {decided.value:g}; {decided.source}.)"
-    )
 
 
 def _patch(patch: PatchReport, *, beside: Sequence[Html]) -> Html:

@@ -28,7 +28,7 @@ def verdict_counts(report: CheckReport) -> str:
 
 def patch_rows(report: CheckReport) -> Rows:
     """A line for each patch."""
-    rows: Rows = [("verdict", "patch", "forecast", "size", "drift", "with drift", "kept", "why")]
+    rows: Rows = [("verdict", "patch", "forecast", "size", "drift", "cosine", "kept", "why")]
     for patch in report.patches:
         expected = patch.forecast
         kept = patch.rounding.get(patch.stored_as or "")
@@ -71,11 +71,12 @@ def patch_facts(patch: PatchReport) -> dict[str, str]:
     if patch.chain is not None:
         rows["since training"] = _since(patch.chain)
     if patch.alignment.cosine is not None:
-        rows["with drift"] = f"cosine {patch.alignment.cosine:.4f} between patch and drift"
+        rows["direction"] = f"cosine {patch.alignment.cosine:.4f} between patch and drift"
     for side, share in patch.overlaps.items():
         if share.share is not None and share.by_chance is not None:
-            rows[f"in its {side}s"] = (
-                f"{three_percent(share.share)} of the drift, {three_percent(share.by_chance)} by chance"
+            rows[f"drift in {side}s"] = (
+                f"{three_percent(share.share)} of the drift lies in the {side} directions that the patch uses, "
+                f"{three_percent(share.by_chance)} would by chance"
             )
     if patch.rounding:
         kept = (f"{dtype} {percent(sums.kept_gain)}" for dtype, sums in patch.rounding.items())
@@ -180,11 +181,15 @@ def layer_rows(update: UpdateReport) -> Rows:
 def _vocabulary(update: UpdateReport) -> str:
     if update.tokens is not None:
         return f"{update.tokens.n_moved} tokens moved to other rows, {len(update.tokens.gone)} were removed"
-    return "the same tokens in the same rows" if update.has_vocabularies else "a model has no tokenizer.json"
+    return (
+        "the same tokens in the same rows"
+        if update.has_vocabularies
+        else "not compared: one of the models has no tokenizer.json"
+    )
 
 
 def _with_error(estimate: SampledEstimate) -> str:
-    if not estimate.error:
+    if estimate.error < abs(estimate.value) / 2000:  # below the last digit that is shown
         return three_percent(estimate.value)
     error = "?" if math.isinf(estimate.error) else f"{100 * estimate.error:.1g}"
     return f"{three_digits(100 * estimate.value)} ± {error} %"

@@ -22,6 +22,7 @@ from portllm.cli.options import (
     DryRunOption,
     HtmlOption,
     JsonOption,
+    MaxLossOption,
     OtherBaseOption,
     OverwriteOption,
     QuietOption,
@@ -72,6 +73,7 @@ def certify(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
     bound: Annotated[float | None, typer.Option(help="The accuracy loss to rule out, such as 0.02.")] = None,
+    max_loss: MaxLossOption = None,
     confidence: Annotated[float, typer.Option(help="Confidence level of the bound.")] = 0.95,
     sample: Annotated[int | None, typer.Option(min=1, help="Draw this many rows of the file at random.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed for --sample.")] = 0,
@@ -97,23 +99,32 @@ def certify(
 ) -> None:
     """Bound the accuracy a port can have lost, from unlabeled inputs.
 
-    Exits with 3 if --bound is not met. docs/certify.md says what is claimed and what is not.
+    Exits with 3 if --max-loss (or --bound, the same as a fraction) is not met.
+    docs/certify.md says what is claimed and what is not.
     """
+    if max_loss is not None:
+        if bound is not None:
+            raise typer.BadParameter("--max-loss and --bound say the same, in points and as a fraction; give one.")
+        if not 0 < max_loss < 100:
+            raise typer.BadParameter("--max-loss: give more than 0 and less than 100 points.")
+        bound = max_loss / 100
     if plan and html is not None:
         raise typer.BadParameter("--html cannot be used with --plan.")
     if plan:
         _print_plan(bound, confidence, expected, power, as_json=as_json)
         return
     if base is None or patch is None or data is None or output is None:
-        raise typer.BadParameter("--base, --patch, --data and --output are required, or --plan and --bound alone.")
+        raise typer.BadParameter("--base, --patch, --data and --output are required, or --plan and --max-loss alone.")
     if (merged is None) == (evolved is None) or (evolved is None) != (ported is None):
         raise typer.BadParameter("pass --evolved and --ported, or --merged instead of both.")
     from portllm.certifying.certify import plan_certify, run_certify
+    from portllm.certifying.decision import decide
     from portllm.certifying.inputs import CertifySettings, read_inputs
     from portllm.certifying.text import render_certificate, render_certify_plan
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
+    from portllm.evaluating.decision import Compared
     from portllm.files.output_folder import check_free
     from portllm.files.record import encode
     from portllm.patch.adapter_folder import load_patch
@@ -156,14 +167,15 @@ def certify(
             return
         found = run_certify(planned, output, device=device.value, overwrite=overwrite, progress=progress)
     certificate = found.certificate
+    headline = decide(certificate, compared=Compared(str(evolved), str(ported), merged))
     if page.is_wanted:
         from portllm.certifying.page import certify_page
 
-        page.write(certify_page(certificate, found.disagreements))
+        page.write(certify_page(certificate, found.disagreements, headline))
     if as_json:
         print_json(encode(certificate))
     else:
-        say(render_certificate(certificate, output))
+        say(render_certificate(certificate, output, headline), tone=headline.tone)
     if certificate.met is False:
         raise typer.Exit(3)
 
@@ -175,7 +187,7 @@ def _print_plan(bound: float | None, confidence: float, expected: float, power: 
     from portllm.certifying.text import render_input_plan
 
     if bound is None:
-        raise typer.BadParameter("--plan requires --bound, such as 0.02.")
+        raise typer.BadParameter("--plan requires --max-loss, such as 2, or --bound, such as 0.02.")
     try:
         plan = plan_inputs(bound, confidence=confidence, expected=expected, power=power)
     except ValueError as error:

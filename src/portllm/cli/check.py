@@ -1,5 +1,6 @@
 """The command that says whether patches will hold: check."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from portllm.cli.options import (
     OverwriteOption,
     QuietOption,
 )
-from portllm.cli.terminal import print_json, say
+from portllm.cli.terminal import print_json, say, width_of
 
 
 def check(
@@ -72,7 +73,8 @@ def check(
     prompt = given_prompt(prompt, prompt_file)
     if text is None and (prompt is not None or gradients):
         raise typer.BadParameter("--prompt, --prompt-file and --gradients require --text.")
-    from portllm.checking.text import check_to_json, render_check
+    from portllm.checking.decision import Checked
+    from portllm.checking.text import check_to_json, check_tone, render_check
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
@@ -110,13 +112,15 @@ def check(
             allow_other_base=allow_other_base,
             progress=progress,
         )
+    names = Checked(base, evolved)
     if page.is_wanted:
         from portllm.checking.page import check_page
 
-        page.write(check_page(report, [(str(outcome.folder), str(outcome.error)) for outcome in failed]))
+        page.write(check_page(report, [(str(outcome.folder), str(outcome.error)) for outcome in failed], checked=names))
     if as_json:
         print_json(check_to_json(report, failed))
     else:
-        say(render_check(report, failed, by_layer=by_layer))
+        shown = render_check(report, failed, by_layer=by_layer, checked=names, width=width_of(sys.stdout))
+        say(shown, tone=check_tone(report, failed))
     if failed or not report.holds:
         raise typer.Exit(1 if failed else 3)

@@ -1,5 +1,6 @@
 """The command `evaluate`."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,12 +22,13 @@ from portllm.cli.options import (
     DeviceOption,
     HtmlOption,
     JsonOption,
+    MaxLossOption,
     OtherBaseOption,
     OverwriteOption,
     QuietOption,
     TrainingDataOption,
 )
-from portllm.cli.terminal import print_json, say
+from portllm.cli.terminal import print_json, say, width_of
 
 if TYPE_CHECKING:
     from portllm.evaluating.scoring import Scored
@@ -82,7 +84,8 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed for the intervals' bootstrap.")] = 0,
+    max_loss: MaxLossOption = None,
+    seed: Annotated[int, typer.Option(help="Random seed for the bootstrap behind retention's intervals.")] = 0,
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
     allow_training_data: TrainingDataOption = False,
@@ -91,10 +94,14 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare base, base + patch, evolved, evolved + ported (and retrained) on the same rows."""
+    """Compare base, base + patch, evolved, evolved + ported (and retrained) on the same rows.
+
+    Says first what the update cost. Exits with 3 if --max-loss is given and the interval of the loss reaches beyond it.
+    """
     from portllm.checkpoint.open import open_checkpoint
-    from portllm.cli.pages import Page
+    from portllm.cli.pages import Page, named
     from portllm.cli.progress import shown_progress
+    from portllm.evaluating.decision import Compared, decide, points_text, within
     from portllm.evaluating.evaluate import evaluate as evaluate_patch
     from portllm.evaluating.file_rows import FileRows
     from portllm.patch.adapter_folder import load_patch
@@ -140,13 +147,26 @@ def evaluate(
             seed=seed,
             progress=progress,
         )
+    accepted = None if max_loss is None else max_loss / 100
+    headline = decide(comparison, max_loss=accepted, compared=Compared(evolved, str(ported), merged))
     if page.is_wanted:
         from portllm.evaluating.page import evaluate_page
 
-        page.write(evaluate_page(comparison, title=f"{patch} from {base} to {evolved}"))
+        about = {
+            "models": f"{base}, updated to {evolved}",
+            "patches": f"{patch}, ported to {ported}",
+            "data": f"{comparison.n_rows:,} rows of {data or task}",
+            "limit": "none given (--max-loss)" if accepted is None else f"{points_text(accepted)} of accuracy",
+        }
+        title = f"{patch.name} from {named(base)} to {named(evolved)}"
+        page.write(evaluate_page(comparison, headline, title=title, about=about))
     from portllm.evaluating.text import render_comparison
 
+    met = within(comparison, accepted)
     if as_json:
-        print_json(comparison.to_json())
+        decided = {"text": headline.text, "max_loss": accepted, "met": met}
+        print_json(comparison.to_json() | {"decision": decided})
     else:
-        say(render_comparison(comparison))
+        say(render_comparison(comparison, headline, width=width_of(sys.stdout)), tone=headline.tone)
+    if met is False:
+        raise typer.Exit(3)

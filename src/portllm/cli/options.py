@@ -44,6 +44,19 @@ TrainingDataOption = Annotated[
 ]
 
 
+MaxLossOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-loss",
+        metavar="POINTS",
+        min=0.0,
+        max=100.0,
+        help="The loss of accuracy that you can accept, in percentage points, such as 2. Exits with 3 unless the loss "
+        "is shown to be within it.",
+    ),
+]
+
+
 class DeviceName(StrEnum):
     """Where a model runs."""
 

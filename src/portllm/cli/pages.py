@@ -6,6 +6,16 @@ from portllm.cli.terminal import say
 from portllm.files.one_file import check_page_free, write_page
 
 
+def named(model: str) -> str:
+    """What a model is called in a title: its name, not where it lies.
+
+    Example:
+        >>> named("/models/v2/"), named("org/model@main")
+        ('v2', 'org/model@main')
+    """
+    return Path(model).name if Path(model).exists() or Path(model).is_absolute() else model
+
+
 class Page:
     """What `--html` and `--overwrite` ask for.
 

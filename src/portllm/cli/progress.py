@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from portllm.cli.terminal import say
 from portllm.progress import Progress, Unit, silent
-from portllm.show.table import amount
+from portllm.show.table import done_of
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -53,7 +53,7 @@ def _bars() -> Iterator[Progress]:
             work = work_of(label)
             if work not in tasks:
                 tasks[work] = bars.add_task(label, total=total, text="")
-            text = f"{amount(done, unit)} of {amount(total, unit)}"
+            text = done_of(done, total, unit)
             if bars.tasks[tasks[work]].finished and done < total:  # the next work of that name begins anew
                 bars.reset(tasks[work], total=total)
             bars.update(tasks[work], description=label, completed=done, total=total, text=text)
@@ -73,7 +73,7 @@ def _lines() -> Progress:
         if now - spoken.get(work, started[work]) >= LINE_EVERY_SECONDS or (is_end and work in spoken):
             spoken[work] = now
             seconds = now - started[work]
-            say(f"{label}: {amount(done, unit)} of {amount(total, unit)}, {seconds:.0f} s", err=True)
+            say(f"{label}: {done_of(done, total, unit)}, {seconds:.0f} s", err=True)
         if is_end:  # the next work of that name begins anew
             del started[work]
             spoken.pop(work, None)

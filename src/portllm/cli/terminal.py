@@ -3,17 +3,44 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
-from typing import IO
+from collections.abc import Mapping
+from typing import IO, Protocol, runtime_checkable
 
 import typer
 
 from portllm.errors import OutputError
+from portllm.show.headline import Tone
 from portllm.show.printable import one_line
+from portllm.show.table import wrapped
+
+NARROWEST = 40
+"""Narrower terminals wrap as they like."""
 
 
-def say(text: str, *, err: bool = False) -> None:
+@runtime_checkable
+class Stream(Protocol):
+    """What text can be written to, such as stdout."""
+
+    def isatty(self) -> bool:
+        """Whether it ends at a terminal."""
+        ...
+
+
+COLORS: Mapping[Tone, str | None] = {"good": "green", "doubt": "yellow", "bad": "red", "plain": None}
+
+
+def say(text: str, *, err: bool = False, tone: Tone | None = None, whole: bool = False) -> None:
     """Print lines to stdout, or to stderr, where what cannot be told is let go.
+
+    On a terminal, lines are wrapped by words.
+
+    Args:
+        text: What to say.
+        err: To stderr.
+        tone: That of the first line, a verdict: in color on a terminal, unless NO_COLOR is set.
+        whole: Leave every line as long as it is.
 
     Raises:
         OutputError: stdout is closed or full, and who asked for a result would go without.
@@ -24,14 +51,31 @@ def say(text: str, *, err: bool = False) -> None:
             return
         raise OutputError("stdout: is closed, so no result can be printed.")
     encoding = stream.encoding or "utf-8"
-    lines = "\n".join(map(one_line, text.split("\n")))
+    lines = [one_line(line) for line in text.split("\n")]
+    # What a terminal of another encoding lacks is escaped too.
+    lines = [line.encode(encoding, "backslashreplace").decode(encoding) for line in lines]
+    width = None if whole else width_of(stream)
+    shown = [line if width is None else "\n".join(wrapped(line, width)) for line in lines]
+    if tone is not None and has_color(stream):
+        shown[0] = typer.style(shown[0], fg=COLORS[tone], bold=True)
     try:
-        # What a terminal of another encoding lacks is escaped too.
-        typer.echo(lines.encode(encoding, "backslashreplace").decode(encoding), err=err)  # noqa: TID251 (its one place)
+        typer.echo("\n".join(shown), err=err)  # noqa: TID251 (its one place)
     except OSError as error:
         let_go(stream)
         if not err:
             raise OutputError(f"stdout: cannot be written to: {error.strerror}.") from error
+
+
+def width_of(stream: Stream | None) -> int | None:
+    """Columns of the terminal that a stream ends at; None where it ends elsewhere, and lines are read by programs."""
+    if stream is None or not stream.isatty():
+        return None
+    return max(shutil.get_terminal_size().columns, NARROWEST)
+
+
+def has_color(stream: Stream) -> bool:
+    """Whether a stream ends at a terminal whose user wants color (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def let_go(stream: IO[str]) -> None:
@@ -46,4 +90,4 @@ def print_json(value: object) -> None:
     """Print a JSON value to stdout; what cannot be printed stands in it as JSON's own escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     whole = (sign if sign == "\n" or sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
-    say(text if text.replace("\n", "").isprintable() else "".join(whole))
+    say(text if text.replace("\n", "").isprintable() else "".join(whole), whole=True)

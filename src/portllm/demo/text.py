@@ -6,6 +6,7 @@ from pathlib import Path
 from portllm.checking.forecast import ACCURACY, LOSS
 from portllm.demo.settings import EVOLVE, MERGED_ROWS, SCORED_ROWS, TRAIN
 from portllm.demo.story import BASE, DemoStep, Story
+from portllm.evaluating.decision import decide
 from portllm.evaluating.text import render_comparison
 from portllm.files.kept_results import Kept
 from portllm.show.numbers import percent
@@ -53,7 +54,7 @@ def render_story(story: Story) -> str:
     return "\n".join(
         [
             "",
-            render_comparison(story.comparison),
+            render_comparison(story.comparison, decide(story.comparison)),
             "",
             f"time    fine-tuning again {retrain:.0f} s; porting {port:.2f} s as an adapter, {merge:.1f} s to merge it",
             f"size    patch {n_bytes(sizes['patch'])}, ported {n_bytes(sizes['ported'])}; evolved model "

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from portllm.evaluating.metrics import Estimate, Flips, Retention, accuracy, flips, mean_loss, paired_change, retention
+from portllm.evaluating.metrics import (
+    Estimate,
+    Flips,
+    Retention,
+    accuracy,
+    accuracy_change,
+    flips,
+    mean_loss,
+    retention,
+)
 from portllm.evaluating.names import BASE, EVOLVED, MERGED, ORDER, PATCHED, PORTED, PORTS, RETRAINED
 from portllm.evaluating.plan import Contestants
 from portllm.evaluating.scoring import Scored, Scores
@@ -98,7 +107,7 @@ class Comparison(ShownInNotebook):
         labels: The possible answers, for `labels`.
         n_rows: Rows of the task.
         n_cut_rows: Number of rows whose prompt was truncated.
-        seed: Random seed of the bootstrap behind the intervals of changes and retention.
+        seed: Random seed of the bootstrap behind the intervals of retention.
         examples: What each row asks, and the right answer.
     """
 
@@ -270,7 +279,7 @@ def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow
         name=name,
         score=accuracy(own.correct),
         loss=mean_loss(own.losses),
-        score_change=paired_change(own.correct, reference.correct, seed=seed) if reference else None,
+        score_change=accuracy_change(own.correct, reference.correct) if reference else None,
         flips=flips(reference.correct, own.correct) if reference else None,
         score_retention=kept(lambda rows: rows.correct, lower_is_better=False),
         loss_retention=kept(lambda rows: rows.losses, lower_is_better=True),

@@ -1,8 +1,9 @@
 """The page of `evaluate`: models side by side, what is retained, and the rows that turned wrong to be read. Pure."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from portllm.evaluating.decision import decide, interval_text
 from portllm.evaluating.metrics import Estimate
 from portllm.evaluating.names import MERGED, PATCHED, PORTED, PORTS, RETRAINED
 from portllm.evaluating.tables import (
@@ -13,15 +14,18 @@ from portllm.evaluating.tables import (
     retention_text,
     score_interval,
 )
+from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, bars, dots
-from portllm.show.html.figure import figure, figures, table
+from portllm.show.html.figure import facts, figure, figures, table
 from portllm.show.html.markup import Html
-from portllm.show.html.page import Headline, bullets, document, fragment, paragraph, section
+from portllm.show.html.page import bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points
 
 if TYPE_CHECKING:
     from portllm.evaluating.compare import Comparison, ComparisonRow
+
+NUMBERS = "Scores, losses, flips and retention"
 
 SERIES: Mapping[str, int] = {PATCHED: 1, PORTED: 2, MERGED: 4, RETRAINED: 3}
 """Colors of the models; those without a patch have that of the background, 5."""
@@ -30,63 +34,54 @@ RETENTION_MARKS = {0.0: "the evolved model", 1.0: "retrained"}
 """What no and full retention are."""
 
 
-def evaluate_page(comparison: "Comparison", *, title: str) -> str:
+def evaluate_page(comparison: "Comparison", headline: Headline, *, title: str, about: Mapping[str, str]) -> str:
     """The page of one comparison.
 
     Args:
         comparison: What `evaluate` found.
+        headline: What follows from it, as from `decide`.
         title: What was compared, such as the names of patch and models.
+        about: What was compared, by name: models, patches, data, the limit.
     """
     ports = _ports(comparison)
     parts = [
-        figures(_scores(comparison), _losses(comparison), *_retention(ports)),
+        facts(about),
+        figures(*_changes(ports), _scores(comparison), _losses(comparison), *_retention(ports)),
         section(
             "In numbers",
-            table(comparison_rows(comparison), label="Scores, losses, flips and retention"),
+            table(comparison_rows(comparison), label=NUMBERS),
             bullets(comparison_notes(comparison)),
         ),
         *(_turned(comparison, row) for row in ports if row.flips is not None),
     ]
-    return document(f"portllm evaluate: {title}", _headline(comparison, ports), parts)
+    return document(f"portllm evaluate: {title}", headline, parts)
 
 
 def notebook(comparison: "Comparison") -> str:
     """What a notebook shows: a line for each model."""
-    rows = table(comparison_rows(comparison), label="Scores, losses, flips and retention")
-    return fragment(_headline(comparison, _ports(comparison)), rows, bullets(comparison_notes(comparison)))
+    rows = table(comparison_rows(comparison), label=NUMBERS)
+    return fragment(decide(comparison), rows, bullets(comparison_notes(comparison)))
 
 
 def _ports(comparison: "Comparison") -> "list[ComparisonRow]":
     return [row for row in comparison.rows if row.name in PORTS]
 
 
-def _headline(comparison: "Comparison", ports: "list[ComparisonRow]") -> Headline:
-    """The port's score and what it was before, then what is known of the difference."""
-    lines = list(_findings(ports))
-    first = f"{ports[0].name}: score {percent(ports[0].score.value)}" if ports else "no ported patch was compared"
-    patched = comparison.row(PATCHED)
-    if ports and patched is not None:
-        first += f", {percent(patched.score.value)} before the update"
-    return Headline("plain", first, lines)
-
-
-def _findings(ports: "list[ComparisonRow]") -> Iterator[str]:
-    for row in ports:
-        if row.score_change is not None:
-            yield f"{row.name}: {_change(row.score_change)} points of score against {PATCHED}."
-        for what, kept in (("score", row.score_retention), ("loss", row.loss_retention)):
-            if kept is not None and kept.value is not None:
-                yield f"{row.name}: retention in {what} {retention_text(kept)}."
-            elif kept is not None:
-                yield f"{row.name}: retention in {what} is undefined: {kept.reason}."
-        if row.flips is not None:
-            yield f"{row.name}: negative flips {flips_text(row)}."
-
-
-def _change(change: Estimate) -> str:
-    if change.low is None or change.high is None:
-        return points(change.value)
-    return f"{points(change.value)} ({points(change.low)} to {points(change.high)})"
+def _changes(ports: "list[ComparisonRow]") -> list[Html]:
+    """What the update cost, around zero."""
+    found = [(row.name, row.score_change) for row in ports if row.score_change is not None]
+    if not found:
+        return []
+    rows = [
+        Row(name, change.value, f"{points(change.value)} points", change.low, change.high, SERIES[name])
+        for name, change in found
+    ]
+    title = "Change of the score"
+    explained = "Against base + patch, over the same rows; the line is its 95 % interval."
+    picture = dots(rows, title=title, told=_told(rows), axis={0.0: "no change"}, unit="%")
+    numbers = [("", "change in points", "95 % interval")]
+    numbers += [(name, points(change.value), interval_text(change)) for name, change in found]
+    return [figure(title, explained, picture, numbers)]
 
 
 def _scores(comparison: "Comparison") -> Html:

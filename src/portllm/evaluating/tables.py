@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from portllm.evaluating.metrics import Estimate, Retention
-from portllm.evaluating.names import PATCHED, PORTS
-from portllm.show.numbers import percent
+from portllm.evaluating.names import PATCHED, PORTS, RETRAINED
+from portllm.show.numbers import counted, percent, points
 
 if TYPE_CHECKING:
     from portllm.evaluating.compare import Comparison, ComparisonRow
@@ -18,30 +18,33 @@ MOVED = 0.1
 
 
 def comparison_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
-    """A line for each model; the first names the columns."""
-    header = ("", "score", "95 % interval", "loss", "95 % interval", "negative flips", "retention: score", "loss")
-    return [header, *map(_row, comparison.rows)]
+    """A line for each model; the first names the columns. Retention has some where a retrained patch was given."""
+    header = ("", "score", "95 % interval", "change", "95 % interval", "negative flips", "loss", "95 % interval")
+    retention = ("retention: score", "loss") if comparison.row(RETRAINED) else ()
+    return [(*header, *retention), *(_row(row, retained=bool(retention)) for row in comparison.rows)]
 
 
 def comparison_notes(comparison: "Comparison") -> list[str]:
     """What the columns mean, and what is special about these rows."""
     notes = [
-        f"{comparison.n_rows} rows, judged by {JUDGED.get(comparison.kind, comparison.kind)}; loss in nats per "
-        "token of the correct answer; negative flips: correct with base + patch, wrong now.",
-        "retention: the ported patch's gain over the evolved model as a fraction of retraining's gain.",
+        f"{counted(comparison.n_rows, 'row')}, judged by {JUDGED.get(comparison.kind, comparison.kind)}; loss in nats "
+        "per token of the correct answer; change in points, against base + patch; negative flips: correct with "
+        "base + patch, wrong now.",
     ]
+    if comparison.row(RETRAINED):
+        notes.append("retention: the ported patch's gain over the evolved model as a fraction of retraining's gain.")
     notes += [
         f"{metric} of {comparison.kind}: "
         + ", ".join(f"{row.name} {row.scores.metrics[metric]:.4f}" for row in comparison.rows)
         for metric in comparison.rows[0].scores.metrics
     ]
     if comparison.n_cut_rows:
-        notes.append(f"{comparison.n_cut_rows} prompts were longer than --max-tokens and were truncated from the left.")
+        notes.append(f"{counted(comparison.n_cut_rows, 'prompt')} longer than --max-tokens: truncated from the left.")
     reasons = {
         kept.reason
         for row in comparison.rows
         for kept in (row.score_retention, row.loss_retention)
-        if kept is not None and kept.reason
+        if kept is not None and kept.reason and comparison.row(RETRAINED)
     }
     return [*notes, *_moved(comparison), *(f"n/a: {reason}." for reason in sorted(reasons))]
 
@@ -95,16 +98,19 @@ def flips_text(row: "ComparisonRow") -> str:
     return "" if row.flips is None else f"{len(row.flips.negative)} of {row.flips.n_rows}"
 
 
-def _row(row: "ComparisonRow") -> tuple[str, ...]:
+def _row(row: "ComparisonRow", *, retained: bool) -> tuple[str, ...]:
+    change = row.score_change
+    kept = (retention_text(row.score_retention), retention_text(row.loss_retention)) if retained else ()
     return (
         row.name,
         percent(row.score.value),
         score_interval(row.score),
+        "" if change is None else points(change.value),
+        "" if change is None else _interval(change, points),
+        flips_text(row),
         f"{row.loss.value:.3f}",
         loss_interval(row.loss),
-        flips_text(row),
-        retention_text(row.score_retention),
-        retention_text(row.loss_retention),
+        *kept,
     )
 
 

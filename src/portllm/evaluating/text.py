@@ -2,11 +2,11 @@
 
 from portllm.evaluating.compare import Comparison
 from portllm.evaluating.tables import comparison_notes, comparison_rows
+from portllm.show.headline import Headline, headline_lines
+from portllm.show.table import columns
 
 
-def render_comparison(comparison: Comparison) -> str:
-    """What `evaluate` prints: a line for each model, then what it means."""
-    rows = comparison_rows(comparison)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *comparison_notes(comparison)])
+def render_comparison(comparison: Comparison, headline: Headline, *, width: int | None = None) -> str:
+    """What `evaluate` prints: the sentence to act on, what to do next, a line for each model, then what it means."""
+    rows = columns(comparison_rows(comparison), width=width)
+    return "\n".join([*headline_lines(headline), "", *rows, "", *comparison_notes(comparison)])

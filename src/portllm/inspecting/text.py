@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from msgspec import Struct, ValidationError, convert
+
 from portllm.inspecting.inspect import CheckpointSummary, PatchSummary
-from portllm.patch.record import Choice, PatchRecord
-from portllm.show.numbers import counted, n_params
+from portllm.patch.record import Capture, Choice, PatchRecord, PortStep
+from portllm.show.numbers import counted, n_params, three_percent
 from portllm.show.table import n_bytes, table
 
 SHOWN = 6
@@ -52,7 +54,10 @@ def _patch(summary: PatchSummary) -> str:
     if summary.changed_base:
         rows["began with"] = f"from the base's weights ({summary.changed_base}); 'portllm capture' converts it"
     rows |= _origin(summary.record) if summary.record else {"base": _unrecorded(summary)}
-    return "\n".join([f"{kind} {summary.name}", *table(rows)])
+    lines = [f"{kind} {summary.name}", *table(rows)]
+    if summary.record is not None and _has_lineage(summary.record):
+        lines += ["lineage", *(f"  {line}" for line in _lineage(summary.record.capture, summary.record.ports))]
+    return "\n".join(lines)
 
 
 def _unrecorded(summary: PatchSummary) -> str:
@@ -65,18 +70,75 @@ def _unrecorded(summary: PatchSummary) -> str:
 def _origin(record: PatchRecord) -> dict[str, str]:
     rows = {
         "base": f"{record.base.name} ({record.base.fingerprint})"
-        + (f", quantized: {record.base.quantization}" if record.base.quantization else ""),
-        "captured": f"by {record.capture.method}"
-        + "".join(f", {key} {_setting(value)}" for key, value in record.capture.settings.items()),
+        + (f", quantized: {record.base.quantization}" if record.base.quantization else "")
     }
+    if not _has_lineage(record):
+        rows["captured"] = _captured(record.capture)
     if record.capture.fitted_to is not None:
         told = record.capture.fitted_to
         rows["fitted to"] = f"the base quantized to {told.scheme}, except {', '.join(told.left_alone) or 'nothing'}"
-    for number, step in enumerate(record.ports, start=1):
-        rows[f"port {number}"] = (
-            f"by '{step.method}' from {step.source.name} to {step.target.name}{_chosen(step.choice)}"
-        )
     return rows
+
+
+class _Input(Struct, frozen=True):
+    """What the record of a combination says of one patch that went in."""
+
+    name: str
+    weight: float
+    capture: Capture
+    ports: tuple[PortStep, ...]
+
+
+def _combined_from(capture: Capture) -> tuple[_Input, ...]:
+    """The patches of a combination; none where its record, which anyone may have written, does not say them so."""
+    if capture.method != "combine":
+        return ()
+    try:
+        return convert(capture.settings.get("inputs"), tuple[_Input, ...])
+    except ValidationError:
+        return ()
+
+
+def _has_lineage(record: PatchRecord) -> bool:
+    return bool(record.ports) or record.capture.method == "combine"
+
+
+def _lineage(capture: Capture, ports: Sequence[PortStep]) -> list[str]:
+    """Where the deltas come from, oldest first: a line for each port, and a branch for each patch of a combination."""
+    branches, before = [], 0
+    for one in _combined_from(capture):
+        first, *rest = _lineage(one.capture, one.ports)
+        branches.append([f"{one.weight:g} x {one.name}: {first}", *rest])
+        before = max(before, len(one.ports))
+    # A combination has the ports of the input that was ported most often: they stand in its branch.
+    branches += [[_ported(step)] for step in ports[before:]]
+    lines = [_captured(capture)]
+    for number, (first, *rest) in enumerate(branches, start=1):
+        stem = "   " if number == len(branches) else "|  "
+        lines += [f"{'`' if number == len(branches) else '|'}- {first}", *(stem + line for line in rest)]
+    return lines
+
+
+def _captured(capture: Capture) -> str:
+    """How deltas came to be, with what shaped them; what went into a combination has branches of its own."""
+    if capture.method == "combine":
+        told = ", ".join(
+            f"{key.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else str(value)
+            for key, value in capture.settings.items()
+            if key in ("method", "truncation_residual")
+        )
+        return f"combined: {told}"
+    return f"by {capture.method}" + "".join(f", {key} {_setting(value)}" for key, value in capture.settings.items())
+
+
+def _ported(step: PortStep) -> str:
+    drift = step.evidence.get("drift", step.evidence.get("sampled_drift"))
+    return (
+        f"to {step.target.name} by '{step.method}'"
+        + ("" if drift is None else f", drift {three_percent(drift)}")
+        + _chosen(step.choice)
+        + f" ({step.target.fingerprint})"
+    )
 
 
 def _chosen(choice: Choice | None) -> str:

@@ -2,8 +2,9 @@
 
 from portllm.merging.manifest import MergeReport
 from portllm.merging.tables import merge_facts
+from portllm.show.headline import Headline
 from portllm.show.html.figure import facts
-from portllm.show.html.page import Headline, fragment
+from portllm.show.html.page import fragment
 
 
 def notebook(report: MergeReport) -> str:

@@ -23,13 +23,25 @@ def upper_percent(share: float) -> str:
     return f"{min(math.ceil(share * 10_000 - 1e-9) / 100, 100):.2f} %"
 
 
+def upper_points(share: float) -> str:
+    """A bound in percentage points, rounded up likewise.
+
+    Example:
+        >>> upper_points(0.0256012), upper_points(0.01)
+        ('2.57', '1.00')
+    """
+    return upper_percent(share).removesuffix(" %")
+
+
 def three_digits(value: float) -> str:
     """Three significant digits, zeros at the end with them, so that the numbers of a column can be compared.
 
     Example:
-        >>> [three_digits(value) for value in (1.0, 0.9984, 100.2, 0.0)]
-        ['1.00', '0.998', '100', '0']
+        >>> [three_digits(value) for value in (1.0, 0.9984, 100.2, 1487.0, 0.0)]
+        ['1.00', '0.998', '100', '1,487', '0']
     """
+    if 1000 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
     return f"{value:#.3g}".removesuffix(".") if value else "0"
 
 

@@ -85,6 +85,6 @@ def descend(
         torch.nn.utils.clip_grad_norm_(factors, how.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
-        progress(label, step + 1, len(batches), "steps")
+        progress(f"{label}: loss {losses[-1]:.3f}", step + 1, len(batches), "steps")
     model.eval()
     return tuple(losses)

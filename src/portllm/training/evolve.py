@@ -174,7 +174,7 @@ def _fit(
                 weight.copy_(master)
                 master.grad = None
         losses.append(loss.item())
-        progress("evolve", step + 1, settings.steps, "steps")
+        progress(f"evolve: loss {losses[-1]:.3f}", step + 1, settings.steps, "steps")
     model.eval()
     return EvolveReport(
         losses=tuple(losses),

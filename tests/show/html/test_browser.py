@@ -2,16 +2,16 @@
 
 import pytest
 
+from portllm.certifying.decision import decide
 from portllm.certifying.page import certify_page
 from portllm.checking.check import check_weights
 from portllm.checking.page import check_page
 from portllm.checkpoint.open import open_checkpoint
-from portllm.evaluating.page import evaluate_page
 from portllm.patch.adapter_folder import load_patch
 from portllm.study.results.page import study_page
 from tests.certifying.test_certificate import WHOLE
 from tests.certifying.test_page import DISAGREEMENTS
-from tests.evaluating.test_page import COMPARISON
+from tests.evaluating.test_page import COMPARISON, page_of
 from tests.show.html.browser import CHROMIUM, opened
 from tests.show.html.reading import EVIL, with_texts
 from tests.study.results.test_page import RESULTS
@@ -61,8 +61,8 @@ def page(request, checked, tmp_path_factory):
         "check": lambda: check_page(checked(1)),
         "check of several": lambda: check_page(checked(2)),
         "check of a stranger": lambda: check_page(with_texts(checked(1), EVIL), [(EVIL, EVIL)]),
-        "evaluate": lambda: evaluate_page(COMPARISON, title="a patch from v1 to v2"),
-        "certify": lambda: certify_page(WHOLE, DISAGREEMENTS),
+        "evaluate": lambda: page_of(COMPARISON, title="a patch from v1 to v2"),
+        "certify": lambda: certify_page(WHOLE, DISAGREEMENTS, decide(WHOLE)),
         "study": lambda: study_page(RESULTS),
     }
     file = tmp_path_factory.mktemp("pages") / "page.html"

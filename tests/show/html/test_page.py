@@ -4,9 +4,10 @@ import base64
 import hashlib
 import re
 
+from portllm.show.headline import Headline
 from portllm.show.html.figure import facts, figure, table
 from portllm.show.html.markup import element
-from portllm.show.html.page import Headline, document, section
+from portllm.show.html.page import document, section
 from tests.show.html.reading import EVIL, Page
 
 HEADLINE = Headline("bad", "will not hold", ["for a reason"])

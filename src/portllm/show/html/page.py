@@ -2,35 +2,17 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
-from typing import Literal
 
 from portllm import __version__
+from portllm.show.headline import Headline, Tone
 from portllm.show.html.markup import Html, element, joined
 from portllm.show.numbers import unbroken
 
-Tone = Literal["good", "doubt", "bad", "plain"]
-
 SIGNS: dict[Tone, str] = {"good": "✓ ", "doubt": "? ", "bad": "✗ ", "plain": ""}
 """What says the same as the color."""
-
-
-@dataclass(frozen=True, slots=True)
-class Headline:
-    """What a page says first.
-
-    Attributes:
-        tone: Its color and sign.
-        text: In one line.
-        reasons: What stands below it, a line each.
-    """
-
-    tone: Tone
-    text: str
-    reasons: Sequence[str] = ()
 
 
 def document(title: str, headline: Headline, parts: Iterable[str]) -> str:
@@ -76,7 +58,11 @@ def banner(headline: Headline, *, heading: str = "p") -> Html:
         heading: The element of its first line; `h2` where it begins a section.
     """
     first = element(heading, element("span", SIGNS[headline.tone], class_="tone"), unbroken(headline.text))
-    return element("div", first, bullets(map(unbroken, headline.reasons)), class_=f"verdict {headline.tone}")
+    parts = [first, bullets(map(unbroken, headline.reasons))]
+    if headline.next:
+        command = [": ", element("code", headline.command)] if headline.command else ["."]
+        parts.append(element("p", f"Next: {headline.next}", *command, class_="next"))
+    return element("div", *parts, class_=f"verdict {headline.tone}")
 
 
 def section(title: str, *parts: str, level: int = 2) -> Html:

@@ -1,15 +1,17 @@
 """The page of a study: the tables of its Markdown page, and pictures of scores, retention, chains, residuals. Pure."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from portllm.evaluating.metrics import Retention
 from portllm.evaluating.page import RETENTION_MARKS
+from portllm.show.headline import Headline
 from portllm.show.html.bars import Row, bars, dots
 from portllm.show.html.figure import figure, figures, table
 from portllm.show.html.lines import Curve, Point, lines
 from portllm.show.html.markup import Html, joined
-from portllm.show.html.page import Headline, document, fragment, paragraph, section
+from portllm.show.html.page import document, fragment, paragraph, section
 from portllm.show.numbers import counted, percent
 from portllm.study.definition.variants import BASE, EVOLVED, HEADS, PATCHED, PORTED, RETRAINED
 from portllm.study.results.markdown import (
@@ -50,25 +52,29 @@ def notebook(results: "StudyResults") -> str:
 def _headline(results: "StudyResults") -> Headline:
     """How far it is, and between what retention lies."""
     unfinished = not_finished(results)
-    lines = list(_retained(results.tasks))
+    lines = _retained(results.tasks)
     if unfinished is not None:
         return Headline("doubt", unfinished, lines)
     return Headline("plain", lines[0] if lines else "Finished; nothing was ported", lines[1:])
 
 
-def _retained(rows: "Sequence[TaskRow]") -> Iterator[str]:
+def _retained(rows: "Sequence[TaskRow]") -> list[str]:
+    """What was kept by accuracy and by loss, the one that kept less first: never the kinder of two."""
+    found = []
     for what, kept in (
-        ("loss", [row.loss_retention for row in rows]),
         ("accuracy", [row.accuracy_retention for row in rows]),
+        ("loss", [row.loss_retention for row in rows]),
     ):
         compared = [one for one in kept if one is not None]
         values = [one.value for one in compared if one.value is not None]
         if values:
             without = len(compared) - len(values)
             ends = f"{min(values):.2f} to {max(values):.2f} over {counted(len(values), 'port')}"
-            yield f"retention in {what}: {ends}" + (f"; undefined for {without}" if without else "")
+            said = f"retention in {what}: {ends}" + (f"; undefined for {without}" if without else "")
+            found.append((min(values), said))
         elif compared:
-            yield f"retention in {what}: undefined for all of {counted(len(compared), 'port')}"
+            found.append((-math.inf, f"retention in {what}: undefined for all of {counted(len(compared), 'port')}"))
+    return [said for _, said in sorted(found, key=lambda one: one[0])]
 
 
 def _blocks(part: Part) -> Iterator[Html]:

@@ -1,0 +1,99 @@
+"""What `check` says first: whether to port a patch as it is, why, and the command that follows. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from portllm.checking.forecast_model import Expected
+from portllm.checking.report import CheckReport, PatchReport
+from portllm.checking.tables import verdict_counts
+from portllm.checking.verdict import Answer, Reason
+from portllm.show.headline import Headline, Tone, command_line
+from portllm.show.numbers import percent
+
+TONES: Mapping[Answer, Tone] = {
+    Answer.HOLDS: "good",
+    Answer.UNCERTAIN: "doubt",
+    Answer.WILL_NOT_HOLD: "bad",
+    Answer.CANNOT_BE_PORTED: "bad",
+}
+
+ACTIONS: Mapping[Answer, str] = {
+    Answer.HOLDS: "port it as it is",
+    Answer.UNCERTAIN: "measure it before you ship it",
+    Answer.WILL_NOT_HOLD: "train it again",
+    Answer.CANNOT_BE_PORTED: "train it again, or remove what is in the way",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the user calls the models, for the command that comes next."""
+
+    base: str
+    evolved: str
+
+
+def decide(patch: PatchReport, evolved: str, *, checked: Checked | None = None, thresholds: bool = False) -> Headline:
+    """The sentence to act on, for one patch.
+
+    Args:
+        patch: What `check` found of it.
+        evolved: The name of the evolved model.
+        checked: Names for the next command; without them there is none.
+        thresholds: Whether each reason says which threshold decided, and who measured it.
+    """
+    answer = patch.verdict.answer
+    reasons = [_reason(reason) if thresholds else reason.text for reason in patch.verdict.reasons]
+    if patch.forecast is not None:
+        reasons.append(_forecast(patch.forecast))
+    reasons += [f"Note: {remark}." for remark in patch.verdict.remarks]
+    next_, command = _next(patch.name, answer, checked) if checked is not None else ("", "")
+    return Headline(TONES[answer], f"{answer}: {patch.name} on {evolved}; {ACTIONS[answer]}", reasons, next_, command)
+
+
+def decide_all(report: CheckReport, *, failed: bool = False) -> Headline:
+    """How many patches have which verdict, in the tone of the worst.
+
+    Args:
+        report: What `check` found.
+        failed: Whether some patches could not be opened.
+    """
+    order = list(Answer)
+    worst = max((patch.verdict.answer for patch in report.patches), key=order.index, default=None)
+    tone: Tone = "bad" if failed else "plain" if worst is None else TONES[worst]
+    return Headline(tone, verdict_counts(report) if report.patches else "no patches")
+
+
+def _reason(reason: Reason) -> str:
+    decided = reason.threshold
+    return reason.text + (
+        "" if decided is None else f" (Threshold: {decided.name}, {decided.value:g}; {decided.source}.)"
+    )
+
+
+def _forecast(expected: Expected) -> str:
+    """What patches kept on like updates: the target that kept less comes first."""
+    told = ", ".join(
+        f"{percent(said.retention, digits=0)} in {target} ({percent(said.low, digits=0)} to "
+        f"{percent(said.high, digits=0)})"
+        for target, said in sorted(expected.forecasts.items(), key=lambda item: item[1].low)
+    )
+    return f"If it goes as on updates of {expected.shipped.base}, it keeps of retraining's gain: {told}."
+
+
+def _next(patch: str, answer: Answer, checked: Checked) -> tuple[str, str]:
+    match answer:
+        case Answer.HOLDS:
+            return "port it", _port(patch, checked)
+        case Answer.UNCERTAIN:
+            measure = ("--base", checked.base, "--patch", patch, "--evolved", checked.evolved, "--ported", "PORTED")
+            test = command_line("portllm", "evaluate", *measure, "--data", "TEST.jsonl", "--max-loss", "2")
+            return "port it, and measure the loss", f"{_port(patch, checked)} && {test}"
+        case _:
+            again = ("--base", checked.evolved, "--teacher", patch, "--teacher-base", checked.base)
+            train = command_line("portllm", "train", *again, "--data", "INPUTS.jsonl", "-o", "PATCH")
+            return "train it on its own data, or from the old patch's answers", train
+
+
+def _port(patch: str, checked: Checked) -> str:
+    return command_line("portllm", "port", patch, "--base", checked.base, "--evolved", checked.evolved, "-o", "PORTED")
