@@ -228,11 +228,18 @@ def render_families() -> str:
     kinds = [*dict.fromkeys(kind for *_, cells in run for kind in cells)]
     marks = {"right": "yes", "none": ""}
     table_rows = [
-        (f"`{model_type}`", f"`{name}`", *(marks.get(cells[kind], cells[kind].partition(":")[0]) for kind in kinds))
+        (
+            f"`{model_type}`",
+            f"`{name}`",
+            *(marks.get(cells.get(kind, "none"), cells.get(kind, "").partition(":")[0]) for kind in kinds),
+        )
         for model_type, name, cells in run
     ]
     reasons = [
-        f"- `{name}`, {kind}: {cells[kind]}" for _, name, cells in run for kind in kinds if cells[kind] not in marks
+        f"- `{name}`, {kind}: {cells[kind]}"
+        for _, name, cells in run
+        for kind in kinds
+        if cells.get(kind, "none") not in marks
     ]
     parts = [
         "# Families of models",
