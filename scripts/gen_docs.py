@@ -231,15 +231,12 @@ def render_families() -> str:
         (
             f"`{model_type}`",
             f"`{name}`",
-            *(marks.get(cells.get(kind, "none"), cells.get(kind, "").partition(":")[0]) for kind in kinds),
+            *(marks.get(cell := cells.get(kind, "none"), cell.partition(":")[0]) for kind in kinds),
         )
         for model_type, name, cells in run
     ]
     reasons = [
-        f"- `{name}`, {kind}: {cells[kind]}"
-        for _, name, cells in run
-        for kind in kinds
-        if cells.get(kind, "none") not in marks
+        f"- `{name}`, {kind}: {cell}" for _, name, cells in run for kind, cell in cells.items() if cell not in marks
     ]
     parts = [
         "# Families of models",
@@ -275,7 +272,7 @@ def render_families() -> str:
             "merged model, reloaded by transformers, has the logits that PEFT computes with the adapter unmerged; a "
             "captured patch, loaded by PEFT on the base, has those of the model it was captured from. *refused*: "
             "PortLLM writes nothing and says why. *PEFT*: PEFT or transformers cannot make or run such an adapter. "
-            "Empty: the model has no such part."
+            "Empty: the model has no such part, or it was not tried."
         ),
         table(("model type", "class", *kinds), table_rows),
         "## Refused, or not to be had from PEFT",

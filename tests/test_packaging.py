@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from portllm.installed import EXTRAS, how_to_get, needed
+from portllm.installed import EXTRAS, how_to_get, needed, why_not
 
 ROOT = Path(__file__).parents[1]
 FOR_DEVELOPERS = {"dev", "docs"}
@@ -85,6 +85,29 @@ def test_a_package_that_is_missing_or_too_old_does_not_suit(monkeypatch):
     assert [(package.found is None, package.suits) for package in needed()] == [
         (False, False), (True, False), (False, True),
     ]  # fmt: skip
+
+
+def test_a_package_in_another_version_is_not_called_missing(monkeypatch):
+    from portllm import installed
+
+    monkeypatch.setattr(installed, "requires", lambda _: ['numpy>=999; extra == "live"', 'no-such; extra == "live"'])
+    numpy = installed.version("numpy")
+    assert why_not(ImportError("cannot import name 'x'", name="numpy"), "live") == (
+        f"needed: numpy>=999 ({numpy}), no-such (not installed). Run: pip install 'numpy>=999' no-such."
+    )
+
+
+def test_a_package_that_is_there_and_broken_keeps_its_own_words():
+    said = why_not(ImportError("libcudart.so.13: cannot open shared object file", name="torch"), "ray")
+    assert said.startswith("'torch': cannot be imported: libcudart.so.13: cannot open shared object file. Run:")
+
+
+def test_the_gate_runs_every_python_that_is_promised():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    promised = re.findall(r"Python :: (3\.\d+)", " ".join(declared))
+    tried = re.search(r"^ +python: \[(.*)\]$", (ROOT / ".github" / "workflows" / "gate.yml").read_text(), re.MULTILINE)
+    assert tried
+    assert re.findall(r"3\.\d+", tried[1]) == promised
 
 
 def test_a_program_that_was_never_installed_names_its_source_folder(monkeypatch):

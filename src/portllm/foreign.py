@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from portllm.errors import MissingExtraError, PortLLMError
-from portllm.installed import how_to_get
+from portllm.installed import why_not
 from portllm.messages import errors_only
 
 
@@ -64,7 +64,7 @@ try:
         from transformers.utils import logging as transformers_logging
 except ImportError as missing:
     raise MissingExtraError(
-        f"'{missing.name}': not installed; training and evaluating need transformers and peft. {how_to_get('live')}"
+        f"training and evaluating need transformers and peft; {why_not(missing, 'live')}"
     ) from missing
 
 CLASSIFIERS = {

@@ -50,6 +50,20 @@ def needed(extra: str = "") -> tuple[Needed, ...]:
     return tuple(_look_up(requirement) for requirement in _requirements(extra))
 
 
+def why_not(error: ImportError, extra: str) -> str:
+    """What an import failed for, if a package of an extra is missing, in another version, or broken; and what to do.
+
+    Example:
+        >>> why_not(ModuleNotFoundError("No module named 'ray'", name="ray"), "ray")[-29:]
+        "Run: pip install 'ray>=2.40'."
+    """
+    wrong = [
+        f"{package.requirement} ({package.found or 'not installed'})" for package in needed(extra) if not package.suits
+    ]
+    found = f"needed: {', '.join(wrong)}" if wrong else f"'{error.name}': cannot be imported: {error}"
+    return f"{found}. {how_to_get(extra)}."
+
+
 def how_to_get(*extras: str) -> str:
     """The sentence that ends a message about packages that are missing.
 

@@ -23,7 +23,7 @@ from portllm.files.input_file import read_input
 from portllm.files.json_file import read_json
 from portllm.files.json_text import parse_json
 from portllm.files.own_files import inode_of, write_text
-from portllm.installed import how_to_get
+from portllm.installed import why_not
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config as HashingConfig
@@ -356,9 +356,7 @@ def _load() -> ModuleType:
         import model_signing.signing
         import model_signing.verifying
     except ImportError as error:
-        raise MissingExtraError(
-            f"signatures need a package that is not installed ({error.name}). {how_to_get('sign')}"
-        ) from error
+        raise MissingExtraError(f"signatures need OpenSSF model-signing; {why_not(error, 'sign')}") from error
     return model_signing
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from portllm import __version__
 from portllm.errors import MissingExtraError, WorkersError
-from portllm.installed import how_to_get
+from portllm.installed import why_not
 from portllm.workers.pool import Finished, Lost, Pool
 
 if TYPE_CHECKING:
@@ -231,6 +231,6 @@ def _load() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise MissingExtraError(f"--ray needs Ray. {how_to_get('ray')}") from error
+        raise MissingExtraError(f"--ray needs Ray; {why_not(error, 'ray')}") from error
     module: ModuleType = ray
     return module

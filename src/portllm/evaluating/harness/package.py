@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from portllm.errors import MissingExtraError
-from portllm.installed import how_to_get
+from portllm.installed import why_not
 
 try:
     import datasets
@@ -20,7 +20,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as missing:
     raise MissingExtraError(
-        f"'{missing.name}': not installed; tasks of lm-evaluation-harness need it. {how_to_get('eval')}"
+        f"tasks of lm-evaluation-harness need its packages; {why_not(missing, 'eval')}"
     ) from missing
 
 __all__ = ["HFLM", "TASK_FILES", "CacheHook", "ConfigurableTask", "Dataset", "Instance", "TaskManager", "quiet_harness"]
