@@ -171,10 +171,11 @@ def _not_as_trained(name: str, change: Change[TensorInfo], checkpoint: Checkpoin
             f"the embedding of {checkpoint.name} does more than look up rows, and PEFT adds to what comes of that: "
             "no change of the matrix has the same effect. Save the whole embedding instead (modules_to_save)."
         )
-    if family.ties is not None and not family.ties.alone and checkpoint.tied_embedding is not None:
+    is_of_three = family.ties is not None and not family.ties.alone and checkpoint.tied_embedding is not None
+    if is_of_three or (tensor is checkpoint.embedding and family.shares_embedding):
         return (
-            f"in {checkpoint.name} more than head and embedding are one matrix, and PEFT changes only one of them: "
-            "no stored matrix has the same effect. Train the adapter without it."
+            f"in {checkpoint.name} other matrices than head and embedding are the same one, and PEFT changes only one "
+            "of them: no stored matrix has the same effect. Train the adapter without it."
         )
     return None
 
