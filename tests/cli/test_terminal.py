@@ -102,3 +102,38 @@ def test_a_manifest_cannot_write_a_verdict(portllm, tmp_path):
     assert lines[-1].startswith("not verified: ")
     assert not any(line.startswith(("  ok  signature", "verified")) for line in lines)
     assert json.loads(portllm("verify", tmp_path, "--json").out)["verified"] is False
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("set_to", "colored"), [(None, True), ("1", False)])
+def test_a_verdict_has_color_on_a_terminal_unless_its_user_wants_none(monkeypatch, set_to, colored):
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("NO_COLOR", set_to)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    say("holds: " + "word " * 20 + "\nthe rest", tone="good")
+    shown = terminal.getvalue()
+    assert ("\x1b[32m" in shown) is colored
+    assert shown.count("\n") == 4
+    assert re.sub(r"\x1b\[\d+m", "", shown).endswith("\nthe rest\n")
+
+
+def test_json_is_not_wrapped_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    print_json({"text": "word " * 40})
+    assert json.loads(terminal.getvalue()) == {"text": "word " * 40}
+
+
+def test_what_is_piped_has_whole_lines_and_no_color(capsys):
+    say("word " * 60, tone="bad")
+    assert capsys.readouterr().out == "word " * 60 + "\n"

@@ -166,11 +166,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(reader, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_is_told_of_every_step(reader, tmp_path):
+def test_progress_is_told_of_every_step_with_its_loss(reader, tmp_path):
     told = []
     settings = TrainSettings(steps=3, batch_size=2)
-    train_lora(reader, EXAMPLES, settings, tmp_path / "a", device="cpu", progress=lambda *what: told.append(what))
-    assert told == [("train", done, 3, "steps") for done in range(4)]
+    report = train_lora(
+        reader, EXAMPLES, settings, tmp_path / "a", device="cpu", progress=lambda *what: told.append(what)
+    )
+    labels = ["train", *(f"train: loss {loss:.3f}" for loss in report.losses)]
+    assert told == [(label, done, 3, "steps") for done, label in enumerate(labels)]
 
 
 def test_all_settings_out_of_range_are_named():

@@ -65,6 +65,8 @@ def _reasons(certificate: Certificate) -> Iterator[str]:
 
 
 def _next(certificate: Certificate, k: int, wanted: float, compared: Compared) -> tuple[str, str]:
+    if certificate.met and certificate_doubts(certificate):
+        return "certify again, with inputs that are random draws and --choices named beforehand", ""
     if certificate.met and compared.merged is not None:
         return f"serve {compared.merged}", ""
     if certificate.met:

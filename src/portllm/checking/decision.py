@@ -20,7 +20,7 @@ TONES: Mapping[Answer, Tone] = {
 ACTIONS: Mapping[Answer, str] = {
     Answer.HOLDS: "port it as it is",
     Answer.UNCERTAIN: "measure it before you ship it",
-    Answer.WILL_NOT_HOLD: "train it again",
+    Answer.WILL_NOT_HOLD: "fit it to the new base, or train it again",
     Answer.CANNOT_BE_PORTED: "train it again, or remove what is in the way",
 }
 
@@ -47,7 +47,7 @@ def decide(patch: PatchReport, evolved: str, *, checked: Checked | None = None, 
     if patch.forecast is not None:
         reasons.append(_forecast(patch.forecast))
     reasons += [f"Note: {remark}." for remark in patch.verdict.remarks]
-    next_, command = _next(patch.name, answer, checked) if checked is not None else ("", "")
+    next_, command = _next(patch, checked) if checked is not None else ("", "")
     return Headline(TONES[answer], f"{answer}: {patch.name} on {evolved}; {ACTIONS[answer]}", reasons, next_, command)
 
 
@@ -81,19 +81,17 @@ def _forecast(expected: Expected) -> str:
     return f"If it goes as on updates of {expected.shipped.base}, it keeps of retraining's gain: {told}."
 
 
-def _next(patch: str, answer: Answer, checked: Checked) -> tuple[str, str]:
-    match answer:
-        case Answer.HOLDS:
-            return "port it", _port(patch, checked)
-        case Answer.UNCERTAIN:
-            measure = ("--base", checked.base, "--patch", patch, "--evolved", checked.evolved, "--ported", "PORTED")
-            test = command_line("portllm", "evaluate", *measure, "--data", "TEST.jsonl", "--max-loss", "2")
-            return "port it, and measure the loss", f"{_port(patch, checked)} && {test}"
-        case _:
-            again = ("--base", checked.evolved, "--teacher", patch, "--teacher-base", checked.base)
-            train = command_line("portllm", "train", *again, "--data", "INPUTS.jsonl", "-o", "PATCH")
+def _next(patch: PatchReport, checked: Checked) -> tuple[str, str]:
+    """The port by the method that the verdict names, or a new training from the old patch's answers."""
+    models = ("--base", checked.base, "--evolved", checked.evolved)
+    match patch.verdict.method:
+        case None:
+            again = ("--base", checked.evolved, "--teacher", patch.name, "--teacher-base", checked.base)
+            train = command_line("portllm", "train", *again, "--data", "INPUTS.jsonl", "-o", "OUTPUT")
             return "train it on its own data, or from the old patch's answers", train
-
-
-def _port(patch: str, checked: Checked) -> str:
-    return command_line("portllm", "port", patch, "--base", checked.base, "--evolved", checked.evolved, "-o", "PORTED")
+        case "align":
+            fitted = ("--method", "align", "--text", "PROMPTS.jsonl", "-o", "PORTED")
+            said = "port it by align, which measures what it keeps, then measure the loss with portllm evaluate"
+            return said, command_line("portllm", "port", patch.name, *models, *fitted)
+        case _:
+            return "port it", command_line("portllm", "port", patch.name, *models, "-o", "PORTED")

@@ -80,10 +80,10 @@ def change_sentence(change: float) -> str:
 
     Example:
         >>> [change_sentence(value) for value in (-0.0125, 0.0, 0.03)]
-        ['Loses 1.2 points of accuracy', 'Loses no accuracy', 'Gains 3.0 points of accuracy']
+        ['Loses 1.2 points of accuracy', 'Shows no change in accuracy', 'Gains 3.0 points of accuracy']
     """
     if not change:
-        return "Loses no accuracy"
+        return "Shows no change in accuracy"
     return f"{'Loses' if change < 0 else 'Gains'} {points(abs(change)).lstrip('+')} points of accuracy"
 
 

@@ -31,7 +31,7 @@ def headline_lines(headline: Headline) -> list[str]:
     r"""A headline for the terminal.
 
     Example:
-        >>> print(*headline_lines(Headline("good", "Safe.", ["so it is"], "Merge it", "portllm merge p")), sep="\\n")
+        >>> print(*headline_lines(Headline("good", "Safe.", ["so it is"], "Merge it", "portllm merge p")), sep="\n")
         Safe.
           - so it is
         Next: Merge it:

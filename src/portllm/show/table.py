@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 from portllm.progress import Unit
+from portllm.show.numbers import unbroken
 from portllm.show.printable import one_line
 
 LEAD = re.compile(r"\s*(?:- |note: |warning: |\S.{0,28}?\s{2,}(?=\S))?")
@@ -119,12 +120,11 @@ def wrapped(line: str, width: int) -> list[str]:
     indent = 0 if begin is None else begin.end()
     if indent > width // 2:
         indent = 4
-    return textwrap.wrap(
-        line,
+    lines = textwrap.wrap(
+        unbroken(line),
         width,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
-        drop_whitespace=True,
-        replace_whitespace=False,
     )
+    return [part.replace("\u00a0", " ") for part in lines]

@@ -1,0 +1,31 @@
+"""The sentence of check, and the command that follows from each verdict."""
+
+import pytest
+
+from portllm.checking.decision import Checked, decide
+from portllm.checking.report import PatchReport
+from portllm.checking.verdict import Answer, Reason, Verdict
+
+
+def patch(answer):
+    return PatchReport("my patch", Verdict(answer, (Reason(answer, "so it was found."),)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "tone", "action", "command"),
+    [
+        (Answer.HOLDS, "good", "port it as it is", "portllm port 'my patch' --base v1 --evolved v2 -o PORTED"),
+        (Answer.UNCERTAIN, "doubt", "measure it before you ship it", "--method align --text PROMPTS.jsonl -o PORTED"),
+        (Answer.CANNOT_BE_PORTED, "bad", "train it again", "portllm train --base v2 --teacher 'my patch'"),
+    ],
+)
+def test_each_verdict_says_what_to_do_and_by_which_command(answer, tone, action, command):
+    headline = decide(patch(answer), "v2", checked=Checked("v1", "v2"))
+    assert headline.tone == tone
+    assert headline.text.startswith(f"{answer}: my patch on v2; {action}")
+    assert command in headline.command
+    assert list(headline.reasons) == ["so it was found."]
+
+
+def test_without_names_no_command_is_made_up():
+    assert decide(patch(Answer.HOLDS), "v2").command == ""
