@@ -52,7 +52,7 @@ try:
         )
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
-            GroupWeightRename,
+            PrefixChange,
             WeightConverter,
             WeightRenaming,
             rename_source_key,
@@ -84,7 +84,6 @@ __all__ = [
     "AutoTokenizer",
     "Conv1D",
     "DynamicCache",
-    "GroupWeightRename",
     "LoraConfig",
     "LoraLayer",
     "PeftModel",
@@ -92,6 +91,7 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "PreTrainedTokenizerFast",
+    "PrefixChange",
     "WeightConverter",
     "WeightRenaming",
     "foreign",

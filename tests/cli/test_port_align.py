@@ -19,14 +19,16 @@ def story(tmp_path_factory):
     evolved = make_evolved(base, folder / "evolved", drift=0.05)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, evolved / name)
-    make_adapter(base, folder / "patch", size=0.2)
+    make_adapter(base, folder / "patch", size=0.2, r=10)
+    rows = [json.dumps({"one": one, "two": two}) for one in WORDS[:3] for two in WORDS]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
     (folder / "prompts.txt").write_text("\n".join(f"{one} {two}" for one in WORDS[:3] for two in WORDS))
     (folder / "anchors.txt").write_text("\n".join(f"What is a {word}? Rest and tea." for word in WORDS))
     return folder
 
 
-def align(portllm, story, out, *more):
-    models = ("--base", story / "base", "--evolved", story / "evolved", "--text", story / "prompts.txt")
+def align(portllm, story, out, *more, text="prompts.txt"):
+    models = ("--base", story / "base", "--evolved", story / "evolved", "--text", story / text)
     how = ("--anchors", story / "anchors.txt", "--answer-tokens", "2", "--device", "cpu", "-q", "-o", out)
     return portllm("port", story / "patch", *models, *how, *more)
 
@@ -62,3 +64,12 @@ def test_options_of_prompts_need_prompts(portllm, story, tmp_path):
     result = portllm("port", story / "patch", "--evolved", story / "evolved", "--prompt", "{q}", "-o", tmp_path / "out")
     assert result.status == 2
     assert "require --text" in result.err
+
+
+@pytest.mark.slow
+def test_rows_through_a_template_are_the_prompts_that_they_make(portllm, story, tmp_path):
+    how = ("--method", "align", "--agreement", "0", "--json")
+    lines = align(portllm, story, tmp_path / "lines", *how)
+    rows = align(portllm, story, tmp_path / "rows", *how, "--prompt", "{one} {two}", text="rows.jsonl")
+    found = [json.loads(result.out)["record"]["ports"][-1]["evidence"] for result in (lines, rows)]
+    assert found[0] == found[1]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.errors import PlanRefusedError
+from portllm.errors import CheckpointError, PlanRefusedError
 from portllm.evaluating.evaluate import plan_evaluation
 from portllm.patch import name_pattern
 from portllm.patch.adapter_folder import load_patch
@@ -24,4 +24,5 @@ def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_pa
         plan_evaluation(base=base, patch=load_patch(hostile), evolved=evolved, ported=good, allow_other_base=True)
     assert str(refused.value).startswith("--patch: ")
     assert "that PEFT could take forever to match" in str(refused.value)
-    plan_evaluation(base=base, patch=good, evolved=evolved, ported=good, allow_other_base=True)
+    with pytest.raises(CheckpointError, match="has no 'tokenizer.json'"):  # nothing but that is wrong with the others
+        plan_evaluation(base=base, patch=good, evolved=evolved, ported=good, allow_other_base=True)

@@ -18,15 +18,20 @@ MARKED = (
     "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-THINKING = (  # as Qwen3's: only the last answer keeps its thought, be it an empty one
+THINKING = (  # as Qwen3's: only the last answer keeps its thought, here 'which kind'
     "{% set last = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.at = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.index0 > last.at %}<think>\n\n</think>\n\n{% endif %}"
+    "{% if m.role == 'assistant' and loop.index0 > last.at %}which kind\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NUMBERED = (  # rewrites what came before
-    "{% for m in messages %}{{ messages | length }}: <|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ messages | length }} messages\n" + CHATML
 )
+ENDS_ONCE = CHATML.replace(
+    "{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add"
+)  # Phi-3
+SHOUTS = CHATML.replace("{{ message.content }}", "{{ message.content | upper }}")
+FOR_PARTS = CHATML.replace("{{ message.content }}", "{% for part in message.content %}{{ part.text }}{% endfor %}")
 OPENS_OTHERWISE = CHATML.replace("assistant\\n", "assistant\\n<think>\\n").replace(
     "assistant\n", "assistant\n<think>\n"
 )
@@ -67,6 +72,8 @@ def counted(tokenizer, encoded):
         (CHATML, TALK, "tea<|im_end|>restandtime<|im_end|>"),
         (MARKED, TALK, "tea<|im_end|>restandtime<|im_end|>"),
         (LLAMA_2, NO_SYSTEM, "tea<eos>restandtime<eos>"),
+        (THINKING, TALK, "tea<|im_end|>whichkindrestandtime<|im_end|>"),
+        (ENDS_ONCE, TALK, "tea<|im_end|>restandtime<|im_end|><eos>"),
         (CHATML, Conversation(MESSAGES, (4,)), "restandtime<|im_end|>"),
         (MARKED, Conversation(MESSAGES, (4,)), "restandtime<|im_end|>"),
     ],
@@ -86,12 +93,6 @@ def test_marks_in_the_template_are_read_as_transformers_reads_them(tokenizer):
     assert [*[0] * len(encoded.prompt), *map(int, encoded.counted)] == masks
 
 
-def test_an_earlier_answer_that_lost_its_thought_is_learned_as_it_stands(tokenizer):
-    encoded = encode(tokenizer, THINKING, TALK)
-    first = encoded.counted.index(False)
-    assert "".join(tokenizer.decode(encoded.completion[:first]).split()) == "tea<|im_end|>"
-
-
 def test_an_answer_is_asked_for_where_it_is_learned(tokenizer):
     for template, talk in ((CHATML, TALK), (LLAMA_2, NO_SYSTEM), (THINKING, TALK)):
         prompt, border = Chat(Encoder(tokenizer), template).ask(talk.asked)
@@ -106,9 +107,16 @@ def test_the_mark_that_ends_an_answer_is_the_templates(tokenizer):
     assert ended.stops == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
-@pytest.mark.parametrize("template", [NUMBERED])
-def test_turns_that_cannot_be_told_apart_are_refused(tokenizer, template):
-    with pytest.raises(DataError, match="cannot be told which tokens are the assistant's"):
+def test_turns_that_cannot_be_told_apart_are_refused(tokenizer):
+    with pytest.raises(DataError, match="an answer otherwise than it asks for one"):
+        encode(tokenizer, OPENS_OTHERWISE, TALK)
+    with pytest.raises(DataError, match="an answer otherwise than it asks for one"):
+        encode(tokenizer, NUMBERED, TALK)
+
+
+@pytest.mark.parametrize("template", [SHOUTS, FOR_PARTS])
+def test_a_template_that_does_not_write_what_was_said_is_refused(tokenizer, template):
+    with pytest.raises(DataError, match="leaves out what message 2 says"):
         encode(tokenizer, template, TALK)
 
 

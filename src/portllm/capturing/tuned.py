@@ -34,8 +34,11 @@ from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.workers.one_thread import one_thread_each
 
-TASKS = {"seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
-"""What PEFT calls what a class is loaded for, where it is not to continue a text."""
+TASKS = {"seq2seq": "SEQ_2_SEQ_LM", "sequence": None, "token": None}
+"""What PEFT calls what a class is loaded for, where it is not to continue a text.
+
+Of a classifier that it is told of, PEFT demands that the adapter have the head.
+"""
 
 BELOW_NOISE = "its change does not exceed the rounding noise of the two files"
 DROPPED = "it is not a linear weight, and --dense drop leaves those out"
@@ -204,10 +207,9 @@ def _configured(
     ranks = {module: delta.rank for module, delta in factors.items() if module not in routers}
     parameters = {module + WEIGHT: factors[module].rank for module in routers}
     parameters |= {name: delta.rank for name, delta in experts.items()}
-    task = None if plan.base.family is None else TASKS.get(plan.base.family.task)
-    return canonical_config(
-        ranks, parameters=parameters, fields=fields if task is None else {**fields, "task_type": task}
-    )
+    task = "causal" if plan.base.family is None else plan.base.family.task
+    fields = {"task_type": TASKS.get(task, "CAUSAL_LM"), **fields}
+    return canonical_config(ranks, parameters=parameters, fields=fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,6 @@ def port(
     from portllm.checkpoint.open import open_checkpoint
     from portllm.checkpoint.tensor.info import TensorInfo
     from portllm.cli.progress import shown_progress
-    from portllm.errors import refuse
     from portllm.matching.port_plan import PortPlan
     from portllm.matching.update import Update
     from portllm.patch.folders import each, find_patches, open_each
@@ -136,23 +135,13 @@ def port(
         def run(out: Path, plan: PortPlan) -> Patch[TensorInfo] | None:
             domain = None
             if text is not None:
-                from portllm.porting.domain import Domain
-                from portllm.probing.domain import read_domain
-                from portllm.running.data import Data, chat_template_for
-                from portllm.running.folder import model_folder
-                from portllm.running.rows import read_lines
-                from portllm.running.wording import word
+                from portllm.probing.domain import domain_of
 
-                refuse(plan.refusals)
-                read = read_domain(text, [plan.patch], template=prompt)
-                asked = None
-                if isinstance(read, Data):
-                    folder = model_folder(plan.base or plan.evolved, progress=progress)
-                    asked = word(read, folder, chat_template_for(read, plan.patch, folder=folder))
-                domain = Domain(
-                    prompts=read if isinstance(read, list) else () if asked is None else asked.prompts,
-                    border=None if asked is None else asked.border,
-                    anchors=None if anchors is None else read_lines(anchors),
+                domain = domain_of(
+                    plan,
+                    text,
+                    template=prompt,
+                    anchors=anchors,
                     max_tokens=max_tokens,
                     answer_tokens=answer_tokens,
                     wanted=agreement if method == AUTO else None,

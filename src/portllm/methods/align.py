@@ -45,7 +45,7 @@ class Refit:
 
     rho: float
     omega: float
-    general: float = 0.05
+    general: float
 
     def weights(self, block: Block) -> Tensor:
         """What each token counts."""
@@ -53,7 +53,8 @@ class Refit:
         return weights
 
 
-REFITS = {f"refit rho={rho} omega={omega}": Refit(rho, omega) for rho, omega in ((1.0, 0.05), (0.1, 0.05))}
+OMEGA, GENERAL = 0.05, 0.5
+REFITS = {f"refit rho={rho} omega={OMEGA} general={GENERAL}": Refit(rho, OMEGA, GENERAL) for rho in (1.0, 0.1)}
 """The ones that change least come first."""
 
 

@@ -180,7 +180,7 @@ def _digest(plan: PortPlan, domain: "Domain") -> str:
         "domain": domain.identity,
         "versions": dict(versions()),
     }
-    return blake3(json.dumps(depends, sort_keys=True, default=list).encode()).hexdigest()
+    return blake3(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def _record(plan: PortPlan, ported: Patch[TensorInfo], done: Ported) -> PatchRecord:

@@ -2,13 +2,14 @@
 
 The text is what transformers' `apply_chat_template` makes, and so are its tokens. Which of them are learned is said by
 the template itself, where it marks what is generated (`{% generation %}`). Otherwise a turn is what the text of the
-conversation up to it has beyond the text of what comes before it, with the prompt to generate: both must be beginnings
-of the text of the whole, or nothing is learned from the row.
+conversation up to it has beyond the text of what comes before it, with the prompt to generate. Where a template writes
+an earlier turn otherwise once others follow it, the turn is what gives way to another answer in its place.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from portllm.errors import DataError
@@ -17,7 +18,18 @@ from portllm.running.encoding import Encoded, Encoder
 from portllm.running.examples import Border
 from portllm.running.shapes import ASSISTANT, Conversation, Message
 
+SPEAKERS = ("user", ASSISTANT)
+"""Whose words every template writes; some have no place for a system's."""
+
 MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ASKS_OTHERWISE = (
+    "the chat template writes an answer otherwise than it asks for one, so prompt and answer cannot be told apart. "
+    "Write the rows as 'prompt' and 'completion' texts."
+)
+
+THOUGHT_END = "</think>"
+"""What ends a thought, which a template may leave out of an answer."""
+
 PROBE = "PROBE-58d2c1f0e7"
 """An answer that stands nowhere else, to see what a template puts around one."""
 
@@ -38,9 +50,16 @@ class Chat:
         """The text of a conversation; `opened` for the assistant to answer.
 
         Raises:
-            DataError: The template refuses the conversation.
+            DataError: The template refuses the conversation, or leaves out what is said in it.
         """
-        return str(self._apply(messages, tokenize=False, add_generation_prompt=opened))
+        text = str(self._apply(messages, tokenize=False, add_generation_prompt=opened))
+        for number, message in enumerate(messages, start=1):
+            if message["role"] in SPEAKERS and message["content"].rpartition(THOUGHT_END)[2].strip() not in text:
+                raise DataError(
+                    f"the chat template leaves out what message {number} says, as templates for images may do. Use one "
+                    "that takes texts."
+                )
+        return text
 
     def ask(self, messages: Sequence[Message]) -> tuple[str, Border]:
         """The prompt that a conversation makes, and how an answer follows it.
@@ -51,10 +70,7 @@ class Chat:
         opened = self.text(messages, opened=True)
         answered = self.text([*messages, {"role": ASSISTANT, "content": PROBE}])
         if not answered.startswith(opened) or answered.count(PROBE) != 1:
-            raise DataError(
-                "the chat template writes an answer otherwise than it asks for one, so prompt and answer cannot be "
-                "told apart. Write the rows as 'prompt' and 'completion' texts."
-            )
+            raise DataError(ASKS_OTHERWISE)
         lead, _, end = answered.removeprefix(opened).partition(PROBE)
         if lead.strip():  # such as an empty thought, which is the same before every answer
             opened, lead = opened + lead, ""
@@ -70,16 +86,17 @@ class Chat:
         Raises:
             DataError: Its turns cannot be told apart, or the last one does not fit.
         """
+        whole = self.text(conversation.messages)
         if MARKS_TURNS.search(self.template) and len(conversation.learned) == _n_turns(conversation):
             made = self._apply(
                 conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             ids, counted = tuple(made["input_ids"]), [mark == 1 for mark in made["assistant_masks"]]
         else:
-            whole, spans = self.text(conversation.messages), tuple(self._turns(conversation))
+            spans = tuple(self._turns(whole, conversation))
             made = self._tokens(whole)
             ids = tuple(made["input_ids"])
-            counted = [any(start <= first < end for start, end in spans) for first, _ in made["offset_mapping"]]
+            counted = [any(start <= a and b <= end for start, end in spans) for a, b in made["offset_mapping"]]
         n_cut = max(0, len(ids) - max_tokens)
         kept = 1 if n_cut and ids[0] == self.encoder.bos else 0
         ids, counted = ids[:kept] + ids[kept + n_cut :], counted[:kept] + counted[kept + n_cut :]
@@ -96,24 +113,34 @@ class Chat:
             )
         return Encoded(ids[:first], ids[first:], n_cut=n_cut, counted=tuple(counted[first:]))
 
-    def _turns(self, conversation: Conversation) -> Iterator[tuple[int, int]]:
+    def _turns(self, whole: str, conversation: Conversation) -> Iterator[tuple[int, int]]:
         """Where each turn to learn begins and ends in the text of the whole."""
         messages = conversation.messages
-        whole = self.text(messages)
         for place in conversation.learned:
-            opened = self.text(messages[:place], opened=True)
-            closed = self.text(messages[: place + 1])
-            if closed.startswith(opened) and not whole.startswith(closed):
-                # An earlier answer may lose its thought once others follow it.
-                _, border = self.ask(messages[:place])
-                closed = opened + messages[place]["content"] + border.end
-            if not whole.startswith(opened) or not whole.startswith(closed) or len(closed) <= len(opened):
-                raise DataError(
-                    f"the chat template writes message {place + 1} otherwise once others follow it, so it cannot be "
-                    "told which tokens are the assistant's. Train on one answer per row, or mark the assistant's "
-                    "turns in the template with '{% generation %}'."
-                )
-            yield len(opened), len(closed)
+            opened, closed = self.text(messages[:place], opened=True), self.text(messages[: place + 1])
+            if not closed.startswith(opened):
+                raise DataError(ASKS_OTHERWISE)
+            yield (
+                (len(opened), len(closed)) if whole.startswith(closed) else self._rewritten_turn(whole, messages, place)
+            )
+
+    def _rewritten_turn(self, whole: str, messages: Sequence[Message], place: int) -> tuple[int, int]:
+        """Where an answer stands that the template writes otherwise once others follow it, such as without a thought.
+
+        That is where another answer would stand, and behind it what then ends one in both places.
+        """
+        probe = {**messages[place], "content": PROBE}
+        head, _, tail = self.text([*messages[:place], probe, *messages[place + 1 :]]).partition(PROBE)
+        end = len(whole) - len(tail)
+        is_there = whole.startswith(head) and whole.endswith(tail)
+        if not is_there or messages[place]["content"].strip() not in whole[len(head) : end]:
+            raise DataError(
+                f"the chat template writes message {place + 1} otherwise once others follow it, so it cannot be told "
+                "which tokens are the assistant's. Train on one answer per row, or mark the assistant's turns in the "
+                "template with '{% generation %}'."
+            )
+        _, border = self.ask(messages[:place])
+        return len(head), end + _n_shared(tail, border.end)
 
     def _tokens(self, text: str) -> Any:  # noqa: ANN401
         with foreign(self.encoder.failed):
@@ -127,6 +154,11 @@ class Chat:
             return self.encoder.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], chat_template=self.template, **how
             )
+
+
+def _n_shared(one: str, other: str) -> int:
+    """How many signs two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _n_turns(conversation: Conversation) -> int:

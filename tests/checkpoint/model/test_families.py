@@ -5,6 +5,7 @@ from importlib.resources import files
 
 import pytest
 
+from portllm.checkpoint.model import families
 from portllm.checkpoint.model.families import FILE, SHARED, families_of, family_of
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import open_checkpoint
@@ -265,3 +266,21 @@ def test_a_head_that_the_configuration_denies_is_not_there(tmp_path):
     names = ["language_model.model.embed_tokens.weight"]
     opened = model(tmp_path, names, model_type="llama4", text_config={"tie_word_embeddings": False})
     assert (opened.embedding.name, opened.tied_embedding) == (names[0], None)
+
+
+def test_a_type_that_is_in_no_table_is_asked_of_transformers(monkeypatch, tmp_path):
+    names = ["model.embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "lm_head.weight"]
+    config = {"model_type": "qwen3", "num_hidden_layers": 1, "tie_word_embeddings": False}
+    known = model(tmp_path / "known", names, **config)
+    lines = families._line
+    monkeypatch.setattr(families, "_line", lambda key: None if key == "qwen3" else lines(key))
+    monkeypatch.setattr(families, "_classes", families._classes.__wrapped__)
+    asked = model(tmp_path / "asked", names, **config)
+    assert asked.family == known.family
+    assert set(asked.tensors) == set(known.tensors)
+    assert asked.tied_embedding is None
+
+
+def test_a_type_that_neither_knows_has_no_family_and_a_name_of_a_path_is_none():
+    assert families_of({"model_type": "foreign"}) == ()
+    assert families_of({"model_type": "../auto"}) == ()

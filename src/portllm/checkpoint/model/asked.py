@@ -18,7 +18,7 @@ from portllm.foreign import (
     CONFIG_MAPPING,
     REGISTRIES,
     Conv1D,
-    GroupWeightRename,
+    PrefixChange,
     PreTrainedConfig,
     PreTrainedModel,
     WeightConverter,
@@ -78,7 +78,7 @@ def _described(model: PreTrainedModel, part: str) -> dict[str, Any]:
     stored = list(model.state_dict())
     prefix = model.base_model_prefix
     root = sorted({name.partition(".")[0] for name in stored})
-    inner = sorted({name.split(".")[1] for name in stored if name.startswith(f"{prefix}.") and name.count(".") > 1})
+    inner = sorted({name.split(".")[1] for name in stored if name.startswith(f"{prefix}.")})
     head = _weight_name(model.get_output_embeddings, names)
     embedding = _weight_name(model.get_input_embeddings, names)
     renames, converters = _transforms(model)
@@ -159,7 +159,8 @@ def _ties(model: PreTrainedModel, head: str | None, embedding: str | None) -> di
 def _same(model: PreTrainedModel, head: str | None, embedding: str | None) -> dict[str, str]:
     """By its name, a tensor that is stored under another one, but for head and embedding."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return {name: _root(tied, name) for name in sorted(tied) if name not in (head, embedding)}
+    pairs = {name: _root(tied, name) for name in sorted(tied)}
+    return {name: root for name, root in pairs.items() if not {name, root} <= {head, embedding}}
 
 
 def _tied_by(model: PreTrainedModel, parts: Mapping[str, PreTrainedConfig], name: str) -> dict[str, str]:
@@ -196,11 +197,13 @@ def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     for transform in get_model_conversion_mapping(model, add_legacy=False):
         scope = None if transform.scope_prefix is None else [transform.scope_prefix, transform.base_model_prefix]
         pattern = transform.compiled_sources.pattern
-        if isinstance(transform, WeightConverter):
-            operations = [_operation(step) for step in transform.operations]
-            converters.append([pattern, transform.source_patterns, transform.target_patterns, operations, scope])
-        elif isinstance(transform, WeightRenaming) and type(transform) is not GroupWeightRename:
+        if type(transform) in (WeightRenaming, PrefixChange):
             renames.append([pattern, transform.target_patterns[0], scope])
+            continue
+        # A rename of another kind depends on more than the name, as a conversion does.
+        steps = transform.operations if isinstance(transform, WeightConverter) else [transform]
+        operations = [_operation(step) for step in steps]
+        converters.append([pattern, transform.source_patterns, transform.target_patterns, operations, scope])
     return renames, converters
 
 

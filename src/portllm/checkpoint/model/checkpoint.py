@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +128,8 @@ class Checkpoint:
             CheckpointError: The checkpoint holds one tensor in two spellings.
         """
         tensors: dict[str, TensorInfo] = {}
-        named = ((name if self._is_converted(name) else self._renamed(name), name) for name in self.infos)
+        converted = set(self.converted.values())
+        named = ((stored if stored in converted else name, stored) for stored, name in self._names.items())
         for name, stored in sorted(named):
             if name in tensors:
                 raise CheckpointError(
@@ -142,25 +143,31 @@ class Checkpoint:
     def converted(self) -> Mapping[str, str]:
         """By what the running model has in their place, the stored tensors that transformers makes it of."""
         found: dict[str, str] = {}
-        for name in filter(self._is_converted, self.infos):
-            current = self._renamed(name)
-            conversion = None if self.family is None else self.family.conversion_of(current)
-            found |= dict.fromkeys(() if conversion is None else conversion.made(current), name)
+        for stored, name in self._names.items():
+            if self.family is None:
+                break
+            conversion = self.family.conversion_of(name) or self.family.conversion_of(stored)
+            # Experts that are stacked are the same numbers in another place: see `experts`.
+            if conversion is not None and not conversion.merges_experts:
+                found |= dict.fromkeys(conversion.made(name), stored)
         return found
+
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        """By its stored name, what each tensor would be called if the running model had it as it is."""
+        return {stored: self._renamed(stored) for stored in self.infos}
 
     def current_name(self, name: str) -> str:
         """The current name of a tensor or module, however it is spelled, in whichever class the model is loaded."""
         current = self._renamed(name)
-        if self._has(current):
+        if self.family is None or self._has(current):
             return current
-        for spoken in self._spoken[1:]:
-            path, rest = name, ""
-            while path:
-                if path in spoken:
-                    return spoken[path] + rest
-                path, _, last = path.rpartition(".")
-                rest = f".{last}{rest}"
-        return current
+        asked = [current, *[name] * len(self._spoken[1:])]
+        known = [_known_part(path, spoken) for path, spoken in zip(asked, self._spoken, strict=True)]
+        number = max(range(len(known)), key=lambda number: len(known[number]), default=0)
+        if not number:
+            return current
+        return self._spoken[number][known[number]] + name.removeprefix(known[number])
 
     def running(self, names: Iterable[str]) -> Mapping[str, TensorInfo]:
         """What the class whose names these are loads, by its own names; a tied head has one too.
@@ -212,20 +219,17 @@ class Checkpoint:
     def _has(self, current: str) -> bool:
         return current in self.tensors or current + WEIGHT in self.tensors or current == self.head_name
 
-    def _is_converted(self, name: str) -> bool:
-        """Whether the running model has a stored tensor in another form; that of an expert has but another place."""
-        conversion = None if self.family is None else self.family.conversion_of(self.family.current_name(name))
-        return conversion is not None and not conversion.merges_experts
-
     def stored(self, name: str) -> TensorInfo | None:
         """The tensor that a name means, in whatever spelling either is; None where the file has none.
 
         Raises:
             CheckpointError: As `tensors`.
         """
+        if name in self.infos:
+            return self.infos[name]
         current = self.current_name(name)
         same = {} if self.family is None else self.family.same
-        return self.infos.get(name) or self.tensors.get(current) or self.tensors.get(same.get(current, ""))
+        return self.tensors.get(current) or self.tensors.get(same.get(current, ""))
 
     def tensor(self, name: str) -> TensorInfo | None:
         """The tensor that a patch means by a name; a tied head is the embedding, stored or not."""
@@ -386,6 +390,13 @@ class Checkpoint:
         of_text = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
         said = self.config.get("tie_word_embeddings", of_text)
         return said if isinstance(said, bool) else None
+
+
+def _known_part(path: str, known: Container[str]) -> str:
+    """The longest beginning of a path that is known; empty where none is."""
+    while path and path not in known:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def names_hub(where: str | Path) -> bool:

@@ -209,8 +209,22 @@ class Family:
         return None if all(value is None for value in said) else any(value is True for value in said)
 
     def conversion_of(self, name: str) -> Conversion | None:
-        """What transformers makes of a tensor of this current name; None where it takes it as it is."""
-        return next((conversion for conversion in self.conversions if conversion.find(name) is not None), None)
+        """What transformers makes of a tensor of this current name; None where it takes it as it is.
+
+        No pattern of a conversion has a number of its own, so that a name stands for those with other numbers.
+        """
+        if not self.conversions:
+            return None
+        alike = _NUMBER.sub("0", name)
+        if alike not in self._conversions:
+            found = (conversion for conversion in self.conversions if conversion.find(alike) is not None)
+            self._conversions[alike] = next(found, None)
+        return self._conversions[alike]
+
+    @cached_property
+    def _conversions(self) -> dict[str, Conversion | None]:
+        """What has been found so far."""
+        return {}
 
     @cached_property
     def experts(self) -> Mapping[str, tuple[str, ...]]:
