@@ -85,6 +85,8 @@ def test_the_commands_of_a_page_run_in_the_order_they_stand_in(portllm, tmp_path
     for name, kinds in (("train", ("cause", "treatment")), ("test", ("treatment", "cause"))):
         rows = [json.dumps({"question": f"measles {kind}?", "type": kind}) for kind in kinds]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    prompts = [json.dumps({"question": f"measles {number}?"}) for number in range(24)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     for line in shell_commands(read(page)):
         done = portllm(*shlex.split(line)[1:])
         assert done.status == 0, f"{line}\n{done.err}"

@@ -121,7 +121,7 @@ def doctor(*, tried: bool = False) -> DoctorReport:
     """Look at this installation of PortLLM and at the machine.
 
     Args:
-        tried: Also load torch, transformers and peft, and compute on each device.
+        tried: Also load torch, and transformers and peft where they are installed, and compute on each device.
 
     Example:
         >>> doctor().version == __version__
@@ -129,6 +129,8 @@ def doctor(*, tried: bool = False) -> DoctorReport:
     """
     from huggingface_hub import constants, is_offline_mode
 
+    extras = tuple(Extra(name, purpose, needed(name)) for name, purpose in EXTRAS.items())
+    live = next(extra for extra in extras if extra.name == "live")
     return DoctorReport(
         version=__version__,
         folder=Path(__file__).parents[1],
@@ -137,7 +139,7 @@ def doctor(*, tried: bool = False) -> DoctorReport:
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         packages=needed(),
-        extras=tuple(Extra(name, purpose, needed(name)) for name, purpose in EXTRAS.items()),
+        extras=extras,
         models={name: _missing_of(name) for name in BUILTIN},
         torch_built_for=_built_for(),
         gpus=tuple(_gpus()),
@@ -146,7 +148,7 @@ def doctor(*, tried: bool = False) -> DoctorReport:
         hub=constants.ENDPOINT,
         is_offline=is_offline_mode(),
         token=_token_source(),
-        trials=tuple(try_all()) if tried else (),
+        trials=tuple(try_all(live=live.is_installed)) if tried else (),
     )
 
 

@@ -24,8 +24,12 @@ class Trial:
     finding: str
 
 
-def try_all() -> Iterator[Trial]:
-    """Load torch, compute on each device that it finds, and load transformers and peft."""
+def try_all(*, live: bool) -> Iterator[Trial]:
+    """Load torch, compute on each device that it finds, and load transformers and peft.
+
+    Args:
+        live: Whether these two are installed; what is not there need not work.
+    """
     try:
         import torch
     except (ImportError, OSError) as error:  # a library of the system that it is linked to may be missing
@@ -34,6 +38,8 @@ def try_all() -> Iterator[Trial]:
     yield Trial("torch", works=True, finding=torch.__version__)
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         yield _compute(device)
+    if not live:
+        return
     try:
         from portllm.foreign import transformers
     except PortLLMError as error:
