@@ -49,7 +49,7 @@ def compared(task=TASK, without=(), **changed):
 
 
 def page_of(comparison, title):
-    return evaluate_page(comparison, decide(comparison), title=title, about={"data": f"{title}.jsonl"})
+    return evaluate_page(comparison, decide(comparison), title=title, compared={"data": f"{title}.jsonl"})
 
 
 COMPARISON = compared()

@@ -7,12 +7,13 @@ from portllm.certifying.bounds import POWER, least_inputs, plan_inputs
 from portllm.certifying.certificate import ASSUMES, Certificate
 from portllm.certifying.decision import decide
 from portllm.certifying.tables import certificate_facts, certificate_notes, claim, confidence_text, side_name
+from portllm.evaluating.decision import points_text
 from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, dots
 from portllm.show.html.figure import facts, figure, figures, table
 from portllm.show.html.markup import Html
-from portllm.show.html.page import bullets, document, fragment, paragraph, section
+from portllm.show.html.page import about, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points, upper_percent
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement
     """
     title = f"portllm certify: {side_name(certificate.ported)} against {side_name(certificate.specialist)}"
     parts = [
+        about(_about(certificate)),
         figures(*_shares(certificate), *_change(certificate)),
         section("In numbers", facts(certificate_facts(certificate)), bullets(certificate_notes(certificate))),
         *_claims(certificate),
@@ -54,6 +56,12 @@ def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement
 def notebook(certificate: Certificate) -> str:
     """What a notebook shows: what is claimed, and what was counted."""
     return fragment(decide(certificate), facts(certificate_facts(certificate)))
+
+
+def _about(certificate: Certificate) -> dict[str, str]:
+    known = certificate_facts(certificate)
+    limit = "none given" if certificate.wanted is None else f"{points_text(certificate.wanted)} of accuracy"
+    return {name: known[name] for name in ("old specialist", "ported", "inputs", "answers")} | {"limit": limit}
 
 
 def _shares(certificate: Certificate) -> list[Html]:

@@ -152,14 +152,14 @@ def evaluate(
     if page.is_wanted:
         from portllm.evaluating.page import evaluate_page
 
-        about = {
+        compared = {
             "models": f"{base}, updated to {evolved}",
             "patches": f"{patch}, ported to {ported}",
             "data": f"{comparison.n_rows:,} rows of {data or task}",
             "limit": "none given (--max-loss)" if accepted is None else f"{points_text(accepted)} of accuracy",
         }
         title = f"{patch.name} from {named(base)} to {named(evolved)}"
-        page.write(evaluate_page(comparison, headline, title=title, about=about))
+        page.write(evaluate_page(comparison, headline, title=title, compared=compared))
     from portllm.evaluating.text import render_comparison
 
     met = within(comparison, accepted)

@@ -17,9 +17,9 @@ from portllm.evaluating.tables import (
 from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, bars, dots
-from portllm.show.html.figure import facts, figure, figures, table
+from portllm.show.html.figure import figure, figures, table
 from portllm.show.html.markup import Html
-from portllm.show.html.page import bullets, document, fragment, paragraph, section
+from portllm.show.html.page import about, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points
 
 if TYPE_CHECKING:
@@ -34,18 +34,18 @@ RETENTION_MARKS = {0.0: "the evolved model", 1.0: "retrained"}
 """What no and full retention are."""
 
 
-def evaluate_page(comparison: "Comparison", headline: Headline, *, title: str, about: Mapping[str, str]) -> str:
+def evaluate_page(comparison: "Comparison", headline: Headline, *, title: str, compared: Mapping[str, str]) -> str:
     """The page of one comparison.
 
     Args:
         comparison: What `evaluate` found.
         headline: What follows from it, as from `decide`.
         title: What was compared, such as the names of patch and models.
-        about: What was compared, by name: models, patches, data, the limit.
+        compared: What was compared, by name: models, patches, data, the limit.
     """
     ports = _ports(comparison)
     parts = [
-        facts(about),
+        about(compared),
         figures(*_changes(ports), _scores(comparison), _losses(comparison), *_retention(ports)),
         section(
             "In numbers",

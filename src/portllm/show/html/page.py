@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 
@@ -63,6 +63,13 @@ def banner(headline: Headline, *, heading: str = "p") -> Html:
         command = [": ", element("code", headline.command)] if headline.command else ["."]
         parts.append(element("p", f"Next: {headline.next}", *command, class_="next"))
     return element("div", *parts, class_=f"verdict {headline.tone}")
+
+
+def about(rows: Mapping[str, str]) -> Html:
+    """What a page is about, in a line where there is room: models, patches, data, limits."""
+    return element(
+        "dl", *(element("div", element("dt", name), element("dd", text)) for name, text in rows.items()), class_="about"
+    )
 
 
 def section(title: str, *parts: str, level: int = 2) -> Html:
