@@ -279,6 +279,11 @@ def test_a_type_that_is_in_no_table_is_asked_of_transformers(monkeypatch, tmp_pa
     assert asked.family == known.family
     assert set(asked.tensors) == set(known.tensors)
     assert asked.tied_embedding is None
+    identity = fingerprint(asked), digest(asked)
+    monkeypatch.setattr(families.importlib.util, "find_spec", lambda name: None)
+    alone = model(tmp_path / "alone", names, **config)
+    assert alone.family is None
+    assert (fingerprint(alone), digest(alone)) == identity  # which does not depend on what is installed
 
 
 def test_a_type_that_neither_knows_has_no_family_and_a_name_of_a_path_is_none():

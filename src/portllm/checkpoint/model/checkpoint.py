@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class Checkpoint:
         config: `config.json`, or an empty mapping where there is none.
         metadata: String metadata of the first file's header.
         revision: The commit hash of a model of the hub, else None.
+        asks: Whether the transformers installed here is asked of a model type that is in no table.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Checkpoint:
     config: Mapping[str, object] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
     revision: str | None = None
+    asks: bool = field(default=True, repr=False)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, {len(self.infos)} tensors, {self.n_params:,} numbers)"
@@ -114,8 +116,14 @@ class Checkpoint:
     def _families(self) -> tuple[Family, ...]:
         """The classes that the model may be loaded into; a model of vision and text as a text model too."""
         inner = self.config.get("text_config")
-        of_text = families_of({"model_type": inner.get("model_type")}) if isinstance(inner, dict) else ()
-        return (*families_of(self.config), *of_text)
+        of_text = {"model_type": inner.get("model_type")} if isinstance(inner, dict) else {}
+        return (*families_of(self.config, ask=self.asks), *families_of(of_text, ask=self.asks))
+
+    @cached_property
+    def listed(self) -> "Checkpoint":
+        """The same model as the table of model types alone knows it: an identity depends on nothing installed."""
+        listed = replace(self, asks=False)
+        return self if listed._families == self._families else listed
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:

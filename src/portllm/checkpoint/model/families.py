@@ -286,8 +286,12 @@ class Family:
         return f"{self.prefix}.{name}" if first in self.inner and first not in self.root else name
 
 
-def families_of(config: Mapping[str, Any]) -> tuple[Family, ...]:
+def families_of(config: Mapping[str, Any], *, ask: bool = True) -> tuple[Family, ...]:
     """The classes that a model may be loaded into, from its `config.json`; first the one that it was saved from.
+
+    Args:
+        config: The configuration.
+        ask: Whether the transformers installed here is asked of a type that is not in the file.
 
     Example:
         >>> config = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
@@ -303,7 +307,7 @@ def families_of(config: Mapping[str, Any]) -> tuple[Family, ...]:
         model_type = None if first is None else _type_of(first)
     if model_type is None:
         return ()
-    known = _classes(model_type) or _asked(model_type, config)
+    known = _classes(model_type) or (_asked(model_type, config) if ask else ())
     return tuple(sorted(known, key=lambda family: family.name != first))
 
 

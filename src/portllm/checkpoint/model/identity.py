@@ -46,7 +46,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         CheckpointError: A file cannot be read.
     """
     state = blake3()
-    infos = list(stored_tensors(checkpoint.own_tensors))
+    infos = list(stored_tensors(checkpoint.listed.own_tensors))
     windows = [(info, *sample_window(name, info.n_bytes)) for name, info in infos]
     for (name, info), sample in zip(infos, read_spans(windows), strict=True):
         state.update(json.dumps([name, info.stored_as, info.shape]).encode())
@@ -67,7 +67,7 @@ def fingerprint_in(checkpoint: Checkpoint, dtype: str) -> str:
 
 def fingerprints_in(checkpoint: Checkpoint, dtypes: Sequence[str]) -> dict[str, str]:
     """`fingerprint_in` for several dtypes of one size, whose samples are the same numbers, read once."""
-    infos = list(stored_tensors(checkpoint.own_tensors))
+    infos = list(stored_tensors(checkpoint.listed.own_tensors))
     (width,) = {DTYPE_BITS[dtype] // 8 for dtype in dtypes}
     windows = [(info, sample_window(name, width * info.n_params)) for name, info in infos if _is_float(info)]
     floats = load_spans([(info, start // width, stop // width) for info, (start, stop) in windows])
@@ -111,8 +111,9 @@ def digest_of(digests: Mapping[str, str], checkpoint: Checkpoint) -> str:
 
     A head that only looks like the embedding it is said to be tied to counts: every byte of the model does.
     """
-    is_tied = all(same_values(pair.left, pair.right, known=digests) for pair in checkpoint.stored_twice)
-    infos = checkpoint.own_tensors if is_tied else checkpoint.tensors
+    listed = checkpoint.listed
+    is_tied = all(same_values(pair.left, pair.right, known=digests) for pair in listed.stored_twice)
+    infos = listed.own_tensors if is_tied else listed.tensors
     stored = sorted(stored_tensors(infos), key=lambda pair: pair[0])
     rows = [[name, info.stored_as, list(info.shape), digests[info.stored_name]] for name, info in stored]
     return DIGEST_PREFIX + blake3(json.dumps(rows).encode()).hexdigest()
