@@ -36,6 +36,16 @@ def test_the_rows_of_a_file_are_judged_as_the_patch_was_trained(portllm, models,
     assert (told["kind"], told["labels"], told["n_rows"]) == ("labels", ["0", "1"], 4)
 
 
+def test_a_limit_that_few_rows_cannot_show_to_be_kept_gives_status_three(portllm, models, rows):
+    asked = ("--data", rows / "sst2" / "validation.jsonl", "--json", "--max-loss")
+    for limit, status in ((2, 3), (100, 0)):
+        result = portllm("evaluate", *models, *asked, limit)
+        assert result.status == status, result.err
+        decided = json.loads(result.out)["decision"]
+        assert (decided["max_loss"], decided["met"]) == (limit / 100, status == 0)
+        assert f"your limit of {limit} points" in decided["text"]
+
+
 def test_the_page_shows_the_scores_that_json_has(portllm, models, rows, tmp_path):
     asked = ("--data", rows / "sst2" / "validation.jsonl", "--json", "--html", tmp_path / "page.html")
     result = portllm("evaluate", *models, *asked)

@@ -41,6 +41,12 @@ def test_of_adapter_and_merged_model_the_one_that_lost_more_is_the_headline(kind
     assert within(comparison, 0.06) is False
 
 
+def test_flips_are_shown_beside_those_of_retraining_where_it_was_run():
+    said = "For comparison, a patch retrained on the evolved model turns 4 of 60 answers wrong."
+    assert said in decide(compared(**{"evolved + retrained": 51})).reasons
+    assert not any("retrained" in reason for reason in decide(compared(without=("evolved + retrained",))).reasons)
+
+
 def test_no_flip_on_few_rows_is_no_proof_that_nothing_is_lost():
     change = accuracy_change([True] * 10, [True] * 10)
     assert change.value == 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from portllm.evaluating.metrics import Estimate, change_of_counts
-from portllm.evaluating.names import PATCHED, PORTED, PORTS
+from portllm.evaluating.names import PATCHED, PORTED, PORTS, RETRAINED
 from portllm.show.headline import Headline, command_line
 from portllm.show.numbers import counted, percent, points
 
@@ -135,6 +135,12 @@ def _reasons(comparison: "Comparison", row: "ComparisonRow") -> Iterator[str]:
         yield (
             f"{row.name}: {percent(row.score.value)} right, {percent(before.score.value)} before the update; "
             f"{counted(len(row.flips.positive), 'answer')} turned right."
+        )
+    retrained = comparison.row(RETRAINED)
+    if retrained is not None and retrained.flips is not None:
+        yield (
+            f"For comparison, a patch retrained on the evolved model turns {len(retrained.flips.negative):,} of "
+            f"{counted(retrained.flips.n_rows, 'answer')} wrong."
         )
     yield "The interval holds for other inputs if these rows were drawn from them at random."
     if len([one for one in comparison.rows if one.name in PORTS]) > 1:
