@@ -33,6 +33,10 @@ def test_lines_are_wrapped_by_words_under_their_text(line, width):
     assert not any(part.strip().startswith("%") for part in lines)
 
 
+def test_what_is_left_of_a_branch_stands_under_its_text():
+    assert wrapped("  |  `- to v2 by 'add', and more", 24) == ["  |  `- to v2 by 'add',", "        and more"]
+
+
 def test_a_command_stays_on_its_line_to_be_copied():
     command = "  portllm evaluate " + "--base somewhere " * 9
     assert wrapped(command, 80) == [command]

@@ -9,8 +9,8 @@ from portllm.progress import Unit
 from portllm.show.numbers import unbroken
 from portllm.show.printable import one_line
 
-LEAD = re.compile(r"\s*(?:- |note: |warning: |\S.{0,28}?\s{2,}(?=\S))?")
-"""What stands before the text of a line: a mark, or the name of a fact and the room after it."""
+LEAD = re.compile(r"\s*(?:[|` ]*[|`]- |- |note: |warning: |\S.{0,28}?\s{2,}(?=\S))?")
+"""What stands before the text of a line: a mark, a branch of a tree, or the name of a fact and the room after it."""
 
 
 def amount(value: int, unit: Unit) -> str:
