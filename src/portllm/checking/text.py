@@ -67,4 +67,4 @@ def _several_patches(report: CheckReport, width: int | None) -> list[str]:
     ]
     texts = [patch.text for patch in report.patches if patch.text is not None]
     lines = [decide_all(report).text, *columns(rows, width=width)]
-    return [*lines, "", *render_texts(texts)] if texts else lines
+    return [*lines, "", *render_texts(texts, width=width)] if texts else lines

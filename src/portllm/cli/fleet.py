@@ -1,12 +1,13 @@
 """The command that does many patches and updates at once: fleet."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from portllm.cli.options import DryRunOption, JsonOption, OverwriteOption, QuietOption
-from portllm.cli.terminal import print_json, say
+from portllm.cli.terminal import print_json, say, width_of
 
 
 def fleet(
@@ -43,7 +44,7 @@ def fleet(
     if as_json:
         print_json(fleet_to_json(plan, rows, dry=dry_run))
     else:
-        say(render_fleet(plan, rows, dry=dry_run))
+        say(render_fleet(plan, rows, dry=dry_run, width=width_of(sys.stdout)))
     if any(row.status in ("refused", "failed") for row in rows):
         raise typer.Exit(1)
     if not all(row.holds for row in rows):

@@ -1,5 +1,6 @@
 """The command merge: into another folder, into the model's own files, and back."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portllm.cli.options import MODEL, PATCHES, DryRunOption, JsonOption, OtherBaseOption, OverwriteOption, QuietOption
-from portllm.cli.terminal import print_json, say
+from portllm.cli.terminal import print_json, say, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -177,7 +178,7 @@ def _merge_to(
         if as_json:
             print_json(merge_outcomes_to_json(outcomes, outputs))
         else:
-            say(render_merge_outcomes(outcomes, outputs))
+            say(render_merge_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
         if any(outcome.error for outcome in outcomes):
             raise typer.Exit(1)
         return

@@ -1,5 +1,6 @@
 """The command port."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from portllm.cli.options import (
     OverwriteOption,
     QuietOption,
 )
-from portllm.cli.terminal import print_json, say
+from portllm.cli.terminal import print_json, say, width_of
 
 
 def port(
@@ -165,7 +166,7 @@ def port(
     elif as_json:
         print_json(port_outcomes_to_json(outcomes, outputs))
     else:
-        say(render_port_outcomes(outcomes, outputs))
+        say(render_port_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
     short = [said for name, step in steps.items() if (said := shortfall(name, step, agreement)) is not None]
     for said in short:
         say(said, err=True)

@@ -13,12 +13,12 @@ from portllm.show.table import columns, n_bytes
 TRACEBACK = "Traceback (most recent call last):"
 
 
-def render_fleet(plan: FleetPlan, rows: Sequence[FleetRow], *, dry: bool) -> str:
+def render_fleet(plan: FleetPlan, rows: Sequence[FleetRow], *, dry: bool, width: int | None = None) -> str:
     """What `fleet` prints: a line for each cell, the reasons below, then the counts."""
     sizes = {cell.folder: cell.patch.n_bytes for cell in plan.cells}
     head = ("evolved", "patch", "size", "status", "", "seconds")
     table = [head, *((*_names(row), n_bytes(sizes[row.folder]), *_outcome(row, dry=dry)) for row in rows)]
-    lines = [*columns(table), *(line for row in rows for line in _reasons(row))]
+    lines = [*columns(table, width=width), *(line for row in rows for line in _reasons(row))]
     counts = Counter(_status(row, dry=dry) for row in rows)
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     return "\n".join([*lines, f"{len(rows)} cells: {told}; {'would write' if dry else 'in'} {plan.work.output}"])

@@ -79,7 +79,9 @@ def _written(report: MergeReport) -> str:
     return f"{n_bytes(report.n_bytes)}, {len(report.tensors)} tensors changed, {report.n_copied} copied"
 
 
-def render_merge_outcomes(outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path]) -> str:
+def render_merge_outcomes(
+    outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path], *, width: int | None = None
+) -> str:
     """What `merge` prints of several patches: a line for each, and why those that failed did."""
     rows = [("patch", "tensors", "kept gain", "output")]
     for outcome, output in zip(outcomes, outputs, strict=True):
@@ -92,7 +94,7 @@ def render_merge_outcomes(outcomes: Sequence[Outcome[Merged]], outputs: Sequence
     failed = [outcome for outcome in outcomes if outcome.error]
     first = next((outcome.value for outcome in outcomes if outcome.value), None)
     done = "would merge" if first is not None and first[1] is None else "merged"
-    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows)]
+    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows, width=width)]
     return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 

@@ -23,7 +23,9 @@ Carried = tuple[PortPlan, Patch[TensorInfo] | None]
 """A plan, and the ported patch where the plan was carried out."""
 
 
-def render_port_outcomes(outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path]) -> str:
+def render_port_outcomes(
+    outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path], *, width: int | None = None
+) -> str:
     """What `port` prints of several patches: a line for each, and why those that failed did."""
     rows = [("patch", "modules", "drift", "output")]
     for outcome, output in zip(outcomes, outputs, strict=True):
@@ -34,7 +36,7 @@ def render_port_outcomes(outcomes: Sequence[Outcome[Carried]], outputs: Sequence
     failed = [outcome for outcome in outcomes if outcome.error]
     first = next((outcome.value for outcome in outcomes if outcome.value), None)
     done = "would port" if first is not None and first[1] is None else "ported"
-    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows)]
+    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows, width=width)]
     return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 

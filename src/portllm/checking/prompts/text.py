@@ -12,9 +12,9 @@ def render_text(text: TextMeasures) -> list[str]:
     return [text_title(text), *table(text_facts(text)), *_notes([text])]
 
 
-def render_texts(texts: Sequence[TextMeasures]) -> list[str]:
+def render_texts(texts: Sequence[TextMeasures], *, width: int | None = None) -> list[str]:
     """What the same prompts say of several patches: a line for each."""
-    return [text_title(texts[0]), *columns(text_rows(texts)), *_notes(texts)]
+    return [text_title(texts[0]), *columns(text_rows(texts), width=width), *_notes(texts)]
 
 
 def _notes(texts: Sequence[TextMeasures]) -> list[str]:
