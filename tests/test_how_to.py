@@ -58,7 +58,7 @@ def things(tmp_path_factory):
     return folder
 
 
-RUNS_MODELS = ("base-updated", "many-adapters", "no-data")
+RUNS_MODELS = ("base-updated", "install", "many-adapters", "no-data")
 BY_STEM = [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in RUNS_MODELS)) for page in PAGES]
 
 

@@ -66,6 +66,7 @@ def test_steps_are_in_the_order_in_which_they_are_done(read):
         ),
         ('["merge", "port"]', '["port"]', 'line 6, merge: has options, but do = ["port"] does not merge'),
         ("[merge]", '[port]\nmethod = "magic"\n[merge]', "line 7, port.method: unknown port method 'magic'"),
+        ("[merge]", '[port]\nmethod = "align"\n[merge]', "line 7, port.method: port method 'align' needs prompts"),
         (
             "[merge]",
             "[merge]\nmax_shard_size = 0",

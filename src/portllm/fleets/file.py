@@ -134,6 +134,6 @@ def problems_of(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], st
             yield ("do",), "check compares evolved models with their base: base is required"
     if "port" not in wrong:
         try:
-            method_named(values.get("port", {}).get("method", "add"))
+            method_named(values.get("port", {}).get("method", "add"), has_prompts=False)
         except UnknownMethodError as error:
             yield ("port", "method"), str(error)

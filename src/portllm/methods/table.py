@@ -38,16 +38,26 @@ METHODS: Mapping[str, PortMethod] = {
 """By id, the cheapest first: `auto` takes the first one that suits."""
 
 
-def method_named(method_id: str) -> PortMethod:
+def method_named(method_id: str, *, has_prompts: bool = True) -> PortMethod:
     """The row of the table with this id.
 
+    Args:
+        method_id: The id.
+        has_prompts: Whether there are prompts for a method that runs models.
+
     Raises:
-        UnknownMethodError: There is none; the message lists those there are.
+        UnknownMethodError: There is none, or it needs prompts; the message lists those there are.
 
     Example:
         >>> method_named("add").reference
         'PortLLM, arXiv 2410.10870, eq. 6'
     """
+    usable = [name for name, method in METHODS.items() if has_prompts or Need.STREAMS not in method.needs]
     if method_id not in METHODS:
-        raise UnknownMethodError(f"unknown port method '{method_id}'; available: {', '.join(METHODS)}.")
+        raise UnknownMethodError(f"unknown port method '{method_id}'; available: {', '.join(usable)}.")
+    if method_id not in usable:
+        raise UnknownMethodError(
+            f"port method '{method_id}' needs prompts, which only 'portllm port' takes (--text); available here: "
+            f"{', '.join(usable)}."
+        )
     return METHODS[method_id]

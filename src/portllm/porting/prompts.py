@@ -23,7 +23,7 @@ def split(texts: Sequence[str], dealt: Sequence[Part] = DEALT) -> tuple[Part, ..
 
     Example:
         >>> split(["a", "b", "c", "d"])
-        ('report', 'fit', 'choose', 'fit')
+        ('choose', 'fit', 'report', 'fit')
     """
     lots = {text: blake3(text.encode()).digest() for text in texts}
     parts = {text: dealt[place % len(dealt)] for place, text in enumerate(sorted(lots, key=lots.__getitem__))}

@@ -129,6 +129,7 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
         (("seeds = [0, 3]", "seeds = []"), "line 4, seeds: is the list []; expected a list, each an integer"),
         (("seeds = [0, 3]", "seeds = [true]"), "seeds: is the list [True]; expected a list, each an integer"),
         (("seeds = [0, 3]", "methods = ['ad']"), "line 4, methods: unknown port method 'ad'"),
+        (("seeds = [0, 3]", "methods = ['align']"), "line 4, methods: port method 'align' needs prompts"),
         (("seeds = [0, 3]", "compare = 'x7b'"), "line 4, compare: is 'x7b', which is not a published table. "),
         (("rank = 4", "rank = true"), "line 7, patch.rank: is true; expected an integer"),
         (("rank = 4", "seed = 4"), "line 7, patch.seed: unknown key; patches are trained with each of 'seeds'"),

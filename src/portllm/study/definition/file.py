@@ -108,7 +108,7 @@ def _check(values: Mapping[str, Any], tell: Tell) -> None:
     methods = values.get("methods")
     for method in methods if isinstance(methods, list) else []:
         try:
-            method_named(str(method))
+            method_named(str(method), has_prompts=False)
         except UnknownMethodError as error:
             tell(("methods",), str(error).rstrip("."))
     table = values.get("compare")
