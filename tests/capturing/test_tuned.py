@@ -251,6 +251,26 @@ def test_values_that_are_stored_in_another_dtype_are_no_change(tiny, tmp_path):
     assert report.left_out == {}
 
 
+@pytest.mark.parametrize(
+    ("there", "problem"),
+    [(slice(0, 0), None), (slice(0, 1), "stores it as I64"), (slice(5000, 5001), "the whole tensors differ")],
+)
+def test_whole_numbers_that_are_equal_in_both_models_are_no_change(tiny, tmp_path, there, problem):
+    positions = torch.arange(200_000)
+    other = positions.clone()
+    other[there] += 1
+    base = copy_with(tmp_path / "base", tiny("base"), lambda tensors: {**tensors, "model.position_ids": positions})
+    tuned = copy_with(
+        tmp_path / "tuned", tiny("base"), lambda tensors: {**moved(Q)(tensors), "model.position_ids": other}
+    )
+    if problem is None:
+        assert {*captured(base, tuned, tmp_path / "patch").deltas} == {Q.removesuffix(".weight")}
+        return
+    with pytest.raises(PlanRefusedError, match=problem):
+        captured(base, tuned, tmp_path / "patch")
+    assert not (tmp_path / "patch").exists()
+
+
 def test_the_output_holds_the_three_files_of_a_patch(tiny, tmp_path):
     captured(tiny("base"), tiny("evolved", drift=0.05), tmp_path / "patch", rank=2)
     assert sorted(contents(tmp_path / "patch")) == ["adapter_config.json", "adapter_model.safetensors", "patch.json"]

@@ -17,7 +17,7 @@ from portllm.capturing.tensor import CapturedTensor, Compared, Known, compare_li
 from portllm.capturing.tuned_plan import Dense, TunedPlan, plan_capture_tuned
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import are_stored_alike, require_equal
-from portllm.checkpoint.model.identity import digest_of, known_digests, remember_digests
+from portllm.checkpoint.model.identity import digest_of, digest_stored, known_digests, remember_digests
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.tensor.info import TensorInfo
@@ -132,7 +132,7 @@ def run_capture_tuned(
         plan = plan_capture_tuned(*here, rank=plan.rank, max_rank=plan.max_rank, dense=plan.dense)
     inputs = (*plan.base.files, *plan.tuned.files)
     with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder:
-        require_equal((*plan.base.stored_twice, *plan.tuned.stored_twice), progress=progress)
+        require_equal((*plan.base.stored_twice, *plan.tuned.stored_twice, *plan.taken), progress=progress)
         with Spool(folder / SPOOL_FILE) as spool:
             report = _capture(plan, folder, spool, progress)
         capture = report.record.capture
@@ -143,6 +143,9 @@ def run_capture_tuned(
 def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) -> TunedReport:
     known = known_digests(plan.base), known_digests(plan.tuned)
     found = _Found((dict(known[0]), dict(known[1])))
+    for pair in plan.taken:
+        for side, info in enumerate((pair.left, pair.right)):
+            found.digests[side].update(digest_stored(info, known[side]))
     for name, compared in _compare(plan, spool, known, progress):
         found.take(name, compared, plan)
     for checkpoint, digests in zip((plan.base, plan.tuned), found.digests, strict=True):

@@ -1,6 +1,6 @@
 """What a capture from two checkpoints would do: which tensors are compared as what, and every reason not to.
 
-From headers and tokenizers alone; no weight is read.
+From headers, tokenizers and samples of whole numbers; no weight is read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.equality import TakenForEqual, look_same
 from portllm.checkpoint.model.experts import Experts
 from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, is_embedding
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
@@ -18,6 +19,11 @@ from portllm.patch.identify import identify
 from portllm.patch.record import ModelIdentity
 
 ABSENT = "the model that transformers builds does not have it, or has it in another form"
+
+OTHER_NUMBERS = (
+    "samples of it are equal in both models, but the whole tensors differ, and a patch cannot hold a change of whole "
+    "numbers. Save the tuned model with the base's."
+)
 
 Dense = Literal["keep", "drop"]
 """What becomes of norms, biases, embeddings and heads: kept as the tuned model's whole values, or left out."""
@@ -108,6 +114,7 @@ class TunedPlan:
         max_rank: Bounds the rank where `rank` is None.
         dense: What becomes of the tensors that are no linear weights.
         refusals: Every reason not to run.
+        taken: Buffers of whole numbers that are equal in both, by samples.
     """
 
     base: Checkpoint
@@ -122,6 +129,7 @@ class TunedPlan:
     max_rank: int | None
     dense: Dense
     refusals: tuple[Refusal, ...]
+    taken: tuple[TakenForEqual, ...] = ()
 
 
 def plan_capture_tuned(
@@ -166,8 +174,12 @@ def plan_capture_tuned(
     refusals += _alone(before, base, after, tuned)
     pairs: dict[str, TunedPair] = {}
     maps: dict[tuple[int, int], RowMap | None] = {}
+    taken: list[TakenForEqual] = []
     for name in sorted(before.keys() & after.keys()):
         left, right = before[name], after[name]
+        if _is_buffer(left) and look_same(left, right):
+            taken.append(TakenForEqual(left, right, Refusal(name, OTHER_NUMBERS)))
+            continue
         row_map = None
         has_token_rows = _is_vocabulary(name, base, left, right)
         if left.shape != right.shape and has_token_rows:
@@ -185,8 +197,9 @@ def plan_capture_tuned(
     tied = next((name for name, info in before.items() if is_tied and info is base.tied_embedding), None)
     absent = dict.fromkeys(pairs.keys() - base.running(pairs).keys(), ABSENT)
     return TunedPlan(
-        base, tuned, source, target, pairs, experts, absent, tied, rank, max_rank, dense, tuple(sorted(refusals))
-    )
+        base, tuned, source, target, pairs, experts, absent, tied, rank, max_rank, dense, tuple(sorted(refusals)),
+        tuple(taken),
+    )  # fmt: skip
 
 
 def _pair_experts(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, ExpertsPair], list[Refusal]]:
@@ -249,6 +262,11 @@ def _with_own_head(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Tenso
     if checkpoint.tied_embedding is None or checkpoint.head_name not in other.own_tensors:
         return dict(checkpoint.own_tensors)
     return {**checkpoint.own_tensors, checkpoint.head_name: checkpoint.tied_embedding}
+
+
+def _is_buffer(info: TensorInfo) -> bool:
+    """Whether a tensor holds whole numbers, such as positions, and no quantized weight."""
+    return info.dtype not in FLOAT_DTYPES and info.encoding is None
 
 
 def _alone(
