@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from portllm.errors import AdapterFormatError, CheckpointError, MissingExtraError, PortLLMError
+from portllm.running import model as running_model
 from portllm.running.model import (
     add_adapter,
     attach_adapter,
@@ -49,9 +50,16 @@ def test_a_model_comes_in_the_dtype_it_is_computed_in_or_the_one_asked_for(tiny,
 )
 def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions_for_it(monkeypatch, able, computed):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    monkeypatch.setattr(running_model, "onednn_uses_bfloat16", lambda: True)
     assert compute_dtype(torch.bfloat16, CPU) == computed
     assert compute_dtype(torch.float16, CPU) == torch.float32
     assert compute_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+
+
+def test_instructions_that_onednn_may_not_use_are_not_counted_on(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(running_model, "onednn_uses_bfloat16", lambda: False)
+    assert compute_dtype(torch.bfloat16, CPU) == torch.float32
 
 
 def test_a_torch_that_cannot_say_what_the_cpu_can_computes_in_float32(monkeypatch):

@@ -93,7 +93,14 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         return stored
     ask = getattr(torch.cpu, "get_capabilities", None)  # older versions of torch cannot say; float32 is never wrong
     able = ask() if ask else {}
-    return stored if stored == torch.bfloat16 and any(able.get(name) for name in NATIVE_BFLOAT16) else torch.float32
+    is_native = any(able.get(name) for name in NATIVE_BFLOAT16) and onednn_uses_bfloat16()
+    return stored if stored == torch.bfloat16 and is_native else torch.float32
+
+
+def onednn_uses_bfloat16() -> bool:
+    """Whether oneDNN, which multiplies matrices of bfloat16, may use instructions for them (`ONEDNN_MAX_CPU_ISA`)."""
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(ask and ask())
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
