@@ -27,5 +27,13 @@ def test_each_verdict_says_what_to_do_and_by_which_command(answer, tone, action,
     assert list(headline.reasons) == ["so it was found."]
 
 
+def test_where_the_wrong_model_was_given_nobody_is_told_to_train():
+    reason = Reason(Answer.CANNOT_BE_PORTED, "--base: the two are swapped. Pass --base v2 --evolved v1.")
+    wrong = PatchReport("my patch", Verdict(Answer.CANNOT_BE_PORTED, (reason,)))
+    headline = decide(wrong, "v2", checked=Checked("v1", "v2"))
+    assert headline.text == "cannot be ported: my patch on v2; pass what the reasons below name"
+    assert headline.command == ""
+
+
 def test_without_names_no_command_is_made_up():
     assert decide(patch(Answer.HOLDS), "v2").command == ""

@@ -25,6 +25,10 @@ ACTIONS: Mapping[Answer, str] = {
 }
 
 
+OTHER_INPUT = "pass what the reasons below name"
+"""What to do where a model that was given is at fault, and not the patch: training again would not help."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What the user calls the models, for the command that comes next."""
@@ -47,8 +51,10 @@ def decide(patch: PatchReport, evolved: str, *, checked: Checked | None = None, 
     if patch.forecast is not None:
         reasons.append(_forecast(patch.forecast))
     reasons += [f"Note: {remark}." for remark in patch.verdict.remarks]
-    next_, command = _next(patch, checked) if checked is not None else ("", "")
-    return Headline(TONES[answer], f"{answer}: {patch.name} on {evolved}; {ACTIONS[answer]}", reasons, next_, command)
+    other_input = any(reason.text.startswith("--") for reason in patch.verdict.reasons)
+    action = OTHER_INPUT if other_input else ACTIONS[answer]
+    next_, command = ("", "") if checked is None or other_input else _next(patch, checked)
+    return Headline(TONES[answer], f"{answer}: {patch.name} on {evolved}; {action}", reasons, next_, command)
 
 
 def decide_all(report: CheckReport, *, failed: bool = False) -> Headline:
