@@ -24,7 +24,7 @@ def export(
         typer.Option(
             "--for",
             metavar="RUNTIME",
-            help="peft, vllm, sglang, tgi, mistralrs, llamacpp, mlx or openvino.",
+            help="peft, vllm, sglang, tgi, mistralrs, llamacpp, ollama, mlx or openvino.",
         ),
     ],
     output: OutOption,
