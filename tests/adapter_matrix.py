@@ -73,7 +73,8 @@ and copied beside the merged model's weights, where LLaMA-Factory finds it.
 The files of a tokenizer and its chat template in an adapter's folder are kept with the patch. A merged model gets
 them where they differ from the base's, with a note; `--tokenizer base` keeps the base's. If the adapter's tokenizer
 gives a token another row than the base's does, or has more tokens than the model has rows, `merge` asks for one or
-the other."""
+the other. `combine` keeps them, and the rows of added tokens, where the patches agree; a patch whose tokenizer,
+template or trained row of a token differs from another's is refused by name."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights in files of their own beside an adapter: a value head goes along, and nothing that was trained is left out."""
+"""Weights in files of their own beside an adapter: a value head goes along, and nothing trained is left out."""
 
 import json
 import shutil

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.side_files import HEAD_FILE
 from portllm.checkpoint.open import side_file
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, added_entries, parse_vocabulary, read_vocabulary
@@ -15,7 +16,7 @@ from portllm.files.json_file import read_json
 from portllm.files.source import LocalFile
 from portllm.matching.added_tokens import vocabulary_of
 from portllm.patch.patch import Patch
-from portllm.patch.side_files import HEAD_FILES, TEMPLATE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, uncopyable
+from portllm.patch.side_files import TEMPLATE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, uncopyable
 
 OPTION = "--tokenizer"
 BASE, PATCH = "base", "patch"
@@ -67,8 +68,8 @@ def choose_side_files(
         n_rows: Of the merged model's embedding; None where that is not known.
         whose: `base` or `patch`; None to choose.
     """
-    heads = {name: file for name, file in patch.beside.items() if name in HEAD_FILES}
-    rest = {name: file for name, file in patch.beside.items() if name not in HEAD_FILES}
+    heads = {name: file for name, file in patch.beside.items() if name == HEAD_FILE}
+    rest = {name: file for name, file in patch.beside.items() if name != HEAD_FILE}
     chosen = _choose_tokenizer(replace(patch, beside=rest), model, n_rows, whose)
     return replace(
         chosen,
@@ -80,7 +81,7 @@ def choose_side_files(
 
 
 def _choose_tokenizer(patch: Patch[TensorInfo], model: Checkpoint, n_rows: int | None, whose: str | None) -> SideFiles:
-    differing = [name for name, file in patch.beside.items() if not _is_same(file.path, side_file(model, name))]
+    differing = [name for name, file in patch.beside.items() if not is_same(file.path, side_file(model, name))]
     if not differing:
         return NO_SIDE_FILES
     names = ", ".join(differing)
@@ -129,7 +130,7 @@ def ported_side_files(
     kept = SideFiles(files=patch.beside, refusals=refusals)
     if theirs is None or not (has_tokenizer or added) or refusals:
         return kept
-    if not added and TOKENIZER_FILE in patch.beside and _is_same(patch.beside[TOKENIZER_FILE].path, theirs):
+    if not added and TOKENIZER_FILE in patch.beside and is_same(patch.beside[TOKENIZER_FILE].path, theirs):
         return kept
     mine = vocabulary_of(patch)
     if mine is not None and all(
@@ -178,7 +179,7 @@ def _json_text(values: Mapping[str, object]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def _is_same(file: Path, other: Path | None) -> bool:
+def is_same(file: Path, other: Path | None) -> bool:
     """Whether two files say the same, byte for byte or as JSON."""
     if other is None:
         return False

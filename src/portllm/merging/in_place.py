@@ -128,8 +128,8 @@ def plan_in_place(
         refusals.append(
             Refusal(
                 str(folder),
-                f"{', '.join(plan.beside.files)} of the patch would have to be written beside the weights, which is not "
-                "done in place. Write to another folder with --output.",
+                f"{', '.join(plan.beside.files)} of the patch would have to be written beside the weights, which is "
+                "not done in place. Write to another folder with --output.",
             )
         )
     if plan.config_changes:

@@ -1,6 +1,6 @@
 """Weights in files of their own beside an adapter: PEFT loads none of them, and none that was trained is left out.
 
-A value head in safetensors goes along with the patch, as `HEAD_FILES` says. Anything else is refused by name, except
+A value head in safetensors goes along with the patch, as `HEAD_FILE` says. Anything else is refused by name, except
 the state of a training run, a whole model, and the adapter itself in another format.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from portllm.checkpoint.folder import PICKLE_SUFFIXES
-from portllm.checkpoint.model.side_files import HEAD_FILES
+from portllm.checkpoint.model.side_files import HEAD_FILE
 
 HEAD_PICKLES = ("value_head.bin", "pytorch_model.bin")
 """Where LLaMA-Factory and TRL save the value head of a model with an adapter; the latter under the name of a model."""
@@ -33,8 +33,8 @@ def why_incomplete(files: Collection[str], name: str) -> str | None:
 adapter (modules_to_save), or remove the file if they are not needed.
     """
     weights = sorted(file for file in files if file.endswith((".safetensors", *PICKLE_SUFFIXES)))
-    own = [file for file in weights if file not in HEAD_FILES and not NOT_TRAINED.fullmatch(file)]
-    if set(HEAD_FILES) & set(files):
+    own = [file for file in weights if file != HEAD_FILE and not NOT_TRAINED.fullmatch(file)]
+    if HEAD_FILE in files:
         own = [file for file in own if file not in HEAD_PICKLES]
     if not own:
         return None
@@ -44,7 +44,7 @@ adapter (modules_to_save), or remove the file if they are not needed.
             f"{own[0]} beside an adapter holds a value head, which PEFT does not load, as a pickle, which can run code "
             f'and is never read. If you trust it, convert it once: python -c "import torch, safetensors.torch as s; '
             f"s.save_file({{k: v.contiguous() for k, v in torch.load('{where}', weights_only=True).items() if "
-            f"'v_head.' in k}}, '{where.with_name(HEAD_FILES[0])}')\". Remove it if it is not needed."
+            f"'v_head.' in k}}, '{where.with_name(HEAD_FILE)}')\". Remove it if it is not needed."
         )
     return (
         f"part of the training result is in {own[0]}, which PEFT does not load. Save those modules with the adapter "

@@ -12,7 +12,7 @@ from portllm.files.input_file import MAX_BYTES, open_input
 from portllm.files.json_file import read_config
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-HEAD_FILES = ("value_head.safetensors",)
+HEAD_FILE = "value_head.safetensors"
 """A value head of reinforcement learning, as LLaMA-Factory saves and loads it beside a model or an adapter."""
 
 NOT_COPIED = (".index.json", "README.md", "portllm.json")
@@ -31,7 +31,7 @@ def side_files(folder: Path) -> list[Path]:
         for file in folder.iterdir()
         if file.is_file()
         and not file.name.startswith(".")
-        and (file.name in HEAD_FILES or not file.name.endswith(WEIGHT_SUFFIXES + NOT_COPIED))
+        and (file.name == HEAD_FILE or not file.name.endswith(WEIGHT_SUFFIXES + NOT_COPIED))
     )
     for file in files:
         require_copyable(file)
