@@ -55,6 +55,7 @@ LIGHT = (
     "portllm.checking.page",
     "portllm.evaluating.evaluate",
     "portllm.evaluating.page",
+    "portllm.exporting.export",
     "portllm.study.results.page",
     "portllm.training.train",
 )
