@@ -119,7 +119,10 @@ def _resized_copies(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterato
         for copy in copies:
             if tensor is not None and copy.shape != tensor.shape:
                 yield Refusal(
-                    name, f"the adapter contains it with shape {copy.shape}, but {checkpoint.name} has {tensor.shape}."
+                    name,
+                    f"the adapter contains it with shape {copy.shape}, but {checkpoint.name} has {tensor.shape}. If "
+                    "tokens were added for it, record it once: portllm capture --adapter "
+                    f"{patch.name} --base BASE -o PATCH.",
                 )
 
 
