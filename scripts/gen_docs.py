@@ -229,7 +229,7 @@ def render_serve() -> str:
             runtime.title,
             forms[runtime.form],
             runtime.swap,
-            f"read only, in the source of {runtime.version}",
+            f"read only: source of {runtime.version}",
         )
         for name, runtime in runtimes().items()
     ]
