@@ -35,7 +35,8 @@ def test_a_whole_patch_is_told_line_by_line(portllm, tiny, patch):
     lines = result.out.splitlines()
     assert lines[0] == f"patch {patch}"
     assert lines[-1] == "verified"
-    assert all(line.startswith("  ok  ") for line in lines[1:-1])
+    assert all(line.startswith("  ok  ") for line in lines[1:-2])
+    assert lines[-2] == "  note: not covered by the record: README.md"
 
 
 def test_a_damaged_patch_is_named_and_the_status_is_three(portllm, patch):

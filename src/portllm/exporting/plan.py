@@ -91,6 +91,11 @@ class ExportPlan:
         return len(self.slots) or len(self.changes) or len(self.patch.deltas) + len(self.patch.experts)
 
     @property
+    def patch_name(self) -> str:
+        """The name of the patch, without the way to it."""
+        return PurePath(self.patch.name).name
+
+    @property
     def base_name(self) -> str:
         """What the export calls the model."""
         return "BASE" if self.base_identity is None else self.base_identity.name

@@ -23,6 +23,7 @@ from portllm.checkpoint.safetensors.header_file import describing, read_header_t
 from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
 from portllm.errors import AdapterFormatError, CheckpointError, PatchRecordError
+from portllm.files.input_file import local_file
 from portllm.files.json_file import MAX_CONFIG_BYTES, read_config, read_json
 from portllm.files.json_text import is_utf8
 from portllm.files.record import decode_sealed, write_sealed
@@ -44,6 +45,7 @@ MODEL_CONFIG_FILE = "config.json"
 """Some training programs save that of the model beside the adapter; it names a classifier's labels."""
 
 RECORD_FILE = "patch.json"
+CARD_FILE = "README.md"
 COPY_BYTES = 1 << 24
 
 MLX_FILE = "adapters.safetensors"
@@ -100,7 +102,9 @@ def _around(folder: Path) -> dict[str, Any]:
     if not told and os.path.isfile(config):
         with contextlib.suppress(CheckpointError):  # nothing else is asked of it
             told = labels_in(read_config(config))
-    return {"record": record, "beside": side_files_in(folder), "labels": told}
+    card = folder / CARD_FILE
+    kept = local_file(card) if os.path.isfile(card) else None
+    return {"record": record, "beside": side_files_in(folder), "labels": told, "card": kept}
 
 
 def load_patch(folder: PatchLike) -> Patch[TensorInfo]:
@@ -295,7 +299,9 @@ def _fetch(name: str) -> tuple[Path, str]:
     from portllm.checkpoint.hub import fetch, look_up  # loads an HTTP client, which few runs need
 
     repository = look_up(name)
-    files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES) if file in repository.files]
+    files = [
+        file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, CARD_FILE, *SIDE_FILES) if file in repository.files
+    ]
     if CONFIG_FILE not in files:
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the Hub, so it is not an adapter.")
     _require_read(repository.files, name)

@@ -48,6 +48,7 @@ class Runtime:
         version: The version whose source was read.
         form: How it wants a patch.
         serve: How it is started or called with the export.
+        library: What the hub calls it.
         swap: How a ported patch takes the place of the old one.
         holds: What it takes besides the plain deltas of linear modules.
         ranks: The ranks to pad to, ascending; none for any.
@@ -59,6 +60,7 @@ class Runtime:
     title: str
     version: str
     form: Form
+    library: str
     serve: str
     swap: str
     holds: frozenset[Part] = frozenset()
