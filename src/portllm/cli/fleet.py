@@ -28,9 +28,9 @@ def fleet(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Port many patches to many evolved models, on this machine or on Ray.
+    """Port many patches to many evolved models.
 
-    A failing cell does not stop the others. A second run of the same file does only what is missing. Exits with 3
+    Runs on this machine or on a Ray cluster. A failing cell does not stop the others. A second run of the same file does only what is missing. Exits with 3
     unless every checked patch holds.
     """
     from portllm.cli.progress import shown_progress
