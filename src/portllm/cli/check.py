@@ -67,8 +67,8 @@ def check(
 ) -> None:
     """Predict whether patches will hold on an evolved model.
 
-    Reads a sample of the weights of both models. With --text, both models also run on prompts, which can put a patch in doubt. Exits with 3 unless every patch holds.
-    docs/check.md explains each number and where the thresholds come from.
+    Reads a sample of the weights of both models. With --text, both models also run on prompts, which can put a patch in
+    doubt. Exits with 3 unless every patch holds. docs/check.md explains each number and where the thresholds come from.
     """
     prompt = given_prompt(prompt, prompt_file)
     if text is None and (prompt is not None or gradients):

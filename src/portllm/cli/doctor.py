@@ -16,7 +16,8 @@ def doctor(
 ) -> None:
     """Show what is installed and what is missing.
 
-    Versions, extras, devices, caches and the hub login. Asks no server and shows no token. Exits with 3 if something is wrong.
+    Versions, extras, devices, caches and the hub login. Asks no server and shows no token. Exits with 3 if something is
+    wrong.
     """
     from portllm.diagnosing.doctor import doctor as look
     from portllm.diagnosing.text import doctor_to_json, render_doctor

@@ -96,7 +96,8 @@ def evaluate(
 ) -> None:
     """Compare models with and without a patch on the same rows.
 
-    Scores base, base + patch, evolved, evolved + ported (and retrained). Says first what the update cost. Exits with 3 if --max-loss is given and the interval of the loss reaches beyond it.
+    Scores base, base + patch, evolved, evolved + ported (and retrained). Says first what the update cost. Exits with 3
+    if --max-loss is given and the interval of the loss reaches beyond it.
     """
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page, named, written
