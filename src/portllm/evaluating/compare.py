@@ -128,6 +128,11 @@ class Comparison(ShownInNotebook):
         """The row of that name, or None where it was not run."""
         return next((row for row in self.rows if row.name == name), None)
 
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """The right answer of each row."""
+        return tuple(example.completion for example in self.examples)
+
     def turned_wrong(self, name: str) -> tuple[TurnedRow, ...]:
         """The negative flips of a model, as text; none where it or base + patch was not run."""
         before, after = self.row(PATCHED), self.row(name)

@@ -457,7 +457,7 @@ def base_mismatch(
 
 def same_in(model: Checkpoint, other: ModelIdentity) -> str | None:
     """The dtype in which two models are the same numbers, rounded, by what both fingerprints sample; else None."""
-    if model.quantization is not None or other.quantization is not None:
+    if model.is_quantized or other.quantization is not None:
         return None
     given = identify(model)
     if (
