@@ -251,6 +251,11 @@ class Streams:
         return self.prompts.rows.parts
 
     @property
+    def compared(self) -> Sequence[Part]:
+        """As the contract says."""
+        return [part for part in self.parts if part not in FITTED]
+
+    @property
     def part_of_place(self) -> Sequence[Part]:
         """As the contract says."""
         return [self.parts[row] for row in self.prompts.rows.row_of_place.tolist()]
@@ -275,8 +280,9 @@ class Streams:
     def compare(self, states: Mapping[str, Tensor]) -> dict[str, Comparison]:
         """As the contract says."""
         old, new, rows = self.prompts.model, self.new, self.prompts.rows
-        wanted = old.finish(self.last_states(None))
-        finished = {name: new.finish(state) for name, state in states.items()}
+        apart = ~rows.is_of("fit")
+        wanted = old.finish(self.last_states(None)[apart])
+        finished = {name: new.finish(state[apart]) for name, state in states.items()}
         parts = torch.split(torch.arange(len(wanted)), PLACES)
         found = [_Compared(len(part), finished, new.device) for part in parts]
         for start, stop in new.head_blocks():
@@ -288,7 +294,10 @@ class Streams:
         by_name = {
             name: [torch.cat(each) for each in zip(*(part[name] for part in results), strict=True)] for name in states
         }
-        return {name: Comparison(rows.by_row(nats), rows.by_row(same) == 1) for name, (nats, same) in by_name.items()}
+        return {
+            name: Comparison(rows.by_row(nats, apart), rows.by_row(same, apart) == 1)
+            for name, (nats, same) in by_name.items()
+        }
 
     def likely(self) -> Int64[Tensor, " tokens"]:
         """As the contract says: those with more than a share, on average over the places to fit on."""
