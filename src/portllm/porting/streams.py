@@ -105,8 +105,7 @@ class Reading:
         return torch.cat([padded[place, width - len(self.rows.ids[row]) :] for place, row in enumerate(batch)])
 
     def begin(self, name: str | None, model: LayeredModel) -> None:
-        """The states before the first layer."""
-        self.states[name] = torch.empty(self.rows.n_tokens, model.width)
+        """The states before the first layer, in the room that there is for them."""
         for batch in (*self.to_fit, *self.others):
             padded = self.pad(batch)
             embedded = model.embed(padded.ids.flatten()).view(*padded.ids.shape, -1)
@@ -167,9 +166,9 @@ class Streams:
     prompts: Reading
     others: Sequence[Reading]
     progress: Progress
+    unfinished: Unfinished
     wanted: float | None = None
     is_drawn: bool = False
-    unfinished: Unfinished | None = None
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -199,7 +198,7 @@ class Streams:
                     yield WriterStep(self, number, place, writer.name)
                 for candidate in candidates:
                     self._run(number, candidate)
-            if self.unfinished is not None and number + 1 < n_layers:
+            if number + 1 < n_layers:
                 self.unfinished.keep_walked(number + 1, candidates, self._tensors())
             self.progress("align", number + 1, n_layers, "steps")
 
@@ -373,13 +372,15 @@ class Streams:
 
     def _resume(self, candidates: Sequence[str]) -> int:
         """Begin where an earlier run has come to, or before the first layer; how many layers are done."""
-        n_done, tensors = (0, {}) if self.unfinished is None else self.unfinished.walked(candidates)
+        n_done, tensors = self.unfinished.walked(candidates)
         for number, reading in enumerate(self.readings):
-            for name in (None, *candidates):
+            for place, name in enumerate((None, *candidates)):
+                model = reading.model if name is None else self.new
+                reading.states[name] = self.unfinished.room(f"{number}-{place}", reading.rows.n_tokens, model.width)
                 if n_done:
-                    reading.states[name] = tensors[f"state/{number}/{name or ''}"]
+                    reading.states[name].copy_(tensors[f"state/{number}/{name or ''}"])
                 else:
-                    reading.begin(name, reading.model if name is None else self.new)
+                    reading.begin(name, model)
         for key in (key for key in tensors if key.startswith("a/")):
             _, candidate, module = key.split("/")
             self.extras.setdefault(candidate, {})[module] = tensors[key], tensors[f"b{key[1:]}"]
