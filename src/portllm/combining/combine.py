@@ -14,6 +14,7 @@ from portllm import __version__
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.combining.agreed import Agreed, agree, is_of_added_tokens
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.files.output_folder import staged_folder
 from portllm.files.record import encode
@@ -21,14 +22,14 @@ from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.capture import Captured
 from portllm.patch.combine import Selection, concatenate, rerank, select
-from portllm.patch.delta import LowRankDelta
+from portllm.patch.delta import LowRankDelta, RowValues
 from portllm.patch.new_adapter import canonical_config
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
 from portllm.workers.one_thread import one_thread
 
-NOT_ADDITIVE = ("use_dora", "trainable_token_indices", "target_parameters", "lora_bias", "modules_to_save")
+NOT_ADDITIVE = ("use_dora", "target_parameters", "lora_bias", "modules_to_save")
 """Fields of a configuration whose tensors are more than deltas that add up."""
 
 
@@ -84,6 +85,7 @@ class CombinePlan:
         how: The combination rule.
         modules: For each module of the result, the numbers of the patches that change it.
         refusals: Every reason not to run.
+        agreed: What goes along as it is.
     """
 
     patches: tuple[Patch[TensorInfo], ...]
@@ -91,6 +93,7 @@ class CombinePlan:
     how: Combination
     modules: Mapping[str, tuple[int, ...]]
     refusals: tuple[Refusal, ...]
+    agreed: Agreed
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,9 @@ def plan_combine(
             modules[module] = numbers
     if not modules:
         refusals.append(Refusal("--weights", "all weights are zero, so the result would be empty."))
-    return CombinePlan(tuple(patches), given, how, modules, tuple(sorted(refusals)))
+    agreed = agree([patch for patch, weight in zip(patches, given, strict=True) if weight] or patches)
+    refusals += agreed.refusals
+    return CombinePlan(tuple(patches), given, how, modules, tuple(sorted(refusals)), agreed)
 
 
 def combine(
@@ -206,12 +211,16 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
         progress("combine", done, len(plan.modules), "tensors")
     if not factors:
         raise PlanRefusedError([Refusal("patches", "they cancel out: the combined delta of every module is zero.")])
-    fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else None
-    config = AdapterConfig(canonical_config({name: delta.rank for name, delta in factors.items()}, fields=fields))
-    patch = Patch("combined", factors, config, None)
+    fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else {}
+    ranks = {name: delta.rank for name, delta in factors.items()}
+    config = AdapterConfig(canonical_config(ranks, fields={**fields, **plan.agreed.config}))
+    rows = {name: RowValues(spool.add(name, found.values), found.rows) for name, found in plan.agreed.values().items()}
+    patch = Patch("combined", factors, config, None, rows=rows, beside=plan.agreed.files)
     first = _record_of(plan.patches[0])
     base = first.base
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
+    for name, text in plan.agreed.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     total = _residual(found.values())
     residuals = {module: _rounded(captured.truncation_residual) for module, captured in found.items()}
     settings = {
@@ -223,7 +232,15 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     capture = Capture("combine", settings, first.capture.fitted_to)
     # The way of the patch that was ported most often: a sum is no nearer to what it was trained on than its parts.
     ports = max((_record_of(each).ports for each in plan.patches), key=len)
-    record = PatchRecord(__version__, base, capture, ports=ports, tensors=digest_tensors(patch), files={})
+    record = PatchRecord(
+        program=__version__,
+        base=base,
+        capture=capture,
+        ports=ports,
+        tensors=digest_tensors(patch),
+        files={},
+        added_tokens=plan.agreed.added,
+    )
     return CombineReport(record, {name: captured.rank for name, captured in found.items()}, residuals, total)
 
 
@@ -277,7 +294,9 @@ def _mismatches(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refu
     used = [field for field in NOT_ADDITIVE if patch.config.fields.get(field)]
     if patch.config.fields.get("bias") not in (None, "none"):
         used.append("bias")
-    if patch.values or used:
+    if not is_of_added_tokens(patch):
+        used.append("trainable_token_indices")
+    if patch.values or patch.resized or used:
         refusals.append(
             Refusal(
                 patch.name,

@@ -209,7 +209,7 @@ def _verify_checkpoint(
         covered |= set(manifest.files)
         checks.append(sealed_check(folder / MANIFEST_FILE, values))
         checks += file_checks(folder, manifest.files)
-        checks += _weight_checks(folder, manifest, weights, progress)
+        checks += _weight_checks(folder, manifest, weights - set(manifest.files), progress)
         checks += [] if base is None else [model_check("base", manifest.into, base)]
     checks += signature_checks(folder, trust, signature, covered)
     return Verification("checkpoint", name, tuple(checks), tuple(notes_on(folder, covered, trust, signature)))
