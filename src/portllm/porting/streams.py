@@ -394,7 +394,7 @@ class Streams:
             for name, state in reading.states.items()
         }
         put = {
-            f"{side}/{candidate}/{module}": tensor.contiguous().cpu()
+            f"{side}/{candidate}/{module}": tensor.cpu().clone(memory_format=torch.contiguous_format)
             for candidate, extras in self.extras.items()
             for module, pair in extras.items()
             for side, tensor in zip("ab", pair, strict=True)
