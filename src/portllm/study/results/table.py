@@ -290,7 +290,7 @@ def _measured(study: Study, found: Found, model: str, task: str, method: str) ->
     """What a method said of itself, by the seeds of which it ported a patch."""
     names = {Step("port", model, task=task, seed=seed, patch=method).name for seed in study.seeds}
     by_seed = [result for step, result in found.items() if step.name in names]
-    return _shared_means(by_seed) if by_seed else {}
+    return dict(sorted(_shared_means(by_seed).items())) if by_seed else {}
 
 
 def _shared_means(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
