@@ -83,7 +83,7 @@ def write_rows(folder):
 def run_page(page, portllm, made):
     for line in shell_commands(read(page)):
         done = portllm(*shlex.split(line)[1:])
-        assert done.status == 0, f"{line}\n{done.err}"
+        assert done.status in ((0, 3) if "--max-loss" in line else (0,)), f"{line}\n{done.err}"  # 3: beyond the limit
     assert any(Path(made).glob("*.safetensors"))
 
 
