@@ -13,9 +13,16 @@ def test_the_commands_are_listed_in_the_order_in_which_a_patch_goes_through_them
     program = find_program()
     listed = program.list_commands(open_context(program, "portllm"))
     assert " ".join(listed) == (
-        "demo inspect train capture check port merge combine evaluate certify verify sign fleet doctor study"
+        "demo inspect train capture check port merge combine evaluate certify export verify sign fleet doctor study"
     )
     assert set(RESUMED) <= set(listed)
+
+
+def test_no_line_of_the_list_of_commands_is_cut(portllm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = portllm("--help").out.partition("Commands:")[2]
+    assert "doctor" in listed
+    assert "..." not in listed
 
 
 @pytest.mark.parametrize(

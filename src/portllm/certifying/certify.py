@@ -34,6 +34,7 @@ from portllm.evaluating.plan import model_refusals, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
+from portllm.matching.added_tokens import added_tokens
 from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, PatchLike, files_of, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -215,7 +216,9 @@ def plan_certify(
     if ported is not None:
         refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
     refusals += _too_few(settings.sample or len(data.rows), settings)
-    if settings.kind == "free" and not has_same_tokenizer(base, successor):
+    tokens = added_tokens(patch, base)
+    is_alike = not tokens or (ported is not None and tokens == added_tokens(ported, successor))
+    if settings.kind == "free" and not (is_alike and has_same_tokenizer(base, successor)):
         reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
     refusals += trained_on(data.digest, patch, ported, consequence=TRAINED_ON)

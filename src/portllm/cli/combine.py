@@ -47,7 +47,10 @@ def combine(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Combine patches of one base into one: their weighted sum, exact or truncated to a rank."""
+    """Combine patches of one base into one.
+
+    The result is their weighted sum, exact or truncated to a rank.
+    """
     from portllm.cli.progress import shown_progress
     from portllm.combining.plan import plan_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report

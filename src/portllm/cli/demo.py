@@ -18,7 +18,10 @@ def demo(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run the whole story on a small real model: minutes on a CPU, offline. A second run reuses finished steps."""
+    """Run the whole story on a small real model.
+
+    Takes minutes on a CPU, offline. A second run reuses finished steps.
+    """
     from portllm.cli.pages import written
     from portllm.cli.progress import shown_progress
     from portllm.demo.page import story_page

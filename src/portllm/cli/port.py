@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import CompletionOption, PromptOption, given_prompt
 from portllm.cli.options import (
     MODEL,
     PATCHES,
@@ -33,7 +34,7 @@ def port(
         typer.Option(
             "--method",
             help="Port method: add carries the delta over unchanged; align fits it to the evolved model on prompts "
-            "(needs --base and --text); auto chooses from what check finds (needs --base).",
+            "(needs --base and --text or --draw); auto chooses from what check finds (needs --base).",
         ),
     ] = "add",
     text: Annotated[
@@ -44,10 +45,25 @@ def port(
             "per line).",
         ),
     ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="With --text: prompt template. Defaults to the one recorded in the patch."),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="With --method align: rows with right answers. The choice is made by the loss on those that are not "
+            "fitted on, and not by the old specialist's answers. Without --text, their prompts are used too.",
+        ),
     ] = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            "--draw",
+            min=1,
+            help="Instead of --text: the old specialist draws this many prompts itself, better 256, through the prompt "
+            "template.",
+        ),
+    ] = None,
+    prompt: PromptOption = None,
+    completion: CompletionOption = None,
     anchors: Annotated[
         Path | None,
         typer.Option(
@@ -113,14 +129,23 @@ def port(
         shortfall,
         trained_tokens_lost,
     )
+    from portllm.probing.domain import Asking, domain_of
 
     if force and method != AUTO:
         raise typer.BadParameter("--force requires --method auto; any other method ports whatever is compatible.")
-    if text is None and (prompt is not None or anchors is not None):
-        raise typer.BadParameter("--prompt and --anchors require --text.")
+    asking = Asking(
+        text=text,
+        data=data,
+        draw=draw,
+        template=given_prompt(prompt, None),
+        completion=completion,
+        anchors=anchors,
+    )
+    if not asking.is_given and any(given is not None for given in (prompt, completion, anchors)):
+        raise typer.BadParameter("--prompt, --completion and --anchors require --text, --data or --draw.")
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
     route = Route(
-        update, method=method, force=force, allow_other_base=allow_other_base, reads=method == AUTO and text is not None
+        update, method=method, force=force, allow_other_base=allow_other_base, reads=method == AUTO and asking.is_given
     )
     found = find_patches(patches)
     outputs = found.outputs(output)
@@ -134,14 +159,10 @@ def port(
 
         def run(out: Path, plan: PortPlan) -> Patch[TensorInfo] | None:
             domain = None
-            if text is not None:
-                from portllm.probing.domain import domain_of
-
+            if asking.is_given:
                 domain = domain_of(
                     plan,
-                    text,
-                    template=prompt,
-                    anchors=anchors,
+                    asking,
                     max_tokens=max_tokens,
                     answer_tokens=answer_tokens,
                     wanted=agreement if method == AUTO else None,

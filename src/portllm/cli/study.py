@@ -10,7 +10,7 @@ from portllm.cli.terminal import print_json, say
 
 study = typer.Typer(
     name="study",
-    help="Run the paper's experiment on any model, from a file: train, evolve, port, retrain, score.",
+    help="Run the paper's experiment on any model, from a file.\n\nTrain, evolve, port, retrain, score.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -21,7 +21,7 @@ from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.capture import Captured
 from portllm.patch.combine import concatenate, rerank, select
-from portllm.patch.delta import LowRankDelta
+from portllm.patch.delta import LowRankDelta, RowValues
 from portllm.patch.new_adapter import canonical_config
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
@@ -87,12 +87,16 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
         progress("combine", done, len(plan.modules), "tensors")
     if not factors:
         raise PlanRefusedError([Refusal("patches", "they cancel out: the combined delta of every module is zero.")])
-    fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else None
-    config = AdapterConfig(canonical_config({name: delta.rank for name, delta in factors.items()}, fields=fields))
-    patch = Patch("combined", factors, config, None)
+    fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else {}
+    ranks = {name: delta.rank for name, delta in factors.items()}
+    config = AdapterConfig(canonical_config(ranks, fields={**fields, **plan.agreed.config}))
+    rows = {name: RowValues(spool.add(name, found.values), found.rows) for name, found in plan.agreed.values().items()}
+    patch = Patch("combined", factors, config, None, rows=rows, beside=plan.agreed.files)
     first = _record_of(plan.patches[0])
     base = first.base
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
+    for name, text in plan.agreed.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     total = _residual(found.values())
     residuals = {module: _rounded(captured.truncation_residual) for module, captured in found.items()}
     settings = {
@@ -104,7 +108,15 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     capture = Capture("combine", settings, first.capture.fitted_to)
     # The way of the patch that was ported most often: a sum is no nearer to what it was trained on than its parts.
     ports = max((_record_of(each).ports for each in plan.patches), key=len)
-    record = PatchRecord(__version__, base, capture, ports=ports, tensors=digest_tensors(patch), files={})
+    record = PatchRecord(
+        program=__version__,
+        base=base,
+        capture=capture,
+        ports=ports,
+        tensors=digest_tensors(patch),
+        files={},
+        added_tokens=plan.agreed.added,
+    )
     return CombineReport(record, {name: captured.rank for name, captured in found.items()}, residuals, total)
 
 

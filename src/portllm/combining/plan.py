@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.combining.agreed import Agreed, agree, is_of_added_tokens
 from portllm.errors import Refusal
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
 
-NOT_ADDITIVE = ("use_dora", "trainable_token_indices", "target_parameters", "lora_bias", "modules_to_save")
+NOT_ADDITIVE = ("use_dora", "target_parameters", "lora_bias", "modules_to_save")
 """Fields of a configuration whose tensors are more than deltas that add up."""
 
 
@@ -68,6 +69,7 @@ class CombinePlan:
         how: The combination rule.
         modules: For each module of the result, the numbers of the patches that change it.
         refusals: Every reason not to run.
+        agreed: What goes along as it is.
     """
 
     patches: tuple[Patch[TensorInfo], ...]
@@ -75,6 +77,7 @@ class CombinePlan:
     how: Combination
     modules: Mapping[str, tuple[int, ...]]
     refusals: tuple[Refusal, ...]
+    agreed: Agreed
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,9 @@ def plan_combine(
             modules[module] = numbers
     if not modules:
         refusals.append(Refusal("--weights", "all weights are zero, so the result would be empty."))
-    return CombinePlan(tuple(patches), given, how, modules, tuple(sorted(refusals)))
+    agreed = agree([patch for patch, weight in zip(patches, given, strict=True) if weight] or patches)
+    refusals += agreed.refusals
+    return CombinePlan(tuple(patches), given, how, modules, tuple(sorted(refusals)), agreed)
 
 
 def _weights_of(record: PatchRecord) -> str:
@@ -168,7 +173,9 @@ def _mismatches(patch: Patch[TensorInfo], first: Patch[TensorInfo]) -> list[Refu
     used = [field for field in NOT_ADDITIVE if patch.config.fields.get(field)]
     if patch.config.fields.get("bias") not in (None, "none"):
         used.append("bias")
-    if patch.values or used:
+    if not is_of_added_tokens(patch):
+        used.append("trainable_token_indices")
+    if patch.values or patch.resized or used:
         refusals.append(
             Refusal(
                 patch.name,

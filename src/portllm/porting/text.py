@@ -118,12 +118,18 @@ def _measured(step: PortStep) -> dict[str, str]:
     """What was measured of a ported patch on prompts."""
     found = step.evidence
     ported, added = (_interval(found, name) for name in ("agreement", "agreement_added"))
+    drawn = "drawn " if "prompts_drawn" in found else ""
     rows = {
         "ported by": step.method,
         "agreement": f"{ported} of the old specialist's answers; by addition {added}",
-        "": f"on {found['prompts_report']:.0f} prompts that nothing was fitted or chosen on",
+        "": f"on {found['prompts_report']:.0f} {drawn}prompts that nothing was fitted or chosen on",
         "divergence": f"{found['divergence']:.4f} nats per token; by addition {found['divergence_added']:.4f}",
     }
+    if "loss" in found:
+        rows["loss"] = (
+            f"{found['loss_ported']:.3f} nats per token of the right answers of {found['loss_rows']:.0f} rows, by "
+            f"which it was chosen; by addition {found['loss_added']:.3f}, the old specialist {found['loss']:.3f}"
+        )
     if "general_nats" in found:
         rows["general text"] = (
             f"{found['general_nats_ported']:.3f} nats per token; by addition {found['general_nats_added']:.3f}, the "
