@@ -28,6 +28,7 @@ from portllm.cli.fleet import fleet
 from portllm.cli.inspect import inspect
 from portllm.cli.merge import merge
 from portllm.cli.port import port
+from portllm.cli.prove import prove
 from portllm.cli.sign import sign
 from portllm.cli.study import study
 from portllm.cli.terminal import let_go, say
@@ -83,6 +84,7 @@ for command in (
     combine,
     evaluate,
     certify,
+    prove,
     verify,
     sign,
     fleet,

@@ -1,0 +1,86 @@
+"""The command that proves a served patch: prove."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.data import DATA, PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.options import (
+    MODEL,
+    DeviceName,
+    DeviceOption,
+    HtmlOption,
+    JsonOption,
+    OtherBaseOption,
+    OverwriteOption,
+    QuietOption,
+)
+from portllm.cli.terminal import print_json, say
+
+
+def prove(
+    patch: Annotated[Path, typer.Argument(help="The patch.")],
+    base: Annotated[str, typer.Option("--base", help=f"The model it belongs to. {MODEL}")],
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="NAME|URL",
+            help="The runtime to start (docs/prove.md lists them), or the address of a server that runs already, such "
+            "as http://localhost:8000/v1.",
+        ),
+    ] = "mistralrs",
+    export: Annotated[
+        Path | None, typer.Option("--export", help="What the runtime loads as the patch. Defaults to the patch's folder.")
+    ] = None,
+    python: Annotated[
+        Path | None, typer.Option("--python", help="The Python of the environment that has the runtime.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help=f"Prompts to ask; without them, built-in ones. {DATA}")
+    ] = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows of --data to ask.")] = 32,
+    device: DeviceOption = DeviceName.AUTO,
+    allow_other_base: OtherBaseOption = False,
+    html: HtmlOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Prove that a runtime serves a patch as it is, by its log-probabilities.
+
+    Exits with 3 if it is not proven. docs/prove.md says what is compared.
+    """
+    from portllm.cli.pages import Page
+    from portllm.cli.progress import shown_progress
+    from portllm.files.record import encode
+    from portllm.proving.decision import decide
+    from portllm.proving.prove import plan_prove, run_prove
+    from portllm.proving.text import render_proof
+
+    page = Page(html, overwrite=overwrite)
+    with shown_progress(quiet=quiet) as progress:
+        plan = plan_prove(
+            patch,
+            base=base,
+            runtime=runtime,
+            export=export,
+            python=python,
+            allow_other_base=allow_other_base,
+            progress=progress,
+        )
+        proof = run_prove(plan, device=device.value, progress=progress)
+    headline = decide(proof)
+    if page.is_wanted:
+        from portllm.proving.page import prove_page
+
+        page.write(prove_page(proof, headline))
+    if as_json:
+        print_json(encode(proof) | {"decision": {"text": headline.text, "proven": proof.proven}})
+    else:
+        say(render_proof(proof, headline), tone=headline.tone)
+    if not proof.proven:
+        raise typer.Exit(3)
