@@ -70,6 +70,10 @@ shutil.copytree("base-v2", "copy")
 portllm.merge_in_place(ported, "copy")
 print(portllm.undo_merge("copy"))
 
+# In the form that a runtime takes.
+exported = portllm.export(ported, runtime="vllm", base=evolved, out="for-vllm")
+print(exported.record.name, exported.serve)
+
 # Is it still worth it, and what can be lost?
 models = portllm.evaluate(
     "held-out.jsonl", base="base-v1", patch=patch, evolved=evolved, ported=ported, merged="merged"

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from portllm.certifying.certificate import Certificate
+from portllm.exporting.export import ExportRecord
 from portllm.files.record import NamedBlake3, Recorded
 from portllm.fleets.file import FleetTable
 from portllm.patch.record import PatchRecord
@@ -22,6 +23,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "portllm"
 SCHEMAS: dict[str, tuple[type[Recorded], str]] = {
     "patch/patch.schema.json": (PatchRecord, "patch.json"),
     "certifying/certificate.schema.json": (Certificate, "certificate.json"),
+    "exporting/export.schema.json": (ExportRecord, "export.json"),
     "fleets/fleet.schema.json": (FleetTable, "fleet.toml"),
 }
 WIDTH = 120

@@ -57,6 +57,7 @@ except SystemExit as end:
         "portllm.checking.page",
         "portllm.evaluating.evaluate",
         "portllm.evaluating.page",
+        "portllm.exporting.export",
         "portllm.study.results.page",
         "portllm.training.train",
     ],

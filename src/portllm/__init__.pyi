@@ -8,6 +8,7 @@ from .checkpoint.open import open_checkpoint as open_checkpoint
 from .combining.combine import combine as combine
 from .diagnosing.doctor import doctor as doctor
 from .evaluating.evaluate import evaluate as evaluate
+from .exporting.export import export as export
 from .fleets.fleet import fleet as fleet
 from .inspecting.inspect import inspect as inspect
 from .merging.in_place import merge_in_place as merge_in_place, undo_merge as undo_merge
@@ -58,6 +59,7 @@ from .checking.verdict import Answer as Answer, Verdict as Verdict
 from .combining.combine import CombineReport as CombineReport
 from .diagnosing.doctor import DoctorReport as DoctorReport
 from .evaluating.compare import Comparison as Comparison, ComparisonRow as ComparisonRow
+from .exporting.export import Exported as Exported
 from .fleets.plan import FleetRow as FleetRow
 from .inspecting.inspect import CheckpointSummary as CheckpointSummary, PatchSummary as PatchSummary
 from .merging.manifest import MergeReport as MergeReport

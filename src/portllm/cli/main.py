@@ -24,6 +24,7 @@ from portllm.cli.combine import combine
 from portllm.cli.demo import demo
 from portllm.cli.doctor import doctor
 from portllm.cli.evaluate import evaluate
+from portllm.cli.export import export
 from portllm.cli.fleet import fleet
 from portllm.cli.inspect import inspect
 from portllm.cli.merge import merge
@@ -84,6 +85,7 @@ for command in (
     combine,
     evaluate,
     certify,
+    export,
     prove,
     verify,
     sign,

@@ -14,7 +14,7 @@ from portllm.files.own_files import inode_of
 from portllm.files.source import LocalFile, Source
 from portllm.files.staging import Journal, Place, Staged, begin, remove
 
-OUTPUT_FILES = ("patch.json", "portllm.json", "certificate.json", "check.json", "config.json")
+OUTPUT_FILES = ("patch.json", "portllm.json", "certificate.json", "check.json", "config.json", "export.json")
 """One of these, or a file of weights, lies in every folder that this program writes whole."""
 
 

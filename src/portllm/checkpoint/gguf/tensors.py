@@ -56,6 +56,7 @@ class Architecture:
         outer: Tensors outside the layers, by their name in the file.
         layer: Tensors of each layer, by their name in the file without `blk.N.`.
         left_out: Tensors of the file that are no weights of the model.
+        also: Other model types whose tensors are the same.
     """
 
     title: str
@@ -65,6 +66,12 @@ class Architecture:
     outer: Mapping[str, TensorRule]
     layer: Mapping[str, TensorRule]
     left_out: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Every `model_type` of `config.json` that is stored so."""
+        return (self.model_type, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ def _parsed(text: str) -> Architecture:
         facts[part] = {
             name: TensorRule(**{**rule, "shape": tuple(rule["shape"])}) for name, rule in facts[part].items()
         }
-    return Architecture(**{**facts, "left_out": tuple(facts.get("left_out", ()))})
+    return Architecture(**{**facts, **{name: tuple(facts.get(name, ())) for name in ("left_out", "also")}})
 
 
 def _read_sizes(file: GGUFFile, name: str) -> dict[str, int]:

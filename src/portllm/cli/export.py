@@ -1,0 +1,79 @@
+"""The command export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from portllm.cli.options import (
+    MODEL,
+    DryRunOption,
+    JsonOption,
+    OtherBaseOption,
+    OutOption,
+    OverwriteOption,
+    QuietOption,
+)
+from portllm.cli.terminal import print_json, say
+
+
+def export(
+    patch: Annotated[Path, typer.Argument(help="A patch or a PEFT LoRA adapter.")],
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="RUNTIME",
+            help="peft, vllm, sglang, tgi, mistralrs, llamacpp, mlx or openvino.",
+        ),
+    ],
+    output: OutOption,
+    base: Annotated[
+        str | None, typer.Option("--base", help=f"The model that is served; some forms depend on it. {MODEL}")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Dtype of the factors. Defaults to float32, which is exact."),
+    ] = None,
+    allow_other_base: OtherBaseOption = False,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a patch in the form that a runtime takes, with nothing dropped in silence.
+
+    What the runtime has no place for is refused by name before anything is written, with the way out. The name to serve
+    it under is printed: another patch, base or port has another one, so that no cache of the old one is used.
+    """
+    from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.progress import shown_progress
+    from portllm.errors import refuse
+    from portllm.exporting.export import run_export
+    from portllm.exporting.plan import plan_export
+    from portllm.exporting.text import exported_to_json, render_export_plan, render_exported
+    from portllm.files.output_folder import check_free
+    from portllm.patch.adapter_folder import load_patch
+    from portllm.serving.runtime import runtime_named
+
+    plan = plan_export(
+        load_patch(patch),
+        runtime_named(runtime),
+        base=None if base is None else open_checkpoint(base),
+        dtype=dtype,
+        allow_other_base=allow_other_base,
+    )
+    if dry_run:
+        say(render_export_plan(plan, output))
+    refuse(plan.refusals)
+    if plan.nothing is not None:
+        say(f"warning: {plan.nothing}", err=True)
+    check_free(output, overwrite=overwrite)
+    if dry_run:
+        return
+    with shown_progress(quiet=quiet) as progress:
+        exported = run_export(plan, output, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(exported_to_json(exported))
+    else:
+        say(render_exported(exported))

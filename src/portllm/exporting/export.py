@@ -1,0 +1,181 @@
+"""Write a patch in the form that a runtime takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from portllm import __version__
+from portllm.checkpoint.open import ModelLike, open_checkpoint
+from portllm.errors import refuse
+from portllm.exporting.plan import ExportPlan, plan_export
+from portllm.files.output_folder import check_free, staged_folder
+from portllm.files.record import Blake3, Recorded, write_sealed
+from portllm.files.seal import digest_file
+from portllm.patch.adapter_folder import PatchLike, load_patch, write_patch
+from portllm.patch.record import ModelIdentity
+from portllm.progress import Progress, silent
+from portllm.serving.runtime import Form, runtime_named
+
+EXPORT_FILE = "export.json"
+
+
+class ExportRecord(Recorded, frozen=True, tag_field="format", tag=1):
+    """The content of `export.json`: what was exported for which runtime, and the digests of what was written.
+
+    Attributes:
+        program: Version of PortLLM that wrote it.
+        runtime: The id of the runtime.
+        read: The version of the runtime whose source was read for its form.
+        name: The name to serve it under; of another patch, base or port it is another one.
+        patch: The patch, as it was named.
+        base: The model that it is served on, where that is known.
+        file: What the runtime is given, a file of this folder; None where it is given the folder.
+        rank: Of every module; None where the patch is as it was.
+        dtype: Of the factors; None where the patch is as it was.
+        files: blake3 digest of each file beside this one.
+    """
+
+    program: str
+    runtime: str
+    read: str
+    name: str
+    patch: str
+    base: ModelIdentity | None
+    file: str | None
+    rank: int | None
+    dtype: str | None
+    files: Mapping[str, Blake3]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export that was written.
+
+    Attributes:
+        folder: Where it is.
+        record: The content of its `export.json`.
+        n_modules: Modules that it has.
+        serve: How the runtime is started or called with it.
+        notes: What a user should know.
+    """
+
+    folder: Path
+    record: ExportRecord
+    n_modules: int
+    serve: str
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Exported({str(self.folder)!r}, runtime={self.record.runtime!r}, name={self.record.name!r})"
+
+    @property
+    def given(self) -> Path:
+        """What the runtime is given: the folder, or a file in it."""
+        return self.folder if self.record.file is None else self.folder / self.record.file
+
+
+def export(
+    patch: PatchLike,
+    *,
+    runtime: str,
+    out: str | Path,
+    base: ModelLike | None = None,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Exported:
+    """Write a patch to `out` in the form that a runtime takes; what it has no place for is refused by name.
+
+    Args:
+        patch: What to export.
+        runtime: A row of the table in `docs/how-to/serve.md`, such as `vllm`.
+        out: The folder to write.
+        base: The model that is served; some forms depend on it.
+        dtype: Of the factors. In float32, the default, they are as exact as those of the patch; a runtime rounds them
+            to the dtype that it computes in.
+        allow_other_base: Take `base` for the patch's base though its fingerprint says otherwise.
+        overwrite: Replace `out` if it exists.
+        progress: Progress callback (modules).
+
+    Raises:
+        PortLLMError: There is no such runtime.
+        PlanRefusedError: The runtime has no place for a part of the patch, or the model is needed; lists every reason.
+        NonFiniteError: A factor contains an infinity or NaN.
+        OutputExistsError: `out` exists.
+        OutputError: `out` cannot be written, or contains an input.
+    """
+    plan = plan_export(
+        load_patch(patch),
+        runtime_named(runtime),
+        base=None if base is None else open_checkpoint(base),
+        dtype=dtype,
+        allow_other_base=allow_other_base,
+    )
+    return run_export(plan, Path(out), overwrite=overwrite, progress=progress)
+
+
+def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Exported:
+    """Carry out a plan; see `export`."""
+    refuse(plan.refusals)
+    check_free(out, overwrite=overwrite)
+    with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
+        file = _write(plan, folder, progress)
+        is_plain = bool(plan.slots)
+        record = ExportRecord(
+            __version__,
+            plan.runtime.id,
+            plan.runtime.version,
+            plan.name,
+            plan.patch.name,
+            plan.base_identity,
+            file,
+            plan.rank if is_plain else None,
+            plan.dtype if is_plain else None,
+            {entry.name: digest_file(entry) for entry in sorted(folder.iterdir())},
+        )
+        write_sealed(folder / EXPORT_FILE, record)
+    n_modules = len(plan.slots) or len(plan.patch.deltas) + len(plan.patch.experts)
+    return Exported(out, record, n_modules, serve_command(plan, out, file), plan.notes)
+
+
+def serve_command(plan: ExportPlan, out: Path, file: str | None) -> str:
+    """How the runtime is started or called with an export."""
+    return plan.runtime.serve.format(
+        base=plan.base_name, folder=out, file=out if file is None else out / file, name=plan.name, rank=plan.rank
+    )
+
+
+def file_of(plan: ExportPlan) -> str | None:
+    """What the runtime is given, a file of the export; None where it is given the folder."""
+    match plan.runtime.form:
+        case Form.FILE:
+            return f"{plan.name}.safetensors"
+        case Form.GGUF_LORA:
+            return f"{plan.name}.gguf"
+        case _:
+            return None
+
+
+def _write(plan: ExportPlan, folder: Path, progress: Progress) -> str | None:
+    """Write what the runtime takes; see `file_of`."""
+    if plan.runtime.form is Form.PEFT:
+        write_patch(folder, plan.patch, base_name=plan.base_name, base_revision=plan.base_revision)
+        return None
+    from portllm.exporting.adapter_files import write_file, write_lora, write_mlx  # loads torch
+    from portllm.exporting.factors import each_factors
+
+    factors = each_factors(plan.slots, rank=plan.rank, dtype=plan.dtype, progress=progress)
+    file = file_of(plan)
+    match plan.runtime.form:
+        case Form.LORA:
+            write_lora(folder, plan, factors)
+        case Form.MLX:
+            write_mlx(folder, plan, factors)
+        case Form.FILE if file is not None:
+            write_file(folder, plan, factors, file=file)
+        case Form.GGUF_LORA if file is not None:
+            from portllm.exporting.gguf_adapter import write_gguf_lora
+
+            write_gguf_lora(folder, plan, factors, file=file)
+    return file

@@ -1,0 +1,273 @@
+"""Decide before reading: what an export will hold, and every part of the patch that the runtime has no place for."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from blake3 import blake3
+
+from portllm.checkpoint.gguf.places import architecture_of, place_of
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.tensor.info import TensorInfo, float_dtype
+from portllm.errors import Refusal
+from portllm.files.record import encode
+from portllm.files.source import Source
+from portllm.matching.compatibility import base_mismatch, mismatches, oriented
+from portllm.patch.adapter_config import ALL_LINEAR, HEAD_NAMES
+from portllm.patch.adapter_folder import digest_tensors, files_of
+from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.identify import identify
+from portllm.patch.nothing import why_nothing
+from portllm.patch.patch import Patch
+from portllm.patch.record import ModelIdentity
+from portllm.serving.runtime import Form, Part, Runtime
+
+SHOWN = 3
+_LAYER = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A module of the export.
+
+    Attributes:
+        module: Its name in the class that is served.
+        shape: (d_out, d_in) of its weight.
+        delta: What the patch adds to it; None for a module that gets zeros because the runtime wants it there.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    delta: LowRankDelta[TensorInfo] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """A patch about to be written in the form that a runtime takes.
+
+    Attributes:
+        patch: The patch.
+        runtime: The runtime.
+        base: The model that is served, where it was given.
+        base_identity: Its identity, or that of the base that the patch records; None where neither is known.
+        name: The name to serve it under: the patch's, and a digest of patch, base and ports.
+        slots: The modules of the export, by name; empty for a form that takes the patch as it is.
+        rank: Of every module of the export.
+        dtype: Of its factors.
+        notes: What a user should know.
+        refusals: Every reason not to run.
+    """
+
+    patch: Patch[TensorInfo]
+    runtime: Runtime
+    base: Checkpoint | None
+    base_identity: ModelIdentity | None
+    name: str
+    slots: tuple[Slot, ...]
+    rank: int
+    dtype: str
+    notes: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def nothing(self) -> str | None:
+        """Why the patch changes nothing; None where it does. Reads factors."""
+        return why_nothing(self.patch)
+
+    @property
+    def files(self) -> tuple[Source, ...]:
+        """What is read."""
+        return (*files_of(self.patch), *(() if self.base is None else self.base.files))
+
+    @property
+    def base_name(self) -> str:
+        """What the export calls the model."""
+        return "BASE" if self.base_identity is None else self.base_identity.name
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit hash of a model of the hub, else None."""
+        return None if self.base_identity is None else self.base_identity.revision
+
+    @property
+    def targets(self) -> list[str]:
+        """`target_modules`: the last part of each module's name where that means these modules and no others."""
+        modules = {slot.module for slot in self.slots}
+        leaves = {_leaf(module) for module in modules}
+        others = () if self.base is None else (module for module in self.base.linear if module not in modules)
+        return sorted(modules if any(_leaf(module) in leaves for module in others) else leaves)
+
+
+def plan_export(
+    patch: Patch[TensorInfo],
+    runtime: Runtime,
+    *,
+    base: Checkpoint | None = None,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+) -> ExportPlan:
+    """Plan to write a patch in the form that a runtime takes.
+
+    Args:
+        patch: What to export.
+        runtime: Which runtime.
+        base: The model that is served. Needed for forms that depend on it; checked wherever it is given.
+        dtype: Of the factors; float32 where nothing is said, so that nothing is rounded twice.
+        allow_other_base: Take `base` for the patch's base though its fingerprint says otherwise.
+
+    Raises:
+        UnsupportedDtypeError: There is no such dtype.
+    """
+    refusals: list[Refusal] = []
+    if base is not None:
+        patch = oriented(patch, base)
+        refusals += mismatches(patch, base)
+        refusals += base_mismatch(patch, identify(base), model=base, option="--base", allow_other_base=allow_other_base)
+    refusals += _unheld(patch, runtime, base)
+    slots: tuple[Slot, ...] = ()
+    rank = max((delta.rank for delta in patch.deltas.values()), default=0)
+    if runtime.form is not Form.PEFT and not refusals:
+        slots = tuple(_slots(patch, runtime, base))
+        refusals += _unplaced(patch, runtime, base)
+        taken = runtime.rank_for(rank)
+        if taken is None:
+            refusals.append(
+                Refusal(
+                    patch.name,
+                    f"its largest rank is {rank}; {runtime.title} takes up to {runtime.max_rank or runtime.ranks[-1]}. "
+                    f"Cut it with 'portllm combine {patch.name} ... --rank N', or merge it: {_merge(patch, base)}.",
+                )
+            )
+        rank = taken or rank
+    given = None if base is None else identify(base)
+    named = given or (None if patch.record is None else patch.record.base)
+    notes = tuple(_notes(patch, named, slots, rank))
+    dtype = "F32" if dtype is None else float_dtype(dtype)
+    refused = tuple(sorted(refusals))
+    return ExportPlan(patch, runtime, base, named, _name(patch, named), slots, rank, dtype, notes, refused)
+
+
+def _unheld(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None) -> Iterator[Refusal]:
+    """The parts of a patch that a runtime has no place for, each with the modules that have it."""
+    for part, where in _parts(patch, base).items():
+        if where and part not in runtime.holds:
+            rest = f" and {len(where) - SHOWN} more" if len(where) > SHOWN else ""
+            yield Refusal(
+                f"{', '.join(where[:SHOWN])}{rest}",
+                f"{runtime.title} takes no {part} in an adapter. Serve the merged model: {_merge(patch, base)}.",
+            )
+
+
+def _parts(patch: Patch[TensorInfo], base: Checkpoint | None) -> Mapping[Part, list[str]]:
+    deltas = patch.deltas
+    head = None if base is None else base.head_module
+    experts = [module for module in deltas if ".experts." in module]
+    linear = {module: delta for module, delta in deltas.items() if not delta.is_embedding}
+    return {
+        Part.DORA: [module for module, delta in deltas.items() if delta.magnitude is not None],
+        Part.WHOLE: [name for name in patch.values if not name.endswith(".bias")],
+        Part.BIASES: [name for name in patch.values if name.endswith(".bias")],
+        Part.BIAS_DELTAS: list(patch.bias_deltas),
+        Part.TOKEN_ROWS: list(patch.rows),
+        Part.ADDED_TOKENS: list(patch.resized),
+        Part.EXPERTS: [*patch.experts, *experts],
+        Part.EMBEDDING: [module for module, delta in deltas.items() if delta.is_embedding],
+        Part.HEAD: [module for module in linear if module == head or _leaf(module) in HEAD_NAMES],
+        Part.CONV1D: [module for module, delta in linear.items() if delta.transposed],
+    }
+
+
+def _unplaced(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None) -> Iterator[Refusal]:
+    """Why a form cannot be written: the model is needed for it, or its architecture has no known places."""
+    if runtime.form is Form.GGUF_LORA:
+        if base is None:
+            yield Refusal("--base", f"{runtime.title} names and orders tensors by architecture: pass the model.")
+        elif architecture_of(base) is None:
+            yield Refusal(
+                "--base",
+                f"the tensors of a GGUF file of model type '{base.config.get('model_type')}' are not known here. "
+                f"Merge the patch and convert the result with llama.cpp: {_merge(patch, base)}.",
+            )
+        else:
+            for module in patch.deltas:
+                if place_of(base.current_name(module) + WEIGHT, base) is None:
+                    yield Refusal(module, f"a GGUF file of {base.name} has no such tensor. {_merge(patch, base)}.")
+    elif base is None and not _is_complete(patch, runtime):
+        yield Refusal(
+            "--base",
+            f"{runtime.title} wants each module in every layer, and whether the patch has it in every layer is known "
+            "from the model alone: pass it.",
+        )
+
+
+def _is_complete(patch: Patch[TensorInfo], runtime: Runtime) -> bool:
+    """Whether the configuration alone says that each module is adapted in every layer, and so what goes with it."""
+    fields = patch.config.fields
+    leaves = {_leaf(module) for module in patch.deltas}
+    if any(leaves & set(group) and not leaves >= set(group) for group in runtime.together):
+        return False
+    if fields.get("layers_to_transform") not in (None, []) or fields.get("exclude_modules"):
+        return False
+    targets = fields.get("target_modules")
+    if isinstance(targets, list):
+        return not any(re.search(r"(^|\.)\d+(\.|$)", str(name)) for name in targets)
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def _slots(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None) -> Iterator[Slot]:
+    """The modules of an export: those of the patch, and those that have to be there with them."""
+    if base is None:
+        deltas = dict(patch.deltas)
+        modules = {module: delta.shape for module, delta in deltas.items()}
+    else:
+        deltas = {base.current_name(module): delta for module, delta in patch.deltas.items()}
+        kinds = {_LAYER.sub(".*.", module) for module in deltas}
+        leaves = {kind.rpartition(".")[2]: kind.rpartition(".")[0] for kind in kinds}
+        for group in runtime.together:
+            parents = [leaves[leaf] for leaf in group if leaf in leaves]
+            kinds |= {f"{parent}.{leaf}" for parent in parents for leaf in group}
+        shapes = {module: info.shape for module, info in base.linear.items()}
+        modules = {
+            module: (shape[0], shape[1])
+            for module, shape in shapes.items()
+            if module in deltas or _LAYER.sub(".*.", module) in kinds
+        }
+    for module, shape in sorted(modules.items()):
+        yield Slot(module, shape, deltas.get(module))
+
+
+def _notes(patch: Patch[TensorInfo], base: ModelIdentity | None, slots: tuple[Slot, ...], rank: int) -> Iterator[str]:
+    if base is None:
+        yield f"{patch.name} has no patch.json and no --base was given: nothing shows which model it belongs to."
+    zeros = sum(slot.delta is None for slot in slots)
+    if zeros:
+        yield f"{zeros} modules that the patch leaves alone are written as zeros, because they must be there."
+    ranks = sorted({slot.delta.rank for slot in slots if slot.delta is not None})
+    if slots and ranks != [rank]:
+        yield f"factors of rank {', '.join(map(str, ranks))} are padded with zeros to rank {rank}."
+
+
+def _name(patch: Patch[TensorInfo], base: ModelIdentity | None) -> str:
+    """The patch's name and a digest of all that its answers depend on, so that no cache of another one is used."""
+    ports = () if patch.record is None else patch.record.ports
+    fields = {name: patch.config.fields.get(name) for name in ("alpha_pattern", "lora_alpha", "r", "use_rslora")}
+    generation = {
+        "tensors": digest_tensors(patch),
+        "fields": fields,
+        "base": None if base is None else base.fingerprint,
+        "ports": [encode(step) for step in ports],
+    }
+    digest = blake3(json.dumps(generation, sort_keys=True).encode()).hexdigest()[:8]
+    slug = re.sub(r"[^a-z0-9]+", "-", PurePath(patch.name.partition("@")[0]).name.lower()).strip("-")
+    return f"{slug or 'patch'}-{digest}"
+
+
+def _merge(patch: Patch[TensorInfo], base: Checkpoint | None) -> str:
+    return f"portllm merge {patch.name} --into {'BASE' if base is None else base.name} -o MODEL"
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]

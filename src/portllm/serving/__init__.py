@@ -1,0 +1,1 @@
+"""What programs that serve models take of a patch: data, read in their sources."""
