@@ -32,7 +32,18 @@ def prove(
         ),
     ] = "mistralrs",
     export: Annotated[
-        Path | None, typer.Option("--export", help="What the runtime loads as the patch. Defaults to the patch's folder.")
+        Path | None,
+        typer.Option("--export", help="What the runtime loads as the patch. By default it is exported for it first."),
+    ] = None,
+    served_base: Annotated[
+        Path | None,
+        typer.Option("--served-base", help="What the runtime loads as the base, such as a .gguf file for llamacpp."),
+    ] = None,
+    base_name: Annotated[
+        str | None, typer.Option("--base-name", help="With a URL: what the server calls the base.")
+    ] = None,
+    patch_name: Annotated[
+        str | None, typer.Option("--patch-name", help="With a URL: what the server calls the patch.")
     ] = None,
     python: Annotated[
         Path | None, typer.Option("--python", help="The Python of the environment that has the runtime.")
@@ -54,11 +65,18 @@ def prove(
 
     Exits with 3 if it is not proven. docs/prove.md says what is compared.
     """
+    is_url = runtime.startswith(("http://", "https://"))
+    if is_url and (base_name is None or patch_name is None):
+        raise typer.BadParameter("with a URL, --base-name and --patch-name are required: what the server calls both.")
+    if is_url and (export or served_base or python):
+        raise typer.BadParameter("--export, --served-base and --python are for a runtime that is started, not a URL.")
+    if not is_url and (base_name or patch_name):
+        raise typer.BadParameter("--base-name and --patch-name are for a URL.")
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.files.record import encode
     from portllm.proving.decision import decide
-    from portllm.proving.prove import plan_prove, run_prove
+    from portllm.proving.prove import Endpoint, plan_prove, run_prove
     from portllm.proving.text import render_proof
 
     page = Page(html, overwrite=overwrite)
@@ -66,8 +84,9 @@ def prove(
         plan = plan_prove(
             patch,
             base=base,
-            runtime=runtime,
+            runtime=Endpoint(runtime, base_name, patch_name) if base_name and patch_name else runtime,
             export=export,
+            served_base=served_base,
             python=python,
             allow_other_base=allow_other_base,
             progress=progress,

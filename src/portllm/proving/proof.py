@@ -23,7 +23,7 @@ class FaultFit(Recorded, frozen=True, kw_only=True):
     is_named: bool
 
 
-class Changed(Recorded, frozen=True, kw_only=True):
+class Changed(Recorded, frozen=True):
     """A prompt, and the likeliest token after it.
 
     Attributes:

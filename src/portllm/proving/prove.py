@@ -4,9 +4,10 @@ Log-probabilities are compared, since answers of two runtimes may be alike by ch
 two are apart anyway; no more than that may a served patch be off. See `docs/prove.md`.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,23 +16,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portllm import __version__
+from portllm.checkpoint.builtin import locate
+from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.errors import PlanRefusedError, RuntimeFailedError
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.errors import NotFoundError, RuntimeFailedError, refuse
 from portllm.evaluating.plan import model_refusals
+from portllm.exporting.export import export
+from portllm.exporting.plan import plan_export
 from portllm.patch.adapter_folder import PatchLike, folder_of, load_patch
 from portllm.patch.identify import identify
+from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
 from portllm.proving.faults import Fault, faults, scaled
 from portllm.proving.prompts import PROMPTS
 from portllm.proving.proof import Changed, FaultFit, Proof
-from portllm.proving.runtimes.contract import Answer, Model, Running, Served
-from portllm.proving.runtimes.table import RUNTIMES, python_of
-from portllm.proving.statistics import Fit, Measured, Places, best_scale, fit, measure, places, rms
+from portllm.proving.runtimes.contract import Answer, Model, Running, Runtime, Served
+from portllm.proving.runtimes.server import Server
+from portllm.proving.runtimes.table import python_of, runtime_named
+from portllm.proving.statistics import Fit, Measured, best_scale, fit, measure, places, rms
 from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
+from portllm.serving import runtime as serving
 
 if TYPE_CHECKING:
     from portllm.proving.reference import Reference
+
+LONGEST_PROMPT = 4096
+"""Tokens of a prompt, longer ones being cut from the left; no runtime is asked for more."""
+
+MORE_TOKENS = 16
+"""Room that a runtime is given beside the longest prompt."""
 
 FAULT_PROMPTS = 12
 """Prompts by which faults are told apart; each fault costs one pass over them."""
@@ -43,37 +58,55 @@ SCALES = (0.0625, 0.125, 0.25, 0.5, 2.0, 4.0, 8.0, 16.0)
 """Factors of the scale from which the one that was served is looked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server that runs already, with the completions API of OpenAI.
+
+    Attributes:
+        url: Of the API, such as `http://localhost:8000/v1`.
+        base: What it calls the base.
+        patch: What it calls the patch.
+    """
+
+    url: str
+    base: str
+    patch: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProvePlan:
     """All that is known before anything is loaded.
 
     Attributes:
-        base: Folder of the base here.
-        patch: Folder of the patch.
-        served: What the runtime loads.
-        runtime: Its name.
-        names: What the user calls base, patch and what is served.
+        base: The base.
+        patch: The patch.
+        folder: Folder of the base here.
+        runtime: Where the patch is served: a runtime that is started, or a server that runs.
+        python: The Python that the runtime runs under; None for a server.
+        served_base: The base as the runtime takes it.
+        export: The patch as the runtime takes it; None where it is still to be exported.
         prompts: What is asked.
+        allow_other_base: The base may be another one than the patch's.
     """
 
-    base: Path
-    patch: Path
-    served: Served
-    runtime: str
-    names: tuple[str, str, str]
+    base: Checkpoint
+    patch: Patch[TensorInfo]
+    folder: Path
+    runtime: Runtime | Endpoint
+    python: Path | None
+    served_base: Path
+    export: Path | None
     prompts: tuple[str, ...]
-
-    def start(self) -> AbstractContextManager[Running]:
-        """The runtime, with base and patch loaded."""
-        return RUNTIMES[self.runtime].start(self.served)
+    allow_other_base: bool
 
 
 def prove(
     patch: PatchLike,
     *,
     base: ModelLike,
-    runtime: str = "mistralrs",
+    runtime: str | Endpoint = "mistralrs",
     export: str | Path | None = None,
+    served_base: str | Path | None = None,
     prompts: Sequence[str] = PROMPTS,
     python: str | Path | None = None,
     allow_other_base: bool = False,
@@ -85,8 +118,9 @@ def prove(
     Args:
         patch: The patch.
         base: The model it belongs to.
-        runtime: Name of the runtime.
-        export: What the runtime loads as the patch; by default the patch's own folder.
+        runtime: Name of the runtime to start, or a server that runs already.
+        export: What the runtime loads as the patch; by default it is exported for it first.
+        served_base: What the runtime loads as the base; by default the base's folder.
         prompts: What is asked.
         python: The Python of the environment that has the runtime.
         allow_other_base: Accept a model other than the one the patch belongs to.
@@ -94,7 +128,7 @@ def prove(
         progress: Progress callback (prompts).
 
     Raises:
-        PlanRefusedError: The patch does not match the model.
+        PlanRefusedError: The patch does not match the model, or the runtime has no place for a part of it.
         NotFoundError: The runtime is not installed.
         RuntimeFailedError: The runtime cannot load base or patch, ends, or gives no log-probabilities.
     """
@@ -103,6 +137,7 @@ def prove(
         base=base,
         runtime=runtime,
         export=export,
+        served_base=served_base,
         prompts=prompts,
         python=python,
         allow_other_base=allow_other_base,
@@ -115,44 +150,57 @@ def plan_prove(
     patch: PatchLike,
     *,
     base: ModelLike,
-    runtime: str,
+    runtime: str | Endpoint = "mistralrs",
     export: str | Path | None = None,
+    served_base: str | Path | None = None,
     prompts: Sequence[str] = PROMPTS,
     python: str | Path | None = None,
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> ProvePlan:
     """What `prove` would do, every reason not to checked; arguments and errors as there."""
+    where = runtime if isinstance(runtime, Endpoint) else runtime_named(runtime)
     opened, checkpoint = load_patch(patch), open_checkpoint(base, progress=progress)
     check_runnable(checkpoint)
     refusals = list(
         model_refusals("PATCH", opened, checkpoint, identify(checkpoint), allow_other_base=allow_other_base)
     )
-    if refusals:
-        raise PlanRefusedError(refusals)
-    row = RUNTIMES[runtime]
-    served = Path(export) if export is not None else folder_of(opened)
+    refuse(refusals)
+    if isinstance(where, Runtime) and export is None:
+        planned = plan_export(
+            opened, serving.runtime_named(where.profile), base=checkpoint, allow_other_base=allow_other_base
+        )
+        refuse(planned.refusals)
     folder = model_folder(checkpoint, progress=progress)
     return ProvePlan(
-        base=folder,
-        patch=folder_of(opened),
-        served=Served(base=folder, patch=served, python=python_of(row, None if python is None else Path(python))),
-        runtime=runtime,
-        names=(checkpoint.name, opened.name, str(served)),
+        base=checkpoint,
+        patch=opened,
+        folder=folder,
+        runtime=where,
+        python=None if isinstance(where, Endpoint) else python_of(where, None if python is None else Path(python)),
+        served_base=_served_base(checkpoint, folder, where, None if served_base is None else Path(served_base)),
+        export=None if export is None else Path(export),
         prompts=tuple(prompts),
+        allow_other_base=allow_other_base,
     )
 
 
 def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = silent) -> Proof:
     """Carry out a plan; see `prove`."""
-    from portllm.proving.reference import Reference  # loads torch, which no refusal needs
+    # They load torch, which no refusal needs.
+    from portllm.proving.reference import Reference, ids_by_text
+    from portllm.running.encoding import Encoder, encode_prompts
+    from portllm.running.model import load_tokenizer
 
+    encoder = Encoder(load_tokenizer(plan.folder))
+    rows, _ = encode_prompts(encoder, plan.prompts, room=LONGEST_PROMPT)
+    counts = list(map(len, rows))
     steps = _Steps(progress, 2 * len(plan.prompts))
-    with plan.start() as running:
+    with _started(plan, max(counts) + MORE_TOKENS, functools.cache(lambda: ids_by_text(encoder))) as (running, served):
         version = running.version
         served_base = _ask(running, "base", plan.prompts, steps)
         served_patch = _ask(running, "patch", plan.prompts, steps)
-    reference = Reference(plan.base, plan.patch, plan.prompts, device=device)
+    reference = Reference(plan.folder, folder_of(plan.patch), rows, device=device)
     here = _Here(reference, reference.base(), reference.patched())
     measured = measure(
         served_base,
@@ -168,14 +216,13 @@ def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = 
             verdict = "no effect" if fault.name == "not loaded" else "wrong"
     likeliest = [_likeliest(answers) for answers in (served_base, served_patch)]
     expected_base, expected = here.base.argmax(axis=1).tolist(), here.patched.argmax(axis=1).tolist()
-    counts = reference.n_prompt_tokens
     return Proof(
         program=__version__,
-        runtime=plan.runtime,
+        runtime=plan.runtime.url if isinstance(plan.runtime, Endpoint) else plan.runtime.title,
         version=version,
-        base=plan.names[0],
-        patch=plan.names[1],
-        served=plan.names[2],
+        base=plan.base.name,
+        patch=plan.patch.name,
+        served=served,
         verdict=verdict,
         noise=measured.noise,
         effect=measured.effect,
@@ -195,9 +242,56 @@ def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = 
         changed_here=sum(map(int.__ne__, expected_base, expected)),
         agreeing=sum(map(int.__eq__, likeliest[1], expected)),
         prompts=tuple(
-            Changed(prompt=prompt, base=reference.text(before), patch=reference.text(after), expected=reference.text(right))
-            for prompt, before, after, right in zip(plan.prompts, *likeliest, expected, strict=True)
+            Changed(prompt, *(encoder.tokenizer.decode([token]) for token in tokens))
+            for prompt, *tokens in zip(plan.prompts, *likeliest, expected, strict=True)
         ),
+    )
+
+
+@contextlib.contextmanager
+def _started(
+    plan: ProvePlan, max_tokens: int, ids_by_text: Callable[[], Mapping[str, int]]
+) -> Iterator[tuple[Running, str]]:
+    """What is asked, and what it serves: a server as it is, or a runtime with the patch exported for it."""
+    if isinstance(plan.runtime, Endpoint):
+        names: Mapping[Model, str] = {"base": plan.runtime.base, "patch": plan.runtime.patch}
+        server = Server(plan.runtime.url, names=names, ids_by_text=ids_by_text)
+        with contextlib.closing(server):
+            yield server, f"model '{plan.runtime.patch}'"
+        return
+    if plan.python is None:
+        raise AssertionError("a runtime that is started has a Python")
+    with tempfile.TemporaryDirectory(prefix="portllm-") as folder:
+        given = plan.export
+        if given is None:
+            given = export(
+                plan.patch,
+                runtime=plan.runtime.profile,
+                out=Path(folder) / "export",
+                base=plan.base,
+                allow_other_base=plan.allow_other_base,
+            ).given
+        served = Served(
+            base=plan.served_base, patch=given, python=plan.python, max_tokens=max_tokens, ids_by_text=ids_by_text
+        )
+        with plan.runtime.start(served) as running:
+            yield running, f"the export for {plan.runtime.profile}" if plan.export is None else str(plan.export)
+
+
+def _served_base(base: Checkpoint, folder: Path, runtime: Runtime | Endpoint, given: Path | None) -> Path:
+    """What the runtime loads as the base."""
+    if given is not None:
+        if not given.exists():
+            raise NotFoundError(f"'{given}': does not exist; expected the base as the runtime loads it.")
+        return given
+    if isinstance(runtime, Endpoint) or runtime.base == "folder":
+        return folder
+    kind, _, name = base.name.partition(":")
+    if kind == "builtin":
+        return locate(name)
+    raise NotFoundError(
+        f"{runtime.title} loads a GGUF file: name the one of '{base.name}' with --served-base, best in the precision "
+        "of the model itself. llama.cpp's convert_hf_to_gguf.py makes one."
     )
 
 

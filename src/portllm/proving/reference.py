@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 
 from portllm.foreign import LoraLayer
 from portllm.proving.faults import Change, Part
-from portllm.running.encoding import Encoder, batches, encode_prompts, pad_left
-from portllm.running.model import Device, attach_adapter, choose_device, load_model, load_tokenizer
+from portllm.running.encoding import Encoder, batches, pad_left
+from portllm.running.model import Device, attach_adapter, choose_device, load_model
+
+Ids: TypeAlias = tuple[int, ...]
 
 NAME = "patch"
 BATCH = 16
@@ -23,22 +26,17 @@ class Reference:
     Args:
         folder: Checkpoint folder of the base.
         adapter: Adapter folder of the patch.
-        prompts: What is asked.
-        max_tokens: Most tokens of a prompt; no runtime is told to cut one, so a longer one is refused.
+        rows: The ids of each prompt.
         device: Where to run.
 
     Raises:
         CheckpointError: The base cannot be loaded.
         AdapterFormatError: The patch does not fit it.
-        DataError: A prompt has no tokens.
     """
 
-    def __init__(self, folder: Path, adapter: Path, prompts: Sequence[str], *, device: Device = "auto") -> None:
-        self._device = choose_device(device)
-        self.encoder = Encoder(load_tokenizer(folder))
-        self._rows, _ = encode_prompts(self.encoder, prompts, room=2**31)
-        longest = max(map(len, self._rows))
-        model = load_model(folder, device=self._device, dtype=torch.float32, longest=longest)
+    def __init__(self, folder: Path, adapter: Path, rows: Sequence[Ids], *, device: Device = "auto") -> None:
+        self._device, self._rows = choose_device(device), rows
+        model = load_model(folder, device=self._device, dtype=torch.float32, longest=max(map(len, rows)))
         self._model = attach_adapter(model, adapter, name=NAME).eval()
         self._layers = {
             name.removeprefix("base_model.model."): layer
@@ -48,11 +46,6 @@ class Reference:
         config = model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None)
         self.head_rows: int | None = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-
-    @property
-    def n_prompt_tokens(self) -> list[int]:
-        """How many tokens each prompt has."""
-        return list(map(len, self._rows))
 
     @property
     def parts(self) -> list[Part]:
@@ -90,19 +83,6 @@ class Reference:
                 b.mul_(norm / _norm(a, b))
             return self._log_probs(range(len(self._rows)))
 
-    def text(self, token: int) -> str:
-        """What a token says."""
-        return self.encoder.tokenizer.decode([token])  # type: ignore[no-any-return]
-
-    def ids_by_text(self) -> dict[str, int]:
-        """The tokens by what they say, those that say the same left out."""
-        ids: dict[str, int] = {}
-        several: set[str] = set()
-        for token, text in enumerate(self.encoder.tokenizer.batch_decode([[i] for i in range(len(self.encoder.tokenizer))])):
-            several |= {text} & ids.keys()
-            ids[text] = token
-        return {text: token for text, token in ids.items() if text not in several}
-
     @torch.inference_mode()
     def _log_probs(self, wanted: Sequence[int]) -> NDArray[np.float32]:
         found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(wanted)
@@ -138,6 +118,18 @@ class Reference:
             for layer, kept in zip(self._layers.values(), before, strict=True):
                 for factor, value in zip(_factors(layer), kept, strict=True):
                     factor.copy_(value)
+
+
+def ids_by_text(encoder: Encoder) -> dict[str, int]:
+    """The tokens by what they say, those that say the same left out."""
+    ids: dict[str, int] = {}
+    several: set[str] = set()
+    for token in range(len(encoder.tokenizer)):
+        text = encoder.tokenizer.decode([token])
+        if text in ids:
+            several.add(text)
+        ids[text] = token
+    return {text: token for text, token in ids.items() if text not in several}
 
 
 def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What a runtime is to the proof: base and patch are loaded, prompts are asked, log-probabilities come back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,15 @@ class Served:
         base: Folder or file of the base, as the runtime takes it.
         patch: Folder or file of the exported patch.
         python: The Python of the environment that the runtime is installed in.
+        max_tokens: How many tokens the longest prompt has, and a few more.
+        ids_by_text: The tokens by what they say, for servers that name them by that.
     """
 
     base: Path
     patch: Path
     python: Path
+    max_tokens: int
+    ids_by_text: Callable[[], Mapping[str, int]]
 
 
 @runtime_checkable
@@ -67,6 +71,7 @@ class Runtime:
         title: Its own name.
         package: The module that is imported where it is installed.
         install: What pip is given to install it, a line each.
+        profile: The id of the form that a patch is exported in for it.
         base: What it takes as base: a checkpoint folder, or a GGUF file.
         start: Starts it, and ends it with the block.
     """
@@ -75,14 +80,7 @@ class Runtime:
     title: str
     package: str
     install: tuple[str, ...]
+    profile: str
     base: Literal["folder", "gguf"] = "folder"
     start: Callable[[Served], AbstractContextManager[Running]]
 
-
-def prompts_answered(running: Running, model: Model, prompts: Sequence[str], tick: Callable[[], None]) -> list[Answer]:
-    """The answers to all prompts, in their order."""
-    answers = []
-    for prompt in prompts:
-        answers.append(running.ask(model, prompt))
-        tick()
-    return answers

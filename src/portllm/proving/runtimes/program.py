@@ -4,8 +4,10 @@ The program ends when its standard input does, so that none outlives this proces
 """
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -47,7 +49,7 @@ class _Program:
     def load(self, served: Served) -> None:
         # Absolute without resolving links: a file of the hub's cache is a link with the name that counts.
         paths = {"base": os.path.abspath(served.base), "patch": os.path.abspath(served.patch)}
-        self.version = self._exchange({**paths, "top": TOP})["version"]
+        self.version = self._exchange({**paths, "top": TOP, "max_tokens": served.max_tokens})["version"]
 
     def ask(self, model: Model, prompt: str) -> Answer:
         said = self._exchange({"model": model, "prompt": prompt})
@@ -65,8 +67,15 @@ class _Program:
             raise self._process.ended(self._name)
         said: dict[str, Any] = json.loads(reply)
         if "error" in said:
-            raise RuntimeFailedError(f"{self._name}: {said['error']}")
+            raise RuntimeFailedError(f"{self._name}: fails: {_beginning(said['error'])}")
         return said
+
+
+def _beginning(error: str) -> str:
+    """What an error says, without the frames that some runtimes put behind it."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    own = itertools.takewhile(lambda line: not re.match(r"(\d+:|stack backtrace)", line), lines)
+    return "\n".join(itertools.islice(own, LAST_LINES)) or "it does not say why"
 
 
 class Process:

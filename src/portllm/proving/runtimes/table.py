@@ -10,6 +10,7 @@ from portllm.errors import NotFoundError
 from portllm.files.cache import cache_root
 from portllm.proving.runtimes.contract import Runtime
 from portllm.proving.runtimes.program import started_program
+from portllm.proving.runtimes.vllm import started_vllm
 
 RUNTIMES: Mapping[str, Runtime] = {
     runtime.name: runtime
@@ -19,10 +20,58 @@ RUNTIMES: Mapping[str, Runtime] = {
             title="mistral.rs",
             package="mistralrs",
             install=("mistralrs",),
+            profile="mistralrs",
             start=functools.partial(started_program, "mistralrs"),
+        ),
+        Runtime(
+            name="llamacpp",
+            title="llama.cpp",
+            package="xllamacpp",
+            install=("xllamacpp",),
+            profile="llamacpp",
+            base="gguf",
+            start=functools.partial(started_program, "llamacpp"),
+        ),
+        Runtime(
+            name="mlx",
+            title="MLX-LM",
+            package="mlx_lm",
+            install=("'mlx[cpu]' mlx-lm",),
+            profile="mlx",
+            start=functools.partial(started_program, "mlx"),
+        ),
+        Runtime(
+            name="vllm",
+            title="vLLM",
+            package="vllm",
+            install=("vllm",),
+            profile="vllm",
+            start=started_vllm,
+        ),
+        Runtime(
+            name="transformers",
+            title="transformers",
+            package="peft",
+            install=("torch transformers peft",),
+            profile="peft",
+            start=functools.partial(started_program, "transformers"),
         ),
     )
 }
+
+
+def runtime_named(name: str) -> Runtime:
+    """A row by its name.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    if name not in RUNTIMES:
+        raise NotFoundError(
+            f"--runtime {name}: is not started by this program; it starts {', '.join(RUNTIMES)}. Of a server that runs "
+            "already, pass the address, such as http://localhost:8000/v1."
+        )
+    return RUNTIMES[name]
 
 
 def environment_of(runtime: Runtime) -> Path:

@@ -1,13 +1,14 @@
 """Answers requests on stdin, a line of JSON each, with the runtime whose file is named; run as `python -I programs`.
 
 The Python is that of the runtime's own environment: nothing of PortLLM and nothing that is not in the standard library
-is imported here. A runtime's file has `load(base, patch, top)`, which returns its version and what answers a request.
+is imported here. A runtime's file has `load(base, patch, top, max_tokens)`, which returns its version and what answers a request.
 """
 
 import importlib
 import json
 import os
 import sys
+import traceback
 
 
 def main() -> None:
@@ -20,13 +21,16 @@ def main() -> None:
         replies.write(json.dumps(value) + "\n")
         replies.flush()
 
-    request = json.loads(sys.stdin.readline())
-    version, ask = importlib.import_module(sys.argv[1]).load(request["base"], request["patch"], request["top"])
-    reply({"version": version})
-    for line in sys.stdin:
-        request = json.loads(line)
-        top, n_prompt_tokens = ask(request["model"], request["prompt"])
-        reply({"top": top, "n_prompt_tokens": n_prompt_tokens})
+    try:
+        version, ask = importlib.import_module(sys.argv[1]).load(**json.loads(sys.stdin.readline()))
+        reply({"version": version})
+        for line in sys.stdin:
+            request = json.loads(line)
+            top, n_prompt_tokens = ask(request["model"], request["prompt"])
+            reply({"top": top, "n_prompt_tokens": n_prompt_tokens})
+    except Exception as error:  # the runtime's own words are what the user needs
+        traceback.print_exc()
+        reply({"error": f"{type(error).__name__}: {error}"})
 
 
 main()

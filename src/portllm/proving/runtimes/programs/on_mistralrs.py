@@ -10,9 +10,10 @@ PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %
 
 
 def load(
-    base: str, patch: str, top: int
+    base: str, patch: str, top: int, max_tokens: int
 ) -> tuple[str, Callable[[str, str], tuple[list[tuple[int, float]], int | None]]]:
     """The version, and what answers (model, prompt) with the likeliest tokens and the number of the prompt's."""
+    del max_tokens
     os.environ["MISTRALRS_CPU_KV_F32"] = "1"  # its cache of keys and values is float16 otherwise
     from mistralrs import ChatCompletionRequest, LoraAdapter, ModelDType, Runner, Which
 
@@ -21,7 +22,7 @@ def load(
         template.flush()
         runner = Runner(
             which=Which.Lora(
-                model_id=base, adapters=[LoraAdapter(alias="patch", source=patch)], dtype=ModelDType.F32, max_rank=1024
+                model_id=base, adapters=[LoraAdapter(alias="patch", source=patch)], dtype=ModelDType.F32, max_rank=256
             ),
             token_source="none",
             jinja_explicit=template.name,
