@@ -75,19 +75,31 @@ def prove(
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.files.record import encode
+    from portllm.patch.adapter_folder import load_patch
     from portllm.proving.decision import decide
+    from portllm.proving.prompts import PROMPTS
     from portllm.proving.prove import Endpoint, plan_prove, run_prove
     from portllm.proving.text import render_proof
+    from portllm.running.data import read_data
 
     page = Page(html, overwrite=overwrite)
+    opened = load_patch(patch)
+    template = given_prompt(prompt, prompt_file)
+    rows = None if data is None else read_data(data, opened, prompt=template, answers=False)
+    if rows is None and template is not None:
+        raise typer.BadParameter("--prompt and --prompt-file make prompts of the rows of --data.")
+    if rows is not None:
+        say_data(rows, labels=False, quiet=quiet)
     with shown_progress(quiet=quiet) as progress:
         plan = plan_prove(
-            patch,
+            opened,
             base=base,
             runtime=Endpoint(runtime, base_name, patch_name) if base_name and patch_name else runtime,
             export=export,
             served_base=served_base,
             python=python,
+            prompts=rows or PROMPTS,
+            limit=limit,
             allow_other_base=allow_other_base,
             progress=progress,
         )

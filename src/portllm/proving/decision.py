@@ -19,7 +19,8 @@ def decide(proof: Proof) -> Headline:
     if proof.verdict == "unclear":
         text = (
             f"Not proven, and not refuted: the patch moves the log-probabilities of these prompts by "
-            f"{nats(proof.effect)}, while {proof.runtime} and transformers differ by {nats(proof.noise)} on the bare base."
+            f"{nats(proof.effect)}, while {proof.runtime} and transformers differ by {nats(proof.noise)} on the bare "
+            "base."
         )
         return Headline("doubt", text, reasons, _clearer(proof))
     said = "serves the bare base" if proof.verdict == "no effect" else "does not serve the patch as it is"
@@ -43,8 +44,8 @@ def nats(value: float) -> str:
 def _reasons(proof: Proof) -> Iterator[str]:
     n = len(proof.prompts)
     yield (
-        f"{proof.changed} of {counted(n, 'prompt')} change their next token with the patch ({proof.changed_here} here); "
-        f"{proof.agreeing} of {n} have the same one with the patch as here."
+        f"{proof.changed} of {counted(n, 'prompt')} change their next token with the patch ({proof.changed_here} "
+        f"here); {proof.agreeing} of {n} have the same one with the patch as here."
     )
     if proof.verdict in ("wrong", "no effect"):
         yield (

@@ -1,7 +1,7 @@
 """What goes wrong with adapters in runtimes: each fault as the change of the patch that has the same effect. Pure."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -75,20 +75,10 @@ def faults(parts: Sequence[Part], *, rank: int, alpha: float, head_rows: int | N
         alpha: Likewise.
         head_rows: Rows of one attention head; None where q and k are not rotated.
     """
-    yield Fault("not loaded", "none of it were loaded: the base answers", _scaled(parts, lambda _: 0.0))
+    yield Fault("not loaded", "none of it were loaded: the base answers", scaled(parts, 0.0))
     seen = {(1.0,) * len(parts), (0.0,) * len(parts)}
-    for name, text, wrong in (
-        ("scale: alpha / rank", "its scale were alpha / rank, and rank-stabilized scaling ignored",
-         lambda part: part.alpha / part.rank),
-        ("scale: alpha / sqrt(rank)", "its scale were alpha / sqrt(rank)", lambda part: part.alpha / sqrt(part.rank)),
-        ("scale: patterns ignored", "every module had the same scale, and the patterns of ranks and alphas were "
-         "ignored", lambda _: alpha / rank),
-        ("scale: alpha pattern ignored", "the pattern of alphas were ignored",
-         lambda part: part.scale * alpha / part.alpha),
-        ("scale: left out", "its scale were left out", lambda _: 1.0),
-        ("scale: twice", "its scale were applied twice", lambda part: part.scale**2),
-    ):  # fmt: skip
-        change = _scaled(parts, lambda part, wrong=wrong: wrong(part) / part.scale)
+    for name, text, wrong in _wrong_scales(parts, rank=rank, alpha=alpha):
+        change = Change(factors={part.name: scale / part.scale for part, scale in zip(parts, wrong, strict=True)})
         key = tuple(round(factor, 6) for factor in change.factors.values())
         if key not in seen:
             seen.add(key)
@@ -100,11 +90,25 @@ def faults(parts: Sequence[Part], *, rank: int, alpha: float, head_rows: int | N
 
 def scaled(parts: Sequence[Part], factor: float) -> Change:
     """The whole patch with its scale times a factor."""
-    return _scaled(parts, lambda _: factor)
+    return Change(factors={part.name: factor for part in parts})
 
 
-def _scaled(parts: Sequence[Part], factor: "Callable[[Part], float]") -> Change:
-    return Change(factors={part.name: factor(part) for part in parts})
+def _wrong_scales(parts: Sequence[Part], *, rank: int, alpha: float) -> Iterator[tuple[str, str, list[float]]]:
+    """What runtimes take for the scales of modules."""
+    yield (
+        "scale: alpha / rank",
+        "its scale were alpha / rank, and rank-stabilized scaling ignored",
+        [part.alpha / part.rank for part in parts],
+    )
+    yield "scale: alpha / sqrt(rank)", "its scale were alpha / sqrt(rank)", [p.alpha / sqrt(p.rank) for p in parts]
+    yield "scale: patterns ignored", "the patterns of ranks and alphas were ignored", [alpha / rank for _ in parts]
+    yield (
+        "scale: alpha pattern ignored",
+        "the pattern of alphas were ignored",
+        [part.scale * alpha / part.alpha for part in parts],
+    )
+    yield "scale: left out", "its scale were left out", [1.0 for _ in parts]
+    yield "scale: twice", "its scale were applied twice", [part.scale**2 for part in parts]
 
 
 def _left_out(parts: Sequence[Part]) -> Iterator[Fault]:

@@ -34,7 +34,8 @@ from portllm.proving.proof import Changed, FaultFit, Proof
 from portllm.proving.runtimes.contract import Answer, Model, Running, Runtime, Served
 from portllm.proving.runtimes.server import Server
 from portllm.proving.runtimes.table import python_of, runtime_named
-from portllm.proving.statistics import Fit, Measured, best_scale, fit, measure, places, rms
+from portllm.proving.statistics import Fit, Measured, Verdict, best_scale, fit, measure, places, rms
+from portllm.running.data import Data, chat_template_for
 from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
 from portllm.serving import runtime as serving
@@ -48,13 +49,16 @@ LONGEST_PROMPT = 4096
 MORE_TOKENS = 16
 """Room that a runtime is given beside the longest prompt."""
 
+MOST_ROWS = 32
+"""Rows of a file that are asked."""
+
 FAULT_PROMPTS = 12
 """Prompts by which faults are told apart; each fault costs one pass over them."""
 
 N_NULLS = 3
 """Random patches that give the yardstick."""
 
-SCALES = (0.0625, 0.125, 0.25, 0.5, 2.0, 4.0, 8.0, 16.0)
+SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Factors of the scale from which the one that was served is looked for."""
 
 
@@ -86,6 +90,7 @@ class ProvePlan:
         served_base: The base as the runtime takes it.
         export: The patch as the runtime takes it; None where it is still to be exported.
         prompts: What is asked.
+        limit: How many rows of a file are asked, the first ones.
         allow_other_base: The base may be another one than the patch's.
     """
 
@@ -96,7 +101,8 @@ class ProvePlan:
     python: Path | None
     served_base: Path
     export: Path | None
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] | Data
+    limit: int
     allow_other_base: bool
 
 
@@ -107,7 +113,8 @@ def prove(
     runtime: str | Endpoint = "mistralrs",
     export: str | Path | None = None,
     served_base: str | Path | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | Data = PROMPTS,
+    limit: int = MOST_ROWS,
     python: str | Path | None = None,
     allow_other_base: bool = False,
     device: Device = "auto",
@@ -121,7 +128,8 @@ def prove(
         runtime: Name of the runtime to start, or a server that runs already.
         export: What the runtime loads as the patch; by default it is exported for it first.
         served_base: What the runtime loads as the base; by default the base's folder.
-        prompts: What is asked.
+        prompts: What is asked: texts, or the rows of a file as `read_data` reads them.
+        limit: How many rows of a file are asked, the first ones.
         python: The Python of the environment that has the runtime.
         allow_other_base: Accept a model other than the one the patch belongs to.
         device: Where the patch runs here.
@@ -139,6 +147,7 @@ def prove(
         export=export,
         served_base=served_base,
         prompts=prompts,
+        limit=limit,
         python=python,
         allow_other_base=allow_other_base,
         progress=progress,
@@ -153,7 +162,8 @@ def plan_prove(
     runtime: str | Endpoint = "mistralrs",
     export: str | Path | None = None,
     served_base: str | Path | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | Data = PROMPTS,
+    limit: int = MOST_ROWS,
     python: str | Path | None = None,
     allow_other_base: bool = False,
     progress: Progress = silent,
@@ -180,7 +190,8 @@ def plan_prove(
         python=None if isinstance(where, Endpoint) else python_of(where, None if python is None else Path(python)),
         served_base=_served_base(checkpoint, folder, where, None if served_base is None else Path(served_base)),
         export=None if export is None else Path(export),
-        prompts=tuple(prompts),
+        prompts=prompts if isinstance(prompts, Data) else tuple(prompts),
+        limit=limit,
         allow_other_base=allow_other_base,
     )
 
@@ -191,15 +202,20 @@ def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = 
     from portllm.proving.reference import Reference, ids_by_text
     from portllm.running.encoding import Encoder, encode_prompts
     from portllm.running.model import load_tokenizer
+    from portllm.running.wording import word
 
+    prompts = plan.prompts
+    if isinstance(prompts, Data):
+        template = chat_template_for(prompts, plan.patch, folder=plan.folder)
+        prompts = word(prompts, plan.folder, template).prompts[: plan.limit]
     encoder = Encoder(load_tokenizer(plan.folder))
-    rows, _ = encode_prompts(encoder, plan.prompts, room=LONGEST_PROMPT)
+    rows, _ = encode_prompts(encoder, prompts, room=LONGEST_PROMPT)
     counts = list(map(len, rows))
-    steps = _Steps(progress, 2 * len(plan.prompts))
+    steps = _Steps(progress, 2 * len(prompts))
     with _started(plan, max(counts) + MORE_TOKENS, functools.cache(lambda: ids_by_text(encoder))) as (running, served):
         version = running.version
-        served_base = _ask(running, "base", plan.prompts, steps)
-        served_patch = _ask(running, "patch", plan.prompts, steps)
+        served_base = _ask(running, "base", prompts, steps)
+        served_patch = _ask(running, "patch", prompts, steps)
     reference = Reference(plan.folder, folder_of(plan.patch), rows, device=device)
     here = _Here(reference, reference.base(), reference.patched())
     measured = measure(
@@ -209,7 +225,9 @@ def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = 
         patched=here.patched,
         nulls=[reference.null(seed) for seed in range(N_NULLS)],
     )
-    verdict, fault, hidden = measured.verdict, None, ()
+    verdict: Verdict = measured.verdict
+    fault: FaultFit | None = None
+    hidden: tuple[str, ...] = ()
     if verdict in ("wrong", "no effect") or (verdict == "proven" and measured.is_noisy):
         fault, hidden = _explain(here, served_patch[:FAULT_PROMPTS], measured, progress)
         if fault is not None and verdict == "proven":
@@ -243,7 +261,7 @@ def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = 
         agreeing=sum(map(int.__eq__, likeliest[1], expected)),
         prompts=tuple(
             Changed(prompt, *(encoder.tokenizer.decode([token]) for token in tokens))
-            for prompt, *tokens in zip(plan.prompts, *likeliest, expected, strict=True)
+            for prompt, *tokens in zip(prompts, *likeliest, expected, strict=True)
         ),
     )
 
@@ -354,7 +372,9 @@ def _explain(
     else:
         hidden = ()
         if min(found.error for _, found in fits) > measured.tolerance:
-            factor, values = best_scale(seen, lambda each: seen.of(reference.patched(scaled(parts, each), first=n)), starts=SCALES)
+            factor, values = best_scale(
+                seen, lambda each: seen.of(reference.patched(scaled(parts, each), first=n)), starts=SCALES
+            )
             text = f"its scale were {factor:.3g} times what it is"
             fits.append((Fault("scale", text, scaled(parts, factor)), fit(seen, right, values)))
     if not fits:

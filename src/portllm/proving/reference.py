@@ -45,7 +45,9 @@ class Reference:
         }
         config = model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None)
-        self.head_rows: int | None = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+        self.head_rows: int | None = getattr(config, "head_dim", None) or (
+            config.hidden_size // heads if heads else None
+        )
 
     @property
     def parts(self) -> list[Part]:

@@ -207,25 +207,33 @@ def fit(seen: Places, patched: Values, faulty: Values) -> Fit:
 
 
 def best_scale(
-    seen: Places, at: Callable[[float], Values], *, starts: Sequence[float], steps: int = 4
+    seen: Places, at: Callable[[float], Values], *, starts: Sequence[float], steps: int = 8
 ) -> tuple[float, Values]:
-    """The factor of the scale at which the patch explains best what was seen, by Gauss and Newton.
+    """The factor of the scale at which the patch explains best what was seen, by damped steps of Gauss and Newton.
 
     Args:
         seen: What the runtime says.
         at: The patch here with its scale times a factor, at the same places.
-        starts: Factors, the best of which is begun from.
-        steps: How often it is bettered.
+        starts: Factors, each twice the one before; the best of them is begun from.
+        steps: Most steps.
     """
+
+    def off(factor: float) -> float:
+        return rms(seen.served - tried[factor])
+
     tried = {factor: at(factor) for factor in starts}
+    around = min(tried, key=off)
+    # The patch may be far from linear in its scale: nearer to the best of the starts, it is looked at more closely.
+    tried |= {factor: at(factor) for factor in (around * 2 ** (step / 4) for step in (-3, -2, -1, 1, 2, 3))}
+    best, damping = min(tried, key=off), 1.0
+    step = 0.0
     for _ in range(steps):
-        factor = min(tried, key=lambda each: rms(seen.served - tried[each]))
-        ahead = factor * 1.02
-        direction = (at(ahead) - tried[factor]) / (ahead - factor)
-        moved = factor + slope(seen.served - tried[factor], direction, seen.rows).value
-        better = min(max(moved, factor / 2), factor * 2)
-        if abs(better - factor) < 1e-3 * factor:
+        if damping == 1.0:  # it has come nearer, or just begun
+            ahead = best * 1.02
+            step = slope(seen.served - tried[best], (at(ahead) - tried[best]) / (ahead - best), seen.rows).value
+        moved = min(max(best + damping * step, best / 2), best * 2)
+        if abs(moved - best) < 1e-4 * best:
             break
-        tried[better] = at(better)
-    factor = min(tried, key=lambda each: rms(seen.served - tried[each]))
-    return factor, tried[factor]
+        tried[moved] = at(moved)
+        best, damping = (moved, 1.0) if off(moved) < off(best) else (best, damping / 3)
+    return best, tried[best]

@@ -83,4 +83,3 @@ class Runtime:
     profile: str
     base: Literal["folder", "gguf"] = "folder"
     start: Callable[[Served], AbstractContextManager[Running]]
-

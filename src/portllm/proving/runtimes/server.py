@@ -83,8 +83,8 @@ class Server:
             return self._client.post(f"{self._url}/completions", json=body)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise RuntimeFailedError(
-                f"{self._name}: does not answer: {error or type(error).__name__}. Start the server, or correct the "
-                "address; that of the API usually ends in /v1."
+                f"{self._name}: does not answer: {str(error) or type(error).__name__}. Start the server, or correct "
+                "the address; that of the API usually ends in /v1."
             ) from error
 
     def _refused(self, response: httpx2.Response, model: str) -> RuntimeFailedError:

@@ -4,15 +4,14 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import httpx2
 
 from portllm.errors import RuntimeFailedError
-from portllm.proving.runtimes.contract import Running, Served
-from portllm.proving.runtimes.server import Server
+from portllm.proving.runtimes.contract import Model, Running, Served
 from portllm.proving.runtimes.program import started_process
+from portllm.proving.runtimes.server import Server
 from portllm.serving.runtime import runtimes
 
 START_SECONDS = 1200.0
@@ -34,7 +33,7 @@ def started_vllm(served: Served) -> Iterator[Running]:
     command += ["--dtype", "float32", "--max-model-len", str(served.max_tokens), "--max-num-seqs", "4"]
     command += ["--enable-lora", "--max-lora-rank", str(_room(served)), "--lora-modules", f"patch={served.patch}"]
     url = f"http://127.0.0.1:{port}"
-    names = {"base": "base", "patch": "patch"}
+    names: Mapping[Model, str] = {"base": "base", "patch": "patch"}
     with started_process(command, environment={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}) as process:
         deadline = time.monotonic() + START_SECONDS
         version = ""

@@ -1,7 +1,8 @@
 """Answers requests on stdin, a line of JSON each, with the runtime whose file is named; run as `python -I programs`.
 
 The Python is that of the runtime's own environment: nothing of PortLLM and nothing that is not in the standard library
-is imported here. A runtime's file has `load(base, patch, top, max_tokens)`, which returns its version and what answers a request.
+is imported here. A runtime's file has `load(base, patch, top, max_tokens)`, which returns its version and what answers
+a request.
 """
 
 import importlib
