@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 LIVE := $(VENV)/.installed-live
 DEV := $(VENV)/.installed-dev
 SITE := $(VENV)/.installed-site
+unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes, each would compile the package anew
 
 .PHONY: help demo test check bench site dist clean venv format lint types layers docs tests plain
 

@@ -28,6 +28,8 @@ WIDTH = 100
 EXAMPLE_START = "<!-- example: written by scripts/gen_docs.py -->"
 EXAMPLE_END = "<!-- end of example -->"
 MEASURED_START = "<!-- measured: written by scripts/gen_docs.py -->"
+RUNTIMES_START = "<!-- runtimes: written by scripts/gen_docs.py -->"
+RUNTIMES_END = "<!-- end of runtimes -->"
 MEASURED_END = "<!-- end of measured -->"
 
 
@@ -209,6 +211,32 @@ def render_slopes(name: str, forecaster: Any) -> str:
     )
 
 
+def render_serve() -> str:
+    """The page `how-to/serve.md`, with the runtimes that a patch can be exported for."""
+    from portllm.serving.runtime import Form, runtimes
+
+    forms = {
+        Form.PEFT: "the patch as it is",
+        Form.LORA: "plain adapter folder",
+        Form.FILE: "plain, one safetensors file",
+        Form.MLX: "plain, in mlx-lm's layout",
+        Form.GGUF_LORA: "plain, a GGUF adapter",
+        Form.GGUF_MODEL: "merged GGUF file",
+    }
+    rows = [
+        (
+            f"`{name}`",
+            runtime.title,
+            forms[runtime.form],
+            runtime.swap,
+            f"read only: source of {runtime.version}",
+        )
+        for name, runtime in runtimes().items()
+    ]
+    text = table(("`--for`", "runtime", "form", "a ported patch for the old one", "known from"), rows)
+    return filled("how-to/serve.md", RUNTIMES_START, RUNTIMES_END, text)
+
+
 def table(head: tuple[str, ...], rows: Any) -> str:
     """A Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
@@ -353,6 +381,7 @@ PAGES = {
     "commands.md": render_commands,
     "families.md": render_families,
     "forecast.md": render_forecast,
+    "how-to/serve.md": render_serve,
     "patch-format.md": render_patch_format,
 }
 

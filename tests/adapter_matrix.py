@@ -65,14 +65,16 @@ A classifier's or reward model's head is in no base. `capture` and `port` carry 
 model of its class, which transformers names for the adapter's `task_type` (`SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`),
 with as many labels as the head has outputs; their names are those in a `config.json` beside the adapter, or in the
 base's. A head of no such task stays an adapter, as does one whose class has tensors that neither adapter nor base
-contains.
+contains. A value head of reinforcement learning in a file of its own (`value_head.safetensors`) is kept with the patch
+and copied beside the merged model's weights, where LLaMA-Factory finds it.
 
 ## Tokenizer and chat template
 
 The files of a tokenizer and its chat template in an adapter's folder are kept with the patch. A merged model gets
 them where they differ from the base's, with a note; `--tokenizer base` keeps the base's. If the adapter's tokenizer
 gives a token another row than the base's does, or has more tokens than the model has rows, `merge` asks for one or
-the other."""
+the other. `combine` keeps them, and the rows of added tokens, where the patches agree; a patch whose tokenizer,
+template or trained row of a token differs from another's is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -426,4 +428,5 @@ LAYOUT_NOTE = """\
 Training programs that save a running model's tensors use other keys than PEFT does, and PEFT silently ignores most of
 them. The layouts below are read if their meaning is certain, and `portllm capture` writes them as PEFT does; the rest
 are refused, with the name of a tensor. Also refused are adapters of mlx-lm (`adapters.safetensors`), and folders with
-trained values that PEFT does not load with the adapter (`non_lora_trainables.bin`, `new_embeddings`)."""
+weights in files of their own that PEFT does not load (`non_lora_trainables.bin`, `vit.safetensors`, a value head as a
+pickle); the state of a training run and whole models are ignored."""

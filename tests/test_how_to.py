@@ -19,7 +19,7 @@ ROWS = [
 MAY_END_WITH = {"check": (0, 3), "certify": (0, 3), "evaluate": (0,), "doctor": (0, 3), "fleet": (0, 3)}
 """A verdict may be no; every other command on a page does what it is there for."""
 
-MADE_BEFORE = {"vllm.md": ["portllm capture --adapter my-adapter --base base-v1 -o my-patch"]}
+MADE_BEFORE = {"serve.md": ["portllm capture --adapter my-adapter --base base-v1 -o my-patch"]}
 """What a page takes for done."""
 
 

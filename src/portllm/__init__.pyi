@@ -28,7 +28,7 @@ from .verifying.verify import verify as verify
 from .certifying.inputs import CertifySettings as CertifySettings
 from .checkpoint.model.checkpoint import Checkpoint as Checkpoint
 from .checkpoint.open import ModelLike as ModelLike
-from .combining.combine import Exact as Exact, Selected as Selected
+from .combining.plan import Exact as Exact, Selected as Selected
 from .evaluating.file_rows import FileRows as FileRows
 from .evaluating.harness.source import HarnessRows as HarnessRows
 from .evaluating.scoring import Task as Task
@@ -58,7 +58,7 @@ from .capturing.tuned import TunedReport as TunedReport
 from .certifying.certificate import Certificate as Certificate
 from .checking.report import CheckReport as CheckReport, PatchReport as PatchReport
 from .checking.verdict import Answer as Answer, Verdict as Verdict
-from .combining.combine import CombineReport as CombineReport
+from .combining.plan import CombineReport as CombineReport
 from .diagnosing.doctor import DoctorReport as DoctorReport
 from .evaluating.compare import Comparison as Comparison, ComparisonRow as ComparisonRow
 from .exporting.export import Exported as Exported

@@ -9,13 +9,13 @@ import pytest
 import torch
 from msgspec import structs
 
-from portllm.certifying import agreement
 from portllm.certifying.bounds import change_interval, upper_bound
 from portllm.certifying.certificate import read_certificate
 from portllm.certifying.certify import certify, plan_certify, run_certify
 from portllm.certifying.inputs import CertifySettings, draw_rows, read_inputs
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, OutputError, OutputExistsError, PlanRefusedError, PortLLMError
+from portllm.evaluating import own_tokens
 from portllm.evaluating.scoring import Task, score
 from portllm.patch.adapter_folder import load_patch, read_record, write_record
 from portllm.running.encoding import Encoder
@@ -174,7 +174,7 @@ def test_never_more_than_one_model_is_in_memory(questions, run, monkeypatch):
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(agreement, "load_model", load)
+    monkeypatch.setattr(own_tokens, "load_model", load)
     run(questions)
     assert len(alive) == 2
 

@@ -10,7 +10,7 @@ import pytest
 from portllm.checking import forecast
 from portllm.checking.check import check_weights
 from portllm.checking.forecast import FILE, forecaster_from_json, forecaster_to_json, shipped, with_forecast
-from portllm.checking.forecast_model import Feature, Forecaster, Shipped, Slope
+from portllm.checking.forecast_model import Feature, Forecaster, Outcome, Shipped, Slope
 from portllm.checking.prompts.measures import Outputs, TextMeasures
 from portllm.checkpoint.open import open_checkpoint
 from portllm.measures.outputs import Distance
@@ -34,7 +34,7 @@ KNOWN = Shipped(
     },
     "a small model",
     n_updates=5,
-    n_cells=20,
+    outcomes=tuple(Outcome(0.001 * (1 + number), {"loss": 0.9, "accuracy": 0.8}) for number in range(20)),
 )
 
 

@@ -1,12 +1,16 @@
 """The page of check says what JSON says, the verdict first, and stays whole whatever files call things."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from portllm.checking.check import check_weights
+from portllm.checking.forecast import shipped
+from portllm.checking.outcomes import seen_about
 from portllm.checking.page import check_page
 from portllm.checking.report import patch_to_json
+from portllm.checking.tables import seen_text
 from portllm.checking.update.config_changes import ConfigChange, Effect
 from portllm.checking.update.report import update_to_json
 from portllm.checkpoint.open import open_checkpoint
@@ -35,11 +39,30 @@ def cells_of(page, title):
 
 def test_the_verdict_and_its_reasons_come_first(checked):
     report = checked()
+    page = Page(check_page(report, about={"date": "1 May"}))
+    patch, base, evolved = (report.patches[0].name, report.update.base.name, report.update.evolved.name)
+    assert page.shown[1] == f"{Path(patch).name} from {Path(base).name} to {Path(evolved).name}"
+    assert page.shown[2:4] == ["patch", Path(patch).name]
+    assert page.shown[8:12] == ["read", "samples", "date", "1 May"]
+    assert page.shown[12:14] == ["✓ ", f"holds: {Path(patch).name} on {Path(evolved).name}; port it as it is"]
+    assert page.shown[14].startswith(report.patches[0].verdict.reasons[0].text)
+    assert "ours: on updates of SmolLM2-135M" in page.shown[14]
+    assert not any(str(Path(patch).parent) in text for text in page.shown)
+
+
+def test_the_forecast_stands_among_the_outcomes_that_it_was_fitted_on(checked):
+    report = checked(drift=0.004)
+    patch = report.patches[0]
+    seen = seen_about(shipped(), patch.drift.relative.value, "accuracy")
+    assert 0 < seen.kept < seen.n
     page = Page(check_page(report))
-    shown = [text for text in page.texts if text.strip()]
-    assert shown[2:4] == ["✓ ", f"holds: {report.patches[0].name} on {report.update.evolved.name}; port it as it is"]
-    assert shown[4].startswith(report.patches[0].verdict.reasons[0].text)
-    assert "ours: on updates of SmolLM2-135M" in shown[4]
+    assert seen_text(seen) in page.shown
+    outcomes = [one for one in shipped().outcomes if "accuracy" in one.retention]
+    assert [given.get("class") for name, given in page.elements if name == "circle"].count("other s1") == len(outcomes)
+    counted = page.tables[f"{seen_text(seen)}, in numbers"][1:]
+    assert sum(int(row[1]) for row in counted) == len(outcomes)
+    at = page.shown.index("Expected to keep")
+    assert page.shown[at + 1] == percent(patch.forecast.forecasts["accuracy"].retention, digits=0)
 
 
 def test_the_numbers_of_both_heatmaps_are_those_of_json(checked):
@@ -89,9 +112,10 @@ def test_the_same_report_is_the_same_page(checked):
 def test_several_patches_are_a_table_and_a_section_each(checked):
     report = checked(adapters=3, drift=0.02)
     page = Page(check_page(report, [("broken", "has no adapter_config.json")]))
-    shown = [text for text in page.texts if text.strip()]
-    assert shown[2:5] == ["✗ ", "3 patches on " + report.update.evolved.name + ": 3 uncertain",
-                          "broken: has no adapter_config.json"]  # fmt: skip
+    at = page.shown.index("✗ ")
+    assert page.shown[at + 1 : at + 3] == [
+        "3 patches on " + report.update.evolved.name + ": 3 uncertain", "broken: has no adapter_config.json",
+    ]  # fmt: skip
     assert [row[:2] for row in page.tables["All patches"][1:]] == [
         ["uncertain", patch.name] for patch in report.patches
     ]

@@ -96,9 +96,16 @@ def try_all(command, inputs, room):
     return wrong
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_no_odd_place_makes_a_command_crash_or_wait(command, places, room):
-    assert try_all(command, places, room) == []
+@pytest.mark.parametrize(("number", "command"), [*enumerate(COMMANDS.values())], ids=COMMANDS)
+def test_no_odd_place_makes_a_command_crash_or_wait(number, command, places, room):
+    # Every third place, beginning with another one for each command: every kind of place meets nine commands.
+    third = dict(list(places.items())[number % 3 :: 3])
+    assert try_all(command, third, room) == []
+
+
+@pytest.mark.slow
+def test_no_odd_place_makes_any_command_crash_or_wait(places, room):
+    assert {name: found for name, command in COMMANDS.items() if (found := try_all(command, places, room))} == {}
 
 
 @pytest.mark.parametrize("command", [COMMANDS[name] for name in ("inspect", "verify", "check, base")])

@@ -73,3 +73,26 @@ def test_rows_through_a_template_are_the_prompts_that_they_make(portllm, story, 
     rows = align(portllm, story, tmp_path / "rows", *how, "--prompt", "{one} {two}", text="rows.jsonl")
     found = [json.loads(result.out)["record"]["ports"][-1]["evidence"] for result in (lines, rows)]
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_rows_with_answers_alone_are_asked_too(portllm, story, tmp_path):
+    rows = [json.dumps({"one": one, "two": two, "kind": two}) for one in WORDS[:5] for two in WORDS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    models = ("--base", story / "base", "--evolved", story / "evolved", "--data", tmp_path / "rows.jsonl")
+    how = ("--prompt", "{one} {two}", "--completion", "kind", "--anchors", story / "anchors.txt", "--device", "cpu")
+    result = portllm("port", story / "patch", "--method", "align", *models, *how, "-q", "-o", tmp_path / "out")
+    assert "right answers of 10 rows, by which it was chosen" in result.out
+
+
+def test_prompts_are_read_or_drawn_but_not_both(portllm, story, tmp_path):
+    result = align(portllm, story, tmp_path / "out", "--method", "align", "--draw", "16")
+    assert result.status == 1
+    assert "Pass --text or --draw, not both" in result.err
+
+
+def test_nothing_is_drawn_where_nobody_knows_how_prompts_were_made(portllm, story, tmp_path):
+    models = ("--base", story / "base", "--evolved", story / "evolved", "--draw", "16", "--method", "align")
+    result = portllm("port", story / "patch", *models, "-q", "-o", tmp_path / "out")
+    assert result.status == 1
+    assert "does not record how prompts were made, so none can be drawn. Pass --prompt" in result.err

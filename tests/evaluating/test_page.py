@@ -10,7 +10,7 @@ from portllm.evaluating.page import evaluate_page
 from portllm.evaluating.scoring import Scores, Task
 from portllm.evaluating.tables import comparison_notes
 from portllm.running.examples import Example
-from portllm.show.html.answered_rows import SHOWN
+from portllm.show.html.answered_rows import OPEN, SHOWN
 from portllm.show.numbers import percent
 from tests.show.html.reading import EVIL, Page
 
@@ -49,21 +49,82 @@ def compared(task=TASK, without=(), **changed):
 
 
 def page_of(comparison, title):
-    return evaluate_page(comparison, decide(comparison), title=title, compared={"data": f"{title}.jsonl"})
+    return evaluate_page(comparison, decide(comparison), title=title, about={"data": f"{title}.jsonl"})
 
 
 COMPARISON = compared()
 PAGE = Page(page_of(COMPARISON, title="patch from v1 to v2"))
 
 
-def test_the_port_s_score_comes_first_and_what_it_was_before():
-    shown = [text for text in PAGE.texts if text.strip()]
-    assert shown[1:3] == [
-        "portllm evaluate: patch from v1 to v2",
+def test_what_was_compared_comes_first_then_the_sentence_to_act_on_then_the_numbers_that_decide():
+    assert PAGE.shown[1:4] == ["patch from v1 to v2", "data", "patch from v1 to v2.jsonl"]
+    assert PAGE.shown[4] == (
         "Loses 8.3 points of accuracy (-16.2 to +0.1 with 95 % confidence) against before the update; 5 of 60 answers "
-        "turned wrong.",
+        "turned wrong."
+    )
+    assert any(text.startswith("evolved + ported: 83.3 % right, 91.7 % before the update") for text in PAGE.shown)
+    at = PAGE.shown.index("Change in accuracy")
+    assert PAGE.shown[at : at + 5] == [
+        "Change in accuracy", "-8.3 points", "95 % interval -16.2 to +0.1", "Accuracy now", "83.3 %",
+    ]  # fmt: skip
+    wrong = PAGE.shown.index("Turned wrong")
+    assert PAGE.shown[wrong + 1 : wrong + 3] == [
+        "5 of 60", "0 turned right; a retrained patch turns 0 wrong",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n_right", "max_loss", "tone", "said"),
+    [
+        (55, 0.1, "good", "pass, limit: 10 points"),
+        (50, 0.1, "doubt", "open, limit: 10 points"),
+        (30, 0.1, "bad", "fail, limit: 10 points"),
+    ],
+)
+def test_the_change_passes_or_fails_by_the_user_s_limit(n_right, max_loss, tone, said):
+    comparison = compared(**{"evolved + ported": n_right, "evolved + ported, merged": n_right})
+    headline = decide(comparison, max_loss=max_loss)
+    page = Page(evaluate_page(comparison, headline, title="t", about={}, max_loss=max_loss))
+    assert headline.tone == tone
+    assert said in page.shown
+    first = next(given["class"] for _, given in page.elements if given.get("class", "").startswith("tile "))
+    assert first == f"tile {tone}"
+    assert "your limit" in page.shown
+
+
+def test_each_label_has_a_line_and_the_one_that_lost_most_comes_first():
+    head, *rows = PAGE.tables["By label"]
+    assert head == ["label", "rows", "before", "now", "change", "turned wrong", "turned right"]
+    assert rows == [  # rows 51 to 55 turned wrong: three of them no, two of them yes
+        ["no", "30", "93.3 %", "83.3 %", "-10.0", "3", "0"],
+        ["yes", "30", "90.0 %", "83.3 %", "-6.7", "2", "0"],
     ]
-    assert any(text.startswith("evolved + ported: 83.3 % right, 91.7 % before the update") for text in shown)
+
+
+def test_the_confusion_matrix_counts_answers_and_how_many_more_they_are_than_before():
+    assert PAGE.tables["Confusion matrix"] == [
+        ["right / answered", "yes", "no"],
+        ["yes", "25 -2", "5 +2"],
+        ["no", "5 +3", "25 -3"],
+    ]
+
+
+def test_of_many_labels_those_that_are_confused_are_listed():
+    labels = tuple(f"label {number}" for number in range(20))
+    examples = tuple(Example(f"question {row}?", labels[row % 20]) for row in range(ROWS))
+    task = Task(examples=examples, labels=labels)
+    before = scores(ROWS, task)
+    after = replace(before, answers=(labels[5], *before.answers[1:]), correct=(False, *before.correct[1:]))
+    rows = {"base": before, "base + patch": before, "evolved": before, "evolved + ported": after}
+    page = Page(page_of(set_side_by_side(rows, task), title="t"))
+    assert page.tables["Labels confused"][1:] == [["label 0", "label 5", "1", "0"]]
+    assert "Confusion matrix" not in page.tables
+    assert (len(page.tables["By label"]), len(page.tables["By label, the others"])) == (1 + 12, 1 + 8)
+
+
+def test_text_that_is_generated_has_no_labels():
+    page = Page(page_of(replace(COMPARISON, kind="text", labels=()), title="t"))
+    assert not {"By label", "Confusion matrix", "Labels confused"} & page.tables.keys()
 
 
 def test_the_numbers_are_those_of_json():
@@ -83,7 +144,7 @@ def test_the_numbers_are_those_of_json():
 
 def test_what_a_picture_shows_stands_beside_it():
     names = [row.name for row in COMPARISON.rows]
-    for title in ("Score", "Loss"):
+    for title in ("Accuracy", "Loss"):
         assert [row[0] for row in PAGE.tables[f"{title}, in numbers"][1:]] == names
     assert [row[0] for row in PAGE.tables["Retention, in numbers"][1:]] == [
         f"{name}, in {what}" for name in ("evolved + ported", "evolved + ported, merged") for what in ("score", "loss")
@@ -93,10 +154,12 @@ def test_what_a_picture_shows_stands_beside_it():
 def test_the_rows_that_turned_wrong_can_be_read():
     turned = COMPARISON.turned_wrong("evolved + ported")
     assert [row.row for row in turned] == [51, 52, 53, 54, 55]
-    start = PAGE.texts.index("Row 52")
-    assert PAGE.texts[start : start + 8] == [
-        "Row 52", "question 51?", "right: ", "yes", "base + patch: ", "yes", "evolved + ported: ", "no",
+    start = PAGE.shown.index("Row 52")
+    assert PAGE.shown[start : start + 10] == [
+        "Row 52", "question 51?", "right", "yes", "base + patch", "yes", "evolved + ported", "no",
+        "evolved + ported, merged", "no",
     ]  # fmt: skip
+    assert PAGE.shown.count("Row 52") == 1
 
 
 def test_an_answer_that_a_port_gives_far_more_often_is_named():
@@ -111,11 +174,10 @@ def test_an_answer_that_a_port_gives_far_more_often_is_named():
 
 def test_of_many_such_rows_some_are_shown_and_the_others_counted():
     page = Page(page_of(compared(**{"evolved + ported": 10}), title="t"))
-    assert (
-        "45 of 60 rows: correct with base + patch, wrong with evolved + ported. Rows are counted from 1." in page.texts
-    )
+    assert any("evolved + ported: 45 of 60; evolved + ported, merged: 4 of 60." in text for text in page.texts)
+    assert f"{SHOWN - OPEN} more" in page.texts
     assert f"{SHOWN} of 45 are shown." in page.texts
-    assert len([text for text in page.texts if text.startswith("question ")]) == SHOWN + 4  # and four of the merged one
+    assert len([text for text in page.texts if text.startswith("question ")]) == SHOWN
 
 
 def test_a_long_prompt_loses_its_middle_and_says_so():

@@ -19,6 +19,7 @@ from tests import models
 LOGIT_TOLERANCE = 1e-5
 """Relative to the largest logit: products are summed in another order."""
 
+ADAPTERS = [name for name, runtime in runtimes().items() if runtime.form is not Form.GGUF_MODEL]
 PLAIN = [name for name, runtime in runtimes().items() if runtime.form is Form.LORA]
 RECIPES = {
     "plain": {},
@@ -43,8 +44,11 @@ def close(found, expected):
     return (found - expected).abs().max() < LOGIT_TOLERANCE * expected.abs().max()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("runtime", ["peft", *PLAIN])
+EACH_RECIPE_ONCE = [("vllm", recipe) for recipe in RECIPES]
+EACH_RUNTIME_ONCE = [(runtime, "patterns") for runtime in ("peft", *PLAIN) if runtime != "vllm"]
+
+
+@pytest.mark.parametrize(("runtime", "recipe"), EACH_RECIPE_ONCE + EACH_RUNTIME_ONCE)
 def test_peft_gives_the_logits_of_the_patch(tiny, base, tmp_path, runtime, recipe):
     adapter = tiny("adapter", of=base, **RECIPES[recipe])
     exported(adapter, runtime, base, tmp_path / "out")
@@ -58,7 +62,7 @@ def test_the_plain_form_says_nothing_that_a_runtime_could_overlook(tiny, base, t
     done = exported(adapter, runtime, base, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == done.record.rank
-    assert not (config["rank_pattern"] or config["alpha_pattern"] or config["use_rslora"])
+    assert not any(config[field] for field in ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"))
     assert config["target_modules"] == sorted(models.SEVEN)
     assert config["init_lora_weights"] is True
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -135,7 +139,7 @@ def test_mlx_gets_its_names_and_transposes(tiny, base, tmp_path):
         assert torch.allclose(scale * (a @ b).T, delta, rtol=1e-5, atol=1e-6), module
 
 
-@pytest.mark.parametrize("runtime", sorted(set(runtimes()) - {"peft"}))
+@pytest.mark.parametrize("runtime", [name for name in ADAPTERS if name != "peft"])
 def test_everything_that_a_runtime_has_no_place_for_is_named_at_once(tiny, tmp_path, runtime):
     of = tiny("base", tied=False, attention_bias=True, dtype=torch.float32)
     adapter = tiny(
@@ -186,7 +190,7 @@ def test_the_name_changes_with_the_port_and_with_nothing_else(tiny, base, tmp_pa
 
 
 def test_the_same_export_is_the_same_bytes(tiny, base, tmp_path):
-    for runtime in runtimes():
+    for runtime in ADAPTERS:
         folders = [exported(tiny("adapter", of=base), runtime, base, tmp_path / f"{runtime}{n}").folder for n in "12"]
         first, second = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
         assert first == second

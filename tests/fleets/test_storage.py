@@ -69,6 +69,7 @@ def test_patches_from_s3_and_outputs_on_s3_are_those_of_a_local_run(run, write, 
     assert there == here
 
 
+@pytest.mark.slow
 def test_a_second_run_on_s3_does_what_is_missing(run, write, bucket):
     file = write(patches=f'["{bucket}/patches/*"]', output=f"{bucket}/out")
     run(file)

@@ -16,7 +16,8 @@ def told(capture, ports):
     record = PatchRecord("0.1.0", ports[-1].target if ports else V1, capture, ports, {}, {})
     summary = PatchSummary(
         name="p", revision=None, n_modules=0, modules={}, ranks={}, scales={}, n_params=0, n_bytes=0, whole=(),
-        token_rows={}, copies=(), nothing=None, changed_base=None, base_name=None, base_revision=None, record=record,
+        token_rows={}, copies=(), beside=(), nothing=None, changed_base=None, base_name=None, base_revision=None,
+        record=record,
     )  # fmt: skip
     return render_summary(summary).split("lineage\n")[-1].splitlines()
 

@@ -44,6 +44,7 @@ class TwoChains:
     parts = ("fit", "choose", "fit", "report") * (PROMPTS // 4)
     part_of_place = parts
     wanted = None
+    is_drawn = False
 
     def inputs(self, module):
         return numbers(PROMPTS * TOKENS, 12, seed=60 + self.modules.index(module))
@@ -100,7 +101,7 @@ class TwoChains:
     def anchor_inputs(self, candidate):
         return None
 
-    def general_nats(self, tails):
+    def nats(self, part, tails):
         return {}
 
     def compare(self, states):

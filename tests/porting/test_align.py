@@ -1,5 +1,7 @@
 """An aligned port from end to end: what PEFT makes of the ported folder, and what it says of itself."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 from portllm.errors import DataError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.domain import Domain
+from portllm.porting.drawn import Drawn
 from portllm.porting.port import port
 from portllm.porting.prompts import split
+from portllm.running.examples import Example
 from tests.language import make_reader
 from tests.models import load_tuned, make_adapter, make_evolved
 
@@ -174,3 +178,69 @@ def test_a_run_that_is_interrupted_is_not_gone_on_with_from_other_prompts(story,
         with pytest.raises(KeyboardInterrupt):
             align(story, tmp_path / "out", prompts=prompts, progress=interrupt)
     assert done.count(("align", 1)) == 2
+
+
+def drawn(count, *parts):
+    return Drawn(count, tuple((part, is_field) for part, is_field in parts))
+
+
+ASKED = (("Kind ", False), ("question", True), (" is ", False), ("question", True))
+
+
+def test_prompts_that_the_old_specialist_draws_have_the_form_of_its_template(story, tmp_path):
+    def interrupt(label, n_done, n_all, unit):
+        if label == "align":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        align(story, tmp_path / "out", prompts=drawn(16, *ASKED), progress=interrupt)
+    texts = json.loads(next(tmp_path.rglob(".prompts.json")).read_text())
+    assert len(set(texts)) == len(texts) == 16
+    assert all(re.fullmatch(r"Kind (.+) is \1", text) for text in texts)
+
+
+@pytest.mark.slow
+def test_a_port_on_drawn_prompts_says_so_and_helps(story, tmp_path):
+    step = step_of(align(story, tmp_path / "out", prompts=drawn(64, *ASKED)))
+    assert step.evidence["prompts_drawn"] == 64
+    assert step.evidence["divergence"] < step.evidence["divergence_added"]
+
+
+def test_too_few_drawn_prompts_are_refused(story, tmp_path):
+    with pytest.raises(DataError, match="1 different ones were drawn"):
+        align(story, tmp_path / "out", prompts=drawn(20, ("always the same", False)))
+
+
+def test_where_rows_have_answers_the_choice_is_by_loss_on_those_that_nothing_was_fitted_on(story, tmp_path):
+    parts = split(PROMPTS)
+    rows = [Example(prompt, "rest" if "tea" in prompt else "tea") for prompt in PROMPTS]
+    recorded = step_of(align(story, tmp_path / "out", answered=rows)).evidence
+    judges = [row for row, part in zip(rows, parts, strict=True) if part == "choose"]
+    assert recorded["loss_rows"] == len(judges)
+    old = losses(story["base"], story["patch"], judges)
+    new = losses(story["evolved"], tmp_path / "out", judges)
+    assert recorded["loss"] == pytest.approx(old, abs=FLOAT32_NATS)
+    assert recorded["loss_ported"] == pytest.approx(new, abs=FLOAT32_NATS)
+    assert recorded["loss_ported"] <= recorded["loss_added"]
+
+
+def losses(base, adapter, rows):
+    """Nats a token of completions with their end mark, by PEFT, in float64."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = load_tuned(base, adapter, dtype=torch.float64)
+    found = []
+    for row in rows:
+        before = tokenizer(row.prompt).input_ids
+        after = [*tokenizer(f" {row.completion}").input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+        found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(after)))
+    return float(torch.stack(found).mean())
+
+
+def test_too_few_rows_with_answers_that_are_left_to_choose_by_are_refused(story, tmp_path):
+    rows = [Example(prompt, "tea") for prompt, part in zip(PROMPTS, split(PROMPTS), strict=True) if part != "choose"]
+    with pytest.raises(DataError, match="0 are left to choose by, of 39"):
+        align(story, tmp_path / "out", answered=rows)

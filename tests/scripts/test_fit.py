@@ -99,6 +99,7 @@ def test_no_base_pair_is_on_both_sides_of_a_split():
     assert len(splits(cells)) == 5
 
 
+@pytest.mark.slow
 def test_intervals_hold_new_base_pairs_as_often_as_they_say():
     inside = total = 0
     for seed in range(25):

@@ -115,6 +115,7 @@ def test_every_cell_has_its_retention_and_what_was_known_before(file):
     assert set(cells[0].cell.measures) >= {feature.name for feature in FEATURES["weights"]}
 
 
+@pytest.mark.slow
 def test_what_is_written_forecasts_updates_that_were_left_out(fitted):
     found = fitted
     assert (found["n_cells"], found["n_updates"], found["base"]) == (22, 11, "base")
@@ -150,6 +151,7 @@ def test_the_script_writes_the_same_file_every_time(file, fitted, tmp_path):
     assert (tmp_path / "forecast.json").read_text() == render(rounded(fitted))
 
 
+@pytest.mark.slow
 def test_the_program_reads_what_is_written(fitted):
     values = json.loads(render(rounded(fitted)))
     forecaster = forecaster_from_json(values["targets"]["loss"]["forecasters"]["weights"])

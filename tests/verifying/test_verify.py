@@ -10,6 +10,7 @@ import pytest
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError, NotFoundError, PatchRecordError, PortLLMError
+from portllm.exporting.export import export
 from portllm.files.seal import render_sealed
 from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
@@ -360,3 +361,14 @@ def test_evidence_that_is_no_number_is_refused(number, small, tmp_path):
         load_patch(folder)
     with pytest.raises(PatchRecordError, match="not valid JSON"):
         verify(folder)
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "openvino"])
+def test_a_changed_byte_of_an_export_is_caught(written, tiny, tmp_path, runtime):
+    out = tmp_path / "out"
+    export(written / "patch", runtime=runtime, base=tiny("evolved"), out=out)
+    assert verify(out, base=tiny("evolved")).verified
+    assert not verify(out, base=tiny("base")).verified
+    file = next(out.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert [check.subject for check in verify(out).checks if not check.holds] == [file.name]

@@ -7,13 +7,13 @@ import torch
 
 from portllm.certifying.inputs import Respondent
 from portllm.evaluating.answers import Answers, Questions, answer, count_same_tokens
+from portllm.evaluating.own_tokens import load_patched
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.model import (
     Device,
     PeftModel,
     PreTrainedModel,
-    attach_adapter,
     choose_device,
     load_model,
     load_tokenizer,
@@ -88,8 +88,7 @@ def compare_answers(
 def _load(
     respondent: Respondent, questions: Questions, device: torch.device
 ) -> tuple[PreTrainedModel | PeftModel, Encoder]:
-    encoder = Encoder(load_tokenizer(respondent.folder))
-    model: PreTrainedModel | PeftModel = load_model(respondent.folder, device=device, longest=questions.longest)
+    folder, longest = respondent.folder, questions.longest
     if respondent.adapter is not None:
-        model = attach_adapter(model, respondent.adapter, name="patch").eval()
-    return model, encoder
+        return load_patched(folder, respondent.adapter, device=device, longest=longest)
+    return load_model(folder, device=device, longest=longest), Encoder(load_tokenizer(folder))

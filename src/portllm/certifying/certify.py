@@ -34,6 +34,7 @@ from portllm.evaluating.plan import model_refusals, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
+from portllm.matching.added_tokens import added_tokens
 from portllm.patch.adapter_folder import CONFIG_FILE, TENSOR_FILE, PatchLike, files_of, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -89,16 +90,33 @@ class Disagreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Which choice each input was given.
+
+    Attributes:
+        before: What the old specialist answers.
+        after: What the ported model answers.
+        right: The right answers, where the inputs have them.
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    right: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Certification:
     """What came of asking.
 
     Attributes:
         certificate: As it was written.
         disagreements: Its rows that differ, in their order; none for free text, which is compared token by token.
+        chosen: All answers, where the models had to choose; the certificate holds none of them.
     """
 
     certificate: Certificate
     disagreements: tuple[Disagreement, ...]
+    chosen: Chosen | None = None
 
 
 def certify(
@@ -167,7 +185,8 @@ def run_certify(
     certificate = conclude(plan, agreement, device=choose_device(device).type)
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         write_certificate(folder, certificate)
-    return Certification(certificate=certificate, disagreements=tuple(_disagreements(plan.asked, agreement)))
+    disagreements = tuple(_disagreements(plan.asked, agreement))
+    return Certification(certificate=certificate, disagreements=disagreements, chosen=_chosen(plan.asked, agreement))
 
 
 def plan_certify(
@@ -197,7 +216,9 @@ def plan_certify(
     if ported is not None:
         refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
     refusals += _too_few(settings.sample or len(data.rows), settings)
-    if settings.kind == "free" and not has_same_tokenizer(base, successor):
+    tokens = added_tokens(patch, base)
+    is_alike = not tokens or (ported is not None and tokens == added_tokens(ported, successor))
+    if settings.kind == "free" and not (is_alike and has_same_tokenizer(base, successor)):
         reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
     refusals += trained_on(data.digest, patch, ported, consequence=TRAINED_ON)
@@ -273,6 +294,13 @@ def _disagreements(asked: Asked, agreement: "Agreement") -> Iterator[Disagreemen
             after=agreement.second.texts[index],
             right=None if asked.completions is None else asked.completions[index],
         )
+
+
+def _chosen(asked: Asked, agreement: "Agreement") -> Chosen | None:
+    if agreement.second is None or asked.questions.kind != "choices":
+        return None
+    right = None if asked.completions is None else tuple(asked.completions)
+    return Chosen(before=tuple(agreement.first.texts), after=tuple(agreement.second.texts), right=right)
 
 
 def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:

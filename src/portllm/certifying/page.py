@@ -1,6 +1,7 @@
 """The page of `certify`: the bound, what it says and what not, what was counted, and the answers that differ. Pure."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from portllm.certifying.bounds import POWER, least_inputs, plan_inputs
@@ -8,16 +9,19 @@ from portllm.certifying.certificate import ASSUMES, Certificate
 from portllm.certifying.decision import decide
 from portllm.certifying.tables import certificate_facts, certificate_notes, claim, confidence_text, side_name
 from portllm.evaluating.decision import points_text
+from portllm.evaluating.labels.counts import confusion
+from portllm.evaluating.labels.page import confusion_section, label_section
 from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, dots
-from portllm.show.html.figure import facts, figure, figures, table
+from portllm.show.html.figure import facts, figure, folded, side_by_side, table
 from portllm.show.html.markup import Html
-from portllm.show.html.page import about, bullets, document, fragment, paragraph, section
-from portllm.show.numbers import percent, points, upper_percent
+from portllm.show.html.matrix import LABELS, matrix
+from portllm.show.html.page import Tile, bullets, document, fragment, paragraph, section
+from portllm.show.numbers import percent, points, upper_percent, upper_points
 
 if TYPE_CHECKING:
-    from portllm.certifying.certify import Disagreement
+    from portllm.certifying.certify import Chosen, Disagreement
 
 OTHER_BOUNDS = (0.05, 0.02, 0.01, 0.005)
 """Bounds of which it is told how many inputs they take, beside the one that was asked for."""
@@ -33,24 +37,33 @@ NOT_CLAIMED = (
 )
 
 
-def certify_page(certificate: Certificate, disagreements: "Sequence[Disagreement]", headline: Headline) -> str:
+def certify_page(
+    certificate: Certificate,
+    disagreements: "Sequence[Disagreement]",
+    headline: Headline,
+    *,
+    chosen: "Chosen | None" = None,
+    about: Mapping[str, str] | None = None,
+) -> str:
     """The page of one certificate.
 
     Args:
         certificate: As it was written.
         disagreements: The inputs whose answers differ, as text.
         headline: What follows from it, as from `decide`.
+        chosen: All answers, where the models had to choose.
+        about: What else is said at the top, such as the day.
     """
-    title = f"portllm certify: {side_name(certificate.ported)} against {side_name(certificate.specialist)}"
+    title = f"{side_name(certificate.ported)} against {side_name(certificate.specialist)}"
     parts = [
-        about(_about(certificate)),
-        figures(*_shares(certificate), *_change(certificate)),
-        section("In numbers", facts(certificate_facts(certificate)), bullets(certificate_notes(certificate))),
+        side_by_side(*_shares(certificate), *_change(certificate), *_labels(certificate, chosen)),
+        *_texts(certificate, disagreements),
         *_claims(certificate),
         *_inputs(certificate),
-        *_texts(certificate, disagreements),
+        folded("All numbers", facts(certificate_facts(certificate)), bullets(certificate_notes(certificate))),
     ]
-    return document(title, headline, parts)
+    told = _about(certificate) | dict(about or {})
+    return document(title, headline, parts, about=told, tiles=list(_tiles(certificate)))
 
 
 def notebook(certificate: Certificate) -> str:
@@ -62,6 +75,49 @@ def _about(certificate: Certificate) -> dict[str, str]:
     known = certificate_facts(certificate)
     limit = "none given" if certificate.wanted is None else f"{points_text(certificate.wanted)} of accuracy"
     return {name: known[name] for name in ("old specialist", "ported", "inputs", "answers")} | {"limit": limit}
+
+
+def _tiles(certificate: Certificate) -> Iterator[Tile]:
+    """The bound, and what was counted."""
+    if certificate.loss_bound is None or certificate.differing is None:
+        return
+    tone, said = decide(certificate).tone, ""
+    if certificate.wanted is not None:
+        verdict = {"good": "pass", "bad": "fail"}.get(tone, "open")
+        said = f"{verdict}, limit: {points_text(certificate.wanted)}"
+    bound = f"{upper_points(certificate.loss_bound)} points"
+    yield Tile("Loses at most", bound, f"of accuracy, with {confidence_text(certificate)}", tone, said)
+    n, labels = certificate.n, certificate.labels
+    at_most = "of all inputs at most"
+    if labels is not None:
+        change = (labels.ported_right - labels.specialist_right) / n
+        interval = f"{points(labels.change_low)} to {points(labels.change_high)}"
+        now, before = (percent(right / n) for right in (labels.ported_right, labels.specialist_right))
+        yield Tile("Change in accuracy", f"{points(change)} points", f"{confidence_text(certificate)} {interval}")
+        yield Tile("Accuracy now", now, f"{before} before the update")
+        yield Tile("Turned wrong", f"{labels.negative_flips:,} of {n:,}", f"{at_most} {upper_percent(labels.bound)}")
+    if certificate.bound is not None:
+        differ = f"{len(certificate.differing):,} of {n:,}"
+        yield Tile("Answers differ", differ, f"{at_most} {upper_percent(certificate.bound)}")
+
+
+def _labels(certificate: Certificate, chosen: "Chosen | None") -> list[Html]:
+    """What became of each label; without right answers, which answers turned into which."""
+    if chosen is None:
+        return []
+    choices = certificate.answers.choices
+    if chosen.right is not None:
+        answered = (chosen.right, chosen.before, chosen.after)
+        return [
+            label_section(*answered, of="the ported model"),
+            *confusion_section(choices, *answered, of="the ported model"),
+        ]
+    if len(choices) > LABELS:
+        return []
+    said = "How often the ported model gives each answer where the old specialist gives another, or the same."
+    counts = confusion(chosen.before, chosen.after)
+    square = matrix(choices, counts, label="Answers before and now", corner="old specialist / ported")
+    return [section("Which answers changed", paragraph(said, quiet=True), square, level=3)]
 
 
 def _shares(certificate: Certificate) -> list[Html]:
@@ -80,10 +136,12 @@ def _shares(certificate: Certificate) -> list[Html]:
         f"{confidence_text(certificate)}."
     )
     wanted = certificate.wanted
-    axis = {} if wanted is None else {wanted: f"requested: {percent(wanted, digits=2)}"}
+    axis = {} if wanted is None else {wanted: f"your limit: {percent(wanted, digits=2)}"}
+    refused = None if wanted is None else (wanted, math.inf)
     told = "; ".join(f"{row.name}: {row.text}" for row in rows)
     numbers = [("", "counted"), *((row.name, row.text) for row in rows)]
-    return [figure(title, explained, dots(rows, title=title, told=told, axis=axis, unit="%"), numbers)]
+    picture = dots(rows, title=title, told=told, axis=axis, unit="%", refused=refused)
+    return [figure(title, explained, picture, numbers)]
 
 
 def _share(name: str, k: int, bound: float, n: int) -> Row:
@@ -97,9 +155,14 @@ def _change(certificate: Certificate) -> list[Html]:
     change = (labels.ported_right - labels.specialist_right) / certificate.n
     text = f"{points(change)} points ({points(labels.change_low)} to {points(labels.change_high)})"
     row = Row("ported minus old specialist", change, text, labels.change_low, labels.change_high, 2)
-    title = "Change of the score"
-    explained = f"Over the same inputs; the line is the exact interval at {confidence_text(certificate)}."
-    picture = dots([row], title=title, told=text, axis={0.0: "no change"}, unit="%")
+    title = "What the update cost"
+    explained = (
+        f"Change in accuracy over the same inputs; the line is the exact interval at {confidence_text(certificate)}."
+    )
+    wanted = certificate.wanted
+    axis = {0.0: "no change"} if wanted is None else {-wanted: "your limit", 0.0: "no change"}
+    refused = None if wanted is None else (-math.inf, -wanted)
+    picture = dots([row], title=title, told=text, axis=axis, unit="points", refused=refused)
     numbers = [
         ("", "right"),
         ("old specialist", f"{labels.specialist_right} of {certificate.n}"),
@@ -114,8 +177,8 @@ def _change(certificate: Certificate) -> list[Html]:
 def _claims(certificate: Certificate) -> Iterator[Html]:
     if certificate.loss_bound is None:
         return
-    yield section("What is claimed", paragraph(f"{claim(certificate)}."), paragraph(ASSUMES, quiet=True))
-    yield section("What is not claimed", bullets(NOT_CLAIMED))
+    yield folded("What is claimed", paragraph(f"{claim(certificate)}."), paragraph(ASSUMES, quiet=True))
+    yield folded("What is not claimed", bullets(NOT_CLAIMED))
 
 
 def _inputs(certificate: Certificate) -> Iterator[Html]:
@@ -135,7 +198,7 @@ def _inputs(certificate: Certificate) -> Iterator[Html]:
         f"{percent(POWER, digits=0)}. Another bound needs freshly drawn inputs; adding inputs until a bound is "
         "met invalidates it."
     )
-    yield section("Inputs needed for other bounds", table(rows, label="Inputs by bound"), paragraph(said, quiet=True))
+    yield folded("Inputs needed for other bounds", table(rows, label="Inputs by bound"), paragraph(said, quiet=True))
 
 
 def _planned(bound: float, expected: float, confidence: float) -> str:

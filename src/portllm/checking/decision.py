@@ -8,6 +8,7 @@ from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.tables import verdict_counts
 from portllm.checking.verdict import Answer, Reason
 from portllm.show.headline import Headline, Tone, command_line
+from portllm.show.names import patch_name, short_name
 from portllm.show.numbers import percent
 
 TONES: Mapping[Answer, Tone] = {
@@ -54,7 +55,8 @@ def decide(patch: PatchReport, evolved: str, *, checked: Checked | None = None, 
     other_input = any(reason.text.startswith("--") for reason in patch.verdict.reasons)
     action = OTHER_INPUT if other_input else ACTIONS[answer]
     next_, command = ("", "") if checked is None or other_input else _next(patch, checked)
-    return Headline(TONES[answer], f"{answer}: {patch.name} on {evolved}; {action}", reasons, next_, command)
+    named = f"{patch_name(patch.name)} on {short_name(evolved)}"
+    return Headline(TONES[answer], f"{answer}: {named}; {action}", reasons, next_, command)
 
 
 def decide_all(report: CheckReport, *, failed: bool = False) -> Headline:

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from portllm.checking.forecast_features import weight_features
-from portllm.checking.forecast_model import Expected, Feature, Forecaster, Shipped, Slope
+from portllm.checking.forecast_model import Expected, Feature, Forecaster, Outcome, Shipped, Slope
 from portllm.checking.report import PatchReport
 from portllm.checking.update.report import UpdateReport
 
@@ -55,7 +55,17 @@ def shipped() -> Shipped:
         },
         values["base"],
         values["n_updates"],
-        values["n_cells"],
+        tuple(
+            Outcome(
+                cell["measures"]["drift"],
+                {
+                    target: cell[target][0]
+                    for target in (LOSS, ACCURACY)
+                    if cell[target] and cell[target][0] is not None
+                },
+            )
+            for cell in values["cells"]
+        ),
     )
 
 

@@ -135,6 +135,19 @@ class Forecaster:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one of the patches that the forecast was fitted on.
+
+    Attributes:
+        drift: Of the weights that it changes.
+        retention: By `loss` and by `accuracy`, where it is a number.
+    """
+
+    drift: float
+    retention: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Shipped:
     """What was fitted, and on what.
 
@@ -142,13 +155,18 @@ class Shipped:
         forecasters: Of retention by `loss` and by `accuracy`; of each, by what it rests on: `weights`, or `text` too.
         base: The model whose updates the cells are of.
         n_updates: Updates of it.
-        n_cells: Patches on them.
+        outcomes: Of the patches on them.
     """
 
     forecasters: Mapping[str, Mapping[str, Forecaster]]
     base: str
     n_updates: int
-    n_cells: int
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def n_cells(self) -> int:
+        """Patches that it was fitted on."""
+        return len(self.outcomes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,26 +2,31 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from portllm.checking.decision import Checked, decide, decide_all
+from portllm.checking.decision import TONES, Checked, decide, decide_all
 from portllm.checking.delta.places import PlacedDelta
+from portllm.checking.forecast_model import Expected, Forecast
+from portllm.checking.outcomes import ABOUT, seen_about
 from portllm.checking.prompts.tables import text_facts, text_notes, text_title
 from portllm.checking.report import CheckReport, PatchReport
-from portllm.checking.tables import Rows, kind_rows, patch_facts, patch_rows, update_facts
+from portllm.checking.tables import Rows, kind_rows, outcome_rows, patch_facts, patch_rows, seen_text, update_facts
 from portllm.checking.update.config_changes import Effect
 from portllm.checking.update.report import UpdateReport
 from portllm.measures.places import TensorPlace
-from portllm.measures.thresholds import KEPT_GAIN
+from portllm.measures.thresholds import KEPT_GAIN, SHORT_DRIFT
+from portllm.show.headline import Tone
 from portllm.show.html.bars import Row, bars
-from portllm.show.html.figure import facts, figure, figures, folded, table
+from portllm.show.html.figure import facts, figure, figures, folded, side_by_side, table
 from portllm.show.html.heatmap import cell_rows, heatmap, kinds_of, layers_of, stacks_of
 from portllm.show.html.lines import Curve, Point, lines
 from portllm.show.html.markup import Html, element, joined
-from portllm.show.html.page import banner, bullets, document, fragment, paragraph, section
-from portllm.show.numbers import percent, three_percent
+from portllm.show.html.page import Tile, banner, bullets, document, fragment, paragraph, section
+from portllm.show.html.scatter import Here, scatter
+from portllm.show.names import patch_name, short_name
+from portllm.show.numbers import counted, percent, three_percent
 
 EFFECTS: Mapping[Effect, str] = {
     Effect.SHAPE: "weights change shape",
@@ -31,25 +36,39 @@ EFFECTS: Mapping[Effect, str] = {
 }
 
 
-def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = (), *, checked: Checked | None = None) -> str:
+def check_page(
+    report: CheckReport,
+    failed: Sequence[tuple[str, str]] = (),
+    *,
+    checked: Checked | None = None,
+    about: Mapping[str, str] | None = None,
+) -> str:
     """The page of one patch, or of several: then a table comes first, and each has a section of its own.
 
     Args:
         report: What `check` found, with `places`.
         failed: Patches that could not be opened, and why.
         checked: What the user calls the models, for the command that comes next.
+        about: What else is said at the top, such as the day.
     """
     update = report.update
-    title = f"portllm check: from {update.base.name} to {update.evolved.name}"
+    base, evolved = short_name(update.base.name), short_name(update.evolved.name)
+    told = {"base": base, "updated base": evolved, "read": "every weight" if update.is_full else "samples"}
     if len(report.patches) == 1 and not failed:
         patch = report.patches[0]
-        parts = [_patch(patch, beside=_drift_figures(update)), _update(update)]
-        return document(title, decide(patch, update.evolved.name, checked=checked, thresholds=True), parts)
+        name = patch_name(patch.name)
+        return document(
+            f"{name} from {base} to {evolved}",
+            decide(patch, update.evolved.name, checked=checked, thresholds=True),
+            [_patch(patch, beside=_drift_figures(update)), *_update(update)],
+            about={"patch": name} | told | dict(about or {}),
+            tiles=list(_tiles(patch)),
+        )
     wrong = [f"{name}: {error}" for name, error in failed]
     headline = replace(decide_all(report, failed=bool(wrong)), reasons=wrong)
     parts = [
         table(_linked(patch_rows(report)), label="All patches", wide={1, 7}),
-        section("The update", figures(*_drift_figures(update)), _update(update)),
+        section("The update", figures(*_drift_figures(update)), *_update(update)),
         *(
             element(
                 "section",
@@ -60,7 +79,8 @@ def check_page(report: CheckReport, failed: Sequence[tuple[str, str]] = (), *, c
             for number, patch in enumerate(report.patches, start=1)
         ),
     ]
-    return document(title, headline, parts)
+    told = {"patches": str(len(report.patches))} | told | dict(about or {})
+    return document(f"Patches from {base} to {evolved}", headline, parts, about=told)
 
 
 def notebook(report: CheckReport) -> str:
@@ -78,20 +98,80 @@ def _linked(rows: Rows) -> Rows:
 
 
 def _patch(patch: PatchReport, *, beside: Sequence[Html]) -> Html:
-    """The pictures of one patch, those of `beside` first, and its numbers."""
+    """The forecast among outcomes and the pictures of one patch, and its numbers, folded."""
     places = {place: found for place, found in (patch.places or {}).items() if math.isfinite(found.relative_size)}
-    found = [*beside, *_size_figures(patch, places), *_kept_figure(patch)]
+    pictures = [*_forecast_figure(patch), *_kept_figure(patch), *beside, *_size_figures(patch, places)]
     known = facts(patch_facts(patch))
-    parts = [section("The patch in numbers", known, level=3)] if known else []
+    parts = [folded("The patch in numbers", known)] if known else []
     if patch.text is not None:
         said = text_facts(patch.text)
         if notes := text_notes([patch.text]):
             said["note"] = "; ".join(notes)
-        parts.append(section(f"The patch {text_title(patch.text)}", facts(said), level=3))
-    return joined([figures(*found), *parts, *_spectra(places)])
+        parts.insert(0, section(f"The patch {text_title(patch.text)}", facts(said), level=3))
+    return joined([side_by_side(*pictures), *parts, *_spectra(places)])
 
 
-def _update(update: UpdateReport) -> Html:
+def _tiles(patch: PatchReport) -> Iterator[Tile]:
+    """The verdict, what is expected, how far the weights moved, what a merge would keep, what prompts say."""
+    answer = patch.verdict.answer
+    grounds = "by weights alone" if patch.text is None else "by weights and prompts"
+    yield Tile("Verdict", str(answer), grounds, TONES[answer])
+    if patch.forecast is not None:
+        for target, said in _worst_first(patch.forecast)[:1]:
+            ends = f"{percent(said.low, digits=0)} to {percent(said.high, digits=0)}"
+            detail = (
+                f"of retraining's gain in {target}; forecast, {percent(patch.forecast.confidence, digits=0)} interval"
+            )
+            yield Tile("Expected to keep", percent(said.retention, digits=0), f"{detail} {ends}")
+    if patch.drift is not None:
+        drift = patch.drift.relative.value
+        limit = percent(SHORT_DRIFT.value)
+        is_short = drift <= SHORT_DRIFT.value
+        tone: Tone = "good" if is_short else "doubt"
+        said_of = f"{'within' if is_short else 'beyond'} {limit}"
+        yield Tile(
+            "The weights moved by", three_percent(drift), "of their norm; addition is known to hold up to there",
+            tone, said_of,
+        )  # fmt: skip
+    kept = patch.rounding.get(patch.stored_as or "")
+    if kept is not None:
+        enough = kept.kept_gain >= KEPT_GAIN.value
+        tone = "good" if enough else "doubt"
+        said_of = "enough" if enough else f"below {percent(KEPT_GAIN.value, digits=0)}"
+        detail = f"of the patch, if merged and stored as {patch.stored_as}; as an adapter, all of it"
+        yield Tile("A merge would keep", percent(kept.kept_gain), detail, tone, said_of)
+    if patch.text is not None:
+        agreement = patch.text.features()["ported_agreement"]
+        yield Tile("Answers begin alike", percent(agreement), f"on {counted(patch.text.n_prompts, 'prompt')}")
+
+
+def _worst_first(expected: Expected) -> list[tuple[str, Forecast]]:
+    """The forecasts, that which may keep less first."""
+    return sorted(expected.forecasts.items(), key=lambda item: item[1].low)
+
+
+def _forecast_figure(patch: PatchReport) -> list[Html]:
+    """The forecast among the outcomes that it was fitted on."""
+    if patch.forecast is None or patch.drift is None or not math.isfinite(patch.drift.relative.value):
+        return []
+    expected, drift = patch.forecast, patch.drift.relative.value
+    target, said = _worst_first(expected)[0]
+    seen = seen_about(expected.shipped, drift, target)
+    others = [(one.drift, one.retention[target]) for one in expected.shipped.outcomes if target in one.retention]
+    title = seen_text(seen)
+    explained = (
+        f"Dots: patches on updates of {expected.shipped.base}, ported and measured; upright, the share of retraining's "
+        f"gain in {target} that each kept. Square: the forecast for this patch. Shaded: updates that moved the weights "
+        "about as far, from a third to three times."
+    )
+    here = Here("this patch", drift, said.retention, said.low, said.high, (drift / ABOUT, drift * ABOUT))
+    kept = f"{percent(said.retention, digits=0)} ({percent(said.low, digits=0)} to {percent(said.high, digits=0)})"
+    told = f"{title}; {kept} expected of this patch."
+    picture = scatter(others, here, title=title, told=told, x_name="drift of the weights", ends=(0.0, 1.5))
+    return [figure(title, explained, picture, outcome_rows(expected.shipped, target))]
+
+
+def _update(update: UpdateReport) -> list[Html]:
     changes = [("field", "base", "evolved", "effect on a patch")]
     changes += [(c.field, _said(c.base), _said(c.evolved), EFFECTS[c.effect]) for c in update.config_changes]
     fit = (
@@ -112,13 +192,11 @@ def _update(update: UpdateReport) -> Html:
     }
     lists = [folded(f"{what}: {len(found)}", bullets(found)) for what, found in names.items() if found]
     kinds = table(kind_rows(update), label="Drift by kind of module")
-    return joined(
-        [
-            section("The update in numbers", facts(update_facts(update)), *lists, level=3),
-            section("Drift by kind of module", kinds, level=3),
-            section("Configuration", fit, level=3),
-        ]
-    )
+    return [
+        folded("The update in numbers", facts(update_facts(update)), *lists),
+        folded("Drift by kind of module", kinds),
+        folded("Configuration", fit),
+    ]
 
 
 def _drift_figures(update: UpdateReport) -> list[Html]:
@@ -131,9 +209,7 @@ def _drift_figures(update: UpdateReport) -> list[Html]:
 
 def _size_figures(patch: PatchReport, places: Mapping[TensorPlace, PlacedDelta]) -> list[Html]:
     cells = {place: found.relative_size for place, found in places.items()}
-    explained = (
-        "|Δ| / |W1| of each matrix: the stronger the color, the larger the patch. Blank where it changes nothing."
-    )
+    explained = "The stronger the color, the larger the patch (|Δ| / |W1|). Blank where it changes nothing."
     if patch.n_rescaled:
         explained += " Excludes DoRA's rescaling of rows."
     return [_map(cells, stack, "Where the patch sits", explained) for stack in stacks_of(cells)]
@@ -170,8 +246,8 @@ def _kept_figure(patch: PatchReport) -> list[Html]:
     ]
     title = "What a merge would keep of the patch"
     explained = (
-        "Kept gain <Q(W1 + Δ) - W1, Δ> / |Δ|² by the dtype that the merged weights are stored in; irrelevant "
-        "while the patch is served as an adapter."
+        "How much of the patch survives rounding, by the dtype of the merged weights (kept gain); irrelevant while the "
+        "patch is served as an adapter."
     )
     told = "; ".join(f"{row.name}: {row.text}" for row in rows)
     picture = bars(rows, title=title, told=told, unit="%", axis={KEPT_GAIN.value: percent(KEPT_GAIN.value, digits=0)})
@@ -194,9 +270,7 @@ def _spectra(places: Mapping[TensorPlace, PlacedDelta]) -> list[Html]:
         "band spans minimum to maximum. A steep curve means that few directions hold most of the patch. All "
         "plots share the same axes."
     )
-    return [
-        section("How many directions the patch uses", paragraph(explained, quiet=True), figures(*pictures), level=3)
-    ]
+    return [folded("How many directions the patch uses", paragraph(explained, quiet=True), figures(*pictures))]
 
 
 def _spectrum(kind: str, spectra: Sequence[tuple[float, ...]], limits: tuple[float, float]) -> Html:

@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Iterable
+from statistics import median
 
 from portllm.checking.chain import Chain
-from portllm.checking.forecast_model import Expected
+from portllm.checking.forecast_model import Expected, Shipped
+from portllm.checking.outcomes import ENOUGH, HALF, Seen
 from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.update.report import UpdateReport
 from portllm.measures.estimate import SampledEstimate
-from portllm.show.numbers import n_params, percent, three_digits, three_percent
+from portllm.show.numbers import counted, n_params, percent, three_digits, three_percent
+
+MOST = percent(ENOUGH, digits=0)
+"""What counts as most of the gain."""
 
 SHOWN = 3
 """Names of tensors that are shown of each kind; JSON has all."""
@@ -202,3 +207,36 @@ def _plain_with_error(estimate: SampledEstimate) -> str:
 def _named(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def seen_text(seen: Seen) -> str:
+    """The same in words.
+
+    Example:
+        >>> seen_text(Seen(16, kept=12, lost=1)), seen_text(Seen(0, 0, 0))
+        ('12 of 16 patches on like updates kept 90 % of the gain', 'No patch on a like update was measured')
+    """
+    if not seen.n:
+        return "No patch on a like update was measured"
+    return f"{seen.kept} of {counted(seen.n, 'patch', 'patches')} on like updates kept {MOST} of the gain"
+
+
+def outcome_rows(shipped: Shipped, target: str) -> list[tuple[str, ...]]:
+    """All outcomes by power of ten of the drift; the first row names the columns."""
+    found: dict[int, list[float]] = {}
+    for outcome in sorted(shipped.outcomes, key=lambda one: one.drift):
+        if target in outcome.retention and outcome.drift > 0:
+            found.setdefault(math.floor(math.log10(outcome.drift)), []).append(outcome.retention[target])
+    return [
+        ("drift", "patches", f"kept {MOST} or more", "kept less than half", "median kept"),
+        *(
+            (
+                f"{100 * 10.0**power:g} % to {100 * 10.0 ** (power + 1):g} %",
+                str(len(kept)),
+                str(sum(share >= ENOUGH for share in kept)),
+                str(sum(share < HALF for share in kept)),
+                percent(median(kept), digits=0),
+            )
+            for power, kept in found.items()
+        ),
+    ]

@@ -87,7 +87,10 @@ def capture(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a patch from a PEFT adapter and its base, or from a base and its fine-tuned version."""
+    """Make a patch from a PEFT adapter, or from a fine-tuned model.
+
+    The base is needed for both: the patch is recorded as one of that model.
+    """
     wording = _wording(given_prompt(prompt, prompt_file), completion)
     if (adapter is None) == (tuned is None):
         raise typer.BadParameter("pass exactly one of --adapter and --tuned.")

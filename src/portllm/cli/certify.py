@@ -122,7 +122,7 @@ def certify(
     from portllm.certifying.inputs import CertifySettings, read_inputs
     from portllm.certifying.text import render_certificate, render_certify_plan
     from portllm.checkpoint.open import open_checkpoint
-    from portllm.cli.pages import Page
+    from portllm.cli.pages import Page, written
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.decision import Compared
     from portllm.files.output_folder import check_free
@@ -171,7 +171,10 @@ def certify(
     if page.is_wanted:
         from portllm.certifying.page import certify_page
 
-        page.write(certify_page(certificate, found.disagreements, headline))
+        about = {"data": data.name}
+        page.write(
+            certify_page(certificate, found.disagreements, headline, chosen=found.chosen, about=about | written())
+        )
     if as_json:
         print_json(encode(certificate))
     else:

@@ -65,10 +65,10 @@ def check(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Predict from the weights whether patches will hold on an evolved model, before porting them.
+    """Predict whether patches will hold on an evolved model.
 
-    With --text, both models also run on prompts, which can put a patch in doubt. Exits with 3 unless every patch holds.
-    docs/check.md explains each number and where the thresholds come from.
+    Reads a sample of the weights of both models. With --text, both models also run on prompts, which can put a patch in
+    doubt. Exits with 3 unless every patch holds. docs/check.md explains each number and where the thresholds come from.
     """
     prompt = given_prompt(prompt, prompt_file)
     if text is None and (prompt is not None or gradients):
@@ -76,7 +76,7 @@ def check(
     from portllm.checking.decision import Checked
     from portllm.checking.text import check_to_json, check_tone, render_check
     from portllm.checkpoint.open import open_checkpoint
-    from portllm.cli.pages import Page
+    from portllm.cli.pages import Page, written
     from portllm.cli.progress import shown_progress
     from portllm.patch.folders import find_patches, open_each
     from portllm.probing.check import check as check_patches
@@ -116,7 +116,8 @@ def check(
     if page.is_wanted:
         from portllm.checking.page import check_page
 
-        page.write(check_page(report, [(str(outcome.folder), str(outcome.error)) for outcome in failed], checked=names))
+        wrong = [(str(outcome.folder), str(outcome.error)) for outcome in failed]
+        page.write(check_page(report, wrong, checked=names, about=written()))
     if as_json:
         print_json(check_to_json(report, failed))
     else:

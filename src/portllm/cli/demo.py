@@ -15,7 +15,10 @@ def demo(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run the whole story on a small real model: minutes on a CPU, offline. A second run reuses finished steps."""
+    """Run the whole story on a small real model.
+
+    Takes minutes on a CPU, offline. A second run reuses finished steps.
+    """
     from portllm.cli.progress import shown_progress
     from portllm.demo.story import DemoStep, tell
     from portllm.demo.text import render_estimate, render_opening, render_step, render_story, story_to_json

@@ -94,17 +94,19 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare base, base + patch, evolved, evolved + ported (and retrained) on the same rows.
+    """Compare models with and without a patch on the same rows.
 
-    Says first what the update cost. Exits with 3 if --max-loss is given and the interval of the loss reaches beyond it.
+    Scores base, base + patch, evolved, evolved + ported (and retrained). Says first what the update cost. Exits with 3
+    if --max-loss is given and the interval of the loss reaches beyond it.
     """
     from portllm.checkpoint.open import open_checkpoint
-    from portllm.cli.pages import Page, named
+    from portllm.cli.pages import Page, named, written
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.decision import Compared, decide, points_text, within
     from portllm.evaluating.evaluate import evaluate as evaluate_patch
     from portllm.evaluating.file_rows import FileRows
     from portllm.patch.adapter_folder import load_patch
+    from portllm.show.names import patch_name
 
     prompt = given_prompt(prompt, prompt_file)
     page = Page(html, overwrite=overwrite)
@@ -152,14 +154,16 @@ def evaluate(
     if page.is_wanted:
         from portllm.evaluating.page import evaluate_page
 
-        compared = {
-            "models": f"{base}, updated to {evolved}",
-            "patches": f"{patch}, ported to {ported}",
-            "data": f"{comparison.n_rows:,} rows of {data or task}",
+        about = {
+            "patch": patch_name(str(patch)),
+            "base": named(base),
+            "updated base": named(evolved),
+            "ported patch": patch_name(str(ported)),
+            "data": f"{comparison.n_rows:,} rows of {task if data is None else data.name}",
             "limit": "none given (--max-loss)" if accepted is None else f"{points_text(accepted)} of accuracy",
         }
-        title = f"{patch.name} from {named(base)} to {named(evolved)}"
-        page.write(evaluate_page(comparison, headline, title=title, compared=compared))
+        title = f"{patch_name(str(patch))} from {named(base)} to {named(evolved)}"
+        page.write(evaluate_page(comparison, headline, title=title, about=about | written(), max_loss=accepted))
     from portllm.evaluating.text import render_comparison
 
     met = within(comparison, accepted)

@@ -1,9 +1,12 @@
 """Where a command's page goes, if one is asked for: refused before any work, written when the result is there."""
 
+from datetime import date
 from pathlib import Path
 
+from portllm import __version__
 from portllm.cli.terminal import say
 from portllm.files.one_file import check_page_free, write_page
+from portllm.show.names import short_name
 
 
 def named(model: str) -> str:
@@ -13,7 +16,13 @@ def named(model: str) -> str:
         >>> named("/models/v2/"), named("org/model@main")
         ('v2', 'org/model@main')
     """
-    return Path(model).name if Path(model).exists() or Path(model).is_absolute() else model
+    return (Path(model).name or model) if Path(model).exists() else short_name(model)
+
+
+def written() -> dict[str, str]:
+    """When a page was written, and by which version; the page itself is a function of the result alone."""
+    today = date.today()
+    return {"date": f"{today.day} {today:%B %Y}", "program": f"PortLLM {__version__}"}
 
 
 class Page:

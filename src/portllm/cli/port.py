@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.data import CompletionOption, PromptOption, given_prompt
 from portllm.cli.options import (
     MODEL,
     PATCHES,
@@ -33,7 +34,7 @@ def port(
         typer.Option(
             "--method",
             help="Port method: add carries the delta over unchanged; align fits it to the evolved model on prompts "
-            "(needs --base and --text); auto chooses from what check finds (needs --base).",
+            "(needs --base and --text or --draw); auto chooses from what check finds (needs --base).",
         ),
     ] = "add",
     text: Annotated[
@@ -44,10 +45,25 @@ def port(
             "per line).",
         ),
     ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="With --text: prompt template. Defaults to the one recorded in the patch."),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="With --method align: rows with right answers. The choice is made by the loss on those that are not "
+            "fitted on, and not by the old specialist's answers. Without --text, their prompts are used too.",
+        ),
     ] = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            "--draw",
+            min=1,
+            help="Instead of --text: the old specialist draws this many prompts itself, better 256, through the prompt "
+            "template.",
+        ),
+    ] = None,
+    prompt: PromptOption = None,
+    completion: CompletionOption = None,
     anchors: Annotated[
         Path | None,
         typer.Option(
@@ -102,47 +118,51 @@ def port(
     from portllm.patch.folders import each, find_patches, open_each
     from portllm.patch.patch import Patch
     from portllm.porting.auto import AUTO, Route
+    from portllm.porting.decision import Named, decide
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
         port_outcomes_to_json,
         port_warnings,
         ported_to_json,
-        render_measured,
+        render_port,
         render_port_outcomes,
-        render_port_plan,
         shortfall,
         trained_tokens_lost,
     )
+    from portllm.probing.domain import Asking, domain_of
 
     if force and method != AUTO:
         raise typer.BadParameter("--force requires --method auto; any other method ports whatever is compatible.")
-    if text is None and (prompt is not None or anchors is not None):
-        raise typer.BadParameter("--prompt and --anchors require --text.")
+    asking = Asking(
+        text=text,
+        data=data,
+        draw=draw,
+        template=given_prompt(prompt, None),
+        completion=completion,
+        anchors=anchors,
+    )
+    if not asking.is_given and any(given is not None for given in (prompt, completion, anchors)):
+        raise typer.BadParameter("--prompt, --completion and --anchors require --text, --data or --draw.")
     update = Update(None if base is None else open_checkpoint(base), open_checkpoint(evolved))
     route = Route(
-        update, method=method, force=force, allow_other_base=allow_other_base, reads=method == AUTO and text is not None
+        update, method=method, force=force, allow_other_base=allow_other_base, reads=method == AUTO and asking.is_given
     )
     found = find_patches(patches)
     outputs = found.outputs(output)
     planned = open_each(found, lambda patch, _: route.plan(patch))
+    is_told_apart = as_json or not found.is_single  # what the first line of a single patch says
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
     for plan in plans.values():
-        for warning in port_warnings(plan):
+        for warning in port_warnings(plan, judged=is_told_apart):
             say(warning, err=True)
-        if found.is_single and not as_json:
-            say(render_port_plan(plan, output))
     with shown_progress(quiet=quiet) as progress:
 
         def run(out: Path, plan: PortPlan) -> Patch[TensorInfo] | None:
             domain = None
-            if text is not None:
-                from portllm.probing.domain import domain_of
-
+            if asking.is_given:
                 domain = domain_of(
                     plan,
-                    text,
-                    template=prompt,
-                    anchors=anchors,
+                    asking,
                     max_tokens=max_tokens,
                     answer_tokens=answer_tokens,
                     wanted=agreement if method == AUTO else None,
@@ -158,17 +178,24 @@ def port(
     ported = [outcome.value[1] for outcome in outcomes if outcome.value is not None]
     steps = {patch.name: patch.record.ports[-1] for patch in ported if patch is not None and patch.record is not None}
     if found.is_single:
-        _, only = outcomes[0].result()
+        plan, only = outcomes[0].result()
+        step = next(iter(steps.values()), None)
+        headline = decide(
+            plan,
+            step,
+            wanted=agreement,
+            named=Named(base or plan.source.name, str(patches[0]), evolved, str(output)),
+        )
         if as_json and only is not None:
             print_json(ported_to_json(only, output))
-        for line in (line for step in steps.values() if not as_json for line in render_measured(step)):
-            say(line)
+        elif not as_json:
+            say(render_port(plan, output, headline, step), tone=headline.tone)
     elif as_json:
         print_json(port_outcomes_to_json(outcomes, outputs))
     else:
         say(render_port_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
     short = [said for name, step in steps.items() if (said := shortfall(name, step, agreement)) is not None]
-    for said in short:
+    for said in short if is_told_apart else ():
         say(said, err=True)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)

@@ -61,7 +61,9 @@ def prove(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Prove that a runtime serves a patch as it is, by its log-probabilities.
+    """Prove that a runtime serves a patch as it is.
+
+    Base and patch are loaded in it, or asked of a server, and their log-probabilities compared with those here.
 
     Exits with 3 if it is not proven. docs/prove.md says what is compared.
     """

@@ -11,7 +11,7 @@ from portllm.cli.terminal import print_json, say
 if TYPE_CHECKING:
     from portllm.verifying.signature import Trust
 
-PathArgument = Annotated[Path, typer.Argument(help="A patch, a merged model, or a certificate.")]
+PathArgument = Annotated[Path, typer.Argument(help="A patch, a merged model, an export, or a certificate.")]
 SignatureOption = Annotated[
     Path | None, typer.Option("--signature", help="Signature file. Defaults to model.sig in the folder.")
 ]
@@ -27,7 +27,14 @@ def verify(
         str | None,
         typer.Option("--evolved", help="For a certificate: the evolved or merged model it must be about."),
     ] = None,
-    patch: Annotated[Path | None, typer.Option("--patch", help="For a certificate: the original patch.")] = None,
+    patch: Annotated[
+        Path | None,
+        typer.Option(
+            "--patch",
+            help="For a merged model, whichever tool wrote it: the patch it must hold, with --base. For a certificate: "
+            "the original patch.",
+        ),
+    ] = None,
     ported: Annotated[Path | None, typer.Option("--ported", help="For a certificate: the ported patch.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="For a certificate: the file of inputs.")] = None,
     public_key: Annotated[Path | None, typer.Option("--public-key", help="The signer's public key (PEM).")] = None,
@@ -46,10 +53,15 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Verify digests, schema, base identity and signature."""
+    """Verify digests, schema, base identity and signature; and whether a merge, by any tool, holds a patch.
+
+    With --patch and --base, every tensor of the model is compared with what merging the patch gives: exactly, to
+    rounding, in part or not at all, and which tensors are wrong.
+    """
     trust = _trust(public_key, roots, identity, provider, staging=staging)
     if signature is not None and trust is None:
         raise typer.BadParameter("--signature: also name the expected signer, for example with --public-key.")
+    from portllm.certifying.certificate import CERTIFICATE_FILE
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.verifying.certificate import Certified
@@ -57,6 +69,9 @@ def verify(
     from portllm.verifying.text import render_verification
     from portllm.verifying.verify import verify as verify_folder
 
+    is_certificate = (path / CERTIFICATE_FILE).is_file()
+    if patch is not None and base is None and not is_certificate:
+        raise typer.BadParameter("--patch: also pass the model that it was merged into, with --base.")
     with shown_progress(quiet=quiet) as progress:
         verification = verify_folder(
             path,
@@ -64,16 +79,15 @@ def verify(
             trust=trust,
             signature=signature,
             certified=Certified(None if evolved is None else open_checkpoint(evolved), patch, ported, data)
-            if any((evolved, patch, ported, data))
+            if is_certificate or any((evolved, ported, data))
             else None,
+            patch=None if is_certificate or patch is None else patch,
             progress=progress,
         )
     if as_json:
         print_json(verification_to_json(verification))
     else:
-        checks, _, verdict = render_verification(verification).rpartition("\n")
-        say(checks)
-        say(verdict, tone="good" if verification.verified else "bad")
+        say(render_verification(verification), tone="good" if verification.verified else "bad")
     if not verification.verified:
         raise typer.Exit(3)
 

@@ -18,6 +18,7 @@ from portllm.evaluating.metrics import (
     retention,
 )
 from portllm.evaluating.names import BASE, EVOLVED, MERGED, ORDER, PATCHED, PORTED, PORTS, RETRAINED
+from portllm.evaluating.own_tokens import has_own_tokens, load_patched
 from portllm.evaluating.plan import Contestants
 from portllm.evaluating.scoring import Scored, Scores
 from portllm.notebook import ShownInNotebook
@@ -127,6 +128,11 @@ class Comparison(ShownInNotebook):
         """The row of that name, or None where it was not run."""
         return next((row for row in self.rows if row.name == name), None)
 
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """The right answer of each row."""
+        return tuple(example.completion for example in self.examples)
+
     def turned_wrong(self, name: str) -> tuple[TurnedRow, ...]:
         """The negative flips of a model, as text; none where it or base + patch was not run."""
         before, after = self.row(PATCHED), self.row(name)
@@ -211,8 +217,13 @@ def score_all(
         encoder = Encoder(load_tokenizer(folder))
         model = load_model(folder, device=where, longest=task.longest)
         run(name, model, encoder)
-        for adapter_name, model_with in _switched(model, adapters):
+        given = {name: adapter for name, adapter in adapters.items() if adapter is not None}
+        own = {name: adapter for name, adapter in given.items() if has_own_tokens(adapter, folder)}
+        for adapter_name, model_with in _switched(model, {n: a for n, a in given.items() if n not in own}):
             run(adapter_name, model_with, encoder)
+        del model  # before it is loaded again, with more rows
+        for adapter_name, adapter in own.items():
+            run(adapter_name, *load_patched(folder, adapter, device=where, longest=task.longest))
 
     run_family(contestants.base, BASE, {PATCHED: contestants.patch})
     if contestants.evolved is not None:
@@ -241,12 +252,10 @@ def set_side_by_side(scores: Mapping[str, Scores], task: Scored, *, seed: int = 
     )
 
 
-def _switched(model: PreTrainedModel, adapters: dict[str, Path | None]) -> Iterator[tuple[str, PeftModel]]:
+def _switched(model: PreTrainedModel, adapters: dict[str, Path]) -> Iterator[tuple[str, PeftModel]]:
     """The model with each adapter in turn the one that counts."""
     patched: PeftModel | None = None
     for index, (name, folder) in enumerate(adapters.items()):
-        if folder is None:
-            continue
         inner_name = f"adapter_{index}"  # peft uses it in module names, where it must not have blanks or dots
         if patched is None:
             patched = attach_adapter(model, folder, name=inner_name)

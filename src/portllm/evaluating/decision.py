@@ -35,8 +35,17 @@ def within(comparison: "Comparison", max_loss: float | None) -> bool | None:
     """
     if max_loss is None:
         return None
-    row = _worst(comparison)
+    row = worst_port(comparison)
     return row is not None and _lowest(row) >= -max_loss
+
+
+def worst_port(comparison: "Comparison") -> "ComparisonRow | None":
+    """Of the ports, the one that may have lost more: never the kinder of two."""
+    return min(
+        (row for row in comparison.rows if row.name in PORTS and row.score_change is not None),
+        key=lambda row: (_lowest(row), row.name != PORTED),
+        default=None,
+    )
 
 
 def decide(comparison: "Comparison", *, max_loss: float | None = None, compared: Compared | None = None) -> Headline:
@@ -47,7 +56,7 @@ def decide(comparison: "Comparison", *, max_loss: float | None = None, compared:
         max_loss: The share of answers that may be lost; without one, nothing is said on shipping.
         compared: Names for the next command; without them there is none.
     """
-    row = _worst(comparison)
+    row = worst_port(comparison)
     if row is None or row.score_change is None or row.flips is None:
         ported = comparison.row(PORTED)
         said = "No ported patch was compared" if ported is None else f"{percent(ported.score.value)} right"
@@ -113,15 +122,6 @@ def retrain_command(compared: Compared) -> str:
     """What trains on from a port that has lost too much."""
     words = ("--base", compared.evolved, "--init-from", compared.ported, "--data", "TRAIN.jsonl", "-o", "OUTPUT")
     return command_line("portllm", "train", *words)
-
-
-def _worst(comparison: "Comparison") -> "ComparisonRow | None":
-    """Of the ports, the one that may have lost more: never the kinder of two."""
-    return min(
-        (row for row in comparison.rows if row.name in PORTS and row.score_change is not None),
-        key=lambda row: (_lowest(row), row.name != PORTED),
-        default=None,
-    )
 
 
 def _lowest(row: "ComparisonRow") -> float:

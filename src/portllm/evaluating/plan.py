@@ -11,6 +11,7 @@ from pathlib import Path
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.matching.added_tokens import added_tokens, height_of, unexplained
 from portllm.matching.compatibility import base_mismatch, mismatches, unmatchable
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.identify import identify
@@ -89,7 +90,8 @@ def model_refusals(
 ) -> Iterator[Refusal]:
     """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
     yield from unmatchable(patch, model, option=option)
-    yield from mismatches(patch, model)
+    yield from unexplained(patch, model, added_tokens(patch, model))
+    yield from mismatches(patch, model, n_rows=height_of(patch, model))
     yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)
 
 

@@ -74,6 +74,11 @@ def score_interval(estimate: Estimate) -> str:
     return _interval(estimate, lambda value: f"{100 * value:.1f}")
 
 
+def score_change_interval(change: Estimate) -> str:
+    """The interval of a change of the score, in points; likewise."""
+    return _interval(change, points)
+
+
 def loss_interval(estimate: Estimate) -> str:
     """The interval of a loss; likewise."""
     return _interval(estimate, lambda value: f"{value:.3f}")
@@ -106,7 +111,7 @@ def _row(row: "ComparisonRow", *, retained: bool) -> tuple[str, ...]:
         percent(row.score.value),
         score_interval(row.score),
         "" if change is None else points(change.value),
-        "" if change is None else _interval(change, points),
+        "" if change is None else score_change_interval(change),
         flips_text(row),
         f"{row.loss.value:.3f}",
         loss_interval(row.loss),

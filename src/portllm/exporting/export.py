@@ -13,10 +13,13 @@ from portllm.files.record import Blake3, Recorded, write_sealed
 from portllm.files.seal import digest_file
 from portllm.patch.adapter_folder import PatchLike, load_patch, write_patch
 from portllm.patch.record import ModelIdentity
+from portllm.patch.rounding import MergeSums
 from portllm.progress import Progress, silent
 from portllm.serving.runtime import Form, runtime_named
 
 EXPORT_FILE = "export.json"
+MODELFILE = "Modelfile"
+"""What Ollama makes a model from."""
 
 
 class ExportRecord(Recorded, frozen=True, tag_field="format", tag=1):
@@ -32,6 +35,7 @@ class ExportRecord(Recorded, frozen=True, tag_field="format", tag=1):
         file: What the runtime is given, a file of this folder; None where it is given the folder.
         rank: Of every module; None where the patch is as it was.
         dtype: Of the factors; None where the patch is as it was.
+        kept_gain: Of a merged model, what rounding kept of the patch; None for an adapter.
         files: blake3 digest of each file beside this one.
     """
 
@@ -44,6 +48,7 @@ class ExportRecord(Recorded, frozen=True, tag_field="format", tag=1):
     file: str | None
     rank: int | None
     dtype: str | None
+    kept_gain: float | None
     files: Mapping[str, Blake3]
 
 
@@ -120,7 +125,7 @@ def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress
     refuse(plan.refusals)
     check_free(out, overwrite=overwrite)
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
-        file = _write(plan, folder, progress)
+        sums = _write(plan, folder, file_of(plan), progress)
         is_plain = bool(plan.slots)
         record = ExportRecord(
             __version__,
@@ -129,21 +134,20 @@ def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress
             plan.name,
             plan.patch.name,
             plan.base_identity,
-            file,
+            file_of(plan),
             plan.rank if is_plain else None,
             plan.dtype if is_plain else None,
+            None if sums is None else float(f"{sums.kept_gain:.6g}"),
             {entry.name: digest_file(entry) for entry in sorted(folder.iterdir())},
         )
         write_sealed(folder / EXPORT_FILE, record)
-    n_modules = len(plan.slots) or len(plan.patch.deltas) + len(plan.patch.experts)
-    return Exported(out, record, n_modules, serve_command(plan, out, file), plan.notes)
+    return Exported(out, record, plan.n_modules, serve_command(plan, out), plan.notes)
 
 
-def serve_command(plan: ExportPlan, out: Path, file: str | None) -> str:
+def serve_command(plan: ExportPlan, out: Path) -> str:
     """How the runtime is started or called with an export."""
-    return plan.runtime.serve.format(
-        base=plan.base_name, folder=out, file=out if file is None else out / file, name=plan.name, rank=plan.rank
-    )
+    file = out / (file_of(plan) or "")
+    return plan.runtime.serve.format(base=plan.base_name, folder=out, file=file, name=plan.name, rank=plan.rank)
 
 
 def file_of(plan: ExportPlan) -> str | None:
@@ -151,22 +155,27 @@ def file_of(plan: ExportPlan) -> str | None:
     match plan.runtime.form:
         case Form.FILE:
             return f"{plan.name}.safetensors"
-        case Form.GGUF_LORA:
+        case Form.GGUF_LORA | Form.GGUF_MODEL:
             return f"{plan.name}.gguf"
         case _:
             return None
 
 
-def _write(plan: ExportPlan, folder: Path, progress: Progress) -> str | None:
-    """Write what the runtime takes; see `file_of`."""
+def _write(plan: ExportPlan, folder: Path, file: str | None, progress: Progress) -> MergeSums | None:
+    """Write what the runtime takes; for a merged model, what rounding took."""
     if plan.runtime.form is Form.PEFT:
         write_patch(folder, plan.patch, base_name=plan.base_name, base_revision=plan.base_revision)
         return None
+    if plan.runtime.form is Form.GGUF_MODEL and file is not None:
+        from portllm.exporting.gguf_model import write_gguf_model
+
+        sums = write_gguf_model(folder, plan, file=file, progress=progress)
+        (folder / MODELFILE).write_text(f"FROM ./{file}\n", encoding="utf-8")
+        return sum(sums.values(), MergeSums())
     from portllm.exporting.adapter_files import write_file, write_lora, write_mlx  # loads torch
     from portllm.exporting.factors import each_factors
 
     factors = each_factors(plan.slots, rank=plan.rank, dtype=plan.dtype, progress=progress)
-    file = file_of(plan)
     match plan.runtime.form:
         case Form.LORA:
             write_lora(folder, plan, factors)
@@ -178,4 +187,4 @@ def _write(plan: ExportPlan, folder: Path, progress: Progress) -> str | None:
             from portllm.exporting.gguf_adapter import write_gguf_lora
 
             write_gguf_lora(folder, plan, factors, file=file)
-    return file
+    return None

@@ -8,17 +8,18 @@ from pathlib import PurePath
 
 from blake3 import blake3
 
-from portllm.checkpoint.gguf.places import architecture_of, place_of
+from portllm.checkpoint.gguf.places import architecture_of, gguf_file_of, place_of
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.tensor.encoding import is_plain
 from portllm.checkpoint.tensor.info import TensorInfo, float_dtype
 from portllm.errors import Refusal
 from portllm.files.record import encode
 from portllm.files.source import Source
-from portllm.matching.compatibility import base_mismatch, mismatches, oriented
+from portllm.matching.compatibility import base_mismatch, changes_on, mismatches, oriented, same_in
 from portllm.patch.adapter_config import ALL_LINEAR, HEAD_NAMES
 from portllm.patch.adapter_folder import digest_tensors, files_of
 from portllm.patch.adapter_tensors import WEIGHT
-from portllm.patch.delta import LowRankDelta
+from portllm.patch.delta import Change, LowRankDelta, RowValues
 from portllm.patch.identify import identify
 from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
@@ -54,7 +55,8 @@ class ExportPlan:
         base: The model that is served, where it was given.
         base_identity: Its identity, or that of the base that the patch records; None where neither is known.
         name: The name to serve it under: the patch's, and a digest of patch, base and ports.
-        slots: The modules of the export, by name; empty for a form that takes the patch as it is.
+        slots: The modules of an export as an adapter, by name; empty where the patch goes as it is, or is merged.
+        changes: Of an export as a merged model, what is done to each tensor.
         rank: Of every module of the export.
         dtype: Of its factors.
         notes: What a user should know.
@@ -67,6 +69,7 @@ class ExportPlan:
     base_identity: ModelIdentity | None
     name: str
     slots: tuple[Slot, ...]
+    changes: Mapping[str, Change[TensorInfo]]
     rank: int
     dtype: str
     notes: tuple[str, ...]
@@ -81,6 +84,11 @@ class ExportPlan:
     def files(self) -> tuple[Source, ...]:
         """What is read."""
         return (*files_of(self.patch), *(() if self.base is None else self.base.files))
+
+    @property
+    def n_modules(self) -> int:
+        """How many modules or tensors the export changes."""
+        return len(self.slots) or len(self.changes) or len(self.patch.deltas) + len(self.patch.experts)
 
     @property
     def base_name(self) -> str:
@@ -125,11 +133,15 @@ def plan_export(
     if base is not None:
         patch = oriented(patch, base)
         refusals += mismatches(patch, base)
-        refusals += base_mismatch(patch, identify(base), model=base, option="--base", allow_other_base=allow_other_base)
+        refusals += _of_other_base(patch, runtime, base, allow_other_base=allow_other_base)
     refusals += _unheld(patch, runtime, base)
     slots: tuple[Slot, ...] = ()
+    changes: Mapping[str, Change[TensorInfo]] = {}
     rank = max((delta.rank for delta in patch.deltas.values()), default=0)
-    if runtime.form is not Form.PEFT and not refusals:
+    if runtime.form is Form.GGUF_MODEL and not refusals:
+        changes = {} if base is None else changes_on(patch, base)
+        refusals += _unmergeable(changes, patch, runtime, base)
+    elif runtime.form is not Form.PEFT and not refusals:
         slots = tuple(_slots(patch, runtime, base))
         refusals += _unplaced(patch, runtime, base)
         taken = runtime.rank_for(rank)
@@ -147,17 +159,28 @@ def plan_export(
     notes = tuple(_notes(patch, named, slots, rank))
     dtype = "F32" if dtype is None else float_dtype(dtype)
     refused = tuple(sorted(refusals))
-    return ExportPlan(patch, runtime, base, named, _name(patch, named), slots, rank, dtype, notes, refused)
+    return ExportPlan(patch, runtime, base, named, _name(patch, named), slots, changes, rank, dtype, notes, refused)
+
+
+def _of_other_base(
+    patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint, *, allow_other_base: bool
+) -> Iterator[Refusal]:
+    """Why a model is not the one that the patch belongs to; its GGUF file is, where the numbers are the same."""
+    is_file = runtime.form in (Form.GGUF_LORA, Form.GGUF_MODEL) and gguf_file_of(base) is not None
+    if is_file and patch.record is not None and same_in(base, patch.record.base) is not None:
+        return
+    yield from base_mismatch(patch, identify(base), model=base, option="--base", allow_other_base=allow_other_base)
 
 
 def _unheld(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None) -> Iterator[Refusal]:
     """The parts of a patch that a runtime has no place for, each with the modules that have it."""
+    at = "" if runtime.form is Form.GGUF_MODEL else " in an adapter"
     for part, where in _parts(patch, base).items():
         if where and part not in runtime.holds:
             rest = f" and {len(where) - SHOWN} more" if len(where) > SHOWN else ""
             yield Refusal(
                 f"{', '.join(where[:SHOWN])}{rest}",
-                f"{runtime.title} takes no {part} in an adapter. Serve the merged model: {_merge(patch, base)}.",
+                f"{runtime.title} takes no {part}{at}. {_way(patch, runtime, base)}.",
             )
 
 
@@ -200,6 +223,42 @@ def _unplaced(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | Non
             "--base",
             f"{runtime.title} wants each module in every layer, and whether the patch has it in every layer is known "
             "from the model alone: pass it.",
+        )
+
+
+def _unmergeable(
+    changes: Mapping[str, Change[TensorInfo]], patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None
+) -> Iterator[Refusal]:
+    """Why changes cannot be merged into the GGUF file of a model."""
+    if base is None or gguf_file_of(base) is None:
+        given = "" if base is None else f"{base.name} is no GGUF file. "
+        yield Refusal(
+            "--base",
+            f"{given}{runtime.title} is given a GGUF file with the patch merged in: pass that of the evolved model in "
+            "f16 or bf16, as llama.cpp's convert_hf_to_gguf.py makes it (--outtype bf16). Or merge into its folder, "
+            f"and convert the result: {_merge(patch, base)}.",
+        )
+        return
+    shared = base.tied_embedding
+    quantized = []
+    for name, change in changes.items():
+        info = base.stored(name)
+        is_rows = isinstance(change, RowValues) and base.rows_reach_head
+        if info is None or (info is shared and not is_rows):
+            yield Refusal(
+                name,
+                f"head and embedding are one matrix in {base.name}, and the patch changes only one of them. Merge into "
+                f"the folder of the model, which unties them, and convert the result: {_merge(patch, None)}.",
+            )
+        elif info.encoding is not None and not is_plain(info.encoding):
+            quantized.append(f"{name} ({info.encoding.scheme})")
+    if quantized:
+        rest = f" and {len(quantized) - SHOWN} more" if len(quantized) > SHOWN else ""
+        yield Refusal(
+            f"{', '.join(quantized[:SHOWN])}{rest}",
+            f"quantized in {base.name}: rounding the sum to it again would lose most of the patch. Pass the f16 or "
+            "bf16 file that it was made from, and quantize the output with llama-quantize; or serve the adapter on the "
+            f"quantized file: portllm export {patch.name} --for llamacpp --base {base.name} -o DIR.",
         )
 
 
@@ -267,6 +326,14 @@ def _name(patch: Patch[TensorInfo], base: ModelIdentity | None) -> str:
 
 def _merge(patch: Patch[TensorInfo], base: Checkpoint | None) -> str:
     return f"portllm merge {patch.name} --into {'BASE' if base is None else base.name} -o MODEL"
+
+
+def _way(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None) -> str:
+    """The way to serve what an adapter has no place for."""
+    merged = f"Serve the merged model: {_merge(patch, base)}"
+    if runtime.form is Form.GGUF_LORA:
+        return f"{merged}; or write a merged GGUF: portllm export {patch.name} --for ollama --base BASE.gguf -o MODEL"
+    return merged
 
 
 def _leaf(module: str) -> str:

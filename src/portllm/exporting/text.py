@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.exporting.export import file_of, serve_command
+from portllm.exporting.export import serve_command
 from portllm.files.record import encode
+from portllm.show.numbers import percent
 from portllm.show.table import items, table
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ def render_export_plan(plan: "ExportPlan", out: Path) -> str:
         "patch": plan.patch.name,
         "runtime": f"{plan.runtime.title} (source of {plan.runtime.version} read)",
         "output": str(out),
-        **_rows(plan.name, len(plan.slots), plan.rank, plan.dtype),
+        "name": plan.name,
+        "modules": _modules(plan.n_modules, plan.rank, plan.dtype) if plan.slots else str(plan.n_modules),
     }
-    serve = [] if plan.refusals else ["serve it with", f"  {serve_command(plan, out, file_of(plan))}"]
+    serve = [] if plan.refusals else ["serve it with", f"  {serve_command(plan, out)}"]
     return "\n".join(["export", *table(rows), *items("note", plan.notes), *items("refused", plan.refusals), *serve])
 
 
@@ -30,18 +32,19 @@ def render_exported(exported: "Exported") -> str:
     rows = {
         "output": str(exported.given),
         "base": "unknown" if record.base is None else f"{record.base.name} ({record.base.fingerprint})",
-        **_rows(record.name, exported.n_modules, record.rank, record.dtype),
+        "name": record.name,
+        "modules": str(exported.n_modules)
+        if record.rank is None or record.dtype is None
+        else _modules(exported.n_modules, record.rank, record.dtype),
     }
+    if record.kept_gain is not None:
+        rows["kept gain"] = percent(record.kept_gain, digits=2)
     lines = [f"exported for {record.runtime}", *table(rows), *items("note", exported.notes)]
     return "\n".join([*lines, "serve it with", f"  {exported.serve}"])
 
 
-def _rows(name: str, n_modules: int, rank: int | None, dtype: str | None) -> dict[str, str]:
-    as_it_was = rank is None or dtype is None or not n_modules
-    return {
-        "name": name,
-        "modules": f"{n_modules}, as in the patch" if as_it_was else f"{n_modules}, rank {rank}, scale 1, {dtype}",
-    }
+def _modules(count: int, rank: int, dtype: str) -> str:
+    return f"{count}, rank {rank}, scale 1, {dtype}"
 
 
 def exported_to_json(exported: "Exported") -> dict[str, object]:

@@ -75,6 +75,7 @@ class PatchSummary:
         whole: Modules that it holds whole: saved modules, trained biases.
         token_rows: By module, how many rows of tokens were trained.
         copies: Tensors of which it contains copies, of the base's weights or of a base with other rows.
+        beside: What lies beside the adapter and goes along: tokenizer, chat template, value head.
         nothing: Why it changes nothing; None where it does.
         changed_base: How PEFT changed the base when training began (`pissa`, ...), else None.
         base_name: What PEFT's configuration calls the base.
@@ -93,6 +94,7 @@ class PatchSummary:
     whole: tuple[str, ...]
     token_rows: Mapping[str, int]
     copies: tuple[str, ...]
+    beside: tuple[str, ...]
     nothing: str | None
     changed_base: str | None
     base_name: str | None
@@ -177,6 +179,7 @@ def summarize_patch(where: PatchLike) -> PatchSummary:
         whole=tuple(dict.fromkeys(name.rpartition(".")[0] for name in patch.values)),
         token_rows={name.removesuffix(WEIGHT): len(rows.rows) for name, rows in patch.rows.items()},
         copies=tuple(patch.base_copies),
+        beside=tuple(patch.beside),
         nothing=why_nothing(patch),
         changed_base=patch.config.changed_base,
         base_name=str(base_name) if base_name else None,

@@ -49,6 +49,8 @@ def _patch(summary: PatchSummary) -> str:
         rows["token rows"] = ", ".join(f"{count} of {module}" for module, count in summary.token_rows.items())
     if summary.copies:
         rows["copies"] = f"{_shown(summary.copies)}: of the base's own weights, or trained; 'capture' compares them"
+    if summary.beside:
+        rows["beside it"] = ", ".join(summary.beside)
     if summary.nothing:
         rows["warning"] = summary.nothing
     if summary.changed_base:

@@ -119,7 +119,10 @@ def _resized_copies(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterato
         for copy in copies:
             if tensor is not None and copy.shape != tensor.shape:
                 yield Refusal(
-                    name, f"the adapter contains it with shape {copy.shape}, but {checkpoint.name} has {tensor.shape}."
+                    name,
+                    f"the adapter contains it with shape {copy.shape}, but {checkpoint.name} has {tensor.shape}. If "
+                    "tokens were added for it, record it once: portllm capture --adapter "
+                    f"{patch.name} --base BASE -o PATCH.",
                 )
 
 
@@ -446,7 +449,7 @@ def base_mismatch(
 
 def same_in(model: Checkpoint, other: ModelIdentity) -> str | None:
     """The dtype in which two models are the same numbers, rounded, by what both fingerprints sample; else None."""
-    if model.quantization is not None or other.quantization is not None:
+    if model.is_quantized or other.quantization is not None:
         return None
     given = identify(model)
     if (

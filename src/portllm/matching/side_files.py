@@ -1,11 +1,12 @@
-"""Whose tokenizer and chat template a merged model gets: the model's own, or those that the patch was trained with."""
+"""What of the files beside a patch a merged or ported model gets: tokenizer, chat template and value head."""
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.side_files import HEAD_FILE
 from portllm.checkpoint.open import side_file
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, added_entries, parse_vocabulary, read_vocabulary
@@ -15,12 +16,16 @@ from portllm.files.json_file import read_json
 from portllm.files.source import LocalFile
 from portllm.matching.added_tokens import vocabulary_of
 from portllm.patch.patch import Patch
-from portllm.patch.side_files import SIDE_FILES, TEMPLATE_FILES, VOCABULARY_FILES, uncopyable
+from portllm.patch.side_files import TEMPLATE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, uncopyable
 
 OPTION = "--tokenizer"
 BASE, PATCH = "base", "patch"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SHOWN = 4
+
+HEAD_NOTE = (
+    "the patch's value head, beside the weights, where LLaMA-Factory and others load it and transformers does not."
+)
 
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 """What a `tokenizer.json` says of an added token of which nothing is known."""
@@ -52,7 +57,7 @@ NO_SIDE_FILES = SideFiles()
 def choose_side_files(
     patch: Patch[TensorInfo], model: Checkpoint, *, n_rows: int | None, whose: str | None = None
 ) -> SideFiles:
-    """Choose tokenizer and chat template of a merged model.
+    """Choose tokenizer and chat template of a merged model; a value head is always the patch's.
 
     An adapter was trained on inputs that its own tokenizer and template made, so these go along, unless they say of a
     token that it has another row than in the model.
@@ -63,7 +68,20 @@ def choose_side_files(
         n_rows: Of the merged model's embedding; None where that is not known.
         whose: `base` or `patch`; None to choose.
     """
-    differing = [name for name, file in patch.beside.items() if not _is_same(file.path, side_file(model, name))]
+    heads = {name: file for name, file in patch.beside.items() if name == HEAD_FILE}
+    rest = {name: file for name, file in patch.beside.items() if name != HEAD_FILE}
+    chosen = _choose_tokenizer(replace(patch, beside=rest), model, n_rows, whose)
+    return replace(
+        chosen,
+        files={**chosen.files, **heads},
+        leave_out=chosen.leave_out.union(heads),
+        notes=(*chosen.notes, *(f"{name}: {HEAD_NOTE}" for name in heads)),
+        refusals=(*chosen.refusals, *uncopyable(heads)),
+    )
+
+
+def _choose_tokenizer(patch: Patch[TensorInfo], model: Checkpoint, n_rows: int | None, whose: str | None) -> SideFiles:
+    differing = [name for name, file in patch.beside.items() if not is_same(file.path, side_file(model, name))]
     if not differing:
         return NO_SIDE_FILES
     names = ", ".join(differing)
@@ -82,7 +100,7 @@ def choose_side_files(
         leave_out=frozenset(
             {
                 *patch.beside,
-                *(name for name in SIDE_FILES if has_tokenizer and name not in TEMPLATE_FILES),
+                *(TOKENIZER_FILES if has_tokenizer else ()),
                 *(TEMPLATE_FILES if is_told else ()),
             }
         ),
@@ -112,7 +130,7 @@ def ported_side_files(
     kept = SideFiles(files=patch.beside, refusals=refusals)
     if theirs is None or not (has_tokenizer or added) or refusals:
         return kept
-    if not added and TOKENIZER_FILE in patch.beside and _is_same(patch.beside[TOKENIZER_FILE].path, theirs):
+    if not added and TOKENIZER_FILE in patch.beside and is_same(patch.beside[TOKENIZER_FILE].path, theirs):
         return kept
     mine = vocabulary_of(patch)
     if mine is not None and all(
@@ -131,7 +149,7 @@ def ported_side_files(
         texts[TOKENIZER_CONFIG] = _json_text(fields)
     note = f"the tokenizer of the ported patch is that of {evolved.name}"
     return SideFiles(
-        files={name: file for name, file in patch.beside.items() if name in TEMPLATE_FILES},
+        files={name: file for name, file in patch.beside.items() if name not in TOKENIZER_FILES},
         texts=texts,
         notes=(note + (f" with {_listed(sorted((row, token) for token, row in added.items()))}." if added else "."),),
     )
@@ -161,7 +179,7 @@ def _json_text(values: Mapping[str, object]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def _is_same(file: Path, other: Path | None) -> bool:
+def is_same(file: Path, other: Path | None) -> bool:
     """Whether two files say the same, byte for byte or as JSON."""
     if other is None:
         return False

@@ -124,6 +124,14 @@ def plan_in_place(
                 f"delete '{UNDO_FOLDER}' to keep it for good.",
             )
         )
+    if plan.beside.files:
+        refusals.append(
+            Refusal(
+                str(folder),
+                f"{', '.join(plan.beside.files)} of the patch would have to be written beside the weights, which is "
+                "not done in place. Write to another folder with --output.",
+            )
+        )
     if plan.config_changes:
         refusals.append(
             Refusal(

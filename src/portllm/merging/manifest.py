@@ -13,6 +13,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from portllm.checkpoint.model.side_files import HEAD_FILE
 from portllm.files.json_text import parse_json
 from portllm.files.record import END, Blake3, Recorded, decode_sealed, encode
 from portllm.files.seal import digest_file, seal_of, seal_problem
@@ -120,7 +121,7 @@ def digest_side_files(folder: Path) -> dict[str, str]:
     return {
         file.name: digest_file(file)
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix != ".safetensors" and file.name != MANIFEST_FILE
+        if file.is_file() and (file.suffix != ".safetensors" or file.name == HEAD_FILE) and file.name != MANIFEST_FILE
     }
 
 

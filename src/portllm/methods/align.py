@@ -72,6 +72,11 @@ class Candidate:
     walked: str
     tail: Mapping[str, Factors] = field(default_factory=dict)
 
+    @property
+    def as_run(self) -> tuple[str, Mapping[str, tuple[Tensor, Tensor]]]:
+        """As `Streams.nats` takes it."""
+        return self.walked, {module: (factors.a, factors.b) for module, factors in self.tail.items()}
+
 
 def align(patch: Patch[Values], inputs: Inputs) -> Ported:
     """The candidate whose answers diverge least from the old specialist's, or a simpler one that is as good."""
@@ -84,7 +89,8 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
         climbed = _climbed(streams, start, REFITS)
     found, chosen = climbed.found, climbed.chosen
     gate = float(on(found[OLD_STATES].nats, streams.parts, "choose").mean())
-    numbers = evidence(found, chosen.name, streams) | {"head_gate": gate} | price(streams, chosen)
+    numbers = evidence(found, chosen.name, streams) | {"head_gate": gate}
+    numbers |= costs(streams, "price", chosen, "general_nats") | costs(streams, "judge", chosen, "loss")
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
     return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name)
 
@@ -105,7 +111,9 @@ def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]
     by_name = {each.name: each for each in candidates}
     states = {name: moved(streams, each) for name, each in by_name.items()}
     found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
-    return _Climbed(found, by_name[choose(list(by_name), found, streams.parts)])
+    losses = streams.nats("judge", {name: each.as_run for name, each in by_name.items()})
+    divergences = {name: on(found[name].nats, streams.parts, "choose") for name in by_name}
+    return _Climbed(found, by_name[choose(losses or divergences)])
 
 
 def _share(compared: Comparison, parts: Sequence[Part]) -> float:
@@ -211,6 +219,7 @@ def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> 
     """How the answers of the choice and of plain addition compare with the old specialist's, on unseen prompts."""
     parts = streams.parts
     numbers: dict[str, float] = {f"prompts_{part}": float(parts.count(part)) for part in ("fit", "choose", "report")}
+    numbers |= {"prompts_drawn": float(len(parts))} if streams.is_drawn else {}
     for name, said in ((chosen, ""), (ADD, "_added")):
         agrees = on(found[name].agrees, parts, "report")
         low, high = wilson(int(agrees.sum()), len(agrees))
@@ -224,8 +233,8 @@ def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> 
     return numbers
 
 
-def price(streams: Streams, chosen: Candidate) -> dict[str, float]:
-    """Nats a token on general text: of the bare evolved model, by addition, and by the choice."""
-    tail = {module: (factors.a, factors.b) for module, factors in chosen.tail.items()}
-    nats = streams.general_nats({"": (None, {}), "_added": (ADD, {}), "_ported": (chosen.walked, tail)})
-    return {f"general_nats{name}": float(values.mean()) for name, values in nats.items()}
+def costs(streams: Streams, part: Part, chosen: Candidate, name: str) -> dict[str, float]:
+    """Nats a token on rows of a part: of what they are compared with, by addition, and by the choice."""
+    nats = streams.nats(part, {"": (None, {}), "_added": (ADD, {}), "_ported": chosen.as_run})
+    rows = {f"{name}_rows": float(len(next(iter(nats.values()))))} if nats else {}
+    return rows | {f"{name}{which}": float(values.mean()) for which, values in nats.items()}

@@ -7,27 +7,29 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from portllm.methods.contract import Comparison, Part
+from portllm.methods.contract import Part
 
 Z95 = 1.959963984540054
 """Of the normal distribution, 95 % lie within so many standard deviations."""
 
 
-def choose(names: Sequence[str], found: Mapping[str, Comparison], parts: Sequence[Part]) -> str:
+def choose(nats: Mapping[str, Float64[Tensor, " rows"]]) -> str:
     """The simplest candidate that is no worse than the best by more than a standard error, nor than the first one.
 
-    What is compared is the mean divergence on the prompts to choose by; the error is that of the mean difference of the
-    two candidates on the same prompts.
+    What is compared is a mean over rows: divergences from the old specialist, or losses of right answers. The error is
+    that of the mean difference of the two candidates on the same rows.
 
     Source: the one-standard-error rule, Breiman, Friedman, Olshen and Stone (1984), Classification and Regression
     Trees, section 3.4.3; here with paired differences.
 
     Args:
-        names: The simplest first.
-        found: What was measured of each.
-        parts: What each prompt is for.
+        nats: Of each candidate on each row; the simplest candidate first.
+
+    Example:
+        >>> choose({"add": torch.tensor([2.0, 2.0]), "refit": torch.tensor([1.0, 1.0])})
+        'refit'
     """
-    nats = {name: on(found[name].nats, parts, "choose") for name in names}
+    names = list(nats)
     best = min(names, key=lambda name: float(nats[name].mean()))
 
     def is_as_good(name: str) -> bool:

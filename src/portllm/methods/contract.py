@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Float64, Int64
     from torch import Tensor
 
-Part = Literal["fit", "choose", "report", "anchor", "price"]
+Part = Literal["fit", "choose", "report", "judge", "anchor", "price"]
 """What a text is for, and none for two of these.
 
-A prompt is to fit on, to choose by or to report on; general text is to fit on (`anchor`), or to see what a patch costs
-there (`price`).
+A prompt is to fit on, to choose by or to report on; a row with its right answer is to choose by where there are some
+(`judge`); general text is to fit on (`anchor`), or to see what a patch costs there (`price`).
 """
 
 
@@ -110,6 +110,10 @@ class Streams(Protocol):
         """Share of answers that are to be the old specialist's, above which no more is tried; None for the most."""
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether the old specialist drew the prompts itself."""
+
+    @property
     def parts(self) -> "Sequence[Part]":
         """What each prompt is for."""
 
@@ -155,12 +159,13 @@ class Streams(Protocol):
     def anchor_inputs(self, candidate: str) -> "Float32[Tensor, 'anchors d_in'] | None":
         """The last writer's inputs on the general text to fit on; None where there is no general text."""
 
-    def general_nats(
-        self, tails: "Mapping[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]]"
+    def nats(
+        self, part: Part, tails: "Mapping[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]]"
     ) -> "Mapping[str, Float64[Tensor, ' rows']]":
-        """What each row of the other general text costs a candidate with some factors more at the last writer.
+        """What each row of a part that is neither fitted nor answered by a model costs a candidate, in nats a token.
 
-        In nats a token; None is the bare evolved model. Empty where there is no general text.
+        A candidate may have some factors more at the last writer. None is, of general text, the bare evolved model, and
+        of rows with right answers the old specialist. Empty where there are no such rows.
         """
 
 

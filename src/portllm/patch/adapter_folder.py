@@ -33,6 +33,7 @@ from portllm.patch.adapter_keys import INNER, PREFIX, Role, plain_key, render_ke
 from portllm.patch.adapter_start import INIT_CONFIGS, RECOMPUTED_INITS, named_init
 from portllm.patch.adapter_tensors import BIAS, WEIGHT, sort_out
 from portllm.patch.no_adapter import why_no_adapter
+from portllm.patch.other_weights import why_incomplete
 from portllm.patch.patch import Patch
 from portllm.patch.record import PATCH_FILES, PatchRecord
 from portllm.patch.side_files import SIDE_FILES, copy_into, labels_in, side_files_in
@@ -46,9 +47,6 @@ RECORD_FILE = "patch.json"
 COPY_BYTES = 1 << 24
 
 MLX_FILE = "adapters.safetensors"
-UNREAD_FILES = ("non_lora_trainables.bin", "new_embeddings.safetensors", "new_embeddings.bin")
-"""What some training programs put beside an adapter: trained values that PEFT does not load."""
-
 PatchLike = str | Path | Patch[TensorInfo]
 """A patch, or where it is."""
 
@@ -339,12 +337,8 @@ def _require_files(path: Path, name: str) -> None:
 
 def _require_read(files: Collection[str], name: str) -> None:
     """See to it that nothing that was trained lies in a file that is not read."""
-    unread = next((file for file in UNREAD_FILES if file in files), None)
-    if unread is not None:
-        raise AdapterFormatError(
-            f"'{name}': part of the training result is in {unread}, which PEFT does not load. Save those modules "
-            "with the adapter (modules_to_save), or remove the file if they are not needed."
-        )
+    if (reason := why_incomplete(files, name)) is not None:
+        raise AdapterFormatError(f"'{name}': {reason}")
     if MLX_FILE in files and TENSOR_FILE not in files:
         raise AdapterFormatError(
             f"'{name}': {MLX_FILE} is in mlx-lm's layout, whose names and axes differ from PEFT's. Convert it to "

@@ -1,11 +1,11 @@
-"""The tokenizer and chat template that training programs save with an adapter, which are kept with the patch."""
+"""Tokenizer, chat template and value head that training programs save with an adapter, and that are kept with it."""
 
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from portllm.checkpoint.model.side_files import require_copyable
+from portllm.checkpoint.model.side_files import HEAD_FILE, require_copyable
 from portllm.errors import CheckpointError, Refusal
 from portllm.files.input_file import local_file
 from portllm.files.source import LocalFile
@@ -18,8 +18,8 @@ VOCABULARY_FILES = (
 """One of these is in the folder of every tokenizer."""
 
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SIDE_FILES = (*TOKENIZER_FILES, *TEMPLATE_FILES)
-"""What transformers' `save_pretrained` of a tokenizer writes."""
+SIDE_FILES = (*TOKENIZER_FILES, *TEMPLATE_FILES, HEAD_FILE)
+"""What transformers' `save_pretrained` of a tokenizer writes, and the value head."""
 
 
 def side_files_in(folder: Path) -> dict[str, LocalFile]:

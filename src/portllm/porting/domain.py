@@ -11,13 +11,14 @@ from portllm.matching.port_plan import PortPlan
 from portllm.methods.contract import Part
 from portllm.methods.values import Values
 from portllm.patch.patch import Patch
+from portllm.porting.drawn import Drawn, draw
 from portllm.porting.prompts import Ids, Rows, split
 from portllm.porting.streams import Reading, Streams
 from portllm.porting.unfinished import Unfinished
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder, encode_prompts
-from portllm.running.examples import Border
+from portllm.running.examples import Border, Example
 from portllm.running.folder import model_folder
 from portllm.running.layers import LayeredModel
 from portllm.running.model import Device, choose_device, load_tokenizer
@@ -26,6 +27,9 @@ from portllm.running.writing import write_layered
 
 LEAST_PROMPTS = 16
 """A quarter of them is reported on."""
+
+LEAST_JUDGES = 8
+"""Rows with answers to choose by."""
 
 ANCHORS = 48
 ANCHOR_TOKENS = 48
@@ -40,7 +44,9 @@ class Domain:
     """Prompts of the domain that a patch is for, and how they are run.
 
     Attributes:
-        prompts: As they would be given to the model; nobody has to answer them.
+        prompts: As they would be given to the model; nobody has to answer them. Or how the old specialist draws some.
+        answered: Rows with right answers, by which the choice is made; those whose prompts are fitted or reported on
+            are left out. None for a choice by the old specialist's answers.
         border: How answers follow the prompts.
         anchors: General text, on which the evolved model is to stay as it is; None for text that it writes itself, no
             rows for none.
@@ -58,7 +64,8 @@ class Domain:
         PortLLMError: A setting is out of its range.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[str] | Drawn
+    answered: Sequence[Example] = ()
     border: Border | None = None
     anchors: Sequence[str] | None = None
     max_tokens: int = 512
@@ -82,11 +89,15 @@ class Domain:
             ("answer_tokens", self.answer_tokens, "1 or more", self.answer_tokens >= 1),
             ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
         )
-        if (n := len(set(self.prompts))) < LEAST_PROMPTS:
-            raise DataError(
-                f"prompts: {n} different ones were given; expected at least {LEAST_PROMPTS}, better 256: they are "
-                "split into those to fit on, to choose by and to report on."
-            )
+        _require_enough(self.prompts.count if isinstance(self.prompts, Drawn) else len(set(self.prompts)), "given")
+
+
+def _require_enough(n: int, what: str) -> None:
+    if n < LEAST_PROMPTS:
+        raise DataError(
+            f"prompts: {n} different ones were {what}; expected at least {LEAST_PROMPTS}, better 256: they are split "
+            "into those to fit on, to choose by and to report on."
+        )
 
 
 def open_streams(
@@ -103,7 +114,7 @@ def open_streams(
 
     Raises:
         CheckpointError: A model cannot be run layer by layer.
-        DataError: A prompt has no tokens.
+        DataError: A prompt has no tokens, too few were drawn, or no row with an answer is left to choose by.
     """
     if plan.base is None:
         raise AssertionError("a plan with streams has a base")
@@ -118,18 +129,54 @@ def open_streams(
         )
     )
     encoder = Encoder(load_tokenizer(before), domain.border)
-    prompts, _ = encode_prompts(encoder, domain.prompts, room=domain.max_tokens - domain.answer_tokens)
-    texts = unfinished.texts()
-    if texts is None:
-        texts = {"answers": _answers(old, prompts, encoder, domain), "general": _general(bare, encoder, domain)}
-        unfinished.keep_texts(texts)
-    answers, general = texts["answers"], texts["general"]
-    asked = Reading(Rows.answered(prompts, answers, split(domain.prompts)), old, device, domain.batch_size)
-    other = None
-    if general:
-        rows = Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))
-        other = Reading(rows, bare, device, domain.batch_size)
-    return Streams(new, asked, other, domain.progress, domain.wanted, unfinished)
+    texts = _texts(old, encoder, domain, unfinished)
+    prompts, _ = encode_prompts(encoder, texts, room=domain.max_tokens - domain.answer_tokens)
+    answers, general = (
+        [tuple(ids) for ids in unfinished.written(name, write)]
+        for name, write in (
+            ("answers", lambda: _answers(old, prompts, encoder, domain)),
+            ("general", lambda: _general(bare, encoder, domain)),
+        )
+    )
+    rows = {
+        old: [Rows.answered(prompts, answers, split(texts)), *_judges(texts, encoder, domain)],
+        bare: [Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))],
+    }
+    asked, *others = (
+        Reading(each, model, device, domain.batch_size) for model, read in rows.items() for each in read if each.ids
+    )
+    return Streams(new, asked, others, domain.progress, domain.wanted, isinstance(domain.prompts, Drawn), unfinished)
+
+
+def _texts(old: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfinished) -> Sequence[str]:
+    """The prompts, those that were given or those that the old specialist draws."""
+    drawn = domain.prompts
+    if not isinstance(drawn, Drawn):
+        return drawn
+
+    def write() -> list[str]:
+        how = {"seed": domain.seed, "batch_size": domain.batch_size}
+        return draw(old, encoder, drawn, **how, progress=domain.progress)
+
+    texts: list[str] = unfinished.written("prompts", write)
+    _require_enough(len(texts), "drawn")
+    return texts
+
+
+def _judges(texts: Sequence[str], encoder: Encoder, domain: Domain) -> list[Rows]:
+    """The rows with right answers, but those whose prompts are fitted or reported on; nothing where none were given."""
+    if not domain.answered:
+        return []
+    parts = dict(zip(texts, split(texts), strict=True))
+    apart = [row for row in domain.answered if parts.get(row.prompt, "choose") == "choose"]
+    if len(apart) < LEAST_JUDGES:
+        raise DataError(
+            f"rows with answers: {len(apart)} are left to choose by, of {len(domain.answered)}; expected at least "
+            f"{LEAST_JUDGES} whose prompts are neither fitted nor reported on. Pass more."
+        )
+    rows = [encoder.encode(row.prompt, row.completion, max_tokens=domain.max_tokens, reserve=1) for row in apart]
+    said = [row.completion if row.completion[-1] in encoder.stops else (*row.completion, encoder.end) for row in rows]
+    return [Rows.answered([row.prompt for row in rows], said, tuple("judge" for _ in rows))]
 
 
 def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, domain: Domain) -> list[Ids]:

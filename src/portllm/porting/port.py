@@ -148,7 +148,9 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
     """Why a method cannot run both models over prompts, or has no use for any."""
     runs = Need.STREAMS in plan.method.needs_for(plan.patch)
     if runs and domain is None:
-        yield Refusal("--text", f"method '{plan.method.id}' runs both models over prompts: pass them with --text.")
+        yield Refusal(
+            "--text", f"method '{plan.method.id}' runs both models over prompts: pass them with --text, or --draw."
+        )
     if domain is not None and not runs:
         yield Refusal("--text", f"method '{plan.method.id}' reads no prompts. Omit it.")
     if runs and (plan.own or plan.carried_tokens is not None):

@@ -155,18 +155,20 @@ class Streams:
     Attributes:
         new: The evolved model with the patch added.
         prompts: The rows of the domain, with the old specialist's answers.
-        general: Rows of general text; None for none.
+        others: What is read beside them: rows of general text, and rows with their right answers.
         progress: Told of the layers done.
         wanted: Share of answers that are to be the old specialist's; None for as many as can be.
+        is_drawn: Whether the old specialist drew the prompts.
         unfinished: Where what has been done is kept.
         extras: By candidate, what was put at writers.
     """
 
     new: LayeredModel
     prompts: Reading
-    general: Reading | None
+    others: Sequence[Reading]
     progress: Progress
     wanted: float | None = None
+    is_drawn: bool = False
     unfinished: Unfinished | None = None
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
@@ -178,7 +180,7 @@ class Streams:
     @property
     def readings(self) -> list[Reading]:
         """What is read."""
-        return [self.prompts] if self.general is None else [self.prompts, self.general]
+        return [self.prompts, *self.others]
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
@@ -316,15 +318,15 @@ class Streams:
 
     def anchor_inputs(self, candidate: str) -> Float32[Tensor, "anchors d_in"] | None:
         """As the contract says."""
-        reading = self.general
+        reading = self._with("anchor")
         return None if reading is None else reading.inputs[candidate][reading.rows.is_of("anchor")]
 
-    def general_nats(self, tails: Mapping[str, tuple[str | None, Extras]]) -> dict[str, Float64[Tensor, " rows"]]:
+    def nats(self, part: Part, tails: Mapping[str, tuple[str | None, Extras]]) -> dict[str, Float64[Tensor, " rows"]]:
         """As the contract says."""
-        reading = self.general
+        reading = self._with(part)
         if reading is None:
             return {}
-        there = reading.rows.is_of("price")
+        there = reading.rows.is_of(part)
         said = torch.tensor(reading.rows.next_ids)[there]
         rows = reading.rows.row_of_place[there]
         found = {}
@@ -356,6 +358,9 @@ class Streams:
         return (states + logit_moves(missing, self.head(tokens), gain, states)).float()
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _with(self, part: Part) -> Reading | None:
+        return next((reading for reading in self.others if part in reading.rows.parts), None)
 
     def _resume(self, candidates: Sequence[str]) -> int:
         """Begin where an earlier run has come to, or before the first layer; how many layers are done."""

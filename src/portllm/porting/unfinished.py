@@ -1,8 +1,9 @@
 """What an aligned port has done so far, in the folder that it writes: a run of the same plan goes on from there."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -11,7 +12,7 @@ from portllm.files.own_files import write_text
 from portllm.files.seal import digest_file
 from portllm.files.staging import Staged, remove
 
-ANSWERS = ".answers.json"
+WRITTEN = ".{}.json"
 WALK = ".layer-{}.safetensors"
 
 
@@ -25,17 +26,14 @@ class Unfinished:
 
     staged: Staged
 
-    def texts(self) -> dict[str, list[tuple[int, ...]]] | None:
-        """Token ids that were written by models; None where they were not yet."""
-        if not self._is_whole(ANSWERS):
-            return None
-        found = json.loads((self.staged.folder / ANSWERS).read_text(encoding="utf-8"))
-        return {name: list(map(tuple, texts)) for name, texts in found.items()}
-
-    def keep_texts(self, texts: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
-        """Note token ids that were written by models."""
-        write_text(self.staged.folder / ANSWERS, json.dumps(texts))
-        self._finish(ANSWERS, {})
+    def written(self, name: str, write: Callable[[], Sequence[object]]) -> list[Any]:
+        """What a model writes, as JSON values, or wrote already."""
+        file = WRITTEN.format(name)
+        if not self._is_whole(file):
+            write_text(self.staged.folder / file, json.dumps(write()))
+            self._finish(file, {})
+        found: list[Any] = json.loads((self.staged.folder / file).read_text(encoding="utf-8"))
+        return found
 
     def walked(self, candidates: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
         """How many layers candidates have come through, and what they had there."""

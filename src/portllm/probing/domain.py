@@ -1,6 +1,7 @@
 """Prompts of the domain that patches are for, read before torch is loaded."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -9,12 +10,15 @@ from portllm.errors import DataError, refuse
 from portllm.matching.port_plan import PortPlan
 from portllm.patch.patch import Patch
 from portllm.progress import Progress
-from portllm.running.data import Data, chat_template_for, read_data
+from portllm.running.data import Data, chat_template_for, chat_template_of, read_data, recorded_wording_of
+from portllm.running.examples import Border, Template
 from portllm.running.rows import read_lines
 
 if TYPE_CHECKING:
     from portllm.porting.domain import Domain
+    from portllm.porting.drawn import Drawn
     from portllm.running.model import Device
+    from portllm.running.wording import Asked
 
 PLAIN_SUFFIX = ".txt"
 
@@ -47,38 +51,104 @@ def read_domain(file: Path, patches: Sequence[Patch[TensorInfo]], *, template: s
     return read_lines(file)
 
 
-def domain_of(
-    plan: PortPlan,
-    file: Path,
-    *,
-    template: str | None,
-    anchors: Path | None,
-    progress: Progress,
-    **settings: Unpack[DomainSettings],
-) -> "Domain":
-    """What an aligned port reads: the prompts in a file, worded for its models, and general text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """What an aligned port asks its models.
+
+    Attributes:
+        text: A file of prompts, as for `read_domain`.
+        data: A data file with right answers, to choose by; without `text`, its prompts are asked too.
+        draw: How many prompts the old specialist draws itself, where there is neither.
+        template: Of the prompt; None for what the patch records.
+        completion: Field of the right answer; None likewise.
+        anchors: General text, one a line; None for text that the evolved model writes.
+    """
+
+    text: Path | None = None
+    data: Path | None = None
+    draw: int | None = None
+    template: str | None = None
+    completion: str | None = None
+    anchors: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.draw is not None and self.text is not None:
+            raise DataError("prompts: are either read from a file or drawn. Pass --text or --draw, not both.")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything is asked at all."""
+        return any(each is not None for each in (self.text, self.data, self.draw))
+
+
+def domain_of(plan: PortPlan, asking: Asking, *, progress: Progress, **settings: Unpack[DomainSettings]) -> "Domain":
+    """What an aligned port reads: prompts, worded for its models, rows with right answers, and general text.
 
     Args:
         plan: Of the port.
-        file: The prompts, as for `read_domain`.
-        template: Of the prompt; None for what the patch records.
-        anchors: General text, one a line; None for text that the evolved model writes.
+        asking: Where they come from.
         progress: Progress callback (downloaded bytes, layers).
         settings: The other attributes of `Domain`.
 
     Raises:
         PlanRefusedError: The plan has refusals; said before a file is read.
-        DataError: Rows do not fit.
+        DataError: Rows do not fit, or nobody knows how prompts are made.
     """
     refuse(plan.refusals)
-    read = read_domain(file, [plan.patch], template=template)
-    text = None if anchors is None else read_lines(anchors)
+    read = None if asking.text is None else read_domain(asking.text, [plan.patch], template=asking.template)
+    data = None
+    if asking.data is not None:
+        data = read_data(asking.data, plan.patch, prompt=asking.template, completion=asking.completion)
+    anchors = None if asking.anchors is None else read_lines(asking.anchors)
     from portllm.porting.domain import Domain
     from portllm.running.folder import model_folder
+
+    folder = model_folder(plan.base or plan.evolved, progress=progress)
+    prompts: Sequence[str] | Drawn
+    judges = None if data is None else _worded(data, plan, folder)
+    if asking.draw is not None:
+        prompts, border = _drawn(plan, folder, asking.draw, asking.template)
+    elif isinstance(read, list):
+        prompts, border = read, Border()
+    elif (asked := judges if read is None else _worded(read, plan, folder)) is not None:
+        prompts, border = asked.prompts, asked.border
+    else:
+        raise AssertionError("nothing is asked")
+    if judges is not None and judges.border != border:
+        raise DataError(
+            f"'{asking.data}': answers follow its prompts otherwise than the other prompts: after "
+            f"{judges.border.lead!r} and {border.lead!r}, before {judges.border.end!r} and {border.end!r}. "
+            "Make the rows alike."
+        )
+    answered = () if judges is None else judges.examples
+    return Domain(prompts=prompts, answered=answered, border=border, anchors=anchors, progress=progress, **settings)
+
+
+def _worded(data: Data, plan: PortPlan, folder: Path) -> "Asked":
     from portllm.running.wording import word
 
-    if not isinstance(read, Data):
-        return Domain(prompts=read, anchors=text, progress=progress, **settings)
-    folder = model_folder(plan.base or plan.evolved, progress=progress)
-    asked = word(read, folder, chat_template_for(read, plan.patch, folder=folder))
-    return Domain(prompts=asked.prompts, border=asked.border, anchors=text, progress=progress, **settings)
+    return word(data, folder, chat_template_for(data, plan.patch, folder=folder))
+
+
+def _drawn(plan: PortPlan, folder: Path, count: int, template: str | None) -> tuple["Drawn", Border]:
+    """What the old specialist is to draw, and how answers follow it."""
+    from portllm.porting.drawn import Drawn
+
+    wording = recorded_wording_of(plan.patch, template)
+    if wording is None:
+        raise DataError(
+            f"'{plan.patch.name}': does not record how prompts were made, so none can be drawn. Pass --prompt, such as "
+            r"--prompt 'Question: {question}\nType:'."
+        )
+    if wording.is_chat:
+        from portllm.running.chat import PROBE, Chat
+        from portllm.running.encoding import Encoder
+        from portllm.running.model import load_tokenizer
+
+        chat = Chat(
+            Encoder(load_tokenizer(folder)), chat_template_of(plan.patch, folder=folder, asked="the model itself")
+        )
+        asked, border = chat.ask([{"role": "user", "content": PROBE}])
+        before, _, after = asked.partition(PROBE)
+        return Drawn(count, ((before, False), ("content", True), (after, False))), border
+    return Drawn(count, Template(wording.template).parts), Border(lead=None if wording.shape is None else "")

@@ -7,7 +7,7 @@ last token's states, and one row of logits for each prompt and patch.
 
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
-from portllm.errors import DataError, PlanRefusedError
+from portllm.errors import DataError, PlanRefusedError, Refusal
 from portllm.files.input_file import unchanged
 from portllm.matching.compatibility import oriented, unmatchable
-from portllm.matching.port_plan import plan_port_on
+from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.update import Update
 from portllm.measures.fidelity import Fidelity, measure_fidelity
 from portllm.measures.outputs import measure_distance, measure_shift
@@ -107,7 +107,9 @@ def measure_text(
     update = Update(base, evolved)
     plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
     refusals = [
-        refusal for plan in plans for refusal in (*plan.refusals, *unmatchable(plan.patch, base, option="PATCH"))
+        refusal
+        for plan in plans
+        for refusal in (*plan.refusals, *unmatchable(plan.patch, base, option="PATCH"), *_own_parts(plan))
     ]
     if refusals:
         raise PlanRefusedError(refusals)
@@ -118,6 +120,18 @@ def measure_text(
             for number, plan in enumerate(plans)
         ]
         return _measure(base, evolved, carried, prompts, border, settings, device=device, progress=progress)
+
+
+def _own_parts(plan: PortPlan) -> Iterator[Refusal]:
+    """Why a patch has no place on models that are compared token by token: it has what neither of them has."""
+    if plan.carried_tokens is not None or plan.own:
+        what = "a head" if plan.carried_tokens is None else "tokens"
+        way = "" if plan.own else " Compare answers instead: portllm evaluate or certify."
+        yield Refusal(
+            "--text",
+            f"{plan.patch.name} has {what} of its own, which neither model has, so what they say of each token cannot "
+            f"be compared. Check it without --text.{way}",
+        )
 
 
 def add_text(

@@ -16,7 +16,7 @@ from portllm.patch.patch import Patch
 from portllm.running.chat_template import has_chat_template, read_chat_template, template_digest
 from portllm.running.examples import Border, Example, ExampleFormat, read_examples, read_prompts, recorded_wording
 from portllm.running.rows import Row, RowError, first_row, read_rows, read_with_digest
-from portllm.running.shapes import Content, Conversation, Shape, recognize
+from portllm.running.shapes import SHAPES, Content, Conversation, Shape, recognize
 
 SHAREGPT = '{messages: [.FIELD[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), content: .value}]}'
 """What makes messages of ShareGPT's rows, for jq."""
@@ -170,6 +170,19 @@ def find_wording(
     return Wording(shape=shape)
 
 
+def recorded_wording_of(patch: Patch[TensorInfo], prompt: str | None = None) -> Wording | None:
+    """How prompts are made where there are no rows to see it from: as given, or as the patch records; None if neither.
+
+    Raises:
+        DataError: The template is broken.
+    """
+    settings = _settings(patch)
+    prompt = prompt or (text if isinstance(text := settings.get("prompt"), str) else None)
+    if prompt is not None:
+        return Wording(prompt=prompt)
+    return next((Wording(shape=shape) for shape in SHAPES if shape.name == settings.get("shape")), None)
+
+
 def chat_template_for(data: Data, *patches: Patch[TensorInfo], folder: Path) -> str | None:
     """The chat template that makes prompts of conversations: saved with the patch, or else that of its base.
 
@@ -184,8 +197,20 @@ def chat_template_for(data: Data, *patches: Patch[TensorInfo], folder: Path) -> 
     Raises:
         DataError: There is none, or a patch was trained through another.
     """
-    if not data.wording.is_chat:
-        return None
+    return chat_template_of(*patches, folder=folder, asked=f"'{data.file}'") if data.wording.is_chat else None
+
+
+def chat_template_of(*patches: Patch[TensorInfo], folder: Path, asked: str) -> str:
+    """The chat template that patches are asked through, saved with them, or else that of their base.
+
+    Args:
+        *patches: The patches.
+        folder: Of their base.
+        asked: Where the conversations come from, for people.
+
+    Raises:
+        DataError: There is none, or a patch was trained through another.
+    """
     own = {read_chat_template(folder_of(patch)) for patch in patches if has_chat_template(folder_of(patch))}
     if len(own) > 1:
         raise DataError("the patches were saved with different chat templates. Ask them separately.")
@@ -194,7 +219,7 @@ def chat_template_for(data: Data, *patches: Patch[TensorInfo], folder: Path) -> 
         if _settings(patch).get("chat_template") not in (None, template_digest(template)):
             raise DataError(
                 f"'{patch.name}': was trained through another chat template than that of '{folder}', so the prompts of "
-                f"'{data.file}' would not be those it knows. Pass the model with the tokenizer of the training."
+                f"{asked} would not be those it knows. Pass the model with the tokenizer of the training."
             )
     return template
 

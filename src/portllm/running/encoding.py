@@ -75,8 +75,10 @@ class Encoder:
         self.border = border or Border()
         marks = set(tokenizer.all_special_ids)
         ends = (token for token in self._ids_of(self.border.end, add_special_tokens=False) if token in marks)
-        self.stops = frozenset({self.eos, next(ends, self.eos)})
-        """The tokens that end an answer."""
+        self.end: int = next(ends, self.eos)
+        """The token that ends an answer."""
+        self.stops = frozenset({self.eos, self.end})
+        """The tokens that end an answer, however it was learned."""
 
     def at(self, border: Border) -> "Encoder":
         """The same tokenizer, for prompts of another kind."""

@@ -84,6 +84,22 @@ class Template:
         """The names between braces, each once, in order of appearance."""
         return tuple(dict.fromkeys(piece["field"] for piece in _PIECE.finditer(self.text) if piece["field"]))
 
+    @property
+    def parts(self) -> tuple[tuple[str, bool], ...]:
+        """Literal texts, and names between braces, which are marked, in turn and in order.
+
+        Example:
+            >>> Template("Q: {question}?").parts
+            (('Q: ', False), ('question', True), ('?', False))
+        """
+        found: list[tuple[str, bool]] = [("", False)]
+        for piece in _PIECE.finditer(self.text):
+            if piece["field"]:
+                found += [(piece["field"], True), ("", False)]
+            else:
+                found[-1] = (found[-1][0] + (piece["literal"] or piece["escape"][:1]), False)
+        return tuple(part for part in found if part[0])
+
     def fill(self, values: Mapping[str, str]) -> str:
         """The text with every placeholder replaced by its value."""
         return "".join(

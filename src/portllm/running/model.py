@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from portllm.foreign import (
     no_init_weights,
     quiet,
 )
+from portllm.patch.adapter_keys import Role
 from portllm.running.budget import no_more_than
 from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
 from portllm.running.device import Device
@@ -59,6 +60,8 @@ __all__ = [
     "save_memory",
     "save_model",
 ]
+
+BASE_WEIGHT = Role.BASE_WEIGHT.value
 
 SHORT = 512
 """Tokens up to which eager attention is used on a CPU.
@@ -131,6 +134,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     longest: int = SHORT,
+    n_rows: int | None = None,
 ) -> PreTrainedModel:
     """The causal language model in a checkpoint folder, in evaluation mode.
 
@@ -140,6 +144,7 @@ def load_model(
         dtype: Of its weights in memory; without it, that of `compute_dtype`. The one they are stored in stays in
             `model.config.dtype`.
         longest: Tokens of the longest input that it will be given; chooses the attention kernel on a CPU.
+        n_rows: Of its embedding and head, where an adapter needs more than they have; the others are zeros.
 
     Raises:
         CheckpointError: The folder has no model that transformers can load and run, or its configuration describes
@@ -169,6 +174,8 @@ def load_model(
         model.name_or_path = model.config.name_or_path = str(folder)
     if found["missing_keys"]:
         raise failed(f"its weights lack {len(found['missing_keys'])} tensors, first '{min(found['missing_keys'])}'.")
+    if n_rows is not None:
+        _add_rows(model, n_rows)
     _cast_weights(model, dtype or compute_dtype(model.dtype, device))
     model.to(device)
     model.eval()
@@ -188,6 +195,17 @@ def load_model(
     with quiet(), foreign(failed):
         _try(model, device)
     return model
+
+
+@torch.no_grad()
+def _add_rows(model: PreTrainedModel, n_rows: int) -> None:
+    """Gives embedding and head more rows, of zeros."""
+    there = model.get_input_embeddings().weight.shape[0]
+    with quiet():
+        model.resize_token_embeddings(n_rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for parameter in () if module is None else module.parameters():
+            parameter[there:] = 0
 
 
 def build_skeleton(folder: str | Path, *, longest: int = SHORT) -> PreTrainedModel:
@@ -363,7 +381,8 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path, *, name: str) -> 
             model, where, adapter_name=name, is_trainable=False, local_files_only=True, torch_device=str(model.device)
         )
         landed = _names_of(patched, name=name)
-    _check_landed(landed, folder)
+    # The weight of a resized embedding that factors lie on is stored with them, and loaded over the model's.
+    _check_landed(landed, folder, beside={key for key in patched.state_dict() if key.endswith(BASE_WEIGHT)})
     return patched
 
 
@@ -410,11 +429,14 @@ def _names_of(model: PeftModel, *, name: str) -> set[str]:
     return set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
 
 
-def _check_landed(landed: set[str], folder: str | Path) -> None:
+def _check_landed(landed: set[str], folder: str | Path, *, beside: Set[str] = frozenset()) -> None:
     # peft passes over tensors that match no module with a warning, and leaves modules without tensors at zero.
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), framework="pt") as file:
         stored = set(file.keys())
-    for names, fate in ((stored - landed, "match no module of the model"), (landed - stored, "are not in the adapter")):
+    for names, fate in (
+        (stored - landed - beside, "match no module of the model"),
+        (landed - stored, "are not in the adapter"),
+    ):
         if names:
             raise AdapterFormatError(
                 f"'{folder}': {len(names)} tensors {fate}, first '{min(names)}'. Check that the adapter was made "

@@ -77,14 +77,14 @@ def n_params(value: int) -> str:
     return f"{value / 10**6:.1f} M" if value >= 10**6 else f"{value:,}"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """A count and what is counted.
 
     Example:
-        >>> counted(1, "row"), counted(2_000, "row")
-        ('1 row', '2,000 rows')
+        >>> counted(1, "row"), counted(2_000, "row"), counted(2, "patch", "patches")
+        ('1 row', '2,000 rows', '2 patches')
     """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def unbroken(text: str) -> str:

@@ -12,6 +12,7 @@ from portllm.errors import CheckpointError
 from portllm.files.own_files import inode_of
 from portllm.files.seal import digest_file, render_sealed, seal_problem
 from portllm.patch.record import ModelIdentity
+from portllm.verifying.holding import Holding, holding_to_json
 from portllm.verifying.signature import SIGNATURE_FILE, Trust, signature_problem
 
 SHOWN = 5
@@ -37,19 +38,21 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The verdict on a patch, a merged model or a certificate.
+    """The verdict on a patch, a merged model, an export or a certificate.
 
     Attributes:
         kind: What it is.
         name: As given.
         checks: What was verified.
         notes: What was not, and why.
+        holding: How far a merged model holds the patch that was named; None where none was.
     """
 
-    kind: Literal["patch", "checkpoint", "certificate"]
+    kind: Literal["patch", "checkpoint", "export", "certificate"]
     name: str
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    holding: Holding | None = None
 
     def __repr__(self) -> str:
         wrong = [check.subject for check in self.checks if not check.holds]
@@ -71,6 +74,7 @@ def verification_to_json(verification: Verification) -> dict[str, object]:
             {"subject": check.subject, "holds": check.holds, "finding": check.finding} for check in verification.checks
         ],
         "notes": list(verification.notes),
+        **({} if verification.holding is None else {"holding": holding_to_json(verification.holding)}),
     }
 
 

@@ -1,28 +1,38 @@
-"""Verify that a patch, merged model or certificate is byte for byte as it was written. Needs no torch.
+"""Verify that a patch, merged model, export or certificate is byte for byte as it was written. Needs no torch.
 
 A patch says in `patch.json` what its other files and its tensors must be, and seals what it says; a merged model does
 so in `portllm.json`, and a certificate stands in one file. Every byte is read again: nothing is taken from a cache.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from portllm.certifying.certificate import CERTIFICATE_FILE
 from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
 from portllm.checkpoint.model.equality import listed_tensors
 from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
-from portllm.checkpoint.open import ModelLike, open_checkpoint
+from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.safetensors.header import render_header
 from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError, PortLLMError
+from portllm.exporting.export import EXPORT_FILE, ExportRecord
 from portllm.files.json_file import read_json
 from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.merging.manifest import MANIFEST_FILE, Manifest
 from portllm.patch.adapter_config import parse_adapter_config
-from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE, PatchLike, folder_of, parse_record
+from portllm.patch.adapter_folder import (
+    CONFIG_FILE,
+    RECORD_FILE,
+    TENSOR_FILE,
+    PatchLike,
+    folder_of,
+    load_patch,
+    parse_record,
+)
 from portllm.patch.adapter_tensors import sort_out
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity, PatchRecord
@@ -40,6 +50,8 @@ from portllm.verifying.checks import (
     signature_checks,
     wrong,
 )
+from portllm.verifying.holding import Holding, find_holding
+from portllm.verifying.likeness import Extent
 from portllm.verifying.signature import Trust
 
 
@@ -50,9 +62,10 @@ def verify(
     trust: Trust | None = None,
     signature: str | Path | None = None,
     certified: Certified | None = None,
+    patch: PatchLike | None = None,
     progress: Progress = silent,
 ) -> Verification:
-    """Verify a patch, a model written by `merge`, or a certificate.
+    """Verify a patch, a merged model, an export or a certificate; or whether a merge by any tool holds a patch.
 
     Args:
         where: Its folder, or a patch opened from there.
@@ -61,6 +74,8 @@ def verify(
         trust: The signer to require.
         signature: The signature file, if not the default one in the folder.
         certified: For a certificate, the models, patches and inputs to compare it with.
+        patch: For a merged model, whichever tool wrote it: the patch that it is to hold, with the model it was merged
+            into as `base`. Every tensor is merged again and compared.
         progress: Progress callback (bytes read of a model).
 
     Returns:
@@ -71,8 +86,11 @@ def verify(
         PatchRecordError, CheckpointError: The record is not valid JSON, or a file cannot be read.
         SignatureError: The key or certificate to check against cannot be used.
         MissingExtraError: A signature is to be checked without the extra `sign`.
-        PortLLMError: `certified` is given for something else than a certificate.
+        PortLLMError: `certified` is given for something else than a certificate, or `patch` without `base`.
+        PlanRefusedError: Whether the model holds the patch cannot be said.
     """
+    if patch is not None:
+        return _verify_holding(where, load_patch(patch), base, trust, signature, progress)
     where = folder_of(where) if isinstance(where, Patch) else where
     base = None if base is None else open_checkpoint(base)
     signature = None if signature is None else Path(signature)
@@ -81,9 +99,47 @@ def verify(
         return _verify_certificate(folder, str(where), base, certified or Certified(), trust, signature)
     if certified is not None:
         raise PortLLMError(f"'{where}': is not a certificate; evolved model, patches and data require one.")
+    if (folder / EXPORT_FILE).is_file():
+        return _verify_export(folder, str(where), base, trust, signature)
     if (folder / RECORD_FILE).is_file():
         return _verify_patch(folder, str(where), base, trust, signature)
     return _verify_checkpoint(folder, str(where), base, trust, signature, progress)
+
+
+def _verify_holding(
+    where: PatchLike,
+    patch: Patch[TensorInfo],
+    base: ModelLike | None,
+    trust: Trust | None,
+    signature: str | Path | None,
+    progress: Progress,
+) -> Verification:
+    """Whether a model holds a patch, and, where `merge` wrote it, whether it is as it was written."""
+    if isinstance(where, Patch) or base is None:
+        raise PortLLMError(f"'{where}': whether it holds a patch is found with a merged model and its --base.")
+    merged = on_disk(open_checkpoint(where), progress=progress)
+    below = on_disk(open_checkpoint(base), progress=progress)
+    holding = find_holding(patch, base=below, merged=merged, progress=progress)
+    check = Check("patch", not holding.wrong, _told(holding, patch, below))
+    if not (Path(where) / MANIFEST_FILE).is_file():
+        note = f"{where} has no {MANIFEST_FILE}: whether its bytes are as they were written is not known"
+        return Verification("checkpoint", str(where), (check,), (note,), holding)
+    written = verify(where, trust=trust, signature=signature, progress=progress)
+    return replace(written, checks=(*written.checks, check), holding=holding)
+
+
+def _told(holding: Holding, patch: Patch[TensorInfo], base: Checkpoint) -> str:
+    changed = sum(held.is_changed for held in holding.tensors.values())
+    wrong = [f"{name} {held.finding}" for name, held in holding.wrong.items()]
+    of_patch = sum(held.is_changed for held in holding.wrong.values())
+    if holding.extent is Extent.EXACTLY:
+        return f"every tensor is, byte for byte, what merging {patch.name} into {base.name} gives"
+    if holding.extent is Extent.TO_ROUNDING:
+        return f"holds {patch.name} in each of {changed} tensors, but for rounding; all else is as in {base.name}"
+    rest = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    some = f"holds {patch.name} in {changed - of_patch} of {changed} tensors"
+    said = some if holding.extent is Extent.PARTLY else f"does not hold {patch.name}"
+    return f"{said}; wrong: {'; '.join(wrong[:SHOWN])}{rest}"
 
 
 def _folder(where: str | Path) -> Path:
@@ -97,7 +153,7 @@ def _folder(where: str | Path) -> Path:
         raise NotFoundError(
             f"'{where}': no such folder. Pass the folder of a patch, of a model written by merge, or of a certificate."
         )
-    if any((folder / name).is_file() for name in (CERTIFICATE_FILE, RECORD_FILE, MANIFEST_FILE)):
+    if any((folder / name).is_file() for name in (CERTIFICATE_FILE, EXPORT_FILE, RECORD_FILE, MANIFEST_FILE)):
         return folder
     if (folder / CONFIG_FILE).is_file():
         raise PatchRecordError(
@@ -118,6 +174,25 @@ def _verify_certificate(
     checks = [*certificate_checks(folder, base, certified), *signature_checks(folder, trust, signature, covered)]
     notes = [*unchecked(base, certified), *notes_on(folder, covered, trust, signature)]
     return Verification("certificate", name, tuple(checks), tuple(notes))
+
+
+def _verify_export(
+    folder: Path, name: str, base: Checkpoint | None, trust: Trust | None, signature: Path | None
+) -> Verification:
+    values = read_json(folder / EXPORT_FILE)
+    covered = {EXPORT_FILE}
+    checks = [sealed_check(folder / EXPORT_FILE, values)]
+    try:
+        record = decode_sealed(ExportRecord, values)
+    except ValueError as error:
+        checks.append(wrong(EXPORT_FILE, f"{error}; it was written by another version or edited by hand"))
+    else:
+        covered |= set(record.files)
+        checks += file_checks(folder, record.files)
+        if base is not None and record.base is not None:
+            checks.append(model_check("base", record.base, base))
+    checks += signature_checks(folder, trust, signature, covered)
+    return Verification("export", name, tuple(checks), tuple(notes_on(folder, covered, trust, signature)))
 
 
 def _verify_patch(
@@ -209,7 +284,7 @@ def _verify_checkpoint(
         covered |= set(manifest.files)
         checks.append(sealed_check(folder / MANIFEST_FILE, values))
         checks += file_checks(folder, manifest.files)
-        checks += _weight_checks(folder, manifest, weights, progress)
+        checks += _weight_checks(folder, manifest, weights - set(manifest.files), progress)
         checks += [] if base is None else [model_check("base", manifest.into, base)]
     checks += signature_checks(folder, trust, signature, covered)
     return Verification("checkpoint", name, tuple(checks), tuple(notes_on(folder, covered, trust, signature)))

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import msgspec
 
-VOID = {"meta", "link"}
+VOID = {"meta", "link", "wbr"}
 
 EVIL = (
     "</style></title><script>alert(1)</script><img src=//evil.example/x onerror=alert(1)>\"'&lt;\x1b[2J\u202e\ud800\n"
@@ -33,8 +33,13 @@ class Page(HTMLParser):
 
     @property
     def skeleton(self):
-        """Every element with the names of its attributes: what no text may change."""
-        return [(name, tuple(attributes)) for name, attributes in self.elements]
+        """Every element with the names of its attributes: what no text may change, but for where a line may end."""
+        return [(name, tuple(attributes)) for name, attributes in self.elements if name != "wbr"]
+
+    @property
+    def shown(self):
+        """The texts that are more than space."""
+        return [text for text in self.texts if text.strip()]
 
     @property
     def text(self):

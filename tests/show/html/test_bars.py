@@ -32,6 +32,22 @@ def test_an_interval_has_an_end_at_each_number_and_none_where_it_goes_on():
     assert interval_paths(none) == []
 
 
+def test_what_lies_beyond_a_limit_is_shaded_to_the_end():
+    rows, axis = [Row("a", -0.04, "x", -0.08, 0.0)], {-0.02: "limit", 0.0: "zero"}
+    picture = dots(rows, title="t", told="d", unit="points", axis=axis, refused=(-math.inf, -0.02))
+    x, width = re.search(r'<rect x="([\d.]+)" y="0" width="([\d.]+)" height="[\d.]+" class="refused"', picture).groups()
+    assert float(x) == EDGE
+    assert float(width) == (WIDTH - 2 * EDGE) * 3 / 4
+
+
+@pytest.mark.parametrize(("limit", "lines"), [(-0.04, 1), (-0.001, 2)])
+def test_two_names_that_would_run_into_each_other_stand_below_each_other(limit, lines):
+    rows, axis = [Row("a", -0.04, "x", -0.08, 0.0)], {limit: "limit", 0.0: "zero"}
+    picture = dots(rows, title="t", told="d", unit="points", axis=axis)
+    heights = {re.search(rf'<text x="[\d.]+" y="([\d.]+)"[^>]*>{name}<', picture)[1] for name in ("limit", "zero")}
+    assert len(heights) == lines
+
+
 def test_a_row_without_a_number_has_its_reason_and_no_mark():
     picture = dots([Row("in score", None, "no number")], title="t", told="d", axis={1.0: "retrained"}, unit="%")
     assert "no number" in Page(picture).texts
@@ -56,6 +72,9 @@ def test_names_may_say_anything():
     assert evil.skeleton == harmless.skeleton
 
 
-@pytest.mark.parametrize(("value", "step", "unit", "shown"), [(-0.0, 0.5, "%", "0 %"), (1e-5, 1e-5, "%", "0.001 %")])
+@pytest.mark.parametrize(
+    ("value", "step", "unit", "shown"),
+    [(-0.0, 0.5, "%", "0 %"), (1e-5, 1e-5, "%", "0.001 %"), (-0.0, 0.02, "points", "0"), (-0.02, 0.02, "points", "-2")],
+)
 def test_numbers_of_an_axis_have_the_digits_of_its_step(value, step, unit, shown):
     assert axis_text(value, step, unit) == shown

@@ -7,7 +7,7 @@ import re
 from portllm.show.headline import Headline
 from portllm.show.html.figure import facts, figure, table
 from portllm.show.html.markup import element
-from portllm.show.html.page import document, section
+from portllm.show.html.page import Tile, document, section
 from tests.show.html.reading import EVIL, Page
 
 HEADLINE = Headline("bad", "will not hold", ["for a reason"])
@@ -17,6 +17,14 @@ def test_the_first_words_are_the_title_and_the_verdict_with_its_reasons():
     page = Page(document("check: a", HEADLINE, [section("More", "text")]))
     shown = [text for text in page.texts if text.strip()]
     assert shown[:5] == ["will not hold | check: a", "check: a", "✗ ", "will not hold", "for a reason"]
+
+
+def test_what_was_compared_and_the_numbers_that_decide_have_their_place():
+    tile = Tile("Change", "-4 points", "-7 to -1", "bad", "fail, limit: 2 points")
+    page = Page(document("a", HEADLINE, [], about={"patch": "tickets"}, tiles=[tile]))
+    assert page.shown[1:4] == ["a", "patch", "tickets"]
+    at = page.shown.index("Change")
+    assert page.shown[at : at + 5] == ["Change", "-4 points", "✗ ", "fail, limit: 2 points", "-7 to -1"]
 
 
 def test_the_policy_lets_nothing_through_but_the_page_s_own_style():

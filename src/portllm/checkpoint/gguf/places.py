@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from portllm.checkpoint.gguf.tensors import architectures
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
 from portllm.checkpoint.tensor.encoding import GGMLBlocks
+from portllm.files.source import LocalFile
 
 LAYERS = "model.layers."
 
@@ -21,6 +24,12 @@ class Place:
 
     name: str
     heads: int
+
+
+def gguf_file_of(checkpoint: Checkpoint) -> Path | None:
+    """The GGUF file that a model is opened from; None for another one."""
+    paths = [file.path for file in checkpoint.files if isinstance(file, LocalFile)]
+    return paths[0] if len(paths) == 1 and paths[0].suffix == GGUF_SUFFIX else None
 
 
 def architecture_of(checkpoint: Checkpoint) -> str | None:

@@ -11,7 +11,7 @@ from portllm.checkpoint.model.equality import TakenForEqual, look_same
 from portllm.checkpoint.model.experts import Experts, experts_of, parameters_of
 from portllm.checkpoint.model.families import WEIGHT, Family, families_of
 from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, HEAD, is_embedding
-from portllm.checkpoint.tensor.encoding import schemes_of
+from portllm.checkpoint.tensor.encoding import is_plain, schemes_of
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import CheckpointError, MissingTensorError, Refusal
 from portllm.files.source import RemoteFile, Source
@@ -82,6 +82,11 @@ class Checkpoint:
     def quantization(self) -> str | None:
         """How its weights are quantized, such as `nf4-double` or `Q4_K, Q6_K`; None where its bytes are its values."""
         return schemes_of(info.encoding for info in self.infos.values())
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are stored as anything but numbers, in whatever order these are."""
+        return any(info.encoding is not None and not is_plain(info.encoding) for info in self.infos.values())
 
     @property
     def float_dtypes(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_values, stored_tensors
 from portllm.checkpoint.reading.bytes import read_bytes, read_spans
 from portllm.checkpoint.reading.windows import load_spans, sample_window
+from portllm.checkpoint.tensor.encoding import is_plain
 from portllm.checkpoint.tensor.info import DTYPE_BITS, FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.tensor.rounding import encode_floats
 from portllm.errors import OutputError
@@ -94,7 +95,7 @@ def same_rounded(one: Checkpoint, other: Checkpoint) -> str | None:
 
 
 def _is_float(info: TensorInfo) -> bool:
-    return info.encoding is None and info.dtype in FLOAT_DTYPES
+    return info.dtype in FLOAT_DTYPES and (info.encoding is None or is_plain(info.encoding))
 
 
 def digest(checkpoint: Checkpoint, *, progress: Progress = silent) -> str:

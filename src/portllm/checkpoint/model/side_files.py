@@ -12,6 +12,9 @@ from portllm.files.input_file import MAX_BYTES, open_input
 from portllm.files.json_file import read_config
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+HEAD_FILE = "value_head.safetensors"
+"""A value head of reinforcement learning, as LLaMA-Factory saves and loads it beside a model or an adapter."""
+
 NOT_COPIED = (".index.json", "README.md", "portllm.json")
 """An index and a manifest of other weights, and a model card that describes another model."""
 
@@ -26,7 +29,9 @@ def side_files(folder: Path) -> list[Path]:
     files = sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES + NOT_COPIED)
+        if file.is_file()
+        and not file.name.startswith(".")
+        and (file.name == HEAD_FILE or not file.name.endswith(WEIGHT_SUFFIXES + NOT_COPIED))
     )
     for file in files:
         require_copyable(file)

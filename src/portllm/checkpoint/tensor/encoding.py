@@ -194,6 +194,11 @@ Encoding = GGMLBlocks | FourBit | Scaled | Unread
 """How the bytes of a tensor stand for its values; `TensorInfo.encoding` is None where they are the values."""
 
 
+def is_plain(encoding: Encoding) -> bool:
+    """Whether a tensor holds each value by itself, though in another order, or with something added."""
+    return isinstance(encoding, GGMLBlocks) and encoding.type in UNQUANTIZED
+
+
 def schemes_of(encodings: Iterable[Encoding | None]) -> str | None:
     """The names of these encodings, between commas; None where there is none.
 

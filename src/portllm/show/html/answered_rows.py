@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from portllm.show.html.figure import folded
 from portllm.show.html.markup import Html, element, joined
 from portllm.show.html.page import paragraph
+
+OPEN = 6
+"""Rows that are shown at once; the others when they are asked for."""
 
 SHOWN = 20
 """Rows that are shown; JSON and the models have the others."""
@@ -29,8 +33,11 @@ class AnsweredRow:
 
 
 def answered_rows(rows: Sequence[AnsweredRow]) -> Html:
-    """The first rows, and how many more there are."""
-    parts = [_row(row) for row in rows[:SHOWN]]
+    """The first rows, some of them folded away, and how many more there are."""
+    shown = [_row(row) for row in rows[:SHOWN]]
+    parts = [element("div", *shown[:OPEN], class_="rows")]
+    if len(shown) > OPEN:
+        parts.append(folded(f"{len(shown) - OPEN} more", element("div", *shown[OPEN:], class_="rows")))
     if len(rows) > SHOWN:
         parts.append(paragraph(f"{SHOWN} of {len(rows)} are shown.", quiet=True))
     return joined(parts)
@@ -49,9 +56,10 @@ def shortened(text: str) -> str:
 
 
 def _row(row: AnsweredRow) -> Html:
-    answers = (
-        element("p", element("span", f"{who}: ", class_="quiet"), element("bdi", shortened(answer) or "(nothing)"))
+    said = [
+        part
         for who, answer in row.answers.items()
-    )
-    return element("div", paragraph(f"Row {row.number}", quiet=True), element("pre", shortened(row.prompt)), *answers,
-                   class_="row")  # fmt: skip
+        for part in (element("dt", who), element("dd", element("bdi", shortened(answer) or "(nothing)")))
+    ]
+    number = element("p", f"Row {row.number:,}", class_="quiet")
+    return element("div", number, element("pre", shortened(row.prompt)), element("dl", *said), class_="row")

@@ -10,6 +10,9 @@ from portllm.show.printable import one_line
 
 WIDTH, EDGE = 360.0, 8.0
 LINE, GROUP = 32.0, 22.0
+NEAR, UNDER = 72.0, 12.0
+"""How near two names under an axis would run into each other, and how much lower the second one stands then."""
+
 LONGEST = 40
 """Letters of a name that are shown."""
 
@@ -37,6 +40,9 @@ class Row:
     group: str = ""
 
 
+AXIS_UNITS = {"%": (100, " %"), "points": (100, "")}
+"""Units whose numbers are shares, and how an axis shows them."""
+
 Draw = Callable[[Row, Scale, float], list[Html]]
 """What stands on the scale of a row, at some height."""
 
@@ -56,16 +62,33 @@ def bars(
         rows: From top to bottom.
         title: Name of the picture.
         told: In words, what is to be seen.
-        unit: `%` for shares, which are shown in percent, or what stands behind the numbers of the axis.
+        unit: `%` for shares, `points` for changes of them, or what stands behind the numbers of the axis.
         axis: Places that are marked, and their names.
         held: Numbers that the scale holds in any case.
     """
     return _picture(rows, title, told, axis or {}, unit, _bar, held)
 
 
-def dots(rows: Sequence[Row], *, title: str, told: str, unit: str, axis: Mapping[float, str] | None = None) -> Html:
-    """A dot for each number, on a line from one end of its interval to the other; arguments as for `bars`."""
-    return _picture(rows, title, told, axis or {}, unit, _dot, tuple(axis or ()))
+def dots(
+    rows: Sequence[Row],
+    *,
+    title: str,
+    told: str,
+    unit: str,
+    axis: Mapping[float, str] | None = None,
+    refused: tuple[float, float] | None = None,
+) -> Html:
+    """A dot for each number, on a line from one end of its interval to the other.
+
+    Args:
+        rows: As for `bars`, as are all others.
+        title: Name of the picture.
+        told: In words, what is to be seen.
+        unit: Of the numbers.
+        axis: Places that are marked, and their names.
+        refused: Between which numbers the user's limit is not met; the ends of the scale where infinite.
+    """
+    return _picture(rows, title, told, axis or {}, unit, _dot, tuple(axis or ()), refused)
 
 
 def shape(series: int, x: float, y: float) -> Html:
@@ -99,9 +122,9 @@ def axis_text(value: float, step: float, unit: str) -> str:
         >>> axis_text(0.25, 0.25, "%"), axis_text(0.025, 0.005, "%"), axis_text(2.0, 0.5, "nats")
         ('25 %', '2.5 %', '2.0 nats')
     """
-    factor, behind = (100, " %") if unit == "%" else (1, f" {unit}" if unit else "")
+    factor, behind = AXIS_UNITS.get(unit, (1, f" {unit}" if unit else ""))
     digits = next(count for count in range(12) if abs(round(factor * step, count) - factor * step) < 1e-9 * factor)
-    return f"{factor * value:.{digits}f}{behind}".replace("-0 ", "0 ")
+    return f"{factor * value + 0.0:.{digits}f}{behind}"  # without the sign of -0.0
 
 
 def _picture(
@@ -112,6 +135,7 @@ def _picture(
     unit: str,
     draw: Draw,
     held: Iterable[float],
+    refused: tuple[float, float] | None = None,
 ) -> Html:
     seen = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
     scale = Scale(*widened(seen, *held), EDGE, WIDTH - EDGE)
@@ -126,8 +150,26 @@ def _picture(
         parts += [_mark(scale.at(value), y + 21) for value in axis]
         parts += draw(row, scale, y + 21)
         y += LINE
-    ground = [*_mark_names(axis, scale, y + 2), *_ticks(scale, y + 2, unit)]
-    return drawing(WIDTH, y + (34 if axis else 20), title, told, [*ground, *parts])
+    ground = [*_refused(refused, scale, y), *_mark_names(axis, scale, y + 2), *_ticks(scale, y + 2, unit)]
+    below = 34 + UNDER * max(_levels(axis, scale).values(), default=0) if axis else 20
+    return drawing(WIDTH, y + below, title, told, [*ground, *parts])
+
+
+def _refused(between: tuple[float, float] | None, scale: Scale, height: float) -> list[Html]:
+    """What lies beyond the user's limit, shaded."""
+    if between is None:
+        return []
+    left, right = map(scale.at, between)
+    return [element("rect", x=left, y=0, width=right - left, height=height, class_="refused")]
+
+
+def _levels(axis: Mapping[float, str], scale: Scale) -> dict[float, int]:
+    """On which line below the axis each name stands: two that are near each other on different ones."""
+    found: dict[float, int] = {}
+    for value in sorted(axis):
+        near = [level for other, level in found.items() if scale.at(value) - scale.at(other) < NEAR]
+        found[value] = next(level for level in range(len(axis)) if level not in near)
+    return found
 
 
 def _bar(row: Row, scale: Scale, y: float) -> list[Html]:
@@ -164,11 +206,11 @@ def _mark(x: float, y: float) -> Html:
 def _mark_names(axis: Mapping[float, str], scale: Scale, y: float) -> list[Html]:
     """The marked places under the axis, with their names."""
     parts = []
-    for value, name in axis.items():
+    for value, level in _levels(axis, scale).items():
         x = scale.at(value)
         side = "mid" if 60 < x < WIDTH - 60 else "end" if x >= WIDTH - 60 else ""
         parts.append(element("path", d=f"M{x:.1f} {y - 4:.1f}v8", class_="mark"))
-        parts.append(element("text", name, x=x, y=y + 27, class_=f"small faint {side}"))
+        parts.append(element("text", axis[value], x=x, y=y + 27 + UNDER * level, class_=f"small faint {side}"))
     return parts
 
 

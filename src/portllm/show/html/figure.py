@@ -23,8 +23,14 @@ def figure(title: str, explained: str, picture: Html, numbers: Rows) -> Html:
     """
     how = [element("span", explained, class_="quiet")] if explained else []
     caption = element("figcaption", element("b", title), *how)
+    drawn = element("div", caption, picture, class_="drawn")
     below = folded("The numbers", table(numbers, label=f"{title}, in numbers"))
-    return element("figure", caption, picture, below, class_="long" if len(numbers) > LONG else "short")
+    return element("figure", drawn, below, class_="long" if len(numbers) > LONG else "short")
+
+
+def side_by_side(*found: Html) -> Html:
+    """Parts of a page in two columns where there is room for them; first the picture that carries the message."""
+    return element("div", *(element("div", part) for part in found), class_="lead")
 
 
 def figures(*found: Html) -> Html:
@@ -60,7 +66,7 @@ def table(rows: Rows, *, label: str, wide: Collection[int] = ()) -> Html:
         wide: Columns of text that may take several lines.
     """
     head, *body = rows
-    titles = element("tr", *(element("th", title, scope="col") for title in head))
+    titles = element("tr", *(element("th", breakable(title), scope="col") for title in head))
     lines = (
         element("tr", element("th", row[0], scope="row"), *(_cell(text, number in wide) for number, text in rest))
         for row in body
@@ -76,6 +82,17 @@ def facts(rows: Mapping[str, str]) -> Html:
         element("tr", element("th", name, scope="row"), element("td", unbroken(text))) for name, text in rows.items()
     )
     return element("table", element("tbody", *lines), class_="facts") if rows else joined(())
+
+
+def breakable(name: str) -> Html:
+    """A name that may go on in the next line after each of its dots, as those of modules do.
+
+    Example:
+        >>> print(breakable("mlp.up_proj"))
+        mlp.<wbr>up_proj
+    """
+    first, *others = name.split(".")
+    return joined([first, *(part for other in others for part in (".", element("wbr"), other))])
 
 
 def _cell(text: str, is_wide: bool) -> Html:  # noqa: FBT001 (one place calls it)

@@ -5,7 +5,7 @@ from html import escape
 
 from portllm.show.printable import readable
 
-VOID = ("meta", "link")
+VOID = ("meta", "link", "wbr")
 """Elements that hold nothing and have no end tag."""
 
 

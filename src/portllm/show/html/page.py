@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
@@ -15,7 +16,33 @@ SIGNS: dict[Tone, str] = {"good": "✓ ", "doubt": "? ", "bad": "✗ ", "plain":
 """What says the same as the color."""
 
 
-def document(title: str, headline: Headline, parts: Iterable[str]) -> str:
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number that decides, in large letters.
+
+    Attributes:
+        name: What it is.
+        value: The number.
+        detail: What it is measured against, or its interval.
+        tone: Whether it passes; plain where nothing is asked of it.
+        verdict: The same in words, such as `within your limit`.
+    """
+
+    name: str
+    value: str
+    detail: str = ""
+    tone: Tone = "plain"
+    verdict: str = ""
+
+
+def document(
+    title: str,
+    headline: Headline,
+    parts: Iterable[str],
+    *,
+    about: Mapping[str, str] | None = None,
+    tiles: Sequence[Tile] = (),
+) -> str:
     """The whole page.
 
     A policy in its head forbids a browser to fetch or to run anything, whatever should stand in the page.
@@ -24,6 +51,8 @@ def document(title: str, headline: Headline, parts: Iterable[str]) -> str:
         title: What it is about.
         headline: What it says first.
         parts: Sections, in order.
+        about: What was compared, by name: models, patches, data, limits, the day.
+        tiles: The numbers that decide.
     """
     style = _style()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -38,10 +67,9 @@ def document(title: str, headline: Headline, parts: Iterable[str]) -> str:
         element("title", f"{headline.text} | {title}"),
         element("style", Html(style)),
     )
-    foot = element(
-        "footer", f"Written by portllm {__version__}. docs/reports.md explains each picture.", class_="quiet"
-    )
-    body = element("body", element("h1", title), banner(headline), element("main", *parts), foot)
+    foot = element("footer", f"Written by portllm {__version__}.", class_="quiet")
+    top = element("header", element("h1", title), *([_about(about)] if about else []))
+    body = element("body", top, banner(headline), *_tiles(tiles), element("main", *parts), foot)
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
@@ -65,13 +93,6 @@ def banner(headline: Headline, *, heading: str = "p") -> Html:
     return element("div", *parts, class_=f"verdict {headline.tone}")
 
 
-def about(rows: Mapping[str, str]) -> Html:
-    """What a page is about, in a line where there is room: models, patches, data, limits."""
-    return element(
-        "dl", *(element("div", element("dt", name), element("dd", text)) for name, text in rows.items()), class_="about"
-    )
-
-
 def section(title: str, *parts: str, level: int = 2) -> Html:
     """A heading and what belongs to it."""
     return element("section", element(f"h{level}", title), *parts)
@@ -86,6 +107,25 @@ def bullets(texts: Iterable[str]) -> Html:
     """A list, or nothing where there is nothing to list."""
     found = [element("li", text) for text in texts]
     return element("ul", *found) if found else joined(())
+
+
+def _about(rows: Mapping[str, str]) -> Html:
+    named = (element("div", element("dt", name), element("dd", text)) for name, text in rows.items())
+    return element("dl", *named, class_="about")
+
+
+def _tiles(tiles: Sequence[Tile]) -> list[Html]:
+    return [element("div", *map(_tile, tiles), class_="tiles")] if tiles else []
+
+
+def _tile(tile: Tile) -> Html:
+    parts = [element("p", tile.name, class_="name"), element("p", unbroken(tile.value), class_="value")]
+    if tile.verdict:
+        sign = element("span", SIGNS[tile.tone], class_="tone")
+        parts.append(element("p", sign, tile.verdict, class_="said"))
+    if tile.detail:
+        parts.append(element("p", unbroken(tile.detail), class_="quiet"))
+    return element("div", *parts, class_=f"tile {tile.tone}")
 
 
 @cache

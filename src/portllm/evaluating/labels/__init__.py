@@ -1,0 +1,1 @@
+"""What became of each label: counts, their table, and their part of a page."""

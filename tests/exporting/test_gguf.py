@@ -1,0 +1,185 @@
+"""Exports as GGUF: adapters of each architecture, and merged files with PEFT's bytes in llama.cpp's order."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from safetensors.torch import load_file, save_file
+
+import portllm
+from portllm.checkpoint.gguf.tensors import architectures
+from portllm.checkpoint.reading.tensors import load
+from portllm.errors import PlanRefusedError
+from tests import models
+from tests.quantized import SIZES, write_gguf
+from tests.tiny_gguf import permute
+
+F16_UNIT_ROUNDOFF = 2**-11
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""llama.cpp's names of what a layer of Llama has, written down from its converter."""
+
+
+def converted(folder, file):
+    """What llama.cpp's converter makes of a tiny Llama in bfloat16: vectors in float32, rows of q and k reordered."""
+    config = json.loads((folder / "config.json").read_text())
+    writer = GGUFWriter(file, "llama")
+    for key, value in {
+        "block_count": config["num_hidden_layers"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "vocab_size": config["vocab_size"],
+    }.items():
+        writer.add_uint32(f"llama.{key}", value)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored = stored_name(name)
+        if tensor.ndim == 1:
+            writer.add_tensor(stored, tensor.float().numpy())
+            continue
+        rows = tensor.view(torch.int16).numpy().view(np.uint16)
+        for kind, heads in (("attn_q.weight", models.HEADS), ("attn_k.weight", models.KEY_HEADS)):
+            if stored.endswith(kind):
+                rows = permute(rows, heads)
+        data = rows.view(np.uint8)
+        writer.add_tensor(stored, data, raw_shape=data.shape, raw_dtype=GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def stored_name(name):
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name in outer:
+        return outer[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+
+
+def tensors_of(file):
+    return {tensor.name: bytes(np.array(tensor.data).tobytes()) for tensor in GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("recipe", [{}, {"use_dora": True}, {"modules_to_save": ["post_attention_layernorm"]}])
+def test_the_merged_file_has_pefts_bytes_in_the_order_of_llama_cpp(tiny, tmp_path, recipe):
+    base = tiny("base")
+    patch = portllm.capture(tiny("adapter", of=base, **recipe), base=base, out=tmp_path / "patch")
+    file = converted(base, tmp_path / "base.gguf")
+    done = portllm.export(patch, runtime="ollama", base=file, out=tmp_path / "out")
+    merged = models.merge_with_peft(base, tmp_path / "patch", tmp_path / "merged")
+    assert tensors_of(done.given) == tensors_of(converted(merged, tmp_path / "merged.gguf"))
+    assert tensors_of(done.given) != tensors_of(file)
+    assert (tmp_path / "out" / "Modelfile").read_text() == f"FROM ./{done.record.name}.gguf\n"
+    assert 0.9 < done.record.kept_gain <= 1.1
+
+
+def make_adapter(folder, factors, values):
+    """An adapter as PEFT lays it out, for models that no class here has."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": sorted(factors)}
+    config["modules_to_save"] = [name.removesuffix(".weight") for name in values] or None
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    draw = torch.Generator().manual_seed(5)
+    tensors = {f"base_model.model.{name}": values[name] for name in values}
+    for module, (d_out, d_in) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(3, d_in, generator=draw) / 4
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(d_out, 3, generator=draw) / 4
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def delta_of(adapter, module):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{module}.lora_{factor}.weight"].double() for factor in "AB")
+    return 2 * b @ a
+
+
+@pytest.fixture(scope="module", params=sorted(architectures()))
+def of_architecture(request, tmp_path_factory):
+    """A GGUF file in f16, its weights as transformers has them, and an adapter of some of them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    weights = write_gguf(folder / "base.gguf", request.param, storage="F16")
+    matrices = {name.removesuffix(".weight"): weight.shape for name, weight in weights.items() if weight.ndim == 2}
+    factors = {module: shape for module, shape in matrices.items() if ".layers." in module}
+    values = {"model.norm.weight": torch.linspace(0.5, 2.0, SIZES["hidden"])}
+    return {
+        "base": folder / "base.gguf",
+        "weights": weights,
+        "plain": make_adapter(folder / "plain", factors, {}),
+        "whole": make_adapter(folder / "whole", factors, values),
+        "values": values,
+    }
+
+
+def test_a_merged_file_of_each_architecture_is_the_sum(of_architecture, tmp_path):
+    adapter = of_architecture["whole"]
+    done = portllm.export(adapter, runtime="ollama", base=of_architecture["base"], out=tmp_path / "out")
+    merged = portllm.open_checkpoint(done.given)
+    for name, weight in of_architecture["weights"].items():
+        found = load(merged.infos[name]).double()
+        expected = torch.from_numpy(np.array(weight)).double()
+        if name in of_architecture["values"]:
+            expected = of_architecture["values"][name].double()
+        elif ".layers." in name and weight.ndim == 2:
+            expected = expected + delta_of(adapter, name.removesuffix(".weight"))
+        assert torch.allclose(found, expected, rtol=2 * F16_UNIT_ROUNDOFF, atol=1e-5), name
+
+
+def test_an_adapter_of_each_architecture_is_the_delta_of_the_file(of_architecture, tmp_path):
+    adapter = of_architecture["plain"]
+    done = portllm.export(adapter, runtime="llamacpp", base=of_architecture["base"], out=tmp_path / "out")
+    stored = {tensor.name: tensor for tensor in GGUFReader(of_architecture["base"]).tensors}
+    factors = {t.name: torch.from_numpy(np.array(t.data)).double() for t in GGUFReader(done.given).tensors}
+    merged = portllm.export(adapter, runtime="ollama", base=of_architecture["base"], out=tmp_path / "merged")
+    sums = {tensor.name: np.array(tensor.data).astype(np.float64) for tensor in GGUFReader(merged.given).tensors}
+    names = {name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")}
+    for name in names:
+        delta = factors[f"{name}.lora_b"] @ factors[f"{name}.lora_a"]
+        exact = np.array(stored[name].data).astype(np.float64) + delta.numpy()
+        assert np.allclose(sums[name], exact, rtol=2 * F16_UNIT_ROUNDOFF, atol=1e-4), name
+    assert len(names) == len(load_file(adapter / "adapter_model.safetensors")) // 2
+
+
+def test_a_quantized_file_says_which_one_to_merge_into(tiny, tmp_path):
+    weights = write_gguf(tmp_path / "base.gguf", "llama", storage="Q8_0")
+    module = "model.layers.0.mlp.up_proj"
+    adapter = make_adapter(tmp_path / "adapter", {module: weights[f"{module}.weight"].shape}, {})
+    with pytest.raises(PlanRefusedError, match=r"up_proj.weight \(Q8_0\): quantized in .*llama-quantize"):
+        portllm.export(adapter, runtime="ollama", base=tmp_path / "base.gguf", out=tmp_path / "out")
+    portllm.export(adapter, runtime="llamacpp", base=tmp_path / "base.gguf", out=tmp_path / "lora")
+
+
+def test_a_folder_cannot_be_merged_into_as_gguf_and_the_way_is_said(tiny, tmp_path):
+    with pytest.raises(PlanRefusedError, match=r"no GGUF file.*convert_hf_to_gguf.py"):
+        portllm.export(tiny("adapter"), runtime="ollama", base=tiny("base"), out=tmp_path / "out")
+
+
+def test_a_tied_head_is_not_changed_behind_the_embedding(tiny, tmp_path):
+    base = tiny("base")
+    adapter = make_adapter(tmp_path / "adapter", {"lm_head": (models.VOCABULARY, models.HIDDEN)}, {})
+    file = converted(base, tmp_path / "base.gguf")
+    with pytest.raises(PlanRefusedError, match="one matrix"):
+        portllm.export(adapter, runtime="ollama", base=file, out=tmp_path / "out")
+
+
+def test_the_file_of_another_model_is_refused(tiny, tmp_path):
+    patch = portllm.capture(tiny("adapter"), base=tiny("base"), out=tmp_path / "patch")
+    file = converted(tiny("evolved"), tmp_path / "evolved.gguf")
+    with pytest.raises(PlanRefusedError, match="belongs to"):
+        portllm.export(patch, runtime="ollama", base=file, out=tmp_path / "out")
