@@ -134,8 +134,19 @@ WRONG = (
     (("certify", *PATCHES, "--data", "rows.jsonl", "-o", "out"), "has no 'tokenizer.json'"),
     (("check", "patch", "--text", "nothing.jsonl"), "'nothing.jsonl': cannot be read"),
     (("check", "patch", "--text", "rows.jsonl"), "has no 'tokenizer.json'"),
+    (("port", "patch", "--method", "align", "--text", "nothing.jsonl", "-o", "out"), "'nothing.jsonl': cannot be read"),
+    (("combine", "patch", "nothing", "-o", "out"), "'nothing': no such folder"),
+    (("combine", "patch", "patch", "-o", "out"), "has no patch.json"),
+    (("merge", "nothing", "--into", "base", "-o", "out"), "'nothing': no such folder"),
+    (("capture", "--tuned", "nothing", "-o", "out"), "'nothing': no such file or folder"),
+    (("sign", "patch", "--key", "nothing.pem"), "'nothing.pem': no such file"),
+    (("fleet", "nothing.toml"), "'nothing.toml': cannot be read"),
+    (("study", "run", "nothing.toml"), "'nothing.toml': cannot be read"),
 )
 """Commands with a wrong input each, and what they say of it."""
+
+NO_BASE = ("combine", "merge", "sign", "fleet", "study")
+WITH_EVOLVED = ("evaluate", "certify", "check", "port")
 
 
 def test_what_is_wrong_with_an_input_is_said_before_a_heavy_library_is_loaded(tiny, tmp_path):
@@ -146,8 +157,9 @@ def test_what_is_wrong_with_an_input_is_said_before_a_heavy_library_is_loaded(ti
 import contextlib, io, sys
 from portllm.cli.main import main
 for words, said in {WRONG!r}:
-    evolved = () if words[0] == "train" else ("--evolved", "base")
-    sys.argv = ["portllm", *words, "--base", "base", *evolved]
+    base = () if words[0] in {NO_BASE!r} else ("--base", "base")
+    evolved = ("--evolved", "base") if words[0] in {WITH_EVOLVED!r} else ()
+    sys.argv = ["portllm", *words, *base, *evolved]
     with contextlib.redirect_stderr(io.StringIO()) as told:
         try:
             main()

@@ -17,6 +17,7 @@ from .merging.merge import merge as merge, merge_each as merge_each
 from .patch.adapter_folder import load_patch as load_patch
 from .porting.port import port as port, port_each as port_each
 from .probing.check import check as check
+from .proving.prove import prove as prove
 from .running.data import read_data as read_data
 from .running.examples import read_examples as read_examples
 from .study.run import run_study as run_study, study_results as study_results, study_status as study_status
@@ -28,7 +29,7 @@ from .verifying.verify import verify as verify
 from .certifying.inputs import CertifySettings as CertifySettings
 from .checkpoint.model.checkpoint import Checkpoint as Checkpoint
 from .checkpoint.open import ModelLike as ModelLike
-from .combining.combine import Exact as Exact, Selected as Selected
+from .combining.plan import Exact as Exact, Selected as Selected
 from .evaluating.file_rows import FileRows as FileRows
 from .evaluating.harness.source import HarnessRows as HarnessRows
 from .evaluating.scoring import Task as Task
@@ -39,6 +40,7 @@ from .patch.patch import Patch as Patch
 from .patch.record import FittedTo as FittedTo
 from .probing.settings import TextSettings as TextSettings
 from .progress import Progress as Progress
+from .proving.prove import Endpoint as Endpoint
 from .running.data import Data as Data
 from .running.examples import Example as Example, ExampleFormat as ExampleFormat
 from .training.settings import TrainSettings as TrainSettings
@@ -58,13 +60,14 @@ from .capturing.tuned import TunedReport as TunedReport
 from .certifying.certificate import Certificate as Certificate
 from .checking.report import CheckReport as CheckReport, PatchReport as PatchReport
 from .checking.verdict import Answer as Answer, Verdict as Verdict
-from .combining.combine import CombineReport as CombineReport
+from .combining.plan import CombineReport as CombineReport
 from .diagnosing.doctor import DoctorReport as DoctorReport
 from .evaluating.compare import Comparison as Comparison, ComparisonRow as ComparisonRow
 from .exporting.export import Exported as Exported
 from .fleets.plan import FleetRow as FleetRow
 from .inspecting.inspect import CheckpointSummary as CheckpointSummary, PatchSummary as PatchSummary
 from .merging.manifest import MergeReport as MergeReport
+from .proving.proof import Proof as Proof
 from .study.results.table import StudyResults as StudyResults
 from .study.run import StudyStatus as StudyStatus
 from .training.settings import TrainReport as TrainReport
@@ -97,6 +100,7 @@ from .errors import (
     PortLLMError as PortLLMError,
     Refusal as Refusal,
     RemoteError as RemoteError,
+    RuntimeFailedError as RuntimeFailedError,
     SignatureError as SignatureError,
     StorageError as StorageError,
     StudyFileError as StudyFileError,

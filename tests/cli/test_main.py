@@ -18,6 +18,13 @@ def test_the_commands_are_listed_in_the_order_in_which_a_patch_goes_through_them
     assert set(RESUMED) <= set(listed)
 
 
+def test_no_line_of_the_list_of_commands_is_cut(portllm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = portllm("--help").out.partition("Commands:")[2]
+    assert "doctor" in listed
+    assert "..." not in listed
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

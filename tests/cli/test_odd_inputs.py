@@ -96,7 +96,7 @@ def try_all(command, inputs, room):
     return wrong
 
 
-@pytest.mark.parametrize(("number", "command"), enumerate(COMMANDS.values()), ids=COMMANDS)
+@pytest.mark.parametrize(("number", "command"), [*enumerate(COMMANDS.values())], ids=COMMANDS)
 def test_no_odd_place_makes_a_command_crash_or_wait(number, command, places, room):
     # Every third place, beginning with another one for each command: every kind of place meets nine commands.
     third = dict(list(places.items())[number % 3 :: 3])

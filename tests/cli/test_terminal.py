@@ -99,7 +99,7 @@ def test_a_manifest_cannot_write_a_verdict(portllm, tmp_path):
     assert result.status == 3
     assert not SPOKEN.search(result.out)
     lines = result.out.splitlines()
-    assert lines[-1].startswith("not verified: ")
+    assert lines[0].startswith("not verified (")
     assert not any(line.startswith(("  ok  signature", "verified")) for line in lines)
     assert json.loads(portllm("verify", tmp_path, "--json").out)["verified"] is False
 

@@ -33,10 +33,9 @@ def test_a_whole_patch_is_told_line_by_line(portllm, tiny, patch):
     result = portllm("verify", patch, "--base", tiny("base"))
     assert result.status == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0] == f"patch {patch}"
-    assert lines[-1] == "verified"
-    assert all(line.startswith("  ok  ") for line in lines[1:-2])
-    assert lines[-2] == "  note: not covered by the record: README.md"
+    assert lines[0] == f"verified: patch {patch}"
+    assert all(line.startswith("  ok  ") for line in lines[1:-1])
+    assert lines[-1] == "  note: not covered by the record: README.md"
 
 
 def test_a_damaged_patch_is_named_and_the_status_is_three(portllm, patch):
@@ -45,7 +44,7 @@ def test_a_damaged_patch_is_named_and_the_status_is_three(portllm, patch):
     result = portllm("verify", patch)
     assert (result.status, result.err) == (3, "")
     assert "NO  adapter_config.json        its bytes differ from those that were written" in result.out
-    assert result.out.splitlines()[-1] == "not verified: adapter_config.json, adapter"
+    assert result.out.startswith("not verified (adapter_config.json, adapter): patch ")
     told = json.loads(portllm("verify", patch, "--json").out)
     assert told["verified"] is False
     assert [check["subject"] for check in told["checks"] if not check["holds"]] == ["adapter_config.json", "adapter"]
@@ -67,7 +66,7 @@ def test_a_merged_model_is_verified(portllm, tiny, patch, tmp_path):
     assert portllm("merge", patch, "--into", tiny("base"), "-o", tmp_path / "merged").status == 0
     result = portllm("verify", tmp_path / "merged", "--base", tiny("base"))
     assert result.status == 0, result.out
-    assert result.out.startswith("checkpoint ")
+    assert result.out.startswith("verified: checkpoint ")
 
 
 def test_a_patch_is_signed_and_its_signature_checked(portllm, patch, keys):

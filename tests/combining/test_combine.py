@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import portllm
 from portllm.checkpoint.reading.tensors import load
-from portllm.combining.combine import Exact, Selected, combine, plan_combine
+from portllm.combining.combine import combine
+from portllm.combining.plan import Exact, Selected, plan_combine
 from portllm.errors import NonFiniteError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.delta import WholeValue

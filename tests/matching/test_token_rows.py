@@ -17,7 +17,8 @@ from portllm.matching.token_rows import map_tokens
 from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
-from portllm.porting.text import render_port_plan
+from portllm.porting.text import render_port
+from portllm.show.headline import Headline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
@@ -167,7 +168,7 @@ def test_the_plan_says_how_many_tokens_moved_and_which_are_gone(models, tmp_path
     moved = [token for token in OLD if token in NEW and NEW.index(token) != OLD.index(token)]
     assert plan.tokens.n_moved == len(moved) > 20
     assert set(plan.tokens.gone.values()) == GONE
-    text = render_port_plan(plan, tmp_path / "out")
+    text = render_port(plan, tmp_path / "out", Headline("plain", "said first"), None)
     assert f"{len(moved)} tokens moved to another row; 3 tokens of the base are missing: 't7', 't8', 't9'" in text
 
 

@@ -18,7 +18,8 @@ from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model import identity
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.reading.windows import load_values
-from portllm.combining.combine import combine, plan_combine
+from portllm.combining.combine import combine
+from portllm.combining.plan import plan_combine
 from portllm.errors import PlanRefusedError
 from portllm.inspecting.inspect import inspect
 from portllm.merging import quantization_gap

@@ -65,10 +65,10 @@ def check(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Predict from the weights whether patches will hold on an evolved model, before porting them.
+    """Predict whether patches will hold on an evolved model.
 
-    With --text, both models also run on prompts, which can put a patch in doubt. Exits with 3 unless every patch holds.
-    docs/check.md explains each number and where the thresholds come from.
+    Reads a sample of the weights of both models. With --text, both models also run on prompts, which can put a patch in
+    doubt. Exits with 3 unless every patch holds. docs/check.md explains each number and where the thresholds come from.
     """
     prompt = given_prompt(prompt, prompt_file)
     if text is None and (prompt is not None or gradients):

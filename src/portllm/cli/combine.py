@@ -11,7 +11,7 @@ from portllm.cli.options import DryRunOption, JsonOption, OutOption, OverwriteOp
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
-    from portllm.combining.combine import Combination
+    from portllm.combining.plan import Combination
 
 
 class CombineMethod(StrEnum):
@@ -47,9 +47,12 @@ def combine(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Combine patches of one base into one: their weighted sum, exact or truncated to a rank."""
+    """Combine patches of one base into one.
+
+    The result is their weighted sum, exact or truncated to a rank.
+    """
     from portllm.cli.progress import shown_progress
-    from portllm.combining.combine import plan_combine, run_combine
+    from portllm.combining.plan import plan_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report
     from portllm.errors import PlanRefusedError
     from portllm.files.output_folder import check_free
@@ -65,6 +68,8 @@ def combine(
     check_free(output, overwrite=overwrite)
     if dry_run:
         return
+    from portllm.combining.combine import run_combine  # loads torch, which no refusal needs
+
     with shown_progress(quiet=quiet) as progress:
         report = run_combine(plan, output, overwrite=overwrite, progress=progress)
     if as_json:
@@ -90,7 +95,7 @@ def parse_weights(text: str, count: int) -> list[float]:
 
 
 def _combination(method: CombineMethod, rank: str | None, density: float, seed: int) -> "Combination":
-    from portllm.combining.combine import Exact, Selected
+    from portllm.combining.plan import Exact, Selected
 
     number = None if rank is None or parse_rank(rank) == AUTO else int(rank)
     if method is CombineMethod.CONCATENATE:

@@ -14,9 +14,10 @@ def doctor(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is installed and what is missing: versions, extras, devices, caches, hub.
+    """Show what is installed and what is missing.
 
-    Asks no server and shows no token. Exits with 3 if something is wrong.
+    Versions, extras, devices, caches and the hub login. Asks no server and shows no token. Exits with 3 if something is
+    wrong.
     """
     from portllm.diagnosing.doctor import doctor as look
     from portllm.diagnosing.text import doctor_to_json, render_doctor

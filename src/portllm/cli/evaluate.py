@@ -94,9 +94,10 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare base, base + patch, evolved, evolved + ported (and retrained) on the same rows.
+    """Compare models with and without a patch on the same rows.
 
-    Says first what the update cost. Exits with 3 if --max-loss is given and the interval of the loss reaches beyond it.
+    Scores base, base + patch, evolved, evolved + ported (and retrained). Says first what the update cost. Exits with 3
+    if --max-loss is given and the interval of the loss reaches beyond it.
     """
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page, named, written

@@ -41,7 +41,7 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a patch in the form that a runtime takes, with nothing dropped in silence.
+    """Write a patch in the form that a runtime takes.
 
     What the runtime has no place for is refused by name before anything is written, with the way out. The name to serve
     it under is printed: another patch, base or port has another one, so that no cache of the old one is used.

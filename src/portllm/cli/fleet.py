@@ -28,10 +28,10 @@ def fleet(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Port many patches to many evolved models, on this machine or on Ray.
+    """Port many patches to many evolved models.
 
-    A failing cell does not stop the others. A second run of the same file does only what is missing. Exits with 3
-    unless every checked patch holds.
+    Runs on this machine or on a Ray cluster. A failing cell does not stop the others. A second run of the same file
+    does only what is missing. Exits with 3 unless every checked patch holds.
     """
     from portllm.cli.progress import shown_progress
     from portllm.fleets.fleet import forecast_fleet, open_pool, plan_fleet, run_fleet

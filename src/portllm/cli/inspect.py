@@ -21,7 +21,10 @@ def inspect(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Describe a checkpoint, adapter or patch: identity, family, modules, ranks, scales, size."""
+    """Describe a checkpoint, adapter or patch.
+
+    Identity, family, modules, ranks, scales and size.
+    """
     from portllm.checkpoint.open import BUILTIN_PREFIX
     from portllm.cli.progress import shown_progress
     from portllm.inspecting.inspect import inspect as inspect_path

@@ -103,10 +103,10 @@ def merge(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Merge a patch into a model's weights, streamed, and report what rounding costs.
+    """Merge a patch into a model's weights.
 
-    Several patches each get a merged model of their own, in a subfolder of the output;
-    the model is read once for all of them, and one that fails does not stop the others.
+    Streams one tensor at a time, and reports what rounding costs. Several patches each get a merged model of their own,
+    in a subfolder of the output; the model is read once for all of them, and one that fails does not stop the others.
     """
     if undo is not None:
         if patches or into is not None or output is not None or in_place or dry_run:

@@ -118,14 +118,14 @@ def port(
     from portllm.patch.folders import each, find_patches, open_each
     from portllm.patch.patch import Patch
     from portllm.porting.auto import AUTO, Route
+    from portllm.porting.decision import Named, decide
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
         port_outcomes_to_json,
         port_warnings,
         ported_to_json,
-        render_measured,
+        render_port,
         render_port_outcomes,
-        render_port_plan,
         shortfall,
         trained_tokens_lost,
     )
@@ -150,12 +150,11 @@ def port(
     found = find_patches(patches)
     outputs = found.outputs(output)
     planned = open_each(found, lambda patch, _: route.plan(patch))
+    is_told_apart = as_json or not found.is_single  # what the first line of a single patch says
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
     for plan in plans.values():
-        for warning in port_warnings(plan):
+        for warning in port_warnings(plan, judged=is_told_apart):
             say(warning, err=True)
-        if found.is_single and not as_json:
-            say(render_port_plan(plan, output))
     with shown_progress(quiet=quiet) as progress:
 
         def run(out: Path, plan: PortPlan) -> Patch[TensorInfo] | None:
@@ -179,17 +178,24 @@ def port(
     ported = [outcome.value[1] for outcome in outcomes if outcome.value is not None]
     steps = {patch.name: patch.record.ports[-1] for patch in ported if patch is not None and patch.record is not None}
     if found.is_single:
-        _, only = outcomes[0].result()
+        plan, only = outcomes[0].result()
+        step = next(iter(steps.values()), None)
+        headline = decide(
+            plan,
+            step,
+            wanted=agreement,
+            named=Named(base or plan.source.name, str(patches[0]), evolved, str(output)),
+        )
         if as_json and only is not None:
             print_json(ported_to_json(only, output))
-        for line in (line for step in steps.values() if not as_json for line in render_measured(step)):
-            say(line)
+        elif not as_json:
+            say(render_port(plan, output, headline, step), tone=headline.tone)
     elif as_json:
         print_json(port_outcomes_to_json(outcomes, outputs))
     else:
         say(render_port_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
     short = [said for name, step in steps.items() if (said := shortfall(name, step, agreement)) is not None]
-    for said in short:
+    for said in short if is_told_apart else ():
         say(said, err=True)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from portllm.cli.terminal import print_json, say
 
 study = typer.Typer(
     name="study",
-    help="Run the paper's experiment on any model, from a file: train, evolve, port, retrain, score.",
+    help="Run the paper's experiment on any model, from a file.\n\nTrain, evolve, port, retrain, score.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -19,6 +19,14 @@ FileArgument = Annotated[Path, typer.Argument(help="TOML file that describes bas
 OutOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder for the results. Defaults to FILE with the suffix .study.")
 ]
+
+
+def _require_toml(file: Path) -> None:
+    """Say that a file is not there, or no TOML, before torch and transformers are loaded to read what is in it."""
+    from portllm.errors import StudyFileError
+    from portllm.files.toml_file import read_toml
+
+    read_toml(file, kind="study", error=StudyFileError)
 
 
 @study.command()
@@ -49,6 +57,7 @@ def run(
     """
     if workers is not None and ray is None:
         raise typer.BadParameter("--workers requires --ray.")
+    _require_toml(file)
     from portllm.cli.progress import shown_progress
     from portllm.study.results.markdown import render_page
     from portllm.study.run import run_study, study_status
@@ -81,6 +90,7 @@ def run(
 @study.command()
 def status(file: FileArgument, out: OutOption = None, as_json: JsonOption = False) -> None:
     """Show how far a study is and how long the rest will take."""
+    _require_toml(file)
     from portllm.study.run import study_status
     from portllm.study.text import render_status, status_to_json
 
@@ -100,6 +110,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Print the tables of the finished steps of a study as Markdown."""
+    _require_toml(file)
     from portllm.cli.pages import Page
     from portllm.study.results.markdown import render_page
     from portllm.study.run import study_results

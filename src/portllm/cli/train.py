@@ -67,7 +67,10 @@ def train(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a patch by LoRA fine-tuning, or refresh one on an evolved model. The loss covers completions only."""
+    """Train a patch by LoRA, or refresh one on an evolved model.
+
+    The loss covers completions only.
+    """
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.inspecting.inspect import summarize_patch, summary_to_json

@@ -87,9 +87,7 @@ def verify(
     if as_json:
         print_json(verification_to_json(verification))
     else:
-        checks, _, verdict = render_verification(verification).rpartition("\n")
-        say(checks)
-        say(verdict, tone="good" if verification.verified else "bad")
+        say(render_verification(verification), tone="good" if verification.verified else "bad")
     if not verification.verified:
         raise typer.Exit(3)
 

@@ -9,7 +9,7 @@ from portllm.show.numbers import percent
 from portllm.show.table import items, table
 
 if TYPE_CHECKING:
-    from portllm.combining.combine import CombinePlan, CombineReport
+    from portllm.combining.plan import CombinePlan, CombineReport
 
 
 def render_combine_plan(plan: "CombinePlan", out: Path) -> str:

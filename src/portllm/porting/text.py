@@ -1,5 +1,6 @@
 """What became of several patches, as one table or one list."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.patch.record import PortStep
+from portllm.show.headline import Headline, headline_lines
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
@@ -27,23 +29,27 @@ def render_port_outcomes(
     outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path], *, width: int | None = None
 ) -> str:
     """What `port` prints of several patches: a line for each, and why those that failed did."""
-    rows = [("patch", "modules", "drift", "output")]
+    rows = [("patch", "verdict", "modules", "drift", "output")]
     for outcome, output in zip(outcomes, outputs, strict=True):
         if outcome.value is None:
-            rows.append((str(outcome.folder), "", "", "failed, see below"))
+            rows.append((str(outcome.folder), "", "", "", "failed, see below"))
         else:
             rows.append((str(outcome.folder), *_facts(outcome.value[0]), str(output)))
     failed = [outcome for outcome in outcomes if outcome.error]
     first = next((outcome.value for outcome in outcomes if outcome.value), None)
     done = "would port" if first is not None and first[1] is None else "ported"
-    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows, width=width)]
+    verdicts = Counter(verdict for verdict in (row[1] for row in rows[1:]) if verdict)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    first_line = f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches" + (f": {told}" if told else "")
+    lines = [first_line, *columns(rows, width=width)]
     return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 
-def _facts(plan: PortPlan) -> tuple[str, str]:
+def _facts(plan: PortPlan) -> tuple[str, str, str]:
     drift = plan.evidence.get("sampled_drift")
     modules = str(len(plan.patch.deltas) + len(plan.patch.experts))
-    return modules, "" if drift is None else percent(drift, digits=2)
+    verdict = "not checked" if plan.choice is None else plan.choice.verdict
+    return verdict, modules, "" if drift is None else percent(drift, digits=2)
 
 
 def port_outcomes_to_json(outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path]) -> list[dict[str, object]]:
@@ -64,10 +70,17 @@ def ported_to_json(ported: Patch[TensorInfo], output: Path) -> dict[str, object]
     return {"output": str(output), "record": None if ported.record is None else encode(ported.record)}
 
 
-def render_port_plan(plan: PortPlan, out: Path) -> str:
-    """What `port --dry-run` prints, and the first lines of `port`."""
-    lines = [f"port {one_line(plan.patch.name)} by '{plan.method.id}': {plan.method.summary}"]
+def render_port(plan: PortPlan, out: Path, headline: Headline, step: PortStep | None) -> str:
+    """What `port` prints of one patch; with `--dry-run`, without a step."""
+    measured = table(_measured(step)) if step is not None and "agreement" in step.evidence else []
+    facts = [*table(_plan_facts(plan, out)), *measured]
+    notes = [*items("note", plan.notes), *items("refused", plan.refusals)]
+    return "\n".join([*headline_lines(headline), "", *facts, *notes])
+
+
+def _plan_facts(plan: PortPlan, out: Path) -> dict[str, str]:
     rows = {
+        "method": f"{plan.method.id}: {plan.method.summary}",
         "from": f"{plan.source.name} ({plan.source.fingerprint})",
         "to": f"{plan.target.name} ({plan.target.fingerprint})",
         "fit": f"{len(plan.patch.deltas) + len(plan.patch.experts)} modules, every tensor accounted for"
@@ -79,8 +92,8 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         first = plan.patch.record.ports[0].source if plan.patch.record and plan.patch.record.ports else plan.source
         rows["fitted to"] = f"the weights of {first.name} in {scheme}; merging adds back their quantization error"
     if plan.choice is not None:
-        rows["verdict"] = f"{plan.choice.verdict}; {plan.choice.reason}"
-    if "sampled_drift" in plan.evidence:
+        pass  # the reasons say how far the weights drifted
+    elif "sampled_drift" in plan.evidence:
         rows["drift"] = (
             f"{percent(plan.evidence['sampled_drift'], digits=2)} of the patched weights' norm, cosine "
             f"{plan.evidence['sampled_cosine']:.5f} (estimated from samples)"
@@ -91,26 +104,23 @@ def render_port_plan(plan: PortPlan, out: Path) -> str:
         rows["drift"] = "not measured: with --base it is, and later checks of the ported patch count it"
     if plan.tokens is not None:
         gone = list(plan.tokens.gone.values())
-        shown = ", ".join(repr(token) for token in gone[:SHOWN_TOKENS])
-        more = f" and {len(gone) - SHOWN_TOKENS} more" if len(gone) > SHOWN_TOKENS else ""
-        lost = f"{counted(len(gone), 'token')} of the base {'is' if len(gone) == 1 else 'are'} missing: {shown}{more}"
+        are = "is" if len(gone) == 1 else "are"
+        lost = f"{counted(len(gone), 'token')} of the base {are} missing: {shown_tokens(gone)}"
         rows["tokens"] = (
             f"{counted(plan.tokens.n_moved, 'token')} moved to another row; {lost if gone else 'none is missing'}"
         )
     if plan.carried_tokens is not None:
         rows["own tokens"] = _own_tokens(plan.carried_tokens)
-    return "\n".join([*lines, *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
+    return rows
 
 
-def render_measured(step: PortStep) -> list[str]:
-    """What was measured of a ported patch on prompts; nothing where none were read."""
+def _measured(step: PortStep) -> dict[str, str]:
+    """What was measured of a ported patch on prompts."""
     found = step.evidence
-    if "agreement" not in found:
-        return []
     ported, added = (_interval(found, name) for name in ("agreement", "agreement_added"))
     drawn = "drawn " if "prompts_drawn" in found else ""
     rows = {
-        "method": step.method,
+        "ported by": step.method,
         "agreement": f"{ported} of the old specialist's answers; by addition {added}",
         "": f"on {found['prompts_report']:.0f} {drawn}prompts that nothing was fitted or chosen on",
         "divergence": f"{found['divergence']:.4f} nats per token; by addition {found['divergence_added']:.4f}",
@@ -125,7 +135,7 @@ def render_measured(step: PortStep) -> list[str]:
             f"{found['general_nats_ported']:.3f} nats per token; by addition {found['general_nats_added']:.3f}, the "
             f"evolved model {found['general_nats']:.3f}"
         )
-    return table(rows)
+    return rows
 
 
 def _interval(found: Mapping[str, float], name: str) -> str:
@@ -153,6 +163,12 @@ def trained_tokens_lost(plan: PortPlan) -> list[str]:
     return [gone[row] for row in sorted({row for rows in plan.patch.rows.values() for row in rows.rows}) if row in gone]
 
 
+def shown_tokens(tokens: Sequence[str]) -> str:
+    """The first of some tokens, and how many more there are."""
+    more = f" and {len(tokens) - SHOWN_TOKENS} more" if len(tokens) > SHOWN_TOKENS else ""
+    return ", ".join(map(repr, tokens[:SHOWN_TOKENS])) + more
+
+
 def _own_tokens(carried: CarriedTokens) -> str:
     """Where the tokens that only the patch has have gone."""
     parts = []
@@ -166,18 +182,21 @@ def _own_tokens(carried: CarriedTokens) -> str:
     return "; ".join([*parts, f"{carried.n_rows} rows: resize the evolved model to these before PEFT loads the patch"])
 
 
-def port_warnings(plan: PortPlan) -> Iterator[str]:
-    """What to say on stderr: of a patch that changes nothing, and of a method that nothing says holds."""
+def port_warnings(plan: PortPlan, *, judged: bool) -> Iterator[str]:
+    """What to say on stderr: of a patch that changes nothing, of tokens that are lost, and of what may not hold.
+
+    Args:
+        plan: What is to be done.
+        judged: Whether the last is said too; of a single patch, the first line of the result says it.
+    """
     if plan.refusals:
         return
     if plan.nothing is not None:
         yield f"warning: {plan.nothing}"
     if plan.tokens is not None and (lost := trained_tokens_lost(plan)):
-        shown = ", ".join(map(repr, lost[:SHOWN_TOKENS]))
-        more = f" and {len(lost) - SHOWN_TOKENS} more" if len(lost) > SHOWN_TOKENS else ""
         yield (
-            f"warning: {plan.patch.name}: trained rows of {shown}{more} are left out: {plan.target.name} has no such "
-            "tokens. To keep them, add the tokens to its tokenizer, resize it, and port again."
+            f"warning: {plan.patch.name}: trained rows of {shown_tokens(lost)} are left out: {plan.target.name} has no "
+            "such tokens. To keep them, add the tokens to its tokenizer, resize it, and port again."
         )
-    if plan.nothing is None and plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
+    if judged and plan.nothing is None and plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
         yield f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."

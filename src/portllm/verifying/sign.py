@@ -5,7 +5,7 @@ from pathlib import Path
 from portllm.errors import SignatureError
 from portllm.patch.adapter_folder import PatchLike, folder_of
 from portllm.patch.patch import Patch
-from portllm.verifying.signature import SIGNATURE_FILE, Signer, sign_folder
+from portllm.verifying.signature import SIGNATURE_FILE, Signer, require_key_files, sign_folder
 from portllm.verifying.verify import verify
 
 
@@ -31,6 +31,7 @@ def sign(where: PatchLike, signer: Signer, *, signature: str | Path | None = Non
         OutputError: It cannot be written.
         MissingExtraError: The extra `sign` is not installed.
     """
+    require_key_files(signer)
     where = folder_of(where) if isinstance(where, Patch) else where
     verification = verify(where)
     wrong = [check for check in verification.checks if not check.holds]

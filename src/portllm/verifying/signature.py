@@ -140,6 +140,27 @@ class Identity:
 Trust = PublicKey | Roots | Identity
 
 
+def require_key_files(means: Signer | Trust) -> None:
+    """Every key and certificate that is named is a file; what is in it is read when it is used.
+
+    Raises:
+        SignatureError: One is not there.
+    """
+    files: tuple[str | Path, ...] = ()
+    match means:
+        case KeySigner():
+            files = (means.private_key,)
+        case CertificateSigner():
+            files = (means.private_key, means.certificate, *means.chain)
+        case PublicKey():
+            files = (means.file,)
+        case Roots():
+            files = means.files
+    for file in files:
+        if not Path(file).is_file():
+            raise SignatureError(f"'{file}': no such file. {_hint(means)}")
+
+
 def sign_folder(folder: Path, signer: Signer, *, signature: Path, overwrite: bool = False) -> None:
     """Sign every file of a folder but signatures.
 
@@ -193,6 +214,7 @@ def signature_problem(folder: Path, trust: Trust, *, signature: Path | None, req
         MissingExtraError: model-signing is not installed.
     """
     file = folder / SIGNATURE_FILE if signature is None else signature
+    require_key_files(trust)
     model_signing = _load()
     with _translated(f"{trust}: cannot be checked against", hint=_hint(trust)):
         _require_keys(trust)
