@@ -171,6 +171,20 @@ def test_the_model_is_asked_for_only_where_it_matters(tiny, base):
     assert [refusal.where for refusal in plan_export(whole, runtimes()["llamacpp"]).refusals] == ["--base"]
 
 
+def test_only_the_layers_of_the_patch_go_where_the_others_are_not_needed(tiny, base, tmp_path):
+    adapter = tiny("adapter", of=base, layers_to_transform=[1], target_modules=["q_proj"])
+    exported(adapter, "openvino", None, tmp_path / "file")
+    names = load_file(next((tmp_path / "file").glob("*.safetensors")))
+    assert {name.split(".")[4] for name in names} == {"1"}
+
+
+def test_a_model_whose_names_in_mlx_are_not_known_is_refused(tiny, tmp_path):
+    of = models.make_base(tmp_path / "gpt2", kind="gpt2")
+    adapter = models.make_adapter(of, tmp_path / "adapter", target_modules=["c_fc"], fan_in_fan_out=True)
+    with pytest.raises(PlanRefusedError, match="takes no Conv1D"):
+        exported(adapter, "mlx", of, tmp_path / "out")
+
+
 def test_another_base_is_refused(tiny, base, tmp_path):
     patch = portllm.capture(tiny("adapter", of=base), base=base, out=tmp_path / "patch")
     with pytest.raises(PlanRefusedError, match="belongs to"):

@@ -53,6 +53,7 @@ class Runtime:
         holds: What it takes besides the plain deltas of linear modules.
         ranks: The ranks to pad to, ascending; none for any.
         max_rank: The largest rank that it takes; None for any.
+        every_layer: Whether each module must be in every layer, as zeros where the patch has none.
         together: Modules that must all be there where one of them is.
     """
 
@@ -66,6 +67,7 @@ class Runtime:
     holds: frozenset[Part] = frozenset()
     ranks: tuple[int, ...] = ()
     max_rank: int | None = None
+    every_layer: bool = False
     together: tuple[tuple[str, ...], ...] = ()
 
     def rank_for(self, rank: int) -> int | None:
