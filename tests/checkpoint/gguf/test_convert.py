@@ -255,7 +255,7 @@ REFUSED_METADATA = {
     "heads that do not group": ({"llama.attention.head_count_kv": 3}, "4 query heads, 3 key heads"),
     "odd heads": ({"llama.attention.key_length": 7}, "of 7 rows"),
     "another width": ({"llama.embedding_length": 34}, "(267, 32); its metadata implies (vocab=267, hidden=34)"),
-    "values of another size": ({"llama.attention.value_length": 16}, "(24, 32); its metadata implies (value=32"),
+    "values of another size": ({"llama.attention.value_length": 16}, "value_length' is 16"),
     "more layers than tensors": ({"llama.block_count": 2**31}, "'llama.block_count' is 2147483648"),
     "one of several parts": ({"split.count": 3}, "is one of several parts"),
     "partial rotary embedding": ({"llama.rope.dimension_count": 4}, "rope.dimension_count' is 4"),

@@ -160,8 +160,8 @@ class Checkpoint:
             if self.family is None:
                 break
             conversion = self.family.conversion_of(name) or self.family.conversion_of(stored)
-            # Experts that are stacked are the same numbers in another place: see `experts`.
-            if conversion is not None and not conversion.merges_experts:
+            # Experts that are stacked or transposed are the same numbers in another place: see `experts`.
+            if conversion is not None and not conversion.keeps_values:
                 found |= dict.fromkeys(conversion.made(name), stored)
         return found
 
@@ -348,9 +348,15 @@ class Checkpoint:
         return None if self.family is None else self.family.is_transposed(module)
 
     def has_transposed_experts(self, name: str) -> bool:
-        """Whether a tensor of all experts has their weights as (d_in, d_out)."""
+        """Whether a tensor of all experts has their weights as (d_in, d_out), in the file."""
         end = ".".join(name.split(".")[-2:])
-        return self.family is not None and self.family.parameters.get(end, False)
+        if self.family is None:
+            return False
+        axis, stored, embedding = self.family.widths.get(end), self.stored(name), self.embedding
+        is_swapped = False
+        if axis is not None and stored is not None and embedding is not None:
+            is_swapped = stored.shape[axis] != embedding.shape[1]
+        return self.family.parameters.get(end, False) != is_swapped
 
     def why_converted(self, name: str) -> str | None:
         """Why a change of what the running model calls so has no place in the file; None where it has one."""
@@ -358,8 +364,8 @@ class Checkpoint:
         if stored is None:
             return None
         return (
-            f"transformers makes it of '{stored}' when it loads {self.name}, by more than a new name, and that cannot "
-            "be undone for the change. Save the model with save_pretrained(save_original_format=False) and use that."
+            f"transformers makes it of '{stored}' when it loads {self.name}, by more than a new name, and the change "
+            "is not converted back here. Save the model with save_pretrained(save_original_format=False) and use that."
         )
 
     @property
