@@ -144,15 +144,15 @@ def _read_sizes(file: GGUFFile, name: str) -> dict[str, int]:
     hidden, heads = size("embedding_length"), size("attention.head_count")
     key_heads = size("attention.head_count_kv", heads)
     head = size("attention.key_length", max(1, hidden // heads))
-    if (value_head := size("attention.value_length", head)) != head:
-        raise file.refuse(
-            f"its metadata '{name}.attention.value_length' is {value_head}; only the size of a key head, {head}, is "
-            "supported."
-        )
     if heads % key_heads or head % 2:
         raise file.refuse(
             f"it has {heads} query heads, {key_heads} key heads of {head} rows and a width of {hidden}; query heads "
             "must be a multiple of the key heads and have an even number of rows."
+        )
+    if (value_head := size("attention.value_length", head)) != head:
+        raise file.refuse(
+            f"its metadata '{name}.attention.value_length' is {value_head}; only the size of a key head, {head}, is "
+            "supported."
         )
     n_tokens = file.length("tokenizer.ggml.tokens")
     vocab = size("vocab_size", n_tokens)
