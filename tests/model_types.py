@@ -201,7 +201,7 @@ class Sweep:
         logits(self.model)
         for hook in hooks:
             hook.remove()
-        names = [name for name in dict.fromkeys(found) if name.rpartition(".")[2] not in self._barred()]
+        names = [name for name in dict.fromkeys(found) if not {*name.split(".")} & {*self._barred()}]
         some = [name for name in names if name.rpartition(".")[2] in ("q_proj", "v_proj")]
         return [*some, *(name for name in names if name not in some)]
 

@@ -249,6 +249,15 @@ class Checkpoint:
         found = self.stored(name)
         return self.tied_embedding or found if self.is_head(name) else found
 
+    def is_running(self, module: str) -> bool:
+        """Whether a class that the model is loaded into has a module of this very name, or the model without a head."""
+        if f"{module}{WEIGHT}" in self._head_names:
+            return True
+        return any(
+            module in known or f"{family.prefix}.{module}" in known
+            for family, known in zip(self._families, self._spoken, strict=True)
+        )
+
     def is_head(self, name: str) -> bool:
         """Whether a name means the output head, in whichever of the model's classes."""
         return name in self._head_names or self.current_name(name) == self.head_name
@@ -298,7 +307,7 @@ class Checkpoint:
         """
         if self.family is not None and self.family.ties is None:
             return None
-        says = self._says_tied
+        says = self.says_tied
         if self.embedding is None or self.head is None:
             return None if says is False and self.family is not None else self.embedding
         default = self.family is not None and self.family.ties is not None and self.family.ties.default
@@ -411,7 +420,7 @@ class Checkpoint:
         return changes
 
     @property
-    def _says_tied(self) -> bool | None:
+    def says_tied(self) -> bool | None:
         """What the configuration says; models of vision and text may say it in the part about text."""
         if self.family is not None:
             return self.family.says_tied(self.config)

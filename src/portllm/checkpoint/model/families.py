@@ -218,10 +218,9 @@ class Family:
         said = [_value(inner, f"{part}.tie_word_embeddings".lstrip(".")) for part in parts]
         return None if all(value is None for value in said) else any(value is True for value in said)
 
-    @property
-    def shares_embedding(self) -> bool:
-        """Whether a tensor that is no head is one with the embedding."""
-        return any(self.embedding in pair for pair in self.same.items())
+    def shares(self, name: str | None) -> bool:
+        """Whether a tensor is one with another that is not head or embedding."""
+        return any(name in pair for pair in self.same.items())
 
     def conversion_of(self, name: str) -> Conversion | None:
         """What transformers makes of a tensor of this current name; None where it takes it as it is.
