@@ -208,6 +208,7 @@ class Sweep:
     def _barred(self) -> tuple[str, ...]:
         """What PEFT does not adapt: in models of state spaces, and what it saves whole for a task."""
         has_mamba = any("mamba" in type(module).__name__.lower() for module in self.model.modules())
+        has_mamba |= self.family.id == "falcon_h1"
         saved = {"TOKEN_CLS": ("classifier", "score")}.get(self.task, ())
         return (*saved, "out_proj") if has_mamba else saved
 
