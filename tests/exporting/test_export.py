@@ -162,6 +162,20 @@ def test_peft_gets_what_only_peft_takes(tiny, tmp_path):
     assert torch.equal(found, models.logits(models.load_tuned(of, adapter)))
 
 
+@pytest.mark.filterwarnings("ignore")  # peft warns of an embedding that it saves
+def test_added_tokens_are_no_wrong_shape(tiny, tmp_path):
+    of = tiny("base", tied=False, dtype=torch.float32)
+    wide = models.resized(of, models.VOCABULARY + 2)
+    adapter, _ = models.adapter_of(wide, tmp_path / "a", modules_to_save=["embed_tokens", "lm_head"])
+    entries = [{"id": models.VOCABULARY + number, "content": token} for number, token in enumerate("ab")]
+    (adapter / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"t": 0}}, "added_tokens": entries}))
+    patch = portllm.capture(adapter, base=of, out=tmp_path / "patch")
+    exported(patch, "peft", of, tmp_path / "out")
+    with pytest.raises(PlanRefusedError, match="takes no whole modules") as refused:
+        exported(patch, "vllm", of, tmp_path / "other")
+    assert "shapes must be equal" not in str(refused.value)
+
+
 def test_the_model_is_asked_for_only_where_it_matters(tiny, base):
     takes = runtimes()["mistralrs"]
     whole = load_patch(tiny("adapter", of=base))

@@ -18,6 +18,7 @@ from portllm.matching.added_tokens import added_tokens, height_of, own_rows, une
 from portllm.matching.base_copies import HeldCopies, hold_copies
 from portllm.matching.compatibility import mismatches
 from portllm.matching.own_values import own_values, without
+from portllm.matching.spelling import as_running
 from portllm.methods.values import Values
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
@@ -189,6 +190,7 @@ def _write(
     added: Mapping[str, int],
     card: LocalFile | None,
 ) -> None:
+    patch = as_running(patch, base)
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
     record = PatchRecord(

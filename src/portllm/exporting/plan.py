@@ -15,6 +15,7 @@ from portllm.checkpoint.tensor.info import TensorInfo, float_dtype
 from portllm.errors import Refusal
 from portllm.files.record import encode
 from portllm.files.source import Source
+from portllm.matching.added_tokens import height_of
 from portllm.matching.compatibility import base_mismatch, changes_on, mismatches, oriented, same_in
 from portllm.patch.adapter_config import ALL_LINEAR, HEAD_NAMES
 from portllm.patch.adapter_folder import digest_tensors, files_of
@@ -137,7 +138,9 @@ def plan_export(
     refusals: list[Refusal] = []
     if base is not None:
         patch = oriented(patch, base)
-        refusals += mismatches(patch, base)
+        # Rows of added tokens have no place in a file of the model; PEFT loads them on a base that is resized for them.
+        n_rows = None if runtime.form is Form.GGUF_MODEL else height_of(patch, base)
+        refusals += mismatches(patch, base, n_rows=n_rows)
         refusals += _of_other_base(patch, runtime, base, allow_other_base=allow_other_base)
     refusals += _unheld(patch, runtime, base)
     slots: tuple[Slot, ...] = ()

@@ -5,6 +5,7 @@ tensor of the file is accounted for: it becomes part of a delta, or the folder i
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -337,6 +338,12 @@ def _require_files(path: Path, name: str) -> None:
             f"'{name}': contains {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, "
             'convert it once: python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path / PICKLE_FILE}', weights_only=True), '{path / TENSOR_FILE}')\"."
+        )
+    if (shard := min(fnmatch.filter(there, "adapter_model-*.safetensors"), default=None)) is not None:
+        raise AdapterFormatError(
+            f"'{name}': its tensors are in several files, such as {shard}, of which PEFT loads none. Join them: "
+            f'python -c "import glob, safetensors.torch as s; s.save_file({{k: v for f in '
+            f"glob.glob('{path}/adapter_model-*') for k, v in s.load_file(f).items()}}, '{path / TENSOR_FILE}')\"."
         )
     raise AdapterFormatError(f"'{name}': has {CONFIG_FILE} but no {TENSOR_FILE}. Copy the whole folder.")
 

@@ -17,6 +17,7 @@ from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.kept_results import versions
 from portllm.files.output_folder import check_apart, check_free, resumable_folder
 from portllm.matching.port_plan import PortPlan
+from portllm.matching.spelling import as_running
 from portllm.matching.update import Update
 from portllm.methods.contract import Need, Ported
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
@@ -130,7 +131,7 @@ def run_port(
         ported = plan.method.port(*gather(plan, domain, unfinished))
         if unfinished is not None:
             unfinished.clear()
-        with settled(with_own(plan, ported.patch), folder) as patch:
+        with settled(as_running(with_own(plan, ported.patch), plan.evolved), folder) as patch:
             for name, text in plan.beside.texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
