@@ -15,6 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes, each 
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'make runtime-NAME   a runtime in an environment of its own, where prove finds it: mistralrs, llamacpp, mlx, vllm'
 
 demo: $(LIVE) ## the whole story on a small real model, offline, on a CPU
 	@$(BIN)/portllm demo
@@ -27,6 +28,9 @@ check: format lint types layers docs tests plain ## the gate: format, lint, type
 bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside its peers (an hour; BENCH=--record)
 	@$(BIN)/python -m bench.cost
 	@$(BIN)/python -m bench.speed $(BENCH)
+
+runtime-%: $(LIVE)
+	@$(BIN)/python scripts/install_runtime.py $*
 
 PAGES := build/pages
 PAGE_FILES := README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE NOTICE docs examples studies \

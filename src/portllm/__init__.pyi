@@ -1,6 +1,7 @@
 # What `import portllm` offers, and where each name lives: the one list of it, for type checkers and for the program.
 
 # The verbs.
+from .applying.apply import apply as apply
 from .capturing.capture import capture as capture
 from .certifying.certificate import read_certificate as read_certificate
 from .certifying.certify import certify as certify
@@ -16,6 +17,7 @@ from .merging.merge import merge as merge, merge_each as merge_each
 from .patch.adapter_folder import load_patch as load_patch
 from .porting.port import port as port, port_each as port_each
 from .probing.check import check as check
+from .proving.prove import prove as prove
 from .running.data import read_data as read_data
 from .running.examples import read_examples as read_examples
 from .study.run import run_study as run_study, study_results as study_results, study_status as study_status
@@ -38,6 +40,7 @@ from .patch.patch import Patch as Patch
 from .patch.record import FittedTo as FittedTo
 from .probing.settings import TextSettings as TextSettings
 from .progress import Progress as Progress
+from .proving.prove import Endpoint as Endpoint
 from .running.data import Data as Data
 from .running.examples import Example as Example, ExampleFormat as ExampleFormat
 from .training.settings import TrainSettings as TrainSettings
@@ -52,6 +55,7 @@ from .verifying.signature import (
 )
 
 # What they give.
+from .applying.apply import Applied as Applied
 from .capturing.tuned import TunedReport as TunedReport
 from .certifying.certificate import Certificate as Certificate
 from .checking.report import CheckReport as CheckReport, PatchReport as PatchReport
@@ -63,6 +67,7 @@ from .exporting.export import Exported as Exported
 from .fleets.plan import FleetRow as FleetRow
 from .inspecting.inspect import CheckpointSummary as CheckpointSummary, PatchSummary as PatchSummary
 from .merging.manifest import MergeReport as MergeReport
+from .proving.proof import Proof as Proof
 from .study.results.table import StudyResults as StudyResults
 from .study.run import StudyStatus as StudyStatus
 from .training.settings import TrainReport as TrainReport
@@ -95,6 +100,7 @@ from .errors import (
     PortLLMError as PortLLMError,
     Refusal as Refusal,
     RemoteError as RemoteError,
+    RuntimeFailedError as RuntimeFailedError,
     SignatureError as SignatureError,
     StorageError as StorageError,
     StudyFileError as StudyFileError,

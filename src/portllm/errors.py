@@ -28,6 +28,7 @@
       StudyStepError         a step of a study failed on a worker
       WorkersError           no worker of a fleet or a study can be started
       StorageError           a place that is reached by URL cannot be read or written
+      RuntimeFailedError     a runtime that serves models cannot be started, ends, or gives no log-probabilities
       DataError              rows of a data file do not fit the task
       MissingExtraError      an optional dependency is not installed
 
@@ -153,6 +154,10 @@ class StorageError(PortLLMError):
     def __init__(self, message: str, *, can_pass: bool) -> None:
         super().__init__(message)
         self.can_pass = can_pass
+
+
+class RuntimeFailedError(PortLLMError):
+    """A runtime cannot be started, has ended, or does not give what is asked of it."""
 
 
 class DataError(PortLLMError):

@@ -13,7 +13,7 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import staged_folder
-from portllm.matching.added_tokens import added_tokens, height_of, own_rows, unexplained, with_own_rows
+from portllm.matching.added_tokens import added_tokens, height_of, own_rows, unexplained, unplaced, with_own_rows
 from portllm.matching.base_copies import HeldCopies, hold_copies
 from portllm.matching.compatibility import mismatches
 from portllm.matching.own_values import own_values, without
@@ -79,6 +79,7 @@ def plan_capture(
         *held.refusals,
         *uncopyable(adapter.beside),
         *unexplained(held.patch, base, added),
+        *unplaced(held.patch),
         *mismatches(without(held.patch, own), base, n_rows=height),
         *unconvertible(adapter, base, initial),
     ]
@@ -161,7 +162,7 @@ def run_capture(
         require_equal(plan.taken, progress=progress)
         with staged_folder(out, overwrite=overwrite, inputs=files) as folder:
             kept: Patch[Values] = plan.patch.mapped(StoredValues)
-            with settled(with_own_rows(kept, own_rows(plan.patch, base), stacked), folder) as patch:
+            with settled(with_own_rows(kept, own_rows(plan.patch, base), stacked, base), folder) as patch:
                 _write(folder, patch, base, Capture(method, dict(settings or {}), plan.fitted_to), plan.added)
         return load_patch(out)
     from portllm.capturing.initial import convert  # loads torch, which few adapters need

@@ -29,6 +29,7 @@ from portllm.cli.fleet import fleet
 from portllm.cli.inspect import inspect
 from portllm.cli.merge import merge
 from portllm.cli.port import port
+from portllm.cli.prove import prove
 from portllm.cli.sign import sign
 from portllm.cli.study import study
 from portllm.cli.terminal import let_go, say
@@ -85,6 +86,7 @@ for command in (
     evaluate,
     certify,
     export,
+    prove,
     verify,
     sign,
     fleet,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from blake3 import blake3
 from torch import Tensor
 
@@ -90,7 +91,12 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else {}
     ranks = {name: delta.rank for name, delta in factors.items()}
     config = AdapterConfig(canonical_config(ranks, fields={**fields, **plan.agreed.config}))
-    rows = {name: RowValues(spool.add(name, found.values), found.rows) for name, found in plan.agreed.values().items()}
+    rows = {
+        name: RowValues(
+            spool.add(name, torch.stack([load(info)[place] for info, place in found.values()]).float()), tuple(found)
+        )
+        for name, found in plan.agreed.rows.items()
+    }
     patch = Patch("combined", factors, config, None, rows=rows, beside=plan.agreed.files)
     first = _record_of(plan.patches[0])
     base = first.base

@@ -107,7 +107,7 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int 
 
 
 def _resized(tensor: TensorInfo, checkpoint: Checkpoint, n_rows: int | None) -> TensorInfo:
-    if n_rows is None or not (tensor is checkpoint.embedding or tensor is checkpoint.head):
+    if n_rows is None or not checkpoint.is_by_token(tensor):
         return tensor
     return replace(tensor, shape=(n_rows, *tensor.shape[1:]))
 
@@ -232,6 +232,8 @@ class _Named:
         self.tensors = checkpoint.running([*named, *patch.experts])
         modules = [*self._matrices(), *patch.deltas]
         self.targets = {*config.targets(modules), *(m for m in modules if "weight" in config.parameters_of(m))}
+        if config.means_all_linear:  # but for the head, which PEFT knows from the model
+            self.targets -= {module for module in modules if checkpoint.is_head(module + WEIGHT)}
         if self._ties_head_to(self.targets):
             self.targets.add(checkpoint.head_module)
 
@@ -244,8 +246,10 @@ class _Named:
 
     def saves(self, tensor: str) -> bool:
         """Whether it names a tensor as one that is saved whole."""
-        is_head = tensor == self.checkpoint.head_name and self.tied is not None and self.config.keeps_ties
-        return self.config.saves(tensor) or (is_head and self.tied is not None and self.config.saves(self.tied.name))
+        is_twin = (
+            self.config.keeps_ties("modules_to_save") and self.tied is not None and self.checkpoint.is_head(tensor)
+        )
+        return self.config.saves(tensor) or (is_twin and self.tied is not None and self.config.saves(self.tied.name))
 
     def trains_bias(self, tensor: str, info: TensorInfo) -> bool:
         """Whether it names a tensor as a bias that is trained."""
@@ -266,7 +270,7 @@ class _Named:
         return [name for name in names if not (self.tied is not None and twins and name == head)]
 
     def _ties_head_to(self, modules: Collection[str]) -> bool:
-        if not self.config.keeps_ties or self.tied is None:
+        if not self.config.keeps_ties("target_modules") or self.tied is None:
             return False
         return any(self.checkpoint.tensor(module + WEIGHT) is self.tied for module in modules)
 
@@ -281,19 +285,23 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
                 "ignore them. Add it to target_modules, or remove the tensors.",
             )
     for name in patch.values:
-        if named.checkpoint.current_name(name) == named.checkpoint.head_name and not named.saves(name):
+        if named.checkpoint.is_head(name) and not named.saves(name):
             yield Refusal(
                 name,
                 "the patch has a value for it because it was tied to the embedding, and ensure_weight_tying is "
-                f"set; in {named.checkpoint.name} it is not tied. Add lm_head to modules_to_save.",
+                f"set; in {named.checkpoint.name} it is not tied. Add {named.checkpoint.head_module} to "
+                "modules_to_save.",
             )
     for name in patch.rows:
         module = name.removesuffix(WEIGHT)
         is_input = named.checkpoint.stored(name) is named.checkpoint.embedding
-        if not (is_input or isinstance(patch.config.fields.get("trainable_token_indices"), dict)):
+        tokens = patch.config.fields.get("trainable_token_indices")
+        is_named = isinstance(tokens, dict) and any(f".{module}".endswith(f".{key}") for key in tokens)
+        if not (is_named or (is_input and not isinstance(tokens, dict))):
             yield Refusal(
                 module,
-                "the patch has token rows for it, and trainable_token_indices without a name means the embedding.",
+                "the patch has token rows for it, but trainable_token_indices does not name it (without a name, it "
+                "means the embedding), so PEFT would ignore them.",
             )
 
 

@@ -247,10 +247,15 @@ class Checkpoint:
     def tensor(self, name: str) -> TensorInfo | None:
         """The tensor that a patch means by a name; a tied head is the embedding, stored or not."""
         found = self.stored(name)
-        is_head = (
-            name == HEAD or self.current_name(name) == self.head_name or (found is not None and found is self.head)
-        )
-        return self.tied_embedding or found if is_head else found
+        return self.tied_embedding or found if self.is_head(name) else found
+
+    def is_head(self, name: str) -> bool:
+        """Whether a name means the output head, in whichever of the model's classes."""
+        return name in self._head_names or self.current_name(name) == self.head_name
+
+    @cached_property
+    def _head_names(self) -> frozenset[str]:
+        return frozenset(family.head for family in self._families if family.head is not None) or frozenset({HEAD})
 
     @cached_property
     def embedding(self) -> TensorInfo | None:
@@ -258,6 +263,11 @@ class Checkpoint:
         if self.family is not None:
             return None if self.family.embedding is None else self.stored(self.family.embedding)
         return next((info for name, info in self.infos.items() if name.endswith(EMBEDDING_SUFFIX)), None)
+
+    def is_by_token(self, tensor: TensorInfo | None) -> bool:
+        """Whether a tensor has a row for each token: embedding, head, or the head's bias."""
+        bias = self.stored(f"{self.head_module}.bias")
+        return tensor is not None and any(tensor is other for other in (self.embedding, self.head, bias))
 
     @property
     def head_name(self) -> str:

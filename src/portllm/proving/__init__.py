@@ -1,0 +1,1 @@
+"""Whether a served patch does what it does here: measured in the real runtime."""

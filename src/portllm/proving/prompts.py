@@ -1,0 +1,28 @@
+"""What is asked where the user has no prompts: beginnings of texts of many kinds, in which most patches show."""
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a",
+    "def fibonacci(n):\n    if n",
+    "Question: What is the boiling point of water at sea level?\nAnswer:",
+    "Review: a dull and lifeless film.\nSentiment:",
+    "Dear customer,\n\nThank you for your",
+    "The patient was admitted with a fever and",
+    "In 1969, astronauts first",
+    '{"name": "Ada", "age":',
+    "Translate to French: The cat sleeps on the chair.\nFrench:",
+    "To make bread, first mix the flour with",
+    "SELECT name FROM users WHERE",
+    "The main difference between plants and animals is that",
+    "User: How can I sleep better at night?\nAssistant:",
+    "The company reported a quarterly profit of",
+    "1, 1, 2, 3, 5, 8,",
+    "Summary: The court ruled that the contract was",
+    "If all cats are mammals and Tom is a cat, then",
+    "import numpy as np\n\nx = np.",
+    "The weather tomorrow will be",
+    "Title: A Study of the Effects of Sleep on",
+    "He opened the door slowly, and behind it he saw",
+    "Subject: Meeting on Monday\n\nHi team,",
+    "The sum of 17 and 25 is",
+)
