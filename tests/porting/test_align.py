@@ -161,7 +161,7 @@ def test_a_run_that_is_interrupted_goes_on_from_the_layer_it_had_reached_to_the_
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (story["folder"] / name).read_bytes()
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
-        ["out", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
+        ["out", "README.md", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
     )
 
 

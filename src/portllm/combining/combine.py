@@ -21,6 +21,7 @@ from portllm.files.record import encode
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.capture import Captured
+from portllm.patch.card import write_patch_card
 from portllm.patch.combine import concatenate, rerank, select
 from portllm.patch.delta import LowRankDelta, RowValues
 from portllm.patch.new_adapter import canonical_config
@@ -67,7 +68,9 @@ def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progre
     with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder, one_thread():
         with Spool(folder / SPOOL_FILE) as spool:
             report = _combine(plan, folder, spool, progress)
-        return replace(report, record=write_record(folder, report.record))
+        record = write_record(folder, report.record)
+        write_patch_card(folder, load_patch(folder), record, own=None)
+        return replace(report, record=record)
 
 
 def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) -> CombineReport:

@@ -107,8 +107,11 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int 
 
 
 def _resized(tensor: TensorInfo, checkpoint: Checkpoint, n_rows: int | None) -> TensorInfo:
+    embedding = checkpoint.embedding
     if n_rows is None or not checkpoint.is_by_token(tensor):
         return tensor
+    if embedding is not None and n_rows <= embedding.shape[0]:
+        return tensor  # a head may have fewer rows than the embedding
     return replace(tensor, shape=(n_rows, *tensor.shape[1:]))
 
 
@@ -166,7 +169,11 @@ def _unknown(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> s
 def _not_as_trained(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
     """Why no weights give what PEFT computes with a change of embedding or head; None where there are such weights."""
     tensor, family = checkpoint.tensor(name), checkpoint.family
-    if tensor is None or family is None or tensor not in (checkpoint.embedding, checkpoint.head):
+    if tensor is None or family is None:
+        return None
+    if name.endswith(WEIGHT) and family.shares(checkpoint.current_name(name)) and checkpoint.says_tied is not False:
+        return _SHARED.format(checkpoint.name)
+    if tensor not in (checkpoint.embedding, checkpoint.head):
         return None
     is_added = isinstance(change, RowValues) or (isinstance(change, LowRankDelta) and change.is_embedding)
     if tensor is checkpoint.embedding and is_added and not family.looks_up:
@@ -175,12 +182,15 @@ def _not_as_trained(name: str, change: Change[TensorInfo], checkpoint: Checkpoin
             "no change of the matrix has the same effect. Save the whole embedding instead (modules_to_save)."
         )
     is_of_three = family.ties is not None and not family.ties.alone and checkpoint.tied_embedding is not None
-    if is_of_three or (tensor is checkpoint.embedding and family.shares_embedding):
-        return (
-            f"in {checkpoint.name} other matrices than head and embedding are the same one, and PEFT changes only one "
-            "of them: no stored matrix has the same effect. Train the adapter without it."
-        )
+    if is_of_three or (tensor is checkpoint.embedding and family.shares(family.embedding)):
+        return _SHARED.format(checkpoint.name)
     return None
+
+
+_SHARED = (
+    "in {} other matrices than head and embedding are the same one, and PEFT changes only one of them: no stored "
+    "matrix has the same effect. Train the adapter without it."
+)
 
 
 def _kind(change: Change[TensorInfo]) -> str:

@@ -94,9 +94,12 @@ class AdapterConfig:
             >>> config.scale_of("h.0.q"), config.scale_of("h.1.q")
             (2.0, 0.5)
         """
-        rank = self.rank_of(module)
-        alpha = cast(float, _by_pattern(self._mapping("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.fields.get("use_rslora") else alpha / rank
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha that the configuration gives a module."""
+        return cast(float, _by_pattern(self._mapping("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
 
     @property
     def changed_base(self) -> str | None:

@@ -311,7 +311,8 @@ def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: Adap
 def _factor_problems(module: str, a: TensorInfo, b: TensorInfo, config: AdapterConfig) -> Iterator[str]:
     for info in (a, b):
         if len(info.shape) != 2:
-            yield f"tensor '{info.name}' has shape {info.shape}, expected two axes"
+            more = "; factors of a convolution are not supported" if len(info.shape) > 2 else ""
+            yield f"tensor '{info.name}' has shape {info.shape}, expected two axes{more}"
             return
     if a.shape[0] != b.shape[1]:
         yield f"module '{module}': lora_A has rank {a.shape[0]}, but lora_B has rank {b.shape[1]}"
