@@ -459,8 +459,8 @@ def base_mismatch(
     yield Refusal(
         option,
         f"{given.name} has the fingerprint {given.fingerprint}, but patch '{patch.name}' belongs to "
-        f"{belongs.name} ({belongs.fingerprint}). Pass that model, port the patch with 'portllm port', or pass "
-        "--allow-other-base if this is "
+        f"{belongs.name} ({belongs.fingerprint}). Pass that model, port the patch (portllm port {patch.name} "
+        f"--evolved {given.name} -o PORTED), or pass --allow-other-base if this is "
         f"intended.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
 

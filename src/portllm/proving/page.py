@@ -6,9 +6,9 @@ from portllm.proving.tables import proof_facts
 from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, bars
-from portllm.show.html.figure import facts, figure
+from portllm.show.html.figure import facts, figure, folded
 from portllm.show.html.markup import Html
-from portllm.show.html.page import about, document, fragment, paragraph, section
+from portllm.show.html.page import document, fragment, paragraph, section
 
 
 def prove_page(proof: Proof, headline: Headline) -> str:
@@ -26,12 +26,12 @@ def prove_page(proof: Proof, headline: Headline) -> str:
     ]
     said = f"{len(changed)} of {len(proof.prompts)} prompts, with the likeliest token after each."
     parts = [
-        about({name: known[name] for name in ("base", "patch", "served")}),
         _distances(proof),
-        section("In numbers", facts(known)),
         section("Where the next token differs", paragraph(said, quiet=True), answered_rows(changed)),
+        folded("All numbers", facts(known)),
     ]
-    return document(f"portllm prove: {proof.patch} in {proof.runtime}", headline, parts)
+    told = {name: known[name] for name in ("base", "patch", "served")}
+    return document(f"{proof.patch} in {proof.runtime}", headline, parts, about=told)
 
 
 def notebook(proof: Proof) -> str:
