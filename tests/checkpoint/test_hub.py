@@ -245,6 +245,7 @@ def test_a_merge_into_a_model_of_the_hub_is_the_merge_into_the_model_on_disk(hub
     mine, other = contents(tmp_path / "from-hub"), contents(tmp_path / "from-disk")
     manifest = json.loads(mine.pop("portllm.json"))
     assert other.pop("portllm.json")
+    assert mine.pop("README.md") != other.pop("README.md")  # only the one names a base of the Hub
     assert mine == other
     assert (report.output.fingerprint, report.output.digest) == (expected.output.fingerprint, expected.output.digest)
     assert (report.into.digest, report.into.revision) == (expected.into.digest, COMMIT)

@@ -13,7 +13,8 @@ def test_the_commands_are_listed_in_the_order_in_which_a_patch_goes_through_them
     program = find_program()
     listed = program.list_commands(open_context(program, "portllm"))
     assert " ".join(listed) == (
-        "demo inspect train capture check port merge combine evaluate certify export verify sign fleet doctor study"
+        "demo inspect train capture check port merge combine evaluate certify export prove verify sign fleet doctor "
+        "study"
     )
     assert set(RESUMED) <= set(listed)
 

@@ -38,7 +38,7 @@ def test_a_patch_keeps_them_and_its_record_vouches_for_them(made, tmp_path):
     patch = capture_adapter(load_patch(adapter), base=open_checkpoint(base), out=tmp_path / "patch")
     assert {"tokenizer.json", "chat_template.jinja"} <= set(patch.record.files)
     assert verify(tmp_path / "patch").verified
-    assert verify(tmp_path / "patch").notes == ()
+    assert verify(tmp_path / "patch").notes == ("not covered by the record: README.md",)
     (tmp_path / "patch" / "chat_template.jinja").write_text("another")
     assert not verify(tmp_path / "patch").verified
 

@@ -44,7 +44,7 @@ def test_a_value_head_goes_with_the_patch_into_port_and_merge(made, tiny, tmp_pa
     for name in ("patch", "ported", "merged"):
         assert (tmp_path / name / FILE).read_bytes() == head
         assert verify(tmp_path / name).verified
-        assert verify(tmp_path / name).notes == ()
+        assert verify(tmp_path / name).notes == ("not covered by the record: README.md",)
     assert any(FILE in note for note in plan_merge(patch, into=open_checkpoint(base)).notes)
     (tmp_path / "merged" / FILE).write_bytes(b"another")
     assert not verify(tmp_path / "merged").verified

@@ -53,7 +53,7 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Verify digests, schema, base identity and signature; and whether a merge, by any tool, holds a patch.
+    """Verify digests and signature, or that a merge holds a patch.
 
     With --patch and --base, every tensor of the model is compared with what merging the patch gives: exactly, to
     rounding, in part or not at all, and which tensors are wrong.
