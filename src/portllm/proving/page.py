@@ -1,14 +1,16 @@
 """A proof as a page. Pure."""
 
+from collections.abc import Iterator
+
 from portllm.proving.decision import decide, nats
 from portllm.proving.proof import Proof
 from portllm.proving.tables import proof_facts
 from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, bars
-from portllm.show.html.figure import facts, figure
+from portllm.show.html.figure import facts, figure, folded
 from portllm.show.html.markup import Html
-from portllm.show.html.page import about, document, fragment, paragraph, section
+from portllm.show.html.page import Tile, document, fragment, paragraph, section
 
 
 def prove_page(proof: Proof, headline: Headline) -> str:
@@ -19,6 +21,7 @@ def prove_page(proof: Proof, headline: Headline) -> str:
         headline: What follows from it, as from `decide`.
     """
     known = proof_facts(proof)
+    about = {name: known[name] for name in ("base", "patch", "served")}
     changed = [
         AnsweredRow(number, each.prompt, {"base": each.base, "patch": each.patch, "expected": each.expected})
         for number, each in enumerate(proof.prompts, start=1)
@@ -26,17 +29,31 @@ def prove_page(proof: Proof, headline: Headline) -> str:
     ]
     said = f"{len(changed)} of {len(proof.prompts)} prompts, with the likeliest token after each."
     parts = [
-        about({name: known[name] for name in ("base", "patch", "served")}),
         _distances(proof),
-        section("In numbers", facts(known)),
         section("Where the next token differs", paragraph(said, quiet=True), answered_rows(changed)),
+        folded("All numbers", facts(known)),
     ]
-    return document(f"portllm prove: {proof.patch} in {proof.runtime}", headline, parts)
+    return document(f"{proof.patch} in {proof.runtime}", headline, parts, about=about, tiles=list(_tiles(proof)))
 
 
 def notebook(proof: Proof) -> str:
     """What a notebook shows."""
     return fragment(decide(proof), facts(proof_facts(proof)))
+
+
+def _tiles(proof: Proof) -> Iterator[Tile]:
+    passes = proof.error <= proof.tolerance
+    yield Tile(
+        "served patch off by",
+        nats(proof.error),
+        f"up to {nats(proof.tolerance)} passes",
+        "good" if passes else "bad",
+        "passes" if passes else "too far",
+    )
+    yield Tile("bare base off by", nats(proof.noise), "what the two runtimes differ by anyway")
+    yield Tile("effect that arrives", f"{100 * proof.gain:.3g} %", f"of {nats(proof.effect)}")
+    same = f"{proof.agreeing} of {len(proof.prompts)}"
+    yield Tile("same next token as here", same, f"{proof.changed} changed by the patch, {proof.changed_here} here")
 
 
 def _distances(proof: Proof) -> Html:
