@@ -39,6 +39,7 @@ PAGE_FILES := README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE NOTICE 
 site: $(SITE) ## the pages of docs/ as a site in site/, with nothing in them that leads nowhere
 	@rm -rf $(PAGES) && mkdir -p $(PAGES)
 	@tar -c --exclude=studies/work $(PAGE_FILES) | tar -x -C $(PAGES)
+	@$(BIN)/python scripts/site_terms.py > build/terms.md
 	@PATH=$(BIN):$$PATH NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'open site/index.html'
 

@@ -7,6 +7,8 @@ Beside it lie `base-v1` and `base-v2`, a base and the next version of it, `adapt
 import shutil
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
+
 import portllm
 
 # A patch: of an adapter that is there, of a tuned model, or trained.
@@ -69,6 +71,15 @@ for place, done in portllm.merge_each({"one": ported, "other": refreshed}, into=
 shutil.copytree("base-v2", "copy")
 portllm.merge_in_place(ported, "copy")
 print(portllm.undo_merge("copy"))
+
+# On a model in memory, and off again.
+model = AutoModelForCausalLM.from_pretrained("base-v1", dtype="auto")
+with portllm.apply(model, patch) as applied:
+    print(applied.is_on)
+evolved_model = AutoModelForCausalLM.from_pretrained("base-v2", dtype="auto")
+applied = portllm.apply(evolved_model, ported)
+applied.swap(refreshed)
+applied.off()
 
 # In the form that a runtime takes.
 exported = portllm.export(ported, runtime="vllm", base=evolved, out="for-vllm")

@@ -274,8 +274,8 @@ def render_families() -> str:
             "class that transformers loads a type into, without memory, and writes down how it names, ties and lays "
             "out its tensors. The *current* name of a tensor is its name in the model that transformers 5 builds; "
             "PEFT's keys derive from it. A file or an adapter may use another spelling. PortLLM reads the spellings "
-            "that transformers reads, on either side, and writes a model or an adapter in the spelling it was read "
-            "in. A name that could mean two tensors is refused."
+            "that transformers reads, on either side, and writes a model in the spelling it was read in, a patch in "
+            "the names by which PEFT finds its modules. A name that could mean two tensors is refused."
         ),
         paragraph(
             "A model of vision and text may be loaded as a text model too, and an adapter may have been trained on "

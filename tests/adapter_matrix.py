@@ -57,7 +57,9 @@ each token the row of the same string in the evolved vocabulary, or the next one
 row as it is, and writes the tokenizer of the evolved model with these tokens. The same goes for added tokens of the
 base that a patch trains and the evolved model lacks. Rows that stand for no token pad the vocabulary to a multiple,
 and do so again. Without a tokenizer the patch is refused, unless the base is given as it was resized. PEFT does not
-save the resized head of an adapter of the embedding alone; such an adapter needs the resized base too.
+save the resized head of an adapter of the embedding alone; such an adapter needs the resized base too. A head with
+a bias (Phi, GPT-J) is kept whole; beside trained rows or factors of it, PEFT has no place for the bias of new rows, and
+such an adapter can only be merged.
 
 ## Heads of the patch
 

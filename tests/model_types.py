@@ -65,8 +65,15 @@ FOUR_KEY_HEADS = ("dots3", "glm5_next")
 THREE_AXES = ("cosmos3", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5", "qwen2_vl")
 """Model types whose positions have three axes, which share the width of a head."""
 
+TASKS = {
+    "causal": "CAUSAL_LM", "vision": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS",
+    "token": "TOKEN_CLS",
+}  # fmt: skip
+"""PEFT's word for what a class is loaded for."""
+
 SMALL = {name: size for size, names in SIZES.items() for name in names}
-TOKENS = torch.tensor([[5, 9, 13, 21, 34, 3, 7]])
+TOKENS = torch.tensor([[5, 9, 13, 21, 34, 3, 2]])
+"""The last one ends a text, which some classifiers look for."""
 
 Cell = tuple[str, str]
 
@@ -139,7 +146,7 @@ class Sweep:
 
     def __init__(self, family: Family, folder: Path) -> None:
         self.family, self.folder = family, folder
-        self.task = "SEQ_CLS" if family.task == "sequence" else "CAUSAL_LM"
+        self.task = TASKS[family.task]
         self.cls = getattr(transformers, family.name)
         with quiet():
             made = make_model(family)
@@ -173,7 +180,7 @@ class Sweep:
             ways |= {f"{what} saved": saved, f"{what} adapted": target}
         tokens = {ends[0]: [3, 5, 21]}
         ways["token rows"] = None if ends[0] is None else {"target_modules": some, "trainable_token_indices": tokens}
-        if self.task == "SEQ_CLS":
+        if self.task in ("SEQ_CLS", "TOKEN_CLS"):
             ways = {name: ways[name] for name in ("linear", "experts", "embedding saved", "token rows")}
         found = {name: NONE if how is None else self.merged(name, how) for name, how in ways.items()}
         for name in ("linear", "experts"):
@@ -194,14 +201,16 @@ class Sweep:
         logits(self.model)
         for hook in hooks:
             hook.remove()
-        names = [name for name in dict.fromkeys(found) if name.rpartition(".")[2] != self._barred()]
+        names = [name for name in dict.fromkeys(found) if not {*name.split(".")} & {*self._barred()}]
         some = [name for name in names if name.rpartition(".")[2] in ("q_proj", "v_proj")]
         return [*some, *(name for name in names if name not in some)]
 
-    def _barred(self) -> str:
-        """What PEFT does not adapt in models of state spaces."""
+    def _barred(self) -> tuple[str, ...]:
+        """What PEFT does not adapt: in models of state spaces, and what it saves whole for a task."""
         has_mamba = any("mamba" in type(module).__name__.lower() for module in self.model.modules())
-        return "out_proj" if has_mamba else ""
+        has_mamba |= self.family.id == "falcon_h1"
+        saved = {"TOKEN_CLS": ("classifier", "score")}.get(self.task, ())
+        return (*saved, "out_proj") if has_mamba else saved
 
     def _is_experts(self, name: str, parameter: Any) -> bool:
         return parameter.ndim == 3 and name.split(".")[-2] == "experts"
@@ -264,7 +273,7 @@ def swept(model_type: str) -> dict[str, dict[str, str]]:
     """The cells of every class of a model type that is loaded for text, by class."""
     rows: dict[str, dict[str, str]] = {}
     for family in families_of({"model_type": model_type}):
-        if family.task not in ("causal", "vision", "sequence"):
+        if family.task not in TASKS:
             continue
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")

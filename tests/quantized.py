@@ -8,7 +8,7 @@ from portllm.checkpoint.gguf.tensors import architectures
 
 SIZES = {
     "head": 8, "heads": 4, "hidden": 256, "inner": 512, "inner_twice": 1024, "key": 16, "key_heads": 2, "layers": 2,
-    "mixed": 32, "query": 32, "query_key_value": 64, "value": 16, "vocab": 40,
+    "query": 32, "query_key_value": 64, "vocab": 40,
 }  # fmt: skip
 """What `write_gguf` writes: rows of 256 where a block of the K-quants needs as many."""
 
@@ -27,14 +27,14 @@ def quantize_model(base, folder, *, kind="nf4", double=False, dtype=torch.bfloat
     return folder
 
 
-def write_gguf(path, name="llama", *, storage="Q8_0", metadata=None):
+def write_gguf(path, name="llama", *, storage="Q8_0", metadata=None, title=None):
     """Writes a file of an architecture as llama.cpp's converter would; its float32 weights by their names here.
 
     Matrices whose rows fill whole blocks are stored as `storage`, the others as F16, vectors as F32.
     """
     architecture = architectures()[name]
     draw = np.random.default_rng(1)
-    writer = GGUFWriter(path, name)
+    writer = GGUFWriter(path, title or name)
     values = {
         "block_count": SIZES["layers"], "embedding_length": SIZES["hidden"], "feed_forward_length": SIZES["inner"],
         "attention.head_count": SIZES["heads"], "attention.head_count_kv": SIZES["key_heads"],

@@ -1,6 +1,7 @@
 # What `import portllm` offers, and where each name lives: the one list of it, for type checkers and for the program.
 
 # The verbs.
+from .applying.apply import apply as apply
 from .capturing.capture import capture as capture
 from .certifying.certificate import read_certificate as read_certificate
 from .certifying.certify import certify as certify
@@ -54,6 +55,7 @@ from .verifying.signature import (
 )
 
 # What they give.
+from .applying.apply import Applied as Applied
 from .capturing.tuned import TunedReport as TunedReport
 from .certifying.certificate import Certificate as Certificate
 from .checking.report import CheckReport as CheckReport, PatchReport as PatchReport

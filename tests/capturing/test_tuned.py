@@ -271,9 +271,10 @@ def test_whole_numbers_that_are_equal_in_both_models_are_no_change(tiny, tmp_pat
     assert not (tmp_path / "patch").exists()
 
 
-def test_the_output_holds_the_three_files_of_a_patch(tiny, tmp_path):
+def test_the_output_holds_the_files_of_a_patch(tiny, tmp_path):
     captured(tiny("base"), tiny("evolved", drift=0.05), tmp_path / "patch", rank=2)
-    assert sorted(contents(tmp_path / "patch")) == ["adapter_config.json", "adapter_model.safetensors", "patch.json"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "patch.json"]
+    assert sorted(contents(tmp_path / "patch")) == files
 
 
 def test_progress_ends_with_all_bytes(tiny, tmp_path):

@@ -239,7 +239,9 @@ def test_the_rows_that_the_patch_was_trained_on_are_refused(story, questions, ru
 
 
 def test_a_bound_that_so_few_inputs_cannot_meet_is_refused_with_the_number_that_can(questions, run):
-    with pytest.raises(PlanRefusedError, match=r"--bound: 0.02 cannot be met with 30 inputs.* it takes 149"):
+    with pytest.raises(
+        PlanRefusedError, match=r"--max-loss 2: .*--bound 0.02.* cannot be met with 30 inputs.* it takes 149"
+    ):
         run(questions, replace(BY_CHOICE, wanted=0.02))
 
 

@@ -35,9 +35,19 @@ def test_long_work_says_how_far_it_is_and_when_it_ends(clock, capsys):
             show("train", done, 3, "steps")
             clock.now += 8
     assert capsys.readouterr().err.splitlines() == [
-        "train: 2 of 3 steps, 16 s",
+        "train: 2 of 3 steps, 16 s, about 8 s left",
         "train: 3 of 3 steps, 24 s",
     ]
+
+
+def test_an_hour_of_work_says_a_few_lines(clock, capsys):
+    with shown_progress() as show:
+        for done in range(3601):
+            show("train", done, 3600, "steps")
+            clock.now += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: 10 of 3,600 steps, 10 s, about 3590 s left"
+    assert len(lines) == 10
 
 
 def test_the_next_work_of_the_same_name_begins_anew(clock, capsys):

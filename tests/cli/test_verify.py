@@ -34,7 +34,8 @@ def test_a_whole_patch_is_told_line_by_line(portllm, tiny, patch):
     assert result.status == 0, result.err
     lines = result.out.splitlines()
     assert lines[0] == f"verified: patch {patch}"
-    assert all(line.startswith("  ok  ") for line in lines[1:])
+    assert all(line.startswith("  ok  ") for line in lines[1:-1])
+    assert lines[-1] == "  note: not covered by the record: README.md"
 
 
 def test_a_damaged_patch_is_named_and_the_status_is_three(portllm, patch):

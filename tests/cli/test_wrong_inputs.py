@@ -126,6 +126,10 @@ WRONG = {
     "an adapter as a tuned model": (("capture", "--base", "base", "--tuned", "adapter", "-o", "out"), IS_ADAPTER),
     "base and evolved swapped": (("check", "patch", "--base", "evolved", "--evolved", "base"), SWAPPED),
     "the two swapped in a port": (("port", "patch", "--base", "evolved", "--evolved", "base", "-o", "out"), SWAPPED),
+    "a patch of another model": (
+        ("merge", "patch", "--into", "evolved", "-o", "out"),
+        ("patch 'patch' belongs to", "portllm port patch --evolved evolved -o PORTED"),
+    ),
     "another dtype": (("check", "patch", "--base", "half", "--evolved", "evolved"), IN_HALF),
     "another dtype in a merge": (("merge", "patch", "--into", "half", "-o", "out"), IN_HALF),
 }

@@ -2,9 +2,12 @@
 
 import pytest
 
-from portllm.demo.story import DemoStep
+from portllm.demo.page import story_page
+from portllm.demo.story import DemoStep, Story
 from portllm.demo.text import render_estimate, render_step
 from portllm.files.kept_results import Kept
+from tests.evaluating.test_page import COMPARISON
+from tests.show.html.reading import Page
 
 FORECAST = {
     "loss": {"retention": 0.99, "low": 0.77, "high": 1.0},
@@ -42,3 +45,9 @@ def test_the_merged_model_is_set_beside_the_ported_patch():
     result = {"rows": 18, "same": 17, "loss_change": -0.00251}
     _, found = render_step(DemoStep("agree", Kept(result, seconds=8.0, reused=False))).splitlines()
     assert found.strip() == "17 of 18 answers are the same; the loss differs by -0.003 nats per token"
+
+
+def test_the_page_of_the_demo_says_what_was_compared_and_what_it_cost(tmp_path):
+    page = Page(story_page(Story(tmp_path, {}, COMPARISON), {"date": "1 May"}))
+    assert page.shown[1] == "The demo: a clinic's patch on the next version of builtin:smollm2-135m"
+    assert {"date", "1 May", "Change in accuracy", "By label", "Confusion matrix"} <= {*page.shown, *page.tables}

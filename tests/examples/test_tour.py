@@ -1,5 +1,6 @@
 """The library as a person in a notebook meets it: the tour runs, and what it leaves is shown in a line or a table."""
 
+import ast
 import json
 import runpy
 import textwrap
@@ -74,6 +75,31 @@ def test_a_notebook_shows_a_result_as_a_table(toured, kind):
 def test_what_a_table_shows_of_a_check_is_the_verdict_of_each_patch(toured):
     report = toured["report"]
     assert all(f"<td>{patch.name}" in report._repr_html_() for patch in report.patches)
+
+
+def run_cell(source, names):
+    """What a notebook's cell shows: its last expression as a table, else in a line; None where it ends otherwise."""
+    *body, last = ast.parse(source).body
+    if not isinstance(last, ast.Expr):
+        body, last = [*body, last], None
+    exec(compile(ast.Module(body, []), "cell", "exec"), names)  # noqa: S102 (that it runs is the test)
+    if last is None:
+        return None
+    value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # noqa: S307
+    return value._repr_html_() if hasattr(value, "_repr_html_") else repr(value)
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_shows_a_decision_at_each_step(tmp_path, monkeypatch):
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "examples" / "base-updated.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    shown = "".join(filter(None, (run_cell(cell, names) for cell in cells)))
+    for said in ("uncertain", "points of accuracy", "Loses at most", "kept gain", "True"):
+        assert said in shown, said
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md", "the package's docstring"])

@@ -162,6 +162,20 @@ def test_peft_gets_what_only_peft_takes(tiny, tmp_path):
     assert torch.equal(found, models.logits(models.load_tuned(of, adapter)))
 
 
+@pytest.mark.filterwarnings("ignore")  # peft warns of an embedding that it saves
+def test_added_tokens_are_no_wrong_shape(tiny, tmp_path):
+    of = tiny("base", tied=False, dtype=torch.float32)
+    wide = models.resized(of, models.VOCABULARY + 2)
+    adapter, _ = models.adapter_of(wide, tmp_path / "a", modules_to_save=["embed_tokens", "lm_head"])
+    entries = [{"id": models.VOCABULARY + number, "content": token} for number, token in enumerate("ab")]
+    (adapter / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"t": 0}}, "added_tokens": entries}))
+    patch = portllm.capture(adapter, base=of, out=tmp_path / "patch")
+    exported(patch, "peft", of, tmp_path / "out")
+    with pytest.raises(PlanRefusedError, match="takes no whole modules") as refused:
+        exported(patch, "vllm", of, tmp_path / "other")
+    assert "shapes must be equal" not in str(refused.value)
+
+
 def test_the_model_is_asked_for_only_where_it_matters(tiny, base):
     takes = runtimes()["mistralrs"]
     whole = load_patch(tiny("adapter", of=base))
@@ -169,6 +183,20 @@ def test_the_model_is_asked_for_only_where_it_matters(tiny, base):
     part = load_patch(tiny("adapter", of=base, layers_to_transform=[0]))
     assert [refusal.where for refusal in plan_export(part, takes).refusals] == ["--base"]
     assert [refusal.where for refusal in plan_export(whole, runtimes()["llamacpp"]).refusals] == ["--base"]
+
+
+def test_only_the_layers_of_the_patch_go_where_the_others_are_not_needed(tiny, base, tmp_path):
+    adapter = tiny("adapter", of=base, layers_to_transform=[1], target_modules=["q_proj"])
+    exported(adapter, "openvino", None, tmp_path / "file")
+    names = load_file(next((tmp_path / "file").glob("*.safetensors")))
+    assert {name.split(".")[4] for name in names} == {"1"}
+
+
+def test_a_model_whose_names_in_mlx_are_not_known_is_refused(tiny, tmp_path):
+    of = models.make_base(tmp_path / "gpt2", kind="gpt2")
+    adapter = models.make_adapter(of, tmp_path / "adapter", target_modules=["c_fc"], fan_in_fan_out=True)
+    with pytest.raises(PlanRefusedError, match="takes no Conv1D"):
+        exported(adapter, "mlx", of, tmp_path / "out")
 
 
 def test_another_base_is_refused(tiny, base, tmp_path):

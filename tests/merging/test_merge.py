@@ -279,10 +279,10 @@ def test_shards_are_loaded_by_transformers(tiny, tmp_path):
     assert (logits(merged) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-def test_a_single_file_without_configuration_becomes_a_folder_with_weights_and_manifest(case, tmp_path):
+def test_a_single_file_without_configuration_becomes_a_folder_with_weights_manifest_and_card(case, tmp_path):
     patch, into = case()
     merge(patch, into=into, out=tmp_path / "out")
-    assert set(contents(tmp_path / "out")) == {"model.safetensors", "portllm.json"}
+    assert set(contents(tmp_path / "out")) == {"README.md", "model.safetensors", "portllm.json"}
 
 
 def test_progress_ends_when_all_bytes_are_written(case, tmp_path):
@@ -410,7 +410,7 @@ def test_an_output_that_exists_is_refused_and_kept(case, tmp_path):
         merge(patch, into=into, out=tmp_path / "out")
     assert contents(tmp_path) == before
     merge(patch, into=into, out=tmp_path / "out", overwrite=True)
-    assert set(contents(tmp_path / "out")) == {"model.safetensors", "portllm.json"}
+    assert set(contents(tmp_path / "out")) == {"README.md", "model.safetensors", "portllm.json"}
 
 
 def test_no_merge_replaces_what_it_reads(case, tiny, tmp_path):

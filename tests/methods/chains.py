@@ -43,6 +43,7 @@ class TwoChains:
 
     parts = ("fit", "choose", "fit", "report") * (PROMPTS // 4)
     part_of_place = parts
+    compared = tuple(part for part in parts if part != "fit")
     wanted = None
     is_drawn = False
 
@@ -105,10 +106,11 @@ class TwoChains:
         return {}
 
     def compare(self, states):
-        old = self.last_states(None).double()
+        apart = torch.tensor([part != "fit" for part in self.parts])
+        old = self.last_states(None)[apart].double()
         found = {}
         for name, state in states.items():
-            new = state.double()
+            new = state[apart].double()
             nats = (old.softmax(dim=1) * (old.log_softmax(dim=1) - new.log_softmax(dim=1))).sum(dim=1)
             found[name] = Comparison(nats.clamp(min=0), old.argmax(dim=1) == new.argmax(dim=1))
         return found

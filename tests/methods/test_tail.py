@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.methods.tail import balance, balance_move, logit_moves, reduced_rank
+from portllm.methods.tail import Regression, balance, balance_move, logit_moves
 
 CLOSE = 1e-8
 
@@ -25,7 +25,7 @@ def test_reduced_rank_ridge_is_the_whole_map_projected_on_its_leading_directions
     whole = move.T @ u @ inverse
     leading = torch.linalg.eigh(whole @ (u.T @ u + penalty * torch.eye(9, dtype=torch.float64)) @ whole.T).eigenvectors
     kept = leading[:, -rank:]
-    found = reduced_rank(plain_u, plain_move, weight, rank=rank, rho=0.1)
+    found = Regression.on(plain_u, weight, rho=0.1).fit(plain_move, rank=rank)
     assert (found.b @ found.a - kept @ kept.T @ whole).abs().max() < CLOSE
     assert len(found.a) == found.b.shape[1] == rank
 

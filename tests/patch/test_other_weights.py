@@ -1,11 +1,14 @@
 """Weights in files of their own beside an adapter: a value head goes along, and nothing trained is left out."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.open import open_checkpoint
@@ -91,7 +94,23 @@ def test_trained_values_that_peft_does_not_load_are_refused(file):
     "file",
     ["adapter_model.bin", "model.safetensors", "model-00001-of-00002.safetensors", "optimizer.pt", "rng_state_0.pth",
      "training_args.bin", "scheduler.pt", "0000100_adapters.safetensors", "ggml-adapter-model.bin", "optimizer.bin",
-     "pytorch_model-00001-of-00002.bin", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "random_states_0.pkl"],
+     "pytorch_model-00001-of-00002.bin", "2_Dense/dense.bin", "random_states_0.pkl",
+     "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
 )  # fmt: skip
 def test_the_state_of_a_training_run_and_whole_models_are_no_part_of_an_adapter(file):
     assert why_incomplete(["adapter_model.safetensors", file], "a") is None
+
+
+def test_an_adapter_in_several_files_is_named_with_the_command_that_joins_them(tiny, tmp_path):
+    adapter = shutil.copytree(tiny("adapter"), tmp_path / "a")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for number, names in enumerate((sorted(tensors)[:2], sorted(tensors)[2:]), start=1):
+        save_file({name: tensors[name] for name in names}, adapter / f"adapter_model-0000{number}-of-00002.safetensors")
+    file.unlink()
+    with pytest.raises(AdapterFormatError, match="in several files") as caught:
+        load_patch(adapter)
+    _, *command = shlex.split(str(caught.value).partition("Join them: ")[2].rstrip("."))
+    subprocess.run([sys.executable, *command], check=True)
+    assert load_file(file).keys() == tensors.keys()
+    load_patch(adapter)

@@ -161,7 +161,7 @@ def test_a_run_that_is_interrupted_goes_on_from_the_layer_it_had_reached_to_the_
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (story["folder"] / name).read_bytes()
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
-        ["out", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
+        ["out", "README.md", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
     )
 
 
@@ -244,3 +244,19 @@ def test_too_few_rows_with_answers_that_are_left_to_choose_by_are_refused(story,
     rows = [Example(prompt, "tea") for prompt, part in zip(PROMPTS, split(PROMPTS), strict=True) if part != "choose"]
     with pytest.raises(DataError, match="0 are left to choose by, of 39"):
         align(story, tmp_path / "out", answered=rows)
+
+
+def test_large_states_lie_on_disk_and_change_nothing(story, tmp_path, monkeypatch):
+    monkeypatch.setattr("portllm.porting.unfinished.MAPPED_BYTES", 0)
+    there = []
+
+    def look(label, n_done, n_all, unit):
+        there.append(list(tmp_path.rglob(".states-*")))
+
+    align(story, tmp_path / "out", progress=look)
+    assert there[-1], "no state was mapped"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["out", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
+    )
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (story["folder"] / name).read_bytes()

@@ -92,7 +92,8 @@ def test_the_tensors_of_a_port_by_addition_are_those_of_the_patch(tiny, tmp_path
     before = contents(tmp_path / "patch")
     ported = port(patch, evolved=open_checkpoint(tiny("evolved")), out=tmp_path / "ported")
     after = contents(tmp_path / "ported")
-    assert set(after) == set(before) == {"adapter_config.json", "adapter_model.safetensors", "patch.json"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "patch.json"}
+    assert set(after) == set(before) == files
     assert after["adapter_model.safetensors"] == before["adapter_model.safetensors"]
     assert contents(tmp_path / "patch") == before
     assert ported.record.tensors == digest_tensors(patch)

@@ -22,6 +22,7 @@ def write(file, *rows):
             {"instruction": "q", "input": "i", "output": "a"},
             r"'\{instruction\}\\n\{input\}' --completion output",
         ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, r"--prompt '\{prompt\}' --completion chosen"),
         ({"text": "q", "label": "a"}, r"--prompt '\{text\}' --completion label"),
         ({"conversations": TALK}, "in the shape of ShareGPT. Run: jq -c"),
         ({"data": [{"q": "a"}]}, r"Run: jq -c '.data\[\]'"),

@@ -101,7 +101,7 @@ def test_the_signed_statement_covers_every_file_and_so_the_base_and_the_ports(co
     folder = copy()
     statement = statement_of(sign(folder, KeySigner(keys / "mine.key")))
     assert sorted(resource["name"] for resource in statement["predicate"]["resources"]) == [
-        "adapter_config.json", "adapter_model.safetensors", "patch.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "patch.json",
     ]  # fmt: skip
     record = load_patch(folder).record
     assert record.ports[0].target.fingerprint == record.base.fingerprint
@@ -275,7 +275,7 @@ def test_a_signature_nobody_asked_about_is_noted(copy, keys):
     sign(folder, KeySigner(keys / "mine.key"))
     found = verify(folder)
     assert found.verified
-    assert found.notes == ("model.sig was not checked: name the expected signer, for example with --public-key FILE",)
+    assert "model.sig was not checked: name the expected signer, for example with --public-key FILE" in found.notes
 
 
 # ---- what is not signed, and what cannot be checked
@@ -320,7 +320,7 @@ def test_a_signature_that_exists_is_replaced_only_when_told(copy, keys):
     sign(folder, KeySigner(keys / "other.key"), overwrite=True)
     assert verify(folder, trust=PublicKey(keys / "other.pub")).verified
     assert sorted(os.listdir(folder)) == [
-        "adapter_config.json", "adapter_model.safetensors", "model.sig", "patch.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "model.sig", "patch.json",
     ]  # fmt: skip
 
 

@@ -13,13 +13,16 @@ from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import staged_folder
-from portllm.matching.added_tokens import added_tokens, height_of, own_rows, unexplained, with_own_rows
+from portllm.files.source import LocalFile
+from portllm.matching.added_tokens import added_tokens, height_of, own_rows, unexplained, unplaced, with_own_rows
 from portllm.matching.base_copies import HeldCopies, hold_copies
 from portllm.matching.compatibility import mismatches
 from portllm.matching.own_values import own_values, without
+from portllm.matching.spelling import as_running
 from portllm.methods.values import Values
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.adapter_start import named_init
+from portllm.patch.card import write_patch_card
 from portllm.patch.finite import require_finite
 from portllm.patch.identify import identify, identity_of_base
 from portllm.patch.nothing import why_nothing
@@ -79,6 +82,7 @@ def plan_capture(
         *held.refusals,
         *uncopyable(adapter.beside),
         *unexplained(held.patch, base, added),
+        *unplaced(held.patch),
         *mismatches(without(held.patch, own), base, n_rows=height),
         *unconvertible(adapter, base, initial),
     ]
@@ -161,8 +165,9 @@ def run_capture(
         require_equal(plan.taken, progress=progress)
         with staged_folder(out, overwrite=overwrite, inputs=files) as folder:
             kept: Patch[Values] = plan.patch.mapped(StoredValues)
-            with settled(with_own_rows(kept, own_rows(plan.patch, base), stacked), folder) as patch:
-                _write(folder, patch, base, Capture(method, dict(settings or {}), plan.fitted_to), plan.added)
+            with settled(with_own_rows(kept, own_rows(plan.patch, base), stacked, base), folder) as patch:
+                captured = Capture(method, dict(settings or {}), plan.fitted_to)
+                _write(folder, patch, base, captured, plan.added, adapter.card)
         return load_patch(out)
     from portllm.capturing.initial import convert  # loads torch, which few adapters need
     from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
@@ -172,13 +177,20 @@ def run_capture(
     with staged_folder(out, overwrite=overwrite, inputs=files) as folder, Spool(folder / SPOOL_FILE) as spool:
         converted = convert(adapter, base=base, initial=initial, spool=spool, progress=progress)
         how = _conversion(adapter, initial, converted.known_to)
-        _write(folder, converted.patch, base, Capture(method, {**(settings or {}), **how}, plan.fitted_to), {})
+        converted_by = Capture(method, {**(settings or {}), **how}, plan.fitted_to)
+        _write(folder, converted.patch, base, converted_by, {}, adapter.card)
     return load_patch(out)
 
 
 def _write(
-    folder: Path, patch: Patch[TensorInfo], base: Checkpoint, capture: Capture, added: Mapping[str, int]
+    folder: Path,
+    patch: Patch[TensorInfo],
+    base: Checkpoint,
+    capture: Capture,
+    added: Mapping[str, int],
+    card: LocalFile | None,
 ) -> None:
+    patch = as_running(patch, base)
     tensors = digest_tensors(patch)
     write_patch(folder, patch, base_name=base.name, base_revision=base.revision)
     record = PatchRecord(
@@ -191,7 +203,7 @@ def _write(
         added_tokens=added,
         labels=patch.labels,
     )
-    write_record(folder, record)
+    write_patch_card(folder, patch, write_record(folder, record), own=card, base=base)
 
 
 def _conversion(

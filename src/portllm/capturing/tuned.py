@@ -24,8 +24,9 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.files.output_folder import check_free, staged_folder
 from portllm.patch.adapter_config import AdapterConfig
-from portllm.patch.adapter_folder import digest_tensors, write_patch, write_record
+from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
 from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.card import write_patch_card
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, WholeValue
 from portllm.patch.identify import identity_of_base
 from portllm.patch.new_adapter import canonical_config, place_values, stored_name
@@ -137,7 +138,9 @@ def run_capture_tuned(
             report = _capture(plan, folder, spool, progress)
         capture = report.record.capture
         capture = structs.replace(capture, settings={**capture.settings, **(settings or {})})
-        return replace(report, record=write_record(folder, structs.replace(report.record, capture=capture)))
+        record = write_record(folder, structs.replace(report.record, capture=capture))
+        write_patch_card(folder, load_patch(folder), record, own=None, base=plan.base)
+        return replace(report, record=record)
 
 
 def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) -> TunedReport:

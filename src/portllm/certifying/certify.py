@@ -30,6 +30,7 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.evaluating.decision import points_text
 from portllm.evaluating.plan import model_refusals, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
@@ -212,7 +213,9 @@ def plan_certify(
     after = Side(identify(successor), None if ported is None else _files(ported))
     for model in (base, successor):
         check_runnable(model)
-    refusals = list(model_refusals("--patch", patch, base, specialist.model, allow_other_base=allow_other_base))
+    refusals = list(
+        model_refusals("--patch", patch, base, specialist.model, evolved=after.model, allow_other_base=allow_other_base)
+    )
     if ported is not None:
         refusals += model_refusals("--ported", ported, successor, after.model, allow_other_base=allow_other_base)
     refusals += _too_few(settings.sample or len(data.rows), settings)
@@ -308,9 +311,9 @@ def _too_few(n: int, settings: CertifySettings) -> Iterator[Refusal]:
         return
     least = least_inputs(0, settings.wanted, confidence=settings.confidence)
     yield Refusal(
-        "--bound",
-        f"{settings.wanted} cannot be met with {n} inputs, even if all answers agree: it takes {least}. Provide "
-        "more inputs, or a weaker bound.",
+        f"--max-loss {100 * settings.wanted:g}",
+        f"a bound of {points_text(settings.wanted)} (--bound {settings.wanted:g}) cannot be met with {n} inputs, even "
+        f"if all answers agree: it takes {least}. Provide more inputs, or a higher limit.",
     )
 
 

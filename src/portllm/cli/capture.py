@@ -2,16 +2,13 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from portllm.cli.data import PromptFileOption, given_prompt
 from portllm.cli.options import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
-
-if TYPE_CHECKING:
-    from portllm.patch.record import FittedTo
 
 AUTO = "auto"
 
@@ -51,7 +48,7 @@ def capture(
     left_alone: Annotated[
         str | None,
         typer.Option(
-            "--left-alone", help="With --fitted-to: comma-separated modules kept in 16 bit. Defaults to lm_head."
+            "--left-alone", help="With --fitted-to: comma-separated modules kept in 16 bit. Defaults to the head."
         ),
     ] = None,
     rank: Annotated[
@@ -112,7 +109,7 @@ def capture(
                 "--rank, --max-rank and --dense require --tuned; an adapter is captured unchanged."
             )
         _capture_adapter(
-            base, adapter, initial, output, _fitted_to(fitted_to, left_alone), wording,
+            base, adapter, initial, output, (fitted_to, left_alone), wording,
             dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
         )  # fmt: skip
 
@@ -140,21 +137,12 @@ def _wording(prompt: str | None, completion: str | None) -> dict[str, object]:
     return recorded_wording(prompt, completion)
 
 
-def _fitted_to(scheme: FittedName | None, left_alone: str | None) -> "FittedTo | None":
-    if scheme is None:
-        return None
-    from portllm.matching.quantized_base import LEFT_ALONE
-    from portllm.patch.record import FittedTo
-
-    return FittedTo(scheme.value, LEFT_ALONE if left_alone is None else tuple(filter(None, left_alone.split(","))))
-
-
 def _capture_adapter(
     base: str,
     adapter: Path,
     initial: Path | None,
     output: Path,
-    fitted_to: "FittedTo | None",
+    fitted: tuple[FittedName | None, str | None],
     wording: dict[str, object],
     *,
     dry_run: bool,
@@ -170,9 +158,13 @@ def _capture_adapter(
     from portllm.inspecting.inspect import summarize_patch, summary_to_json
     from portllm.inspecting.text import render_summary
     from portllm.patch.adapter_folder import open_adapter
+    from portllm.patch.record import FittedTo
 
     loaded, model = open_adapter(adapter), open_checkpoint(base)
     before = None if initial is None else open_adapter(initial)
+    scheme, named = fitted
+    left_alone = (model.head_module,) if named is None else tuple(filter(None, named.split(",")))
+    fitted_to = None if scheme is None else FittedTo(scheme.value, left_alone)
     plan = plan_capture(loaded, base=model, initial=before, fitted_to=fitted_to)
     refuse(plan.refusals)
     for note in plan.notes:

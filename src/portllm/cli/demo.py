@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from portllm.cli.options import JsonOption, QuietOption
-from portllm.cli.terminal import print_json, say
+from portllm.cli.terminal import print_json, say, width_of
+
+PAGE = "report.html"
+"""The demo's comparison, in its folder."""
 
 
 def demo(
@@ -19,9 +22,12 @@ def demo(
 
     Takes minutes on a CPU, offline. A second run reuses finished steps.
     """
+    from portllm.cli.pages import written
     from portllm.cli.progress import shown_progress
+    from portllm.demo.page import story_page
     from portllm.demo.story import DemoStep, tell
     from portllm.demo.text import render_estimate, render_opening, render_step, render_story, story_to_json
+    from portllm.files.one_file import write_page
 
     def on_step(step: DemoStep) -> None:
         if not as_json:
@@ -35,7 +41,8 @@ def demo(
         say(render_opening(output))
     with shown_progress(quiet=quiet or not sys.stderr.isatty()) as progress:  # elsewhere a line for each step is enough
         story = tell(output, on_step=on_step, on_estimate=on_estimate, progress=progress)
+    write_page(output / PAGE, story_page(story, written()), overwrite=True)
     if as_json:
         print_json(story_to_json(story))
     else:
-        say(render_story(story))
+        say(render_story(story, page=output / PAGE, width=width_of(sys.stdout)))

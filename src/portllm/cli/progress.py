@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing with `--quiet`."""
+"""Progress on stderr: a bar on a terminal, a few lines elsewhere, nothing with `--quiet`."""
 
 import sys
 import time
@@ -9,7 +9,8 @@ from portllm.cli.terminal import say
 from portllm.progress import Progress, Unit, silent
 from portllm.show.table import done_of
 
-LINE_EVERY_SECONDS = 10.0
+FIRST_LINE_SECONDS = 10.0
+"""Work that takes no longer says nothing where there is no terminal."""
 
 
 @contextmanager
@@ -62,18 +63,18 @@ def _bars() -> Iterator[Progress]:
 
 
 def _lines() -> Progress:
-    """One line for each `LINE_EVERY_SECONDS` of work; short work says nothing."""
+    """A line after `FIRST_LINE_SECONDS` of work with what is left, again after each doubling, and one at its end."""
     started: dict[str, float] = {}
     spoken: dict[str, float] = {}
 
     def show(label: str, done: int, total: int, unit: Unit) -> None:
         now, work = time.monotonic(), work_of(label)
-        started.setdefault(work, now)
+        seconds = now - started.setdefault(work, now)
         is_end = done >= total
-        if now - spoken.get(work, started[work]) >= LINE_EVERY_SECONDS or (is_end and work in spoken):
-            spoken[work] = now
-            seconds = now - started[work]
-            say(f"{label}: {done_of(done, total, unit)}, {seconds:.0f} s", err=True)
+        if seconds >= max(FIRST_LINE_SECONDS, 2 * spoken.get(work, 0.0)) or (is_end and work in spoken):
+            spoken[work] = seconds
+            left = f", about {seconds * (total - done) / done:.0f} s left" if 0 < done < total else ""
+            say(f"{label}: {done_of(done, total, unit)}, {seconds:.0f} s{left}", err=True)
         if is_end:  # the next work of that name begins anew
             del started[work]
             spoken.pop(work, None)

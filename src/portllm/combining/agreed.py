@@ -8,11 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from portllm.checkpoint.model.side_files import HEAD_FILE
-from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.errors import Refusal
@@ -22,7 +18,6 @@ from portllm.files.source import LocalFile
 from portllm.matching.added_tokens import vocabulary_of
 from portllm.matching.side_files import TOKENIZER_CONFIG, is_same
 from portllm.patch.adapter_tensors import WEIGHT
-from portllm.patch.delta import RowValues
 from portllm.patch.patch import Patch
 from portllm.patch.side_files import TEMPLATE_FILES, VOCABULARY_FILES
 
@@ -51,13 +46,6 @@ class Agreed:
     rows: Mapping[str, Mapping[int, tuple[TensorInfo, int]]]
     config: Mapping[str, object]
     refusals: tuple[Refusal, ...]
-
-    def values(self) -> dict[str, RowValues[Tensor]]:
-        """The rows of added tokens by tensor, read."""
-        return {
-            name: RowValues(torch.stack([load(info)[place] for info, place in rows.values()]).float(), tuple(rows))
-            for name, rows in self.rows.items()
-        }
 
 
 def agree(patches: Patches) -> Agreed:
@@ -156,7 +144,7 @@ def _rows(
             for place, row in enumerate(rows.rows):
                 info, there = found.setdefault(name, {}).setdefault(row, (rows.values, place))
                 owner = owners.setdefault((name, row), patch.name)
-                if info is not rows.values and not load(info)[there].equal(load(rows.values)[place]):
+                if info is not rows.values and not _same_row((info, there), (rows.values, place)):
                     what = repr(tokens[row]) if row in tokens else "padding"
                     refusals.append(
                         Refusal(
@@ -166,6 +154,13 @@ def _rows(
                         )
                     )
     return {name: dict(sorted(rows.items())) for name, rows in sorted(found.items())}, refusals[:1]
+
+
+def _same_row(*places: tuple[TensorInfo, int]) -> bool:
+    from portllm.checkpoint.reading.tensors import load  # loads torch, which patches without such rows do without
+
+    one, other = (load(info)[row] for info, row in places)
+    return one.equal(other)
 
 
 def _keys(patch: Patch[TensorInfo]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from blake3 import blake3
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from portllm.files.record import encode
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
 from portllm.patch.capture import Captured
+from portllm.patch.card import write_patch_card
 from portllm.patch.combine import concatenate, rerank, select
 from portllm.patch.delta import LowRankDelta, RowValues
 from portllm.patch.new_adapter import canonical_config
@@ -66,7 +68,9 @@ def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progre
     with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder, one_thread():
         with Spool(folder / SPOOL_FILE) as spool:
             report = _combine(plan, folder, spool, progress)
-        return replace(report, record=write_record(folder, report.record))
+        record = write_record(folder, report.record)
+        write_patch_card(folder, load_patch(folder), record, own=None)
+        return replace(report, record=record)
 
 
 def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) -> CombineReport:
@@ -90,7 +94,12 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     fields = {"fan_in_fan_out": True} if plan.patches[0].config.fields.get("fan_in_fan_out") else {}
     ranks = {name: delta.rank for name, delta in factors.items()}
     config = AdapterConfig(canonical_config(ranks, fields={**fields, **plan.agreed.config}))
-    rows = {name: RowValues(spool.add(name, found.values), found.rows) for name, found in plan.agreed.values().items()}
+    rows = {
+        name: RowValues(
+            spool.add(name, torch.stack([load(info)[place] for info, place in found.values()]).float()), tuple(found)
+        )
+        for name, found in plan.agreed.rows.items()
+    }
     patch = Patch("combined", factors, config, None, rows=rows, beside=plan.agreed.files)
     first = _record_of(plan.patches[0])
     base = first.base

@@ -46,20 +46,27 @@ def render_step(step: DemoStep) -> str:
     return f"{TITLES[step.name]:<82}{when}" + (f"\n          {found}" if found else "")
 
 
-def render_story(story: Story) -> str:
-    """What the demo says at its end."""
+def render_story(story: Story, *, page: Path, width: int | None = None) -> str:
+    """What the demo says at its end.
+
+    Args:
+        story: As it was told.
+        page: Where the comparison lies as a page.
+        width: Columns of the terminal; None for any.
+    """
     steps = story.steps
     retrain, port, merge = (steps[name].seconds for name in ("retrain", "port", "merge"))
     sizes = {name: _size(story.folder / name) for name in ("patch", "evolved", "ported", "merged")}
     return "\n".join(
         [
             "",
-            render_comparison(story.comparison, decide(story.comparison)),
+            render_comparison(story.comparison, decide(story.comparison), width=width),
             "",
             f"time    fine-tuning again {retrain:.0f} s; porting {port:.2f} s as an adapter, {merge:.1f} s to merge it",
             f"size    patch {n_bytes(sizes['patch'])}, ported {n_bytes(sizes['ported'])}; evolved model "
             f"{n_bytes(sizes['evolved'])}, merged {n_bytes(sizes['merged'])}",
             f"files   {story.folder}/patch, evolved, ported, merged, retrained; results of each step are in steps/",
+            f"page    {page}: the comparison, to be looked at and sent on",
             "",
             "Next, with your own model: portllm port YOUR_ADAPTER --base OLD_BASE --evolved NEW_BASE -o PORTED",
         ]

@@ -65,9 +65,10 @@ def plan_evaluation(
 ) -> Contestants:
     """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
     old, new = identify(base), identify(evolved)
-    pairs = [("--patch", patch, base, old), ("--ported", ported, evolved, new)]
-    pairs += [] if retrained is None else [("--retrained", retrained, evolved, new)]
-    refusals = [refusal for pair in pairs for refusal in model_refusals(*pair, allow_other_base=allow_other_base)]
+    refusals = list(model_refusals("--patch", patch, base, old, evolved=new, allow_other_base=allow_other_base))
+    pairs = [("--ported", ported), *([] if retrained is None else [("--retrained", retrained)])]
+    for option, carried in pairs:
+        refusals += model_refusals(option, carried, evolved, new, allow_other_base=allow_other_base)
     if refusals:
         raise PlanRefusedError(refusals)
     return Contestants(
@@ -87,12 +88,18 @@ def model_refusals(
     identity: ModelIdentity,
     *,
     allow_other_base: bool,
+    evolved: ModelIdentity | None = None,
 ) -> Iterator[Refusal]:
-    """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch."""
+    """Why peft must not, or cannot rightly, put a patch on a model; `option` named the patch.
+
+    Of a patch that belongs to the model given as `evolved`, it is said that the two are swapped.
+    """
     yield from unmatchable(patch, model, option=option)
     yield from unexplained(patch, model, added_tokens(patch, model))
     yield from mismatches(patch, model, n_rows=height_of(patch, model))
-    yield from base_mismatch(patch, identity, model=model, option=option, allow_other_base=allow_other_base)
+    yield from base_mismatch(
+        patch, identity, model=model, option=option, allow_other_base=allow_other_base, evolved=evolved
+    )
 
 
 def trained_on(digest: str, *patches: Patch[TensorInfo] | None, consequence: str) -> Iterator[Refusal]:

@@ -107,7 +107,7 @@ class Task:
         if strangers:
             shown = ", ".join(f"'{stranger}'" for stranger in strangers[:10])
             raise DataError(
-                f"task: {len(strangers)} completions are not among the {len(self.labels)} labels: {shown}. "
+                f"task: these answers are not among the labels ({', '.join(map(repr, self.labels[:10]))}): {shown}. "
                 "Add them to the labels, or correct the rows."
             )
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:

@@ -11,7 +11,8 @@ from portllm.exporting.plan import ExportPlan, plan_export
 from portllm.files.output_folder import check_free, staged_folder
 from portllm.files.record import Blake3, Recorded, write_sealed
 from portllm.files.seal import digest_file
-from portllm.patch.adapter_folder import PatchLike, load_patch, write_patch
+from portllm.patch.adapter_folder import CARD_FILE, PatchLike, load_patch, write_patch
+from portllm.patch.card import write_export_card
 from portllm.patch.record import ModelIdentity
 from portllm.patch.rounding import MergeSums
 from portllm.progress import Progress, silent
@@ -126,6 +127,7 @@ def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress
     check_free(out, overwrite=overwrite)
     with staged_folder(out, overwrite=overwrite, inputs=plan.files) as folder:
         sums = _write(plan, folder, file_of(plan), progress)
+        write_export_card(folder, _card(plan), plan.patch, base=plan.base_identity, library=plan.runtime.library)
         is_plain = bool(plan.slots)
         record = ExportRecord(
             __version__,
@@ -138,7 +140,7 @@ def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress
             plan.rank if is_plain else None,
             plan.dtype if is_plain else None,
             None if sums is None else float(f"{sums.kept_gain:.6g}"),
-            {entry.name: digest_file(entry) for entry in sorted(folder.iterdir())},
+            {entry.name: digest_file(entry) for entry in sorted(folder.iterdir()) if entry.name != CARD_FILE},
         )
         write_sealed(folder / EXPORT_FILE, record)
     return Exported(out, record, plan.n_modules, serve_command(plan, out), plan.notes)
@@ -148,6 +150,26 @@ def serve_command(plan: ExportPlan, out: Path) -> str:
     """How the runtime is started or called with an export."""
     file = out / (file_of(plan) or "")
     return plan.runtime.serve.format(base=plan.base_name, folder=out, file=file, name=plan.name, rank=plan.rank)
+
+
+def _card(plan: ExportPlan) -> list[str]:
+    """What the export's model card says of it; where it lies is for the reader to fill in."""
+    runtime = plan.runtime
+    form = "A merged model" if runtime.form is Form.GGUF_MODEL else "A LoRA patch"
+    return [
+        f"# {plan.name}",
+        "",
+        f"{form} in the form that {runtime.title} takes, written by PortLLM from `{plan.patch_name}`. `export.json` "
+        "records what it was made of, and `portllm verify FOLDER` checks every byte.",
+        "",
+        "## How to load it",
+        "",
+        "```",
+        serve_command(plan, Path("FOLDER")),
+        "```",
+        "",
+        f"Exchanging it for a ported patch: {runtime.swap}.",
+    ]
 
 
 def file_of(plan: ExportPlan) -> str | None:

@@ -8,13 +8,14 @@ from pathlib import PurePath
 
 from blake3 import blake3
 
-from portllm.checkpoint.gguf.places import architecture_of, gguf_file_of, place_of
+from portllm.checkpoint.gguf.places import LAYERS, architecture_of, gguf_file_of, place_of
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.encoding import is_plain
 from portllm.checkpoint.tensor.info import TensorInfo, float_dtype
 from portllm.errors import Refusal
 from portllm.files.record import encode
 from portllm.files.source import Source
+from portllm.matching.added_tokens import height_of
 from portllm.matching.compatibility import base_mismatch, changes_on, mismatches, oriented, same_in
 from portllm.patch.adapter_config import ALL_LINEAR, HEAD_NAMES
 from portllm.patch.adapter_folder import digest_tensors, files_of
@@ -91,6 +92,11 @@ class ExportPlan:
         return len(self.slots) or len(self.changes) or len(self.patch.deltas) + len(self.patch.experts)
 
     @property
+    def patch_name(self) -> str:
+        """The name of the patch, without the way to it."""
+        return PurePath(self.patch.name).name
+
+    @property
     def base_name(self) -> str:
         """What the export calls the model."""
         return "BASE" if self.base_identity is None else self.base_identity.name
@@ -132,7 +138,9 @@ def plan_export(
     refusals: list[Refusal] = []
     if base is not None:
         patch = oriented(patch, base)
-        refusals += mismatches(patch, base)
+        # Rows of added tokens have no place in a file of the model; PEFT loads them on a base that is resized for them.
+        n_rows = None if runtime.form is Form.GGUF_MODEL else height_of(patch, base)
+        refusals += mismatches(patch, base, n_rows=n_rows)
         refusals += _of_other_base(patch, runtime, base, allow_other_base=allow_other_base)
     refusals += _unheld(patch, runtime, base)
     slots: tuple[Slot, ...] = ()
@@ -218,7 +226,16 @@ def _unplaced(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | Non
             for module in patch.deltas:
                 if place_of(base.current_name(module) + WEIGHT, base) is None:
                     yield Refusal(module, f"a GGUF file of {base.name} has no such tensor. {_merge(patch, base)}.")
-    elif base is None and not _is_complete(patch, runtime):
+        return
+    if runtime.form is Form.MLX:
+        names = patch.deltas if base is None else map(base.current_name, patch.deltas)
+        for module in names:
+            if not module.startswith(LAYERS):
+                yield Refusal(
+                    module,
+                    f"what {runtime.title} calls it is not known: only '{LAYERS}N' are. {_way(patch, runtime, base)}.",
+                )
+    if base is None and runtime.every_layer and not _is_complete(patch, runtime):
         yield Refusal(
             "--base",
             f"{runtime.title} wants each module in every layer, and whether the patch has it in every layer is known "
@@ -278,23 +295,17 @@ def _is_complete(patch: Patch[TensorInfo], runtime: Runtime) -> bool:
 
 def _slots(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None) -> Iterator[Slot]:
     """The modules of an export: those of the patch, and those that have to be there with them."""
-    if base is None:
-        deltas = dict(patch.deltas)
-        modules = {module: delta.shape for module, delta in deltas.items()}
-    else:
-        deltas = {base.current_name(module): delta for module, delta in patch.deltas.items()}
+    deltas = {module if base is None else base.current_name(module): delta for module, delta in patch.deltas.items()}
+    shapes: dict[str, tuple[int, int]] = {module: delta.shape for module, delta in deltas.items()}
+    if base is not None and runtime.every_layer:
         kinds = {_LAYER.sub(".*.", module) for module in deltas}
-        leaves = {kind.rpartition(".")[2]: kind.rpartition(".")[0] for kind in kinds}
+        parents = {_leaf(kind): kind.rpartition(".")[0] for kind in kinds}
         for group in runtime.together:
-            parents = [leaves[leaf] for leaf in group if leaf in leaves]
-            kinds |= {f"{parent}.{leaf}" for parent in parents for leaf in group}
-        shapes = {module: info.shape for module, info in base.linear.items()}
-        modules = {
-            module: (shape[0], shape[1])
-            for module, shape in shapes.items()
-            if module in deltas or _LAYER.sub(".*.", module) in kinds
-        }
-    for module, shape in sorted(modules.items()):
+            kinds |= {f"{parents[there]}.{leaf}" for there in group if there in parents for leaf in group}
+        for module, info in base.linear.items():
+            if _LAYER.sub(".*.", module) in kinds:
+                shapes.setdefault(module, (info.shape[0], info.shape[1]))
+    for module, shape in sorted(shapes.items()):
         yield Slot(module, shape, deltas.get(module))
 
 

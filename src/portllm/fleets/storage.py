@@ -21,7 +21,7 @@ from portllm.errors import MissingExtraError, PortLLMError, StorageError
 from portllm.files import own_files
 from portllm.files.seal import digest_file
 from portllm.installed import how_to_get
-from portllm.patch.adapter_folder import CONFIG_FILE, RECORD_FILE, TENSOR_FILE
+from portllm.patch.adapter_folder import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE
 from portllm.patch.side_files import SIDE_FILES
 
 PATCH_FILES = (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES)
@@ -105,7 +105,7 @@ def fetch_patch(place: str, folder: Path) -> Path:
         return Path(place)
     folder.mkdir()
     with _reached(place) as (system, path):
-        for name in PATCH_FILES:
+        for name in (*PATCH_FILES, CARD_FILE):
             if system.exists(join(path, name)):
                 system.get_file(join(path, name), str(folder / name))
     return folder

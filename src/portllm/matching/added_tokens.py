@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.model.names import HEAD, HEAD_MODULE
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import MAX_ROWS, read_vocabulary, vocabulary_in
 from portllm.errors import Refusal
@@ -77,15 +76,9 @@ def own_rows(patch: Patch[TensorInfo], base: Checkpoint) -> range:
     return range(n_rows_of(base), height_of(patch, base))
 
 
-def is_by_token(name: str, model: Checkpoint) -> bool:
-    """Whether a tensor is the model's embedding or head."""
-    tensor = model.tensor(name)
-    return tensor is not None and (tensor is model.embedding or tensor is model.head)
-
-
 def _by_token(patch: Patch[TensorInfo], model: Checkpoint) -> list[str]:
     names = {*patch.resized, *patch.values, *patch.rows, *(module + WEIGHT for module in patch.deltas)}
-    return sorted(name for name in names if is_by_token(name, model))
+    return sorted(name for name in names if model.is_by_token(model.tensor(name)))
 
 
 def with_height(info: TensorInfo, n_rows: int) -> TensorInfo:
@@ -145,7 +138,9 @@ def _rows_in(patch: Patch[TensorInfo], name: str, base: Checkpoint, n_rows: int)
     return found
 
 
-def with_own_rows(patch: Patch[F], own: Sequence[int], stack: Callable[[F | None, F, Sequence[int]], F]) -> Patch[F]:
+def with_own_rows(
+    patch: Patch[F], own: Sequence[int], stack: Callable[[F | None, F, Sequence[int]], F], base: Checkpoint
+) -> Patch[F]:
     """The patch with the rows of added tokens as rows that it trained, which PEFT loads on a resized base.
 
     Where factors lie on the weight of the resized base, which PEFT loads with them, that stays.
@@ -154,8 +149,9 @@ def with_own_rows(patch: Patch[F], own: Sequence[int], stack: Callable[[F | None
         patch: Held against the base.
         own: The rows of the patch's vocabulary that are its own.
         stack: Rows of another tensor behind those of the first, where there is one.
+        base: The model that it belongs to.
     """
-    rows, config = dict(patch.rows), _by_module(patch.config, patch)
+    rows, config = dict(patch.rows), _by_module(patch, base)
     under_factors = {}
     for name, weight in patch.resized.items():
         module = name.removesuffix(WEIGHT)
@@ -167,26 +163,44 @@ def with_own_rows(patch: Patch[F], own: Sequence[int], stack: Callable[[F | None
         elif behind:
             stacked = stack(None if trained is None else trained.values, weight, behind)
             rows[name] = RowValues(stacked, (*before, *behind))
-            config = _naming_rows(config, module, before, rows[name].rows)
+            config = _naming_rows(config, module, before, rows[name].rows, base)
     return replace(patch, rows=dict(sorted(rows.items())), config=config, resized=under_factors)
 
 
-def _by_module(config: AdapterConfig, patch: Patch[F]) -> AdapterConfig:
+def _by_module(patch: Patch[F], base: Checkpoint) -> AdapterConfig:
     """The configuration with trained rows by module; where they have no name, they are the embedding's."""
-    named = config.fields.get("trainable_token_indices")
+    named = patch.config.fields.get("trainable_token_indices")
     if not named or isinstance(named, dict) or not patch.resized:
-        return config
-    embedding = next(name for name in (*patch.rows, *patch.resized) if name != HEAD)
-    return AdapterConfig({**config.fields, "trainable_token_indices": {embedding.removesuffix(WEIGHT): named}})
+        return patch.config
+    embedding = next(name for name in (*patch.rows, *patch.resized) if not base.is_head(name))
+    return AdapterConfig({**patch.config.fields, "trainable_token_indices": {embedding.removesuffix(WEIGHT): named}})
 
 
-def _naming_rows(config: AdapterConfig, module: str, before: Sequence[int], ids: Sequence[int]) -> AdapterConfig:
+def _naming_rows(
+    config: AdapterConfig, module: str, before: Sequence[int], ids: Sequence[int], base: Checkpoint
+) -> AdapterConfig:
     """The configuration with these trained rows of a module; of a tied head, which has the same, they are named too."""
     named = cast(dict[str, list[int]], config.fields.get("trainable_token_indices") or {})
     key = next((key for key in named if module == key or module.endswith(f".{key}")), module)
-    twins = [other for other, old in named.items() if before and other == HEAD_MODULE and [*old] == [*before]]
+    twins = [
+        other
+        for other, old in named.items()
+        if before and f".{base.head_module}".endswith(f".{other}") and [*old] == [*before]
+    ]
     changed = {name: list(ids) for name in (key, *twins)}
     return AdapterConfig({**config.fields, "trainable_token_indices": {**named, **changed}})
+
+
+def unplaced(patch: Patch[TensorInfo]) -> Iterator[Refusal]:
+    """Why a patch with rows of its own cannot be written as an adapter; a merge has a place for all of it."""
+    for name in patch.resized:
+        if not name.endswith(WEIGHT):
+            yield Refusal(
+                name,
+                "tokens were added for the adapter, and the head has a bias, for whose new rows PEFT has no place "
+                "beside trained rows or factors of the head, or a tied one. Merge the adapter, or save the whole "
+                "head (modules_to_save).",
+            )
 
 
 def sized(first: TensorInfo | None, weight: TensorInfo, rows: Sequence[int]) -> TensorInfo:

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, looks_like_copy
-from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.tensor_pairs import rows_of
-from portllm.patch.adapter_tensors import WEIGHT
+from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import WholeValue
 from portllm.patch.patch import Patch
 
@@ -43,9 +42,11 @@ class HeldCopies:
 def hold_copies(patch: Patch[TensorInfo], base: Checkpoint) -> HeldCopies:
     """Hold an adapter's copies against the base that it is of."""
     found = _Found()
+    patch = _without_values_of_other_bases(patch, base)
     for name, copies in patch.base_copies.items():
         for copy in copies:
             _hold(found, name, copy, patch, base)
+    _keep_head_whole(found, patch, base)
     patch = _without_twins(found, patch, base)
     trained = {name: WholeValue(value) for name, value in {**found.trained, **found.halves}.items()}
     settled = replace(
@@ -53,7 +54,7 @@ def hold_copies(patch: Patch[TensorInfo], base: Checkpoint) -> HeldCopies:
         base_copies={},
         resized=found.resized,
         values=dict(sorted({**patch.values, **trained}.items())),
-        config=patch.config.saving(name.removesuffix(WEIGHT) for name in trained) if trained else patch.config,
+        config=patch.config.saving({name.rpartition(".")[0] for name in trained}) if trained else patch.config,
     )
     return HeldCopies(settled, tuple(found.taken), tuple(_notes(found)), tuple(found.refusals))
 
@@ -92,7 +93,7 @@ def _hold(found: _Found, name: str, copy: TensorInfo, patch: Patch[TensorInfo], 
         found.copied[name] = None
         if copy.shape != weight.shape and value is None:
             _keep_resized(found, name, copy, patch, base)
-    elif weight in (base.embedding, base.head) and name not in _otherwise_changed(patch):
+    elif base.is_by_token(weight) and name not in _otherwise_changed(patch):
         found.trained[name] = copy
     else:
         found.refusals.append(_altered(name, base))
@@ -103,7 +104,7 @@ def _keep_resized(found: _Found, name: str, copy: TensorInfo, patch: Patch[Tenso
     same = [other for other in patch.base_copies if base.tensor(other) is base.tensor(name)]
     names = [other for other in same if other not in patch.values] or [name]
     # PEFT finds it under factors; rows of a tied matrix are trained under the embedding's name.
-    own = min(names, key=lambda other: (other.removesuffix(WEIGHT) not in patch.deltas, other == HEAD))
+    own = min(names, key=lambda other: (other.removesuffix(WEIGHT) not in patch.deltas, base.is_head(other)))
     # Beside the other half of a tied matrix that is held whole, PEFT cannot load rows of this one.
     is_half = len(names) < len(same) and own.removesuffix(WEIGHT) not in patch.deltas and own not in patch.rows
     kept = (found.halves if is_half else found.resized).setdefault(own, copy)
@@ -113,6 +114,27 @@ def _keep_resized(found: _Found, name: str, copy: TensorInfo, patch: Patch[Tenso
         found.taken.append(TakenForEqual(copy, kept, _two_values(name), rounded=True))
     else:
         found.refusals.append(_two_values(name))
+
+
+def _keep_head_whole(found: _Found, patch: Patch[TensorInfo], base: Checkpoint) -> None:
+    """Keep a head with a bias whole where both have more rows than the base's: PEFT has no place for rows of a bias."""
+    bias = next((name for name in found.resized if name.endswith(BIAS)), None)
+    if bias is None:
+        return
+    head = next((name for name in (*found.halves, *found.resized) if base.is_head(name)), None)
+    if head is None or head.removesuffix(WEIGHT) in patch.deltas or head in patch.rows:
+        return
+    found.halves |= {name: found.resized.pop(name) for name in (head, bias) if name in found.resized}
+
+
+def _without_values_of_other_bases(patch: Patch[TensorInfo], base: Checkpoint) -> Patch[TensorInfo]:
+    """The adapter with what was taken for the value of a tied head as a copy, where the base's head is its own."""
+    if not patch.config.keeps_ties("modules_to_save") or base.tied_embedding is not None:
+        return patch
+    heads = {name: value.values for name, value in patch.values.items() if base.is_head(name)}
+    copies = {name: (values,) for name, values in heads.items() if not patch.config.saves(name)}
+    kept = {name: value for name, value in patch.values.items() if name not in copies}
+    return replace(patch, values=kept, base_copies={**patch.base_copies, **copies})
 
 
 def _otherwise_changed(patch: Patch[TensorInfo]) -> set[str]:
@@ -147,15 +169,15 @@ def _altered(name: str, base: Checkpoint) -> Refusal:
 
 def _without_twins(found: _Found, patch: Patch[TensorInfo], base: Checkpoint) -> Patch[TensorInfo]:
     """The adapter without the rows of a tied head that are those of its embedding, which PEFT stores for both."""
-    mine = patch.rows.get(HEAD)
-    shared = next((name for name in patch.rows if name != HEAD and base.tensor(name) is base.tied_embedding), None)
-    if mine is None or shared is None or base.tied_embedding is None:
+    tied = [name for name in patch.rows if base.tensor(name) is base.tied_embedding]
+    head = next(filter(base.is_head, tied), None)
+    if base.tied_embedding is None or head is None or len(tied) == 1:
         return patch
-    theirs = patch.rows[shared]
+    mine, theirs = patch.rows[head], next(patch.rows[name] for name in tied if name != head)
     if mine.rows != theirs.rows or not looks_like_copy(mine.values, theirs.values):
         return patch
-    found.taken.append(TakenForEqual(mine.values, theirs.values, _two_values(HEAD)))
-    return replace(patch, rows={name: rows for name, rows in patch.rows.items() if name != HEAD})
+    found.taken.append(TakenForEqual(mine.values, theirs.values, _two_values(head)))
+    return replace(patch, rows={name: rows for name, rows in patch.rows.items() if name != head})
 
 
 def _two_values(name: str) -> Refusal:

@@ -107,8 +107,11 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int 
 
 
 def _resized(tensor: TensorInfo, checkpoint: Checkpoint, n_rows: int | None) -> TensorInfo:
-    if n_rows is None or not (tensor is checkpoint.embedding or tensor is checkpoint.head):
+    embedding = checkpoint.embedding
+    if n_rows is None or not checkpoint.is_by_token(tensor):
         return tensor
+    if embedding is not None and n_rows <= embedding.shape[0]:
+        return tensor  # a head may have fewer rows than the embedding
     return replace(tensor, shape=(n_rows, *tensor.shape[1:]))
 
 
@@ -166,7 +169,11 @@ def _unknown(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> s
 def _not_as_trained(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
     """Why no weights give what PEFT computes with a change of embedding or head; None where there are such weights."""
     tensor, family = checkpoint.tensor(name), checkpoint.family
-    if tensor is None or family is None or tensor not in (checkpoint.embedding, checkpoint.head):
+    if tensor is None or family is None:
+        return None
+    if name.endswith(WEIGHT) and family.shares(checkpoint.current_name(name)) and checkpoint.says_tied is not False:
+        return _SHARED.format(checkpoint.name)
+    if tensor not in (checkpoint.embedding, checkpoint.head):
         return None
     is_added = isinstance(change, RowValues) or (isinstance(change, LowRankDelta) and change.is_embedding)
     if tensor is checkpoint.embedding and is_added and not family.looks_up:
@@ -175,12 +182,15 @@ def _not_as_trained(name: str, change: Change[TensorInfo], checkpoint: Checkpoin
             "no change of the matrix has the same effect. Save the whole embedding instead (modules_to_save)."
         )
     is_of_three = family.ties is not None and not family.ties.alone and checkpoint.tied_embedding is not None
-    if is_of_three or (tensor is checkpoint.embedding and family.shares_embedding):
-        return (
-            f"in {checkpoint.name} other matrices than head and embedding are the same one, and PEFT changes only one "
-            "of them: no stored matrix has the same effect. Train the adapter without it."
-        )
+    if is_of_three or (tensor is checkpoint.embedding and family.shares(family.embedding)):
+        return _SHARED.format(checkpoint.name)
     return None
+
+
+_SHARED = (
+    "in {} other matrices than head and embedding are the same one, and PEFT changes only one of them: no stored "
+    "matrix has the same effect. Train the adapter without it."
+)
 
 
 def _kind(change: Change[TensorInfo]) -> str:
@@ -232,6 +242,8 @@ class _Named:
         self.tensors = checkpoint.running([*named, *patch.experts])
         modules = [*self._matrices(), *patch.deltas]
         self.targets = {*config.targets(modules), *(m for m in modules if "weight" in config.parameters_of(m))}
+        if config.means_all_linear:  # but for the head, which PEFT knows from the model
+            self.targets -= {module for module in modules if checkpoint.is_head(module + WEIGHT)}
         if self._ties_head_to(self.targets):
             self.targets.add(checkpoint.head_module)
 
@@ -244,8 +256,10 @@ class _Named:
 
     def saves(self, tensor: str) -> bool:
         """Whether it names a tensor as one that is saved whole."""
-        is_head = tensor == self.checkpoint.head_name and self.tied is not None and self.config.keeps_ties
-        return self.config.saves(tensor) or (is_head and self.tied is not None and self.config.saves(self.tied.name))
+        is_twin = (
+            self.config.keeps_ties("modules_to_save") and self.tied is not None and self.checkpoint.is_head(tensor)
+        )
+        return self.config.saves(tensor) or (is_twin and self.tied is not None and self.config.saves(self.tied.name))
 
     def trains_bias(self, tensor: str, info: TensorInfo) -> bool:
         """Whether it names a tensor as a bias that is trained."""
@@ -266,7 +280,7 @@ class _Named:
         return [name for name in names if not (self.tied is not None and twins and name == head)]
 
     def _ties_head_to(self, modules: Collection[str]) -> bool:
-        if not self.config.keeps_ties or self.tied is None:
+        if not self.config.keeps_ties("target_modules") or self.tied is None:
             return False
         return any(self.checkpoint.tensor(module + WEIGHT) is self.tied for module in modules)
 
@@ -281,19 +295,23 @@ def _unnamed(patch: Patch[TensorInfo], named: _Named) -> Iterator[Refusal]:
                 "ignore them. Add it to target_modules, or remove the tensors.",
             )
     for name in patch.values:
-        if named.checkpoint.current_name(name) == named.checkpoint.head_name and not named.saves(name):
+        if named.checkpoint.is_head(name) and not named.saves(name):
             yield Refusal(
                 name,
                 "the patch has a value for it because it was tied to the embedding, and ensure_weight_tying is "
-                f"set; in {named.checkpoint.name} it is not tied. Add lm_head to modules_to_save.",
+                f"set; in {named.checkpoint.name} it is not tied. Add {named.checkpoint.head_module} to "
+                "modules_to_save.",
             )
     for name in patch.rows:
         module = name.removesuffix(WEIGHT)
         is_input = named.checkpoint.stored(name) is named.checkpoint.embedding
-        if not (is_input or isinstance(patch.config.fields.get("trainable_token_indices"), dict)):
+        tokens = patch.config.fields.get("trainable_token_indices")
+        is_named = isinstance(tokens, dict) and any(f".{module}".endswith(f".{key}") for key in tokens)
+        if not (is_named or (is_input and not isinstance(tokens, dict))):
             yield Refusal(
                 module,
-                "the patch has token rows for it, and trainable_token_indices without a name means the embedding.",
+                "the patch has token rows for it, but trainable_token_indices does not name it (without a name, it "
+                "means the embedding), so PEFT would ignore them.",
             )
 
 
@@ -441,8 +459,8 @@ def base_mismatch(
     yield Refusal(
         option,
         f"{given.name} has the fingerprint {given.fingerprint}, but patch '{patch.name}' belongs to "
-        f"{belongs.name} ({belongs.fingerprint}). Pass that model, port the patch with 'portllm port', or pass "
-        "--allow-other-base if this is "
+        f"{belongs.name} ({belongs.fingerprint}). Pass that model, port the patch (portllm port {patch.name} "
+        f"--evolved {given.name} -o PORTED), or pass --allow-other-base if this is "
         f"intended.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
     )
 

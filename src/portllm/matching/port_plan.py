@@ -17,6 +17,7 @@ from portllm.matching.added_tokens import (
     own_rows,
     sized,
     unexplained,
+    unplaced,
     with_own_rows,
 )
 from portllm.matching.base_copies import HeldCopies, hold_copies
@@ -129,7 +130,7 @@ def plan_port_on(
     whole, carried, refusals = (whole, None, []) if base is None else _carried(whole, own, base, update)
     patch = without(whole, own)
     if carried is not None:
-        patch = with_own_rows(patch, sorted(carried.own), sized)
+        patch = with_own_rows(patch, sorted(carried.own), sized, evolved if base is None else base)
     needs_weights = bool({Need.WEIGHTS, Need.STREAMS} & chosen.needs_for(patch))
     target = update.target
     by_token = token_changes(patch, evolved if base is None else base)
@@ -194,7 +195,7 @@ def _carried(
 ) -> tuple[Patch[TensorInfo], CarriedTokens | None, list[Refusal]]:
     """A patch, where the tokens that only it has go, and why they cannot."""
     added = added_tokens(patch, base)
-    refusals = [*unexplained(patch, base, added)]
+    refusals = [*unexplained(patch, base, added), *unplaced(patch)]
     by_token = token_changes(without(patch, own), base)
     if refusals or not (by_token or patch.resized):
         return patch, None, refusals

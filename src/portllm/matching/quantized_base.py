@@ -15,9 +15,6 @@ from portllm.patch.patch import Patch
 
 OPTION = "--quantized-base"
 
-LEFT_ALONE = ("lm_head",)
-"""What transformers does not quantize unless it is told otherwise: the output head."""
-
 LEAST_COSINE = 0.9
 """Of a weight and what is left of it: 0.995 for NF4, 0.97 for the two bits of Q2_K; 0 for another model."""
 
@@ -30,7 +27,8 @@ class Fitted:
         scheme: How they are quantized.
         source: Where they are had from, for people.
         weights: They themselves, by the tensor of the model merged into; empty where they are computed from it.
-        left_alone: Where they are computed: linear modules that were not quantized, by the ends of their names.
+        left_alone: Where they are computed: linear modules that were not quantized, by the ends of their names; the
+            output head, unless transformers was told otherwise.
     """
 
     scheme: str
@@ -50,7 +48,7 @@ def fitted_of(patch: Patch[TensorInfo], into: Checkpoint, quantized: Checkpoint 
     if told is not None:
         return Fitted(told.scheme, source, left_alone=told.left_alone)
     scheme = quantization_of(patch)
-    return Fitted(scheme, source, left_alone=LEFT_ALONE) if scheme in SCHEMES and scheme is not None else None
+    return Fitted(scheme, source, left_alone=(into.head_module,)) if scheme in SCHEMES and scheme is not None else None
 
 
 def quantization_of(patch: Patch[TensorInfo]) -> str | None:

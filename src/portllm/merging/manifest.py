@@ -19,6 +19,7 @@ from portllm.files.record import END, Blake3, Recorded, decode_sealed, encode
 from portllm.files.seal import digest_file, seal_of, seal_problem
 from portllm.measures.quantization_gap import QuantizationGap
 from portllm.notebook import ShownInNotebook
+from portllm.patch.adapter_folder import CARD_FILE
 from portllm.patch.record import ModelIdentity, PatchRecord
 from portllm.patch.rounding import MergeSums
 
@@ -117,11 +118,13 @@ class Manifest(Recorded, frozen=True, forbid_unknown_fields=False):
 
 
 def digest_side_files(folder: Path) -> dict[str, str]:
-    """The digest of each file in a folder, but for weights and the manifest."""
+    """The digest of each file in a folder, but for weights, the manifest, and the card, which people write to."""
     return {
         file.name: digest_file(file)
         for file in sorted(folder.iterdir())
-        if file.is_file() and (file.suffix != ".safetensors" or file.name == HEAD_FILE) and file.name != MANIFEST_FILE
+        if file.is_file()
+        and (file.suffix != ".safetensors" or file.name == HEAD_FILE)
+        and file.name not in (MANIFEST_FILE, CARD_FILE)
     }
 
 

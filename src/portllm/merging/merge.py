@@ -28,6 +28,7 @@ from portllm.files.own_files import holds
 from portllm.files.page_cache import is_large
 from portllm.files.source import LocalFile
 from portllm.matching.compatibility import taken_tie
+from portllm.merging.card import card_of
 from portllm.merging.manifest import MANIFEST_FILE, MergeReport, digest_side_files, render_manifest
 from portllm.merging.options import AS_IT_IS, MergeOptions
 from portllm.merging.outputs import Output, good, not_written, write_outputs
@@ -36,6 +37,7 @@ from portllm.merging.quantization_gap import measure_gap
 from portllm.merging.rounding_modes import Stochastic
 from portllm.merging.tensor import TensorOptions, TensorResults, require_device
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch
+from portllm.patch.card import write_model_card
 from portllm.patch.folders import Where
 from portllm.patch.record import ModelIdentity
 from portllm.patch.side_files import copy_into
@@ -225,6 +227,7 @@ def _finish(output: Output, folder: Path, how: TensorOptions, progress: Progress
     if plan.fitted is not None:
         gap = measure_gap(plan, plan.fitted, output.known.sums, progress=progress)
         report = replace(report, quantization=gap)
+    write_model_card(folder, card_of(report), plan.patch, into=plan.into, identity=plan.identity)
     (folder / MANIFEST_FILE).write_text(render_manifest(report, program=__version__), encoding="utf-8")
     return report
 

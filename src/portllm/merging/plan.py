@@ -213,7 +213,7 @@ def _step(
     dtype: str | None,
 ) -> MergeStep:
     """One tensor of the output; embedding and head have as many rows as the patch needs."""
-    is_resized = height > n_rows_of(into) and (info is into.embedding or info is into.head)
+    is_resized = height > n_rows_of(into) and into.is_by_token(info)
     shape = (height, *info.shape[1:]) if is_resized else info.shape
     tensor = into.tensor(name) if is_resized else None
     found = (weight for other, weight in patch.resized.items() if tensor is not None and into.tensor(other) is tensor)

@@ -18,7 +18,7 @@ from portllm.methods.choice import choose, on, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Part, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
-from portllm.methods.tail import balance, balance_move, constant, logit_moves, reduced_rank
+from portllm.methods.tail import Regression, balance, balance_move, logit_moves
 from portllm.methods.values import Values, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
@@ -85,10 +85,10 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
     start = add(patch, inputs).patch
     streams = inputs.streams(start)
     climbed = _climbed(streams, start, {}) if streams.wanted is not None else None
-    if climbed is None or _share(climbed.found[climbed.chosen.name], streams.parts) < (streams.wanted or 0.0):
+    if climbed is None or _share(climbed.found[climbed.chosen.name], streams.compared) < (streams.wanted or 0.0):
         climbed = _climbed(streams, start, REFITS)
     found, chosen = climbed.found, climbed.chosen
-    gate = float(on(found[OLD_STATES].nats, streams.parts, "choose").mean())
+    gate = float(on(found[OLD_STATES].nats, streams.compared, "choose").mean())
     numbers = evidence(found, chosen.name, streams) | {"head_gate": gate}
     numbers |= costs(streams, "price", chosen, "general_nats") | costs(streams, "judge", chosen, "loss")
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
@@ -112,7 +112,7 @@ def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]
     states = {name: moved(streams, each) for name, each in by_name.items()}
     found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
     losses = streams.nats("judge", {name: each.as_run for name, each in by_name.items()})
-    divergences = {name: on(found[name].nats, streams.parts, "choose") for name in by_name}
+    divergences = {name: on(found[name].nats, streams.compared, "choose") for name in by_name}
     return _Climbed(found, by_name[choose(losses or divergences)])
 
 
@@ -179,12 +179,13 @@ def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candi
         return torch.cat([values.double(), values.new_zeros(len(u) - len(values), *values.shape[1:]).double()]) / scale
 
     direction = balance_move(balance(answers.softmax(dim=1), logits), head, gain)
-    a = constant(u, rows(state.double().pow(2).mean(dim=1).sqrt()), weight, rho=TAIL_RHO)
+    regression = Regression.on(u, weight, rho=TAIL_RHO)
+    size = regression.fit(rows(state.double().pow(2).mean(dim=1, keepdim=True).sqrt()), rank=1)
     by_logits = rows(logit_moves(answers - logits, head, gain, state))
     tails = {
-        "balance": Factors(a[None].float(), direction[:, None].float()),
-        "logits": reduced_rank(u, by_logits, weight, rank=min(TAIL_RANK, len(tokens) - 1), rho=TAIL_RHO),
-        "states": reduced_rank(u, rows(wanted - state), weight, rank=TAIL_RANK, rho=TAIL_RHO),
+        "balance": Factors((size.b @ size.a).float(), direction[:, None].float()),
+        "logits": regression.fit(by_logits, rank=min(TAIL_RANK, len(tokens) - 1)),
+        "states": regression.fit(rows(wanted - state), rank=TAIL_RANK),
     }
     return [Candidate(f"{walked} + {name}", walked, {module: tail}) for name, tail in tails.items()]
 
@@ -221,14 +222,14 @@ def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> 
     numbers: dict[str, float] = {f"prompts_{part}": float(parts.count(part)) for part in ("fit", "choose", "report")}
     numbers |= {"prompts_drawn": float(len(parts))} if streams.is_drawn else {}
     for name, said in ((chosen, ""), (ADD, "_added")):
-        agrees = on(found[name].agrees, parts, "report")
+        agrees = on(found[name].agrees, streams.compared, "report")
         low, high = wilson(int(agrees.sum()), len(agrees))
         numbers |= {
             f"agreement{said}": float(agrees.double().mean()),
             f"agreement{said}_low": low,
             f"agreement{said}_high": high,
-            f"divergence{said}": float(on(found[name].nats, parts, "report").mean()),
-            f"divergence{said}_chosen_by": float(on(found[name].nats, parts, "choose").mean()),
+            f"divergence{said}": float(on(found[name].nats, streams.compared, "report").mean()),
+            f"divergence{said}_chosen_by": float(on(found[name].nats, streams.compared, "choose").mean()),
         }
     return numbers
 

@@ -26,7 +26,7 @@ def choose(nats: Mapping[str, Float64[Tensor, " rows"]]) -> str:
         nats: Of each candidate on each row; the simplest candidate first.
 
     Example:
-        >>> choose({"add": torch.tensor([2.0, 2.0]), "refit": torch.tensor([1.0, 1.0])})
+        >>> choose({"add": torch.tensor([2.0, 2.0]).double(), "refit": torch.tensor([1.0, 1.0]).double()})
         'refit'
     """
     names = list(nats)

@@ -68,7 +68,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How the answers of a model compare with the old specialist's, prompt by prompt.
+    """How the answers of a model compare with the old specialist's, prompt by prompt of those that are compared.
 
     Attributes:
         nats: Mean of `KL(old specialist ‖ model)` over the places of the answer, whole vocabulary.
@@ -118,6 +118,10 @@ class Streams(Protocol):
         """What each prompt is for."""
 
     @property
+    def compared(self) -> "Sequence[Part]":
+        """The same of those that nothing is fitted on: answers to the others are compared with nobody's."""
+
+    @property
     def part_of_place(self) -> "Sequence[Part]":
         """What the prompt of each place is for."""
 
@@ -140,7 +144,7 @@ class Streams(Protocol):
         """Weight of the evolved model's last norm, where that is `g · r / rms(r)`; None for any other."""
 
     def compare(self, states: "Mapping[str, Float32[Tensor, 'places width']]") -> Mapping[str, Comparison]:
-        """The answers of the evolved model with these states behind its last layer."""
+        """The answers of the evolved model with these states behind its last layer, to the prompts of `compared`."""
 
     def likely(self) -> "Int64[Tensor, ' tokens']":
         """Tokens that the old specialist answers with, the likeliest first."""

@@ -8,6 +8,8 @@ Source: reduced-rank ridge regression, Mukherjee and Zhu (2011), Statistical Ana
 is this project's (docs/methods/align.md).
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -18,37 +20,69 @@ BALANCE_STEPS = 200
 BALANCE_TOLERANCE = 1e-9
 
 
-def reduced_rank(
-    u: Float[Tensor, "places d_in"],
-    move: Float[Tensor, "places d"],
-    weight: Float[Tensor, " places"],
-    *,
-    rank: int,
-    rho: float,
-) -> Factors:
-    """The map of a rank that takes inputs nearest to the moves wanted: least `Σ w |move - b a u|² + λ |b a|²`.
+@dataclass(frozen=True)
+class Regression:
+    """Reduced-rank ridge regressions on the same inputs: their Gram matrix is taken apart once, the smaller one.
 
-    With `λ = ρ Σ w |u|² / Σ w`, and U and E the inputs and moves, each times the root of its weight. The best map of
-    all ranks is `M = E' (K + λ)^-1 U` with `K = U U'`; the best of a rank is its projection on the leading eigenvectors
-    of `E' (K + λ)^-1 K E`.
-
-    Args:
-        u: Inputs.
-        move: What each should be taken to.
-        weight: What each counts.
-        rank: Of the map; no more than there are places.
-        rho: Ridge, as a share of the mean square of an input.
+    Attributes:
+        u: Inputs, each times the root of its weight.
+        root: Of the weights.
+        vectors: Eigenvectors of `U U'`, or of `U' U` where there are more places than inputs are wide.
+        squares: Their eigenvalues.
+        penalty: Ridge λ.
     """
-    root = weight.double().sqrt()[:, None]
-    left, sizes, right = torch.linalg.svd(root * u.double(), full_matrices=False)
-    penalty = rho * sizes.pow(2).sum() / weight.double().sum()
-    squares = sizes.pow(2)
-    kept = torch.where(squares > 0, squares / (squares + penalty).clamp(min=torch.finfo(torch.float64).tiny), squares)
-    moved = (root * move.double()).T @ left
-    leading = torch.linalg.svd(moved * kept.sqrt(), full_matrices=False).U[:, :rank]
-    inverse = torch.where(sizes > 0, kept / sizes.clamp(min=torch.finfo(torch.float64).tiny), sizes)
-    whole = (moved * inverse) @ right
-    return Factors(leading.T @ whole, leading)
+
+    u: Float64[Tensor, "places d_in"]
+    root: Float64[Tensor, "places 1"]
+    vectors: Float64[Tensor, "n n"]
+    squares: Float64[Tensor, " n"]
+    penalty: Float64[Tensor, ""]
+
+    @classmethod
+    def on(cls, u: Float[Tensor, "places d_in"], weight: Float[Tensor, " places"], *, rho: float) -> "Regression":
+        """On some inputs.
+
+        Args:
+            u: Inputs.
+            weight: What each counts.
+            rho: Ridge, as a share of the mean square of an input: `λ = ρ Σ w |u|² / Σ w`.
+        """
+        root = weight.double().sqrt()[:, None]
+        wide = root * u.double()
+        squares, vectors = torch.linalg.eigh(wide @ wide.T if len(wide) <= wide.shape[1] else wide.T @ wide)
+        return cls(wide, root, vectors, squares.clamp(min=0), rho * wide.pow(2).sum() / weight.double().sum())
+
+    def fit(self, move: Float[Tensor, "places d"], *, rank: int) -> Factors:
+        """The map of a rank that takes inputs nearest to the moves wanted: least `Σ w |move - b a u|² + λ |b a|²`.
+
+        With U and E the inputs and moves, each times the root of its weight, the best map of all ranks is
+        `M = E' (U U' + λ)^-1 U = E' U (U' U + λ)^-1`; the best of a rank is its projection on the leading eigenvectors
+        of `M (U' U + λ) M'`.
+
+        Args:
+            move: What each input should be taken to.
+            rank: Of the map; no more than there are places.
+        """
+        is_dual = len(self.u) <= self.u.shape[1]
+        floor = self.squares.sum() * len(self.squares) * torch.finfo(torch.float64).eps
+        raised = (self.squares + self.penalty).clamp(min=torch.finfo(torch.float64).tiny)
+        inverse = torch.where(self.squares > floor, 1 / raised, torch.zeros_like(raised))
+        moved = (self.root * move.double()).T
+        parts = moved @ self.vectors if is_dual else moved @ self.u @ self.vectors
+        shares = self.squares * inverse if is_dual else inverse
+        leading = _leading(parts * shares.sqrt(), rank)
+        inputs = self.vectors.T @ self.u if is_dual else self.vectors.T
+        return Factors((leading.T @ parts * inverse) @ inputs, leading)
+
+
+def _leading(matrix: Float64[Tensor, "d n"], rank: int) -> Float64[Tensor, "d rank"]:
+    """Its leading left singular vectors."""
+    if len(matrix) <= matrix.shape[1]:
+        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
+    else:
+        vectors = torch.linalg.svd(matrix, full_matrices=False).U
+    first: Tensor = vectors[:, :rank]
+    return first
 
 
 def logit_moves(
@@ -109,11 +143,3 @@ def balance_move(
     rows = gain.double() * head.double()
     found: Tensor = torch.linalg.pinv(rows - rows.mean(dim=0)) @ (bias.double() - bias.double().mean())
     return found
-
-
-def constant(
-    u: Float[Tensor, "places d_in"], wanted: Float[Tensor, " places"], weight: Float[Tensor, " places"], *, rho: float
-) -> Float64[Tensor, " d_in"]:
-    """The vector a with `a u` nearest to a number for each place: ridge regression, as `reduced_rank`."""
-    factors = reduced_rank(u, wanted[:, None], weight, rank=1, rho=rho)
-    return (factors.b @ factors.a)[0]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Literal, cast
 
 from portllm.checkpoint.model.names import is_embedding
 from portllm.errors import AdapterFormatError
@@ -21,6 +21,9 @@ from portllm.patch.name_pattern import NamePattern, takes_python_long
 
 LORA = "LORA"
 ALL_LINEAR = "all-linear"
+TIED_NAMES = ("embed_tokens", "lm_head")
+"""`EMBEDDING_LAYER_NAMES` of PEFT."""
+
 HEAD_NAMES = ("lm_head", "score", "classifier")
 
 
@@ -91,9 +94,12 @@ class AdapterConfig:
             >>> config.scale_of("h.0.q"), config.scale_of("h.1.q")
             (2.0, 0.5)
         """
-        rank = self.rank_of(module)
-        alpha = cast(float, _by_pattern(self._mapping("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.fields.get("use_rslora") else alpha / rank
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha that the configuration gives a module."""
+        return cast(float, _by_pattern(self._mapping("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
 
     @property
     def changed_base(self) -> str | None:
@@ -148,6 +154,12 @@ class AdapterConfig:
         return takes_python_long(patterns, modules)
 
     @property
+    def means_all_linear(self) -> bool:
+        """Whether it names no modules, but all linear ones of the model except for its head."""
+        targets = self.fields["target_modules"]
+        return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+    @property
     def is_transposed(self) -> bool:
         """Whether the weights of its modules are stored as (d_in, d_out), as GPT-2's are."""
         return bool(self.fields.get("fan_in_fan_out"))
@@ -183,21 +195,32 @@ class AdapterConfig:
         return bool(names) and any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts) + 1))
 
     def saving(self, modules: Iterable[str]) -> "AdapterConfig":
-        """The configuration with more modules among those that are saved whole."""
+        """The configuration with more modules among those that are saved whole, none of which becomes tied by that."""
         named = cast(list[str], self.fields.get("modules_to_save") or [])
-        return AdapterConfig({**self.fields, "modules_to_save": [*named, *sorted(modules)]})
+        changed = {**self.fields, "modules_to_save": [*named, *sorted(modules)]}
+        if self.fields.get("ensure_weight_tying"):
+            changed["ensure_weight_tying"] = self.keeps_ties("modules_to_save") or self.keeps_ties("target_modules")
+        return AdapterConfig(changed)
 
-    @property
-    def keeps_ties(self) -> bool:
-        """Whether what is done to an embedding is done to a head that is tied to it, and stored for both."""
-        return bool(self.fields.get("ensure_weight_tying"))
+    def keeps_ties(self, field: Literal["modules_to_save", "target_modules"]) -> bool:
+        """Whether what is done to an embedding that a field names is done to a head that is tied to it, and stored.
+
+        PEFT looks for these names alone, whatever the model calls its embedding.
+        """
+        if not self.fields.get("ensure_weight_tying"):
+            return False
+        named = self.fields.get(field) or []
+        if isinstance(named, str):
+            return any(_names(named, name) for name in TIED_NAMES)
+        return any(name.rpartition(".")[2] in TIED_NAMES for name in cast(list[str], named))
 
     def token_rows_of(self, module: str) -> tuple[int, ...]:
         """The token ids whose rows of an embedding were trained; empty for a module that has none."""
         tokens = self.fields.get("trainable_token_indices") or []
         if isinstance(tokens, dict):
-            matching = (ids for name, ids in tokens.items() if module == name or module.endswith(f".{name}"))
-            return tuple(next(matching, ()))
+            matching = [ids for name, ids in tokens.items() if module == name or module.endswith(f".{name}")]
+            # Rows of a tied head may be stored though only those of the embedding are named.
+            return tuple((matching or [*tokens.values()])[0]) if matching or len(tokens) == 1 else ()
         return tuple(cast(list[int], tokens))
 
     def _mapping(self, name: str) -> Mapping[str, object]:
@@ -211,7 +234,7 @@ class AdapterConfig:
         if any(_at_or_below(name).match(module) for name in saved):
             return False
         targets = self.fields["target_modules"]
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        if self.means_all_linear:
             return module.rsplit(".", 1)[-1] not in HEAD_NAMES and not is_embedding(module)
         if targets is None or not _names(targets, module):
             return False

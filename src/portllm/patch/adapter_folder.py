@@ -5,6 +5,7 @@ tensor of the file is accounted for: it becomes part of a delta, or the folder i
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -23,6 +24,7 @@ from portllm.checkpoint.safetensors.header_file import describing, read_header_t
 from portllm.checkpoint.safetensors.writer import METADATA
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
 from portllm.errors import AdapterFormatError, CheckpointError, PatchRecordError
+from portllm.files.input_file import local_file
 from portllm.files.json_file import MAX_CONFIG_BYTES, read_config, read_json
 from portllm.files.json_text import is_utf8
 from portllm.files.record import decode_sealed, write_sealed
@@ -44,6 +46,7 @@ MODEL_CONFIG_FILE = "config.json"
 """Some training programs save that of the model beside the adapter; it names a classifier's labels."""
 
 RECORD_FILE = "patch.json"
+CARD_FILE = "README.md"
 COPY_BYTES = 1 << 24
 
 MLX_FILE = "adapters.safetensors"
@@ -100,7 +103,9 @@ def _around(folder: Path) -> dict[str, Any]:
     if not told and os.path.isfile(config):
         with contextlib.suppress(CheckpointError):  # nothing else is asked of it
             told = labels_in(read_config(config))
-    return {"record": record, "beside": side_files_in(folder), "labels": told}
+    card = folder / CARD_FILE
+    kept = local_file(card) if os.path.isfile(card) else None
+    return {"record": record, "beside": side_files_in(folder), "labels": told, "card": kept}
 
 
 def load_patch(folder: PatchLike) -> Patch[TensorInfo]:
@@ -295,7 +300,9 @@ def _fetch(name: str) -> tuple[Path, str]:
     from portllm.checkpoint.hub import fetch, look_up  # loads an HTTP client, which few runs need
 
     repository = look_up(name)
-    files = [file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, *SIDE_FILES) if file in repository.files]
+    files = [
+        file for file in (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, CARD_FILE, *SIDE_FILES) if file in repository.files
+    ]
     if CONFIG_FILE not in files:
         raise AdapterFormatError(f"'{name}': has no {CONFIG_FILE} on the Hub, so it is not an adapter.")
     _require_read(repository.files, name)
@@ -331,6 +338,12 @@ def _require_files(path: Path, name: str) -> None:
             f"'{name}': contains {PICKLE_FILE}, a pickle, which can run code and is never read. If you trust it, "
             'convert it once: python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path / PICKLE_FILE}', weights_only=True), '{path / TENSOR_FILE}')\"."
+        )
+    if (shard := min(fnmatch.filter(there, "adapter_model-*.safetensors"), default=None)) is not None:
+        raise AdapterFormatError(
+            f"'{name}': its tensors are in several files, such as {shard}, of which PEFT loads none. Join them: "
+            f'python -c "import glob, safetensors.torch as s; s.save_file({{k: v for f in '
+            f"glob.glob('{path}/adapter_model-*') for k, v in s.load_file(f).items()}}, '{path / TENSOR_FILE}')\"."
         )
     raise AdapterFormatError(f"'{name}': has {CONFIG_FILE} but no {TENSOR_FILE}. Copy the whole folder.")
 

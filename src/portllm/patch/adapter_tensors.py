@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from portllm.checkpoint.model.families import order_of
-from portllm.checkpoint.model.names import HEAD
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig
@@ -94,6 +93,8 @@ def sort_out(
         )
     for module, roles in by_module.items():
         _take_module(parts, module, roles, config)
+    if config.keeps_ties("modules_to_save"):
+        _take_tied_heads(parts, keyed)
     parts.problems += _changed_twice(parts)
     parts.problems += _without_the_trained(parts)
     if not (parts.deltas or parts.values or parts.rows or parts.experts or parts.problems):
@@ -143,9 +144,8 @@ def _plain(parts: _Parts, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor
 
 
 def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterConfig) -> None:
-    # A tied head is stored beside the embedding that is saved, though only the embedding is named.
-    is_tied_head = config.keeps_ties and tensor == HEAD and bool(config.fields.get("modules_to_save"))
-    if config.saves(tensor) or is_tied_head or (config.biases == "all" and tensor.endswith(BIAS)):
+    is_tied = is_saved(info.name) and config.keeps_ties("modules_to_save")
+    if config.saves(tensor) or is_tied or (config.biases == "all" and tensor.endswith(BIAS)):
         parts.values[tensor] = WholeValue(info)
     elif _may_be_resized(tensor, info):
         parts.copies[tensor].append(info)
@@ -155,13 +155,33 @@ def _take_whole(parts: _Parts, tensor: str, info: TensorInfo, config: AdapterCon
         )
 
 
-def _may_be_resized(tensor: str, info: TensorInfo) -> bool:
-    """Whether a tensor that nothing explains may be an embedding or a head, which PEFT saves with a new vocabulary.
+def _take_tied_heads(parts: _Parts, keyed: Mapping[str, TensorInfo]) -> None:
+    """Take what is stored beside an embedding that is saved, and not named: the head that is tied to it.
 
-    What they are called is the model's affair, and which of its tensors it is; here, it is a matrix of no layer.
+    What the head is called is the model's affair; here, it is the one other matrix of that shape.
     """
-    is_of_layer = any(part.isdigit() for part in tensor.split("."))
-    return tensor.endswith(WEIGHT) and len(info.shape) == 2 and not is_of_layer and not is_saved(info.name)
+    shapes = {value.values.shape for value in parts.values.values()}
+    for tensor in [tensor for tensor, (first, *_) in parts.copies.items() if first.shape in shapes]:
+        info = keyed.get(PREFIX + tensor)
+        if info is not None and info in parts.copies[tensor]:
+            parts.values[tensor] = WholeValue(info)
+            parts.copies[tensor].remove(info)
+            if not parts.copies[tensor]:
+                del parts.copies[tensor]
+
+
+def _may_be_resized(tensor: str, info: TensorInfo) -> bool:
+    """Whether a tensor that nothing explains may be of an embedding or a head, which PEFT saves with a new vocabulary.
+
+    What they are called is the model's affair, and which of its tensors it is; here, it is a matrix or a bias of no
+    layer.
+    """
+    axes = {WEIGHT: 2, BIAS: 1}.get(f".{tensor.rpartition('.')[2]}")
+    return len(info.shape) == axes and not _is_of_layer(tensor) and not is_saved(info.name)
+
+
+def _is_of_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], config: AdapterConfig) -> None:
@@ -171,7 +191,9 @@ def _take_module(parts: _Parts, module: str, roles: Mapping[Role, TensorInfo], c
         return
     if Role.BASE_WEIGHT in roles:
         parts.copies[module + WEIGHT].append(roles[Role.BASE_WEIGHT])
-    if Role.BASE_BIAS in roles:
+    if Role.BASE_BIAS in roles and config.biases == "none":
+        parts.copies[module + BIAS].append(roles[Role.BASE_BIAS])
+    elif Role.BASE_BIAS in roles:
         if module + BIAS in parts.values:
             parts.problems.append(f"'{module + BIAS}' occurs twice, inside its module and beside it")
         parts.values[module + BIAS] = WholeValue(roles[Role.BASE_BIAS])
@@ -272,7 +294,7 @@ def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: Adap
     if has_factors and config.has_bias_deltas != (Role.BIAS_DELTA in roles):
         state = "has" if Role.BIAS_DELTA in roles else "lacks"
         yield f"module '{module}' {state} a bias of lora_B, but 'lora_bias' is {config.has_bias_deltas}"
-    if Role.BASE_BIAS in roles and config.biases == "none":
+    if Role.BASE_BIAS in roles and config.biases == "none" and _is_of_layer(module):
         yield f"module '{module}' has a trained bias, but 'bias' is none"
     lonely = {Role.MAGNITUDE, Role.BIAS_DELTA, Role.BASE_BIAS, Role.BASE_WEIGHT} & set(roles)
     if lonely and not has_factors and Role.EMBEDDING_A not in roles:
@@ -289,7 +311,8 @@ def _module_problems(module: str, roles: Mapping[Role, TensorInfo], config: Adap
 def _factor_problems(module: str, a: TensorInfo, b: TensorInfo, config: AdapterConfig) -> Iterator[str]:
     for info in (a, b):
         if len(info.shape) != 2:
-            yield f"tensor '{info.name}' has shape {info.shape}, expected two axes"
+            more = "; factors of a convolution are not supported" if len(info.shape) > 2 else ""
+            yield f"tensor '{info.name}' has shape {info.shape}, expected two axes{more}"
             return
     if a.shape[0] != b.shape[1]:
         yield f"module '{module}': lora_A has rank {a.shape[0]}, but lora_B has rank {b.shape[1]}"

@@ -32,7 +32,7 @@ def why_incomplete(files: Collection[str], name: str) -> str | None:
         part of the training result is in mm_projector.bin, which PEFT does not load. Save those modules with the \
 adapter (modules_to_save), or remove the file if they are not needed.
     """
-    weights = sorted(file for file in files if file.endswith((".safetensors", *PICKLE_SUFFIXES)))
+    weights = sorted(file for file in files if "/" not in file and file.endswith((".safetensors", *PICKLE_SUFFIXES)))
     own = [file for file in weights if file != HEAD_FILE and not NOT_TRAINED.fullmatch(file)]
     if HEAD_FILE in files:
         own = [file for file in own if file not in HEAD_PICKLES]

@@ -34,6 +34,7 @@ class Patch(Generic[F]):
         labels: Names of the labels of a classifier, where a `config.json` beside the adapter or the record says them.
         resized: By tensor, the weight of a base with added tokens, where that has more rows than the base's; its first
             rows are the base's.
+        card: The model card in its folder.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Patch(Generic[F]):
     beside: Mapping[str, LocalFile] = field(default_factory=dict)
     resized: Mapping[str, F] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    card: LocalFile | None = None
 
     def __repr__(self) -> str:
         base = f", base={self.record.base.name!r}" if self.record else ""
@@ -90,6 +92,7 @@ class Patch(Generic[F]):
             self.beside,
             {tensor: change(weight) for tensor, weight in self.resized.items()},
             self.labels,
+            self.card,
         )
 
     @property

@@ -145,7 +145,7 @@ def open_streams(
     asked, *others = (
         Reading(each, model, device, domain.batch_size) for model, read in rows.items() for each in read if each.ids
     )
-    return Streams(new, asked, others, domain.progress, domain.wanted, isinstance(domain.prompts, Drawn), unfinished)
+    return Streams(new, asked, others, domain.progress, unfinished, domain.wanted, isinstance(domain.prompts, Drawn))
 
 
 def _texts(old: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfinished) -> Sequence[str]:

@@ -39,7 +39,9 @@ def gather(
     Raises:
         PlanRefusedError: Head and embedding, of which the patch changes one, were taken for equal and are not.
     """
-    patch: Patch[Values] = with_own_rows(plan.carried.mapped(StoredValues), plan.own_rows, stacked)
+    patch: Patch[Values] = with_own_rows(
+        plan.carried.mapped(StoredValues), plan.own_rows, stacked, plan.base or plan.evolved
+    )
     by_token = _by_token(plan)
     if plan.tokens is not None:
         patch = following(patch, by_token, plan.tokens, _take)
@@ -100,7 +102,7 @@ def _by_token(plan: PortPlan) -> list[str]:
 
 def _planned(plan: PortPlan) -> Patch[TensorInfo]:
     """What the method carries, with rows of its own tokens, of which only the shapes are asked."""
-    return with_own_rows(plan.carried, plan.own_rows, sized)
+    return with_own_rows(plan.carried, plan.own_rows, sized, plan.base or plan.evolved)
 
 
 def _take(values: Values, rows: Sequence[int], axis: int) -> Values:

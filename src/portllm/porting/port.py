@@ -17,9 +17,11 @@ from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.kept_results import versions
 from portllm.files.output_folder import check_apart, check_free, resumable_folder
 from portllm.matching.port_plan import PortPlan
+from portllm.matching.spelling import as_running
 from portllm.matching.update import Update
 from portllm.methods.contract import Need, Ported
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
+from portllm.patch.card import write_patch_card
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
 from portllm.patch.identify import identity_of_base
@@ -129,11 +131,12 @@ def run_port(
         ported = plan.method.port(*gather(plan, domain, unfinished))
         if unfinished is not None:
             unfinished.clear()
-        with settled(with_own(plan, ported.patch), folder) as patch:
+        with settled(as_running(with_own(plan, ported.patch), plan.evolved), folder) as patch:
             for name, text in plan.beside.texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
             write_patch(folder, patch, base_name=plan.target.name, base_revision=plan.target.revision)
-            write_record(folder, _record(plan, patch, ported))
+            record = write_record(folder, _record(plan, patch, ported))
+            write_patch_card(folder, patch, record, own=plan.patch.card, base=plan.evolved)
     return load_patch(out)
 
 

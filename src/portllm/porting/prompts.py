@@ -92,10 +92,11 @@ class Rows:
         """Of each place, whether its row is of a part."""
         return torch.tensor([each == part for each in self.parts])[self.row_of_place]
 
-    def by_row(self, values: Tensor) -> Tensor:
-        """The mean over the places of each row, in float64."""
-        sums = torch.zeros(len(self.ids), dtype=torch.float64).index_add(0, self.row_of_place, values.double())
-        return sums / torch.tensor(self.n_places)
+    def by_row(self, values: Tensor, there: Bool[Tensor, " places"]) -> Tensor:
+        """The mean of values at some places, whole rows of them, over the places of each row, in float64."""
+        rows, counts = torch.unique_consecutive(self.row_of_place[there], return_inverse=True, return_counts=True)[1:]
+        means: Tensor = torch.zeros(len(counts), dtype=torch.float64).index_add(0, rows, values.double()) / counts
+        return means
 
     def kinds(self, rows: Sequence[int]) -> Int64[Tensor, " tokens"]:
         """What each token of some rows is; see `portllm.methods.contract.Kind`."""

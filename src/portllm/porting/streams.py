@@ -105,8 +105,7 @@ class Reading:
         return torch.cat([padded[place, width - len(self.rows.ids[row]) :] for place, row in enumerate(batch)])
 
     def begin(self, name: str | None, model: LayeredModel) -> None:
-        """The states before the first layer."""
-        self.states[name] = torch.empty(self.rows.n_tokens, model.width)
+        """The states before the first layer, in the room that there is for them."""
         for batch in (*self.to_fit, *self.others):
             padded = self.pad(batch)
             embedded = model.embed(padded.ids.flatten()).view(*padded.ids.shape, -1)
@@ -167,9 +166,9 @@ class Streams:
     prompts: Reading
     others: Sequence[Reading]
     progress: Progress
+    unfinished: Unfinished
     wanted: float | None = None
     is_drawn: bool = False
-    unfinished: Unfinished | None = None
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -199,7 +198,7 @@ class Streams:
                     yield WriterStep(self, number, place, writer.name)
                 for candidate in candidates:
                     self._run(number, candidate)
-            if self.unfinished is not None and number + 1 < n_layers:
+            if number + 1 < n_layers:
                 self.unfinished.keep_walked(number + 1, candidates, self._tensors())
             self.progress("align", number + 1, n_layers, "steps")
 
@@ -251,6 +250,11 @@ class Streams:
         return self.prompts.rows.parts
 
     @property
+    def compared(self) -> Sequence[Part]:
+        """As the contract says."""
+        return [part for part in self.parts if part not in FITTED]
+
+    @property
     def part_of_place(self) -> Sequence[Part]:
         """As the contract says."""
         return [self.parts[row] for row in self.prompts.rows.row_of_place.tolist()]
@@ -275,8 +279,9 @@ class Streams:
     def compare(self, states: Mapping[str, Tensor]) -> dict[str, Comparison]:
         """As the contract says."""
         old, new, rows = self.prompts.model, self.new, self.prompts.rows
-        wanted = old.finish(self.last_states(None))
-        finished = {name: new.finish(state) for name, state in states.items()}
+        apart = ~rows.is_of("fit")
+        wanted = old.finish(self.last_states(None)[apart])
+        finished = {name: new.finish(state[apart]) for name, state in states.items()}
         parts = torch.split(torch.arange(len(wanted)), PLACES)
         found = [_Compared(len(part), finished, new.device) for part in parts]
         for start, stop in new.head_blocks():
@@ -288,7 +293,10 @@ class Streams:
         by_name = {
             name: [torch.cat(each) for each in zip(*(part[name] for part in results), strict=True)] for name in states
         }
-        return {name: Comparison(rows.by_row(nats), rows.by_row(same) == 1) for name, (nats, same) in by_name.items()}
+        return {
+            name: Comparison(rows.by_row(nats, apart), rows.by_row(same, apart) == 1)
+            for name, (nats, same) in by_name.items()
+        }
 
     def likely(self) -> Int64[Tensor, " tokens"]:
         """As the contract says: those with more than a share, on average over the places to fit on."""
@@ -364,13 +372,15 @@ class Streams:
 
     def _resume(self, candidates: Sequence[str]) -> int:
         """Begin where an earlier run has come to, or before the first layer; how many layers are done."""
-        n_done, tensors = (0, {}) if self.unfinished is None else self.unfinished.walked(candidates)
+        n_done, tensors = self.unfinished.walked(candidates)
         for number, reading in enumerate(self.readings):
-            for name in (None, *candidates):
+            for place, name in enumerate((None, *candidates)):
+                model = reading.model if name is None else self.new
+                reading.states[name] = self.unfinished.room(f"{number}-{place}", reading.rows.n_tokens, model.width)
                 if n_done:
-                    reading.states[name] = tensors[f"state/{number}/{name or ''}"]
+                    reading.states[name].copy_(tensors[f"state/{number}/{name or ''}"])
                 else:
-                    reading.begin(name, reading.model if name is None else self.new)
+                    reading.begin(name, model)
         for key in (key for key in tensors if key.startswith("a/")):
             _, candidate, module = key.split("/")
             self.extras.setdefault(candidate, {})[module] = tensors[key], tensors[f"b{key[1:]}"]
@@ -384,7 +394,7 @@ class Streams:
             for name, state in reading.states.items()
         }
         put = {
-            f"{side}/{candidate}/{module}": tensor.contiguous().cpu()
+            f"{side}/{candidate}/{module}": tensor.cpu().clone(memory_format=torch.contiguous_format)
             for candidate, extras in self.extras.items()
             for module, pair in extras.items()
             for side, tensor in zip("ab", pair, strict=True)

@@ -1,10 +1,13 @@
 """What an aligned port has done so far, in the folder that it writes: a run of the same plan goes on from there."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Float32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +17,10 @@ from portllm.files.staging import Staged, remove
 
 WRITTEN = ".{}.json"
 WALK = ".layer-{}.safetensors"
+MAPPED = ".states-{}"
+
+MAPPED_BYTES = 1 << 26
+"""States of that size or more lie on disk."""
 
 
 @dataclass
@@ -50,6 +57,14 @@ class Unfinished:
         self._finish(name, {"candidates": list(candidates)})
         for before in range(number):
             remove(self.staged.folder / WALK.format(before))
+
+    def room(self, name: str, *shape: int) -> Float32[Tensor, "..."]:
+        """A tensor to be filled; a large one lies in a mapped file, which the system may take out of memory."""
+        size = math.prod(shape)
+        if size * torch.float32.itemsize < MAPPED_BYTES:
+            return torch.empty(shape)
+        file = self.staged.folder / MAPPED.format(name)
+        return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
 
     def clear(self) -> None:
         """Remove all of it: the output is about to be whole."""

@@ -273,6 +273,8 @@ def _unknown(
             return f"{said} {what}. Run: jq -c '{query}' {path} > rows.jsonl"
     silent = [patch.name for patch in patches if "prompt" not in _settings(patch)]
     fields = [name for name, value in row.items() if isinstance(value, str)] or ["question", "type"]
+    if {"chosen", "rejected"} <= set(fields):  # a preference: what was rejected is neither asked nor learned
+        fields = [*(name for name in fields if name not in ("chosen", "rejected")), "chosen"]
     asked = prompt or r"\n".join(f"{{{name}}}" for name in fields[: max(1, len(fields) - 1)])
     answer = "" if answers is False else f" --completion {fields[-1]}"
     if silent:

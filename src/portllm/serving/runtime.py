@@ -48,10 +48,12 @@ class Runtime:
         version: The version whose source was read.
         form: How it wants a patch.
         serve: How it is started or called with the export.
+        library: What the hub calls it.
         swap: How a ported patch takes the place of the old one.
         holds: What it takes besides the plain deltas of linear modules.
         ranks: The ranks to pad to, ascending; none for any.
         max_rank: The largest rank that it takes; None for any.
+        every_layer: Whether each module must be in every layer, as zeros where the patch has none.
         together: Modules that must all be there where one of them is.
     """
 
@@ -59,11 +61,13 @@ class Runtime:
     title: str
     version: str
     form: Form
+    library: str
     serve: str
     swap: str
     holds: frozenset[Part] = frozenset()
     ranks: tuple[int, ...] = ()
     max_rank: int | None = None
+    every_layer: bool = False
     together: tuple[tuple[str, ...], ...] = ()
 
     def rank_for(self, rank: int) -> int | None:

@@ -255,7 +255,7 @@ REFUSED_METADATA = {
     "heads that do not group": ({"llama.attention.head_count_kv": 3}, "4 query heads, 3 key heads"),
     "odd heads": ({"llama.attention.key_length": 7}, "of 7 rows"),
     "another width": ({"llama.embedding_length": 34}, "(267, 32); its metadata implies (vocab=267, hidden=34)"),
-    "values of another size": ({"llama.attention.value_length": 16}, "(24, 32); its metadata implies (value=32"),
+    "values of another size": ({"llama.attention.value_length": 16}, "value_length' is 16"),
     "more layers than tensors": ({"llama.block_count": 2**31}, "'llama.block_count' is 2147483648"),
     "one of several parts": ({"split.count": 3}, "is one of several parts"),
     "partial rotary embedding": ({"llama.rope.dimension_count": 4}, "rope.dimension_count' is 4"),
@@ -297,7 +297,7 @@ REFUSED_TENSORS = {
         "blk.0.attn_v.weight",
         np.zeros((32, 24), np.float32),
         CheckpointError,
-        "(32, 24); its metadata implies (value=24, hidden=32)",
+        "(32, 24); its metadata implies (key=24, hidden=32)",
     ),
     "whole numbers": (
         "output_norm.weight",
@@ -318,20 +318,14 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, name, data, error
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "shapes", "named"),
-    [
-        ({"llama.attention.head_count": 5, "llama.attention.head_count_kv": 1}, (60, 12, 12, 60), "a width of 32"),
-        ({"llama.attention.value_length": 16}, (48, 24, 32, 64), "value_length' is 16"),
-    ],
-)
-def test_heads_that_transformers_does_not_have_are_refused(tmp_path, changes, shapes, named):
-    query, key, value, mixed = (np.zeros((rows, 32), np.float32) for rows in shapes)
+def test_heads_that_transformers_does_not_have_are_refused(tmp_path):
+    changes = {"llama.attention.head_count": 5, "llama.attention.head_count_kv": 1}
+    query, key, value, mixed = (np.zeros((rows, 32), np.float32) for rows in (60, 12, 12, 60))
     layers = {"attn_q": query, "attn_k": key, "attn_v": value, "attn_output": mixed.T.copy()}
     tensors = {f"blk.{layer}.{name}.weight": data for layer in range(tiny_gguf.LAYERS) for name, data in layers.items()}
     write_tiny_gguf(tmp_path / "odd.gguf", metadata=changes, tensors=tensors)
     assert len(open_checkpoint(tmp_path / "odd.gguf").infos) == 20
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match="a width of 32"):
         write_gguf_as_checkpoint(tmp_path / "odd.gguf", tmp_path)
 
 

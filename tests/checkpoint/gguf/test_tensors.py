@@ -55,6 +55,18 @@ def test_a_head_of_its_own_is_not_tied(tmp_path):
     assert open_checkpoint(tmp_path / "m.gguf").tied_embedding is None
 
 
+def test_the_table_is_what_the_installed_packages_say():
+    from scripts.gen_gguf import OUT, render
+
+    assert OUT.read_text(encoding="utf-8") == render()
+
+
+def test_an_architecture_whose_values_are_not_known_is_refused_with_that_reason(tmp_path):
+    write_gguf(tmp_path / "m.gguf", metadata={"falcon.block_count": 2}, title="falcon")
+    with pytest.raises(CheckpointError, match="architecture is 'falcon'.*did to the values of another one"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def test_the_page_names_every_architecture():
     page = (Path(__file__).parents[3] / "docs" / "quantized.md").read_text(encoding="utf-8")
     assert [name for name in ALL if f"`{name}`" not in page] == []
@@ -93,7 +105,7 @@ def test_a_gguf_file_is_not_run(tmp_path):
 def test_what_is_not_known_is_refused_by_name(tmp_path):
     path = tmp_path / "m.gguf"
     for how, named in (
-        ({"metadata": {"general.architecture": "gptneox"}}, "'gptneox'; supported: 'gemma2'"),
+        ({"metadata": {"general.architecture": "gptneox"}}, "'gptneox'; supported: 'gemma'"),
         ({"tensors": {"blk.0.attn_q.bias": np.zeros(48, np.float32)}}, "'blk.0.attn_q.bias'"),
     ):
         write_tiny_gguf(path, **how)

@@ -111,7 +111,8 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
     assert problems(tmp_path, text) == [
         "FILE, base: is required.",
         "FILE, line 3, seeds: is the list [0, 0]; expected a list, each an integer; one or more, each once.",
-        "FILE, line 4, methods: unknown port method 'ad'; available: add.",
+        "FILE, line 4, methods: unknown port method 'ad'; available: add, align, random, random-align, truncated, "
+        "distilled.",
         "FILE, line 7, patch.rnk: unknown key. Did you mean rank?",
         "FILE, line 8, patch.learning_rate: is 'fast'; expected a number.",
         "FILE, line 18, tasks.sst2.name: is required.",
@@ -129,7 +130,7 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
         (("seeds = [0, 3]", "seeds = []"), "line 4, seeds: is the list []; expected a list, each an integer"),
         (("seeds = [0, 3]", "seeds = [true]"), "seeds: is the list [True]; expected a list, each an integer"),
         (("seeds = [0, 3]", "methods = ['ad']"), "line 4, methods: unknown port method 'ad'"),
-        (("seeds = [0, 3]", "methods = ['align']"), "line 4, methods: port method 'align' needs prompts"),
+        (("seeds = [0, 3]", "methods = ['align']"), "line 4, methods: method 'align' reads prompts; pass 'port_rows'"),
         (("seeds = [0, 3]", "compare = 'x7b'"), "line 4, compare: is 'x7b', which is not a published table. "),
         (("rank = 4", "rank = true"), "line 7, patch.rank: is true; expected an integer"),
         (("rank = 4", "seed = 4"), "line 7, patch.seed: unknown key; patches are trained with each of 'seeds'"),

@@ -98,6 +98,29 @@ def test_differences_retention_and_flips_are_of_the_same_rows():
     assert row.loss_retention.value == pytest.approx(gain, abs=0.1)
 
 
+def test_methods_are_compared_by_whose_answers_they_give_and_what_they_cost():
+    study = replace(STUDY, methods=("add", "align"))
+    found = {
+        step: results_of(replace(step, patch="add") if step.kind == "score" and step.patch == "align" else step)
+        | ({"general_nats_ported": 4.0 + (step.seed or 0)} if step.kind == "port" and step.patch == "align" else {})
+        for step in steps_of(study)
+    }
+    results = tabulate(study, found)
+    row = next(row for row in results.tasks if row.method == "align")
+    by_name = {step.name: result for step, result in found.items()}
+    said = [
+        [by_name[Step("score", model, task=row.task, seed=seed, patch=patch).name]["answers"] for seed in (0, 5)]
+        for model, patch in (("base", "patched"), (f"{row.evolution}.{row.link}", "align"))
+    ]
+    same = np.mean([[one == other for one, other in zip(*pair, strict=True)] for pair in zip(*said, strict=True)])
+    assert row.agreement.value == pytest.approx(same)
+    assert row.measured == {"general_nats_ported": 6.5}
+    page = render_page(results)
+    assert f"| chain 1, align | {100 * same:.1f} " in page
+    assert "6.500 |" in page
+    assert "answers as base + patch" not in render_page(RESULTS)
+
+
 def test_checks_are_means_over_seeds_of_what_all_of_them_measured():
     assert {row.checked for row in RESULTS.tasks} == {None}
     study = replace(STUDY, check=CheckSettings())

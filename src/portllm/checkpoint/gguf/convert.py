@@ -96,12 +96,11 @@ def _check(model: GGUFModel) -> int:
             f"it has {heads} query heads, {sizes['key_heads']} key heads of {head} rows and a width of {hidden}; query "
             "heads must divide the width."
         )
-    for key in ("attention.value_length", "rope.dimension_count"):
-        whole = f"{NAME}.{key}"
-        if file.has(whole) and file.integer(whole, least=1) != head:
-            raise file.refuse(
-                f"its metadata '{whole}' is {file.integer(whole)}; only the size of a key head, {head}, is supported."
-            )
+    whole = f"{NAME}.rope.dimension_count"
+    if file.has(whole) and file.integer(whole, least=1) != head:
+        raise file.refuse(
+            f"its metadata '{whole}' is {file.integer(whole)}; only the size of a key head, {head}, is supported."
+        )
     return file.integer(f"{NAME}.context_length", least=1)
 
 

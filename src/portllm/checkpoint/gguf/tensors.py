@@ -1,17 +1,18 @@
 """A GGUF file as the tensors of a checkpoint: which one of transformers each is, and how its bytes stand for it.
 
-Which architectures are understood is data, in `gguf_architectures/*.toml`: for each tensor of llama.cpp the name and
-the shape that it has in transformers, whether llama.cpp reordered its rows (`heads` counts those of the projection) and
-what it added to its values (`offset`). Everything in the file must be accounted for by that table: an unknown
-architecture or tensor, or a shape that does not fit the metadata, is refused by name.
+Which architectures are understood is data, in `architectures.json`, written by `scripts/gen_gguf.py`: for each tensor
+of llama.cpp the name and the shape that it has in transformers, whether llama.cpp reordered its rows (`heads` counts
+those of the projection) and what it added to its values (`offset`). Everything in the file must be accounted for by
+that table: an unknown architecture or tensor, or a shape that does not fit the metadata, is refused by name.
 """
 
 import importlib.resources
-import tomllib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from portllm.checkpoint.gguf.file import GGUFFile, listed, open_gguf
 from portllm.checkpoint.gguf.header import StoredTensor
@@ -20,8 +21,10 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, MissingTensorError
 from portllm.files.source import LocalFile
 
+FILE = "architectures.json"
 HEAD = "lm_head.weight"
 _HEAD_OF_LAYER = "blk."
+Facts = Mapping[str, dict[str, Any]]
 _LAYER_NAME = "model.layers.{layer}.{name}"
 
 
@@ -49,29 +52,18 @@ class Architecture:
     """How `general.architecture` becomes a model that transformers has.
 
     Attributes:
-        title: Name for people.
-        model_type: `model_type` of `config.json`.
+        model_types: What `model_type` of `config.json` may be; the first is that of the class.
         model_class: Its one entry of `architectures`.
-        source: Where these facts are from.
         outer: Tensors outside the layers, by their name in the file.
         layer: Tensors of each layer, by their name in the file without `blk.N.`.
         left_out: Tensors of the file that are no weights of the model.
-        also: Other model types whose tensors are the same.
     """
 
-    title: str
-    model_type: str
+    model_types: tuple[str, ...]
     model_class: str
-    source: str
     outer: Mapping[str, TensorRule]
     layer: Mapping[str, TensorRule]
-    left_out: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-
-    @property
-    def model_types(self) -> tuple[str, ...]:
-        """Every `model_type` of `config.json` that is stored so."""
-        return (self.model_type, *self.also)
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +87,7 @@ class GGUFModel:
         """What of `config.json` the architecture implies."""
         return {
             "architectures": [self.architecture.model_class],
-            "model_type": self.architecture.model_type,
+            "model_type": self.architecture.model_types[0],
             "tie_word_embeddings": HEAD not in self.infos,
         }
 
@@ -117,26 +109,29 @@ def open_gguf_model(path: Path) -> GGUFModel:
         )
     name = file.text("general.architecture")
     if name not in architectures():
-        raise file.refuse(f"its architecture is '{name}'; supported: {listed(architectures())}.")
+        raise file.refuse(
+            f"its architecture is '{name}'; supported: {listed(architectures())}. What llama.cpp did to the values of "
+            "another one is not known here. Use the model in safetensors that the file was converted from."
+        )
     sizes = _read_sizes(file, name)
     return GGUFModel(file, architectures()[name], sizes, _infos(file, architectures()[name], sizes))
 
 
 @cache
 def architectures() -> Mapping[str, Architecture]:
-    """What `general.architecture` may be; supporting another one is one more file of data."""
-    folder = importlib.resources.files("portllm.checkpoint.gguf").joinpath("architectures")
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
-    return {file.name.removesuffix(".toml"): _parsed(file.read_text(encoding="utf-8")) for file in files}
+    """What `general.architecture` may be; written by `scripts/gen_gguf.py`."""
+    text = importlib.resources.files("portllm.checkpoint.gguf").joinpath(FILE).read_text(encoding="utf-8")
+    return {name: _architecture(**facts) for name, facts in json.loads(text).items()}
 
 
-def _parsed(text: str) -> Architecture:
-    facts = tomllib.loads(text)
-    for part in ("outer", "layer"):
-        facts[part] = {
-            name: TensorRule(**{**rule, "shape": tuple(rule["shape"])}) for name, rule in facts[part].items()
-        }
-    return Architecture(**{**facts, **{name: tuple(facts.get(name, ())) for name in ("left_out", "also")}})
+def _architecture(
+    *, model_types: list[str], model_class: str, outer: Facts, layer: Facts, left_out: list[str]
+) -> Architecture:
+    of_model, of_layer = (
+        {name: TensorRule(**{**rule, "shape": tuple(rule["shape"])}) for name, rule in part.items()}
+        for part in (outer, layer)
+    )
+    return Architecture(tuple(model_types), model_class, of_model, of_layer, tuple(left_out))
 
 
 def _read_sizes(file: GGUFFile, name: str) -> dict[str, int]:
@@ -149,11 +144,15 @@ def _read_sizes(file: GGUFFile, name: str) -> dict[str, int]:
     hidden, heads = size("embedding_length"), size("attention.head_count")
     key_heads = size("attention.head_count_kv", heads)
     head = size("attention.key_length", max(1, hidden // heads))
-    value_head = size("attention.value_length", head)
     if heads % key_heads or head % 2:
         raise file.refuse(
             f"it has {heads} query heads, {key_heads} key heads of {head} rows and a width of {hidden}; query heads "
             "must be a multiple of the key heads and have an even number of rows."
+        )
+    if (value_head := size("attention.value_length", head)) != head:
+        raise file.refuse(
+            f"its metadata '{name}.attention.value_length' is {value_head}; only the size of a key head, {head}, is "
+            "supported."
         )
     n_tokens = file.length("tokenizer.ggml.tokens")
     vocab = size("vocab_size", n_tokens)
@@ -171,11 +170,8 @@ def _read_sizes(file: GGUFFile, name: str) -> dict[str, int]:
         "key": key_heads * head,
         "key_heads": key_heads,
         "layers": layers,
-        "mixed": heads * value_head,
         "query": heads * head,
-        "query_key_value": heads * head + key_heads * (head + value_head),
-        "value": key_heads * value_head,
-        "value_head": value_head,
+        "query_key_value": (heads + 2 * key_heads) * head,
         "vocab": vocab,
     }
 

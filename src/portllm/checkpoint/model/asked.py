@@ -106,6 +106,7 @@ def _described(model: PreTrainedModel, part: str) -> dict[str, Any]:
             _templates(name for name, module in linear.items() if not isinstance(module, Conv1D)),
         ),
         "parameters": _parameters(model),
+        "widths": _widths(model) if any("Transpose 1 2" in converter[3] for converter in converters) else {},
         "kept": _kept(model),
         "renames": renames,
         "converters": converters,
@@ -254,6 +255,20 @@ def _parameters(model: PreTrainedModel) -> dict[str, Any]:
             if tensor.ndim == 3 and leaf not in ("weight", "bias") and not isinstance(module, nn.modules.conv._ConvNd):
                 end = ".".join([name.rpartition(".")[2], leaf])
                 found[end] = bool(getattr(module, "is_transposed", False))
+    return found
+
+
+def _widths(model: PreTrainedModel) -> dict[str, int]:
+    """The axis of those tensors that has the width of the residual stream, by which a transposed one is known."""
+    width = model.config.get_text_config().hidden_size
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    found = {}
+    for end in _parameters(model):
+        axes = {
+            shape.index(width, 1) for name, shape in shapes.items() if name.endswith(f".{end}") and width in shape[1:]
+        }
+        if len(axes) == 1:
+            found[end] = axes.pop()
     return found
 
 

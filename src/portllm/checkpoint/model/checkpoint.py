@@ -160,8 +160,8 @@ class Checkpoint:
             if self.family is None:
                 break
             conversion = self.family.conversion_of(name) or self.family.conversion_of(stored)
-            # Experts that are stacked are the same numbers in another place: see `experts`.
-            if conversion is not None and not conversion.merges_experts:
+            # Experts that are stacked or transposed are the same numbers in another place: see `experts`.
+            if conversion is not None and not conversion.keeps_values:
                 found |= dict.fromkeys(conversion.made(name), stored)
         return found
 
@@ -247,10 +247,24 @@ class Checkpoint:
     def tensor(self, name: str) -> TensorInfo | None:
         """The tensor that a patch means by a name; a tied head is the embedding, stored or not."""
         found = self.stored(name)
-        is_head = (
-            name == HEAD or self.current_name(name) == self.head_name or (found is not None and found is self.head)
+        return self.tied_embedding or found if self.is_head(name) else found
+
+    def is_running(self, module: str) -> bool:
+        """Whether a class that the model is loaded into has a module of this very name, or the model without a head."""
+        if f"{module}{WEIGHT}" in self._head_names:
+            return True
+        return any(
+            module in known or f"{family.prefix}.{module}" in known
+            for family, known in zip(self._families, self._spoken, strict=True)
         )
-        return self.tied_embedding or found if is_head else found
+
+    def is_head(self, name: str) -> bool:
+        """Whether a name means the output head, in whichever of the model's classes."""
+        return name in self._head_names or self.current_name(name) == self.head_name
+
+    @cached_property
+    def _head_names(self) -> frozenset[str]:
+        return frozenset(family.head for family in self._families if family.head is not None) or frozenset({HEAD})
 
     @cached_property
     def embedding(self) -> TensorInfo | None:
@@ -258,6 +272,11 @@ class Checkpoint:
         if self.family is not None:
             return None if self.family.embedding is None else self.stored(self.family.embedding)
         return next((info for name, info in self.infos.items() if name.endswith(EMBEDDING_SUFFIX)), None)
+
+    def is_by_token(self, tensor: TensorInfo | None) -> bool:
+        """Whether a tensor has a row for each token: embedding, head, or the head's bias."""
+        bias = self.stored(f"{self.head_module}.bias")
+        return tensor is not None and any(tensor is other for other in (self.embedding, self.head, bias))
 
     @property
     def head_name(self) -> str:
@@ -288,7 +307,7 @@ class Checkpoint:
         """
         if self.family is not None and self.family.ties is None:
             return None
-        says = self._says_tied
+        says = self.says_tied
         if self.embedding is None or self.head is None:
             return None if says is False and self.family is not None else self.embedding
         default = self.family is not None and self.family.ties is not None and self.family.ties.default
@@ -338,9 +357,15 @@ class Checkpoint:
         return None if self.family is None else self.family.is_transposed(module)
 
     def has_transposed_experts(self, name: str) -> bool:
-        """Whether a tensor of all experts has their weights as (d_in, d_out)."""
+        """Whether a tensor of all experts has their weights as (d_in, d_out), in the file."""
         end = ".".join(name.split(".")[-2:])
-        return self.family is not None and self.family.parameters.get(end, False)
+        if self.family is None:
+            return False
+        axis, stored, embedding = self.family.widths.get(end), self.stored(name), self.embedding
+        is_swapped = False
+        if axis is not None and stored is not None and embedding is not None:
+            is_swapped = stored.shape[axis] != embedding.shape[1]
+        return self.family.parameters.get(end, False) != is_swapped
 
     def why_converted(self, name: str) -> str | None:
         """Why a change of what the running model calls so has no place in the file; None where it has one."""
@@ -348,8 +373,8 @@ class Checkpoint:
         if stored is None:
             return None
         return (
-            f"transformers makes it of '{stored}' when it loads {self.name}, by more than a new name, and that cannot "
-            "be undone for the change. Save the model with save_pretrained(save_original_format=False) and use that."
+            f"transformers makes it of '{stored}' when it loads {self.name}, by more than a new name, and the change "
+            "is not converted back here. Save the model with save_pretrained(save_original_format=False) and use that."
         )
 
     @property
@@ -395,7 +420,7 @@ class Checkpoint:
         return changes
 
     @property
-    def _says_tied(self) -> bool | None:
+    def says_tied(self) -> bool | None:
         """What the configuration says; models of vision and text may say it in the part about text."""
         if self.family is not None:
             return self.family.says_tied(self.config)

@@ -29,6 +29,9 @@ WEIGHT = ".weight"
 MERGED = (("MergeModulelist 0",), ("MergeModulelist 0", "Concatenate 1"))
 """The operations that make one tensor of the matrices of all experts: stacked, and first one above the other."""
 
+TRANSPOSED = ("Transpose 1 2",)
+"""The operation that swaps the axes of each expert's matrix, where the file has it the other way round."""
+
 _PART = re.compile(r"\*\.(.+)\.weight$")
 _OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -93,6 +96,11 @@ class Conversion:
         """Whether it only stacks the matrices of experts, which can be undone row by row."""
         return self.operations in MERGED
 
+    @property
+    def keeps_values(self) -> bool:
+        """Whether what is made has the same numbers, each of which is found in the file: stacked, or transposed."""
+        return self.merges_experts or self.operations == TRANSPOSED
+
     def made(self, name: str) -> tuple[str, ...]:
         """The names of what is made of a tensor; empty where it is not concerned."""
         first = self.find(name)
@@ -141,6 +149,7 @@ class Family:
         transposed: Those of them whose weight is stored as (d_in, d_out).
         parameters: By the end of its name, a tensor of three axes that is no module's weight, and whether its last two
             are (d_in, d_out).
+        widths: For those of them that a file may have transposed, the axis that is as wide as the embedding.
         layers: By the name of a list of layers, where the configuration says how many there are.
         kept: Current names that its renames would change again; `*` stands for any number in them.
         renames: In transformers' order.
@@ -162,6 +171,7 @@ class Family:
     linear: tuple[str, ...]
     transposed: tuple[str, ...]
     parameters: Mapping[str, bool]
+    widths: Mapping[str, int]
     layers: Mapping[str, str]
     kept: frozenset[str]
     renames: tuple[Rename, ...]
@@ -208,10 +218,9 @@ class Family:
         said = [_value(inner, f"{part}.tie_word_embeddings".lstrip(".")) for part in parts]
         return None if all(value is None for value in said) else any(value is True for value in said)
 
-    @property
-    def shares_embedding(self) -> bool:
-        """Whether a tensor that is no head is one with the embedding."""
-        return any(self.embedding in pair for pair in self.same.items())
+    def shares(self, name: str | None) -> bool:
+        """Whether a tensor is one with another that is not head or embedding."""
+        return any(name in pair for pair in self.same.items())
 
     def conversion_of(self, name: str) -> Conversion | None:
         """What transformers makes of a tensor of this current name; None where it takes it as it is.
@@ -391,6 +400,7 @@ def _families_in(model_type: str, classes: list[dict[str, Any]]) -> Iterator[Fam
             linear=tuple(facts["linear"]),
             transposed=tuple(facts["transposed"]),
             parameters=facts["parameters"],
+            widths=facts["widths"],
             layers=facts["layers"],
             kept=frozenset(facts["kept"]),
             renames=tuple(_rename(*entry) for entry in facts["renames"]),

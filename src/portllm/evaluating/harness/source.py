@@ -96,6 +96,10 @@ class HarnessRows:
             "lm_eval": importlib.metadata.version("lm_eval"),
         }
 
+    def port_prompts(self) -> Sequence[str]:
+        """None: a study asks its own rows alone to be ported on."""
+        return ()
+
     def train_examples(self) -> Sequence[Example]:
         """The rows to train on, in order: prompt and right answer as the harness strings them together.
 

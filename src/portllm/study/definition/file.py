@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portllm.errors import StudyFileError, UnknownMethodError
+from portllm.errors import StudyFileError
 from portllm.files.toml_file import read_toml, told
 from portllm.files.toml_text import meant
 from portllm.files.typed import Tell, read_table
-from portllm.methods.table import method_named
+from portllm.methods.table import METHODS
 from portllm.study.definition.paper import published
 from portllm.study.definition.settings import EVOLUTIONS, Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
+from portllm.study.parts.rivals import DISTILLED, RIVALS, reads_prompts
 from portllm.training.settings import TrainSettings
 
 TASKS: Mapping[str, type[TaskSettings]] = {"rows": RowsTask, "harness": HarnessTask}
+
+NOT_PORTED = (*RIVALS, DISTILLED)
+"""What stands beside port methods in a study."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
@@ -40,12 +44,13 @@ def _read(values: Mapping[str, Any], tell: Tell) -> Study | None:
     evolutions = {
         name: _read_evolution(table, ("evolutions", name), tell) for name, table in _named(values, "evolutions", tell)
     }
+    named = {name: task for name, task in tasks.items() if task is not None}
     parts = {
         "patch": _read_patch(values.get("patch", {}), tell) or TrainSettings(),
-        "tasks": {name: task for name, task in tasks.items() if task is not None},
+        "tasks": named,
         "evolutions": {name: evolution for name, evolution in evolutions.items() if evolution is not None},
     }
-    _check(values, tell)
+    _check(values, named, tell)
     return read_table(Study, {key: value for key, value in values.items() if key not in parts}, (), tell, **parts)
 
 
@@ -103,14 +108,18 @@ def _read_evolution(table: object, path: tuple[str, ...], tell: Tell) -> Evoluti
     return read_table(Evolution, mine, path, tell, settings=settings or cls(), new_text=text)
 
 
-def _check(values: Mapping[str, Any], tell: Tell) -> None:
+def _check(values: Mapping[str, Any], tasks: Mapping[str, TaskSettings], tell: Tell) -> None:
     """What types do not say; values of a wrong type are left to `read_table`."""
     methods = values.get("methods")
     for method in methods if isinstance(methods, list) else []:
-        try:
-            method_named(str(method), has_prompts=False)
-        except UnknownMethodError as error:
-            tell(("methods",), str(error).rstrip("."))
+        if method not in METHODS and method not in NOT_PORTED:
+            tell(("methods",), f"unknown port method '{method}'; available: {', '.join([*METHODS, *NOT_PORTED])}")
+            continue
+        without = [
+            f"[tasks.{name}]" for name, task in tasks.items() if not (isinstance(task, RowsTask) and task.port_rows)
+        ]
+        if reads_prompts(method) and without:
+            tell(("methods",), f"method '{method}' reads prompts; pass 'port_rows' in {', '.join(without)}")
     table = values.get("compare")
     if isinstance(table, str) and table not in published():
         tell(("compare",), f"is '{table}', which is not a published table. {meant(table, published())}")

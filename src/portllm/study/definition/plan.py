@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias
 
 from portllm.study.definition.settings import Evolution, Study, Text
 from portllm.study.definition.variants import BASE, PATCHED, RETRAINED
+from portllm.study.parts.rivals import DISTILLED, reads_prompts
+from portllm.training.settings import TrainSettings
 
 Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score", "check", "theory"]
 Makes: TypeAlias = Literal["patches", "checkpoints"]
@@ -142,6 +144,8 @@ def settings_of(step: Step, study: Study) -> Mapping[str, object]:
             # A later link reads in another order, too: the seed moves with the link.
             settings = replace(evolution.settings, seed=evolution.settings.seed + link - 1)
             return {"kind": evolution.kind, "link": link, "links": evolution.links, **asdict(settings)}
+        case "port" if step.patch == DISTILLED:
+            return {"method": step.patch, **asdict(distillation_of(study, step.seed or 0))}
         case "port":
             return {"method": step.patch}
         case "check" if study.check is not None:
@@ -154,6 +158,15 @@ def settings_of(step: Step, study: Study) -> Mapping[str, object]:
             return {}
 
 
+def distillation_of(study: Study, seed: int) -> TrainSettings:
+    """How a patch is distilled: as those of the study are trained, in about the time that an aligned port takes.
+
+    An aligned port of three candidates is eight times the work of reading the prompts once; an epoch is four times it,
+    with the teacher's answers and a backward pass.
+    """
+    return replace(study.patch, epochs=2.0, steps=None, seed=seed)
+
+
 def data_of(step: Step) -> str | None:
     """The name of the data that a step reads, in `Identities`."""
     match step.kind:
@@ -161,6 +174,8 @@ def data_of(step: Step) -> str | None:
             return f"{step.kind} {step.task}"
         case "check":
             return f"train {step.task}"  # whose prompts it reads
+        case "port" if reads_prompts(str(step.patch)):
+            return f"port {step.task}"
         case "evolve":
             return f"text {step.model.partition('.')[0]}"
         case "read":

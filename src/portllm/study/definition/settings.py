@@ -42,6 +42,7 @@ class RowsTask:
         labels: All possible answers, where they are not those that occur.
         train_rows: How many rows to train on, from the file's beginning; None for all.
         score_rows: How many to score.
+        port_rows: How many of the rows behind those to train on give prompts to methods that run models on some.
         max_tokens: Most tokens of a scored row.
         max_new_tokens: Most tokens written.
         batch_size: Rows of a forward pass.
@@ -55,6 +56,7 @@ class RowsTask:
     labels: tuple[str, ...] = ()
     train_rows: int | None = None
     score_rows: int | None = None
+    port_rows: int = 0
     max_tokens: int = 512
     max_new_tokens: int = 32
     batch_size: int = 16
@@ -62,6 +64,12 @@ class RowsTask:
     def __post_init__(self) -> None:
         ExampleFormat(prompt=self.prompt, completion=self.completion)
         _require_task_ranges(self)
+        apart = "0 without train_rows: rows to train on are not ported on"
+        require_ranges(
+            "task",
+            ("port_rows", self.port_rows, "0 or more", self.port_rows >= 0),
+            ("port_rows", self.port_rows, apart, self.port_rows == 0 or self.train_rows is not None),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +179,7 @@ class Study:
         title: Of its page.
         base: The model, by name; also in the results.
         seeds: One patch is trained for each task and seed, on the base and on every evolved model.
-        methods: How patches are ported; rows of `METHODS`.
+        methods: How patches are ported; rows of `METHODS` or `RIVALS`, or `distilled`.
         patch: How patches are trained.
         tasks: By name.
         evolutions: By name.

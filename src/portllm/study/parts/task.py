@@ -37,6 +37,9 @@ class TaskSource(Protocol):
     def train_examples(self) -> Sequence[Example]:
         """The rows to train on, in order."""
 
+    def port_prompts(self) -> Sequence[str]:
+        """Prompts of other rows, for methods that run models on some; nobody looks at their answers."""
+
     def score(
         self, model: PreTrainedModel | PeftModel, encoder: Encoder, *, device: torch.device, tick: Tick
     ) -> Scores:

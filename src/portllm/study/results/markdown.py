@@ -22,6 +22,13 @@ the answer that each model gives most often: where the ported model gives one fa
 update has moved the balance between answers. Right answers are lost by that though the patch may still tell the rows
 apart as well, which the loss sees."""
 
+COSTS = {
+    "general_nats": "general text, evolved",
+    "general_nats_added": "by addition",
+    "general_nats_ported": "ported, nats per token",
+}
+"""What a port measures of what it costs outside of its domain."""
+
 RESIDUAL = """\
 Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
 weights with the patch in them, which is the paper's yardstick."""
@@ -70,7 +77,8 @@ def parts_of(results: "StudyResults") -> Iterator[Part]:
     yield Part("tasks", "Tasks", 2, (LEGEND,))
     for task, rows in groupby(sorted(results.tasks, key=lambda row: row.task), key=lambda row: row.task):
         of_task = list(rows)
-        yield Part("task", task, 3, (_scores(of_task), _losses(of_task), *_answers(of_task)))
+        compared = (_methods(of_task),) if len({row.method for row in of_task}) > 1 else ()
+        yield Part("task", task, 3, (_scores(of_task), *compared, _losses(of_task), *_answers(of_task)))
     measured = [row for row in results.tasks if row.residual_of_delta is not None]
     if measured:
         yield Part("residual", "Port residual", 2, (RESIDUAL, _residuals(measured)))
@@ -158,6 +166,19 @@ def _scores(rows: "Sequence[TaskRow]") -> Table:
         for row in rows
     )
     return Table(("update", *(HEADS[name] for name in VARIANTS), *COMPARED), tuple(lines))
+
+
+def _methods(rows: "Sequence[TaskRow]") -> Table:
+    """What is asked of methods that stand beside each other."""
+    lines = (
+        (
+            update_name(row),
+            "" if row.agreement is None else f"{100 * row.agreement.value:.1f} {_interval(row.agreement, digits=1)}",
+            *(f"{row.measured[name]:.3f}" if name in row.measured else "" for name in COSTS),
+        )
+        for row in rows
+    )
+    return Table(("update", "answers as base + patch, %", *COSTS.values()), tuple(lines))
 
 
 def _losses(rows: "Sequence[TaskRow]") -> Table:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from operator import eq
 from statistics import fmean, stdev
 from typing import Any
 
@@ -98,6 +99,8 @@ class TaskRow:
         residual_of_update: The same against the updated weights with the patch in them, the paper's yardstick.
         spectra: Singular values of the deltas and of the residual; None likewise.
         checked: What `check` said before the patch was ported; None where the study does not ask.
+        agreement: Share of the scored rows that the ported patch answers as base + patch does, mean over seeds.
+        measured: What the port said of itself, means over seeds.
     """
 
     evolution: str
@@ -115,6 +118,8 @@ class TaskRow:
     residual_of_update: float | None
     spectra: Spectra | None
     checked: Checked | None
+    agreement: Estimate | None
+    measured: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +240,8 @@ def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
                         RETRAINED: scores(model, task, RETRAINED),
                     }
                     theory = _theory(study, found, model, task)
-                    yield _row(name, link, task, method, columns, theory, _checked(study, found, model, task))
+                    measured = _measured(study, found, model, task, method)
+                    yield _row(name, link, task, method, columns, theory, _checked(study, found, model, task), measured)
 
 
 def _theory(study: Study, found: Found, model: str, task: str) -> list[Mapping[str, Any]]:
@@ -280,6 +286,13 @@ def _checked(study: Study, found: Found, model: str, task: str) -> Checked | Non
     )
 
 
+def _measured(study: Study, found: Found, model: str, task: str, method: str) -> dict[str, float]:
+    """What a method said of itself, by the seeds of which it ported a patch."""
+    names = {Step("port", model, task=task, seed=seed, patch=method).name for seed in study.seeds}
+    by_seed = [result for step, result in found.items() if step.name in names]
+    return dict(sorted(_shared_means(by_seed).items())) if by_seed else {}
+
+
 def _shared_means(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each measure that all have."""
     names = [name for name in measures[0] if all(name in each for each in measures)]
@@ -294,12 +307,13 @@ def _row(
     columns: Mapping[str, Mapping[int, Mapping[str, Any]]],
     theory: Sequence[Mapping[str, Any]],
     checked: Checked | None,
+    measured: Mapping[str, float],
 ) -> TaskRow:
     patched, ported, retrained = (columns[variant] for variant in (PATCHED, PORTED, RETRAINED))
     seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
     evolved = columns[EVOLVED]
     compared = bool(seeds) and bool(evolved)
-    change = behind = in_accuracy = in_loss = lost = None
+    change = behind = in_accuracy = in_loss = lost = agreement = None
     if compared:
         of = {PATCHED: patched, PORTED: ported, RETRAINED: retrained}
         right = {name: mean_rows([by_seed[seed]["correct"] for seed in seeds]) for name, by_seed in of.items()}
@@ -309,6 +323,8 @@ def _row(
         in_loss = retention(
             evolved=evolved[-1]["losses"], ported=nats[PORTED], retrained=nats[RETRAINED], lower_is_better=True
         )
+        said = [list(map(eq, *(by_seed[seed]["answers"] for by_seed in (patched, ported)))) for seed in seeds]
+        agreement = accuracy(said[0]) if len(said) == 1 else mean_loss(mean_rows(said))
         lost = fmean(len(flips(patched[seed]["correct"], ported[seed]["correct"]).negative) for seed in seeds)
     return TaskRow(
         evolution=evolution,
@@ -326,6 +342,8 @@ def _row(
         residual_of_update=_residual(theory, "of_update"),
         spectra=_spectra(theory),
         checked=checked,
+        agreement=agreement,
+        measured=measured,
     )
 
 

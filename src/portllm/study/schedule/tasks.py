@@ -71,7 +71,9 @@ class _Rows:
     def __init__(self, settings: RowsTask, train: Path, held_out: Path) -> None:
         self._settings = settings
         fmt = ExampleFormat(prompt=settings.prompt, completion=settings.completion)
-        self._train = first(read_examples(train, fmt), settings.train_rows, train)
+        n_rows = settings.train_rows
+        rows = first(read_examples(train, fmt), None if n_rows is None else n_rows + settings.port_rows, train)
+        self._train, self._port = rows[:n_rows], rows[len(rows) - settings.port_rows :]
         self._task = Task(
             examples=first(read_examples(held_out, fmt), settings.score_rows, held_out),
             kind=settings.judge,
@@ -96,6 +98,9 @@ class _Rows:
 
     def train_examples(self) -> Sequence[Example]:
         return self._train
+
+    def port_prompts(self) -> Sequence[str]:
+        return [example.prompt for example in self._port]
 
     def score(
         self, model: PreTrainedModel | PeftModel, encoder: Encoder, *, device: torch.device, tick: Tick

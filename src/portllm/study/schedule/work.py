@@ -7,28 +7,46 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from portllm.capturing.adapter import capture_adapter
 from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint
+from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.matching.port_plan import plan_port_on
+from portllm.matching.update import Update
 from portllm.merging.merge import merge
-from portllm.patch.adapter_folder import load_patch
-from portllm.porting.port import port
+from portllm.methods.table import METHODS
+from portllm.patch.adapter_folder import folder_of, load_patch
+from portllm.patch.patch import Patch
+from portllm.porting.domain import Domain
+from portllm.porting.port import port, run_port
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.examples import read_texts
 from portllm.running.folder import check_runnable, model_folder
 from portllm.running.model import Device, attach_adapter, choose_device, load_model, load_tokenizer
 from portllm.running.text_loss import measure_text_loss
-from portllm.study.definition.plan import NEW_TEXT, OLD_TEXT, Identities, Step, link_of, model_name, text_of
+from portllm.study.definition.plan import (
+    NEW_TEXT,
+    OLD_TEXT,
+    Identities,
+    Step,
+    distillation_of,
+    link_of,
+    model_name,
+    text_of,
+)
 from portllm.study.definition.settings import Study, Text
 from portllm.study.definition.variants import BASE
 from portllm.study.parts.check import CheckSettings, measure_check
 from portllm.study.parts.control import ControlSettings, make_control
+from portllm.study.parts.rivals import ANSWER_TOKENS, DISTILLED, RIVALS, reads_prompts
 from portllm.study.parts.task import TaskSource
 from portllm.study.parts.theory import measure_theory
 from portllm.study.schedule.places import Places
 from portllm.study.schedule.tasks import below, digest_examples, first, open_task
+from portllm.training.distil_lora import TeacherFolders, distil_lora
 from portllm.training.evolve import evolve
 from portllm.training.evolve_lora import LoraEvolveSettings, train_on_text
 from portllm.training.lessons import Labels
@@ -56,6 +74,7 @@ class StudyInputs:
         """What the results will come from."""
         data: dict[str, object] = {name: _digest(texts) for name, texts in self.texts.items()}
         data |= {f"train {name}": digest_examples(task.train_examples()) for name, task in self.tasks.items()}
+        data |= {f"port {name}": _digest(tuple(task.port_prompts())) for name, task in self.tasks.items()}
         data |= {f"score {name}": task.identity for name, task in self.tasks.items()}
         data |= {f"theory {name}": [data[f"train {name}"], data[f"score {name}"]] for name in self.tasks}
         return Identities(fingerprint(self.base), data)
@@ -173,15 +192,50 @@ class StepRunner:
         return {"nats": loss.nats, "perplexity": loss.perplexity, "n_tokens": loss.n_tokens}
 
     def _port(self, step: Step) -> Found:
-        ported = port(
+        patch, evolved, method = (
             load_patch(self.places.folder(step.inputs[-1])),
-            evolved=self._model(step.model),
-            base=self.inputs.base,
-            method=str(step.patch),
-            out=self.places.folder(step.name),
-            overwrite=True,
+            self._model(step.model),
+            str(step.patch),
         )
+        if method == DISTILLED:
+            return self._distil(step, patch, evolved)
+        update = Update(self.inputs.base, evolved)
+        plan = plan_port_on(patch, update, method=method if method in METHODS else "add", allow_other_base=False)
+        plan = replace(plan, method=RIVALS.get(method, plan.method))
+        domain = self._domain(step) if reads_prompts(method) else None
+        ported = run_port(plan, self.places.folder(step.name), overwrite=True, domain=domain)
         return dict(ported.record.ports[-1].evidence) if ported.record else {}
+
+    def _domain(self, step: Step) -> Domain:
+        task = self.inputs.tasks[str(step.task)]
+        return Domain(
+            prompts=task.port_prompts(),
+            max_tokens=task.longest,
+            answer_tokens=ANSWER_TOKENS,
+            device=self.device,
+            progress=self.progress,
+        )
+
+    def _distil(self, step: Step, patch: Patch[TensorInfo], evolved: Checkpoint) -> Found:
+        """The patch as it is added, trained on the old specialist's answers to the prompts."""
+        settings = distillation_of(self.study, step.seed or 0)
+        teacher = TeacherFolders(model_folder(self.inputs.base), folder_of(patch), ANSWER_TOKENS)
+        with tempfile.TemporaryDirectory(prefix="portllm-distil-") as scratch:
+            start, adapter = Path(scratch) / "start", Path(scratch) / "adapter"
+            port(patch, evolved=evolved, base=self.inputs.base, out=start)
+            report = distil_lora(
+                model_folder(evolved),
+                self.inputs.tasks[str(step.task)].port_prompts(),
+                teacher,
+                settings,
+                adapter,
+                device=self.device,
+                start=start,
+                progress=self.progress,
+            )
+            out = self.places.folder(step.name)
+            capture_adapter(load_patch(adapter), base=evolved, out=out, method="train", settings={}, overwrite=True)
+        return {"seconds_trained": report.seconds}
 
     def _check(self, step: Step) -> Found:
         return measure_check(

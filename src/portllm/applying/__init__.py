@@ -1,0 +1,1 @@
+"""Patches on a model in memory, and off again."""
