@@ -110,8 +110,8 @@ def proven(runtime, base, gguf, record):
                 prompts=ASKED,
                 python=PYTHONS[runtime.name],
             )
-        except RuntimeFailedError as error:
-            record(row | {"verdict": "refused", "said": str(error).splitlines()[0][:200]})
+        except RuntimeFailedError:
+            record(row | {"verdict": "refused"})
             raise
         told = {name: float(f"{getattr(proof, name):.3g}") for name in ("noise", "effect", "error", "gain")}
         fault = {} if proof.fault is None else {"fault": proof.fault.name}
