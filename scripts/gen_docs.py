@@ -27,6 +27,7 @@ DOCS = ROOT / "docs"
 WIDTH = 100
 EXAMPLE_START = "<!-- example: written by scripts/gen_docs.py -->"
 EXAMPLE_END = "<!-- end of example -->"
+MEASURED = ROOT / "studies" / "results" / "runtimes.json"
 MEASURED_START = "<!-- measured: written by scripts/gen_docs.py -->"
 RUNTIMES_START = "<!-- runtimes: written by scripts/gen_docs.py -->"
 RUNTIMES_END = "<!-- end of runtimes -->"
@@ -229,12 +230,28 @@ def render_serve() -> str:
             runtime.title,
             forms[runtime.form],
             runtime.swap,
-            f"read only: source of {runtime.version}",
+            known_from(name, runtime.version),
         )
         for name, runtime in runtimes().items()
     ]
     text = table(("`--for`", "runtime", "form", "a ported patch for the old one", "known from"), rows)
     return filled("how-to/serve.md", RUNTIMES_START, RUNTIMES_END, text)
+
+
+def known_from(name: str, read: str) -> str:
+    """What is known of a runtime: what was measured in it, or that its source was read."""
+    rows = [row for row in json.loads(MEASURED.read_text(encoding="utf-8")) if row["profile"] == name]
+    if not rows:
+        return f"read only: source of {read}"
+    right = [row for row in rows if not row["is_broken"]]
+    broken = [row for row in rows if row["is_broken"]]
+    proven = sum(row["verdict"] == "proven" for row in right)
+    caught = sum(row["verdict"] != "proven" for row in broken)
+    return (
+        f"run on {max(row['date'] for row in rows)}, {right[0]['version']}: {proven} of {len(right)} kinds of adapters "
+        f"proven, off by at most {max(row['error'] for row in right):.2g} nats (bare base {right[0]['noise']:.2g}); "
+        f"{caught} of {len(broken)} broken exports caught"
+    )
 
 
 def table(head: tuple[str, ...], rows: Any) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from portllm.errors import NotFoundError, PlanRefusedError, RuntimeFailedError
+from portllm.exporting.export import export, given_of
 from portllm.proving.prove import Endpoint, prove
 from tests.models import HEAD_DIM, make_adapter
 from tests.proving.fake_server import FORMS, FakeRuntime, FakeServer
@@ -211,3 +212,10 @@ def test_the_command_prints_the_decision_and_exits_with_three_where_it_is_not_pr
     assert wrong.status == 3
     assert json.loads(wrong.out)["decision"]["proven"] is False
     assert "serves the bare base" in json.loads(wrong.out)["decision"]["text"]
+
+
+def test_an_export_that_is_a_file_is_found_in_its_folder(reader, adapter, tmp_path):
+    exported = export(adapter, runtime="openvino", out=tmp_path / "out", base=reader)
+
+    assert given_of(tmp_path / "out") == exported.given
+    assert given_of(adapter) == adapter

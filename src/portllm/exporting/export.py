@@ -8,6 +8,7 @@ from portllm import __version__
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import refuse
 from portllm.exporting.plan import ExportPlan, plan_export
+from portllm.files.json_file import read_json
 from portllm.files.output_folder import check_free, staged_folder
 from portllm.files.record import Blake3, Recorded, write_sealed
 from portllm.files.seal import digest_file
@@ -144,6 +145,17 @@ def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress
         )
         write_sealed(folder / EXPORT_FILE, record)
     return Exported(out, record, plan.n_modules, serve_command(plan, out), plan.notes)
+
+
+def given_of(export: Path) -> Path:
+    """What the runtime is given of an export on disk: a file of its folder where `export.json` names one.
+
+    Raises:
+        CheckpointError: `export.json` cannot be read.
+    """
+    record = export / EXPORT_FILE
+    file = read_json(record).get("file") if record.is_file() else None
+    return export / file if isinstance(file, str) and Path(file).name == file else export
 
 
 def serve_command(plan: ExportPlan, out: Path) -> str:

@@ -22,7 +22,7 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NotFoundError, RuntimeFailedError, refuse
 from portllm.evaluating.plan import model_refusals
-from portllm.exporting.export import export
+from portllm.exporting.export import export, given_of
 from portllm.exporting.plan import plan_export
 from portllm.patch.adapter_folder import PatchLike, folder_of, load_patch
 from portllm.patch.identify import identify
@@ -189,7 +189,7 @@ def plan_prove(
         runtime=where,
         python=None if isinstance(where, Endpoint) else python_of(where, None if python is None else Path(python)),
         served_base=_served_base(checkpoint, folder, where, None if served_base is None else Path(served_base)),
-        export=None if export is None else Path(export),
+        export=None if export is None else _given(Path(export)),
         prompts=prompts if isinstance(prompts, Data) else tuple(prompts),
         limit=limit,
         allow_other_base=allow_other_base,
@@ -294,6 +294,12 @@ def _started(
         )
         with plan.runtime.start(served) as running:
             yield running, f"the export for {plan.runtime.profile}" if plan.export is None else str(plan.export)
+
+
+def _given(export: Path) -> Path:
+    if not export.exists():
+        raise NotFoundError(f"'{export}': does not exist; expected the patch as 'portllm export' wrote it.")
+    return given_of(export)
 
 
 def _served_base(base: Checkpoint, folder: Path, runtime: Runtime | Endpoint, given: Path | None) -> Path:

@@ -22,6 +22,8 @@ from portllm.proving.runtimes.contract import TOP, Answer, Model, Running, Serve
 LAST_LINES = 12
 """How many lines of what a runtime said last stand in the message of its end."""
 
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
 END_SECONDS = 10.0
 """How long a runtime has for its end before it is killed."""
 
@@ -67,7 +69,7 @@ class _Program:
             raise self._process.ended(self._name)
         said: dict[str, Any] = json.loads(reply)
         if "error" in said:
-            raise RuntimeFailedError(f"{self._name}: fails: {_beginning(said['error'])}")
+            raise RuntimeFailedError(f"{self._name}: fails: {_beginning(said['error'])}{self._process.last_lines()}")
         return said
 
 
@@ -85,10 +87,11 @@ class Process:
         self.popen, self._said = popen, said
 
     def last_lines(self) -> str:
-        """What it has said last."""
+        """What it has said last, for the end of a message; empty where it has said nothing."""
         self._said.seek(0)
-        lines = self._said.read().decode("utf-8", "replace").splitlines()
-        return "\n".join(line for line in lines[-LAST_LINES:] if line.strip())
+        lines = _COLORS.sub("", self._said.read().decode("utf-8", "replace")).splitlines()
+        last = [line for line in lines if line.strip()][-LAST_LINES:]
+        return "\n".join(["\nIts last lines:", *last]) if last else ""
 
     def ended(self, name: str) -> RuntimeFailedError:
         """The error for a process that is not there any more."""
@@ -98,8 +101,7 @@ class Process:
         how = "no longer answers" if status is None else f"ended with status {status}"
         if status is not None and status < 0:
             how = f"was ended by {signal.Signals(-status).name}"
-        said = self.last_lines()
-        return RuntimeFailedError(f"{name}: {how}." + (f" Its last lines:\n{said}" if said else " It said nothing."))
+        return RuntimeFailedError(f"{name}: {how}.{self.last_lines()}")
 
 
 @contextlib.contextmanager

@@ -42,7 +42,8 @@ class Server:
         name: str = "",
     ) -> None:
         self.version = version
-        self._url, self._names, self._ids_by_text, self._name = url.rstrip("/"), names, ids_by_text, name or url
+        self.url = url.rstrip("/")
+        self._names, self._ids_by_text, self._name = names, ids_by_text, name or url
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx2.Client(
             timeout=REPLY_SECONDS, headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=False
@@ -80,7 +81,7 @@ class Server:
 
     def _post(self, body: Mapping[str, object]) -> httpx2.Response:
         try:
-            return self._client.post(f"{self._url}/completions", json=body)
+            return self._client.post(f"{self.url}/completions", json=body)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise RuntimeFailedError(
                 f"{self._name}: does not answer: {str(error) or type(error).__name__}. Start the server, or correct "
@@ -90,7 +91,7 @@ class Server:
     def _refused(self, response: httpx2.Response, model: str) -> RuntimeFailedError:
         there = ""
         try:
-            listed = [each["id"] for each in self._client.get(f"{self._url}/models").json()["data"]]
+            listed = [each["id"] for each in self._client.get(f"{self.url}/models").json()["data"]]
             if model not in listed:
                 there = f" It has no model '{model}', but {', '.join(map(repr, listed))}."
         except (httpx2.HTTPError, ValueError, KeyError, TypeError):

@@ -41,7 +41,7 @@ def started_vllm(served: Served) -> Iterator[Running]:
             if process.popen.poll() is not None:
                 raise process.ended("vllm")
             if time.monotonic() > deadline:
-                raise RuntimeFailedError(f"vllm: did not answer within {START_SECONDS:.0f} s.\n{process.last_lines()}")
+                raise RuntimeFailedError(f"vllm: did not answer within {START_SECONDS:.0f} s.{process.last_lines()}")
             with contextlib.suppress(httpx2.HTTPError):
                 if httpx2.get(f"{url}/health", trust_env=False).status_code == httpx2.codes.OK:
                     version = httpx2.get(f"{url}/version", trust_env=False).json()["version"]

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 
 
 def main() -> None:
@@ -30,7 +29,6 @@ def main() -> None:
             top, n_prompt_tokens = ask(request["model"], request["prompt"])
             reply({"top": top, "n_prompt_tokens": n_prompt_tokens})
     except Exception as error:  # the runtime's own words are what the user needs
-        traceback.print_exc()
         reply({"error": f"{type(error).__name__}: {error}"})
 
 
