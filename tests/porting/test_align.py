@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.domain import Domain
@@ -14,8 +15,10 @@ from portllm.porting.drawn import Drawn
 from portllm.porting.port import port
 from portllm.porting.prompts import split
 from portllm.running.examples import Example
+from portllm.study.parts.control import TwinSettings, make_control
+from portllm.study.parts.twin import Arrangement, Twin
 from tests.language import make_reader
-from tests.models import load_tuned, make_adapter, make_evolved
+from tests.models import HIDDEN, load_tuned, make_adapter, make_evolved
 
 WORDS = ("fever", "cold", "measles", "rest", "tea", "time", "clinic", "risk", "cause", "kind", "who", "what", "answer")
 PROMPTS = tuple(f"{one} {other}" for one in WORDS for other in WORDS[:4])
@@ -134,6 +137,20 @@ def test_aligning_without_prompts_or_without_the_base_is_refused(story, tmp_path
             out=tmp_path / "out",
             domain=Domain(prompts=PROMPTS),
         )
+
+
+@pytest.mark.parametrize("moved", ["everything", "heads and units alone"])
+def test_a_twin_that_computes_the_same_in_another_order_is_refused_and_not_ported_wrong(
+    story, tmp_path, moved, monkeypatch
+):
+    if moved != "everything":
+        still = Arrangement(torch.arange(HIDDEN), torch.ones(HIDDEN))
+        monkeypatch.setattr(Twin, "residual", property(lambda _: still))
+    make_control(open_checkpoint(story["base"]), TwinSettings(seed=1), tmp_path / "twin")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(story["base"] / name, tmp_path / "twin" / name)
+    with pytest.raises(PlanRefusedError, match="patched modules, such as .*, have nothing in common with those of"):
+        align({**story, "twin": tmp_path / "twin"}, tmp_path / "out", evolved="twin")
 
 
 def test_prompts_for_a_method_that_reads_none_are_refused(story, tmp_path):
@@ -256,7 +273,7 @@ def test_large_states_lie_on_disk_and_change_nothing(story, tmp_path, monkeypatc
     align(story, tmp_path / "out", progress=look)
     assert there[-1], "no state was mapped"
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
-        ["out", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
+        ["out", "README.md", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
     )
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (story["folder"] / name).read_bytes()

@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from portllm import __version__
 from portllm.capturing.stored_values import settled
+from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
@@ -21,6 +22,7 @@ from portllm.matching.spelling import as_running
 from portllm.matching.update import Update
 from portllm.methods.contract import Need, Ported
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, load_patch, write_patch, write_record
+from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.card import write_patch_card
 from portllm.patch.finite import require_finite
 from portllm.patch.folders import Where, each
@@ -32,6 +34,9 @@ from portllm.porting.inputs import gather, left_out, with_own
 
 if TYPE_CHECKING:
     from portllm.porting.domain import Domain
+
+LEAST_COSINE = 0.5
+"""Of a module's weights before and after an update. A drift as large as the weights leaves 0.7."""
 
 
 def port(
@@ -168,12 +173,25 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
             f"{plan.evolved.name} has experts, and what these write is not known for every token. Method "
             f"'{plan.method.id}' is for dense models.",
         )
+    if runs and plan.base is not None and (others := _unrelated(plan.patch, plan.base, plan.evolved)):
+        yield Refusal(
+            "--evolved",
+            f"the weights of {len(others)} of {len(plan.patch.deltas)} patched modules, such as '{others[0]}', "
+            f"have nothing in common with those of {plan.base.name}: another model, or its units in another order or "
+            f"basis. Method '{plan.method.id}' carries what a patch reads as it is, which would mean nothing there.",
+        )
     if runs and plan.base is not None and not has_same_tokenizer(plan.base, plan.evolved):
         yield Refusal(
             "--evolved",
             f"{plan.base.name} and {plan.evolved.name} have different tokenizers, so method '{plan.method.id}' cannot "
             "compare them token by token.",
         )
+
+
+def _unrelated(patch: Patch[TensorInfo], base: Checkpoint, evolved: Checkpoint) -> list[str]:
+    """The modules whose weights no update can have taken from the one to the other, by their samples."""
+    update = Update(base, evolved)
+    return [name for name in patch.deltas if update.window_sums([name + WEIGHT]).cosine < LEAST_COSINE]
 
 
 def _digest(plan: PortPlan, domain: "Domain") -> str:
