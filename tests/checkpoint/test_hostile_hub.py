@@ -1,5 +1,6 @@
 """A server that breaks the protocol in one header or body: an error that names the model; no other place is asked."""
 
+import socket
 import time
 
 import pytest
@@ -72,9 +73,21 @@ def reads(name):
             yield str(error)
 
 
+def numbers_only(look_up):
+    """No name is asked of a server on the network, which may take seconds to say that it knows none."""
+
+    def find(host, *rest, **options):
+        if host != "127.0.0.1":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(host, *rest, **options)
+
+    return find
+
+
 @pytest.fixture
 def served(hub, tiny, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(socket, "getaddrinfo", numbers_only(socket.getaddrinfo))
     for wait in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         monkeypatch.setattr(constants, wait, 1)
     hub.add("org/tiny-adapter", tiny("adapter"))
@@ -86,7 +99,8 @@ def test_a_header_that_makes_no_sense_is_survived(host, name, value, served, tmp
     hub, model = served
     hub.changed[host] = {name: value}
     told = list(reads(model))
-    assert all("org/tiny" in text for text in told)
+    # A file of the cache, which a server with one mark for all files has filled with another, is named by its path.
+    assert [text for text in told if not ("org/tiny" in text or "models--org--tiny" in text)] == []
     outside = [path for path in tmp_path.iterdir() if path.name not in ("hub-cache", "portllm-cache")]
     assert outside == []
 
