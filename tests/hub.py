@@ -236,9 +236,10 @@ class _Handler(BaseHTTPRequestHandler):
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()
+        is_whole = self.command == "HEAD" or length in (None, len(body))
         if self.command != "HEAD":
             self.wfile.write(body)
-        if length not in (None, len(body)) or self.hub.changed:
+        if not is_whole or self.hub.changed:  # closed unannounced, it would fail whatever is sent next on it
             self.close_connection = True
 
 
