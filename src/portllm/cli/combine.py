@@ -52,6 +52,7 @@ def combine(
     The result is their weighted sum, exact or truncated to a rank.
     """
     from portllm.cli.progress import shown_progress
+    from portllm.combining.combine import run_combine
     from portllm.combining.plan import plan_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report
     from portllm.errors import PlanRefusedError
@@ -68,8 +69,6 @@ def combine(
     check_free(output, overwrite=overwrite)
     if dry_run:
         return
-    from portllm.combining.combine import run_combine  # loads torch, which no refusal needs
-
     with shown_progress(quiet=quiet) as progress:
         report = run_combine(plan, output, overwrite=overwrite, progress=progress)
     if as_json:
