@@ -14,7 +14,8 @@ def render_status(status: StudyStatus, *, steps: bool) -> str:
     kinds = Counter(step.kind for step in steps_of(status.study))
     left = Counter(step.kind for step in status.left.steps)
     n_done = status.n_steps - len(status.left.steps)
-    lines = [f"{n_done} of {status.n_steps} steps are done, in {lasting(status.seconds)}; {still(status.left)}."]
+    took = f", in {lasting(status.seconds)}" if n_done else ""
+    lines = [f"{n_done} of {status.n_steps} steps are done{took}; {still(status.left)}."]
     lines += [f"{status.study.title}: {status.study.base}, in {status.out}"]
     lines += [f"  {kind:<7} {count - left[kind]} of {count} done" for kind, count in kinds.items()]
     if steps:
