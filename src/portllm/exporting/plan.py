@@ -16,7 +16,9 @@ from portllm.errors import Refusal
 from portllm.files.record import encode
 from portllm.files.source import Source
 from portllm.matching.added_tokens import height_of
-from portllm.matching.compatibility import base_mismatch, changes_on, mismatches, oriented, same_in
+from portllm.matching.base import base_mismatch, same_in
+from portllm.matching.changes import changes_on, oriented
+from portllm.matching.compatibility import mismatches
 from portllm.patch.adapter_config import ALL_LINEAR, HEAD_NAMES
 from portllm.patch.adapter_folder import digest_tensors, files_of
 from portllm.patch.adapter_tensors import WEIGHT

@@ -20,9 +20,11 @@ from portllm.matching.added_tokens import (
     unplaced,
     with_own_rows,
 )
+from portllm.matching.base import base_mismatch
 from portllm.matching.base_copies import HeldCopies, hold_copies
 from portllm.matching.carried_tokens import CarriedTokens, carry_tokens, orphaned, with_rows_of
-from portllm.matching.compatibility import base_mismatch, mismatches, oriented, tie_mismatch
+from portllm.matching.changes import oriented
+from portllm.matching.compatibility import mismatches, tie_mismatch
 from portllm.matching.own_values import own_values, without
 from portllm.matching.side_files import NO_SIDE_FILES, SideFiles, ported_side_files
 from portllm.matching.token_rows import TokenMap, following, resized, token_changes, unmovable
