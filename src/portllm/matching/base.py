@@ -39,6 +39,7 @@ def base_mismatch(
             option,
             f"{evolved.name}, which was given as the evolved model, is the base that patch '{patch.name}' belongs to: "
             f"the two are swapped. Pass --base {evolved.name} --evolved {given.name}.",
+            is_of_input=True,
         )
         return
     if (dtype := same_in(model, belongs)) is not None:
@@ -47,6 +48,7 @@ def base_mismatch(
             f"{given.name} is the base that patch '{patch.name}' belongs to, {belongs.name}, in another dtype: their "
             f"samples are the same numbers in {dtype}. Pass {belongs.name}, or --allow-other-base to take one for the "
             "other.",
+            is_of_input=True,
         )
         return
     hint = (
@@ -60,6 +62,7 @@ def base_mismatch(
         f"{belongs.name} ({belongs.fingerprint}). Pass that model, port the patch (portllm port {patch.name} "
         f"--evolved {given.name} -o PORTED), or pass --allow-other-base if this is "
         f"intended.{hint}{_of_quantized(belongs, given) if option == '--into' else ''}",
+        is_of_input=True,
     )
 
 

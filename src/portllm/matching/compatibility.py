@@ -7,11 +7,12 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual
 from portllm.checkpoint.model.names import is_embedding
 from portllm.checkpoint.tensor.encoding import Unread
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
+from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.changes import changes_of, oriented
 from portllm.matching.experts import expert_mismatches
 from portllm.matching.named import Named, missing, shared_rows, unnamed
+from portllm.matching.storage import unaddable
 from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
@@ -33,6 +34,7 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int 
             f"its config.json says that it is quantized by {unread.scheme}, which is not supported: which module "
             "each of its tensors belongs to is not known. Use the model in 16 bit that it was made from, or a "
             "version of it in a supported format (docs/quantized.md).",
+            is_of_input=True,
         )
         return
     patch = oriented(patch, checkpoint)
@@ -41,7 +43,9 @@ def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int 
     for name, change in changes_of(patch).items():
         tensor = checkpoint.tensor(name)
         where = name.removesuffix(WEIGHT) if isinstance(change, LowRankDelta) else name
-        if reason := _unknown(name, change, checkpoint):
+        if unusable := [*unaddable(where, name, filter(None, [tensor]), checkpoint)]:
+            yield from unusable
+        elif reason := _unknown(name, change, checkpoint):
             yield Refusal(where, reason)
         elif tensor is None:
             yield Refusal(
@@ -82,8 +86,6 @@ def _resized_copies(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Iterato
 
 def _unknown(name: str, change: Change[TensorInfo], checkpoint: Checkpoint) -> str | None:
     """Why what is known of a model's type does not suffice for a change; None where it does."""
-    if reason := checkpoint.why_converted(name):
-        return reason
     if checkpoint.family is not None:
         return _not_as_trained(name, change, checkpoint)
     if isinstance(change, VectorDelta):
@@ -128,11 +130,6 @@ def _kind(change: Change[TensorInfo]) -> str:
 
 def _mismatch(change: Change[TensorInfo], tensor: TensorInfo, checkpoint: Checkpoint) -> str | None:
     """Why one change does not fit its tensor, or None."""
-    if tensor.dtype not in FLOAT_DTYPES:
-        return (
-            f"its weight in {checkpoint.name} is stored as {tensor.dtype}; a patch can only be added to "
-            f"{', '.join(FLOAT_DTYPES)}. Use the unquantized model."
-        )
     match change:
         case LowRankDelta() if change.shape != tensor.shape:
             names = ("in", "out") if change.transposed else ("out", "in")

@@ -158,6 +158,7 @@ def plan_port_on(
                 "--base",
                 f"{patch.name} contains values that replace the base's (saved modules, biases, token rows or DoRA "
                 "magnitudes). Porting them needs their difference from the base: pass the base with --base.",
+                is_of_input=True,
             )
         )
     elif needs_weights:
@@ -166,6 +167,7 @@ def plan_port_on(
                 "--base",
                 f"method '{chosen.id}' reads the weights of the model that {patch.name} belongs to: pass it with "
                 "--base.",
+                is_of_input=True,
             )
         )
     elif by_token and read_vocabulary(evolved) is not None:
@@ -174,6 +176,7 @@ def plan_port_on(
                 "--base",
                 f"{patch.name} changes {by_token[0]}, whose rows belong to tokens. They are matched by token "
                 "between the tokenizers of base and evolved model: pass the base with --base.",
+                is_of_input=True,
             )
         )
     if source is None:
@@ -183,6 +186,7 @@ def plan_port_on(
                 "--base",
                 f"{patch.name} has no patch.json, so the model it belongs to is unknown. Pass it with --base, or "
                 f"record it once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
+                is_of_input=True,
             )
         )
     evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}
