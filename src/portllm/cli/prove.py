@@ -80,7 +80,8 @@ def prove(
     from portllm.patch.adapter_folder import load_patch
     from portllm.proving.decision import decide
     from portllm.proving.prompts import PROMPTS
-    from portllm.proving.prove import Endpoint, plan_prove, run_prove
+    from portllm.proving.prove import Endpoint
+    from portllm.proving.prove import prove as prove_patch
     from portllm.proving.text import render_proof
     from portllm.running.data import read_data
 
@@ -93,7 +94,7 @@ def prove(
     if rows is not None:
         say_data(rows, labels=False, quiet=quiet)
     with shown_progress(quiet=quiet) as progress:
-        plan = plan_prove(
+        proof = prove_patch(
             opened,
             base=base,
             runtime=Endpoint(runtime, base_name, patch_name) if base_name and patch_name else runtime,
@@ -103,9 +104,9 @@ def prove(
             prompts=rows or PROMPTS,
             limit=limit,
             allow_other_base=allow_other_base,
+            device=device.value,
             progress=progress,
         )
-        proof = run_prove(plan, device=device.value, progress=progress)
     headline = decide(proof)
     if page.is_wanted:
         from portllm.proving.page import prove_page
