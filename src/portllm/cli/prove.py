@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from portllm.cli.data import DATA, PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.numbers import whole
 from portllm.cli.options import (
     MODEL,
     DeviceName,
@@ -53,7 +54,7 @@ def prove(
     ] = None,
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows of --data to ask.")] = 32,
+    limit: Annotated[int, typer.Option(parser=whole(), help="Maximum number of rows of --data to ask.")] = 32,
     device: DeviceOption = DeviceName.AUTO,
     allow_other_base: OtherBaseOption = False,
     html: HtmlOption = None,
