@@ -175,10 +175,12 @@ class Refusal:
     Attributes:
         where: The tensor, module, file or option that the reason is about.
         reason: What was found, what was expected, and what to do.
+        is_of_input: Whether a model or an option that was given with the patch is at fault: the patch may be sound.
     """
 
     where: str
     reason: str
+    is_of_input: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"

@@ -15,7 +15,7 @@ from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.linalg import frobenius
-from portllm.matching.compatibility import oriented
+from portllm.matching.changes import oriented
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_start import converted_fields
 from portllm.patch.adapter_tensors import WEIGHT

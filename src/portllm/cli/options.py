@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.numbers import points
+
 PATCHES = "A patch, a PEFT LoRA adapter, or a folder of them. Can be repeated."
 
 
@@ -49,10 +51,9 @@ MaxLossOption = Annotated[
     typer.Option(
         "--max-loss",
         metavar="POINTS",
-        min=0.0,
-        max=100.0,
-        help="The loss of accuracy that you can accept, in percentage points, such as 2. Exits with 3 unless the loss "
-        "is shown to be within it.",
+        parser=points,
+        help="The loss of accuracy that you can accept, in percentage points, such as 2 or 2%. Exits with 3 unless the "
+        "loss is shown to be within it.",
     ),
 ]
 

@@ -102,9 +102,10 @@ def _tiles(comparison: "Comparison", max_loss: float | None) -> list[Tile]:
         Tile("Accuracy now", percent(row.score.value), f"{percent(before.score.value)} before the update"),
         Tile("Turned wrong", f"{wrong:,} of {row.flips.n_rows:,}", _yardstick(comparison, row.flips)),
     ]
-    if row.score_retention is not None and row.score_retention.value is not None:
-        kept, _, interval = retention_text(row.score_retention).partition(" (")
-        tiles.append(Tile("Kept of retraining's gain", kept, f"in accuracy; 95 % interval {interval.rstrip(')')}"))
+    kept = row.score_retention
+    if kept is not None and kept.value is not None and kept.low is not None and kept.high is not None:
+        interval = f"in accuracy; 95 % interval {100 * kept.low:.0f} to {100 * kept.high:.0f}"
+        tiles.append(Tile("Kept of retraining's gain", percent(kept.value), interval))
     return tiles
 
 

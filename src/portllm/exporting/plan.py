@@ -20,7 +20,9 @@ from portllm.exporting.gguf_template import placed_steps, template_refusals
 from portllm.files.record import encode
 from portllm.files.source import Source
 from portllm.matching.added_tokens import height_of
-from portllm.matching.compatibility import base_mismatch, changes_on, mismatches, oriented, same_in
+from portllm.matching.base import base_mismatch, same_in
+from portllm.matching.changes import changes_on, oriented
+from portllm.matching.compatibility import mismatches
 from portllm.merging.options import MergeOptions
 from portllm.merging.plan import MergePlan, plan_merge
 from portllm.patch.adapter_config import ALL_LINEAR, HEAD_NAMES

@@ -26,7 +26,8 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import mismatches, oriented
+from portllm.matching.changes import oriented
+from portllm.matching.compatibility import mismatches
 from portllm.measures.terms import Terms
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.adapter_tensors import WEIGHT

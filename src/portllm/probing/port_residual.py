@@ -16,7 +16,8 @@ from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
 from portllm.linalg import square_sum
-from portllm.matching.compatibility import mismatches, oriented
+from portllm.matching.changes import oriented
+from portllm.matching.compatibility import mismatches
 from portllm.measures.residual import Residual, measure_residual
 from portllm.measures.spectral import SpectralNorm, spectral_norm
 from portllm.patch.adapter_tensors import WEIGHT

@@ -26,7 +26,8 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import DataError, PlanRefusedError, Refusal
 from portllm.files.input_file import unchanged
-from portllm.matching.compatibility import oriented, unmatchable
+from portllm.matching.changes import oriented
+from portllm.matching.compatibility import unmatchable
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.update import Update
 from portllm.measures.fidelity import Fidelity, measure_fidelity

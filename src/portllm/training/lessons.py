@@ -10,7 +10,8 @@ from portllm.errors import PlanRefusedError
 from portllm.files.input_file import unchanged
 from portllm.files.record import encode
 from portllm.files.source import Source
-from portllm.matching.compatibility import base_refusals, mismatches
+from portllm.matching.base import base_refusals
+from portllm.matching.compatibility import mismatches
 from portllm.patch.adapter_folder import digest_tensors, files_of, folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch

@@ -13,7 +13,8 @@ from portllm.errors import PlanRefusedError, PortLLMError, Refusal
 from portllm.files.input_file import unchanged
 from portllm.files.output_folder import check_apart, check_free
 from portllm.files.source import Source
-from portllm.matching.compatibility import base_refusals, mismatches
+from portllm.matching.base import base_refusals
+from portllm.matching.compatibility import mismatches
 from portllm.patch.adapter_folder import PatchLike, files_of, folder_of, load_patch
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
