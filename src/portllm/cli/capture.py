@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import PromptFileOption, given_prompt
-from portllm.cli.options import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
 
 AUTO = "auto"
@@ -30,8 +30,8 @@ class FittedName(StrEnum):
 
 
 def capture(
-    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
-    output: OutOption,
+    base: Annotated[str, typer.Option("--base", help=options.BASE)],
+    output: options.Out,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA adapter.")] = None,
     initial: Annotated[
         Path | None,
@@ -79,10 +79,10 @@ def capture(
     completion: Annotated[
         str | None, typer.Option("--completion", help="With --prompt: the field with the right answer, kept likewise.")
     ] = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make a patch from a PEFT adapter, or from a fine-tuned model.
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.capture import AUTO, parse_rank
-from portllm.cli.options import DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class CombineMethod(StrEnum):
 
 def combine(
     patches: Annotated[list[Path], typer.Argument(help="Two or more patches of the same base.")],
-    output: OutOption,
+    output: options.Out,
     weights: Annotated[
         str | None, typer.Option("--weights", help="Comma-separated weights, one per patch. Defaults to 1 each.")
     ] = None,
@@ -42,10 +42,10 @@ def combine(
         float, typer.Option("--density", min=0.0, max=1.0, help="Fraction of elements that ties and dare keep.")
     ] = 0.5,
     seed: Annotated[int, typer.Option("--seed", help="Random seed for ties and dare.")] = 0,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Combine patches of one base into one.
 

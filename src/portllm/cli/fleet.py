@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import DryRunOption, JsonOption, OverwriteOption, QuietOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say, width_of
 
 
@@ -23,10 +23,10 @@ def fleet(
     retries: Annotated[
         int, typer.Option("--retries", min=0, help="Retries of a cell whose worker died or whose network failed.")
     ] = 2,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Port many patches to many evolved models.
 
