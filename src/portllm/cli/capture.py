@@ -8,6 +8,7 @@ import typer
 
 from portllm.cli import options
 from portllm.cli.data import PromptFileOption, given_prompt
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say
 
 AUTO = "auto"
@@ -59,7 +60,9 @@ def capture(
             "Defaults to auto.",
         ),
     ] = None,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", min=1, help="Upper limit for --rank auto.")] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", parser=whole(), help="Upper limit for --rank auto.")
+    ] = None,
     dense: Annotated[
         DenseName | None,
         typer.Option(
@@ -123,9 +126,10 @@ def parse_rank(text: str) -> int | str:
     """
     if text == AUTO:
         return AUTO
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"--rank {text}: must be a positive integer or auto.")
-    return int(text)
+    try:
+        return whole()(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"--rank: {error.message.removesuffix('.')}, and not '{AUTO}'.") from None
 
 
 def _wording(prompt: str | None, completion: str | None) -> dict[str, object]:

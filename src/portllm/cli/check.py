@@ -8,6 +8,7 @@ import typer
 
 from portllm.cli import options
 from portllm.cli.data import PromptFileOption, PromptOption, given_prompt, say_data, say_templates
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say, width_of
 
 
@@ -44,9 +45,12 @@ def check(
     ] = False,
     max_tokens: Annotated[
         int,
-        typer.Option(min=2, help="With --text: maximum tokens per prompt; longer prompts are truncated from the left."),
+        typer.Option(
+            parser=whole(least=2),
+            help="With --text: maximum tokens per prompt; longer prompts are truncated from the left.",
+        ),
     ] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --text: prompts per forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(parser=whole(), help="With --text: prompts per forward pass.")] = 16,
     device: options.Device = options.DeviceName.AUTO,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Show the drift of each layer.")] = False,
     allow_other_base: options.OtherBase = False,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from portllm.patch.patch import Patch
     from portllm.running.data import Data
 
-DATA = "A data file: JSONL, JSON, CSV or Parquet."
+DATA = "A data file: JSONL, JSON, CSV or Parquet; or a dataset of the Hub: hf://datasets/OWNER/NAME/SPLIT."
 
 PromptOption = Annotated[
     str | None,

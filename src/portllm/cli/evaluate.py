@@ -17,6 +17,7 @@ from portllm.cli.data import (
     say_data,
     say_templates,
 )
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say, width_of
 
 if TYPE_CHECKING:
@@ -64,15 +65,16 @@ def evaluate(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            min=2,
+            parser=whole(least=2),
             help="Maximum tokens per row; longer prompts are truncated from the left. Defaults to 512, or the task's.",
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of tokens to generate. Defaults to 32, or the task's.")
+        int | None,
+        typer.Option(parser=whole(), help="Maximum number of tokens to generate. Defaults to 32, or the task's."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")] = None,
+    batch_size: Annotated[int, typer.Option(parser=whole(), help="Rows per forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(parser=whole(), help="Use only the first N rows.")] = None,
     max_loss: options.MaxLoss = None,
     seed: Annotated[int, typer.Option(help="Random seed for the bootstrap behind retention's intervals.")] = 0,
     device: options.Device = options.DeviceName.AUTO,

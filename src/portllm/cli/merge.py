@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portllm.cli import options
+from portllm.cli.numbers import gigabytes
 from portllm.cli.terminal import print_json, say, width_of
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def merge(
         MergeDevice, typer.Option("--device", help="Device for the sums; a GPU may differ in the last bit.")
     ] = MergeDevice.CPU,
     max_shard_size: Annotated[
-        float, typer.Option("--max-shard-size", help="Maximum size of an output shard, in GB.", min=0.001)
+        float, typer.Option("--max-shard-size", parser=gigabytes, help="Maximum size of an output shard, such as 5GB.")
     ] = 5.0,
     quantized_base: Annotated[
         str | None,

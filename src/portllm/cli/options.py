@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli.numbers import points
+
 PATCHES = "A patch, a PEFT LoRA adapter, or a folder of them. Can be repeated."
 
 MODEL = "A folder, a .safetensors or .gguf file, a Hugging Face Hub id (org/name[@revision]), or builtin:smollm2-135m."
@@ -41,10 +43,9 @@ MaxLoss = Annotated[
     typer.Option(
         "--max-loss",
         metavar="POINTS",
-        min=0.0,
-        max=100.0,
-        help="The loss of accuracy that you can accept, in percentage points, such as 2. Exits with 3 unless the loss "
-        "is shown to be within it.",
+        parser=points,
+        help="The loss of accuracy that you can accept, in percentage points, such as 2 or 2%. Exits with 3 unless the "
+        "loss is shown to be within it.",
     ),
 ]
 

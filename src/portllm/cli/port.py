@@ -8,6 +8,7 @@ import typer
 
 from portllm.cli import options
 from portllm.cli.data import CompletionOption, PromptOption, given_prompt
+from portllm.cli.numbers import share, whole
 from portllm.cli.terminal import print_json, say, width_of
 
 
@@ -47,7 +48,7 @@ def port(
         int | None,
         typer.Option(
             "--draw",
-            min=1,
+            parser=whole(),
             help="Instead of --text: the old specialist draws this many prompts itself, better 256, through the prompt "
             "template.",
         ),
@@ -66,22 +67,22 @@ def port(
         float,
         typer.Option(
             "--agreement",
-            min=0.0,
-            max=1.0,
+            parser=share,
             help="With --text: the share of answers that are to be the old specialist's; exits with 3 if the ported "
             "patch is found to have fewer.",
         ),
     ] = 0.9,
     answer_tokens: Annotated[
-        int, typer.Option("--answer-tokens", min=1, help="With --text: maximum tokens of an answer.")
+        int, typer.Option("--answer-tokens", parser=whole(), help="With --text: maximum tokens of an answer.")
     ] = 32,
     max_tokens: Annotated[
         int,
         typer.Option(
-            min=2, help="With --text: maximum tokens per prompt and answer; longer prompts are cut from the left."
+            parser=whole(least=2),
+            help="With --text: maximum tokens per prompt and answer; longer prompts are cut from the left.",
         ),
     ] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --text: prompts per forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(parser=whole(), help="With --text: prompts per forward pass.")] = 16,
     device: options.Device = options.DeviceName.AUTO,
     force: Annotated[
         bool, typer.Option("--force", help="With --method auto: port even if check says the patch will not hold.")

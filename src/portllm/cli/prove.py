@@ -7,6 +7,7 @@ import typer
 
 from portllm.cli import options
 from portllm.cli.data import DATA, PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say
 
 
@@ -44,7 +45,7 @@ def prove(
     ] = None,
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows of --data to ask.")] = 32,
+    limit: Annotated[int, typer.Option(parser=whole(), help="Maximum number of rows of --data to ask.")] = 32,
     device: options.Device = options.DeviceName.AUTO,
     allow_other_base: options.OtherBase = False,
     html: options.Html = None,

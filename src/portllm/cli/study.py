@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from portllm.cli import options
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say
 
 study = typer.Typer(
@@ -42,7 +43,9 @@ def run(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", min=1, help="With --ray: number of workers. Defaults to one per GPU, or one per machine."
+            "--workers",
+            parser=whole(),
+            help="With --ray: number of workers. Defaults to one per GPU, or one per machine.",
         ),
     ] = None,
     dry_run: Annotated[

@@ -7,6 +7,7 @@ import typer
 
 from portllm.cli import options
 from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
+from portllm.cli.numbers import real, share, whole
 from portllm.cli.terminal import print_json, say
 
 
@@ -28,11 +29,14 @@ def train(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, help="Maximum number of tokens the teacher generates. Defaults to 32."),
+        typer.Option(
+            "--max-new-tokens", parser=whole(), help="Maximum number of tokens the teacher generates. Defaults to 32."
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="LoRA rank. Defaults to 8.")] = None,
+    rank: Annotated[int | None, typer.Option(parser=whole(), help="LoRA rank. Defaults to 8.")] = None,
     alpha: Annotated[
-        int | None, typer.Option(min=1, help="LoRA alpha; the delta is scaled by alpha / rank. Defaults to 16.")
+        int | None,
+        typer.Option(parser=whole(), help="LoRA alpha; the delta is scaled by alpha / rank. Defaults to 16."),
     ] = None,
     use_rslora: Annotated[
         bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank) (rank-stabilized LoRA).")
@@ -40,14 +44,17 @@ def train(
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated module names, or all-linear. Defaults to all-linear.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    epochs: Annotated[float, typer.Option(help="Number of passes over the data.")] = 3.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of optimizer steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per optimizer step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(parser=real(), help="Peak learning rate.")] = 2e-4,
+    epochs: Annotated[float, typer.Option(parser=real(), help="Number of passes over the data.")] = 3.0,
+    steps: Annotated[
+        int | None, typer.Option(parser=whole(), help="Number of optimizer steps, instead of --epochs.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(parser=whole(), help="Rows per optimizer step.")] = 8,
     max_tokens: Annotated[
-        int, typer.Option(min=2, help="Maximum tokens per row; longer prompts are truncated from the left.")
+        int,
+        typer.Option(parser=whole(least=2), help="Maximum tokens per row; longer prompts are truncated from the left."),
     ] = 512,
-    dropout: Annotated[float, typer.Option(min=0, help="LoRA dropout.")] = 0.0,
+    dropout: Annotated[float, typer.Option(parser=share, help="LoRA dropout.")] = 0.0,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Trade about a third more time for less memory.")
     ] = False,
