@@ -206,7 +206,7 @@ def _capture_tuned(
     from portllm.capturing.tuned_plan import plan_capture_tuned
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
 
     plan = plan_capture_tuned(
@@ -214,8 +214,7 @@ def _capture_tuned(
     )
     if dry_run:
         say(render_tuned_plan(plan, output))
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     check_free(output, overwrite=overwrite)
     if dry_run:
         return

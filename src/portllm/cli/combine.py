@@ -56,7 +56,7 @@ def combine(
     from portllm.combining.combine import run_combine
     from portllm.combining.plan import plan_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
     from portllm.patch.adapter_folder import load_patch
 
@@ -65,8 +65,7 @@ def combine(
     plan = plan_combine([load_patch(patch) for patch in patches], weights=given, how=how)
     if dry_run:
         say(render_combine_plan(plan, output))
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     check_free(output, overwrite=overwrite)
     if dry_run:
         return
