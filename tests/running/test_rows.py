@@ -6,7 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from portllm.errors import DataError
-from portllm.running.rows import first_row, read_lines, read_rows
+from portllm.running.rows import first_row, read_lines, read_rows, row_texts
 
 ROWS = [{"q": "who?", "n": 7, "is": True}, {"q": 'a "quote",\nand a line', "n": 8, "is": False}]
 
@@ -106,6 +106,18 @@ def test_a_data_set_of_the_hub_is_named_with_its_address():
         read("stanfordnlp/imdb")
     with pytest.raises(DataError, match="download what is there, and pass the file"):
         read("https://example.org/train.parquet")
+
+
+def test_a_row_is_not_taken_for_another_encoding_by_what_its_fields_are_called(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"is not UTF-8": null, "is not JSON": 1, "comma": 2}\n')
+
+    def needs_text(row):
+        return row_texts(row, ["is not UTF-8", "is not JSON"])
+
+    with pytest.raises(DataError, match="is null; expected text") as refused:
+        read_rows(tmp_path / "a.jsonl", needs_text, what="rows")
+    assert "iconv" not in str(refused.value)
+    assert ".csv" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.matching.added_tokens import added_tokens, height_of, unexplained
-from portllm.matching.compatibility import base_mismatch, mismatches, unmatchable
+from portllm.matching.base import base_mismatch
+from portllm.matching.compatibility import mismatches, unmatchable
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch

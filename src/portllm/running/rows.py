@@ -58,6 +58,15 @@ class RowError(Exception):
     """Why one row does not fit; gathered by `read_rows`."""
 
 
+class _NotUtf8Error(RowError):
+    def __init__(self, error: UnicodeDecodeError) -> None:
+        super().__init__(f"byte {error.start + 1} is not UTF-8")
+
+
+class _NotJsonError(RowError):
+    """The line is no JSON; perhaps the file is of another kind."""
+
+
 def read_rows(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[Made]:
     """What is made of the rows of a file, in order; blank lines are skipped.
 
@@ -71,12 +80,12 @@ def read_rows(path: str | Path, make: Callable[[Row], Made], *, what: str) -> li
             ten shown with their places.
     """
     made: list[Made] = []
-    problems: list[str] = []
+    problems: dict[str, RowError] = {}
     for place, row in _rows(path):
         try:
             made.append(make(row()))
         except RowError as error:
-            problems.append(f"{place}: {error}")
+            problems[place] = error
     if problems:
         raise DataError(_render_problems(path, problems, n_rows=len(made) + len(problems), what=what))
     if not made:
@@ -108,7 +117,7 @@ def read_lines(path: str | Path) -> list[str]:
         DataError: The file cannot be read, has no such lines, or some are not UTF-8 or hold a zero byte.
     """
     lines: list[str] = []
-    problems: list[str] = []
+    problems: dict[str, RowError] = {}
     try:
         said = why_other_kind(path)
     except OSError as error:
@@ -119,7 +128,7 @@ def read_lines(path: str | Path) -> list[str]:
         try:
             lines.append(_decoded(line).rstrip("\r"))
         except RowError as error:
-            problems.append(f"line {number}: {error}")
+            problems[f"line {number}"] = error
     if problems:
         raise DataError(_render_problems(path, problems, n_rows=len(lines) + len(problems), what="plain text"))
     if not lines:
@@ -322,17 +331,17 @@ def _decoded(line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError(f"byte {error.start + 1} is not UTF-8") from error
+        raise _NotUtf8Error(error) from error
 
 
-def _render_problems(path: str | Path, problems: Sequence[str], *, n_rows: int, what: str) -> str:
+def _render_problems(path: str | Path, problems: Mapping[str, RowError], *, n_rows: int, what: str) -> str:
     lines = [f"'{path}': {len(problems)} of {n_rows} rows do not match {what}. Correct the rows, or the field names."]
-    lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    lines += [f"  {place}: {problem}" for place, problem in itertools.islice(problems.items(), SHOWN_PROBLEMS)]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more.")
-    if any("is not UTF-8" in problem for problem in problems):
+    if any(isinstance(problem, _NotUtf8Error) for problem in problems.values()):
         lines.append(filled(NOT_UTF8, path))
-    if len(problems) == n_rows and all("is not JSON" in problem for problem in problems):
+    if len(problems) == n_rows and all(isinstance(problem, _NotJsonError) for problem in problems.values()):
         with open_input(path) as stream:
             lines += [NOT_JSON] * (b"," in stream.readline(MAX_LINE_BYTES))
     return "\n".join(lines)
@@ -342,9 +351,9 @@ def _parse_row(line: bytes) -> Row:
     try:
         return _object(parse_json(line, numbers_as_text=True))
     except UnicodeDecodeError as error:
-        raise RowError(f"byte {error.start + 1} is not UTF-8") from error
+        raise _NotUtf8Error(error) from error
     except json.JSONDecodeError as error:
-        raise RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
+        raise _NotJsonError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
     except ValueError as error:
         raise RowError(f"is not a valid row: {error}") from error
 
