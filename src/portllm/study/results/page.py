@@ -128,8 +128,8 @@ def _retained(rows: "Sequence[TaskRow]") -> list[str]:
 def _blocks(part: Part) -> Iterator[Html]:
     for block in part.blocks:
         if isinstance(block, Table):
-            for rows in _narrow([block.head, *block.rows]):
-                yield table(rows, label=f"{part.title}: {rows[0][0]}")
+            for number, rows in enumerate(_narrow([block.head, *block.rows])):
+                yield table(rows, label=f"{part.title}: {rows[0][0]}{', compared' * number}")
         else:
             yield paragraph(block, quiet=part.level > 1)
 
