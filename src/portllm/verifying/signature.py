@@ -262,10 +262,11 @@ def _require_keys(means: Signer | Trust) -> None:
             pass
         case Roots(others):
             pass
+    for file in (*(() if key is None else (key,)), *others):
+        if b"-----BEGIN" not in read_input(file, most=MAX_KEY_BYTES):
+            raise SignatureError(f"'{file}': is no PEM file. {_hint(means)}")
     if key is not None:
         _require_curve(key, read_input(key, most=MAX_KEY_BYTES), password)
-    for file in others:
-        read_input(file, most=MAX_KEY_BYTES)
 
 
 def _require_curve(file: str | Path, pem: bytes, password: str | None) -> None:
