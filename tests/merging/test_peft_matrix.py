@@ -16,6 +16,7 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.checkpoint.reading.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError
 from portllm.matching.port_plan import plan_port
+from portllm.matching.update import Update
 from portllm.merging.merge import merge
 from portllm.merging.options import MergeOptions
 from portllm.merging.rounding_modes import Stochastic
@@ -406,7 +407,7 @@ def test_token_rows_of_a_tied_embedding_with_a_delta_of_the_head_are_refused(tin
 def test_token_rows_do_not_go_where_head_and_embedding_are_tied_otherwise(was_tied, tiny, tmp_path):
     base, other = (tiny("base", dtype=torch.float32, tied=tied) for tied in (was_tied, not was_tied))
     adapter = tiny("adapter", of=base, target_modules=["q_proj"], trainable_token_indices=[3])
-    plan = plan_port(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(other))
+    plan = plan_port(load_patch(adapter), Update(open_checkpoint(base), open_checkpoint(other)))
     (refusal,) = plan.refusals
     assert refusal.where == "model.embed_tokens.weight"
     assert "would change one without the other" in refusal.reason
@@ -418,14 +419,14 @@ def test_an_adapter_that_keeps_ties_does_not_go_where_there_are_none(field, tiny
     fields = {"target_modules": ["q_proj"], "ensure_weight_tying": True}
     fields[field] = [*fields.get(field, []), "embed_tokens"]
     adapter = tiny("adapter", of=base, **fields)
-    plan = plan_port(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(other))
+    plan = plan_port(load_patch(adapter), Update(open_checkpoint(base), open_checkpoint(other)))
     assert {refusal.where.removesuffix(".weight") for refusal in plan.refusals} == {"lm_head"}
 
 
 def test_what_is_held_whole_is_not_ported_without_the_base(cell, tmp_path):
     case = cell("saved norms", "F32")
     patch = capture_adapter(load_patch(case.adapter), base=open_checkpoint(case.base), out=tmp_path / "patch")
-    (refusal,) = plan_port(patch, evolved=open_checkpoint(case.base)).refusals
+    (refusal,) = plan_port(patch, Update(None, open_checkpoint(case.base))).refusals
     assert refusal.where == "--base"
     assert "replace the base's" in refusal.reason
 

@@ -28,7 +28,7 @@ from portllm.errors import DataError, Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.matching.changes import oriented
 from portllm.matching.compatibility import unmatchable
-from portllm.matching.port_plan import PortPlan, plan_port_on
+from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.update import Update
 from portllm.measures.fidelity import Fidelity, measure_fidelity
 from portllm.measures.outputs import measure_distance, measure_shift
@@ -106,7 +106,7 @@ def measure_text(
             "by token. Compare answers instead: portllm evaluate or certify."
         )
     update = Update(base, evolved)
-    plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
+    plans = [plan_port(patch, update, allow_other_base=allow_other_base) for patch in patches]
     refuse(
         refusal
         for plan in plans
