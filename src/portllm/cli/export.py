@@ -23,9 +23,20 @@ def export(
     base: Annotated[
         str | None, typer.Option("--base", help=f"The model that is served; some forms depend on it. {options.MODEL}")
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            "--gguf",
+            help="For ollama, with a model in safetensors: a GGUF file of it or of an older version, also a quantized "
+            "one, whose metadata and tokenizer are used.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Dtype of the factors. Defaults to float32, which is exact."),
+        typer.Option(
+            "--dtype",
+            help="Dtype of the factors. Defaults to float32, which is exact. With --gguf: of the matrices.",
+        ),
     ] = None,
     allow_other_base: options.OtherBase = False,
     dry_run: options.DryRun = False,
@@ -38,6 +49,7 @@ def export(
     What the runtime has no place for is refused by name before anything is written, with the way out. The name to serve
     it under is printed: another patch, base or port has another one, so that no cache of the old one is used.
     """
+    from portllm.checkpoint.gguf.file import open_gguf
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
@@ -52,6 +64,7 @@ def export(
         load_patch(patch),
         runtime_named(runtime),
         base=None if base is None else open_checkpoint(base),
+        gguf=None if gguf is None else open_gguf(gguf),
         dtype=dtype,
         allow_other_base=allow_other_base,
     )
