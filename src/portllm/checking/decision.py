@@ -25,7 +25,6 @@ ACTIONS: Mapping[Answer, str] = {
     Answer.CANNOT_BE_PORTED: "train it again, or remove what is in the way",
 }
 
-
 OTHER_INPUT = "pass what the reasons below name"
 """What to do where a model that was given is at fault, and not the patch: training again would not help."""
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import PromptFileOption, given_prompt
 from portllm.cli.numbers import whole
-from portllm.cli.options import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
 
 AUTO = "auto"
@@ -31,8 +31,8 @@ class FittedName(StrEnum):
 
 
 def capture(
-    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
-    output: OutOption,
+    base: Annotated[str, typer.Option("--base", help=options.BASE)],
+    output: options.Out,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA adapter.")] = None,
     initial: Annotated[
         Path | None,
@@ -82,10 +82,10 @@ def capture(
     completion: Annotated[
         str | None, typer.Option("--completion", help="With --prompt: the field with the right answer, kept likewise.")
     ] = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make a patch from a PEFT adapter, or from a fine-tuned model.
 
@@ -206,7 +206,7 @@ def _capture_tuned(
     from portllm.capturing.tuned_plan import plan_capture_tuned
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
 
     plan = plan_capture_tuned(
@@ -214,8 +214,7 @@ def _capture_tuned(
     )
     if dry_run:
         say(render_tuned_plan(plan, output))
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     check_free(output, overwrite=overwrite)
     if dry_run:
         return

@@ -5,15 +5,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import (
-    MODEL,
-    DryRunOption,
-    JsonOption,
-    OtherBaseOption,
-    OutOption,
-    OverwriteOption,
-    QuietOption,
-)
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 
 
@@ -27,9 +19,9 @@ def export(
             help="peft, vllm, sglang, tgi, mistralrs, llamacpp, ollama, mlx or openvino.",
         ),
     ],
-    output: OutOption,
+    output: options.Out,
     base: Annotated[
-        str | None, typer.Option("--base", help=f"The model that is served; some forms depend on it. {MODEL}")
+        str | None, typer.Option("--base", help=f"The model that is served; some forms depend on it. {options.MODEL}")
     ] = None,
     gguf: Annotated[
         Path | None,
@@ -46,11 +38,11 @@ def export(
             help="Dtype of the factors. Defaults to float32, which is exact. With --gguf: of the matrices.",
         ),
     ] = None,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write a patch in the form that a runtime takes.
 

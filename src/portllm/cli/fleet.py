@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.numbers import whole
-from portllm.cli.options import DryRunOption, JsonOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say, width_of
 
 
@@ -28,10 +28,10 @@ def fleet(
             "--retries", parser=whole(least=0), help="Retries of a cell whose worker died or whose network failed."
         ),
     ] = 2,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Port many patches to many evolved models.
 
