@@ -40,7 +40,8 @@ def render_exported(exported: "Exported") -> str:
     if record.kept_gain is not None:
         rows["kept gain"] = percent(record.kept_gain, digits=2)
     lines = [f"exported for {record.runtime}", *table(rows), *items("note", exported.notes)]
-    return "\n".join([*lines, "serve it with", f"  {exported.serve}"])
+    proof = [] if exported.prove is None else ["prove that it is served as it is", f"  {exported.prove}"]
+    return "\n".join([*lines, "serve it with", f"  {exported.serve}", *proof])
 
 
 def _modules(count: int, rank: int, dtype: str) -> str:
@@ -55,5 +56,6 @@ def exported_to_json(exported: "Exported") -> dict[str, object]:
         "record": encode(exported.record),
         "modules": exported.n_modules,
         "serve": exported.serve,
+        "prove": exported.prove,
         "notes": list(exported.notes),
     }
