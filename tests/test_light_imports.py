@@ -53,6 +53,7 @@ LIGHT = (
     "portllm.certifying.certify",
     "portllm.certifying.page",
     "portllm.checking.page",
+    "portllm.combining.combine",
     "portllm.evaluating.evaluate",
     "portllm.evaluating.page",
     "portllm.exporting.export",
@@ -104,6 +105,12 @@ def test_merging_a_plain_patch_loads_no_heavy_library(tiny, tmp_path):
     base = tiny("base", hidden=24, inner=40)
     patch = tiny("adapter", of=base, target_modules=["q_proj", "up_proj", "down_proj"])
     assert heavy_modules_after(command("merge", str(patch), "--into", str(base), "-o", "merged"), cwd=tmp_path) == []
+
+
+def test_combining_exactly_loads_no_heavy_library(tiny, tmp_path):
+    base, adapter = str(tiny("base")), str(tiny("adapter"))
+    captured = command("capture", "--adapter", adapter, "--base", base, "-o", "patch")
+    assert heavy_modules_after(captured + command("combine", "patch", "patch", "-o", "both"), cwd=tmp_path) == []
 
 
 def test_the_doctor_asks_the_library_of_the_hub_and_loads_nothing_else_that_is_heavy():

@@ -36,7 +36,7 @@ A message says where, what was found, what was expected, and what to do. The com
 with 1; anything that is not a `PortLLMError` is a bug and keeps its traceback.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -175,10 +175,12 @@ class Refusal:
     Attributes:
         where: The tensor, module, file or option that the reason is about.
         reason: What was found, what was expected, and what to do.
+        is_of_input: Whether a model or an option that was given with the patch is at fault: the patch may be sound.
     """
 
     where: str
     reason: str
+    is_of_input: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -206,7 +208,7 @@ class PlanRefusedError(PortLLMError):
         super().__init__("\n".join(lines))
 
 
-def refuse(refusals: Sequence[Refusal]) -> None:
+def refuse(refusals: Iterable[Refusal]) -> None:
     """Raise PlanRefusedError with all of the refusals, if there are any."""
-    if refusals:
-        raise PlanRefusedError(tuple(refusals))
+    if found := tuple(refusals):
+        raise PlanRefusedError(found)

@@ -15,6 +15,7 @@ PACKAGE = "portllm"
 EXTRAS: Mapping[str, str] = {
     "live": "train, evaluate, certify, check --text, demo, study",
     "sign": "sign, and verify with a signer",
+    "data": "datasets of the Hugging Face Hub, Parquet files",
     "eval": "tasks of lm-evaluation-harness",
     "ray": "fleet --ray, study --ray",
     "s3": "patches and outputs at s3://",

@@ -4,7 +4,8 @@ import pytest
 
 from portllm.checking.decision import Checked, decide
 from portllm.checking.report import PatchReport
-from portllm.checking.verdict import Answer, Reason, Verdict
+from portllm.checking.verdict import Answer, Measures, Reason, Verdict, judge
+from portllm.errors import Refusal
 
 
 def patch(answer):
@@ -28,11 +29,18 @@ def test_each_verdict_says_what_to_do_and_by_which_command(answer, tone, action,
 
 
 def test_where_the_wrong_model_was_given_nobody_is_told_to_train():
-    reason = Reason(Answer.CANNOT_BE_PORTED, "--base: the two are swapped. Pass --base v2 --evolved v1.")
-    wrong = PatchReport("my patch", Verdict(Answer.CANNOT_BE_PORTED, (reason,)))
+    swapped = Refusal("--base", "the two are swapped. Pass --base v2 --evolved v1.", is_of_input=True)
+    wrong = PatchReport("my patch", judge(Measures(refusals=(swapped,))))
     headline = decide(wrong, "v2", checked=Checked("v1", "v2"))
     assert headline.text == "cannot be ported: my patch on v2; pass what the reasons below name"
     assert headline.command == ""
+
+
+def test_a_patch_of_any_name_that_is_itself_at_fault_is_to_be_trained_again():
+    odd = Refusal("--lm_head", "the evolved model has no such module.")
+    headline = decide(PatchReport("my patch", judge(Measures(refusals=(odd,)))), "v2", checked=Checked("v1", "v2"))
+    assert "train it again" in headline.text
+    assert headline.command
 
 
 def test_without_names_no_command_is_made_up():

@@ -9,11 +9,14 @@ from safetensors.torch import load_file, save_file
 
 import portllm
 from portllm.checkpoint.reading.tensors import load
+from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.combining.combine import combine
 from portllm.combining.plan import Exact, Selected, plan_combine
+from portllm.combining.side_by_side import side_by_side
 from portllm.errors import NonFiniteError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
-from portllm.patch.delta import WholeValue
+from portllm.patch.combine import concatenate
+from portllm.patch.delta import LowRankDelta, WholeValue
 from tests.safetensors_files import contents
 
 LOGIT_TOLERANCE = 1e-4
@@ -54,6 +57,30 @@ def test_the_combined_deltas_are_the_weighted_sum(pair, tmp_path, weights):
         assert torch.allclose(dense(delta), expected, rtol=1e-6, atol=1e-7), module
         assert delta.rank == (7 if "q_proj" in module or "up_proj" in module else 4)
     assert report.truncation_residual == 0.0
+
+
+def test_the_exact_sum_has_the_bytes_that_tensors_give(pair, tmp_path):
+    combine(pair, out=tmp_path / "both", weights=[0.3, -1.7])
+    combined = load_patch(tmp_path / "both")
+    for module, delta in combined.deltas.items():
+        parts = [
+            (w, patch.deltas[module]) for w, patch in zip((0.3, -1.7), pair, strict=True) if module in patch.deltas
+        ]
+        loaded = [LowRankDelta(a=load(part.a), b=load(part.b), scale=part.scale) for _, part in parts]
+        expected = concatenate(loaded, weights=[weight for weight, _ in parts])
+        assert torch.equal(load(delta.a), expected.a)
+        assert torch.equal(load(delta.b), expected.b)
+
+
+def test_factors_in_float64_are_rounded_once(tmp_path):
+    factors = {"a": torch.rand(2, 5, dtype=torch.float64), "b": torch.rand(3, 2, dtype=torch.float64)}
+    save_file(factors, tmp_path / "f.safetensors")
+    infos = read_header(tmp_path / "f.safetensors").tensors
+    delta = LowRankDelta(a=infos["a"], b=infos["b"], scale=0.7)
+    a, b = side_by_side([delta, delta], weights=[1.0, 1 / 3], module="m")
+    assert torch.equal(torch.from_numpy(a), torch.cat([factors["a"]] * 2).float())
+    expected = torch.cat([factors["b"] * 0.7, factors["b"] * (0.7 / 3)], dim=1).float()
+    assert torch.equal(torch.from_numpy(b), expected)
 
 
 def test_peft_combines_to_the_same_model(pair, tiny, tmp_path):

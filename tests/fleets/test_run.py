@@ -50,6 +50,21 @@ def run(script, *, retries=2, free=2):
     return rows, pool
 
 
+class Slow(Scripted):
+    """A pool whose workers come up while the first of them is waited for."""
+
+    def wait(self):
+        if not self.room:
+            self.room = 2
+            return None
+        return super().wait()
+
+
+def test_a_pool_that_has_no_worker_yet_is_waited_for():
+    pool = Slow({number: [DONE] for number in range(3)}, free=0)
+    assert [row.status for row in run_cells(CELLS, pool, retries=0, note=lambda _: None)] == ["done"] * 3
+
+
 def test_a_cell_that_fails_stops_no_other():
     rows, _ = run({1: [FAILED]})
     assert [row.status for row in rows] == ["done", "failed", "done"]

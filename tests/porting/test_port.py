@@ -281,6 +281,7 @@ def test_quantized_weights_are_refused(tmp_path):
     evolved = write_tensors(tmp_path / "evolved.safetensors", {"q_proj.weight": ("I8", (3, 4), bytes(12))})
     reasons = refused(patch, tmp_path, evolved=open_checkpoint(evolved), base=open_checkpoint(evolved))
     assert "is stored as I8; a patch can only be added to F64, F32, F16, BF16" in reasons["q_proj"]
+    assert all(refusal.is_of_input for refusal in plan_port(patch, evolved=open_checkpoint(evolved)).refusals)
 
 
 def test_another_base_than_the_recorded_one_is_refused_unless_it_is_meant(tiny, tmp_path):

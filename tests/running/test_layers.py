@@ -6,7 +6,7 @@ import torch
 from portllm.capturing.stored_values import StoredValues
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import CheckpointError
-from portllm.matching.compatibility import oriented
+from portllm.matching.changes import oriented
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left

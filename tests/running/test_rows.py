@@ -1,11 +1,12 @@
 import json
+import zipfile
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from portllm.errors import DataError
-from portllm.running.rows import first_row, read_rows
+from portllm.running.rows import first_row, read_lines, read_rows, row_texts
 
 ROWS = [{"q": "who?", "n": 7, "is": True}, {"q": 'a "quote",\nand a line', "n": 8, "is": False}]
 
@@ -68,7 +69,11 @@ def test_messages_in_a_parquet_file_are_objects(tmp_path):
         ("a.json", b'{\n"rows": [\n{"q": "a"}\n]}\n', "Run: jq -c '.rows\\[\\]' "),
         ("a.json", b'{\n"rows": [\n', "is neither rows of JSON nor one JSON object"),
         ("a.jsonl.gz", b"\x1f\x8b\x08", "compressed with gzip. Run: gunzip"),
-        ("a.xlsx", b"PK\x03\x04", "an Excel workbook"),
+        ("a.xlsx", b"PK\x03\x04", "is an Excel workbook. Save the sheet as CSV"),
+        ("a.xls", b"\xd0\xcf\x11\xe0\xa1", "is an Excel workbook of the old kind. Save the sheet as CSV"),
+        ("a.jsonl", b"<!DOCTYPE html>\n<html>", "is a web page"),
+        ("a.jsonl", b"%PDF-1.7", "is a PDF"),
+        ("a.zip", b"PK\x03\x04", "is a ZIP archive. Run: unzip "),
         ("a.parquet", b"PAR1" + b"\0" * 64, "is not a valid Parquet file"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "Run: git lfs pull"),
         ("a.csv", b"q,q\na,b\n", "column 'q' stands twice"),
@@ -96,8 +101,42 @@ def test_a_folder_names_the_files_in_it(tmp_path):
         read(tmp_path)
 
 
-def test_a_data_set_of_the_hub_is_named_with_the_command_that_fetches_it():
-    with pytest.raises(DataError, match="hf download --repo-type dataset --local-dir data stanfordnlp/imdb"):
+def test_a_data_set_of_the_hub_is_named_with_its_address():
+    with pytest.raises(DataError, match="has the address hf://datasets/stanfordnlp/imdb/SPLIT"):
         read("stanfordnlp/imdb")
-    with pytest.raises(DataError, match="download it, and pass a data file"):
-        read("hf://datasets/stanfordnlp/imdb/train.parquet")
+    with pytest.raises(DataError, match="download what is there, and pass the file"):
+        read("https://example.org/train.parquet")
+
+
+def test_a_row_is_not_taken_for_another_encoding_by_what_its_fields_are_called(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"is not UTF-8": null, "is not JSON": 1, "comma": 2}\n')
+
+    def needs_text(row):
+        return row_texts(row, ["is not UTF-8", "is not JSON"])
+
+    with pytest.raises(DataError, match="is null; expected text") as refused:
+        read_rows(tmp_path / "a.jsonl", needs_text, what="rows")
+    assert "iconv" not in str(refused.value)
+    assert ".csv" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [
+        ("xl/workbook.xml", "is an Excel workbook. Save the sheet as CSV"),
+        ("content.xml", "is a workbook of LibreOffice"),
+        ("archive/data.pkl", "is a file of PyTorch"),
+        ("rows/{a}\x1b.jsonl", r"unzip .*a -d rows, and pass a file of it. It holds rows/\{a\}\?.jsonl"),
+    ],
+)
+def test_an_archive_is_named_for_what_stands_in_it(tmp_path, inside, said):
+    with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+        archive.writestr(inside, "x")
+    with pytest.raises(DataError, match=said):
+        read(tmp_path / "a")
+
+
+def test_plain_text_of_another_kind_is_named_as_rows_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes("who?\n".encode("utf-16"))
+    with pytest.raises(DataError, match="is UTF-16"):
+        read_lines(tmp_path / "a.txt")

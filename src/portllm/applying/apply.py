@@ -20,7 +20,8 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PortLLMError, Refusal, refuse
-from portllm.matching.compatibility import base_mismatch, oriented
+from portllm.matching.base import base_mismatch
+from portllm.matching.changes import oriented
 from portllm.patch.adapter_folder import PatchLike, load_patch
 from portllm.patch.delta import LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify

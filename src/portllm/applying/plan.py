@@ -8,7 +8,7 @@ from torch import nn
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.compatibility import changes_of
+from portllm.matching.changes import changes_of
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
 

@@ -6,7 +6,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_bytes
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.compatibility import oriented
+from portllm.matching.changes import oriented
 from portllm.patch.adapter_folder import why_unconverted
 from portllm.patch.adapter_start import RECOMPUTED_INITS, named_init
 from portllm.patch.nothing import has_values

@@ -68,7 +68,7 @@ def settled(patch: Patch[Values], folder: Path) -> Iterator[Patch[TensorInfo]]:
 
 
 def _put(values: Values, spool: "Spool") -> TensorInfo:
-    from portllm.checkpoint.reading.spool import DTYPE_NAMES
+    from portllm.checkpoint.reading.tensors import DTYPE_NAMES
 
     computed = (_finite(values, *block) for block in blocks(n_rows_of(values), math.prod(values.shape[1:])))
     first = next(computed)

@@ -29,7 +29,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
-from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.evaluating.decision import points_text
 from portllm.evaluating.plan import model_refusals, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
@@ -225,8 +225,7 @@ def plan_certify(
         reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
     refusals += trained_on(data.digest, patch, ported, consequence=TRAINED_ON)
-    if refusals:
-        raise PlanRefusedError(refusals)
+    refuse(refusals)
     folder = model_folder(base, progress=progress)
     template = chat_template_for(data, patch, folder=folder)
     return CertifyPlan(

@@ -25,7 +25,7 @@ from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.input_file import unchanged
-from portllm.matching.compatibility import changes_on
+from portllm.matching.changes import changes_on
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.quantized_base import quantization_of
 from portllm.matching.tensor_pairs import TensorPair

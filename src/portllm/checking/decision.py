@@ -25,7 +25,6 @@ ACTIONS: Mapping[Answer, str] = {
     Answer.CANNOT_BE_PORTED: "train it again, or remove what is in the way",
 }
 
-
 OTHER_INPUT = "pass what the reasons below name"
 """What to do where a model that was given is at fault, and not the patch: training again would not help."""
 
@@ -52,7 +51,7 @@ def decide(patch: PatchReport, evolved: str, *, checked: Checked | None = None, 
     if patch.forecast is not None:
         reasons.append(_forecast(patch.forecast))
     reasons += [f"Note: {remark}." for remark in patch.verdict.remarks]
-    other_input = any(reason.text.startswith("--") for reason in patch.verdict.reasons)
+    other_input = any(reason.is_of_input for reason in patch.verdict.reasons)
     action = OTHER_INPUT if other_input else ACTIONS[answer]
     next_, command = ("", "") if checked is None or other_input else _next(patch, checked)
     named = f"{patch_name(patch.name)} on {short_name(evolved)}"

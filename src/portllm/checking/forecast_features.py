@@ -31,9 +31,7 @@ def weight_features(update: UpdateReport, patch: PatchReport) -> dict[str, float
     if patch.drift is not None:
         found["drift"] = patch.drift.relative.value
     found["drift_layer"] = _of_worst_layer(update)
-    tokens = [
-        drift.relative.value for place, drift in update.cells.items() if place.layer < 0 and _is_matrix(place.kind)
-    ]
+    tokens = [drift.relative.value for place, drift in update.cells.items() if place.layer < 0 and place.is_matrix]
     found["drift_tokens"] = max(tokens, default=None)
     if patch.drift is not None:
         found["angle"] = max(0.0, 1 - patch.drift.cosine.value)
@@ -49,13 +47,9 @@ def weight_features(update: UpdateReport, patch: PatchReport) -> dict[str, float
 def _of_worst_layer(update: UpdateReport) -> float | None:
     layers: dict[tuple[str, int], DriftSums] = defaultdict(DriftSums)
     for place, drift in update.cells.items():
-        if place.layer >= 0 and _is_matrix(place.kind):
+        if place.layer >= 0 and place.is_matrix:
             layers[(place.stack, place.layer)] += drift.sums
     return max((sums.relative for sums in layers.values()), default=None)
-
-
-def _is_matrix(kind: str) -> bool:
-    return not kind.endswith(("norm", ".bias"))
 
 
 def _against_chance(share: DriftShare) -> float | None:

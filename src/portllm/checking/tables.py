@@ -171,7 +171,7 @@ def kind_rows(update: UpdateReport) -> Rows:
 def layer_rows(update: UpdateReport) -> Rows:
     """A line for each layer, a column for each kind of module."""
     inside = {place: cell for place, cell in update.cells.items() if place.layer >= 0}
-    kinds = sorted({place.kind for place in inside if not place.kind.endswith(("norm", ".bias"))})
+    kinds = sorted({place.kind for place in inside if place.is_matrix})
     stacks = sorted({(place.stack, place.layer) for place in inside})
     found = {(place.stack, place.layer, place.kind): cell for place, cell in inside.items()}
     rows: Rows = [("layer", *kinds)]

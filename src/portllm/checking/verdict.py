@@ -49,11 +49,13 @@ class Reason:
         answer: The best verdict that this leaves possible.
         text: What was found, and what it means.
         threshold: What decided, or None where no number did.
+        is_of_input: Whether it speaks against a model or an option that was given, and not against the patch.
     """
 
     answer: Answer
     text: str
     threshold: Threshold | None = None
+    is_of_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,8 @@ def _verdict(found: Iterable[Reason], remarks: tuple[str, ...]) -> Verdict:
 
 def _reasons(measures: Measures) -> Iterator[Reason]:
     if measures.refusals:
-        yield from (Reason(Answer.CANNOT_BE_PORTED, str(refusal)) for refusal in measures.refusals)
+        for refusal in measures.refusals:
+            yield Reason(Answer.CANNOT_BE_PORTED, str(refusal), is_of_input=refusal.is_of_input)
         return
     if measures.nothing is not None:
         yield Reason(Answer.UNCERTAIN, f"there is nothing to hold: {measures.nothing}")

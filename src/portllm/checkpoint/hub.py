@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 import httpx2
 from huggingface_hub import (
+    DatasetInfo,
     HfApi,
     ModelInfo,
     constants,
@@ -59,13 +61,14 @@ from portllm.progress import Progress, silent
 HEADER_GUESS_BYTES = 100_000
 """Read at the start of a file in one request: its length and, for most files, the whole header."""
 
-
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
 """What is fetched besides weights and `SIDE_SUFFIXES`: terms; never pickled weights or code."""
 
 CONNECT_SECONDS = 3.0
 UNREACHABLE_ATTEMPTS = 2
 """For the first word with the hub: without a network, it is soon said what to do, and nothing has been done yet."""
+
+Kind = Literal["model", "dataset"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
@@ -103,16 +106,23 @@ def look_up(name: str) -> Repository:
     revision = revision or constants.DEFAULT_REVISION
     if is_offline_mode():
         return _look_up_in_cache(name, repo, revision)
-    with _hub_errors(name):
-        info = with_retries(lambda: _model_info(repo, revision), where=f"'{name}'")
-    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-        raise RemoteError(f"'{name}': {constants.ENDPOINT} does not report a commit, so the revision cannot be pinned.")
+    info, commit = _ask(name, repo, revision, "model")
     files = {}
     for entry in info.siblings or ():
         if _is_plain(entry.rfilename) and isinstance(entry.size, int) and entry.size >= 0:
             digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
-            files[entry.rfilename] = _remote_file(repo, info.sha, entry.rfilename, entry.size, str(digest or ""))
-    return Repository(name, repo, revision, info.sha, files)
+            files[entry.rfilename] = _remote_file(repo, commit, entry.rfilename, entry.size, str(digest or ""))
+    return Repository(name, repo, revision, commit, files)
+
+
+def dataset_commit(name: str, revision: str | None = None) -> str:
+    """The commit hash of a revision of a dataset, by default of the newest.
+
+    Raises:
+        NotFoundError: There is no such dataset or revision.
+        RemoteError: The hub cannot be reached, or denies access.
+    """
+    return _ask(name, name, revision or constants.DEFAULT_REVISION, "dataset")[1]
 
 
 def open_remote(name: str) -> Checkpoint:
@@ -282,9 +292,19 @@ def _bar_class(report: Callable[[int], None]) -> type:
     return Bar
 
 
-def _model_info(repo: str, revision: str) -> ModelInfo:
+def _ask(name: str, repo: str, revision: str, kind: Kind) -> tuple[ModelInfo | DatasetInfo, str]:
+    """What the hub says of a repository, and the commit hash of a revision."""
+    with _hub_errors(name, kind):
+        info = with_retries(lambda: _info(repo, revision, kind), where=f"'{name}'")
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise RemoteError(f"'{name}': {constants.ENDPOINT} does not report a commit, so the revision cannot be pinned.")
+    return info, info.sha
+
+
+def _info(repo: str, revision: str, kind: Kind) -> ModelInfo | DatasetInfo:
+    api = HfApi(endpoint=constants.ENDPOINT, library_name="portllm", library_version=__version__)
     try:
-        return HfApi(endpoint=constants.ENDPOINT, library_name="portllm", library_version=__version__).model_info(
+        return (api.model_info if kind == "model" else api.dataset_info)(
             repo,
             revision=revision,
             files_metadata=True,
@@ -299,7 +319,7 @@ def _model_info(repo: str, revision: str) -> ModelInfo:
         raise TryAgainError(
             f"cannot reach {constants.ENDPOINT} ({_first_line(error)})",
             attempts=1 if isinstance(error, httpx2.ConnectTimeout) else UNREACHABLE_ATTEMPTS,
-            remedy=_without_network(repo, revision),
+            remedy=_without_network(repo, revision, kind),
         ) from error
     except httpx2.TransportError as error:
         raise TryAgainError(f"cannot reach {constants.ENDPOINT} ({type(error).__name__})") from error
@@ -307,7 +327,7 @@ def _model_info(repo: str, revision: str) -> ModelInfo:
         if isinstance(error, HFValidationError):
             raise
         raise RemoteError(
-            f"'{repo}': {constants.ENDPOINT} did not return a valid model description ({type(error).__name__}). "
+            f"'{repo}': {constants.ENDPOINT} did not return a valid {kind} description ({type(error).__name__}). "
             "Check HF_ENDPOINT, or try again later."
         ) from error
 
@@ -345,8 +365,13 @@ def _not_cached(name: str, revision: str) -> NotFoundError:
     )
 
 
-def _without_network(repo: str, revision: str) -> str:
+def _without_network(repo: str, revision: str, kind: Kind) -> str:
     """What to do if there is no network: the cache has the model, or it has not."""
+    if kind == "dataset":
+        return (
+            "Check the connection, and HF_ENDPOINT or HTTPS_PROXY if there is a mirror or a proxy. Without a network, "
+            "pass a data file, or set HF_HUB_OFFLINE=1 if the dataset was read before."
+        )
     try:
         _look_up_in_cache(repo, repo, revision)
     except NotFoundError:
@@ -382,24 +407,21 @@ def _cached(repository: Repository, names: Iterable[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def _hub_errors(name: str, kind: Kind = "model") -> Iterator[None]:
     """Errors of huggingface_hub as ours."""
     repo = name.partition("@")[0]
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo}"
     try:
         yield
     except GatedRepoError as error:
-        raise RemoteError(
-            f"'{name}': is gated. Request access at {constants.ENDPOINT}/{repo} and log in: hf auth login."
-        ) from error
+        raise RemoteError(f"'{name}': is gated. Request access at {page} and log in: hf auth login.") from error
     except RepositoryNotFoundError as error:
         raise NotFoundError(
-            f"'{name}': no such file or folder, and no model of that name that you can access at "
-            f"{constants.ENDPOINT}. Check the spelling; for a private model, log in: hf auth login."
+            f"'{name}': {'no such file or folder, and ' * (kind == 'model')}no {kind} of that name that you can access "
+            f"at {constants.ENDPOINT}. Check the spelling; for a private {kind}, log in: hf auth login."
         ) from error
     except RevisionNotFoundError as error:
-        raise NotFoundError(
-            f"'{name}': {constants.ENDPOINT}/{repo} has no such revision. Use a branch, a tag or a commit hash."
-        ) from error
+        raise NotFoundError(f"'{name}': {page} has no such revision. Use a branch, a tag or a commit hash.") from error
     except EntryNotFoundError as error:
         raise NotFoundError(
             f"'{name}': a file is not in the cache and could not be downloaded: {_first_line(error)}"

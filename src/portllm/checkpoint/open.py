@@ -11,7 +11,8 @@ from pathlib import Path
 
 from portllm.checkpoint.builtin import builtin_folder
 from portllm.checkpoint.folder import open_folder, open_gguf, why_no_model_file
-from portllm.checkpoint.model.checkpoint import HUB_ID, MAX_NAME_LENGTH, Checkpoint, names_hub
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.hub_names import HUB_ID, MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.model.unfinished import require_finished
 from portllm.checkpoint.safetensors.folder import tensors_of
 from portllm.checkpoint.safetensors.header_file import read_header

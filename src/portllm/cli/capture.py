@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import PromptFileOption, given_prompt
-from portllm.cli.options import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say
 
 AUTO = "auto"
@@ -30,8 +31,8 @@ class FittedName(StrEnum):
 
 
 def capture(
-    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
-    output: OutOption,
+    base: Annotated[str, typer.Option("--base", help=options.BASE)],
+    output: options.Out,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA adapter.")] = None,
     initial: Annotated[
         Path | None,
@@ -59,7 +60,9 @@ def capture(
             "Defaults to auto.",
         ),
     ] = None,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", min=1, help="Upper limit for --rank auto.")] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", parser=whole(), help="Upper limit for --rank auto.")
+    ] = None,
     dense: Annotated[
         DenseName | None,
         typer.Option(
@@ -79,10 +82,10 @@ def capture(
     completion: Annotated[
         str | None, typer.Option("--completion", help="With --prompt: the field with the right answer, kept likewise.")
     ] = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make a patch from a PEFT adapter, or from a fine-tuned model.
 
@@ -123,9 +126,10 @@ def parse_rank(text: str) -> int | str:
     """
     if text == AUTO:
         return AUTO
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"--rank {text}: must be a positive integer or auto.")
-    return int(text)
+    try:
+        return whole()(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"--rank: {error.message.removesuffix('.')}, and not '{AUTO}'.") from None
 
 
 def _wording(prompt: str | None, completion: str | None) -> dict[str, object]:
@@ -202,7 +206,7 @@ def _capture_tuned(
     from portllm.capturing.tuned_plan import plan_capture_tuned
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
 
     plan = plan_capture_tuned(
@@ -210,8 +214,7 @@ def _capture_tuned(
     )
     if dry_run:
         say(render_tuned_plan(plan, output))
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     check_free(output, overwrite=overwrite)
     if dry_run:
         return

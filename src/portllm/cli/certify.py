@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import (
     DATA,
     CompletionOption,
@@ -15,18 +16,7 @@ from portllm.cli.data import (
     say_data,
     say_templates,
 )
-from portllm.cli.options import (
-    MODEL,
-    DeviceName,
-    DeviceOption,
-    DryRunOption,
-    HtmlOption,
-    JsonOption,
-    MaxLossOption,
-    OtherBaseOption,
-    OverwriteOption,
-    QuietOption,
-)
+from portllm.cli.numbers import share, whole
 from portllm.cli.terminal import print_json, say
 
 
@@ -39,7 +29,7 @@ class AnswerName(StrEnum):
 
 
 def certify(
-    base: Annotated[str | None, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")] = None,
+    base: Annotated[str | None, typer.Option("--base", help=options.BASE)] = None,
     patch: Annotated[Path | None, typer.Option("--patch", help="The patch.")] = None,
     evolved: Annotated[str | None, typer.Option("--evolved", help="The updated base.")] = None,
     ported: Annotated[Path | None, typer.Option("--ported", help="The patch ported to the evolved model.")] = None,
@@ -68,14 +58,19 @@ def certify(
         bool, typer.Option("--one-line", help="Stop a generated answer at the end of its first line.")
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option(min=2, help="Maximum tokens per row; longer prompts are truncated from the left.")
+        int,
+        typer.Option(parser=whole(least=2), help="Maximum tokens per row; longer prompts are truncated from the left."),
     ] = 512,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
-    bound: Annotated[float | None, typer.Option(help="The accuracy loss to rule out, such as 0.02.")] = None,
-    max_loss: MaxLossOption = None,
-    confidence: Annotated[float, typer.Option(help="Confidence level of the bound.")] = 0.95,
-    sample: Annotated[int | None, typer.Option(min=1, help="Draw this many rows of the file at random.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(parser=whole(), help="Maximum number of tokens to generate.")] = 32,
+    batch_size: Annotated[int, typer.Option(parser=whole(), help="Rows per forward pass.")] = 16,
+    bound: Annotated[
+        float | None, typer.Option(parser=share, help="The accuracy loss to rule out, such as 0.02 or 2%.")
+    ] = None,
+    max_loss: options.MaxLoss = None,
+    confidence: Annotated[float, typer.Option(parser=share, help="Confidence level of the bound.")] = 0.95,
+    sample: Annotated[
+        int | None, typer.Option(parser=whole(), help="Draw this many rows of the file at random.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for --sample.")] = 0,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only compute how many inputs --bound needs; takes no model and no data.")
@@ -83,19 +78,22 @@ def certify(
     expected: Annotated[
         float,
         typer.Option(
-            "--expected-disagreement", help="With --plan: fraction of inputs expected to be answered differently."
+            "--expected-disagreement",
+            parser=share,
+            help="With --plan: fraction of inputs expected to be answered differently.",
         ),
     ] = 0.0,
     power: Annotated[
-        float, typer.Option(help="With --plan: probability of meeting the bound at the expected disagreement.")
+        float,
+        typer.Option(parser=share, help="With --plan: probability of meeting the bound at the expected disagreement."),
     ] = 0.9,
-    device: DeviceOption = DeviceName.AUTO,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    html: HtmlOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.Device = options.DeviceName.AUTO,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Bound the accuracy a port can have lost, from unlabeled inputs.
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.capture import AUTO, parse_rank
-from portllm.cli.options import DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
+from portllm.cli.numbers import real, share
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class CombineMethod(StrEnum):
 
 def combine(
     patches: Annotated[list[Path], typer.Argument(help="Two or more patches of the same base.")],
-    output: OutOption,
+    output: options.Out,
     weights: Annotated[
         str | None, typer.Option("--weights", help="Comma-separated weights, one per patch. Defaults to 1 each.")
     ] = None,
@@ -39,22 +40,23 @@ def combine(
         typer.Option("--method", help="concatenate is exact; ties and dare select elements before they are summed."),
     ] = (CombineMethod.CONCATENATE),
     density: Annotated[
-        float, typer.Option("--density", min=0.0, max=1.0, help="Fraction of elements that ties and dare keep.")
+        float, typer.Option("--density", parser=share, help="Fraction of elements that ties and dare keep.")
     ] = 0.5,
     seed: Annotated[int, typer.Option("--seed", help="Random seed for ties and dare.")] = 0,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Combine patches of one base into one.
 
     The result is their weighted sum, exact or truncated to a rank.
     """
     from portllm.cli.progress import shown_progress
+    from portllm.combining.combine import run_combine
     from portllm.combining.plan import plan_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
     from portllm.patch.adapter_folder import load_patch
 
@@ -63,13 +65,10 @@ def combine(
     plan = plan_combine([load_patch(patch) for patch in patches], weights=given, how=how)
     if dry_run:
         say(render_combine_plan(plan, output))
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     check_free(output, overwrite=overwrite)
     if dry_run:
         return
-    from portllm.combining.combine import run_combine  # loads torch, which no refusal needs
-
     with shown_progress(quiet=quiet) as progress:
         report = run_combine(plan, output, overwrite=overwrite, progress=progress)
     if as_json:
@@ -86,18 +85,23 @@ def parse_weights(text: str, count: int) -> list[float]:
         [1.0, -0.5]
     """
     try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--weights {text}: must be comma-separated numbers.") from None
-    if len(weights) != count or not all(abs(weight) < float("inf") for weight in weights):
-        raise typer.BadParameter(f"--weights {text}: must be {count} finite numbers, one per patch.")
+        weights = [_weight(part) for part in text.split(",")]
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"--weights {text}: {error.message}") from None
+    if len(weights) != count:
+        raise typer.BadParameter(f"--weights {text}: must be {count} numbers, one per patch.")
     return weights
+
+
+def _weight(text: str) -> float:
+    return real()(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
 
 
 def _combination(method: CombineMethod, rank: str | None, density: float, seed: int) -> "Combination":
     from portllm.combining.plan import Exact, Selected
 
-    number = None if rank is None or parse_rank(rank) == AUTO else int(rank)
+    chosen = None if rank is None else parse_rank(rank)
+    number = chosen if isinstance(chosen, int) else None
     if method is CombineMethod.CONCATENATE:
         return Exact("auto" if rank == AUTO else number)
     if rank == AUTO:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from portllm.patch.patch import Patch
     from portllm.running.data import Data
 
-DATA = "A data file: JSONL, JSON, CSV or Parquet."
+DATA = "A data file: JSONL, JSON, CSV or Parquet; or a dataset of the Hub: hf://datasets/OWNER/NAME/SPLIT."
 
 PromptOption = Annotated[
     str | None,
@@ -29,12 +29,10 @@ PromptOption = Annotated[
     ),
 ]
 
-
 PromptFileOption = Annotated[
     Path | None,
     typer.Option("--prompt-file", help="The prompt template as a text file, taken as it is but for its last newline."),
 ]
-
 
 CompletionOption = Annotated[
     str | None, typer.Option("--completion", help="Field with the right answer. Same default as --prompt.")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import JsonOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 
 
@@ -12,7 +12,7 @@ def doctor(
     tried: Annotated[
         bool, typer.Option("--try", help="Also load torch, transformers and peft, and compute on each device.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what is installed and what is missing.
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import DryRunOption, JsonOption, OverwriteOption, QuietOption
+from portllm.cli import options
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say, width_of
 
 
@@ -15,18 +16,22 @@ def fleet(
         Path, typer.Argument(help="TOML file that lists patches, evolved models, what to do and where to write.")
     ],
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Number of workers. Defaults to what cores and memory allow.")
+        int | None,
+        typer.Option("--workers", parser=whole(), help="Number of workers. Defaults to what cores and memory allow."),
     ] = None,
     ray: Annotated[
         str | None, typer.Option("--ray", help="Run on Ray: auto, local, host:port or ray://host:port.")
     ] = None,
     retries: Annotated[
-        int, typer.Option("--retries", min=0, help="Retries of a cell whose worker died or whose network failed.")
+        int,
+        typer.Option(
+            "--retries", parser=whole(least=0), help="Retries of a cell whose worker died or whose network failed."
+        ),
     ] = 2,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Port many patches to many evolved models.
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.options import MODEL, PATCHES, DryRunOption, JsonOption, OtherBaseOption, OverwriteOption, QuietOption
+from portllm.cli import options
+from portllm.cli.numbers import gigabytes
 from portllm.cli.terminal import print_json, say, width_of
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ def _dtype(name: str) -> str:
 
 
 def merge(
-    patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=PATCHES)] = None,
-    into: Annotated[str | None, typer.Option("--into", help=f"The model to merge into. {MODEL}")] = None,
+    patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=options.PATCHES)] = None,
+    into: Annotated[str | None, typer.Option("--into", help=f"The model to merge into. {options.MODEL}")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")] = None,
     in_place: Annotated[
         bool,
@@ -82,7 +83,7 @@ def merge(
         MergeDevice, typer.Option("--device", help="Device for the sums; a GPU may differ in the last bit.")
     ] = MergeDevice.CPU,
     max_shard_size: Annotated[
-        float, typer.Option("--max-shard-size", help="Maximum size of an output shard, in GB.", min=0.001)
+        float, typer.Option("--max-shard-size", parser=gigabytes, help="Maximum size of an output shard, such as 5GB.")
     ] = 5.0,
     quantized_base: Annotated[
         str | None,
@@ -97,11 +98,11 @@ def merge(
             help="Whose tokenizer and chat template the output gets where they differ. Defaults to the patch's.",
         ),
     ] = None,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Merge a patch into a model's weights.
 
@@ -117,7 +118,7 @@ def merge(
     elif output is not None:
         from portllm.merging.options import MergeOptions
 
-        options = MergeOptions(
+        how = MergeOptions(
             dtype=dtype,
             rounding=_rounding(rounding, seed),
             device=device.value,
@@ -126,7 +127,7 @@ def merge(
             tokenizer=None if tokenizer is None else tokenizer.value,
         )
         _merge_to(
-            patches, into, output, options, quantized_base,
+            patches, into, output, how, quantized_base,
             dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
         )  # fmt: skip
     elif len(patches) > 1:
@@ -146,7 +147,7 @@ def _merge_to(
     patches: list[Path],
     into: str,
     output: Path,
-    options: "MergeOptions",
+    how: "MergeOptions",
     quantized_base: str | None,
     *,
     dry_run: bool,
@@ -164,9 +165,7 @@ def _merge_to(
     quantized = None if quantized_base is None else open_checkpoint(quantized_base)
     found = find_patches(patches)
     outputs = found.outputs(output)
-    planned = open_each(
-        found, lambda patch, _: plan_merge(patch, into=model, options=options, quantized_base=quantized)
-    )
+    planned = open_each(found, lambda patch, _: plan_merge(patch, into=model, options=how, quantized_base=quantized))
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
     _warn(plans.values())
     if dry_run and found.is_single:

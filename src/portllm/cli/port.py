@@ -6,28 +6,19 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import CompletionOption, PromptOption, given_prompt
-from portllm.cli.options import (
-    MODEL,
-    PATCHES,
-    DeviceName,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    OtherBaseOption,
-    OutOption,
-    OverwriteOption,
-    QuietOption,
-)
+from portllm.cli.numbers import share, whole
 from portllm.cli.terminal import print_json, say, width_of
 
 
 def port(
     patches: Annotated[
-        list[Path], typer.Argument(metavar="PATCH", help=f"{PATCHES} An adapter without patch.json needs --base.")
+        list[Path],
+        typer.Argument(metavar="PATCH", help=f"{options.PATCHES} An adapter without patch.json needs --base."),
     ],
-    evolved: Annotated[str, typer.Option("--evolved", help=f"The updated base to port to. {MODEL}")],
-    output: OutOption,
+    evolved: Annotated[str, typer.Option("--evolved", help=f"The updated base to port to. {options.MODEL}")],
+    output: options.Out,
     base: Annotated[str | None, typer.Option("--base", help="The model the patch was made on.")] = None,
     method: Annotated[
         str,
@@ -57,7 +48,7 @@ def port(
         int | None,
         typer.Option(
             "--draw",
-            min=1,
+            parser=whole(),
             help="Instead of --text: the old specialist draws this many prompts itself, better 256, through the prompt "
             "template.",
         ),
@@ -76,31 +67,31 @@ def port(
         float,
         typer.Option(
             "--agreement",
-            min=0.0,
-            max=1.0,
+            parser=share,
             help="With --text: the share of answers that are to be the old specialist's; exits with 3 if the ported "
             "patch is found to have fewer.",
         ),
     ] = 0.9,
     answer_tokens: Annotated[
-        int, typer.Option("--answer-tokens", min=1, help="With --text: maximum tokens of an answer.")
+        int, typer.Option("--answer-tokens", parser=whole(), help="With --text: maximum tokens of an answer.")
     ] = 32,
     max_tokens: Annotated[
         int,
         typer.Option(
-            min=2, help="With --text: maximum tokens per prompt and answer; longer prompts are cut from the left."
+            parser=whole(least=2),
+            help="With --text: maximum tokens per prompt and answer; longer prompts are cut from the left.",
         ),
     ] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --text: prompts per forward pass.")] = 16,
-    device: DeviceOption = DeviceName.AUTO,
+    batch_size: Annotated[int, typer.Option(parser=whole(), help="With --text: prompts per forward pass.")] = 16,
+    device: options.Device = options.DeviceName.AUTO,
     force: Annotated[
         bool, typer.Option("--force", help="With --method auto: port even if check says the patch will not hold.")
     ] = False,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Port patches to an evolved model. They stay adapters; only headers and samples are read.
 

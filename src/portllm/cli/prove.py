@@ -5,23 +5,15 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import DATA, PromptFileOption, PromptOption, given_prompt, say_data
-from portllm.cli.options import (
-    MODEL,
-    DeviceName,
-    DeviceOption,
-    HtmlOption,
-    JsonOption,
-    OtherBaseOption,
-    OverwriteOption,
-    QuietOption,
-)
+from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say
 
 
 def prove(
     patch: Annotated[Path, typer.Argument(help="The patch.")],
-    base: Annotated[str, typer.Option("--base", help=f"The model it belongs to. {MODEL}")],
+    base: Annotated[str, typer.Option("--base", help=f"The model it belongs to. {options.MODEL}")],
     runtime: Annotated[
         str,
         typer.Option(
@@ -53,13 +45,13 @@ def prove(
     ] = None,
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows of --data to ask.")] = 32,
-    device: DeviceOption = DeviceName.AUTO,
-    allow_other_base: OtherBaseOption = False,
-    html: HtmlOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    limit: Annotated[int, typer.Option(parser=whole(), help="Maximum number of rows of --data to ask.")] = 32,
+    device: options.Device = options.DeviceName.AUTO,
+    allow_other_base: options.OtherBase = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Prove that a runtime serves a patch as it is.
 
@@ -80,7 +72,8 @@ def prove(
     from portllm.patch.adapter_folder import load_patch
     from portllm.proving.decision import decide
     from portllm.proving.prompts import PROMPTS
-    from portllm.proving.prove import Endpoint, plan_prove, run_prove
+    from portllm.proving.prove import Endpoint
+    from portllm.proving.prove import prove as prove_patch
     from portllm.proving.text import render_proof
     from portllm.running.data import read_data
 
@@ -93,7 +86,7 @@ def prove(
     if rows is not None:
         say_data(rows, labels=False, quiet=quiet)
     with shown_progress(quiet=quiet) as progress:
-        plan = plan_prove(
+        proof = prove_patch(
             opened,
             base=base,
             runtime=Endpoint(runtime, base_name, patch_name) if base_name and patch_name else runtime,
@@ -103,9 +96,9 @@ def prove(
             prompts=rows or PROMPTS,
             limit=limit,
             allow_other_base=allow_other_base,
+            device=device.value,
             progress=progress,
         )
-        proof = run_prove(plan, device=device.value, progress=progress)
     headline = decide(proof)
     if page.is_wanted:
         from portllm.proving.page import prove_page

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.options import JsonOption, OverwriteOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 from portllm.cli.verify import PathArgument, SignatureOption, StagingOption
 
@@ -35,8 +35,8 @@ def sign(
     ] = None,
     staging: StagingOption = False,
     signature: SignatureOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Sign a patch, merged model or certificate: every file of it."""
     signer = _signer(key, password_file, certificate, chain or [], identity_token, sigstore=sigstore, staging=staging)

@@ -5,24 +5,16 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
-from portllm.cli.options import (
-    MODEL,
-    DeviceName,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    OutOption,
-    OverwriteOption,
-    QuietOption,
-)
+from portllm.cli.numbers import real, share, whole
 from portllm.cli.terminal import print_json, say
 
 
 def train(
-    base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {MODEL}")],
+    base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {options.MODEL}")],
     data: Annotated[Path, typer.Option("--data", help=f"Training data. {DATA}")],
-    output: OutOption,
+    output: options.Out,
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     completion: CompletionOption = None,
@@ -37,11 +29,14 @@ def train(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, help="Maximum number of tokens the teacher generates. Defaults to 32."),
+        typer.Option(
+            "--max-new-tokens", parser=whole(), help="Maximum number of tokens the teacher generates. Defaults to 32."
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="LoRA rank. Defaults to 8.")] = None,
+    rank: Annotated[int | None, typer.Option(parser=whole(), help="LoRA rank. Defaults to 8.")] = None,
     alpha: Annotated[
-        int | None, typer.Option(min=1, help="LoRA alpha; the delta is scaled by alpha / rank. Defaults to 16.")
+        int | None,
+        typer.Option(parser=whole(), help="LoRA alpha; the delta is scaled by alpha / rank. Defaults to 16."),
     ] = None,
     use_rslora: Annotated[
         bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank) (rank-stabilized LoRA).")
@@ -49,23 +44,26 @@ def train(
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated module names, or all-linear. Defaults to all-linear.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    epochs: Annotated[float, typer.Option(help="Number of passes over the data.")] = 3.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of optimizer steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per optimizer step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(parser=real(), help="Peak learning rate.")] = 2e-4,
+    epochs: Annotated[float, typer.Option(parser=real(), help="Number of passes over the data.")] = 3.0,
+    steps: Annotated[
+        int | None, typer.Option(parser=whole(), help="Number of optimizer steps, instead of --epochs.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(parser=whole(), help="Rows per optimizer step.")] = 8,
     max_tokens: Annotated[
-        int, typer.Option(min=2, help="Maximum tokens per row; longer prompts are truncated from the left.")
+        int,
+        typer.Option(parser=whole(least=2), help="Maximum tokens per row; longer prompts are truncated from the left."),
     ] = 512,
-    dropout: Annotated[float, typer.Option(min=0, help="LoRA dropout.")] = 0.0,
+    dropout: Annotated[float, typer.Option(parser=share, help="LoRA dropout.")] = 0.0,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Trade about a third more time for less memory.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Random seed for initialization and row order.")] = 0,
-    device: DeviceOption = DeviceName.AUTO,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.Device = options.DeviceName.AUTO,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Train a patch by LoRA, or refresh one on an evolved model.
 

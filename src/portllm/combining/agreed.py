@@ -8,7 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from portllm.checkpoint.model.side_files import HEAD_FILE
+from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.errors import Refusal
@@ -157,10 +160,8 @@ def _rows(
 
 
 def _same_row(*places: tuple[TensorInfo, int]) -> bool:
-    from portllm.checkpoint.reading.tensors import load  # loads torch, which patches without such rows do without
-
-    one, other = (load(info)[row] for info, row in places)
-    return one.equal(other)
+    one, other = (load_values(info, row * info.shape[1], (row + 1) * info.shape[1]) for info, row in places)
+    return np.array_equal(one, other)
 
 
 def _keys(patch: Patch[TensorInfo]) -> list[str]:

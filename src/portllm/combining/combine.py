@@ -3,32 +3,28 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 from blake3 import blake3
-from torch import Tensor
 
 from portllm import __version__
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
-from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.combining.plan import EXACT, Combination, CombinePlan, CombineReport, Exact, Selected, plan_combine
-from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
+from portllm.combining.plan import EXACT, Combination, CombinePlan, CombineReport, plan_combine
+from portllm.combining.side_by_side import Factors, side_by_side, values_of
+from portllm.errors import PlanRefusedError, Refusal, refuse
 from portllm.files.output_folder import staged_folder
 from portllm.files.record import encode
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import PatchLike, digest_tensors, files_of, load_patch, write_patch, write_record
-from portllm.patch.capture import Captured
 from portllm.patch.card import write_patch_card
-from portllm.patch.combine import concatenate, rerank, select
 from portllm.patch.delta import LowRankDelta, RowValues
 from portllm.patch.new_adapter import canonical_config
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
-from portllm.workers.one_thread import one_thread
 
 
 def combine(
@@ -62,10 +58,9 @@ def combine(
 
 def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> CombineReport:
     """Carry out a plan; see `combine`."""
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     inputs = [file for patch in plan.patches for file in files_of(patch)]
-    with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder, one_thread():
+    with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder:
         with Spool(folder / SPOOL_FILE) as spool:
             report = _combine(plan, folder, spool, progress)
         record = write_record(folder, report.record)
@@ -73,21 +68,41 @@ def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progre
         return replace(report, record=record)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What became of a module: its factors, and what was cut off of its delta."""
+
+    factors: Factors | None
+    difference_sq: float = 0.0
+    residual_sq: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.factors is None else len(self.factors[0])
+
+    @property
+    def residual(self) -> float:
+        return math.sqrt(self.residual_sq / self.difference_sq) if self.difference_sq else 0.0
+
+
 def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) -> CombineReport:
     factors: dict[str, LowRankDelta[TensorInfo]] = {}
-    found: dict[str, Captured] = {}
+    found: dict[str, _Made] = {}
     for done, (module, numbers) in enumerate(plan.modules.items(), start=1):
-        deltas = [_loaded(plan.patches[number].deltas[module], module) for number in numbers]
-        found[module] = _combined(deltas, [plan.weights[number] for number in numbers], plan.how, module)
-        combined = found[module].delta
-        if combined is not None:
+        made = _made(
+            [plan.patches[n].deltas[module] for n in numbers], [plan.weights[n] for n in numbers], plan, module
+        )
+        if made.factors is not None:
+            a, b = made.factors
+            delta = plan.patches[numbers[0]].deltas[module]
             factors[module] = LowRankDelta(
-                a=spool.add(f"{module}.lora_A", combined.a.float()),
-                b=spool.add(f"{module}.lora_B", combined.b.float()),
+                a=spool.add_values(f"{module}.lora_A", a),
+                b=spool.add_values(f"{module}.lora_B", b),
                 scale=1.0,
-                transposed=plan.patches[numbers[0]].deltas[module].transposed,
-                is_embedding=plan.patches[numbers[0]].deltas[module].is_embedding,
+                transposed=delta.transposed,
+                is_embedding=delta.is_embedding,
             )
+        found[module] = made
         progress("combine", done, len(plan.modules), "tensors")
     if not factors:
         raise PlanRefusedError([Refusal("patches", "they cancel out: the combined delta of every module is zero.")])
@@ -96,9 +111,9 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     config = AdapterConfig(canonical_config(ranks, fields={**fields, **plan.agreed.config}))
     rows = {
         name: RowValues(
-            spool.add(name, torch.stack([load(info)[place] for info, place in found.values()]).float()), tuple(found)
+            spool.add_values(name, np.stack([values_of(info)[place] for info, place in places.values()])), tuple(places)
         )
-        for name, found in plan.agreed.rows.items()
+        for name, places in plan.agreed.rows.items()
     }
     patch = Patch("combined", factors, config, None, rows=rows, beside=plan.agreed.files)
     first = _record_of(plan.patches[0])
@@ -107,7 +122,7 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
     for name, text in plan.agreed.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     total = _residual(found.values())
-    residuals = {module: _rounded(captured.truncation_residual) for module, captured in found.items()}
+    residuals = {module: _rounded(made.residual) for module, made in found.items()}
     settings = {
         "method": str(plan.how),
         "inputs": [_input(patch, weight) for patch, weight in zip(plan.patches, plan.weights, strict=True)],
@@ -126,21 +141,20 @@ def _combine(plan: CombinePlan, folder: Path, spool: Spool, progress: Progress) 
         files={},
         added_tokens=plan.agreed.added,
     )
-    return CombineReport(record, {name: captured.rank for name, captured in found.items()}, residuals, total)
+    return CombineReport(record, {name: made.rank for name, made in found.items()}, residuals, total)
 
 
-def _combined(
-    deltas: Sequence[LowRankDelta[Tensor]], weights: Sequence[float], how: Combination, module: str
-) -> Captured:
-    match how:
-        case Exact(rank=rank):
-            whole = concatenate(deltas, weights=weights)
-            if rank is None:  # nothing is left out, of however much
-                return Captured(whole, 0.0, 0.0, None)
-            return rerank(whole, rank=None if rank == "auto" else rank)
-        case Selected(method=method, density=density, rank=rank, seed=seed):
-            wanted = sum(delta.rank for delta in deltas) if rank is None else rank
-            return select(deltas, weights=weights, method=method, density=density, rank=wanted, seed=seed, name=module)
+def _made(
+    deltas: Sequence[LowRankDelta[TensorInfo]], weights: Sequence[float], plan: CombinePlan, module: str
+) -> _Made:
+    if plan.how == EXACT:  # nothing is left out, of however much
+        return _Made(side_by_side(deltas, weights=weights, module=module))
+    from portllm.combining.with_torch import combined  # loads torch, which an exact sum does without
+
+    captured = combined(deltas, weights=weights, how=plan.how, module=module)
+    delta = captured.delta
+    factors = None if delta is None else (delta.a.float().numpy(), delta.b.float().numpy())
+    return _Made(factors, captured.difference_sq, captured.residual_sq)
 
 
 def _input(patch: Patch[TensorInfo], weight: float) -> dict[str, object]:
@@ -161,17 +175,10 @@ def _record_of(patch: Patch[TensorInfo]) -> PatchRecord:
     return patch.record
 
 
-def _loaded(delta: LowRankDelta[TensorInfo], module: str) -> LowRankDelta[Tensor]:
-    a, b = load(delta.a), load(delta.b)
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise NonFiniteError(f"'{module}': a patch contains an infinity or NaN. The training run may have diverged.")
-    return LowRankDelta(a=a, b=b, scale=delta.scale)
-
-
-def _residual(found: Iterable[Captured]) -> float:
+def _residual(found: Iterable[_Made]) -> float:
     parts = list(found)
-    total = math.fsum(captured.difference_sq for captured in parts)
-    return math.sqrt(math.fsum(captured.residual_sq for captured in parts) / total) if total else 0.0
+    total = math.fsum(made.difference_sq for made in parts)
+    return math.sqrt(math.fsum(made.residual_sq for made in parts) / total) if total else 0.0
 
 
 def _rounded(value: float) -> float:

@@ -37,7 +37,6 @@ SERIES: Mapping[str, int] = {PATCHED: 1, PORTED: 2, MERGED: 4, RETRAINED: 3}
 RETENTION_MARKS = {0.0: "the evolved model", 1.0: "retrained"}
 """What no and full retention are."""
 
-
 NOTES: Mapping[str, str] = {
     "base + patch": "The model before the update. Everything is measured against it, on the same rows.",
     "evolved + ported": "The updated model with the ported patch; merged: the same, in one set of weights.",
@@ -102,9 +101,10 @@ def _tiles(comparison: "Comparison", max_loss: float | None) -> list[Tile]:
         Tile("Accuracy now", percent(row.score.value), f"{percent(before.score.value)} before the update"),
         Tile("Turned wrong", f"{wrong:,} of {row.flips.n_rows:,}", _yardstick(comparison, row.flips)),
     ]
-    if row.score_retention is not None and row.score_retention.value is not None:
-        kept, _, interval = retention_text(row.score_retention).partition(" (")
-        tiles.append(Tile("Kept of retraining's gain", kept, f"in accuracy; 95 % interval {interval.rstrip(')')}"))
+    kept = row.score_retention
+    if kept is not None and kept.value is not None and kept.low is not None and kept.high is not None:
+        interval = f"in accuracy; 95 % interval {100 * kept.low:.0f} to {100 * kept.high:.0f}"
+        tiles.append(Tile("Kept of retraining's gain", percent(kept.value), interval))
     return tiles
 
 

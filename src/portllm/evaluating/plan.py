@@ -10,9 +10,10 @@ from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.matching.added_tokens import added_tokens, height_of, unexplained
-from portllm.matching.compatibility import base_mismatch, mismatches, unmatchable
+from portllm.matching.base import base_mismatch
+from portllm.matching.compatibility import mismatches, unmatchable
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -69,8 +70,7 @@ def plan_evaluation(
     pairs = [("--ported", ported), *([] if retrained is None else [("--retrained", retrained)])]
     for option, carried in pairs:
         refusals += model_refusals(option, carried, evolved, new, allow_other_base=allow_other_base)
-    if refusals:
-        raise PlanRefusedError(refusals)
+    refuse(refusals)
     return Contestants(
         base=model_folder(base, progress=progress),
         patch=folder_of(patch),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portllm import __version__
+from portllm.checkpoint.gguf.file import open_gguf
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import refuse
 from portllm.exporting.plan import ExportPlan, plan_export
@@ -87,6 +88,7 @@ def export(
     runtime: str,
     out: str | Path,
     base: ModelLike | None = None,
+    gguf: str | Path | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
@@ -99,8 +101,10 @@ def export(
         runtime: A row of the table in `docs/how-to/serve.md`, such as `vllm`.
         out: The folder to write.
         base: The model that is served; some forms depend on it.
+        gguf: For a merged GGUF file of a model in safetensors: a GGUF file of that model or of an older version of it,
+            in any quantization, whose metadata and tokenizer are used.
         dtype: Of the factors. In float32, the default, they are as exact as those of the patch; a runtime rounds them
-            to the dtype that it computes in.
+            to the dtype that it computes in. With `gguf`: of the matrices; by default those of the model.
         allow_other_base: Take `base` for the patch's base though its fingerprint says otherwise.
         overwrite: Replace `out` if it exists.
         progress: Progress callback (modules).
@@ -116,6 +120,7 @@ def export(
         load_patch(patch),
         runtime_named(runtime),
         base=None if base is None else open_checkpoint(base),
+        gguf=None if gguf is None else open_gguf(Path(gguf)),
         dtype=dtype,
         allow_other_base=allow_other_base,
     )

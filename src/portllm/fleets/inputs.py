@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from portllm.checkpoint.model.checkpoint import names_hub
+from portllm.checkpoint.model.hub_names import names_hub
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import BUILTIN_PREFIX, open_checkpoint
 from portllm.errors import FleetFileError, PortLLMError

@@ -1,12 +1,11 @@
 """Give a fleet's cells to workers, and gather what becomes of them; what can pass is tried again."""
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from portllm.fleets.plan import Cell, FleetRow
 from portllm.fleets.storage import is_url, join
-from portllm.workers.pool import Finished, Lost, Pool, Retries
+from portllm.workers.pool import Finished, Lost, Pool, Retries, work_through
 
 
 def run_cells(
@@ -24,18 +23,17 @@ def run_cells(
     Returns:
         A row for each cell, in their order.
     """
-    waiting = deque(range(len(cells)))
+    waiting, running = dict.fromkeys(range(len(cells))), set[int]()
     tried = Retries(retries)
     rows: dict[int, FleetRow] = {}
-    while len(rows) < len(cells):
-        while waiting and pool.free:
-            number = waiting.popleft()
-            pool.submit(number, cells[number].to_job(dry=dry))
-        ended = pool.wait()
-        if ended is None:
-            continue
+
+    def ready() -> Iterator[tuple[int, dict[str, object]]]:
+        return ((number, cells[number].to_job(dry=dry)) for number in waiting if number not in running)
+
+    for ended in work_through(pool, ready, running):
+        del waiting[ended.number]
         if tried.again(ended):
-            waiting.append(ended.number)  # behind the others, so that what passes has time to
+            waiting[ended.number] = None  # behind the others, so that what passes has time to
             continue
         rows[ended.number] = _row(cells[ended.number], ended, tried.reasons(ended.number), dry=dry)
         note(rows[ended.number])

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.hub_names import names_hub
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo

@@ -70,6 +70,7 @@ def carry_tokens(
             "--evolved",
             f"the patch has rows of its own for {', '.join(map(repr, list(added)[:4]))}. Base and evolved model have "
             f"{n_rows} and {n_rows_of(evolved)} rows, and one has no {TOKENIZER_FILE} that says which are the same.",
+            is_of_input=True,
         )
     old = {**(known if known is not None else new or {}), **added}
     if new is None:

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
+from portllm.checkpoint.model.experts import Experts
+from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
+from portllm.matching.storage import unaddable
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta
 from portllm.patch.patch import Patch
 
@@ -34,7 +36,12 @@ def expert_mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Itera
                 "the patch changes all experts of a layer at once, but the layout of experts in "
                 f"{checkpoint.name} is unknown: {why}.",
             )
-        elif problem := _problem(name, delta, checkpoint):
+            continue
+        whole = checkpoint.stored(name)
+        stored = ((whole,),) if whole is not None else checkpoint.experts.get(checkpoint.current_name(name), ())
+        if unusable := [*unaddable(name, name, (info for matrices in stored for info in matrices), checkpoint)]:
+            yield from unusable
+        elif problem := _problem(delta, whole, stored, checkpoint):
             yield Refusal(name, problem)
     there = set(map(checkpoint.current_name, patch.experts))
     for name in sorted(checkpoint.parameters - there):
@@ -47,20 +54,12 @@ def expert_mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint) -> Itera
             )
 
 
-def _problem(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Checkpoint) -> str | None:
+def _problem(
+    delta: ExpertsDelta[TensorInfo], whole: TensorInfo | None, stored: Experts, checkpoint: Checkpoint
+) -> str | None:
     """Why one delta does not fit, or None."""
-    if reason := checkpoint.why_converted(name):
-        return reason
-    whole = checkpoint.stored(name)
-    stored = ((whole,),) if whole is not None else checkpoint.experts.get(checkpoint.current_name(name), ())
     if not stored:
         return f"the patch changes it, but {checkpoint.name} has no such tensor, neither stacked nor per expert."
-    for info in (info for matrices in stored for info in matrices):
-        if info.dtype not in FLOAT_DTYPES:
-            return (
-                f"its weight in {checkpoint.name} is stored as {info.dtype}; a patch can only be added to "
-                f"{', '.join(FLOAT_DTYPES)}. Use the unquantized model."
-            )
     if whole is not None:
         shape = whole.shape
     else:

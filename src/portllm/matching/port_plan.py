@@ -20,9 +20,11 @@ from portllm.matching.added_tokens import (
     unplaced,
     with_own_rows,
 )
+from portllm.matching.base import base_mismatch
 from portllm.matching.base_copies import HeldCopies, hold_copies
 from portllm.matching.carried_tokens import CarriedTokens, carry_tokens, orphaned, with_rows_of
-from portllm.matching.compatibility import base_mismatch, mismatches, oriented, tie_mismatch
+from portllm.matching.changes import oriented
+from portllm.matching.compatibility import mismatches, tie_mismatch
 from portllm.matching.own_values import own_values, without
 from portllm.matching.side_files import NO_SIDE_FILES, SideFiles, ported_side_files
 from portllm.matching.token_rows import TokenMap, following, resized, token_changes, unmovable
@@ -156,6 +158,7 @@ def plan_port_on(
                 "--base",
                 f"{patch.name} contains values that replace the base's (saved modules, biases, token rows or DoRA "
                 "magnitudes). Porting them needs their difference from the base: pass the base with --base.",
+                is_of_input=True,
             )
         )
     elif needs_weights:
@@ -164,6 +167,7 @@ def plan_port_on(
                 "--base",
                 f"method '{chosen.id}' reads the weights of the model that {patch.name} belongs to: pass it with "
                 "--base.",
+                is_of_input=True,
             )
         )
     elif by_token and read_vocabulary(evolved) is not None:
@@ -172,6 +176,7 @@ def plan_port_on(
                 "--base",
                 f"{patch.name} changes {by_token[0]}, whose rows belong to tokens. They are matched by token "
                 "between the tokenizers of base and evolved model: pass the base with --base.",
+                is_of_input=True,
             )
         )
     if source is None:
@@ -181,6 +186,7 @@ def plan_port_on(
                 "--base",
                 f"{patch.name} has no patch.json, so the model it belongs to is unknown. Pass it with --base, or "
                 f"record it once: portllm capture --adapter {patch.name} --base BASE -o PATCH.",
+                is_of_input=True,
             )
         )
     evidence = _sampled_drift(patch, update) if base is not None and not refusals else {}

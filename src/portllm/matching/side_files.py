@@ -90,7 +90,7 @@ def _choose_tokenizer(patch: Patch[TensorInfo], model: Checkpoint, n_rows: int |
     odd = _odd_tokens(patch, model, n_rows) if set(differing) & {*VOCABULARY_FILES, TOKENIZER_CONFIG} else None
     if odd is not None and whose is None:
         way = f"{OPTION} base keeps the model's, {OPTION} patch takes the patch's all the same."
-        return SideFiles(refusals=(Refusal(OPTION, f"{odd} {way}"),))
+        return SideFiles(refusals=(Refusal(OPTION, f"{odd} {way}", is_of_input=True),))
     note = f"{names}: as saved with the patch, where they differ from those of {model.name}; {OPTION} base keeps these."
     has_tokenizer = bool({*VOCABULARY_FILES} & patch.beside.keys())
     is_told = _template_in(patch.beside) is not None

@@ -12,7 +12,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer, read_vocabulary
 from portllm.errors import Refusal
-from portllm.matching.compatibility import changes_of
+from portllm.matching.changes import changes_of
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Factor, RowValues, WholeValue

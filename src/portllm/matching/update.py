@@ -8,7 +8,8 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.windows import load_spans, sample_span
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
-from portllm.matching.compatibility import mismatches, outline
+from portllm.matching.changes import outline
+from portllm.matching.compatibility import mismatches
 from portllm.matching.token_rows import TokenMap, match_tokens
 from portllm.measures.drift import DriftSums, measure_drift
 from portllm.patch.identify import identify

@@ -23,6 +23,11 @@ class TensorPlace:
     kind: str
     is_expert: bool = False
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is neither a bias nor the weight of a norm, by its name."""
+        return not self.kind.endswith(("norm", ".bias"))
+
 
 def place_of(name: str) -> TensorPlace:
     """The place of a tensor, from its current name.

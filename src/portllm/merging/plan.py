@@ -14,14 +14,10 @@ from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.files.source import Source
 from portllm.matching.added_tokens import added_tokens, height_of, n_rows_of, unexplained
+from portllm.matching.base import base_mismatch
 from portllm.matching.base_copies import hold_copies
-from portllm.matching.compatibility import (
-    base_mismatch,
-    changes_on,
-    mismatches,
-    oriented,
-    unmergeable,
-)
+from portllm.matching.changes import changes_on, oriented
+from portllm.matching.compatibility import mismatches, unmergeable
 from portllm.matching.own_values import own_values, without
 from portllm.matching.quantized_base import Fitted, fitted_of, misnamed, quantization_of
 from portllm.matching.side_files import NO_SIDE_FILES, SideFiles, choose_side_files

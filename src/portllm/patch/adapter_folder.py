@@ -16,8 +16,8 @@ from typing import Any
 from blake3 import blake3
 from msgspec import structs
 
-from portllm.checkpoint.model.checkpoint import MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.model.families import order_of
+from portllm.checkpoint.model.hub_names import MAX_NAME_LENGTH, names_hub
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.header import parse_header, render_header
 from portllm.checkpoint.safetensors.header_file import describing, read_header_text, size_of

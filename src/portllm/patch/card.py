@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from portllm.checkpoint.model.checkpoint import HUB_ID, Checkpoint
+from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.model.hub_names import HUB_ID
 from portllm.checkpoint.model.side_files import require_copyable
 from portllm.checkpoint.open import side_file
 from portllm.errors import CheckpointError

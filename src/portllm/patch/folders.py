@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from portllm.checkpoint.model.checkpoint import names_hub
+from portllm.checkpoint.model.hub_names import names_hub
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PatchError, PortLLMError
 from portllm.files.own_files import ignores_case

@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from portllm.checkpoint.model.side_files import HEAD_FILE, require_copyable
-from portllm.errors import CheckpointError, Refusal
+from portllm.checkpoint.model.side_files import HEAD_FILE, why_uncopyable
+from portllm.errors import Refusal
 from portllm.files.input_file import local_file
 from portllm.files.source import LocalFile
 
@@ -43,11 +43,8 @@ def labels_in(config: Mapping[str, object]) -> tuple[str, ...]:
 def uncopyable(files: Mapping[str, LocalFile]) -> Iterator[Refusal]:
     """Why such a file must not be copied into an output: it is a link that leads elsewhere, or is far too large."""
     for file in files.values():
-        try:
-            require_copyable(file.path)
-        except CheckpointError as error:
-            where, _, why = str(error).partition(": ")
-            yield Refusal(where.strip("'"), why)
+        if (why := why_uncopyable(file.path)) is not None:
+            yield Refusal(str(file.path), why)
 
 
 def copy_into(folder: Path, files: Mapping[str, LocalFile]) -> None:

@@ -13,7 +13,8 @@ from portllm.methods.values import Values
 from portllm.patch.patch import Patch
 from portllm.porting.drawn import Drawn, draw
 from portllm.porting.prompts import Ids, Rows, split
-from portllm.porting.streams import Reading, Streams
+from portllm.porting.reading import Reading
+from portllm.porting.streams import Streams
 from portllm.porting.unfinished import Unfinished
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import Progress, silent

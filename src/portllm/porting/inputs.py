@@ -10,7 +10,8 @@ from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.matching.added_tokens import sized, with_own_rows
-from portllm.matching.compatibility import changes_of, oriented, taken_tie
+from portllm.matching.changes import changes_of, oriented
+from portllm.matching.compatibility import taken_tie
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.token_rows import following, token_changes
 from portllm.methods.contract import Inputs, Need, Streams

@@ -10,123 +10,24 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float32, Float64, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
+from portllm.measures.logit_blocks import Compared, Softmax
 from portllm.methods.contract import Block, Comparison, Part
 from portllm.methods.tail import logit_moves
-from portllm.porting.prompts import Rows
+from portllm.porting.reading import FITTED, Reading, writers_of
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
-from portllm.running.encoding import PaddedBatch, batches, pad_left
-from portllm.running.layers import Arguments, LayeredModel
-from portllm.running.writers import Writer, find_writers, hooked
+from portllm.running.layers import LayeredModel
+from portllm.running.writers import Extras, Writer, watch
 
-FITTED: tuple[Part, ...] = ("fit", "anchor")
 ANSWER_SHARE = 0.001
 """A token to which the old specialist gives less than this, on average, is no answer."""
 
 MOST_ANSWERS = 64
 
-KEPT_SCORES = 1 << 18
-"""Of a batch: tokens of a row, squared, times rows. Masks of more are made again for every layer."""
-
 PLACES = 1024
 """Whose logits are in memory at a time, for some thousand tokens of the vocabulary."""
-
-
-class _EnoughError(BaseException):
-    """Ends a pass through a layer behind the module that was looked at."""
-
-
-@dataclass
-class Reading:
-    """Some rows that several models read.
-
-    Attributes:
-        rows: The rows.
-        model: Whose states the candidates are to have: the old specialist, or the bare evolved model.
-        device: Where layers run.
-        batch_size: Rows of a pass.
-    """
-
-    rows: Rows
-    model: LayeredModel
-    device: torch.device
-    batch_size: int
-    states: dict[str | None, Tensor] = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    wanted: list[list[Tensor]] = field(default_factory=list)
-    _arguments: dict[tuple[int, tuple[int, ...]], list[Arguments]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.to_fit, self.others = (
-            [
-                [rows[place] for place in batch]
-                for batch in batches([len(self.rows.ids[row]) for row in rows], batch_size=self.batch_size)
-            ]
-            for rows in (
-                [row for row, part in enumerate(self.rows.parts) if part in FITTED],
-                [row for row, part in enumerate(self.rows.parts) if part not in FITTED],
-            )
-        )
-
-    def pad(self, batch: Sequence[int]) -> PaddedBatch:
-        """The ids of a batch."""
-        return pad_left([self.rows.ids[row] for row in batch], device=self.device)
-
-    def arguments(self, model: LayeredModel, number: int, batch: Sequence[int]) -> Arguments:
-        """What a layer of a model is called with for a batch; kept for all layers where it is small."""
-        key = id(model), tuple(batch)
-        if key in self._arguments:
-            return self._arguments[key][number]
-        padded = self.pad(batch)
-        arguments = model.arguments(padded)
-        rows, tokens = padded.ids.shape
-        if rows * tokens * tokens <= KEPT_SCORES:
-            self._arguments[key] = arguments
-        return arguments[number]
-
-    def state(self, name: str | None, batch: Sequence[int]) -> Tensor:
-        """The states of a batch, padded."""
-        width = max(len(self.rows.ids[row]) for row in batch)
-        padded = torch.zeros(len(batch), width, self.model.width)
-        for place, row in enumerate(batch):
-            start, stop = self.rows.starts[row], self.rows.starts[row + 1]
-            padded[place, width - (stop - start) :] = self.states[name][start:stop]
-        return padded.to(self.device)
-
-    def keep(self, name: str | None, batch: Sequence[int], state: Tensor) -> None:
-        """The states of a batch behind a layer."""
-        self.states[name][self.rows.tokens(batch)] = self.flat(state, batch).cpu()
-
-    def flat(self, padded: Tensor, batch: Sequence[int]) -> Tensor:
-        """The tokens of a batch without padding, row after row."""
-        width = padded.shape[1]
-        return torch.cat([padded[place, width - len(self.rows.ids[row]) :] for place, row in enumerate(batch)])
-
-    def begin(self, name: str | None, model: LayeredModel) -> None:
-        """The states before the first layer, in the room that there is for them."""
-        for batch in (*self.to_fit, *self.others):
-            padded = self.pad(batch)
-            embedded = model.embed(padded.ids.flatten()).view(*padded.ids.shape, -1)
-            self.keep(name, batch, model.begin(padded, embedded))
-
-    def run_wanted(self, number: int) -> None:
-        """The model to be reached, through a layer that is filled; what it has behind each writer is kept."""
-        writers = _writers_of(self.model, number, self)
-        self.wanted = [[] for _ in writers]
-        for batch in (*self.to_fit, *self.others):
-            state = self.state(None, batch)
-            found, after = _watch(self.model, number, writers, state, self.arguments(self.model, number, batch), {})
-            self.keep(None, batch, after)
-            if batch in self.to_fit:
-                for kept, writer, (_, output) in zip(self.wanted, writers, found, strict=True):
-                    state = state + writer.added(output)
-                    kept.append(self.flat(state, batch).cpu())
-
-
-Extras = Mapping[str, tuple[Tensor, Tensor]]
-"""By writer, what is added to its output beside what its weights make: a and b of `b a x`."""
 
 
 @dataclass
@@ -193,7 +94,7 @@ class Streams:
             if number == n_layers - 1:
                 self._aim()
             with self.new.filled(number):
-                self._writers = _writers_of(self.new, number, self.prompts)
+                self._writers = writers_of(self.new, number, self.prompts)
                 for place, writer in enumerate(self._writers):
                     yield WriterStep(self, number, place, writer.name)
                 for candidate in candidates:
@@ -211,7 +112,7 @@ class Streams:
         for reading in self.readings:
             for batch, wanted in zip(reading.to_fit, reading.wanted[step.place], strict=True):
                 state = reading.state(candidate, batch)
-                found, after = _watch(
+                found, after = watch(
                     self.new,
                     step.number,
                     self._writers,
@@ -283,7 +184,7 @@ class Streams:
         wanted = old.finish(self.last_states(None)[apart])
         finished = {name: new.finish(state[apart]) for name, state in states.items()}
         parts = torch.split(torch.arange(len(wanted)), PLACES)
-        found = [_Compared(len(part), finished, new.device) for part in parts]
+        found = [Compared(len(part), finished, new.device) for part in parts]
         for start, stop in new.head_blocks():
             with old.head(range(start, stop)) as old_logits, new.head(range(start, stop)) as new_logits:
                 for part, compared in zip(parts, found, strict=True):
@@ -346,7 +247,7 @@ class Streams:
                     state + self._writers[-1].scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
                 )
             finished = model.finish(state)
-            softmax, of_said = _Softmax(len(state), model.device), torch.zeros(len(state), dtype=torch.float64)
+            softmax, of_said = Softmax(len(state), model.device), torch.zeros(len(state), dtype=torch.float64)
             for start, stop in model.head_blocks():
                 with model.head(range(start, stop)) as logits:
                     block = logits(finished).double()
@@ -419,7 +320,7 @@ class Streams:
                 reading.states[candidate][reading.rows.tokens(batch)] = after
             for batch in (*(() if done else reading.to_fit), *reading.others):
                 state = reading.state(candidate, batch)
-                found, after = _watch(
+                found, after = watch(
                     self.new,
                     number,
                     self._writers,
@@ -434,91 +335,3 @@ class Streams:
                 order = torch.cat([tokens for tokens, _ in inputs]).argsort()
                 reading.inputs[candidate] = torch.cat([each for _, each in inputs])[order][reading.rows.places]
         self._done.pop(candidate, None)
-
-
-def _writers_of(model: LayeredModel, number: int, reading: Reading) -> list[Writer]:
-    probe = pad_left([reading.rows.ids[0][:4]], device=model.device)
-    return find_writers(model, number, model.arguments(probe)[number], tokens=probe.ids.shape[1])
-
-
-@torch.no_grad()
-def _watch(
-    model: LayeredModel,
-    number: int,
-    writers: Sequence[Writer],
-    state: Tensor,
-    given: Arguments,
-    extras: Extras,
-    *,
-    stop: int | None = None,
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Input and output of each writer up to `stop`, and the state behind the layer, or before it where it was left."""
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
-        if name in extras:
-            a, b = extras[name]
-            said = said + inputs[0] @ a.T.to(said) @ b.T.to(said)
-        found.append((inputs[0], said))
-        if len(found) - 1 == stop:
-            raise _EnoughError
-        return said
-
-    with hooked({writer.name: model.module(number, writer.name) for writer in writers}, output):
-        try:
-            return found, model.run(number, state, given)
-        except _EnoughError:
-            return found, state
-
-
-class _Compared:
-    """Divergence and agreement of several streams from one, over blocks of the vocabulary as they come."""
-
-    def __init__(self, n: int, streams: Mapping[str, Tensor], device: torch.device) -> None:
-        self._old = _Softmax(n, device)
-        self._new = {name: _Softmax(n, device) for name in streams}
-        self._cross = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in streams}
-
-    def add(self, start: int, old: Tensor, streams: Mapping[str, Tensor]) -> None:
-        """The logits of some tokens."""
-        old = old.double()
-        before = self._old.most
-        self._old.add(start, old)
-        shares = (old - self._old.most[:, None]).exp()
-        for name, logits in streams.items():
-            wide = logits.double()
-            self._new[name].add(start, wide)
-            shrunk = self._cross[name] * (before - self._old.most).exp()
-            self._cross[name] = shrunk + (shares * (old - wide)).sum(dim=1)
-
-    def results(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each stream, place by place: its divergence, and whether the likeliest token is the same."""
-        return {
-            name: (
-                (cross / self._old.sum - self._old.normalizer + self._new[name].normalizer).clamp(min=0).cpu(),
-                (self._old.likeliest == self._new[name].likeliest).cpu(),
-            )
-            for name, cross in self._cross.items()
-        }
-
-
-class _Softmax:
-    """The normalizer of a softmax and its greatest entry, over blocks of logits as they come."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.most = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(n, dtype=torch.float64, device=device)
-        self.likeliest = torch.zeros(n, dtype=torch.int64, device=device)
-
-    def add(self, start: int, logits: Tensor) -> None:
-        """The logits of some tokens, from the token `start` on."""
-        most, place = logits.max(dim=1)
-        self.likeliest = torch.where(most > self.most, place + start, self.likeliest)
-        greatest = torch.maximum(most, self.most)
-        self.sum = self.sum * (self.most - greatest).exp() + (logits - greatest[:, None]).exp().sum(dim=1)
-        self.most = greatest
-
-    @property
-    def normalizer(self) -> Tensor:
-        """`log Σ exp(logit)`."""
-        return self.most + self.sum.log()

@@ -20,7 +20,6 @@ from portllm.show.table import columns, items, table
 
 SHOWN_TOKENS = 10
 
-
 Carried = tuple[PortPlan, Patch[TensorInfo] | None]
 """A plan, and the ported patch where the plan was carried out."""
 

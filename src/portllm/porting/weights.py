@@ -8,7 +8,7 @@ from portllm.capturing.stored_values import StoredValues
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError
-from portllm.matching.compatibility import changes_of
+from portllm.matching.changes import changes_of
 from portllm.methods.values import Values, take_rows, whole
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.merge import add, delta_rows, renormalize

@@ -24,9 +24,10 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
-from portllm.errors import DataError, PlanRefusedError, Refusal
+from portllm.errors import DataError, Refusal, refuse
 from portllm.files.input_file import unchanged
-from portllm.matching.compatibility import oriented, unmatchable
+from portllm.matching.changes import oriented
+from portllm.matching.compatibility import unmatchable
 from portllm.matching.port_plan import PortPlan, plan_port_on
 from portllm.matching.update import Update
 from portllm.measures.fidelity import Fidelity, measure_fidelity
@@ -106,13 +107,11 @@ def measure_text(
         )
     update = Update(base, evolved)
     plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
-    refusals = [
+    refuse(
         refusal
         for plan in plans
         for refusal in (*plan.refusals, *unmatchable(plan.patch, base, option="PATCH"), *_own_parts(plan))
-    ]
-    if refusals:
-        raise PlanRefusedError(refusals)
+    )
     read = [*base.files, *evolved.files, *(file for patch in patches for file in files_of(patch))]
     with unchanged(read), tempfile.TemporaryDirectory(prefix="portllm-check-") as scratch:
         carried = [

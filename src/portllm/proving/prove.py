@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from portllm import __version__
 from portllm.checkpoint.builtin import locate
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.open import ModelLike, open_checkpoint
+from portllm.checkpoint.open import BUILTIN_PREFIX, ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NotFoundError, RuntimeFailedError, refuse
 from portllm.evaluating.plan import model_refusals
@@ -78,7 +78,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProvePlan:
+class _Plan:
     """All that is known before anything is loaded.
 
     Attributes:
@@ -140,49 +140,17 @@ def prove(
         NotFoundError: The runtime is not installed.
         RuntimeFailedError: The runtime cannot load base or patch, ends, or gives no log-probabilities.
     """
-    plan = plan_prove(
-        patch,
-        base=base,
-        runtime=runtime,
-        export=export,
-        served_base=served_base,
-        prompts=prompts,
-        limit=limit,
-        python=python,
-        allow_other_base=allow_other_base,
-        progress=progress,
-    )
-    return run_prove(plan, device=device, progress=progress)
-
-
-def plan_prove(
-    patch: PatchLike,
-    *,
-    base: ModelLike,
-    runtime: str | Endpoint = "mistralrs",
-    export: str | Path | None = None,
-    served_base: str | Path | None = None,
-    prompts: Sequence[str] | Data = PROMPTS,
-    limit: int = MOST_ROWS,
-    python: str | Path | None = None,
-    allow_other_base: bool = False,
-    progress: Progress = silent,
-) -> ProvePlan:
-    """What `prove` would do, every reason not to checked; arguments and errors as there."""
     where = runtime if isinstance(runtime, Endpoint) else runtime_named(runtime)
     opened, checkpoint = load_patch(patch), open_checkpoint(base, progress=progress)
     check_runnable(checkpoint)
-    refusals = list(
-        model_refusals("PATCH", opened, checkpoint, identify(checkpoint), allow_other_base=allow_other_base)
-    )
-    refuse(refusals)
+    refuse([*model_refusals("PATCH", opened, checkpoint, identify(checkpoint), allow_other_base=allow_other_base)])
     if isinstance(where, Runtime) and export is None:
         planned = plan_export(
             opened, serving.runtime_named(where.profile), base=checkpoint, allow_other_base=allow_other_base
         )
         refuse(planned.refusals)
     folder = model_folder(checkpoint, progress=progress)
-    return ProvePlan(
+    plan = _Plan(
         base=checkpoint,
         patch=opened,
         folder=folder,
@@ -194,10 +162,10 @@ def plan_prove(
         limit=limit,
         allow_other_base=allow_other_base,
     )
+    return _run(plan, device=device, progress=progress)
 
 
-def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = silent) -> Proof:
-    """Carry out a plan; see `prove`."""
+def _run(plan: _Plan, *, device: Device, progress: Progress) -> Proof:
     # They load torch, which no refusal needs.
     from portllm.proving.reference import Reference, ids_by_text
     from portllm.running.encoding import Encoder, encode_prompts
@@ -268,7 +236,7 @@ def run_prove(plan: ProvePlan, *, device: Device = "auto", progress: Progress = 
 
 @contextlib.contextmanager
 def _started(
-    plan: ProvePlan, max_tokens: int, ids_by_text: Callable[[], Mapping[str, int]]
+    plan: _Plan, max_tokens: int, ids_by_text: Callable[[], Mapping[str, int]]
 ) -> Iterator[tuple[Running, str]]:
     """What is asked, and what it serves: a server as it is, or a runtime with the patch exported for it."""
     if isinstance(plan.runtime, Endpoint):
@@ -310,9 +278,8 @@ def _served_base(base: Checkpoint, folder: Path, runtime: Runtime | Endpoint, gi
         return given
     if isinstance(runtime, Endpoint) or runtime.base == "folder":
         return folder
-    kind, _, name = base.name.partition(":")
-    if kind == "builtin":
-        return locate(name)
+    if base.name.startswith(BUILTIN_PREFIX):
+        return locate(base.name.removeprefix(BUILTIN_PREFIX))
     raise NotFoundError(
         f"{runtime.title} loads a GGUF file: name the one of '{base.name}' with --served-base, best in the precision "
         "of the model itself. llama.cpp's convert_hf_to_gguf.py makes one."

@@ -21,6 +21,9 @@ from portllm.running.shapes import SHAPES, Content, Conversation, Shape, recogni
 SHAREGPT = '{messages: [.FIELD[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), content: .value}]}'
 """What makes messages of ShareGPT's rows, for jq."""
 
+HUB = "hf:"
+"""How addresses begin."""
+
 SHAPES_SAID = "'messages', 'prompt' and 'completion', or 'text' alone"
 
 
@@ -70,12 +73,14 @@ class Data:
         wording: How prompts are made of them.
         digest: Of all bytes of the file.
         file: The file.
+        given: As the user named it: the file, or the address of a dataset.
     """
 
     rows: tuple[Content, ...]
     wording: Wording
     digest: str
     file: LocalFile
+    given: str
 
     @property
     def recorded(self) -> dict[str, object]:
@@ -96,7 +101,7 @@ class Data:
         shape = self.wording.shape
         how = f"prompts by the template {self.wording.prompt!r}" if shape is None else f"rows of {shape.said}"
         return (
-            f"'{self.file}': {len(self.rows)} rows, read as {how}"
+            f"'{self.given}': {len(self.rows):,} rows, read as {how}"
             + ", through the chat template" * self.wording.is_chat
         )
 
@@ -111,7 +116,7 @@ def read_data(
     """The rows of a data file.
 
     Args:
-        path: The file.
+        path: The file; or the address of a dataset of the hub, see `docs/data.md`.
         *patches: Their records say how prompts are made, where nothing is given; the first one's completion counts.
         prompt: Template of the prompt.
         completion: Field of the completion.
@@ -119,12 +124,19 @@ def read_data(
 
     Raises:
         DataError: The file cannot be read, rows do not fit, or it is not known how prompts are made.
+        MissingExtraError: A dataset of the hub is named, and its library is not installed.
+        RemoteError, NotFoundError: The hub does not give the dataset.
     """
-    path = Path(path)
+    given, path = str(path), Path(path)
+    if given.startswith(HUB):
+        from portllm.running.hub_rows import fetch_rows, parse_address  # its library takes a second to load
+
+        address = parse_address(given)
+        given, path = str(address), fetch_rows(address)
     opened = [load_patch(patch) for patch in patches]
     wording = find_wording(path, opened, prompt=prompt, completion=completion, answers=answers)
     rows, digest = read_with_digest(path, lambda: _read(path, wording, answers=answers))
-    return Data(rows=tuple(rows), wording=wording, digest=digest, file=local_file(path))
+    return Data(rows=tuple(rows), wording=wording, digest=digest, file=local_file(path), given=given)
 
 
 def find_wording(

@@ -28,10 +28,15 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
         try:
             for batch in parquet.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS):
                 for row in batch.to_pylist():
-                    yield {name: _plain(value) for name, value in row.items()}
+                    yield plain_row(row)
         except pyarrow.ArrowException as error:
             why = str(error).splitlines()[0]
             raise DataError(f"'{path}': is not a valid Parquet file: {why} Download it again.") from error
+
+
+def plain_row(row: dict[str, object]) -> dict[str, object]:
+    """A row of Arrow as it would be read from JSON with its numbers as text."""
+    return {name: _plain(value) for name, value in row.items()}
 
 
 def _plain(value: object) -> object:

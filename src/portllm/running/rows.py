@@ -18,6 +18,7 @@ from portllm.errors import DataError
 from portllm.files.input_file import local_file, open_input, read_input, require_unchanged
 from portllm.files.json_text import parse_json
 from portllm.files.seal import digest_file
+from portllm.running.other_kinds import BYTE_ORDER_MARK, filled, head_of, why_other_kind
 
 SHOWN_PROBLEMS = 10
 MAX_LINE_BYTES = 16_000_000
@@ -34,24 +35,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", *SEPARATORS)
 MOST_FILES = 10_000
 """Files of a folder that are looked at, to name some that can be read."""
 
-ADDRESS = re.compile(r"(hf|https?|s3|gs):")
-
-FOREIGN = (
-    (b"\xff\xfe", "is UTF-16; expected UTF-8", "iconv -f UTF-16 -t UTF-8 {old} > {new}"),
-    (b"\xfe\xff", "is UTF-16; expected UTF-8", "iconv -f UTF-16 -t UTF-8 {old} > {new}"),
-    (b"{\0", "is UTF-16; expected UTF-8", "iconv -f UTF-16LE -t UTF-8 {old} > {new}"),
-    (b"\0{", "is UTF-16; expected UTF-8", "iconv -f UTF-16BE -t UTF-8 {old} > {new}"),
-    (b"\x1f\x8b", "is compressed with gzip", "gunzip -k {old}"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "zstd -d {old}"),
-    (b"BZh", "is compressed with bzip2", "bunzip2 -k {old}"),
-    (b"\xfd7zXZ", "is compressed with xz", "unxz -k {old}"),
-    (b"PK\x03\x04", "is a ZIP archive or an Excel workbook", "unzip {old}; save a workbook as CSV"),
-    (b"ARROW1", "is an Arrow file", 'python -c "import pandas; pandas.read_feather({old!r}).to_parquet({parquet!r})"'),
-    (b"SQLite format 3", "is an SQLite database", "sqlite3 -csv -header {old} 'select * from TABLE' > rows.csv"),
-    (b"version https://git-lfs", "is a Git LFS pointer; the data was not downloaded", "git lfs pull"),
-    (b"\x80\x04", "is a pickle, which is never read", "save the rows as JSONL"),
-)
-"""How files of other kinds begin, what they are, and what makes rows of them."""
+ADDRESS = re.compile(r"(https?|s3|gs):")
 
 PARQUET = b"PAR1"
 
@@ -74,6 +58,15 @@ class RowError(Exception):
     """Why one row does not fit; gathered by `read_rows`."""
 
 
+class _NotUtf8Error(RowError):
+    def __init__(self, error: UnicodeDecodeError) -> None:
+        super().__init__(f"byte {error.start + 1} is not UTF-8")
+
+
+class _NotJsonError(RowError):
+    """The line is no JSON; perhaps the file is of another kind."""
+
+
 def read_rows(path: str | Path, make: Callable[[Row], Made], *, what: str) -> list[Made]:
     """What is made of the rows of a file, in order; blank lines are skipped.
 
@@ -87,12 +80,12 @@ def read_rows(path: str | Path, make: Callable[[Row], Made], *, what: str) -> li
             ten shown with their places.
     """
     made: list[Made] = []
-    problems: list[str] = []
+    problems: dict[str, RowError] = {}
     for place, row in _rows(path):
         try:
             made.append(make(row()))
         except RowError as error:
-            problems.append(f"{place}: {error}")
+            problems[place] = error
     if problems:
         raise DataError(_render_problems(path, problems, n_rows=len(made) + len(problems), what=what))
     if not made:
@@ -124,12 +117,18 @@ def read_lines(path: str | Path) -> list[str]:
         DataError: The file cannot be read, has no such lines, or some are not UTF-8 or hold a zero byte.
     """
     lines: list[str] = []
-    problems: list[str] = []
+    problems: dict[str, RowError] = {}
+    try:
+        said = why_other_kind(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if said:
+        raise DataError(f"'{path}': {said}")
     for number, line in _numbered_lines(path):
         try:
             lines.append(_decoded(line).rstrip("\r"))
         except RowError as error:
-            problems.append(f"line {number}: {error}")
+            problems[f"line {number}"] = error
     if problems:
         raise DataError(_render_problems(path, problems, n_rows=len(lines) + len(problems), what="plain text"))
     if not lines:
@@ -204,11 +203,9 @@ def kind_of(value: object) -> str:
 def _rows(path: str | Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     """The place of each row, and what reads it."""
     try:
-        with open_input(path) as stream:
-            head = stream.read(64).removeprefix(b"\xef\xbb\xbf")
-        for start, what, command in FOREIGN:
-            if head.startswith(start):
-                raise DataError(f"'{path}': {what}. Run: {_filled(command, path)}")
+        head = head_of(path)
+        if said := why_other_kind(path):
+            raise DataError(f"'{path}': {said}")
         if head.startswith(PARQUET):
             from portllm.running.parquet import parquet_rows  # pyarrow is a library of its own
 
@@ -230,11 +227,11 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def _array(path: str | Path) -> list[object]:
-    text = read_input(path, most=MAX_ARRAY_BYTES).removeprefix(b"\xef\xbb\xbf")
+    text = read_input(path, most=MAX_ARRAY_BYTES).removeprefix(BYTE_ORDER_MARK)
     try:
         values = parse_json(text, numbers_as_text=True)
     except UnicodeDecodeError as error:
-        raise DataError(f"'{path}': byte {error.start + 1} is not UTF-8. {_filled(NOT_UTF8, path)}") from error
+        raise DataError(f"'{path}': byte {error.start + 1} is not UTF-8. {filled(NOT_UTF8, path)}") from error
     except ValueError as error:
         raise DataError(
             f"'{path}': begins as a JSON array, but is none: {error}. Correct it, or put each row on a line of its own."
@@ -273,7 +270,7 @@ def _separated(path: str | Path) -> Iterator[Row]:
                 if cells:
                     yield dict(zip(names, cells, strict=True))
         except UnicodeDecodeError as error:
-            raise DataError(f"'{path}': is not UTF-8. {_filled(NOT_UTF8, path)}") from error
+            raise DataError(f"'{path}': is not UTF-8. {filled(NOT_UTF8, path)}") from error
         except csv.Error as error:
             raise DataError(f"'{path}': is not valid CSV: {error}. Correct it, or write the rows as JSONL.") from error
 
@@ -290,7 +287,7 @@ def _numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                     )
                 if not line:
                     return
-                line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").removesuffix(b"\n")
+                line = line.removeprefix(BYTE_ORDER_MARK if number == 1 else b"").removesuffix(b"\n")
                 if line.strip():
                     yield number, line
     except OSError as error:
@@ -301,9 +298,9 @@ def _unreadable(path: str | Path, error: OSError) -> DataError:
     remedy = "Pass a data file: JSONL, JSON, CSV or Parquet."
     folder = Path(path)
     if isinstance(error, FileNotFoundError) and (address := ADDRESS.match(str(path))):
-        remedy = f"Data is read from files: download it, and pass a data file. {address[0]}... is an address."
+        remedy = f"{address[0]}... is an address: download what is there, and pass the file."
     elif isinstance(error, FileNotFoundError) and _names_hub(path):
-        remedy += f" A dataset of the Hugging Face Hub: hf download --repo-type dataset --local-dir data {path}"
+        remedy += f" A dataset of the Hugging Face Hub has the address hf://datasets/{path}/SPLIT."
     if isinstance(error, IsADirectoryError):
         files = itertools.islice(itertools.chain(folder.glob("*.*"), folder.glob("*/*.*")), MOST_FILES)
         inside = sorted(str(file.relative_to(folder)) for file in files if file.suffix.lower() in SUFFIXES)
@@ -334,36 +331,29 @@ def _decoded(line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError(f"byte {error.start + 1} is not UTF-8") from error
+        raise _NotUtf8Error(error) from error
 
 
-def _render_problems(path: str | Path, problems: Sequence[str], *, n_rows: int, what: str) -> str:
+def _render_problems(path: str | Path, problems: Mapping[str, RowError], *, n_rows: int, what: str) -> str:
     lines = [f"'{path}': {len(problems)} of {n_rows} rows do not match {what}. Correct the rows, or the field names."]
-    lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    lines += [f"  {place}: {problem}" for place, problem in itertools.islice(problems.items(), SHOWN_PROBLEMS)]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more.")
-    if any("is not UTF-8" in problem for problem in problems):
-        lines.append(_filled(NOT_UTF8, path))
-    if len(problems) == n_rows and all("is not JSON" in problem for problem in problems):
+    if any(isinstance(problem, _NotUtf8Error) for problem in problems.values()):
+        lines.append(filled(NOT_UTF8, path))
+    if len(problems) == n_rows and all(isinstance(problem, _NotJsonError) for problem in problems.values()):
         with open_input(path) as stream:
             lines += [NOT_JSON] * (b"," in stream.readline(MAX_LINE_BYTES))
     return "\n".join(lines)
-
-
-def _filled(command: str, path: str | Path) -> str:
-    """A command for a file; `new` is a file beside it."""
-    old = Path(path)
-    new, parquet = old.with_name(f"{old.stem}-utf8{old.suffix}"), old.with_suffix(".parquet")
-    return command.format(old=str(old), new=new, parquet=str(parquet))
 
 
 def _parse_row(line: bytes) -> Row:
     try:
         return _object(parse_json(line, numbers_as_text=True))
     except UnicodeDecodeError as error:
-        raise RowError(f"byte {error.start + 1} is not UTF-8") from error
+        raise _NotUtf8Error(error) from error
     except json.JSONDecodeError as error:
-        raise RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
+        raise _NotJsonError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
     except ValueError as error:
         raise RowError(f"is not a valid row: {error}") from error
 

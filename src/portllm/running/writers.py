@@ -5,7 +5,7 @@ give back what it was given; with one of them saying something known, what is ad
 number, or what a norm of the layer makes of it. What is neither is refused.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +21,15 @@ from portllm.running.layers import Arguments, LayeredModel
 TOLERANCE = 1e-4
 """Of what a layer adds, in float32, where a module's output passes through a norm or a factor."""
 
-
 Output = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 """What a hook makes of the name of a module, the module, its inputs and its output: another output, or None."""
+
+Extras = Mapping[str, tuple[Tensor, Tensor]]
+"""By writer, what is added to its output beside what its weights make: a and b of `b a x`."""
+
+
+class _EnoughError(BaseException):
+    """Ends a pass through a layer behind the module that was looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +128,36 @@ def hooked(modules: Mapping[str, nn.Module], output: Output) -> Iterator[None]:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(partial(output, name)).remove)
         yield
+
+
+@torch.no_grad()
+def watch(
+    model: LayeredModel,
+    number: int,
+    writers: Sequence[Writer],
+    state: Tensor,
+    given: Arguments,
+    extras: Extras,
+    *,
+    stop: int | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Input and output of each writer up to `stop`, and the state behind the layer, or before it where it was left."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
+        if name in extras:
+            a, b = extras[name]
+            said = said + inputs[0] @ a.T.to(said) @ b.T.to(said)
+        found.append((inputs[0], said))
+        if len(found) - 1 == stop:
+            raise _EnoughError
+        return said
+
+    with hooked({writer.name: model.module(number, writer.name) for writer in writers}, output):
+        try:
+            return found, model.run(number, state, given)
+        except _EnoughError:
+            return found, state
 
 
 def _writer(name: str, said: Tensor, added: Tensor) -> Writer:

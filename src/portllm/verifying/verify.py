@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from portllm.certifying.certificate import CERTIFICATE_FILE
-from portllm.checkpoint.model.checkpoint import Checkpoint, names_hub
+from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import listed_tensors
+from portllm.checkpoint.model.hub_names import names_hub
 from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.safetensors.header import render_header

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 
@@ -83,3 +84,25 @@ class Pool(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def work_through(
+    pool: Pool, ready: Callable[[], Iterator[tuple[int, Mapping[str, Any]]]], running: set[int]
+) -> Iterator[Finished | Lost]:
+    """Jobs as they end, until none runs and none is ready.
+
+    Args:
+        pool: Who does them.
+        ready: What can begin now, with its number, as long as it neither runs nor has ended.
+        running: Kept up: the numbers of the jobs that run.
+    """
+    while True:
+        for number, job in islice(ready(), pool.free):
+            running.add(number)
+            pool.submit(number, job)
+        if not running and next(ready(), None) is None:
+            return
+        ended = pool.wait()
+        if ended is not None:
+            running.discard(ended.number)
+            yield ended

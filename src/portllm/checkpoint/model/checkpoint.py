@@ -1,12 +1,11 @@
 """A checkpoint: named tensors in files, their configuration, and their roles in the model."""
 
-import os
-import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from portllm.checkpoint.model.class_names import known_part, paths_in
 from portllm.checkpoint.model.equality import TakenForEqual, look_same
 from portllm.checkpoint.model.experts import Experts, experts_of, parameters_of
 from portllm.checkpoint.model.families import WEIGHT, Family, families_of
@@ -18,16 +17,8 @@ from portllm.files.source import RemoteFile, Source
 
 CONFIG_FILE = "config.json"
 
-
-MAX_NAME_LENGTH = 250
-"""Of a model of the hub, with its revision; a name there has 96 characters at most."""
-
-
 SIDE_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 """What belongs to a model besides its weights: index, configuration, tokenizer."""
-
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?P<revision>@(?!.*\.\.)\w[\w./-]*)?")
 
 
 @dataclass(frozen=True)
@@ -176,7 +167,7 @@ class Checkpoint:
         if self.family is None or self._has(current):
             return current
         asked = [current, *[name] * len(self._spoken[1:])]
-        known = [_known_part(path, spoken) for path, spoken in zip(asked, self._spoken, strict=True)]
+        known = [known_part(path, spoken) for path, spoken in zip(asked, self._spoken, strict=True)]
         number = max(range(len(known)), key=lambda number: len(known[number]), default=0)
         if not number:
             return current
@@ -199,32 +190,9 @@ class Checkpoint:
     @cached_property
     def _spoken(self) -> tuple[Mapping[str, str], ...]:
         """For each class the current names by those of the class, of all that it loads, and of each path to that."""
-        return tuple(self._paths(family) for family in self._families)
-
-    def _paths(self, family: Family) -> dict[str, str]:
-        paths: dict[str, str] = {}
-        config = self._config_of(family)
-        for current, info in self.tensors.items():
-            name = family.current_name(info.name) if family is not self.family else current
-            if not family.loads(name, config):
-                continue
-            while name and name not in paths:
-                paths[name] = current
-                # A tensor and its module end alike; what stands before that is theirs alone.
-                if name.rpartition(".")[2] != current.rpartition(".")[2]:
-                    break
-                name, current = name.rpartition(".")[0], current.rpartition(".")[0]
-        return paths
-
-    def _config_of(self, family: Family) -> Mapping[str, object]:
-        """The configuration as a class of its own type has it."""
-        inner = self.config.get("text_config")
-        is_inner = (
-            family.id != self.config.get("model_type")
-            and isinstance(inner, dict)
-            and inner.get("model_type") == family.id
+        return tuple(
+            paths_in(family, tensors=self.tensors, saved=self.family, config=self.config) for family in self._families
         )
-        return inner if is_inner and isinstance(inner, dict) else self.config
 
     def _renamed(self, name: str) -> str:
         return name if self.family is None else self.family.current_name(name)
@@ -428,27 +396,3 @@ class Checkpoint:
         of_text = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
         said = self.config.get("tie_word_embeddings", of_text)
         return said if isinstance(said, bool) else None
-
-
-def _known_part(path: str, known: Container[str]) -> str:
-    """The longest beginning of a path that is known; empty where none is."""
-    while path and path not in known:
-        path = path.rpartition(".")[0]
-    return path
-
-
-def names_hub(where: str | Path) -> bool:
-    """Whether a name means a repository of the hub: `org/name@revision`, or `org/name` that can be no path.
-
-    Where there is a folder `org`, `org/name` is a path, perhaps a mistyped one, and is not sent over the network.
-
-    Example:
-        >>> [names_hub(name) for name in ("org/name", "org/name@main", "models/m.safetensors", "./org/name")]
-        [True, True, False, False]
-    """
-    match = HUB_ID.fullmatch(str(where))
-    if match is None or len(str(where)) > MAX_NAME_LENGTH:
-        return False
-    if os.path.exists(where) or str(where).endswith(".safetensors"):
-        return False
-    return match["revision"] is not None or not os.path.exists(Path(where).parent)

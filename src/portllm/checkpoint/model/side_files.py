@@ -41,19 +41,25 @@ def side_files(folder: Path) -> list[Path]:
 def require_copyable(file: Path) -> None:
     """Raise CheckpointError if a file must not be copied from a folder that may be a stranger's; see `side_files`."""
     require_writable_name(file)
+    if (why := why_uncopyable(file)) is not None:
+        raise CheckpointError(f"'{file}': {why}")
+
+
+def why_uncopyable(file: Path) -> str | None:
+    """Why a file must not be copied, but for its name; None where it may be."""
     if (size := file.stat().st_size) > MAX_BYTES:
-        raise CheckpointError(
-            f"'{file}': has {size} bytes, and would be copied into the output; the limit for files beside the "
-            f"weights is {MAX_BYTES}. Move it elsewhere."
+        return (
+            f"has {size} bytes, and would be copied into the output; the limit for files beside the weights is "
+            f"{MAX_BYTES}. Move it elsewhere."
         )
     target = file.resolve()
     if not any(target.is_relative_to(root) for root in _roots(file.parent.resolve())):
-        raise CheckpointError(
-            f"'{file}': is a link to '{target}', outside its folder, and would be copied into the output. Delete the "
-            "link, or replace it with the file itself."
+        return (
+            f"is a link to '{target}', outside its folder, and would be copied into the output. Delete the link, or "
+            "replace it with the file itself."
         )
-    if (problem := _stand_in(file)) is not None:
-        raise CheckpointError(f"'{file}': would be copied into the output, and {problem}")
+    problem = _stand_in(file)
+    return None if problem is None else f"would be copied into the output, and {problem}"
 
 
 def _stand_in(file: Path) -> str | None:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float32
 
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.source import LocalFile
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SPOOL_FILE = ".spool"
 """Its name in a staged folder, which is gone before the folder takes its place."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(slots=True)
@@ -36,8 +38,10 @@ class SpoolEntry:
         """Its next bytes."""
         self.spool.write(data)
 
-    def append_tensor(self, tensor: Tensor) -> None:
+    def append_tensor(self, tensor: "Tensor") -> None:
         """Its next rows."""
+        from portllm.checkpoint.reading.tensors import encode  # loads torch, which whoever has a tensor has loaded
+
         self.spool.write(encode(tensor))
 
 
@@ -60,10 +64,18 @@ class Spool:
         self._written = 0
         self._lock = Lock()
 
-    def add(self, name: str, tensor: Tensor) -> TensorInfo:
+    def add(self, name: str, tensor: "Tensor") -> TensorInfo:
         """Put down one tensor."""
+        from portllm.checkpoint.reading.tensors import DTYPE_NAMES
+
         with self.writing(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) as entry:
-            entry.append(encode(tensor))
+            entry.append_tensor(tensor)
+        return entry.info
+
+    def add_values(self, name: str, values: Float32[np.ndarray, "..."]) -> TensorInfo:
+        """Put down one tensor of float32."""
+        with self.writing(name, "F32", values.shape) as entry:
+            entry.append(np.ascontiguousarray(values, "<f4").data)
         return entry.info
 
     @contextmanager

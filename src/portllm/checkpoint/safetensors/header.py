@@ -29,7 +29,6 @@ MAX_DIMENSIONS = 64
 MAX_NAME_LENGTH = 1024
 """Characters of a tensor's name; ten times what any model has, and few enough to be compared with patterns."""
 
-
 METADATA_KEY = "__metadata__"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")

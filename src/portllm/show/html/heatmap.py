@@ -112,7 +112,7 @@ def strength(value: float, largest: float) -> float:
 
 
 def _is_drawn(place: TensorPlace) -> bool:
-    return place.layer >= 0 and not place.kind.endswith(("norm", ".bias"))
+    return place.layer >= 0 and place.is_matrix
 
 
 def _column_name(name: str, x: float, y: float) -> Html:

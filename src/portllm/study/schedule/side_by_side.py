@@ -1,6 +1,6 @@
 """Do the steps of a study side by side: each as soon as what it reads is done and a worker is free."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from portllm.errors import OutputError, StudyStepError
@@ -8,7 +8,7 @@ from portllm.files.kept_results import Record, identity_or_none, read_record
 from portllm.study.definition.plan import Step, startable
 from portllm.study.schedule.ledger import Ledger
 from portllm.study.schedule.shared import appears
-from portllm.workers.pool import Finished, Pool, Retries
+from portllm.workers.pool import Finished, Pool, Retries, work_through
 
 RETRIES = 2
 """Of a step whose worker died, or whose failure may pass."""
@@ -29,19 +29,17 @@ def do_side_by_side(ledger: Ledger, pool: Pool, *, note: Callable[[Step, Record,
         OutputError: A worker wrote into a folder that cannot be seen from here.
         WorkersError: No worker can be started.
     """
-    running: dict[int, Step] = {}
+    running: set[int] = set()
     tried = Retries(RETRIES)
     failure: StudyStepError | None = None
-    while running or (failure is None and ledger.left()):
+
+    def ready() -> Iterator[tuple[int, dict[str, object]]]:
         if failure is None:
-            for step in startable(ledger.left(), tuple(running.values()))[: pool.free]:
-                number = ledger.steps.index(step)
-                running[number] = step
-                pool.submit(number, {"step": step.name, "inputs": ledger.inputs_of(step)})
-        ended = pool.wait()
-        if ended is None:
-            continue
-        step = running.pop(ended.number)
+            for step in startable(ledger.left(), tuple(ledger.steps[number] for number in sorted(running))):
+                yield ledger.steps.index(step), {"step": step.name, "inputs": ledger.inputs_of(step)}
+
+    for ended in work_through(pool, ready, running):
+        step = ledger.steps[ended.number]
         if isinstance(ended, Finished) and "record" in ended.result:
             record = _seen(ledger, step, ended.result["record"])
             ledger.note(step, record)

@@ -1,0 +1,59 @@
+"""Softmax, divergence and agreement over blocks of the vocabulary as they come: all logits are never in memory."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Compared:
+    """Divergence and agreement of several streams from one, over blocks of the vocabulary as they come."""
+
+    def __init__(self, n: int, streams: Mapping[str, Tensor], device: torch.device) -> None:
+        self._old = Softmax(n, device)
+        self._new = {name: Softmax(n, device) for name in streams}
+        self._cross = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in streams}
+
+    def add(self, start: int, old: Tensor, streams: Mapping[str, Tensor]) -> None:
+        """The logits of some tokens."""
+        old = old.double()
+        before = self._old.most
+        self._old.add(start, old)
+        shares = (old - self._old.most[:, None]).exp()
+        for name, logits in streams.items():
+            wide = logits.double()
+            self._new[name].add(start, wide)
+            shrunk = self._cross[name] * (before - self._old.most).exp()
+            self._cross[name] = shrunk + (shares * (old - wide)).sum(dim=1)
+
+    def results(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each stream, place by place: its divergence, and whether the likeliest token is the same."""
+        return {
+            name: (
+                (cross / self._old.sum - self._old.normalizer + self._new[name].normalizer).clamp(min=0).cpu(),
+                (self._old.likeliest == self._new[name].likeliest).cpu(),
+            )
+            for name, cross in self._cross.items()
+        }
+
+
+class Softmax:
+    """The normalizer of a softmax and its greatest entry, over blocks of logits as they come."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.most = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(n, dtype=torch.float64, device=device)
+        self.likeliest = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """The logits of some tokens, from the token `start` on."""
+        most, place = logits.max(dim=1)
+        self.likeliest = torch.where(most > self.most, place + start, self.likeliest)
+        greatest = torch.maximum(most, self.most)
+        self.sum = self.sum * (self.most - greatest).exp() + (logits - greatest[:, None]).exp().sum(dim=1)
+        self.most = greatest
+
+    @property
+    def normalizer(self) -> Tensor:
+        """`log Σ exp(logit)`."""
+        return self.most + self.sum.log()

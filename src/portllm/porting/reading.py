@@ -1,0 +1,111 @@
+"""Rows that several models read, batch by batch, with the states of each model that are carried from layer to layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from portllm.methods.contract import Part
+from portllm.porting.prompts import Rows
+from portllm.running.encoding import PaddedBatch, batches, pad_left
+from portllm.running.layers import Arguments, LayeredModel
+from portllm.running.writers import Writer, find_writers, watch
+
+FITTED: tuple[Part, ...] = ("fit", "anchor")
+
+KEPT_SCORES = 1 << 18
+"""Of a batch: tokens of a row, squared, times rows. Masks of more are made again for every layer."""
+
+
+@dataclass
+class Reading:
+    """Some rows that several models read.
+
+    Attributes:
+        rows: The rows.
+        model: Whose states the candidates are to have: the old specialist, or the bare evolved model.
+        device: Where layers run.
+        batch_size: Rows of a pass.
+    """
+
+    rows: Rows
+    model: LayeredModel
+    device: torch.device
+    batch_size: int
+    states: dict[str | None, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    wanted: list[list[Tensor]] = field(default_factory=list)
+    _arguments: dict[tuple[int, tuple[int, ...]], list[Arguments]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.to_fit, self.others = (
+            [
+                [rows[place] for place in batch]
+                for batch in batches([len(self.rows.ids[row]) for row in rows], batch_size=self.batch_size)
+            ]
+            for rows in (
+                [row for row, part in enumerate(self.rows.parts) if part in FITTED],
+                [row for row, part in enumerate(self.rows.parts) if part not in FITTED],
+            )
+        )
+
+    def pad(self, batch: Sequence[int]) -> PaddedBatch:
+        """The ids of a batch."""
+        return pad_left([self.rows.ids[row] for row in batch], device=self.device)
+
+    def arguments(self, model: LayeredModel, number: int, batch: Sequence[int]) -> Arguments:
+        """What a layer of a model is called with for a batch; kept for all layers where it is small."""
+        key = id(model), tuple(batch)
+        if key in self._arguments:
+            return self._arguments[key][number]
+        padded = self.pad(batch)
+        arguments = model.arguments(padded)
+        rows, tokens = padded.ids.shape
+        if rows * tokens * tokens <= KEPT_SCORES:
+            self._arguments[key] = arguments
+        return arguments[number]
+
+    def state(self, name: str | None, batch: Sequence[int]) -> Tensor:
+        """The states of a batch, padded."""
+        width = max(len(self.rows.ids[row]) for row in batch)
+        padded = torch.zeros(len(batch), width, self.model.width)
+        for place, row in enumerate(batch):
+            start, stop = self.rows.starts[row], self.rows.starts[row + 1]
+            padded[place, width - (stop - start) :] = self.states[name][start:stop]
+        return padded.to(self.device)
+
+    def keep(self, name: str | None, batch: Sequence[int], state: Tensor) -> None:
+        """The states of a batch behind a layer."""
+        self.states[name][self.rows.tokens(batch)] = self.flat(state, batch).cpu()
+
+    def flat(self, padded: Tensor, batch: Sequence[int]) -> Tensor:
+        """The tokens of a batch without padding, row after row."""
+        width = padded.shape[1]
+        return torch.cat([padded[place, width - len(self.rows.ids[row]) :] for place, row in enumerate(batch)])
+
+    def begin(self, name: str | None, model: LayeredModel) -> None:
+        """The states before the first layer, in the room that there is for them."""
+        for batch in (*self.to_fit, *self.others):
+            padded = self.pad(batch)
+            embedded = model.embed(padded.ids.flatten()).view(*padded.ids.shape, -1)
+            self.keep(name, batch, model.begin(padded, embedded))
+
+    def run_wanted(self, number: int) -> None:
+        """The model to be reached, through a layer that is filled; what it has behind each writer is kept."""
+        writers = writers_of(self.model, number, self)
+        self.wanted = [[] for _ in writers]
+        for batch in (*self.to_fit, *self.others):
+            state = self.state(None, batch)
+            found, after = watch(self.model, number, writers, state, self.arguments(self.model, number, batch), {})
+            self.keep(None, batch, after)
+            if batch in self.to_fit:
+                for kept, writer, (_, output) in zip(self.wanted, writers, found, strict=True):
+                    state = state + writer.added(output)
+                    kept.append(self.flat(state, batch).cpu())
+
+
+def writers_of(model: LayeredModel, number: int, reading: Reading) -> list[Writer]:
+    """The writers of a layer that is filled."""
+    probe = pad_left([reading.rows.ids[0][:4]], device=model.device)
+    return find_writers(model, number, model.arguments(probe)[number], tokens=probe.ids.shape[1])
