@@ -70,7 +70,7 @@ SAVED = (None, [], ["q_proj"], ["mlp"], ["proj"], ["lm_head", "score"], ["layers
 
 
 @given(chosen, st.one_of(st.none(), chosen), st.sampled_from(NUMBERS), st.sampled_from(LAYERS), st.sampled_from(SAVED))
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layers, saved):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -92,7 +92,7 @@ def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layer
 
 
 @given(values, values, st.booleans(), st.integers(1, 64), st.one_of(st.integers(1, 64), st.floats(0.5, 64)))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_rank_and_scale_are_those_of_peft(ranks, alphas, stabilized, rank, alpha):
     from peft.utils.other import get_pattern_key
 

@@ -85,7 +85,6 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
         >>> parse_header(text, file=LocalFile(Path("m.safetensors")), file_bytes=8 + len(text) + 24).tensors["w"].shape
         (2, 3)
     """
-
     if not text.startswith(b"{"):
         raise _broken(file, "the header does not start with '{'.")
     try:
@@ -112,7 +111,9 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
         if info.start != position:
             kind = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
-            raise _broken(file, f"tensor '{info.name}': starts at byte {info.start} and {kind}, which ends at {position}.")
+            raise _broken(
+                file, f"tensor '{info.name}': starts at byte {info.start} and {kind}, which ends at {position}."
+            )
         position = info.stop
     if position != file_bytes:
         raise _broken(file, f"the tensors end at byte {position}, but the file has {file_bytes}.")
