@@ -155,6 +155,7 @@ def _capture_adapter(
     quiet: bool,
 ) -> None:
     from portllm.capturing.adapter import plan_capture, run_capture
+    from portllm.capturing.decision import decide
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
@@ -163,6 +164,7 @@ def _capture_adapter(
     from portllm.inspecting.text import render_summary
     from portllm.patch.adapter_folder import open_adapter
     from portllm.patch.record import FittedTo
+    from portllm.show.headline import headline_lines
 
     loaded, model = open_adapter(adapter), open_checkpoint(base)
     before = None if initial is None else open_adapter(initial)
@@ -185,7 +187,8 @@ def _capture_adapter(
     if as_json:
         print_json(summary_to_json(summary))
     else:
-        say(render_summary(summary))
+        headline = decide(str(output), base, source=str(adapter))
+        say("\n".join([*headline_lines(headline), "", render_summary(summary)]), tone=headline.tone)
 
 
 def _capture_tuned(
@@ -202,6 +205,7 @@ def _capture_tuned(
     as_json: bool,
     quiet: bool,
 ) -> None:
+    from portllm.capturing.decision import decide
     from portllm.capturing.text import render_tuned_plan, render_tuned_report, tuned_report_to_json
     from portllm.capturing.tuned_plan import plan_capture_tuned
     from portllm.checkpoint.open import open_checkpoint
@@ -225,4 +229,5 @@ def _capture_tuned(
     if as_json:
         print_json(tuned_report_to_json(report, output))
     else:
-        say(render_tuned_report(report, output))
+        headline = decide(str(output), base, source=tuned, left_out=len(report.left_out))
+        say(render_tuned_report(report, output, headline), tone=headline.tone)

@@ -54,6 +54,7 @@ def combine(
     """
     from portllm.cli.progress import shown_progress
     from portllm.combining.combine import run_combine
+    from portllm.combining.decision import decide
     from portllm.combining.plan import plan_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report
     from portllm.errors import refuse
@@ -74,7 +75,8 @@ def combine(
     if as_json:
         print_json(combine_report_to_json(report, output))
     else:
-        say(render_combine_report(report, output))
+        headline = decide(report, [str(patch) for patch in patches], str(output))
+        say(render_combine_report(report, output, headline), tone=headline.tone)
 
 
 def parse_weights(text: str, count: int) -> list[float]:

@@ -26,6 +26,6 @@ def doctor(
     if as_json:
         print_json(doctor_to_json(report))
     else:
-        say(render_doctor(report))
+        say(render_doctor(report), tone="bad" if report.problems else "good")
     if report.problems:
         raise typer.Exit(3)

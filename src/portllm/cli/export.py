@@ -53,6 +53,7 @@ def export(
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
+    from portllm.exporting.decision import decide
     from portllm.exporting.export import run_export
     from portllm.exporting.plan import plan_export
     from portllm.exporting.text import exported_to_json, render_export_plan, render_exported
@@ -81,4 +82,5 @@ def export(
     if as_json:
         print_json(exported_to_json(exported))
     else:
-        say(render_exported(exported))
+        headline = decide(exported, str(patch))
+        say(render_exported(exported, headline), tone=headline.tone)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from portllm.errors import PortLLMError
+    from portllm.merging.decision import Named
     from portllm.merging.manifest import MergeReport
     from portllm.merging.options import MergeOptions
     from portllm.merging.plan import MergePlan
@@ -157,6 +158,7 @@ def _merge_to(
 ) -> None:
     """Each patch into weights of its own."""
     from portllm.checkpoint.open import open_checkpoint
+    from portllm.merging.decision import Named
     from portllm.merging.plan import plan_merge
     from portllm.merging.text import merged_to_json, render_merge_outcomes, render_merge_plan
     from portllm.patch.folders import find_patches, open_each, outcomes_to_json
@@ -177,13 +179,13 @@ def _merge_to(
         if as_json:
             print_json(outcomes_to_json(outcomes, outputs, merged_to_json))
         else:
-            say(render_merge_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
+            say(render_merge_outcomes(outcomes, outputs, into=output, width=width_of(sys.stdout)))
         if any(outcome.error for outcome in outcomes):
             raise typer.Exit(1)
         return
     plan, report = outcomes[0].result()
     if report is not None:
-        _show(report, output, plan.notes, as_json=as_json)
+        _show(report, plan, Named(str(patches[0]), into, str(output)), as_json=as_json)
 
 
 def _carry_out(
@@ -214,6 +216,7 @@ def _merge_in_place(
 ) -> None:
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
+    from portllm.merging.decision import Named
     from portllm.merging.in_place import plan_in_place, run_in_place
     from portllm.merging.text import render_in_place_plan
     from portllm.patch.adapter_folder import load_patch
@@ -227,7 +230,7 @@ def _merge_in_place(
         return
     with shown_progress(quiet=quiet) as progress:
         report = run_in_place(plan, progress=progress)
-    _show(report, folder, plan.merge.notes, as_json=as_json)
+    _show(report, plan.merge, Named(str(patch), str(folder), str(folder)), as_json=as_json)
 
 
 def _warn(plans: "Iterable[MergePlan]") -> None:
@@ -245,19 +248,21 @@ def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"folder": str(folder), "tensors_restored": n_restored})
     else:
-        say(f"undone: {n_restored} tensors of {folder} were restored, every byte checked")
+        say(f"Undone: {folder} is as it was before the merge; {n_restored} tensors were restored, every byte checked.")
 
 
-def _show(report: "MergeReport", output: Path, notes: tuple[str, ...], *, as_json: bool) -> None:
+def _show(report: "MergeReport", plan: "MergePlan", named: "Named", *, as_json: bool) -> None:
     if as_json:
         from portllm import __version__
         from portllm.merging.manifest import report_to_json
 
         print_json(report_to_json(report, program=__version__))
     else:
+        from portllm.merging.decision import decide
         from portllm.merging.text import render_merge_report
 
-        say(render_merge_report(report, output, notes))
+        headline = decide(report, named, record=plan.patch.record)
+        say(render_merge_report(report, Path(named.output), plan.notes, headline), tone=headline.tone)
 
 
 def _rounding(name: RoundingName, seed: int) -> "Rounding":

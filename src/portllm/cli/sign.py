@@ -40,13 +40,20 @@ def sign(
 ) -> None:
     """Sign a patch, merged model or certificate: every file of it."""
     signer = _signer(key, password_file, certificate, chain or [], identity_token, sigstore=sigstore, staging=staging)
+    from portllm.show.headline import Headline, command_line, headline_lines
     from portllm.verifying.sign import sign as sign_path
 
     file = sign_path(path, signer, signature=signature, overwrite=overwrite)
     if as_json:
         print_json({"path": str(path), "signature": str(file)})
     else:
-        say(f"signed {path}: {file}")
+        trust = ["--certificate-chain", "ROOT.pem"] if certificate else ["--public-key", "PUBLIC.pem"]
+        if sigstore:
+            trust = ["--identity", "IDENTITY", "--identity-provider", "URL"]
+        command = command_line("portllm", "verify", path, *trust)
+        signed = f"Signed {path}: every file of it, in {file}."
+        headline = Headline("good", signed, (), "whoever has it can verify it", command)
+        say("\n".join(headline_lines(headline)), tone=headline.tone)
 
 
 def _signer(

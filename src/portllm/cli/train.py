@@ -74,6 +74,7 @@ def train(
     from portllm.inspecting.inspect import summarize_patch, summary_to_json
     from portllm.patch.adapter_folder import load_patch
     from portllm.running.data import read_data
+    from portllm.training.decision import decide
     from portllm.training.lessons import Teacher, read_labels, read_questions
     from portllm.training.settings import TrainSettings
     from portllm.training.text import render_training
@@ -137,4 +138,5 @@ def train(
     if as_json:
         print_json({"patch": summary_to_json(summary), "training": {n: getattr(report, n) for n in report.__slots__}})
     else:
-        say(render_training(summary, report))
+        headline = decide(report, str(output), base)
+        say(render_training(summary, report, headline), tone=headline.tone)

@@ -66,6 +66,8 @@ def plan_evaluation(
 ) -> Contestants:
     """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
     old, new = identify(base), identify(evolved)
+    if not allow_other_base:
+        refuse(swapped(patch, ported, old, new))
     refusals = list(model_refusals("--patch", patch, base, old, evolved=new, allow_other_base=allow_other_base))
     pairs = [("--ported", ported), *([] if retrained is None else [("--retrained", retrained)])]
     for option, carried in pairs:
@@ -79,6 +81,31 @@ def plan_evaluation(
         retrained=None if retrained is None else folder_of(retrained),
         merged=None if merged is None else model_folder(merged, progress=progress),
     )
+
+
+def swapped(
+    patch: Patch[TensorInfo], ported: Patch[TensorInfo] | None, base: ModelIdentity, evolved: ModelIdentity
+) -> list[Refusal]:
+    """That two models, or two patches, were given for each other; of what follows from it nothing need be said."""
+    belongs = None if patch.record is None else patch.record.base.fingerprint
+    if patch.record is None or belongs != evolved.fingerprint or belongs == base.fingerprint:
+        return []
+    steps = patch.record.ports[-1:]
+    if ported is not None and steps and steps[0].source.fingerprint == base.fingerprint:
+        return [
+            Refusal(
+                "--patch",
+                f"{patch.name} was ported from {base.name} to {evolved.name}: it is the ported patch. Pass --patch "
+                f"{ported.name} --ported {patch.name}.",
+            )
+        ]
+    return [
+        Refusal(
+            "--base",
+            f"{evolved.name}, which was given as the evolved model, is the base that patch '{patch.name}' belongs to: "
+            f"the two are swapped. Pass --base {evolved.name} --evolved {base.name}.",
+        )
+    ]
 
 
 def model_refusals(

@@ -13,7 +13,7 @@ from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.patch.record import PortStep
-from portllm.show.headline import Headline, headline_lines
+from portllm.show.headline import Headline, command_line, headline_lines
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
@@ -36,11 +36,19 @@ def render_port_outcomes(
             rows.append((str(outcome.folder), *_facts(outcome.value[0]), str(output)))
     failed = [outcome for outcome in outcomes if outcome.error]
     first = next((outcome.value for outcome in outcomes if outcome.value), None)
-    done = "would port" if first is not None and first[1] is None else "ported"
+    dry = first is not None and first[1] is None
+    done = "Would port" if dry else "Ported"
     verdicts = Counter(verdict for verdict in (row[1] for row in rows[1:]) if verdict)
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     first_line = f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches" + (f": {told}" if told else "")
-    lines = [first_line, *columns(rows, width=width)]
+    lines = [first_line + ("; why the others failed stands below." if failed else ".")]
+    at = next((at for at, outcome in enumerate(outcomes) if outcome.value), None)
+    if at is not None and not dry and first is not None:
+        plan = first[0]
+        models = ("--base", plan.source.name, "--patch", outcomes[at].folder, "--evolved", plan.target.name)
+        measure = command_line("portllm", "evaluate", *models, "--ported", outputs[at], "--data", "TEST.jsonl")
+        lines += ["Next: measure whether each still works:", f"  {measure}"]
+    lines += ["", *columns(rows, width=width)]
     return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 
@@ -63,8 +71,8 @@ def ported_to_json(ported: Patch[TensorInfo], output: Path) -> dict[str, object]
 
 def render_port(plan: PortPlan, out: Path, headline: Headline, step: PortStep | None) -> str:
     """What `port` prints of one patch; with `--dry-run`, without a step."""
-    measured = table(_measured(step)) if step is not None and "agreement" in step.evidence else []
-    facts = [*table(_plan_facts(plan, out)), *measured]
+    measured = _measured(step) if step is not None and "agreement" in step.evidence else {}
+    facts = table(_plan_facts(plan, out) | measured)
     notes = [*items("note", plan.notes), *items("refused", plan.refusals)]
     return "\n".join([*headline_lines(headline), "", *facts, *notes])
 

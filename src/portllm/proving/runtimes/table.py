@@ -73,5 +73,6 @@ def python_of(runtime: Runtime, given: Path | None = None) -> Path:
     commands = [f"python3 -m venv {environment}", f"{environment}/bin/pip install {runtime.install}"]
     raise NotFoundError(
         f"{runtime.name}: {runtime.title} is not installed. Name the Python of an environment that has it with "
-        f"--python, or install it into one of its own, which is then found:\n" + "\n".join(commands)
+        f"--python, or install it into one of its own, which is then found (in PortLLM's folder, "
+        f"'make runtime-{runtime.name}' does so):\n" + "\n".join(commands)
     )
