@@ -209,6 +209,6 @@ class PlanRefusedError(PortLLMError):
 
 
 def refuse(refusals: Iterable[Refusal]) -> None:
-    """Raise PlanRefusedError with all of the refusals, if there are any."""
-    if found := tuple(refusals):
+    """Raise PlanRefusedError with all of the refusals, each once, if there are any."""
+    if found := tuple(dict.fromkeys(refusals)):
         raise PlanRefusedError(found)

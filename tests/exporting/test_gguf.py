@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGUFReader, LlamaFileType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -17,69 +17,9 @@ from portllm.checkpoint.reading.tensors import load
 from portllm.errors import PlanRefusedError
 from tests import models
 from tests.quantized import SIZES, write_gguf
-from tests.tiny_gguf import permute
+from tests.tiny_gguf import convert_llama
 
 F16_UNIT_ROUNDOFF = 2**-11
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""llama.cpp's names of what a layer of Llama has, written down from its converter."""
-
-
-def converted(folder, file, metadata=None):
-    """What llama.cpp's converter makes of a tiny Llama in bfloat16: vectors in float32, rows of q and k reordered."""
-    config = json.loads((folder / "config.json").read_text())
-    writer = GGUFWriter(file, "llama")
-    sizes = {
-        "block_count": config["num_hidden_layers"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "vocab_size": config["vocab_size"],
-    }
-    said = {f"llama.{key}": value for key, value in sizes.items()} | (metadata or {})
-    factors = said.pop("rope_freqs", None)
-    for key, value in said.items():
-        if value is not None:
-            kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
-            writer.add_key_value(key, value, kind)
-    if factors is not None:
-        writer.add_tensor("rope_freqs.weight", factors)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        stored = stored_name(name)
-        if tensor.ndim == 1:
-            writer.add_tensor(stored, tensor.float().numpy())
-            continue
-        rows = tensor.view(torch.int16).numpy().view(np.uint16)
-        for kind, heads in (("attn_q.weight", models.HEADS), ("attn_k.weight", models.KEY_HEADS)):
-            if stored.endswith(kind):
-                rows = permute(rows, heads)
-        data = rows.view(np.uint8)
-        writer.add_tensor(stored, data, raw_shape=data.shape, raw_dtype=GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def stored_name(name):
-    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    if name in outer:
-        return outer[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
 
 
 def tensors_of(file):
@@ -90,10 +30,10 @@ def tensors_of(file):
 def test_the_merged_file_has_pefts_bytes_in_the_order_of_llama_cpp(tiny, tmp_path, recipe):
     base = tiny("base")
     patch = portllm.capture(tiny("adapter", of=base, **recipe), base=base, out=tmp_path / "patch")
-    file = converted(base, tmp_path / "base.gguf")
+    file = convert_llama(base, tmp_path / "base.gguf")
     done = portllm.export(patch, runtime="ollama", base=file, out=tmp_path / "out")
     merged = models.merge_with_peft(base, tmp_path / "patch", tmp_path / "merged")
-    assert tensors_of(done.given) == tensors_of(converted(merged, tmp_path / "merged.gguf"))
+    assert tensors_of(done.given) == tensors_of(convert_llama(merged, tmp_path / "merged.gguf"))
     assert tensors_of(done.given) != tensors_of(file)
     assert (tmp_path / "out" / "Modelfile").read_text() == f"FROM ./{done.record.name}.gguf\n"
     assert 0.9 < done.record.kept_gain <= 1.1
@@ -183,14 +123,14 @@ def test_a_folder_alone_cannot_be_merged_into_as_gguf_and_the_way_is_said(tiny, 
 def test_a_tied_head_is_not_changed_behind_the_embedding(tiny, tmp_path):
     base = tiny("base")
     adapter = make_adapter(tmp_path / "adapter", {"lm_head": (models.VOCABULARY, models.HIDDEN)}, {})
-    file = converted(base, tmp_path / "base.gguf")
+    file = convert_llama(base, tmp_path / "base.gguf")
     with pytest.raises(PlanRefusedError, match="one matrix"):
         portllm.export(adapter, runtime="ollama", base=file, out=tmp_path / "out")
 
 
 def test_the_file_of_another_model_is_refused(tiny, tmp_path):
     patch = portllm.capture(tiny("adapter"), base=tiny("base"), out=tmp_path / "patch")
-    file = converted(tiny("evolved"), tmp_path / "evolved.gguf")
+    file = convert_llama(tiny("evolved"), tmp_path / "evolved.gguf")
     with pytest.raises(PlanRefusedError, match="belongs to"):
         portllm.export(patch, runtime="ollama", base=file, out=tmp_path / "out")
 
@@ -238,7 +178,7 @@ def with_tokenizer(base, folder, *, config=None, tokenizer=TOKENIZER):
 
 def old_file(tiny, file, changed=None):
     """The GGUF file of the model that the tiny one evolved from."""
-    return converted(tiny("evolved"), file, OF_OLD | (changed or {}))
+    return convert_llama(tiny("evolved"), file, OF_OLD | (changed or {}))
 
 
 @pytest.mark.parametrize("recipe", [{}, {"use_dora": True}, {"modules_to_save": ["post_attention_layernorm"]}])
@@ -250,7 +190,7 @@ def test_a_merged_file_is_made_of_safetensors_as_the_converter_makes_it(tiny, tm
     done = portllm.export(adapter, runtime="ollama", base=base, gguf=old, out=tmp_path / "out")
 
     merged = models.merge_with_peft(base, adapter, tmp_path / "merged")
-    assert tensors_of(done.given) == tensors_of(converted(merged, tmp_path / "merged.gguf"))
+    assert tensors_of(done.given) == tensors_of(convert_llama(merged, tmp_path / "merged.gguf"))
     said = {key: field.contents() for key, field in GGUFReader(done.given).fields.items()}
     own = {
         "general.name": done.record.name,

@@ -7,6 +7,7 @@ import pytest
 from portllm.checkpoint.open import open_checkpoint
 from portllm.matching.port_plan import plan_port
 from portllm.matching.token_rows import TokenMap
+from portllm.matching.update import Update
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.record import Choice, PortStep
 from portllm.porting.decision import Named, decide
@@ -18,7 +19,7 @@ EVALUATE = "portllm evaluate --base v1 --patch 'my patch' --evolved v2 --ported 
 @pytest.fixture(scope="module")
 def plan(tiny):
     return plan_port(
-        load_patch(tiny("adapter")), evolved=open_checkpoint(tiny("evolved")), base=open_checkpoint(tiny("base"))
+        load_patch(tiny("adapter")), Update(open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved")))
     )
 
 

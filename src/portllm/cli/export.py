@@ -53,7 +53,7 @@ def export(
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
-    from portllm.exporting.decision import decide, prove_command
+    from portllm.exporting.decision import decide
     from portllm.exporting.export import run_export
     from portllm.exporting.plan import plan_export
     from portllm.exporting.text import exported_to_json, render_export_plan, render_exported
@@ -83,4 +83,4 @@ def export(
         print_json(exported_to_json(exported))
     else:
         headline = decide(exported, str(patch))
-        say(render_exported(exported, headline, prove=prove_command(exported, str(patch), base)), tone=headline.tone)
+        say(render_exported(exported, headline), tone=headline.tone)

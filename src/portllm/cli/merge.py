@@ -160,8 +160,8 @@ def _merge_to(
     from portllm.checkpoint.open import open_checkpoint
     from portllm.merging.decision import Named
     from portllm.merging.plan import plan_merge
-    from portllm.merging.text import merge_outcomes_to_json, render_merge_outcomes, render_merge_plan
-    from portllm.patch.folders import find_patches, open_each
+    from portllm.merging.text import merged_to_json, render_merge_outcomes, render_merge_plan
+    from portllm.patch.folders import find_patches, open_each, outcomes_to_json
 
     model = open_checkpoint(into)
     quantized = None if quantized_base is None else open_checkpoint(quantized_base)
@@ -177,7 +177,7 @@ def _merge_to(
     outcomes = [outcome.followed_by(done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
     if not found.is_single:
         if as_json:
-            print_json(merge_outcomes_to_json(outcomes, outputs))
+            print_json(outcomes_to_json(outcomes, outputs, merged_to_json))
         else:
             say(render_merge_outcomes(outcomes, outputs, into=output, width=width_of(sys.stdout)))
         if any(outcome.error for outcome in outcomes):

@@ -106,13 +106,13 @@ def port(
     from portllm.cli.progress import shown_progress
     from portllm.matching.port_plan import PortPlan
     from portllm.matching.update import Update
-    from portllm.patch.folders import each, find_patches, open_each
+    from portllm.patch.folders import each, find_patches, open_each, outcomes_to_json
     from portllm.patch.patch import Patch
     from portllm.porting.auto import AUTO, Route
     from portllm.porting.decision import Named, decide
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
-        port_outcomes_to_json,
+        carried_to_json,
         port_warnings,
         ported_to_json,
         render_port,
@@ -182,7 +182,7 @@ def port(
         elif not as_json:
             say(render_port(plan, output, headline, step), tone=headline.tone)
     elif as_json:
-        print_json(port_outcomes_to_json(outcomes, outputs))
+        print_json(outcomes_to_json(outcomes, outputs, carried_to_json))
     else:
         say(render_port_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
     short = [said for name, step in steps.items() if (said := shortfall(name, step, agreement)) is not None]

@@ -1,5 +1,6 @@
 """Write a patch in the form that a runtime takes."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ class Exported:
         record: The content of its `export.json`.
         n_modules: Modules that it has.
         serve: How the runtime is started or called with it.
+        prove: The command that shows whether the runtime serves it as it is; None where none starts the runtime.
         notes: What a user should know.
     """
 
@@ -71,6 +73,7 @@ class Exported:
     record: ExportRecord
     n_modules: int
     serve: str
+    prove: str | None
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -149,7 +152,7 @@ def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress
             {entry.name: digest_file(entry) for entry in sorted(folder.iterdir()) if entry.name != CARD_FILE},
         )
         write_sealed(folder / EXPORT_FILE, record)
-    return Exported(out, record, plan.n_modules, serve_command(plan, out), plan.notes)
+    return Exported(out, record, plan.n_modules, serve_command(plan, out), prove_command(plan, out), plan.notes)
 
 
 def given_of(export: Path) -> Path:
@@ -167,6 +170,16 @@ def serve_command(plan: ExportPlan, out: Path) -> str:
     """How the runtime is started or called with an export."""
     file = out / (file_of(plan) or "")
     return plan.runtime.serve.format(base=plan.base_name, folder=out, file=file, name=plan.name, rank=plan.rank)
+
+
+def prove_command(plan: ExportPlan, out: Path) -> str | None:
+    """What shows whether the runtime serves an export as it is; None where `prove` starts no runtime that takes it."""
+    if not plan.runtime.prove:
+        return None
+    is_file = plan.runtime.form in (Form.GGUF_LORA, Form.GGUF_MODEL)
+    served = " --served-base BASE.gguf" if is_file else ""
+    words = [plan.patch.name, "--base", plan.base_name, "--runtime", plan.runtime.prove, "--export", str(out)]
+    return f"portllm prove {shlex.join(words)}{served}"
 
 
 def _card(plan: ExportPlan) -> list[str]:

@@ -27,7 +27,7 @@ def render_export_plan(plan: "ExportPlan", out: Path) -> str:
     return "\n".join(["export", *table(rows), *items("note", plan.notes), *items("refused", plan.refusals), *serve])
 
 
-def render_exported(exported: "Exported", headline: Headline, *, prove: str) -> str:
+def render_exported(exported: "Exported", headline: Headline) -> str:
     """What `export` prints: the sentence to act on with the command that serves it, and what proves it."""
     record = exported.record
     rows = {
@@ -40,7 +40,7 @@ def render_exported(exported: "Exported", headline: Headline, *, prove: str) -> 
     }
     if record.kept_gain is not None:
         rows["kept gain"] = percent(record.kept_gain, digits=2)
-    then = ["Then prove that it is served as it is:", f"  {prove}"] if prove else []
+    then = ["Then prove that it is served as it is:", f"  {exported.prove}"] if exported.prove else []
     return "\n".join([*headline_lines(headline), *then, "", *table(rows), *items("note", exported.notes)])
 
 
@@ -56,5 +56,6 @@ def exported_to_json(exported: "Exported") -> dict[str, object]:
         "record": encode(exported.record),
         "modules": exported.n_modules,
         "serve": exported.serve,
+        "prove": exported.prove,
         "notes": list(exported.notes),
     }

@@ -85,15 +85,8 @@ def render_merge_outcomes(
     return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 
-def merge_outcomes_to_json(outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path]) -> list[dict[str, object]]:
-    """What `merge --json` prints of several patches."""
-    rows: list[dict[str, object]] = []
-    for outcome, output in zip(outcomes, outputs, strict=True):
-        row: dict[str, object] = {"patch": str(outcome.folder)}
-        if outcome.value is None:
-            rows.append({**row, "error": str(outcome.error)})
-        else:
-            report = outcome.value[1]
-            more = {} if report is None else {"manifest": report_to_json(report, program=__version__)}
-            rows.append({**row, "output": str(output), **more})
-    return rows
+def merged_to_json(merged: Merged, output: Path) -> dict[str, object]:
+    """What `merge --json` prints of one of several patches."""
+    report = merged[1]
+    more = {} if report is None else {"manifest": report_to_json(report, program=__version__)}
+    return {"output": str(output), **more}

@@ -59,17 +59,9 @@ def _facts(plan: PortPlan) -> tuple[str, str, str]:
     return verdict, modules, "" if drift is None else percent(drift, digits=2)
 
 
-def port_outcomes_to_json(outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path]) -> list[dict[str, object]]:
-    """What `port --json` prints of several patches."""
-    rows: list[dict[str, object]] = []
-    for outcome, output in zip(outcomes, outputs, strict=True):
-        row: dict[str, object] = {"patch": str(outcome.folder)}
-        if outcome.value is None:
-            rows.append({**row, "error": str(outcome.error)})
-        else:
-            ported = outcome.value[1]
-            rows.append({**row, "output": str(output)} if ported is None else {**row, **ported_to_json(ported, output)})
-    return rows
+def carried_to_json(carried: Carried, output: Path) -> dict[str, object]:
+    """What `port --json` prints of one of several patches."""
+    return {"output": str(output)} if carried[1] is None else ported_to_json(carried[1], output)
 
 
 def ported_to_json(ported: Patch[TensorInfo], output: Path) -> dict[str, object]:
