@@ -21,7 +21,7 @@ from portllm.checkpoint.model.identity import digest_of, digest_stored, known_di
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, Refusal
+from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import check_free, staged_folder
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
@@ -93,24 +93,9 @@ def capture_tuned(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> TunedReport:
-    """Write to `out` the patch that leads from `base` to `tuned`, a folder that PEFT loads.
+    """Write to `out` the patch that leads from `base` to `tuned`; arguments and errors as for `capture`.
 
-    Args:
-        base: What fine-tuning started from.
-        tuned: What it ended in.
-        out: The patch's folder.
-        rank: Of every delta; None keeps the singular values above the edge of the two files' rounding noise.
-        max_rank: Bounds the rank where `rank` is None.
-        dense: Keep norms, biases, embeddings and heads whole, or leave them out.
-        settings: What else the record says of it, such as how prompts are made.
-        overwrite: Replace `out` if it exists.
-        progress: Progress callback (bytes of both models that are compared).
-
-    Raises:
-        PlanRefusedError: The models do not go together, or nothing is left to write.
-        NonFiniteError: A weight holds an infinity or NaN.
-        OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or contains an input.
+    `settings` are what else the record says of it, such as how prompts are made.
     """
     plan = plan_capture_tuned(base, tuned, rank=rank, max_rank=max_rank, dense=dense)
     return run_capture_tuned(plan, out, settings=settings, overwrite=overwrite, progress=progress)
@@ -125,8 +110,7 @@ def run_capture_tuned(
     progress: Progress = silent,
 ) -> TunedReport:
     """Carry out a plan; see `capture_tuned`."""
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     if plan.base.is_remote or plan.tuned.is_remote:
         check_free(out, overwrite=overwrite)
         here = (on_disk(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned))
@@ -159,7 +143,7 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
     for name, reason in placed.left_out.items():
         found.leave_out(name, found.values.pop(name), reason)
     if not found.factors and not found.experts:
-        raise PlanRefusedError([_nothing(plan, found)])
+        refuse([_nothing(plan, found)])
     stored = {
         stored_name(key): WholeValue(found.kept.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
     }

@@ -26,7 +26,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.matching.changes import changes_on
-from portllm.matching.port_plan import PortPlan, plan_port_on
+from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.quantized_base import quantization_of
 from portllm.matching.tensor_pairs import TensorPair
 from portllm.matching.token_rows import has_token_rows
@@ -59,23 +59,12 @@ def check_weights(
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> CheckReport:
-    """Say whether patches will hold on the evolved model, and why.
+    """Say whether patches will hold on the evolved model, and why; arguments and errors as for `check` without `text`.
 
     Drift, lineage, fit, size, overlap and rounding are measured from weights; see `docs/check.md` for each. What could
     be measured of the update does not depend on the patches and is read once for all of them.
 
-    Args:
-        *patches: What may be ported.
-        base: The model that they belong to.
-        evolved: The later version of it.
-        trained_on: The base that ported patches were trained on: their drift since then is measured, not bounded.
-        full: Read every weight of both, instead of a few megabytes spread over all of them.
-        places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
-        allow_other_base: Accept a `base` other than the one a patch names.
-        progress: Progress callback (bytes that `full` reads).
-
     Raises:
-        CheckpointError, RemoteError: A model cannot be read.
         InputChangedError: A file changed while it was read.
         PlanRefusedError: By `full`, a head is found not to be the embedding that its model says it is tied to; or
             `trained_on` is not the model that a patch was trained on.
@@ -94,7 +83,7 @@ def check_weights(
         since = None
         if trained_on is not None:
             since = measure_update(Update(trained_on, evolved), full=full, progress=progress)
-        plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
+        plans = (plan_port(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
         reader = AlikeReader()
         found = (check_patch(plan, known, reader, since=since, places=places) for plan in plans)
         return CheckReport(known.report, tuple(found))
