@@ -217,14 +217,17 @@ def test_the_command_prints_the_decision_and_exits_with_three_where_it_is_not_pr
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
     options = ["--base", reader, "--base-name", "base", "--patch-name", "patch", "--data", rows, "--quiet"]
+    patch = tmp_path / "patch"
+    assert portllm("capture", "--adapter", adapter, "--base", reader, "-o", patch).status == 0
     with FakeServer(FakeRuntime(reader, adapter)) as fake:
-        right = portllm("prove", adapter, "--runtime", fake.url, *options, "--html", tmp_path / "page.html")
+        right = portllm("prove", patch, "--runtime", fake.url, *options, "--html", tmp_path / "page.html", "--card")
     with FakeServer(FakeRuntime(reader, adapter, spoil=FAULTS["not loaded"])) as fake:
         wrong = portllm("prove", adapter, "--runtime", fake.url, *options, "--json")
 
     assert right.status == 0
     assert right.out.startswith("Proven: ")
     assert "Proven" in (tmp_path / "page.html").read_text()
+    assert "| `portllm prove: a server` | Proven: the server serves the patch" in (patch / "README.md").read_text()
     assert wrong.status == 3
     assert json.loads(wrong.out)["decision"]["proven"] is False
     assert "serves the bare base" in json.loads(wrong.out)["decision"]["text"]
