@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec import structs
 
 import portllm
 from portllm.errors import NotFoundError, PlanRefusedError, RuntimeFailedError
 from portllm.exporting.export import export, given_of
+from portllm.proving.decision import decide
 from portllm.proving.prove import Endpoint, prove
 from tests.models import HEAD_DIM, adapter_of, make_adapter, resized
 from tests.proving.fake_server import FORMS, FakeRuntime, FakeServer
@@ -121,6 +123,15 @@ def test_a_fault_within_the_noise_of_the_bare_base_is_named_all_the_same(served)
 
 def test_an_effect_below_the_noise_is_neither_proven_nor_refuted(served):
     assert served(noise=5.0).verdict == "unclear"
+
+
+def test_a_base_that_is_changed_beside_the_patch_is_told_from_noise(served):
+    proof = served(noise=5.0)
+    changed = structs.replace(proof, noise=0.101, effect=0.104, error=1.3e-5)
+
+    assert "changed while the patch is loaded" not in " ".join(decide(proof).reasons)
+    assert "changed while the patch is loaded" in " ".join(decide(changed).reasons)
+    assert "merge the patch" in decide(changed).next
 
 
 def test_a_server_that_allows_few_log_probabilities_is_asked_for_few(served):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.errors import DataError
 from portllm.running.encoding import Encoder, batches
 from portllm.running.examples import Border, Example
