@@ -1,7 +1,6 @@
 """A name that was mistyped: what lies beside it under one that is nearly the same."""
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 
 CUTOFF = 0.75
@@ -17,6 +16,8 @@ def did_you_mean(path: str | Path) -> str:
         >>> did_you_mean("/etc/hostnamme") in ("", " Did you mean '/etc/hostname'?")
         True
     """
+    from difflib import get_close_matches  # of no use to a name that leads somewhere
+
     folder, name = os.path.split(os.path.normpath(path))
     try:
         with os.scandir(folder or ".") as entries:
