@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
+from portllm.arrays import Float32, Float64, Int64
 from portllm.measures.logit_blocks import Compared, Softmax
 from portllm.methods.contract import Block, Comparison, Part
 from portllm.methods.tail import logit_moves

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
+from portllm.arrays import Float32, Int64
 from portllm.errors import CheckpointError
 from portllm.foreign import foreign
 from portllm.running.encoding import PaddedBatch

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from portllm.arrays import Float32, Int64
 from portllm.foreign import DynamicCache
 from portllm.progress import Progress, silent
 from portllm.running.encoding import PaddedBatch, batches, pad_left

@@ -242,10 +242,11 @@ def _require_keys(means: Signer | Trust) -> None:
         ValueError: It is a key of a kind that no signature is made with.
     """
     key, password, others = _files_of(means)
+    for file in (*(() if key is None else (key,)), *others):
+        if b"-----BEGIN" not in read_input(file, most=MAX_KEY_BYTES):
+            raise SignatureError(f"'{file}': is no PEM file. {_hint(means)}")
     if key is not None:
         _require_curve(key, read_input(key, most=MAX_KEY_BYTES), password)
-    for file in others:
-        read_input(file, most=MAX_KEY_BYTES)
 
 
 def _files_of(means: Signer | Trust) -> tuple[str | Path | None, str | None, tuple[str | Path, ...]]:
