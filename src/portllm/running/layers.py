@@ -222,11 +222,12 @@ class LayeredModel:
 
     def logits(self, states: Float32[Tensor, "n width"]) -> Float32[Tensor, "n vocabulary"]:
         """All logits of states behind the last layer."""
-        finished, blocks = self.finish(states), []
+        finished = self.finish(states)
+        found = torch.empty(len(states), self.n_vocabulary, device=self.device)
         for start, stop in self.head_blocks():
             with self.head(range(start, stop)) as logits:
-                blocks.append(logits(finished))
-        return torch.cat(blocks, dim=1)
+                found[:, start:stop] = logits(finished)
+        return found
 
     def head_blocks(self) -> Iterator[tuple[int, int]]:
         """First and last token of blocks of the vocabulary."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.running.encoding import PaddedBatch, pad_left
 from portllm.running.model import PeftModel, PreTrainedModel
 
