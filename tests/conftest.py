@@ -15,6 +15,8 @@ import pytest
 
 from tests import checked, plain
 
+gc.disable()  # what the imports make stays: see below
+
 if plain.ASKED_FOR:
     plain.be_plain()
 checked.check_types()
@@ -42,6 +44,7 @@ def pytest_collection_finish():
     """What the imports made stays to the end: no collection goes through it again, and no forked child copies it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

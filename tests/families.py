@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tests.models import fill_at_random
+from tests.models import fill_at_random, save_adapter
 
 TEXT = {
     "vocab_size": 31,
@@ -161,8 +161,7 @@ def make_adapter(kind, base, folder, *, seed=1, size=0.3, **lora):
     fields = {"target_modules": list(KINDS[kind].targets), "r": 4, "lora_alpha": 6, **lora}
     tuned = get_peft_model(load(kind, base), LoraConfig(**fields))
     fill_at_random([pair for pair in tuned.named_parameters() if pair[1].requires_grad], seed=seed, size=size)
-    tuned.save_pretrained(folder)
-    return Path(folder)
+    return save_adapter(tuned, folder)
 
 
 def load_tuned(kind, base, adapter, *, dtype="auto"):

@@ -6,6 +6,7 @@ arguments: the same call makes the same bytes.
 """
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,6 +30,8 @@ SHAPES = {
     "down_proj": (12, 20),
 }
 """(d_out, d_in) of their weights."""
+
+CARD = "---\nlibrary_name: peft\n---\n\nAn adapter.\n"
 
 SEVERAL_SHARDS = "3KB"
 """A `max_shard_size` that splits a tiny checkpoint into more than two files, whatever its dtype."""
@@ -106,7 +109,7 @@ def make_evolved(base, folder, *, seed=100, drift=0.02, max_shard_size="1GB"):
     return Path(folder)
 
 
-def make_adapter(base, folder, *, seed=1, dtype=torch.float32, size=0.3, **lora):
+def make_adapter(base, folder, *, seed=1, dtype=torch.float32, size=0.3, card=False, **lora):
     """Writes a LoRA adapter for `base` as PEFT does, with A and B seeded and neither of them zero.
 
     Args:
@@ -115,6 +118,7 @@ def make_adapter(base, folder, *, seed=1, dtype=torch.float32, size=0.3, **lora)
         seed: Of A, B and what else the adapter trains.
         dtype: In which the adapter is stored.
         size: Standard deviation of the values of A and B.
+        card: Whether PEFT writes its own card, and not a short one stands in for it.
         **lora: Fields of peft's `LoraConfig`; without `target_modules`, all seven modules of every layer.
     """
     lora.setdefault("target_modules", list(SEVEN))
@@ -126,7 +130,17 @@ def make_adapter(base, folder, *, seed=1, dtype=torch.float32, size=0.3, **lora)
     fill_at_random(trained, seed=seed, size=size)
     for _, parameter in trained:
         parameter.data = parameter.data.to(dtype)
-    tuned.save_pretrained(folder)
+    return save_adapter(tuned, folder, card=card)
+
+
+def save_adapter(tuned, folder, *, card=False):
+    """Writes an adapter as PEFT does, but for its card: it compiles a template anew for each, which takes longest."""
+    if card:
+        tuned.save_pretrained(folder)
+    else:
+        with mock.patch.object(PeftModel, "create_or_update_model_card"):
+            tuned.save_pretrained(folder)
+        Path(folder, "README.md").write_text(CARD)
     return Path(folder)
 
 
@@ -162,5 +176,4 @@ def adapter_of(model, folder, *, seed=1, size=0.3, **lora):
     lora = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **lora}
     tuned = get_peft_model(model, LoraConfig(**lora)).eval()
     fill_at_random([pair for pair in tuned.named_parameters() if pair[1].requires_grad], seed=seed, size=size)
-    tuned.save_pretrained(folder)
-    return Path(folder), tuned
+    return save_adapter(tuned, folder), tuned

@@ -5,9 +5,13 @@ key projections differ in their number of heads: two layers, hidden 32, inner 64
 12 (query 48 x 32, key 24 x 32), 267 tokens. Weights are stored as F32, F16, Q8_0 and Q4_1.
 """
 
+import json
+
 import numpy as np
+import torch
 from blake3 import blake3
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter, quantize
+from safetensors.torch import load_file
 
 HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS, HEAD = 32, 64, 2, 4, 2, 12
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -170,3 +174,74 @@ def _add(writer, key, value):
             writer.add_string(key, value)
         case list():
             writer.add_array(key, value)
+
+
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""llama.cpp's names of what a layer of Llama has, written down from its converter."""
+
+
+def convert_llama(folder, file, metadata=None, *, storage="BF16"):
+    """What llama.cpp's converter makes of a tiny Llama in bfloat16: vectors in float32, rows of q and k reordered.
+
+    Matrices whose rows fill whole blocks are then quantized to `storage`.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    writer = GGUFWriter(file, "llama")
+    sizes = {
+        "block_count": config["num_hidden_layers"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "vocab_size": config["vocab_size"],
+    }
+    said = {f"llama.{key}": value for key, value in sizes.items()} | (metadata or {})
+    factors = said.pop("rope_freqs", None)
+    for key, value in said.items():
+        if value is not None:
+            kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, kind)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored = stored_name(name)
+        if tensor.ndim == 1:
+            writer.add_tensor(stored, tensor.float().numpy())
+            continue
+        rows = tensor.view(torch.int16).numpy().view(np.uint16)
+        for kind, heads in (
+            ("attn_q.weight", config["num_attention_heads"]),
+            ("attn_k.weight", config["num_key_value_heads"]),
+        ):
+            if stored.endswith(kind):
+                rows = permute(rows, heads)
+        data, kind = rows.view(np.uint8), GGMLQuantizationType.BF16
+        if storage != "BF16" and tensor.shape[1] % 32 == 0:
+            kind = GGMLQuantizationType[storage]
+            data = quantize((rows.astype(np.uint32) << 16).view(np.float32), kind)
+        writer.add_tensor(stored, data, raw_shape=data.shape, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def stored_name(name):
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name in outer:
+        return outer[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"

@@ -36,7 +36,7 @@ A message says where, what was found, what was expected, and what to do. The com
 with 1; anything that is not a `PortLLMError` is a bug and keeps its traceback.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -208,7 +208,7 @@ class PlanRefusedError(PortLLMError):
         super().__init__("\n".join(lines))
 
 
-def refuse(refusals: Sequence[Refusal]) -> None:
-    """Raise PlanRefusedError with all of the refusals, if there are any."""
-    if refusals:
-        raise PlanRefusedError(tuple(refusals))
+def refuse(refusals: Iterable[Refusal]) -> None:
+    """Raise PlanRefusedError with all of the refusals, each once, if there are any."""
+    if found := tuple(dict.fromkeys(refusals)):
+        raise PlanRefusedError(found)

@@ -91,22 +91,18 @@ def randomized_svd(
     *,
     rank: int,
     seed: int = 0,
-    oversampling: int = OVERSAMPLING,
-    tolerance: float = TOLERANCE,
     total_sq: float | None = None,
 ) -> Svd:
     """The leading `rank` singular triplets of a matrix, by random sampling of its range.
 
-    A seeded normal sample of `rank + oversampling` columns is multiplied by `M`, `Mᵀ`, `M`, ... in turn and made
+    A seeded normal sample of `rank + OVERSAMPLING` columns is multiplied by `M`, `Mᵀ`, `M`, ... in turn and made
     orthonormal after each product; the triplets are those of `M` in the last basis. It ends when the squared residual
-    `‖M - U S Vᵀ‖²` is at most about `1 + tolerance` times that of the best matrix of the rank.
+    `‖M - U S Vᵀ‖²` is at most about `1 + TOLERANCE` times that of the best matrix of the rank.
 
     Args:
         matrix: M.
         rank: Triplets to find; all there are where it is larger.
         seed: Of the sample.
-        oversampling: Columns of the sample beyond `rank`.
-        tolerance: See above.
         total_sq: `‖M‖²`, where it is known.
 
     Raises:
@@ -119,14 +115,14 @@ def randomized_svd(
     """
     if rank < 1:
         raise ValueError(f"rank {rank}: must be at least 1.")
-    columns = rank + oversampling
+    columns = rank + OVERSAMPLING
     if columns >= EXACT_SHARE * min(matrix.shape):
         return exact_svd(matrix).cut(rank)
     matrix = matrix.to(working_dtype(matrix))
     energy = square_sum(matrix) if total_sq is None else total_sq
 
     def is_settled(squares: Tensor, to_come: Tensor) -> bool:
-        return float(to_come[:rank].sum().item()) <= tolerance * _left_out(squares, rank, energy)
+        return float(to_come[:rank].sum().item()) <= TOLERANCE * _left_out(squares, rank, energy)
 
     return _iterate(matrix, _sample(matrix, columns, seed), is_settled).cut(rank)
 

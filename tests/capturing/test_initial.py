@@ -83,6 +83,8 @@ def train(base, folder, *, seed=3, size=0.05, **lora):
     from peft.tuners.lora.config import CordaConfig, LoraGAConfig
     from transformers import AutoModelForCausalLM
 
+    from tests.models import save_adapter
+
     torch.manual_seed(0)
     settings = {
         "corda": {"corda_config": CordaConfig()},
@@ -98,14 +100,14 @@ def train(base, folder, *, seed=3, size=0.05, **lora):
         tuned = get_peft_model(model, config)
     began = weights_of(tuned)
     tuned.peft_config["default"].init_lora_weights = True
-    tuned.save_pretrained(folder / "initial")
+    save_adapter(tuned, folder / "initial")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(tuned.named_parameters(), key=lambda pair: pair[0]):
             if parameter.requires_grad:
                 parameter += torch.randn(parameter.shape, generator=generator) * size
     tuned.peft_config["default"].init_lora_weights = fields["init_lora_weights"]
-    tuned.save_pretrained(folder / "adapter")
+    save_adapter(tuned, folder / "adapter")
     is_converted_by_peft = not (fields.get("use_rslora") and ("rank_pattern" in fields or "alpha_pattern" in fields))
     if is_converted_by_peft:
         tuned.save_pretrained(folder / "peft", path_initial_model_for_weight_conversion=str(folder / "initial"))

@@ -172,11 +172,12 @@ def test_kept_gain_is_that_of_a_merge(tiny, tmp_path):
 
 def test_what_does_not_fit_cannot_be_ported_and_says_what_port_says(tiny):
     from portllm.matching.port_plan import plan_port
+    from portllm.matching.update import Update
 
     adapter, base, other = tiny("adapter"), tiny("base"), tiny("base", inner=24)
     report = checked(adapter, base, other)
     assert answer(report) is Answer.CANNOT_BE_PORTED
-    refusals = plan_port(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(other)).refusals
+    refusals = plan_port(load_patch(adapter), Update(open_checkpoint(base), open_checkpoint(other))).refusals
     assert {reason.text for reason in report.patches[0].verdict.reasons} == {str(refusal) for refusal in refusals}
     assert "model.layers.0.mlp.up_proj.weight" in report.update.pairing.reshaped
 

@@ -1,6 +1,8 @@
 """A hub on this machine, and proof that nothing else is reached."""
 
 import socket
+import ssl
+from functools import cache
 
 import huggingface_hub
 import pytest
@@ -18,6 +20,12 @@ def waits(monkeypatch):
     return waited
 
 
+@cache
+def certificates():
+    """Those of this machine, read once: each client reads them anew."""
+    return ssl.create_default_context()
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path, waits):
     """An empty hub that huggingface_hub takes for the real one, with a token, an empty cache and no other way out."""
@@ -27,6 +35,8 @@ def hub(monkeypatch, tmp_path, waits):
         assert address[0] == "127.0.0.1", f"a test reached for {address}"
         return connect(self, address)
 
+    context = certificates()
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
     server = FakeHub()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", connect_here)

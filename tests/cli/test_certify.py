@@ -81,7 +81,9 @@ def test_a_dry_run_loads_no_model_and_writes_nothing(certify, tmp_path):
 def test_a_plan_needs_no_model(portllm):
     result = portllm("certify", "--plan", "--bound", "0.02", "--expected-disagreement", "0.005")
     assert result.status == 0, result.err
-    assert result.out.startswith("456 inputs: at most 4 answers may differ for a bound of 2.00 %")
+    assert result.out.startswith(
+        "456 inputs are needed to rule out a loss of more than 2.00 % with 95.0 % confidence; at most 4"
+    )
     told = json.loads(portllm("certify", "--plan", "--bound", "0.02", "--json").out)
     assert (told["n_inputs"], told["n_allowed"]) == (149, 0)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import portllm as package
+from portllm.fleets import fleet
+from tests.fleets.conftest import Here
 
 PAGE = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text(encoding="utf-8")
 
@@ -33,6 +35,12 @@ def folder(tiny, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The fleet's cells are done here, and not in a process that has to load everything first."""
+    monkeypatch.setattr(fleet, "open_pool", lambda plan, **how: Here())
+
+
 def test_the_file_on_the_page_runs_as_the_page_says(portllm, folder):
     dry = portllm("fleet", folder / "fleet.toml", "--dry-run")
     assert dry.status == 0
@@ -46,7 +54,7 @@ def test_the_file_on_the_page_runs_as_the_page_says(portllm, folder):
     assert portllm("verify", folder / "fleet-out/base-v2/a/merge", "--base", folder / "base-v2").status == 0
 
 
-def test_a_cell_that_fails_is_named_and_the_status_is_one(portllm, tiny, folder):
+def test_a_cell_that_fails_is_named_and_the_status_is_one(portllm, tiny, folder, in_this_process):
     shutil.copytree(tiny("adapter", of=tiny("base", inner=24)), folder / "adapters" / "misfit")
     result = portllm("fleet", folder / "fleet.toml", "--json", "--workers", 1)
     assert result.status == 1
@@ -59,7 +67,7 @@ def test_a_cell_that_fails_is_named_and_the_status_is_one(portllm, tiny, folder)
     )
 
 
-def test_a_patch_that_will_not_hold_ends_with_three(portllm, tiny, folder):
+def test_a_patch_that_will_not_hold_ends_with_three(portllm, tiny, folder, in_this_process):
     shutil.copytree(tiny("base", seed=9), folder / "stranger")
     file = folder / "fleet.toml"
     file.write_text(

@@ -67,7 +67,7 @@ def test_several_patches_go_each_into_weights_of_their_own(portllm, tiny, tmp_pa
         shutil.copytree(tiny("adapter", seed=seed), team / name)
     result = portllm("merge", team, "--into", tiny("base"), "-o", tmp_path / "all", "--quiet")
     assert result.status == 0, result.err
-    assert "merged 2 of 2 patches" in result.out
+    assert "Merged 2 of 2 patches" in result.out
     for name in ("first", "second"):
         portllm("merge", team / name, "--into", tiny("base"), "-o", tmp_path / "alone" / name, "--quiet")
     assert contents(tmp_path / "all") == contents(tmp_path / "alone")
@@ -79,7 +79,7 @@ def test_one_of_several_that_fails_does_not_stop_the_others(portllm, tiny, tmp_p
     arguments = ["merge", bad, good, "--into", tiny("base"), "-o", tmp_path / "out", "--quiet"]
     told = portllm(*arguments, "--dry-run")
     assert (told.status, (tmp_path / "out").exists()) == (1, False)
-    assert "would merge 1 of 2 patches" in told.out
+    assert "Would merge 1 of 2 patches" in told.out
     result = portllm(*arguments, "--json")
     failed, merged = json.loads(result.out)
     assert (result.status, failed["patch"]) == (1, str(bad))

@@ -124,8 +124,15 @@ def test_no_odd_file_makes_any_command_crash_or_wait(folders, room, capsys):
 PROGRAM = [sys.executable, "-m", "portllm"]
 
 
-@pytest.mark.parametrize("end", [">/dev/full", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full", "| head -c 1"])
-@pytest.mark.parametrize("command", ["inspect MODEL", "--help", "inspect missing"])
+ENDS = (">/dev/full", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full", "| head -c 1")
+TOLD = {
+    "inspect MODEL": ENDS,
+    "--help": (">/dev/full", ">&-", "| head -c 1"),  # it goes to stdout alone
+    "inspect missing": ("2>&-", ">&- 2>&-", "2>/dev/full"),  # it goes to stderr alone
+}
+
+
+@pytest.mark.parametrize(("command", "end"), [(command, end) for command, ends in TOLD.items() for end in ends])
 def test_output_that_cannot_be_written_is_told_once(end, command, room):
     line = f"set -o pipefail; {' '.join(PROGRAM)} {command} {end}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)

@@ -71,7 +71,7 @@ def test_merge_says_what_rounding_takes_and_how_to_keep_it(portllm, tiny, patch,
 def test_merge_warns_of_a_patch_too_small_for_the_dtype_and_names_remedies_that_exist(portllm, tiny, tmp_path):
     adapter = tiny("adapter", size=0.005)
     small = portllm("merge", adapter, "--into", tiny("base"), "-o", tmp_path / "small")
-    assert "warning: changes smaller than half a step" in small.out
+    assert "loses changes smaller than half a step" in small.out
     for remedy in (("--dtype", "F32"), ("--rounding", "stochastic")):
         assert remedy[0] in small.out
         kept = portllm("merge", adapter, "--into", tiny("base"), "-o", tmp_path / remedy[1], *remedy)

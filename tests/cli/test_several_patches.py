@@ -27,7 +27,7 @@ def port_team(portllm, tiny, team, tmp_path):
 def test_those_that_fit_are_ported_the_other_is_named_and_the_status_is_one(port_team, tmp_path, team):
     result = port_team()
     assert result.status == 1
-    assert "ported 2 of 3 patches" in result.out
+    assert "Ported 2 of 3 patches" in result.out
     assert f"{team / 'b'}: model.layers.0.mlp.down_proj: the delta is (out=12, in=24)" in result.out
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["a", "c"]
 
@@ -54,7 +54,7 @@ def test_as_json_it_is_a_list_in_the_order_of_the_patches(port_team, team, tmp_p
 
 def test_a_dry_run_writes_nothing(port_team, tmp_path):
     result = port_team("--dry-run")
-    assert "would port 2 of 3 patches" in result.out
+    assert "Would port 2 of 3 patches" in result.out
     assert not (tmp_path / "out").exists()
 
 

@@ -28,7 +28,7 @@ def test_a_study_is_planned_run_and_reported(portllm, small):
     where = ("--output", small.parent / "out")
     dry = portllm("study", "run", small, *where, "--dry-run")
     assert dry.status == 0
-    assert "0 of 24 steps done" in dry.out
+    assert "0 of 24 steps are done" in dry.out
     assert "  port_whole.1_kinds_s0_add" in dry.out.splitlines()
     assert not (small.parent / "out").exists()
     done = portllm("study", "run", small, *where, "--data", small.parent, "--device", "cpu")
@@ -43,7 +43,7 @@ def test_a_study_is_planned_run_and_reported(portllm, small):
     page = (small.parent / "page.html").read_text()
     assert "Not finished" not in page
     assert page.count("<svg") >= 3
-    assert "24 of 24 steps done" in portllm("study", "status", small, *where).out
+    assert "24 of 24 steps are done" in portllm("study", "status", small, *where).out
     results = json.loads(portllm("study", "report", small, *where, "--json").out)
     assert results == json.loads((small.parent / "out" / "results.json").read_text())
     assert json.loads(portllm("study", "status", small, *where, "--json").out)["left"] == []

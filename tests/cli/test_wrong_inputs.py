@@ -33,6 +33,7 @@ def place(tmp_path_factory):
     from portllm.capturing.adapter import capture_adapter
     from portllm.merging.merge import merge
     from portllm.patch.adapter_folder import load_patch
+    from portllm.porting.port import port
 
     here = tmp_path_factory.mktemp("place")
     base = make_base(here / "base", dtype=torch.float32)
@@ -41,6 +42,13 @@ def place(tmp_path_factory):
     adapter = make_adapter(base, here / "adapter")
     patch = capture_adapter(load_patch(adapter), base=open_checkpoint(base), out=here / "patch")
     merge(patch, into=base, out=here / "merged")
+    port(patch, evolved=here / "evolved", out=here / "ported")
+    (here / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    shutil.copytree(base, here / "team" / "models" / "base")
+    shutil.copytree(adapter, here / "team" / "tickets")
+    (here / "team" / ".hidden").mkdir()
+    (here / "certified").mkdir()
+    (here / "certified" / "certificate.json").write_text("{}")
     shutil.copytree(base, here / "half")
     halves = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(halves, here / "half" / "model.safetensors", metadata={"format": "pt"})
@@ -87,6 +95,7 @@ OF_ADAPTER = ("is a file of an adapter", "Pass its folder: adapter")
 OF_MODEL = ("is a file of a model's folder", "Pass the folder: base")
 IN_GGUF = ("adapter in GGUF", "PEFT folder that it was converted from")
 SWAPPED = ("the two are swapped", "--base base --evolved evolved")
+BELOW = ("is no model itself", "adapters: tickets; models: models/base", "such as team/tickets")
 IN_HALF = ("another dtype", "in BF16", "--allow-other-base")
 
 WRONG = {
@@ -130,6 +139,8 @@ WRONG = {
         ("merge", "patch", "--into", "evolved", "-o", "out"),
         ("patch 'patch' belongs to", "portllm port patch --evolved evolved -o PORTED"),
     ),
+    "a folder of models and adapters": (("inspect", "team"), BELOW),
+    "a certificate as a model": (("inspect", "certified"), ("is a certificate, not a model", "portllm verify")),
     "another dtype": (("check", "patch", "--base", "half", "--evolved", "evolved"), IN_HALF),
     "another dtype in a merge": (("merge", "patch", "--into", "half", "-o", "out"), IN_HALF),
 }
@@ -143,6 +154,25 @@ def test_the_message_names_the_cause_and_the_way_out(arguments, named, place, po
     for part in named:
         assert part in done.out + done.err
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("verb", [("evaluate",), ("certify", "-o", "out")], ids=["evaluate", "certify"])
+@pytest.mark.parametrize(
+    ("base", "patch", "evolved", "ported", "said"),
+    [
+        ("evolved", "patch", "base", "ported", "the two are swapped. Pass --base base --evolved evolved."),
+        ("base", "ported", "evolved", "patch", "it is the ported patch. Pass --patch patch --ported ported."),
+    ],
+)
+def test_what_was_given_for_each_other_is_told_in_one_line(
+    verb, base, patch, evolved, ported, said, place, portllm, monkeypatch
+):
+    monkeypatch.chdir(place)
+    models = ("--base", base, "--patch", patch, "--evolved", evolved, "--ported", ported)
+    done = portllm(*verb, *models, "--data", "rows.jsonl", "-q")
+    assert done.status == 1
+    assert said in done.err
+    assert [line for line in done.err.splitlines() if line.startswith(("portllm:", "  "))][1:] == []
 
 
 def test_a_model_in_another_dtype_is_known_by_what_it_would_be_in_that(place):

@@ -51,7 +51,7 @@ def test_a_needed_package_that_is_missing_or_too_old_is_a_problem_with_its_remed
     packages = (Needed("numpy>=2", "1.26", suits=False), Needed("torch>=2.6", "2.7", suits=True))
     found = replace(report, gpus=(), packages=packages)
     assert found.problems == ("numpy>=2: not installed in a version that suits. Run: pip install 'numpy>=2'",)
-    assert render_doctor(found).endswith("not well: 1 problem")
+    assert render_doctor(found).startswith("Not well: 1 problem.\n  - numpy>=2: not installed")
     assert "NO  numpy>=2    1.26" in render_doctor(found)
 
 
@@ -97,4 +97,4 @@ def test_the_command_shows_the_report(portllm, options):
     if options:
         assert json.loads(told.out)["version"]
     else:
-        assert told.out.splitlines()[-1].startswith(("well", "not well"))
+        assert told.out.startswith(("Well: ", "Not well: "))

@@ -13,7 +13,7 @@ from portllm.patch.adapter_folder import load_patch
 
 
 def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(name_pattern, "TRIAL_SECONDS", 2.0)
+    monkeypatch.setattr(name_pattern, "TRIAL_SECONDS", 0.5)
     base, evolved, hostile = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved")), tmp_path / "hostile"
     shutil.copytree(tiny("adapter"), hostile)
     config = json.loads((hostile / "adapter_config.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import portllm
 from portllm.errors import PlanRefusedError
 from portllm.exporting.plan import plan_export
 from portllm.patch.adapter_folder import load_patch
+from portllm.proving.runtimes.table import RUNTIMES
 from portllm.serving.runtime import Form, runtimes
 from tests import models
 
@@ -241,3 +243,18 @@ def test_the_command_exports_and_says_how_to_serve(portllm, tiny, base, tmp_path
     assert json.loads(as_json.out)["record"]["runtime"] == "mlx"
     unknown = portllm("export", tiny("adapter", of=base), "--for", "abacus", "-o", tmp_path / "not")
     assert (unknown.status, "expected one of peft, vllm" in unknown.err) == (1, True)
+
+
+def test_what_prove_starts_for_an_export_is_a_runtime_that_takes_its_form():
+    for runtime in runtimes().values():
+        if runtime.prove and runtime.form is not Form.GGUF_MODEL:
+            assert RUNTIMES[runtime.prove].profile == runtime.id
+    assert {row.profile for row in RUNTIMES.values()} <= {row.id for row in runtimes().values() if row.prove}
+
+
+def test_an_export_says_how_to_prove_it(tiny, tmp_path):
+    done = portllm.export(tiny("adapter"), runtime="vllm", base=tiny("base"), out=tmp_path / "out")
+    words = shlex.split(done.prove)
+    assert words[:3] == ["portllm", "prove", str(tiny("adapter"))]
+    assert words[3:] == ["--base", str(tiny("base")), "--runtime", "vllm", "--export", str(tmp_path / "out")]
+    assert portllm.export(tiny("adapter"), runtime="tgi", base=tiny("base"), out=tmp_path / "tgi").prove is None

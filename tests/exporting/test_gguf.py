@@ -1,12 +1,15 @@
 """Exports as GGUF: adapters of each architecture, and merged files with PEFT's bytes in llama.cpp's order."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGUFReader, LlamaFileType
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import portllm
 from portllm.checkpoint.gguf.tensors import architectures
@@ -14,62 +17,9 @@ from portllm.checkpoint.reading.tensors import load
 from portllm.errors import PlanRefusedError
 from tests import models
 from tests.quantized import SIZES, write_gguf
-from tests.tiny_gguf import permute
+from tests.tiny_gguf import convert_llama
 
 F16_UNIT_ROUNDOFF = 2**-11
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""llama.cpp's names of what a layer of Llama has, written down from its converter."""
-
-
-def converted(folder, file):
-    """What llama.cpp's converter makes of a tiny Llama in bfloat16: vectors in float32, rows of q and k reordered."""
-    config = json.loads((folder / "config.json").read_text())
-    writer = GGUFWriter(file, "llama")
-    for key, value in {
-        "block_count": config["num_hidden_layers"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "vocab_size": config["vocab_size"],
-    }.items():
-        writer.add_uint32(f"llama.{key}", value)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        stored = stored_name(name)
-        if tensor.ndim == 1:
-            writer.add_tensor(stored, tensor.float().numpy())
-            continue
-        rows = tensor.view(torch.int16).numpy().view(np.uint16)
-        for kind, heads in (("attn_q.weight", models.HEADS), ("attn_k.weight", models.KEY_HEADS)):
-            if stored.endswith(kind):
-                rows = permute(rows, heads)
-        data = rows.view(np.uint8)
-        writer.add_tensor(stored, data, raw_shape=data.shape, raw_dtype=GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def stored_name(name):
-    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    if name in outer:
-        return outer[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
 
 
 def tensors_of(file):
@@ -80,10 +30,10 @@ def tensors_of(file):
 def test_the_merged_file_has_pefts_bytes_in_the_order_of_llama_cpp(tiny, tmp_path, recipe):
     base = tiny("base")
     patch = portllm.capture(tiny("adapter", of=base, **recipe), base=base, out=tmp_path / "patch")
-    file = converted(base, tmp_path / "base.gguf")
+    file = convert_llama(base, tmp_path / "base.gguf")
     done = portllm.export(patch, runtime="ollama", base=file, out=tmp_path / "out")
     merged = models.merge_with_peft(base, tmp_path / "patch", tmp_path / "merged")
-    assert tensors_of(done.given) == tensors_of(converted(merged, tmp_path / "merged.gguf"))
+    assert tensors_of(done.given) == tensors_of(convert_llama(merged, tmp_path / "merged.gguf"))
     assert tensors_of(done.given) != tensors_of(file)
     assert (tmp_path / "out" / "Modelfile").read_text() == f"FROM ./{done.record.name}.gguf\n"
     assert 0.9 < done.record.kept_gain <= 1.1
@@ -165,21 +115,186 @@ def test_a_quantized_file_says_which_one_to_merge_into(tiny, tmp_path):
     portllm.export(adapter, runtime="llamacpp", base=tmp_path / "base.gguf", out=tmp_path / "lora")
 
 
-def test_a_folder_cannot_be_merged_into_as_gguf_and_the_way_is_said(tiny, tmp_path):
-    with pytest.raises(PlanRefusedError, match=r"no GGUF file.*convert_hf_to_gguf.py"):
+def test_a_folder_alone_cannot_be_merged_into_as_gguf_and_the_way_is_said(tiny, tmp_path):
+    with pytest.raises(PlanRefusedError, match=r"no GGUF file.*--gguf OLD.gguf"):
         portllm.export(tiny("adapter"), runtime="ollama", base=tiny("base"), out=tmp_path / "out")
 
 
 def test_a_tied_head_is_not_changed_behind_the_embedding(tiny, tmp_path):
     base = tiny("base")
     adapter = make_adapter(tmp_path / "adapter", {"lm_head": (models.VOCABULARY, models.HIDDEN)}, {})
-    file = converted(base, tmp_path / "base.gguf")
+    file = convert_llama(base, tmp_path / "base.gguf")
     with pytest.raises(PlanRefusedError, match="one matrix"):
         portllm.export(adapter, runtime="ollama", base=file, out=tmp_path / "out")
 
 
 def test_the_file_of_another_model_is_refused(tiny, tmp_path):
     patch = portllm.capture(tiny("adapter"), base=tiny("base"), out=tmp_path / "patch")
-    file = converted(tiny("evolved"), tmp_path / "evolved.gguf")
+    file = convert_llama(tiny("evolved"), tmp_path / "evolved.gguf")
     with pytest.raises(PlanRefusedError, match="belongs to"):
         portllm.export(patch, runtime="ollama", base=file, out=tmp_path / "out")
+
+
+TOKENS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "cd"]
+MERGES = ["a b", "c d"]
+OF_OLD = {
+    "general.name": "old",
+    "general.file_type": 15,
+    "llama.context_length": 64,
+    "llama.attention.layer_norm_rms_epsilon": 1e-6,
+    "llama.rope.freq_base": 10000.0,
+    "llama.rope.dimension_count": models.HEAD_DIM,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, 3, 3] + [1] * 28,
+    "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.chat_template": "old",
+}
+"""What the file of an older version says, whose end of text was another token."""
+
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [{"id": row, "content": TOKENS[row], "special": True} for row in range(3)],
+    "model": {
+        "type": "BPE",
+        "vocab": {token: row for row, token in enumerate(TOKENS)},
+        "merges": [merge.split() for merge in MERGES],
+    },
+}
+
+
+def with_tokenizer(base, folder, *, config=None, tokenizer=TOKENIZER):
+    """A copy of a tiny model with a tokenizer."""
+    shutil.copytree(base, folder)
+    said = json.loads((base / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    (folder / "chat_template.jinja").write_text("new")
+    return folder
+
+
+def old_file(tiny, file, changed=None):
+    """The GGUF file of the model that the tiny one evolved from."""
+    return convert_llama(tiny("evolved"), file, OF_OLD | (changed or {}))
+
+
+@pytest.mark.parametrize("recipe", [{}, {"use_dora": True}, {"modules_to_save": ["post_attention_layernorm"]}])
+def test_a_merged_file_is_made_of_safetensors_as_the_converter_makes_it(tiny, tmp_path, recipe):
+    base = with_tokenizer(tiny("base"), tmp_path / "base")
+    adapter = tiny("adapter", of=tiny("base"), **recipe)
+    old = old_file(tiny, tmp_path / "old.gguf")
+
+    done = portllm.export(adapter, runtime="ollama", base=base, gguf=old, out=tmp_path / "out")
+
+    merged = models.merge_with_peft(base, adapter, tmp_path / "merged")
+    assert tensors_of(done.given) == tensors_of(convert_llama(merged, tmp_path / "merged.gguf"))
+    said = {key: field.contents() for key, field in GGUFReader(done.given).fields.items()}
+    own = {
+        "general.name": done.record.name,
+        "general.file_type": LlamaFileType.MOSTLY_BF16,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "new",
+    }
+    epsilon = "llama.attention.layer_norm_rms_epsilon"
+    expected = {**OF_OLD, **own, epsilon: np.float32(OF_OLD[epsilon])}
+    assert {key: said.get(key) for key in expected} == expected
+
+
+def test_the_file_is_what_transformers_loads_as_the_merged_model(tiny, tmp_path):
+    base = with_tokenizer(tiny("base"), tmp_path / "base")
+    adapter, ids = tiny("adapter", of=tiny("base")), torch.arange(3, 12)[None]
+    old = old_file(tiny, tmp_path / "old.gguf")
+
+    done = portllm.export(adapter, runtime="ollama", base=base, gguf=old, out=tmp_path / "out", dtype="float32")
+
+    with torch.no_grad():
+        expected = models.load_tuned(base, adapter, dtype=torch.float32)(ids).logits
+        loaded = AutoModelForCausalLM.from_pretrained(done.folder, gguf_file=done.given.name, dtype=torch.float32)
+        found = loaded(ids).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "said"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {}, "rope.freq_base' is 10000.0.*500000.0"),
+        ({"rms_norm_eps": 1e-5}, {}, "layer_norm_rms_epsilon"),
+        ({"max_position_embeddings": 128}, {}, "context_length' is 64, and would be 128"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, {}, "scaling.type' is missing"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+            {},
+            "rope_freqs.weight' is missing, which llama3 needs",
+        ),
+        ({}, {"llama.expert_count": 4}, "expert_count' is not known here"),
+        ({}, {"llama.attention.key_length": None}, "key_length' is missing, and would be 6"),
+        ({}, {"tokenizer.ggml.tokens": [*TOKENS[:30], "xy"]}, "token 30 is 'xy', and would be 'cd'"),
+        ({}, {"tokenizer.ggml.tokens": TOKENS[:30]}, "30 tokens, the embedding 31 rows"),
+        ({}, {"tokenizer.ggml.merges": MERGES[::-1]}, "merges are other ones"),
+    ],
+)  # fmt: skip
+def test_a_template_that_says_something_else_of_the_model_is_refused(tiny, tmp_path, config, file, said):
+    base = with_tokenizer(tiny("base"), tmp_path / "base", config=config)
+    old = old_file(tiny, tmp_path / "old.gguf", file)
+    with pytest.raises(PlanRefusedError, match=said):
+        portllm.export(tiny("adapter"), runtime="ollama", base=base, gguf=old, out=tmp_path / "out")
+
+
+def test_the_factors_of_llama3_are_those_of_transformers(tiny, tmp_path):
+    rope = {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 300}  # fmt: skip
+    base = with_tokenizer(tiny("base"), tmp_path / "base", config={"rope_parameters": rope})
+    config = LlamaConfig.from_pretrained(base)
+    turned, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    plain = 1e4 ** (-torch.arange(0, models.HEAD_DIM, 2) / models.HEAD_DIM)
+    factors = (plain / turned).numpy().astype(np.float32)
+    assert len(set(factors.round(3))) == models.HEAD_DIM // 2
+    file = old_file(tiny, tmp_path / "old.gguf", {"rope_freqs": factors})
+
+    done = portllm.export(tiny("adapter"), runtime="ollama", base=base, gguf=file, out=tmp_path / "out")
+
+    assert tensors_of(done.given)["rope_freqs.weight"] == factors.tobytes()
+    wrong = old_file(tiny, tmp_path / "wrong.gguf", {"rope_freqs": factors * 2})
+    with pytest.raises(PlanRefusedError, match="rope_freqs.weight' has other values"):
+        portllm.export(tiny("adapter"), runtime="ollama", base=base, gguf=wrong, out=tmp_path / "wrong")
+
+
+def test_a_patch_of_a_tied_head_gets_a_head_of_its_own_in_a_file_that_is_made(tiny, tmp_path):
+    base = with_tokenizer(tiny("base"), tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", {"lm_head": (models.VOCABULARY, models.HIDDEN)}, {})
+    old = old_file(tiny, tmp_path / "old.gguf")
+
+    done = portllm.export(adapter, runtime="ollama", base=base, gguf=old, out=tmp_path / "out", dtype="float32")
+
+    made = portllm.open_checkpoint(done.given)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"].double()
+    expected = embedding + delta_of(adapter, "lm_head")
+    assert torch.allclose(load(made.infos["lm_head.weight"]).double(), expected, atol=1e-6)
+    assert torch.equal(load(made.infos["model.embed_tokens.weight"]).double(), embedding)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "base", "options", "said"),
+    [
+        ("vllm", "folder", {}, "is for a merged GGUF file"),
+        ("ollama", "file", {}, "is for a model in safetensors"),
+        ("ollama", "file alone", {"dtype": "float16"}, "keeps the types of its tensors"),
+    ],
+)
+def test_options_of_a_merged_file_are_refused_where_they_do_nothing(tiny, tmp_path, runtime, base, options, said):
+    folder = with_tokenizer(tiny("base"), tmp_path / "base")
+    file = old_file(tiny, tmp_path / "old.gguf")
+    with pytest.raises(PlanRefusedError, match=said):
+        portllm.export(
+            tiny("adapter"),
+            runtime=runtime,
+            base=folder if base == "folder" else file,
+            gguf=None if base == "file alone" else file,
+            out=tmp_path / "out",
+            **options,
+        )

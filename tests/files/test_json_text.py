@@ -56,7 +56,7 @@ values = st.recursive(
 
 
 @given(values, st.booleans())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=75, deadline=None, derandomize=True)
 def test_what_is_written_is_read(value, ascii_only):
     assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 

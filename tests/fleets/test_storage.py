@@ -60,8 +60,8 @@ def fetch(place, to):
 
 def test_patches_from_s3_and_outputs_on_s3_are_those_of_a_local_run(run, write, folder, bucket):
     steps = '["port", "merge"]'
-    run(write(do=steps, output="out"))
-    rows, _ = run(write(do=steps, patches=f'["{bucket}/patches"]', output=f"{bucket}/out"))
+    run(write(do=steps, evolved='["v2"]', output="out"))
+    rows, _ = run(write(do=steps, evolved='["v2"]', patches=f'["{bucket}/patches"]', output=f"{bucket}/out"))
     assert {row.status for row in rows} == {"done"}
     there = bytes_below(fetch(f"{bucket}/out", folder / "fetched"))
     here = bytes_below(folder / "out")

@@ -231,8 +231,19 @@ def test_a_rank_that_does_not_divide_the_factors_is_refused(rewritten):
 # ---- from two checkpoints
 
 
-@pytest.mark.parametrize(("base_fused", "tuned_fused"), [(True, True), (False, False), (False, True), (True, False)])
-@pytest.mark.parametrize("case", ["both", "one", "patterns", "router"])
+LAYOUTS = [(True, True), (False, False), (False, True), (True, False)]
+"""Whether base and tuned model have their experts in one tensor."""
+QUICK = {("one", (True, True)), ("patterns", (False, False)), ("router", (False, True))}
+
+
+@pytest.mark.parametrize(
+    ("case", "base_fused", "tuned_fused"),
+    [
+        pytest.param(case, *layout, marks=[] if case == "both" or (case, layout) in QUICK else pytest.mark.slow)
+        for case in ("both", "one", "patterns", "router")
+        for layout in LAYOUTS
+    ],
+)
 def test_a_patch_captured_from_two_models_has_their_experts(case, base_fused, tuned_fused, made, tmp_path):
     from tests import families as tiny
 

@@ -13,6 +13,7 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError
 from portllm.inspecting.inspect import inspect
 from portllm.matching.port_plan import plan_port
+from portllm.matching.update import Update
 from portllm.merging.in_place import merge_in_place, plan_in_place
 from portllm.merging.manifest import MergeReport
 from portllm.merging.merge import merge, merge_each
@@ -104,7 +105,7 @@ def large(tmp_path_factory):
 
 PLANS = {
     "port": lambda base, evolved, patch: plan_port(
-        load_patch(patch), evolved=open_checkpoint(evolved), base=open_checkpoint(base)
+        load_patch(patch), Update(open_checkpoint(base), open_checkpoint(evolved))
     ),
     "merge": lambda base, _, patch: plan_merge(load_patch(patch), into=open_checkpoint(base)),
     "merge in place": lambda base, _, patch: plan_in_place(load_patch(patch), base),

@@ -27,6 +27,9 @@ KINDS = (
 UNTIED = ("llama", "gpt2", "mixtral", "gemma3-vision", "qwen2-vision")
 """A family of each layout; a head of its own is one more tensor that nothing is done to."""
 
+ALIKE = ("mistral", "gemma2", "qwen2")
+"""Families whose modules have the names and the layout of Llama's."""
+
 SPELLED_TWICE = ("mixtral", "gemma3-vision", "qwen2-vision")
 F32_LOGITS = 2e-4
 """Logits of size 1 to 10 from weights in float32, once merged and once not: the sums differ in their last bits."""
@@ -107,7 +110,9 @@ def test_in_float32_too(kind, made, tmp_path):
     assert_equal_bytes(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "peft"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in ALIKE else []) for kind in KINDS]
+)
 def test_a_ported_adapter_loads_and_computes_what_the_merged_model_computes(kind, made, tmp_path):
     from tests import families as tiny
 

@@ -89,7 +89,12 @@ def once(model):
 
 @pytest.mark.parametrize(
     ("options", "tied"),
-    [({}, True), ({}, False), ({"dtype": "F32"}, True), ({"rounding": Stochastic(3)}, False)],
+    [
+        ({}, True),
+        pytest.param({}, False, marks=pytest.mark.slow),
+        ({"dtype": "F32"}, True),
+        ({"rounding": Stochastic(3)}, False),
+    ],
     ids=str,
 )
 def test_each_output_is_that_of_a_merge_alone_and_the_model_is_read_once(

@@ -9,6 +9,7 @@ from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError, refuse
 from portllm.matching.port_plan import plan_port
+from portllm.matching.update import Update
 from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
@@ -63,7 +64,7 @@ def test_a_plan_is_equal_to_the_same_plan(tiny):
     patch, into = load_patch(tiny("adapter")), open_checkpoint(tiny("base"))
     assert plan_merge(patch, into=into) == plan_merge(patch, into=into)
     evolved = open_checkpoint(tiny("evolved"))
-    assert plan_port(patch, evolved=evolved, base=into) == plan_port(patch, evolved=evolved, base=into)
+    assert plan_port(patch, Update(into, evolved)) == plan_port(patch, Update(into, evolved))
 
 
 def test_a_plan_reads_no_tensor_but_for_samples(sparse, monkeypatch):

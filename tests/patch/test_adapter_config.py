@@ -70,7 +70,7 @@ SAVED = (None, [], ["q_proj"], ["mlp"], ["proj"], ["lm_head", "score"], ["layers
 
 
 @given(chosen, st.one_of(st.none(), chosen), st.sampled_from(NUMBERS), st.sampled_from(LAYERS), st.sampled_from(SAVED))
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layers, saved):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -92,7 +92,7 @@ def test_the_same_modules_are_named_as_by_peft(targets, excluded, numbers, layer
 
 
 @given(values, values, st.booleans(), st.integers(1, 64), st.one_of(st.integers(1, 64), st.floats(0.5, 64)))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_rank_and_scale_are_those_of_peft(ranks, alphas, stabilized, rank, alpha):
     from peft.utils.other import get_pattern_key
 
@@ -354,16 +354,16 @@ def test_an_expression_that_takes_too_long_to_match_a_name_is_refused(field, mon
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_what_pythons_engine_matches_forever_is_known_of_the_modules_of_a_model(field, monkeypatch):
-    monkeypatch.setattr(name_pattern, "TRIAL_SECONDS", 2.0)
     modules = [f"model.layers.{number}.self_attn.q_proj" for number in range(8)]
-    for pattern, is_long in {
-        r"(.*[a-z]){30}!": True,
-        r".*\.(q|k)_proj": False,
-        r"model(\.\w+)*\.q_proj": False,
-    }.items():
+
+    def is_long(pattern):
         value = {pattern: 3} if field.endswith("_pattern") else pattern
-        config = parse_adapter_config({**PLAIN, field: value}, where="mine")
-        assert config.takes_peft_long(modules) == is_long
+        return parse_adapter_config({**PLAIN, field: value}, where="mine").takes_peft_long(modules)
+
+    assert not is_long(r".*\.(q|k)_proj")
+    assert not is_long(r"model(\.\w+)*\.q_proj")
+    monkeypatch.setattr(name_pattern, "TRIAL_SECONDS", 0.3)  # forever is longer than any time
+    assert is_long(r"(.*[a-z]){30}!")
 
 
 def test_a_configuration_of_names_is_matched_without_another_process(monkeypatch):

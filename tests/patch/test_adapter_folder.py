@@ -349,8 +349,7 @@ def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(adapter)
 
 
 def test_the_command_that_converts_a_pickle_works(tiny, tmp_path):
-    import subprocess
-    import sys
+    import runpy
 
     import torch
     from safetensors.torch import load_file
@@ -363,7 +362,8 @@ def test_the_command_that_converts_a_pickle_works(tiny, tmp_path):
     with pytest.raises(AdapterFormatError) as refused:
         load_patch(folder)
     code = str(refused.value).split('python -c "')[1].removesuffix('".')
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    (tmp_path / "command.py").write_text(code)
+    runpy.run_path(str(tmp_path / "command.py"))
     assert digest_tensors(load_patch(folder)) == expected
 
 

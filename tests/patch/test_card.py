@@ -85,7 +85,7 @@ def test_what_a_user_wrote_goes_along_and_what_named_the_old_base_does_not(tiny,
 
 
 def test_pefts_template_that_nobody_filled_in_is_not_kept(tiny, tmp_path):
-    adapter = models.make_adapter(tiny("base"), tmp_path / "adapter")
+    adapter = models.make_adapter(tiny("base"), tmp_path / "adapter", card=True)
     assert "[More Information Needed]" in card(adapter)
     portllm.capture(adapter, base=tiny("base"), out=tmp_path / "patch")
     assert "More Information Needed" not in card(tmp_path / "patch")

@@ -49,7 +49,7 @@ TINY, HUGE = 2.0**-60, 2.0**60
     st.sampled_from([TINY, 1e-3, 1.0, HUGE]),
     st.integers(0, 100),
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_a_scale_that_is_folded_into_a_factor_changes_no_bit(scale, b_size, a_size, seed):
     b, a = draw(20, 4, seed=seed, size=b_size), draw(4, 12, seed=seed + 1, size=a_size)
     folded, rest = fold_scale(b, a, scale)
@@ -84,7 +84,7 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
 @given(shapes, st.sampled_from(sorted(DTYPES)), st.sampled_from(sorted(DTYPES)), st.integers(0, 100))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_a_merged_weight_is_within_one_rounding_of_the_exact_sum(shape, stored, to, seed):
     weight, delta = draw(*shape, seed=seed).to(DTYPES[stored]), draw(*shape, seed=seed + 1, size=0.01)
     merged = round_nearest(add(weight, delta), dtype=DTYPES[to])
@@ -117,7 +117,7 @@ def test_by_hand_the_measures_of_a_merge():
 
 
 @given(shapes, st.sampled_from(sorted(DTYPES)), st.floats(1e-4, 1.0), st.integers(0, 100))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_the_measures_are_those_of_float64(shape, dtype, size, seed):
     weight, delta = draw(*shape, seed=seed).to(DTYPES[dtype]), draw(*shape, seed=seed + 1, size=size)
     merged = round_nearest(add(weight, delta), dtype=DTYPES[dtype])

@@ -83,7 +83,7 @@ def test_what_cannot_be_ported_is_refused_as_by_add_and_nothing_is_measured(forc
     base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("base", inner=24))
     patch = load_patch(tiny("adapter"))
     plan = Route(Update(base, evolved), method="auto", force=force).plan(patch)
-    assert plan.refusals == plan_port(patch, base=base, evolved=evolved).refusals != ()
+    assert plan.refusals == plan_port(patch, Update(base, evolved)).refusals != ()
 
 
 def test_without_its_base_no_choice_can_be_made(tiny, tmp_path):

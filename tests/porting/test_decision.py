@@ -7,6 +7,7 @@ import pytest
 from portllm.checkpoint.open import open_checkpoint
 from portllm.matching.port_plan import plan_port
 from portllm.matching.token_rows import TokenMap
+from portllm.matching.update import Update
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.record import Choice, PortStep
 from portllm.porting.decision import Named, decide
@@ -18,7 +19,7 @@ EVALUATE = "portllm evaluate --base v1 --patch 'my patch' --evolved v2 --ported 
 @pytest.fixture(scope="module")
 def plan(tiny):
     return plan_port(
-        load_patch(tiny("adapter")), evolved=open_checkpoint(tiny("evolved")), base=open_checkpoint(tiny("base"))
+        load_patch(tiny("adapter")), Update(open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved")))
     )
 
 
@@ -70,9 +71,16 @@ def test_the_verdict_of_check_is_said_with_its_reasons(plan, verdict, forced, to
 @pytest.mark.parametrize(
     ("share", "low", "high", "tone", "said", "command"),
     [
-        (0.95, 0.92, 0.97, "good", "enough by your limit of 90 %", "portllm merge"),
-        (0.91, 0.86, 0.94, "doubt", "not shown to be enough by your limit of 90 %", EVALUATE),
-        (0.5, 0.4, 0.6, "bad", "too few by your limit of 90 %", "portllm train --base v2 --teacher 'my patch'"),
+        (0.95, 0.92, 0.97, "good", "enough by the limit of 90 % (--agreement)", "portllm merge"),
+        (0.91, 0.86, 0.94, "doubt", "not shown to be enough by the limit of 90 % (--agreement)", EVALUATE),
+        (
+            0.5,
+            0.4,
+            0.6,
+            "bad",
+            "too few by the limit of 90 % (--agreement)",
+            "portllm train --base v2 --teacher 'my patch'",
+        ),
     ],
 )
 def test_what_prompts_measured_goes_before_the_verdict(plan, share, low, high, tone, said, command):

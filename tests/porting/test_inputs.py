@@ -7,6 +7,7 @@ import torch
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.matching.port_plan import plan_port
+from portllm.matching.update import Update
 from portllm.methods.contract import Inputs, Need
 from portllm.methods.table import METHODS
 from portllm.methods.values import whole
@@ -24,7 +25,7 @@ def reading(monkeypatch):
 
 
 def plan(base, evolved, adapter, method):
-    return plan_port(load_patch(adapter), base=open_checkpoint(base), evolved=open_checkpoint(evolved), method=method)
+    return plan_port(load_patch(adapter), Update(open_checkpoint(base), open_checkpoint(evolved)), method=method)
 
 
 def test_a_method_that_asks_for_nothing_is_given_nothing(tiny):

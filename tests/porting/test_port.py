@@ -17,6 +17,7 @@ from portllm.checkpoint.reading.windows import SAMPLE_BYTES
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError, OutputExistsError, PlanRefusedError, UnknownMethodError
 from portllm.matching.port_plan import plan_port
+from portllm.matching.update import Update
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch
 from portllm.porting.port import port, port_each
 from tests.safetensors_files import contents, write_sparse, write_tensors
@@ -149,7 +150,7 @@ def test_the_sampled_drift_of_small_tensors_is_their_drift(tiny):
     report = measure_drift(base, evolved)
     sums = [report.tensors[f"{module}.weight"] for module in patch.deltas]
     drift = math.sqrt(sum(part.drift_sq for part in sums) / sum(part.base_sq for part in sums))
-    evidence = plan_port(patch, evolved=evolved, base=base).evidence
+    evidence = plan_port(patch, Update(base, evolved)).evidence
     assert evidence["sampled_drift"] == pytest.approx(drift, rel=1e-2)
     assert 0.9 < evidence["sampled_cosine"] < 1.0
 
@@ -176,7 +177,7 @@ def test_the_same_elements_are_compared_when_the_evolved_model_has_another_dtype
     evolved = write_tensors(tmp_path / "evolved.safetensors", {"q_proj.weight": floats(values * 1.25, "F32")})
     patch = q_proj_patch(tmp_path / "adapter", 100, 200)
     for one, other in ((base, evolved), (evolved, base)):
-        evidence = plan_port(patch, evolved=open_checkpoint(other), base=open_checkpoint(one)).evidence
+        evidence = plan_port(patch, Update(open_checkpoint(one), open_checkpoint(other))).evidence
         assert evidence["sampled_cosine"] == pytest.approx(1.0, abs=1e-4)
         assert evidence["sampled_drift"] == pytest.approx(0.25 if one is base else 0.2, rel=0.02)
 
@@ -195,9 +196,7 @@ def test_the_same_elements_are_compared_when_the_evolved_model_has_another_dtype
 def test_no_drift_is_claimed_of_a_base_that_cannot_be_compared(base, tmp_path):
     base = write_tensors(tmp_path / "base.safetensors", base)
     evolved = write_tensors(tmp_path / "evolved.safetensors", {"q_proj.weight": floats(torch.ones(3, 4), "F32")})
-    plan = plan_port(
-        q_proj_patch(tmp_path / "adapter", 3, 4), evolved=open_checkpoint(evolved), base=open_checkpoint(base)
-    )
+    plan = plan_port(q_proj_patch(tmp_path / "adapter", 3, 4), Update(open_checkpoint(base), open_checkpoint(evolved)))
     assert (dict(plan.evidence), plan.refusals) == ({}, ())
 
 
@@ -281,7 +280,7 @@ def test_quantized_weights_are_refused(tmp_path):
     evolved = write_tensors(tmp_path / "evolved.safetensors", {"q_proj.weight": ("I8", (3, 4), bytes(12))})
     reasons = refused(patch, tmp_path, evolved=open_checkpoint(evolved), base=open_checkpoint(evolved))
     assert "is stored as I8; a patch can only be added to F64, F32, F16, BF16" in reasons["q_proj"]
-    assert all(refusal.is_of_input for refusal in plan_port(patch, evolved=open_checkpoint(evolved)).refusals)
+    assert all(refusal.is_of_input for refusal in plan_port(patch, Update(None, open_checkpoint(evolved))).refusals)
 
 
 def test_another_base_than_the_recorded_one_is_refused_unless_it_is_meant(tiny, tmp_path):
@@ -428,7 +427,7 @@ def test_a_patch_of_a_large_model_is_ported_without_torch(with_base, seven_billi
 
 def test_the_plan_of_a_port_names_every_file_that_it_reads(tiny, tmp_path):
     base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved", max_shard_size="3KB"))
-    plan = plan_port(load_patch(tiny("adapter")), evolved=evolved, base=base)
+    plan = plan_port(load_patch(tiny("adapter")), Update(base, evolved))
     assert set(plan.files) == {*base.files, *evolved.files, *files_of(plan.patch)}
     assert all(isinstance(delta.a, TensorInfo) for delta in plan.patch.deltas.values())
 

@@ -24,7 +24,9 @@ from portllm.errors import DataError, NonFiniteError, PlanRefusedError, PortLLME
 from portllm.measures.similarity import linear_cka
 from portllm.measures.thresholds import AGREEMENT
 from portllm.patch.adapter_folder import load_patch
-from portllm.probing.probe import TextSettings, add_text, measure_text
+from portllm.probing.check import check
+from portllm.probing.probe import measure_text
+from portllm.probing.settings import TextSettings
 from portllm.running.encoding import Encoder
 from portllm.running.model import load_model, load_tokenizer
 from portllm.running.observation import spread_positions
@@ -362,7 +364,7 @@ def test_a_report_has_the_measures_and_the_doubts_that_they_raise(story, tmp_pat
     (unfit / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
     patches = [load_patch(story["patch"]), load_patch(unfit)]
     report = check_weights(*patches, **models)
-    more = add_text(report, patches, **models, prompts=PROMPTS, settings=SETTINGS, device="cpu")
+    more = check(*patches, **models, text=PROMPTS, settings=SETTINGS, device="cpu")
     agreement = more.patches[0].text.features()["ported_agreement"]
     assert agreement < AGREEMENT.value
     assert more.patches[0].verdict == with_answers(report.patches[0].verdict, agreement=agreement, n_prompts=6)

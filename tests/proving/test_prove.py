@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import portllm
 from portllm.errors import NotFoundError, PlanRefusedError, RuntimeFailedError
 from portllm.exporting.export import export, given_of
 from portllm.proving.prove import Endpoint, prove
-from tests.models import HEAD_DIM, make_adapter
+from tests.models import HEAD_DIM, adapter_of, make_adapter, resized
 from tests.proving.fake_server import FORMS, FakeRuntime, FakeServer
 
 PROMPTS = ("Which kind of", "What causes measles?", "Question: what helps", "Is", "rest, tea", "who is at risk")
@@ -185,13 +186,28 @@ def test_a_patch_of_another_model_is_refused_before_anything_starts(reader, tiny
         prove(deeper, base=reader, runtime=Endpoint("http://127.0.0.1:1", "base", "patch"))
 
 
+def test_a_patch_with_added_tokens_is_refused_because_the_bare_base_has_no_rows_for_them(reader, tmp_path):
+    rows = portllm.open_checkpoint(reader).embedding.shape[0]
+    ids = [rows, rows + 1]
+    adapter, _ = adapter_of(
+        resized(reader, rows + 2), tmp_path / "adapter", trainable_token_indices={"embed_tokens": ids, "lm_head": ids}
+    )
+    tokenizer = json.loads((reader / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] += [{"id": row, "content": f"<{row}>", "special": True} for row in ids]
+    (adapter / "tokenizer.json").write_text(json.dumps(tokenizer))
+    patch = portllm.capture(adapter, base=reader, out=tmp_path / "patch")
+
+    with pytest.raises(PlanRefusedError, match=r"added tokens give it \d+ rows.*nothing to compare with"):
+        prove(patch, base=reader, runtime=Endpoint("http://127.0.0.1:1", "base", "patch"))
+
+
 def test_a_runtime_that_is_not_known_is_refused_with_those_that_are(reader, adapter):
     with pytest.raises(NotFoundError, match="mistralrs, llamacpp"):
         prove(adapter, base=reader, runtime="other")
 
 
 def test_a_runtime_that_is_not_installed_is_told_with_what_installs_it(reader, adapter):
-    with pytest.raises(NotFoundError, match="pip install mistralrs=="):
+    with pytest.raises(NotFoundError, match=r"make runtime-mistralrs(.|\n)*pip install mistralrs=="):
         prove(adapter, base=reader, runtime="mistralrs")
 
 

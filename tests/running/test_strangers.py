@@ -145,7 +145,7 @@ def test_what_may_not_pass_changes_nothing(case, reader, adapter, tmp_path, monk
 
 @pytest.mark.parametrize("case", REFUSED_ADAPTERS)
 def test_an_adapter_that_asks_for_more_than_its_tensors_is_refused(case, reader, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(name_pattern, "TRIAL_SECONDS", 2.0)
+    monkeypatch.setattr(name_pattern, "TRIAL_SECONDS", 0.5)
     asked = copied(adapter, tmp_path / "patch", {"adapter_config.json": REFUSED_ADAPTERS[case]})
     with nothing_happens(tmp_path, monkeypatch), pytest.raises(PortLLMError, match=str(asked)):
         use(reader, asked)

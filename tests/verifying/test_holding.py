@@ -1,6 +1,7 @@
 """Whether merges of any tool hold a patch: PEFT's do, to rounding; what is wrong with others is named."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ import portllm
 from portllm.errors import PlanRefusedError
 from portllm.verifying.likeness import Extent, Likeness
 from tests import models
+from tests.tiny_gguf import convert_llama
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +154,50 @@ def test_a_change_far_below_the_last_bit_is_told_from_none():
         likeness = Likeness("BF16", "BF16")
         likeness.add(round_to(merged, "BF16"), round_to(base + delta, "BF16"), base)
         assert likeness.extent in (extent, Extent.EXACTLY if extent is Extent.TO_ROUNDING else extent)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny, tmp_path_factory):
+    """A model whose rows fill whole blocks, a patch of it, and the merge."""
+    folder = tmp_path_factory.mktemp("wide")
+    base = tiny("base", hidden=96, inner=64)
+    patch = portllm.capture(tiny("adapter", of=base, size=0.1), base=base, out=folder / "patch")
+    portllm.merge(patch, into=base, out=folder / "merged")
+    return {"base": base, "patch": folder / "patch", "merged": folder / "merged"}
+
+
+@pytest.mark.parametrize(
+    ("storage", "extent"), [("BF16", Extent.EXACTLY), ("Q8_0", Extent.TO_ROUNDING), ("Q4_0", Extent.TO_ROUNDING)]
+)
+def test_the_gguf_file_of_a_merge_holds_its_patch_as_far_as_its_type_goes(wide, tmp_path, storage, extent):
+    file = convert_llama(wide["merged"], tmp_path / "merged.gguf", storage=storage)
+    found = held(file, wide["patch"], wide["base"])
+    assert (found.verified, found.holding.extent) == (True, extent)
+
+
+@pytest.mark.parametrize(
+    ("scale", "extent", "finding"),
+    [(0.0, Extent.NOT, "as in the base, but for rounding"), (0.5, Extent.NOT, r"holds 0\.\d+ times the patch$")],
+)
+def test_what_a_quantized_file_has_in_place_of_the_patch_is_said(wide, tmp_path, scale, extent, finding):
+    tensors, base = (load_file(wide[kind] / "model.safetensors") for kind in ("merged", "base"))
+    moved = {name: base[name] + scale * (tensors[name].float() - base[name]) for name in tensors}
+    shutil.copytree(wide["merged"], tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    save_file({name: tensor.to(tensors[name].dtype) for name, tensor in moved.items()}, file, {"format": "pt"})
+    file = convert_llama(tmp_path / "other", tmp_path / "other.gguf", storage="Q8_0")
+
+    found = held(file, wide["patch"], wide["base"]).holding
+
+    assert found.extent is extent
+    said = [held.finding for name, held in found.wrong.items() if "up_proj" in name]
+    assert said
+    assert all(re.search(finding, one) for one in said), said
+
+
+def test_of_a_patch_that_quantization_hides_nothing_is_said(tiny, wide, tmp_path):
+    patch = tiny("adapter", of=wide["base"], size=0.01)
+    portllm.merge(patch, into=wide["base"], out=tmp_path / "merged")
+    file = convert_llama(tmp_path / "merged", tmp_path / "merged.gguf", storage="Q4_0")
+    with pytest.raises(PlanRefusedError, match=r"up_proj.*Q4_0 is so coarse"):
+        held(file, patch, wide["base"])

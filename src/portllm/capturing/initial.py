@@ -13,7 +13,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.spool import Spool
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, Refusal
+from portllm.errors import Refusal, refuse
 from portllm.linalg import frobenius
 from portllm.matching.changes import oriented
 from portllm.patch.adapter_config import AdapterConfig
@@ -84,8 +84,7 @@ def convert(
         a, b = spool.add(f"{module}.lora_A", less.a), spool.add(f"{module}.lora_B", less.b)
         deltas[module] = replace(adapter.deltas[module], a=a, b=b)
         progress("convert", done, len(adapter.deltas), "tensors")
-    if refusals:
-        raise PlanRefusedError(refusals)
+    refuse(refusals)
     config = AdapterConfig(converted_fields(adapter.config.fields))
     return Converted(replace(adapter, deltas=deltas, config=config, base_copies={}), known)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from portllm.capturing.tuned_plan import TunedPlan
 from portllm.files.record import encode
+from portllm.show.headline import Headline, headline_lines
 from portllm.show.numbers import percent
 from portllm.show.printable import one_line
 from portllm.show.table import items, table
@@ -42,7 +43,7 @@ def _and_experts(plan: TunedPlan) -> str:
     return f"; {len(plan.experts)} weights of all experts of a layer" if plan.experts else ""
 
 
-def render_tuned_report(report: "TunedReport", out: Path) -> str:
+def render_tuned_report(report: "TunedReport", out: Path, headline: Headline) -> str:
     """What `capture --tuned` prints: what the patch holds, and what it does not."""
     ranks = [delta.rank for delta in report.deltas.values() if delta.rank is not None]
     rows = {
@@ -52,7 +53,7 @@ def render_tuned_report(report: "TunedReport", out: Path) -> str:
         "residual": f"{percent(report.truncation_residual)} of the linear weights' change is not in the deltas",
         "dense": f"{len(report.values)} tensors stored in full; {report.n_unchanged} are the same in both models",
     }
-    lines = ["captured", *table(rows)]
+    lines = [*headline_lines(headline), "", *table(rows)]
     by_reason: dict[str, list[str]] = {}
     for name in report.left_out:
         by_reason.setdefault(report.reasons[name], []).append(name)

@@ -21,7 +21,7 @@ from portllm.checkpoint.model.identity import digest_of, digest_stored, known_di
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, Refusal
+from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import check_free, staged_folder
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_folder import digest_tensors, load_patch, write_patch, write_record
@@ -125,8 +125,7 @@ def run_capture_tuned(
     progress: Progress = silent,
 ) -> TunedReport:
     """Carry out a plan; see `capture_tuned`."""
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     if plan.base.is_remote or plan.tuned.is_remote:
         check_free(out, overwrite=overwrite)
         here = (on_disk(checkpoint, progress=progress) for checkpoint in (plan.base, plan.tuned))
@@ -159,7 +158,7 @@ def _capture(plan: TunedPlan, folder: Path, spool: Spool, progress: Progress) ->
     for name, reason in placed.left_out.items():
         found.leave_out(name, found.values.pop(name), reason)
     if not found.factors and not found.experts:
-        raise PlanRefusedError([_nothing(plan, found)])
+        refuse([_nothing(plan, found)])
     stored = {
         stored_name(key): WholeValue(found.kept.get(name, plan.pairs[name].tuned)) for key, name in placed.keys.items()
     }

@@ -29,9 +29,9 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
-from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.evaluating.decision import points_text
-from portllm.evaluating.plan import model_refusals, trained_on
+from portllm.evaluating.plan import model_refusals, swapped, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
@@ -211,6 +211,8 @@ def plan_certify(
         raise AssertionError("one of the two is given")
     specialist = Side(identify(base), _files(patch))
     after = Side(identify(successor), None if ported is None else _files(ported))
+    if not allow_other_base:
+        refuse(swapped(patch, ported, specialist.model, after.model))
     for model in (base, successor):
         check_runnable(model)
     refusals = list(
@@ -225,8 +227,7 @@ def plan_certify(
         reason = "the two models have different tokenizers, so their tokens cannot be compared. Use --answers exact."
         refusals.append(Refusal("--answers free", reason))
     refusals += trained_on(data.digest, patch, ported, consequence=TRAINED_ON)
-    if refusals:
-        raise PlanRefusedError(refusals)
+    refuse(refusals)
     folder = model_folder(base, progress=progress)
     template = chat_template_for(data, patch, folder=folder)
     return CertifyPlan(

@@ -41,7 +41,11 @@ def render_input_plan(plan: InputPlan) -> str:
         percent(plan.expected, digits=2),
     )
     lines = [
-        f"{plan.n_inputs:,} inputs: {allowed} for a bound of {bound}, with {confidence} confidence",
-        f"if {expected} of all answers differ, the bound is met with probability {percent(plan.chance)}",
+        f"{plan.n_inputs:,} inputs are needed to rule out a loss of more than {bound} with {confidence} confidence; "
+        f"{allowed}.",
     ]
+    if plan.expected:
+        lines.append(
+            f"If {expected} of all answers differ, it is ruled out with a probability of {percent(plan.chance)}."
+        )
     return "\n".join([*lines, ASSUMES])

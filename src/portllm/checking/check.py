@@ -26,7 +26,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.matching.changes import changes_on
-from portllm.matching.port_plan import PortPlan, plan_port_on
+from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.quantized_base import quantization_of
 from portllm.matching.tensor_pairs import TensorPair
 from portllm.matching.token_rows import has_token_rows
@@ -94,7 +94,7 @@ def check_weights(
         since = None
         if trained_on is not None:
             since = measure_update(Update(trained_on, evolved), full=full, progress=progress)
-        plans = (plan_port_on(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
+        plans = (plan_port(patch, known.update, allow_other_base=allow_other_base) for patch in patches)
         reader = AlikeReader()
         found = (check_patch(plan, known, reader, since=since, places=places) for plan in plans)
         return CheckReport(known.report, tuple(found))

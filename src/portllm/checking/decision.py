@@ -25,7 +25,6 @@ ACTIONS: Mapping[Answer, str] = {
     Answer.CANNOT_BE_PORTED: "train it again, or remove what is in the way",
 }
 
-
 OTHER_INPUT = "pass what the reasons below name"
 """What to do where a model that was given is at fault, and not the patch: training again would not help."""
 
@@ -59,17 +58,32 @@ def decide(patch: PatchReport, evolved: str, *, checked: Checked | None = None, 
     return Headline(TONES[answer], f"{answer}: {named}; {action}", reasons, next_, command)
 
 
-def decide_all(report: CheckReport, *, failed: bool = False) -> Headline:
+def decide_all(report: CheckReport, *, failed: bool = False, checked: Checked | None = None) -> Headline:
     """How many patches have which verdict, in the tone of the worst.
 
     Args:
         report: What `check` found.
         failed: Whether some patches could not be opened.
+        checked: Names for the next command; without them there is none.
     """
     order = list(Answer)
     worst = max((patch.verdict.answer for patch in report.patches), key=order.index, default=None)
     tone: Tone = "bad" if failed else "plain" if worst is None else TONES[worst]
-    return Headline(tone, verdict_counts(report) if report.patches else "no patches")
+    text = verdict_counts(report) if report.patches else "no patches"
+    reasons = [] if worst is None else _in_common(report)
+    if checked is None or worst is None:
+        return Headline(tone, text, reasons)
+    chosen = [patch for patch in report.patches if patch.verdict.answer is worst]
+    if any(reason.text.startswith("--") for reason in chosen[0].verdict.reasons):
+        return Headline(tone, text, reasons, OTHER_INPUT.replace("below", "in the table"))
+    next_, command = _next(chosen[0], checked)
+    return Headline(tone, text, reasons, f"{next_}; likewise the others" if len(chosen) > 1 else next_, command)
+
+
+def _in_common(report: CheckReport) -> list[str]:
+    """A reason that every patch has, so that it need not stand in each row."""
+    reasons = [patch.verdict.reasons[0].text if patch.verdict.reasons else "" for patch in report.patches]
+    return reasons[:1] if reasons[0] and len({*reasons}) == 1 and len(reasons) > 1 else []
 
 
 def _reason(reason: Reason) -> str:

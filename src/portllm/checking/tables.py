@@ -151,7 +151,8 @@ def update_facts(update: UpdateReport) -> dict[str, str]:
 
 def kind_rows(update: UpdateReport) -> Rows:
     """A line for each kind of module."""
-    rows: Rows = [("module", "tensors", "drift", "least", "most", "cosine", "lineage")]
+    several = any(found.lineage != update.lineage for found in update.kinds.values())
+    rows: Rows = [("module", "tensors", "drift", "least", "most", "cosine", *("lineage",) * several)]
     for kind, found in update.kinds.items():
         cells = [cell.relative.value for place, cell in update.cells.items() if place.kind == kind]
         rows.append(
@@ -162,7 +163,7 @@ def kind_rows(update: UpdateReport) -> Rows:
                 three_percent(min(cells)),
                 three_percent(max(cells)),
                 f"{found.drift.cosine.value:.5f}",
-                str(found.lineage),
+                *(str(found.lineage),) * several,
             )
         )
     return rows

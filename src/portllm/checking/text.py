@@ -14,8 +14,6 @@ from portllm.show.headline import Tone, headline_lines
 from portllm.show.table import columns, table
 
 Failed = Sequence[Outcome[Patch[TensorInfo]]]
-LONGEST_WHY = 70
-"""Letters of a reason that stand in a table of several patches."""
 
 
 def check_to_json(report: CheckReport, failed: Failed) -> dict[str, object]:
@@ -38,7 +36,7 @@ def render_check(
     lines = (
         _one_patch(report.patches[0], update.evolved.name, checked)
         if len(report.patches) == 1
-        else _several_patches(report, width)
+        else _several_patches(report, checked, width)
     )
     lines += [f"{outcome.folder}: {outcome.error}" for outcome in failed]
     lines += ["", f"update from {update.base.name} to {update.evolved.name}", *table(update_facts(update))]
@@ -61,10 +59,11 @@ def _one_patch(patch: PatchReport, evolved: str, checked: Checked | None) -> lis
     return lines if patch.text is None else [*lines, "", *render_text(patch.text)]
 
 
-def _several_patches(report: CheckReport, width: int | None) -> list[str]:
-    rows = [
-        (*row, why if len(why) <= LONGEST_WHY else f"{why[: LONGEST_WHY - 3]}...") for *row, why in patch_rows(report)
-    ]
+def _several_patches(report: CheckReport, checked: Checked | None, width: int | None) -> list[str]:
+    headline = decide_all(report, checked=checked)
+    rows: list[tuple[str, ...]] = [(*row, why.partition(";")[0]) for *row, why in patch_rows(report)]
+    if headline.reasons:  # what all have in common stands above
+        rows = [row[:-1] for row in rows]
     texts = [patch.text for patch in report.patches if patch.text is not None]
-    lines = [decide_all(report).text, *columns(rows, width=width)]
+    lines = [*headline_lines(headline), "", *columns(rows, width=width)]
     return [*lines, "", *render_texts(texts, width=width)] if texts else lines

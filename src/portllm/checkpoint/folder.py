@@ -1,5 +1,6 @@
 """A model's folder, opened by what lies in it."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -19,6 +20,17 @@ CONVERSION = (
     'Convert the model once, if you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\"."
 )
+
+KINDS = {
+    "certificate.json": ("certificates", "is a certificate, not a model. Read it with: portllm verify"),
+    "export.json": ("exports", "is an export for a runtime, not a model. Look at it with: portllm verify"),
+    "patch.json": ("patches", ""),
+    ADAPTER_FILE: ("adapters", ""),
+}
+"""What a folder is, by a file that only its kind has, and what is said of it where a model is expected."""
+
+MOST_BELOW, SHOWN_BELOW = 10_000, 6
+"""Folders that are looked into, and those that are named of each kind."""
 
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _STEP = re.compile(r"checkpoint-(?P<step>\d+)")
@@ -43,7 +55,7 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
     files = [folder / file for file in there if file.endswith(GGUF_SUFFIX)]
     if len(files) == 1:
         return open_gguf(files[0], name=name, folder=folder)
-    raise NotFoundError(f"'{name}': {_inner_model(folder, name) or why_no_model(there)}")
+    raise NotFoundError(f"'{name}': {_inner_model(folder, name) or _below(folder, name, there) or why_no_model(there)}")
 
 
 def open_gguf(path: Path, *, name: str, folder: Path | None) -> Checkpoint:
@@ -65,6 +77,9 @@ def _files_in(folder: Path) -> list[str]:
 def why_no_model(files: Iterable[str]) -> str:
     """What a folder or repository with these files is, when it is no model that can be read."""
     files = list(files)
+    for file, (_, told) in KINDS.items():
+        if told and file in files:
+            return told
     if ADAPTER_FILE in files:
         return (
             "is an adapter, not a model. Pass it as the patch (capture takes it as --adapter), and the model that it "
@@ -104,6 +119,41 @@ def why_no_model_file(path: Path, *, folder: Path) -> str | None:
     if path.suffix in SIDE_SUFFIXES:
         return f"is a file of a model's folder, not its weights. Pass the folder: {folder}"
     return "is neither a safetensors nor a GGUF file. Pass a model's folder, or such a file."
+
+
+def _below(folder: Path, name: str, there: Iterable[str]) -> str | None:
+    """What lies one or two levels below a folder that holds no weights of any kind itself."""
+    if any(Path(file).suffix in (".safetensors", GGUF_SUFFIX, *PICKLE_SUFFIXES) or file in KINDS for file in there):
+        return None
+    found: dict[str, list[str]] = {}
+    folders = itertools.islice(itertools.chain(folder.glob("*/"), folder.glob("*/*/")), MOST_BELOW)
+    for inner in folders:
+        place = inner.relative_to(folder)
+        kind = None if any(part.startswith(".") for part in place.parts) else _kind_of(inner)
+        if kind is not None:
+            found.setdefault(kind, []).append(str(place))
+    if not found:
+        return None
+    lists = [
+        f"{kind}: {', '.join(sorted(places)[:SHOWN_BELOW])}"
+        + f" and {len(places) - SHOWN_BELOW} more" * (len(places) > SHOWN_BELOW)
+        for kind, places in sorted(found.items())
+    ]
+    first = min(next(iter(found.values())))
+    return f"is no model itself. Below it lie {'; '.join(lists)}. Pass one of them, such as {os.path.join(name, first)}"
+
+
+def _kind_of(folder: Path) -> str | None:
+    """What a folder holds, told by the names of its files."""
+    try:
+        there = _files_in(folder)
+    except NotFoundError:
+        return None
+    for file, (kind, _) in KINDS.items():
+        if file in there:
+            return kind
+    is_model = SINGLE_FILE in there or INDEX_FILE in there or any(file.endswith(GGUF_SUFFIX) for file in there)
+    return "models" if is_model else None
 
 
 def _inner_model(folder: Path, name: str) -> str | None:

@@ -61,7 +61,6 @@ from portllm.progress import Progress, silent
 HEADER_GUESS_BYTES = 100_000
 """Read at the start of a file in one request: its length and, for most files, the whole header."""
 
-
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
 """What is fetched besides weights and `SIDE_SUFFIXES`: terms; never pickled weights or code."""
 

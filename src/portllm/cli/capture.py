@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import PromptFileOption, given_prompt
 from portllm.cli.numbers import whole
-from portllm.cli.options import MODEL, DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
 
 AUTO = "auto"
@@ -31,8 +31,8 @@ class FittedName(StrEnum):
 
 
 def capture(
-    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
-    output: OutOption,
+    base: Annotated[str, typer.Option("--base", help=options.BASE)],
+    output: options.Out,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT LoRA adapter.")] = None,
     initial: Annotated[
         Path | None,
@@ -82,10 +82,10 @@ def capture(
     completion: Annotated[
         str | None, typer.Option("--completion", help="With --prompt: the field with the right answer, kept likewise.")
     ] = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make a patch from a PEFT adapter, or from a fine-tuned model.
 
@@ -155,6 +155,7 @@ def _capture_adapter(
     quiet: bool,
 ) -> None:
     from portllm.capturing.adapter import plan_capture, run_capture
+    from portllm.capturing.decision import decide
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
@@ -163,6 +164,7 @@ def _capture_adapter(
     from portllm.inspecting.text import render_summary
     from portllm.patch.adapter_folder import open_adapter
     from portllm.patch.record import FittedTo
+    from portllm.show.headline import headline_lines
 
     loaded, model = open_adapter(adapter), open_checkpoint(base)
     before = None if initial is None else open_adapter(initial)
@@ -185,7 +187,8 @@ def _capture_adapter(
     if as_json:
         print_json(summary_to_json(summary))
     else:
-        say(render_summary(summary))
+        headline = decide(str(output), base, source=str(adapter))
+        say("\n".join([*headline_lines(headline), "", render_summary(summary)]), tone=headline.tone)
 
 
 def _capture_tuned(
@@ -202,11 +205,12 @@ def _capture_tuned(
     as_json: bool,
     quiet: bool,
 ) -> None:
+    from portllm.capturing.decision import decide
     from portllm.capturing.text import render_tuned_plan, render_tuned_report, tuned_report_to_json
     from portllm.capturing.tuned_plan import plan_capture_tuned
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
 
     plan = plan_capture_tuned(
@@ -214,8 +218,7 @@ def _capture_tuned(
     )
     if dry_run:
         say(render_tuned_plan(plan, output))
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     check_free(output, overwrite=overwrite)
     if dry_run:
         return
@@ -226,4 +229,5 @@ def _capture_tuned(
     if as_json:
         print_json(tuned_report_to_json(report, output))
     else:
-        say(render_tuned_report(report, output))
+        headline = decide(str(output), base, source=tuned, left_out=len(report.left_out))
+        say(render_tuned_report(report, output, headline), tone=headline.tone)

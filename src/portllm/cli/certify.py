@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import (
     DATA,
     CompletionOption,
@@ -16,18 +17,6 @@ from portllm.cli.data import (
     say_templates,
 )
 from portllm.cli.numbers import share, whole
-from portllm.cli.options import (
-    MODEL,
-    DeviceName,
-    DeviceOption,
-    DryRunOption,
-    HtmlOption,
-    JsonOption,
-    MaxLossOption,
-    OtherBaseOption,
-    OverwriteOption,
-    QuietOption,
-)
 from portllm.cli.terminal import print_json, say
 
 
@@ -40,7 +29,7 @@ class AnswerName(StrEnum):
 
 
 def certify(
-    base: Annotated[str | None, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")] = None,
+    base: Annotated[str | None, typer.Option("--base", help=options.BASE)] = None,
     patch: Annotated[Path | None, typer.Option("--patch", help="The patch.")] = None,
     evolved: Annotated[str | None, typer.Option("--evolved", help="The updated base.")] = None,
     ported: Annotated[Path | None, typer.Option("--ported", help="The patch ported to the evolved model.")] = None,
@@ -77,7 +66,7 @@ def certify(
     bound: Annotated[
         float | None, typer.Option(parser=share, help="The accuracy loss to rule out, such as 0.02 or 2%.")
     ] = None,
-    max_loss: MaxLossOption = None,
+    max_loss: options.MaxLoss = None,
     confidence: Annotated[float, typer.Option(parser=share, help="Confidence level of the bound.")] = 0.95,
     sample: Annotated[
         int | None, typer.Option(parser=whole(), help="Draw this many rows of the file at random.")
@@ -98,13 +87,13 @@ def certify(
         float,
         typer.Option(parser=share, help="With --plan: probability of meeting the bound at the expected disagreement."),
     ] = 0.9,
-    device: DeviceOption = DeviceName.AUTO,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    html: HtmlOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.Device = options.DeviceName.AUTO,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Bound the accuracy a port can have lost, from unlabeled inputs.
 

@@ -6,25 +6,15 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import PromptFileOption, PromptOption, given_prompt, say_data, say_templates
 from portllm.cli.numbers import whole
-from portllm.cli.options import (
-    MODEL,
-    PATCHES,
-    DeviceName,
-    DeviceOption,
-    HtmlOption,
-    JsonOption,
-    OtherBaseOption,
-    OverwriteOption,
-    QuietOption,
-)
 from portllm.cli.terminal import print_json, say, width_of
 
 
 def check(
-    patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=PATCHES)],
-    base: Annotated[str, typer.Option("--base", help=f"The model the patches were made on. {MODEL}")],
+    patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help=options.PATCHES)],
+    base: Annotated[str, typer.Option("--base", help=f"The model the patches were made on. {options.MODEL}")],
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
     trained_on: Annotated[
         str | None,
@@ -61,13 +51,13 @@ def check(
         ),
     ] = 512,
     batch_size: Annotated[int, typer.Option(parser=whole(), help="With --text: prompts per forward pass.")] = 16,
-    device: DeviceOption = DeviceName.AUTO,
+    device: options.Device = options.DeviceName.AUTO,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Show the drift of each layer.")] = False,
-    allow_other_base: OtherBaseOption = False,
-    html: HtmlOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    allow_other_base: options.OtherBase = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Predict whether patches will hold on an evolved model.
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.capture import AUTO, parse_rank
 from portllm.cli.numbers import real, share
-from portllm.cli.options import DryRunOption, JsonOption, OutOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class CombineMethod(StrEnum):
 
 def combine(
     patches: Annotated[list[Path], typer.Argument(help="Two or more patches of the same base.")],
-    output: OutOption,
+    output: options.Out,
     weights: Annotated[
         str | None, typer.Option("--weights", help="Comma-separated weights, one per patch. Defaults to 1 each.")
     ] = None,
@@ -43,10 +43,10 @@ def combine(
         float, typer.Option("--density", parser=share, help="Fraction of elements that ties and dare keep.")
     ] = 0.5,
     seed: Annotated[int, typer.Option("--seed", help="Random seed for ties and dare.")] = 0,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Combine patches of one base into one.
 
@@ -54,9 +54,10 @@ def combine(
     """
     from portllm.cli.progress import shown_progress
     from portllm.combining.combine import run_combine
+    from portllm.combining.decision import decide
     from portllm.combining.plan import plan_combine
     from portllm.combining.text import combine_report_to_json, render_combine_plan, render_combine_report
-    from portllm.errors import PlanRefusedError
+    from portllm.errors import refuse
     from portllm.files.output_folder import check_free
     from portllm.patch.adapter_folder import load_patch
 
@@ -65,8 +66,7 @@ def combine(
     plan = plan_combine([load_patch(patch) for patch in patches], weights=given, how=how)
     if dry_run:
         say(render_combine_plan(plan, output))
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     check_free(output, overwrite=overwrite)
     if dry_run:
         return
@@ -75,7 +75,8 @@ def combine(
     if as_json:
         print_json(combine_report_to_json(report, output))
     else:
-        say(render_combine_report(report, output))
+        headline = decide(report, [str(patch) for patch in patches], str(output))
+        say(render_combine_report(report, output, headline), tone=headline.tone)
 
 
 def parse_weights(text: str, count: int) -> list[float]:

@@ -29,12 +29,10 @@ PromptOption = Annotated[
     ),
 ]
 
-
 PromptFileOption = Annotated[
     Path | None,
     typer.Option("--prompt-file", help="The prompt template as a text file, taken as it is but for its last newline."),
 ]
-
 
 CompletionOption = Annotated[
     str | None, typer.Option("--completion", help="Field with the right answer. Same default as --prompt.")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import JsonOption, QuietOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say, width_of
 
 PAGE = "report.html"
@@ -15,8 +15,8 @@ PAGE = "report.html"
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the demo's files.")] = Path("portllm-demo"),
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Run the whole story on a small real model.
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import JsonOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 
 
@@ -12,7 +12,7 @@ def doctor(
     tried: Annotated[
         bool, typer.Option("--try", help="Also load torch, transformers and peft, and compute on each device.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what is installed and what is missing.
 
@@ -26,6 +26,6 @@ def doctor(
     if as_json:
         print_json(doctor_to_json(report))
     else:
-        say(render_doctor(report))
+        say(render_doctor(report), tone="bad" if report.problems else "good")
     if report.problems:
         raise typer.Exit(3)

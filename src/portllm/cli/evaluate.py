@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import (
     DATA,
     CompletionOption,
@@ -17,18 +18,6 @@ from portllm.cli.data import (
     say_templates,
 )
 from portllm.cli.numbers import whole
-from portllm.cli.options import (
-    MODEL,
-    DeviceName,
-    DeviceOption,
-    HtmlOption,
-    JsonOption,
-    MaxLossOption,
-    OtherBaseOption,
-    OverwriteOption,
-    QuietOption,
-    TrainingDataOption,
-)
 from portllm.cli.terminal import print_json, say, width_of
 
 if TYPE_CHECKING:
@@ -43,7 +32,7 @@ class Judging(StrEnum):
 
 
 def evaluate(
-    base: Annotated[str, typer.Option("--base", help=f"The model the patch was made on. {MODEL}")],
+    base: Annotated[str, typer.Option("--base", help=options.BASE)],
     patch: Annotated[Path, typer.Option("--patch", help="The patch.")],
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
     ported: Annotated[Path, typer.Option("--ported", help="The patch ported to the evolved model.")],
@@ -86,15 +75,15 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(parser=whole(), help="Rows per forward pass.")] = 16,
     limit: Annotated[int | None, typer.Option(parser=whole(), help="Use only the first N rows.")] = None,
-    max_loss: MaxLossOption = None,
+    max_loss: options.MaxLoss = None,
     seed: Annotated[int, typer.Option(help="Random seed for the bootstrap behind retention's intervals.")] = 0,
-    device: DeviceOption = DeviceName.AUTO,
-    allow_other_base: OtherBaseOption = False,
-    allow_training_data: TrainingDataOption = False,
-    html: HtmlOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.Device = options.DeviceName.AUTO,
+    allow_other_base: options.OtherBase = False,
+    allow_training_data: options.TrainingData = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compare models with and without a patch on the same rows.
 

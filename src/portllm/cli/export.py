@@ -5,15 +5,7 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import (
-    MODEL,
-    DryRunOption,
-    JsonOption,
-    OtherBaseOption,
-    OutOption,
-    OverwriteOption,
-    QuietOption,
-)
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 
 
@@ -27,28 +19,41 @@ def export(
             help="peft, vllm, sglang, tgi, mistralrs, llamacpp, ollama, mlx or openvino.",
         ),
     ],
-    output: OutOption,
+    output: options.Out,
     base: Annotated[
-        str | None, typer.Option("--base", help=f"The model that is served; some forms depend on it. {MODEL}")
+        str | None, typer.Option("--base", help=f"The model that is served; some forms depend on it. {options.MODEL}")
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            "--gguf",
+            help="For ollama, with a model in safetensors: a GGUF file of it or of an older version, also a quantized "
+            "one, whose metadata and tokenizer are used.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Dtype of the factors. Defaults to float32, which is exact."),
+        typer.Option(
+            "--dtype",
+            help="Dtype of the factors. Defaults to float32, which is exact. With --gguf: of the matrices.",
+        ),
     ] = None,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write a patch in the form that a runtime takes.
 
     What the runtime has no place for is refused by name before anything is written, with the way out. The name to serve
     it under is printed: another patch, base or port has another one, so that no cache of the old one is used.
     """
+    from portllm.checkpoint.gguf.file import open_gguf
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
+    from portllm.exporting.decision import decide
     from portllm.exporting.export import run_export
     from portllm.exporting.plan import plan_export
     from portllm.exporting.text import exported_to_json, render_export_plan, render_exported
@@ -60,6 +65,7 @@ def export(
         load_patch(patch),
         runtime_named(runtime),
         base=None if base is None else open_checkpoint(base),
+        gguf=None if gguf is None else open_gguf(gguf),
         dtype=dtype,
         allow_other_base=allow_other_base,
     )
@@ -76,4 +82,5 @@ def export(
     if as_json:
         print_json(exported_to_json(exported))
     else:
-        say(render_exported(exported))
+        headline = decide(exported, str(patch))
+        say(render_exported(exported, headline), tone=headline.tone)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.numbers import whole
-from portllm.cli.options import DryRunOption, JsonOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say, width_of
 
 
@@ -28,10 +28,10 @@ def fleet(
             "--retries", parser=whole(least=0), help="Retries of a cell whose worker died or whose network failed."
         ),
     ] = 2,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Port many patches to many evolved models.
 
@@ -39,6 +39,7 @@ def fleet(
     does only what is missing. Exits with 3 unless every checked patch holds.
     """
     from portllm.cli.progress import shown_progress
+    from portllm.fleets.decision import decide
     from portllm.fleets.fleet import forecast_fleet, open_pool, plan_fleet, run_fleet
     from portllm.fleets.text import fleet_to_json, render_fleet
 
@@ -49,7 +50,8 @@ def fleet(
     if as_json:
         print_json(fleet_to_json(plan, rows, dry=dry_run))
     else:
-        say(render_fleet(plan, rows, dry=dry_run, width=width_of(sys.stdout)))
+        headline = decide(rows, dry=dry_run, file=str(file), output=plan.work.output)
+        say(render_fleet(plan, rows, headline, dry=dry_run, width=width_of(sys.stdout)), tone=headline.tone)
     if any(row.status in ("refused", "failed") for row in rows):
         raise typer.Exit(1)
     if not all(row.holds for row in rows):

@@ -5,21 +5,21 @@ from typing import Annotated
 
 import typer
 
-from portllm.cli.options import MODEL, JsonOption, OverwriteOption, QuietOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help=f"A checkpoint, adapter or patch. {MODEL}")],
+    path: Annotated[str, typer.Argument(help=f"A checkpoint, adapter or patch. {options.MODEL}")],
     digest: Annotated[
         bool, typer.Option("--digest", help="Compute a checkpoint's digest, which reads all of its bytes.")
     ] = False,
     export: Annotated[
         Path | None, typer.Option("--export", metavar="DIR", help="Of a builtin: model, also write it to this folder.")
     ] = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Describe a checkpoint, adapter or patch.
 

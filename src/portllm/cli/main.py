@@ -45,7 +45,6 @@ RESUMED = {
 }
 """What becomes of what an interrupted command has done; the others begin anew."""
 
-
 app = typer.Typer(
     name="portllm",
     help="Carry a fine-tuned model's patch over to the next version of its base, without training.",

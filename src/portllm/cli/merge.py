@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.numbers import gigabytes
-from portllm.cli.options import MODEL, PATCHES, DryRunOption, JsonOption, OtherBaseOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from portllm.errors import PortLLMError
+    from portllm.merging.decision import Named
     from portllm.merging.manifest import MergeReport
     from portllm.merging.options import MergeOptions
     from portllm.merging.plan import MergePlan
@@ -53,8 +54,8 @@ def _dtype(name: str) -> str:
 
 
 def merge(
-    patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=PATCHES)] = None,
-    into: Annotated[str | None, typer.Option("--into", help=f"The model to merge into. {MODEL}")] = None,
+    patches: Annotated[list[Path] | None, typer.Argument(metavar="PATCH...", help=options.PATCHES)] = None,
+    into: Annotated[str | None, typer.Option("--into", help=f"The model to merge into. {options.MODEL}")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder.")] = None,
     in_place: Annotated[
         bool,
@@ -98,11 +99,11 @@ def merge(
             help="Whose tokenizer and chat template the output gets where they differ. Defaults to the patch's.",
         ),
     ] = None,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Merge a patch into a model's weights.
 
@@ -118,7 +119,7 @@ def merge(
     elif output is not None:
         from portllm.merging.options import MergeOptions
 
-        options = MergeOptions(
+        how = MergeOptions(
             dtype=dtype,
             rounding=_rounding(rounding, seed),
             device=device.value,
@@ -127,7 +128,7 @@ def merge(
             tokenizer=None if tokenizer is None else tokenizer.value,
         )
         _merge_to(
-            patches, into, output, options, quantized_base,
+            patches, into, output, how, quantized_base,
             dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet,
         )  # fmt: skip
     elif len(patches) > 1:
@@ -147,7 +148,7 @@ def _merge_to(
     patches: list[Path],
     into: str,
     output: Path,
-    options: "MergeOptions",
+    how: "MergeOptions",
     quantized_base: str | None,
     *,
     dry_run: bool,
@@ -157,17 +158,16 @@ def _merge_to(
 ) -> None:
     """Each patch into weights of its own."""
     from portllm.checkpoint.open import open_checkpoint
+    from portllm.merging.decision import Named
     from portllm.merging.plan import plan_merge
-    from portllm.merging.text import merge_outcomes_to_json, render_merge_outcomes, render_merge_plan
-    from portllm.patch.folders import find_patches, open_each
+    from portllm.merging.text import merged_to_json, render_merge_outcomes, render_merge_plan
+    from portllm.patch.folders import find_patches, open_each, outcomes_to_json
 
     model = open_checkpoint(into)
     quantized = None if quantized_base is None else open_checkpoint(quantized_base)
     found = find_patches(patches)
     outputs = found.outputs(output)
-    planned = open_each(
-        found, lambda patch, _: plan_merge(patch, into=model, options=options, quantized_base=quantized)
-    )
+    planned = open_each(found, lambda patch, _: plan_merge(patch, into=model, options=how, quantized_base=quantized))
     plans = {out: outcome.value for out, outcome in zip(outputs, planned, strict=True) if outcome.value is not None}
     _warn(plans.values())
     if dry_run and found.is_single:
@@ -177,15 +177,15 @@ def _merge_to(
     outcomes = [outcome.followed_by(done.get(out)) for out, outcome in zip(outputs, planned, strict=True)]
     if not found.is_single:
         if as_json:
-            print_json(merge_outcomes_to_json(outcomes, outputs))
+            print_json(outcomes_to_json(outcomes, outputs, merged_to_json))
         else:
-            say(render_merge_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
+            say(render_merge_outcomes(outcomes, outputs, into=output, width=width_of(sys.stdout)))
         if any(outcome.error for outcome in outcomes):
             raise typer.Exit(1)
         return
     plan, report = outcomes[0].result()
     if report is not None:
-        _show(report, output, plan.notes, as_json=as_json)
+        _show(report, plan, Named(str(patches[0]), into, str(output)), as_json=as_json)
 
 
 def _carry_out(
@@ -216,6 +216,7 @@ def _merge_in_place(
 ) -> None:
     from portllm.cli.progress import shown_progress
     from portllm.errors import refuse
+    from portllm.merging.decision import Named
     from portllm.merging.in_place import plan_in_place, run_in_place
     from portllm.merging.text import render_in_place_plan
     from portllm.patch.adapter_folder import load_patch
@@ -229,7 +230,7 @@ def _merge_in_place(
         return
     with shown_progress(quiet=quiet) as progress:
         report = run_in_place(plan, progress=progress)
-    _show(report, folder, plan.merge.notes, as_json=as_json)
+    _show(report, plan.merge, Named(str(patch), str(folder), str(folder)), as_json=as_json)
 
 
 def _warn(plans: "Iterable[MergePlan]") -> None:
@@ -247,19 +248,21 @@ def _undo(folder: Path, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"folder": str(folder), "tensors_restored": n_restored})
     else:
-        say(f"undone: {n_restored} tensors of {folder} were restored, every byte checked")
+        say(f"Undone: {folder} is as it was before the merge; {n_restored} tensors were restored, every byte checked.")
 
 
-def _show(report: "MergeReport", output: Path, notes: tuple[str, ...], *, as_json: bool) -> None:
+def _show(report: "MergeReport", plan: "MergePlan", named: "Named", *, as_json: bool) -> None:
     if as_json:
         from portllm import __version__
         from portllm.merging.manifest import report_to_json
 
         print_json(report_to_json(report, program=__version__))
     else:
+        from portllm.merging.decision import decide
         from portllm.merging.text import render_merge_report
 
-        say(render_merge_report(report, output, notes))
+        headline = decide(report, named, record=plan.patch.record)
+        say(render_merge_report(report, Path(named.output), plan.notes, headline), tone=headline.tone)
 
 
 def _rounding(name: RoundingName, seed: int) -> "Rounding":

@@ -10,43 +10,35 @@ from portllm.cli.numbers import points
 
 PATCHES = "A patch, a PEFT LoRA adapter, or a folder of them. Can be repeated."
 
-
 MODEL = "A folder, a .safetensors or .gguf file, a Hugging Face Hub id (org/name[@revision]), or builtin:smollm2-135m."
 
+BASE = f"The model the patch was made on. {MODEL}"
 
-OutOption = Annotated[Path, typer.Option("--output", "-o", help="Output folder.")]
+Out = Annotated[Path, typer.Option("--output", "-o", help="Output folder.")]
 
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-DryRunOption = Annotated[
+DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done, or why it cannot be, and write nothing.")
 ]
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
-
-
-HtmlOption = Annotated[
+Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a self-contained HTML page.")
 ]
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
-
-
-OtherBaseOption = Annotated[
+OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Accept a model other than the one the patch was made on.")
 ]
 
-
-TrainingDataOption = Annotated[
+TrainingData = Annotated[
     bool, typer.Option("--allow-training-data", help="Accept the file that a patch was trained on.")
 ]
 
-
-MaxLossOption = Annotated[
+MaxLoss = Annotated[
     float | None,
     typer.Option(
         "--max-loss",
@@ -66,6 +58,4 @@ class DeviceName(StrEnum):
     CUDA = "cuda"
 
 
-DeviceOption = Annotated[
-    DeviceName, typer.Option("--device", help="Device to run on; auto uses a GPU if there is one.")
-]
+Device = Annotated[DeviceName, typer.Option("--device", help="Device to run on; auto uses a GPU if there is one.")]

@@ -6,29 +6,19 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import CompletionOption, PromptOption, given_prompt
 from portllm.cli.numbers import share, whole
-from portllm.cli.options import (
-    MODEL,
-    PATCHES,
-    DeviceName,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    OtherBaseOption,
-    OutOption,
-    OverwriteOption,
-    QuietOption,
-)
 from portllm.cli.terminal import print_json, say, width_of
 
 
 def port(
     patches: Annotated[
-        list[Path], typer.Argument(metavar="PATCH", help=f"{PATCHES} An adapter without patch.json needs --base.")
+        list[Path],
+        typer.Argument(metavar="PATCH", help=f"{options.PATCHES} An adapter without patch.json needs --base."),
     ],
-    evolved: Annotated[str, typer.Option("--evolved", help=f"The updated base to port to. {MODEL}")],
-    output: OutOption,
+    evolved: Annotated[str, typer.Option("--evolved", help=f"The updated base to port to. {options.MODEL}")],
+    output: options.Out,
     base: Annotated[str | None, typer.Option("--base", help="The model the patch was made on.")] = None,
     method: Annotated[
         str,
@@ -93,15 +83,15 @@ def port(
         ),
     ] = 512,
     batch_size: Annotated[int, typer.Option(parser=whole(), help="With --text: prompts per forward pass.")] = 16,
-    device: DeviceOption = DeviceName.AUTO,
+    device: options.Device = options.DeviceName.AUTO,
     force: Annotated[
         bool, typer.Option("--force", help="With --method auto: port even if check says the patch will not hold.")
     ] = False,
-    allow_other_base: OtherBaseOption = False,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    allow_other_base: options.OtherBase = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Port patches to an evolved model. They stay adapters; only headers and samples are read.
 
@@ -116,13 +106,13 @@ def port(
     from portllm.cli.progress import shown_progress
     from portllm.matching.port_plan import PortPlan
     from portllm.matching.update import Update
-    from portllm.patch.folders import each, find_patches, open_each
+    from portllm.patch.folders import each, find_patches, open_each, outcomes_to_json
     from portllm.patch.patch import Patch
     from portllm.porting.auto import AUTO, Route
     from portllm.porting.decision import Named, decide
     from portllm.porting.port import require_port, run_port
     from portllm.porting.text import (
-        port_outcomes_to_json,
+        carried_to_json,
         port_warnings,
         ported_to_json,
         render_port,
@@ -192,7 +182,7 @@ def port(
         elif not as_json:
             say(render_port(plan, output, headline, step), tone=headline.tone)
     elif as_json:
-        print_json(port_outcomes_to_json(outcomes, outputs))
+        print_json(outcomes_to_json(outcomes, outputs, carried_to_json))
     else:
         say(render_port_outcomes(outcomes, outputs, width=width_of(sys.stdout)))
     short = [said for name, step in steps.items() if (said := shortfall(name, step, agreement)) is not None]

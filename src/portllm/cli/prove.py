@@ -5,24 +5,15 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import DATA, PromptFileOption, PromptOption, given_prompt, say_data
 from portllm.cli.numbers import whole
-from portllm.cli.options import (
-    MODEL,
-    DeviceName,
-    DeviceOption,
-    HtmlOption,
-    JsonOption,
-    OtherBaseOption,
-    OverwriteOption,
-    QuietOption,
-)
 from portllm.cli.terminal import print_json, say
 
 
 def prove(
     patch: Annotated[Path, typer.Argument(help="The patch.")],
-    base: Annotated[str, typer.Option("--base", help=f"The model it belongs to. {MODEL}")],
+    base: Annotated[str, typer.Option("--base", help=f"The model it belongs to. {options.MODEL}")],
     runtime: Annotated[
         str,
         typer.Option(
@@ -55,12 +46,12 @@ def prove(
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     limit: Annotated[int, typer.Option(parser=whole(), help="Maximum number of rows of --data to ask.")] = 32,
-    device: DeviceOption = DeviceName.AUTO,
-    allow_other_base: OtherBaseOption = False,
-    html: HtmlOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.Device = options.DeviceName.AUTO,
+    allow_other_base: options.OtherBase = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Prove that a runtime serves a patch as it is.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.options import JsonOption, OverwriteOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 from portllm.cli.verify import PathArgument, SignatureOption, StagingOption
 
@@ -35,18 +35,25 @@ def sign(
     ] = None,
     staging: StagingOption = False,
     signature: SignatureOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Sign a patch, merged model or certificate: every file of it."""
     signer = _signer(key, password_file, certificate, chain or [], identity_token, sigstore=sigstore, staging=staging)
+    from portllm.show.headline import Headline, command_line, headline_lines
     from portllm.verifying.sign import sign as sign_path
 
     file = sign_path(path, signer, signature=signature, overwrite=overwrite)
     if as_json:
         print_json({"path": str(path), "signature": str(file)})
     else:
-        say(f"signed {path}: {file}")
+        trust = ["--certificate-chain", "ROOT.pem"] if certificate else ["--public-key", "PUBLIC.pem"]
+        if sigstore:
+            trust = ["--identity", "IDENTITY", "--identity-provider", "URL"]
+        command = command_line("portllm", "verify", path, *trust)
+        signed = f"Signed {path}: every file of it, in {file}."
+        headline = Headline("good", signed, (), "whoever has it can verify it", command)
+        say("\n".join(headline_lines(headline)), tone=headline.tone)
 
 
 def _signer(

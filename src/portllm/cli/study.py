@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.numbers import whole
-from portllm.cli.options import DeviceName, DeviceOption, HtmlOption, JsonOption, OverwriteOption, QuietOption
 from portllm.cli.terminal import print_json, say
 
 study = typer.Typer(
@@ -35,7 +35,7 @@ def run(
     file: FileArgument,
     out: OutOption = None,
     data: Annotated[Path | None, typer.Option("--data", help="Folder with the study's data files.")] = None,
-    device: DeviceOption = DeviceName.AUTO,
+    device: options.Device = options.DeviceName.AUTO,
     ray: Annotated[
         str | None,
         typer.Option("--ray", help="Run on Ray, one worker per device: auto, local, host:port or ray://host:port."),
@@ -51,8 +51,8 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the file and list the remaining steps; reads no weights.")
     ] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Run the remaining steps of a study and print its tables.
 
@@ -91,7 +91,7 @@ def run(
 
 
 @study.command()
-def status(file: FileArgument, out: OutOption = None, as_json: JsonOption = False) -> None:
+def status(file: FileArgument, out: OutOption = None, as_json: options.Json = False) -> None:
     """Show how far a study is and how long the rest will take."""
     _require_toml(file)
     from portllm.study.run import study_status
@@ -108,9 +108,9 @@ def status(file: FileArgument, out: OutOption = None, as_json: JsonOption = Fals
 def report(
     file: FileArgument,
     out: OutOption = None,
-    html: HtmlOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Print the tables of the finished steps of a study as Markdown."""
     _require_toml(file)

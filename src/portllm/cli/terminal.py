@@ -55,7 +55,11 @@ def say(text: str, *, err: bool = False, tone: Tone | None = None, whole: bool =
     # What a terminal of another encoding lacks is escaped too.
     lines = [line.encode(encoding, "backslashreplace").decode(encoding) for line in lines]
     width = None if whole else width_of(stream)
-    shown = [line if width is None else "\n".join(wrapped(line, width)) for line in lines]
+    # What stands below a line that ends with a colon is a command: it stays whole, to be copied.
+    commands = {at for at in range(1, len(lines)) if lines[at].startswith("  ") and lines[at - 1].endswith(":")}
+    shown = [
+        line if width is None or at in commands else "\n".join(wrapped(line, width)) for at, line in enumerate(lines)
+    ]
     if tone is not None and has_color(stream):
         shown[0] = typer.style(shown[0], fg=COLORS[tone], bold=True)
     try:

@@ -5,25 +5,16 @@ from typing import Annotated
 
 import typer
 
+from portllm.cli import options
 from portllm.cli.data import DATA, CompletionOption, PromptFileOption, PromptOption, given_prompt, say_data
 from portllm.cli.numbers import real, share, whole
-from portllm.cli.options import (
-    MODEL,
-    DeviceName,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    OutOption,
-    OverwriteOption,
-    QuietOption,
-)
 from portllm.cli.terminal import print_json, say
 
 
 def train(
-    base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {MODEL}")],
+    base: Annotated[str, typer.Option("--base", help=f"The model to fine-tune. {options.MODEL}")],
     data: Annotated[Path, typer.Option("--data", help=f"Training data. {DATA}")],
-    output: OutOption,
+    output: options.Out,
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     completion: CompletionOption = None,
@@ -68,11 +59,11 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Trade about a third more time for less memory.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Random seed for initialization and row order.")] = 0,
-    device: DeviceOption = DeviceName.AUTO,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.Device = options.DeviceName.AUTO,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Train a patch by LoRA, or refresh one on an evolved model.
 
@@ -83,6 +74,7 @@ def train(
     from portllm.inspecting.inspect import summarize_patch, summary_to_json
     from portllm.patch.adapter_folder import load_patch
     from portllm.running.data import read_data
+    from portllm.training.decision import decide
     from portllm.training.lessons import Teacher, read_labels, read_questions
     from portllm.training.settings import TrainSettings
     from portllm.training.text import render_training
@@ -146,4 +138,5 @@ def train(
     if as_json:
         print_json({"patch": summary_to_json(summary), "training": {n: getattr(report, n) for n in report.__slots__}})
     else:
-        say(render_training(summary, report))
+        headline = decide(report, str(output), base)
+        say(render_training(summary, report, headline), tone=headline.tone)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portllm.cli.options import MODEL, JsonOption, QuietOption
+from portllm.cli import options
 from portllm.cli.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ StagingOption = Annotated[bool, typer.Option("--staging", help="Use Sigstore's s
 def verify(
     path: PathArgument,
     base: Annotated[
-        str | None, typer.Option("--base", help=f"The model it must belong to or be merged into. {MODEL}")
+        str | None, typer.Option("--base", help=f"The model it must belong to or be merged into. {options.MODEL}")
     ] = None,
     evolved: Annotated[
         str | None,
@@ -50,8 +50,8 @@ def verify(
     ] = None,
     staging: StagingOption = False,
     signature: SignatureOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Verify digests and signature, or that a merge holds a patch.
 

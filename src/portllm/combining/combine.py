@@ -14,7 +14,7 @@ from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.combining.plan import EXACT, Combination, CombinePlan, CombineReport, plan_combine
 from portllm.combining.side_by_side import Factors, side_by_side, values_of
-from portllm.errors import PlanRefusedError, Refusal
+from portllm.errors import PlanRefusedError, Refusal, refuse
 from portllm.files.output_folder import staged_folder
 from portllm.files.record import encode
 from portllm.patch.adapter_config import AdapterConfig
@@ -58,8 +58,7 @@ def combine(
 
 def run_combine(plan: CombinePlan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> CombineReport:
     """Carry out a plan; see `combine`."""
-    if plan.refusals:
-        raise PlanRefusedError(plan.refusals)
+    refuse(plan.refusals)
     inputs = [file for patch in plan.patches for file in files_of(patch)]
     with staged_folder(out, overwrite=overwrite, inputs=inputs) as folder:
         with Spool(folder / SPOOL_FILE) as spool:

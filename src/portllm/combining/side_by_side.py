@@ -13,7 +13,8 @@ from portllm.errors import NonFiniteError
 from portllm.patch.delta import LowRankDelta
 
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.floating]]
-Factors = tuple[Float32[np.ndarray, "rank d_in"], Float32[np.ndarray, "d_out rank"]]
+Factors = tuple[Float32[np.ndarray, "..."], Float32[np.ndarray, "..."]]
+"""A, of shape (rank, d_in), and B, of shape (d_out, rank)."""
 
 
 def side_by_side(deltas: Sequence[LowRankDelta[TensorInfo]], *, weights: Sequence[float], module: str) -> Factors:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from portllm.capturing.text import _ranks
 from portllm.files.record import encode
+from portllm.show.headline import Headline, headline_lines
 from portllm.show.numbers import percent
 from portllm.show.table import items, table
 
@@ -25,19 +26,20 @@ def render_combine_plan(plan: "CombinePlan", out: Path) -> str:
     return "\n".join(["combine", *table(rows), *items("refused", plan.refusals)])
 
 
-def render_combine_report(report: "CombineReport", out: Path) -> str:
+def render_combine_report(report: "CombineReport", out: Path, headline: Headline) -> str:
     """What `combine` prints."""
     rows = {
         "output": str(out),
         "base": f"{report.record.base.name} ({report.record.base.fingerprint})",
         "method": str(report.record.capture.settings["method"]),
         "deltas": f"{len(report.ranks)} modules, {_ranks(report.ranks.values())}",
-        "residual": f"{percent(report.truncation_residual, digits=2)} of the combined deltas was truncated",
     }
+    if report.truncation_residual:
+        rows["residual"] = f"{percent(report.truncation_residual, digits=2)} of the combined deltas was truncated"
     worst = max(report.residuals, key=lambda module: report.residuals[module])
     if report.residuals[worst]:
         rows["worst"] = f"{worst}, {percent(report.residuals[worst], digits=2)}"
-    return "\n".join(["combined", *table(rows)])
+    return "\n".join([*headline_lines(headline), "", *table(rows)])
 
 
 def combine_report_to_json(report: "CombineReport", out: Path) -> dict[str, object]:

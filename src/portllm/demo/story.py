@@ -13,7 +13,6 @@ from typing import Any
 
 from blake3 import blake3
 
-from portllm.checking.check import check_weights
 from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
@@ -41,7 +40,8 @@ from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.written import checkpoint_identity, patch_identity
 from portllm.porting.port import port
-from portllm.probing.probe import TextSettings, add_text
+from portllm.probing.check import check
+from portllm.probing.settings import TextSettings
 from portllm.progress import Progress, Unit, silent
 from portllm.running.data import read_data
 from portllm.running.examples import ExampleFormat, read_examples, read_prompts, read_texts
@@ -217,13 +217,11 @@ class _Teller:
         def work() -> dict[str, object]:
             with resources.as_file(DATA / TRAINING_ROWS) as rows:
                 prompts = read_prompts(rows, PROMPT, completion=None)[0][:CHECKED_PROMPTS]
-            patches = [load_patch(self.patch)]
-            report = add_text(
-                check_weights(*patches, base=base, evolved=evolved),
-                patches,
+            report = check(
+                self.patch,
                 base=base,
                 evolved=evolved,
-                prompts=prompts,
+                text=prompts,
                 settings=TextSettings(max_tokens=MAX_TOKENS),
                 device="cpu",
                 progress=self._progress,

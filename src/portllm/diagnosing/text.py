@@ -8,8 +8,9 @@ from portllm.show.table import columns, n_bytes, table
 
 
 def render_doctor(report: DoctorReport) -> str:
-    """What `doctor` prints: the machine, what is installed, what lies on disk, and last what is wrong."""
-    lines = [f"portllm {report.version}", *table(_machine(report))]
+    """What `doctor` prints: what is wrong and what helps, the machine, what is installed, and what lies on disk."""
+    lines = [_first(report), *(f"  - {one_line(problem)}" for problem in report.problems)]
+    lines += ["", f"portllm {report.version}", *table(_machine(report))]
     lines += ["packages", *columns([_package(package) for package in report.packages])] if report.packages else []
     lines += ["extras", *columns([_extra(extra) for extra in report.extras])]
     lines += [
@@ -22,8 +23,15 @@ def render_doctor(report: DoctorReport) -> str:
             "tried",
             *columns([("ok" if it.works else "NO", it.name, one_line(it.finding)) for it in report.trials]),
         ]
-    lines += [f"problem: {one_line(problem)}" for problem in report.problems]
-    return "\n".join([*lines, f"not well: {counted(len(report.problems), 'problem')}" if report.problems else "well"])
+    return "\n".join(lines)
+
+
+def _first(report: DoctorReport) -> str:
+    if report.problems:
+        return f"Not well: {counted(len(report.problems), 'problem')}."
+    missing = [extra.name for extra in report.extras if not extra.is_installed]
+    extras = f"; extras that are not installed: {', '.join(missing)}" if missing else ", with every extra"
+    return f"Well: all that PortLLM needs is here{extras}."
 
 
 def _machine(report: DoctorReport) -> dict[str, str]:

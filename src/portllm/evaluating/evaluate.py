@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.errors import PlanRefusedError
+from portllm.errors import refuse
 from portllm.evaluating.file_rows import FileRows
 from portllm.evaluating.plan import plan_evaluation, trained_on
 from portllm.files.input_file import unchanged
@@ -66,8 +66,7 @@ def evaluate(
     models = [given for given in (before, after, whole) if given is not None]
     if isinstance(rows, FileRows) and not allow_training_data:
         consequence = "Such rows say nothing about others. Pass other rows, or --allow-training-data."
-        if refusals := tuple(trained_on(rows.data.digest, *patches, consequence=consequence)):
-            raise PlanRefusedError(refusals)
+        refuse(trained_on(rows.data.digest, *patches, consequence=consequence))
     with unchanged(file for files in (*map(files_of, patches), *(model.files for model in models)) for file in files):
         contestants = plan_evaluation(
             base=before,

@@ -37,7 +37,6 @@ SERIES: Mapping[str, int] = {PATCHED: 1, PORTED: 2, MERGED: 4, RETRAINED: 3}
 RETENTION_MARKS = {0.0: "the evolved model", 1.0: "retrained"}
 """What no and full retention are."""
 
-
 NOTES: Mapping[str, str] = {
     "base + patch": "The model before the update. Everything is measured against it, on the same rows.",
     "evolved + ported": "The updated model with the ported patch; merged: the same, in one set of weights.",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.matching.added_tokens import added_tokens, height_of, unexplained
 from portllm.matching.base import base_mismatch
 from portllm.matching.compatibility import mismatches, unmatchable
@@ -66,12 +66,13 @@ def plan_evaluation(
 ) -> Contestants:
     """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
     old, new = identify(base), identify(evolved)
+    if not allow_other_base:
+        refuse(swapped(patch, ported, old, new))
     refusals = list(model_refusals("--patch", patch, base, old, evolved=new, allow_other_base=allow_other_base))
     pairs = [("--ported", ported), *([] if retrained is None else [("--retrained", retrained)])]
     for option, carried in pairs:
         refusals += model_refusals(option, carried, evolved, new, allow_other_base=allow_other_base)
-    if refusals:
-        raise PlanRefusedError(refusals)
+    refuse(refusals)
     return Contestants(
         base=model_folder(base, progress=progress),
         patch=folder_of(patch),
@@ -80,6 +81,31 @@ def plan_evaluation(
         retrained=None if retrained is None else folder_of(retrained),
         merged=None if merged is None else model_folder(merged, progress=progress),
     )
+
+
+def swapped(
+    patch: Patch[TensorInfo], ported: Patch[TensorInfo] | None, base: ModelIdentity, evolved: ModelIdentity
+) -> list[Refusal]:
+    """That two models, or two patches, were given for each other; of what follows from it nothing need be said."""
+    belongs = None if patch.record is None else patch.record.base.fingerprint
+    if patch.record is None or belongs != evolved.fingerprint or belongs == base.fingerprint:
+        return []
+    steps = patch.record.ports[-1:]
+    if ported is not None and steps and steps[0].source.fingerprint == base.fingerprint:
+        return [
+            Refusal(
+                "--patch",
+                f"{patch.name} was ported from {base.name} to {evolved.name}: it is the ported patch. Pass --patch "
+                f"{ported.name} --ported {patch.name}.",
+            )
+        ]
+    return [
+        Refusal(
+            "--base",
+            f"{evolved.name}, which was given as the evolved model, is the base that patch '{patch.name}' belongs to: "
+            f"the two are swapped. Pass --base {evolved.name} --evolved {base.name}.",
+        )
+    ]
 
 
 def model_refusals(

@@ -1,10 +1,12 @@
 """Write a patch in the form that a runtime takes."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from portllm import __version__
+from portllm.checkpoint.gguf.file import open_gguf
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import refuse
 from portllm.exporting.plan import ExportPlan, plan_export
@@ -63,6 +65,7 @@ class Exported:
         record: The content of its `export.json`.
         n_modules: Modules that it has.
         serve: How the runtime is started or called with it.
+        prove: The command that shows whether the runtime serves it as it is; None where none starts the runtime.
         notes: What a user should know.
     """
 
@@ -70,6 +73,7 @@ class Exported:
     record: ExportRecord
     n_modules: int
     serve: str
+    prove: str | None
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -87,6 +91,7 @@ def export(
     runtime: str,
     out: str | Path,
     base: ModelLike | None = None,
+    gguf: str | Path | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
@@ -99,8 +104,10 @@ def export(
         runtime: A row of the table in `docs/how-to/serve.md`, such as `vllm`.
         out: The folder to write.
         base: The model that is served; some forms depend on it.
+        gguf: For a merged GGUF file of a model in safetensors: a GGUF file of that model or of an older version of it,
+            in any quantization, whose metadata and tokenizer are used.
         dtype: Of the factors. In float32, the default, they are as exact as those of the patch; a runtime rounds them
-            to the dtype that it computes in.
+            to the dtype that it computes in. With `gguf`: of the matrices; by default those of the model.
         allow_other_base: Take `base` for the patch's base though its fingerprint says otherwise.
         overwrite: Replace `out` if it exists.
         progress: Progress callback (modules).
@@ -116,6 +123,7 @@ def export(
         load_patch(patch),
         runtime_named(runtime),
         base=None if base is None else open_checkpoint(base),
+        gguf=None if gguf is None else open_gguf(Path(gguf)),
         dtype=dtype,
         allow_other_base=allow_other_base,
     )
@@ -144,7 +152,7 @@ def run_export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress
             {entry.name: digest_file(entry) for entry in sorted(folder.iterdir()) if entry.name != CARD_FILE},
         )
         write_sealed(folder / EXPORT_FILE, record)
-    return Exported(out, record, plan.n_modules, serve_command(plan, out), plan.notes)
+    return Exported(out, record, plan.n_modules, serve_command(plan, out), prove_command(plan, out), plan.notes)
 
 
 def given_of(export: Path) -> Path:
@@ -162,6 +170,16 @@ def serve_command(plan: ExportPlan, out: Path) -> str:
     """How the runtime is started or called with an export."""
     file = out / (file_of(plan) or "")
     return plan.runtime.serve.format(base=plan.base_name, folder=out, file=file, name=plan.name, rank=plan.rank)
+
+
+def prove_command(plan: ExportPlan, out: Path) -> str | None:
+    """What shows whether the runtime serves an export as it is; None where `prove` starts no runtime that takes it."""
+    if not plan.runtime.prove:
+        return None
+    is_file = plan.runtime.form in (Form.GGUF_LORA, Form.GGUF_MODEL)
+    served = " --served-base BASE.gguf" if is_file else ""
+    words = [plan.patch.name, "--base", plan.base_name, "--runtime", plan.runtime.prove, "--export", str(out)]
+    return f"portllm prove {shlex.join(words)}{served}"
 
 
 def _card(plan: ExportPlan) -> list[str]:

@@ -8,17 +8,23 @@ from pathlib import PurePath
 
 from blake3 import blake3
 
+from portllm.checkpoint.gguf.file import GGUFFile
 from portllm.checkpoint.gguf.places import LAYERS, architecture_of, gguf_file_of, place_of
 from portllm.checkpoint.model.checkpoint import Checkpoint
+from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.tensor.encoding import is_plain
 from portllm.checkpoint.tensor.info import TensorInfo, float_dtype
 from portllm.errors import Refusal
+from portllm.exporting.gguf_template import OPTION as TEMPLATE
+from portllm.exporting.gguf_template import placed_steps, template_refusals
 from portllm.files.record import encode
 from portllm.files.source import Source
 from portllm.matching.added_tokens import height_of
 from portllm.matching.base import base_mismatch, same_in
 from portllm.matching.changes import changes_on, oriented
 from portllm.matching.compatibility import mismatches
+from portllm.merging.options import MergeOptions
+from portllm.merging.plan import MergePlan, plan_merge
 from portllm.patch.adapter_config import ALL_LINEAR, HEAD_NAMES
 from portllm.patch.adapter_folder import digest_tensors, files_of
 from portllm.patch.adapter_tensors import WEIGHT
@@ -60,6 +66,8 @@ class ExportPlan:
         name: The name to serve it under: the patch's, and a digest of patch, base and ports.
         slots: The modules of an export as an adapter, by name; empty where the patch goes as it is, or is merged.
         changes: Of an export as a merged model, what is done to each tensor.
+        template: The GGUF file whose metadata and tokenizer a merged model gets; None where it is a copy of its own.
+        merge: The merge that is written like it.
         rank: Of every module of the export.
         dtype: Of its factors.
         notes: What a user should know.
@@ -73,6 +81,8 @@ class ExportPlan:
     name: str
     slots: tuple[Slot, ...]
     changes: Mapping[str, Change[TensorInfo]]
+    template: GGUFFile | None
+    merge: MergePlan | None
     rank: int
     dtype: str
     notes: tuple[str, ...]
@@ -122,6 +132,7 @@ def plan_export(
     runtime: Runtime,
     *,
     base: Checkpoint | None = None,
+    gguf: GGUFFile | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
 ) -> ExportPlan:
@@ -131,7 +142,9 @@ def plan_export(
         patch: What to export.
         runtime: Which runtime.
         base: The model that is served. Needed for forms that depend on it; checked wherever it is given.
-        dtype: Of the factors; float32 where nothing is said, so that nothing is rounded twice.
+        gguf: For a merged GGUF file of a model in safetensors: a file of that model, or of an older version of it.
+        dtype: Of the factors; float32 where nothing is said, so that nothing is rounded twice. Of a merged GGUF file:
+            of its matrices; those of the model where nothing is said.
         allow_other_base: Take `base` for the patch's base though its fingerprint says otherwise.
 
     Raises:
@@ -145,10 +158,18 @@ def plan_export(
         refusals += mismatches(patch, base, n_rows=n_rows)
         refusals += _of_other_base(patch, runtime, base, allow_other_base=allow_other_base)
     refusals += _unheld(patch, runtime, base)
+    refusals += _misplaced(runtime, base, gguf, dtype)
+    merge: MergePlan | None = None
     slots: tuple[Slot, ...] = ()
     changes: Mapping[str, Change[TensorInfo]] = {}
     rank = max((delta.rank for delta in patch.deltas.values()), default=0)
-    if runtime.form is Form.GGUF_MODEL and not refusals:
+    if gguf is not None and base is not None and not refusals:
+        base = on_disk(base)
+        options = MergeOptions(dtype=None if dtype is None else float_dtype(dtype), allow_other_base=allow_other_base)
+        merge = plan_merge(patch, into=base, options=options)
+        changes = {name: step.change for name, step in merge.steps.items() if step.change is not None}
+        refusals += merge.refusals or (*template_refusals(gguf, base, merge.beside.files), *_unplaceable(merge))
+    elif runtime.form is Form.GGUF_MODEL and not refusals:
         changes = {} if base is None else changes_on(patch, base)
         refusals += _unmergeable(changes, patch, runtime, base)
     elif runtime.form is not Form.PEFT and not refusals:
@@ -169,7 +190,9 @@ def plan_export(
     notes = tuple(_notes(patch, named, slots, rank))
     dtype = "F32" if dtype is None else float_dtype(dtype)
     refused = tuple(sorted(refusals))
-    return ExportPlan(patch, runtime, base, named, _name(patch, named), slots, changes, rank, dtype, notes, refused)
+    return ExportPlan(
+        patch, runtime, base, named, _name(patch, named), slots, changes, gguf, merge, rank, dtype, notes, refused
+    )
 
 
 def _of_other_base(
@@ -253,9 +276,9 @@ def _unmergeable(
         given = "" if base is None else f"{base.name} is no GGUF file. "
         yield Refusal(
             "--base",
-            f"{given}{runtime.title} is given a GGUF file with the patch merged in: pass that of the evolved model in "
-            "f16 or bf16, as llama.cpp's convert_hf_to_gguf.py makes it (--outtype bf16). Or merge into its folder, "
-            f"and convert the result: {_merge(patch, base)}.",
+            f"{given}{runtime.title} is given a GGUF file with the patch merged in. Beside a model in safetensors, "
+            f"pass {TEMPLATE} OLD.gguf, any GGUF file of it or of an older version of it, also a quantized one: its "
+            "metadata and its tokenizer are used. Or pass the model's own GGUF file in f16 or bf16 as --base.",
         )
         return
     shared = base.tied_embedding
@@ -279,6 +302,28 @@ def _unmergeable(
             "bf16 file that it was made from, and quantize the output with llama-quantize; or serve the adapter on the "
             f"quantized file: portllm export {patch.name} --for llamacpp --base {base.name} -o DIR.",
         )
+
+
+def _misplaced(
+    runtime: Runtime, base: Checkpoint | None, gguf: GGUFFile | None, dtype: str | None
+) -> Iterator[Refusal]:
+    """Options of a merged GGUF file that have no place here."""
+    if gguf is not None and runtime.form is not Form.GGUF_MODEL:
+        yield Refusal(TEMPLATE, "is for a merged GGUF file, which 'export --for ollama' writes.")
+    elif gguf is not None and (base is None or gguf_file_of(base) is not None):
+        yield Refusal(TEMPLATE, "is for a model in safetensors: pass that as --base, or a GGUF file as --base alone.")
+    elif gguf is not None and base is not None and base.is_quantized:
+        why = f"is quantized ({base.quantization}). Merge first, with --dtype bfloat16: the output is not quantized."
+        yield Refusal(base.name, why)
+    elif gguf is None and dtype is not None and runtime.form is Form.GGUF_MODEL:
+        yield Refusal("--dtype", "a copy of a GGUF file keeps the types of its tensors.")
+
+
+def _unplaceable(merge: MergePlan) -> Iterator[Refusal]:
+    """Tensors of a merged model that a GGUF file has no place for."""
+    for step, place in placed_steps(merge):
+        if place is None:
+            yield Refusal(step.entry.name, f"a GGUF file of {merge.into.name} has no such tensor.")
 
 
 def _is_complete(patch: Patch[TensorInfo], runtime: Runtime) -> bool:
@@ -345,7 +390,10 @@ def _way(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None) ->
     """The way to serve what an adapter has no place for."""
     merged = f"Serve the merged model: {_merge(patch, base)}"
     if runtime.form is Form.GGUF_LORA:
-        return f"{merged}; or write a merged GGUF: portllm export {patch.name} --for ollama --base BASE.gguf -o MODEL"
+        return (
+            f"{merged}; or write a merged GGUF file: portllm export {patch.name} --for ollama "
+            f"--base {'BASE' if base is None else base.name} {TEMPLATE} OLD.gguf -o MODEL"
+        )
     return merged
 
 

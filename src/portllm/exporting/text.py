@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from portllm.exporting.export import serve_command
 from portllm.files.record import encode
+from portllm.show.headline import Headline, headline_lines
 from portllm.show.numbers import percent
 from portllm.show.table import items, table
 
@@ -22,12 +23,12 @@ def render_export_plan(plan: "ExportPlan", out: Path) -> str:
         "name": plan.name,
         "modules": _modules(plan.n_modules, plan.rank, plan.dtype) if plan.slots else str(plan.n_modules),
     }
-    serve = [] if plan.refusals else ["serve it with", f"  {serve_command(plan, out)}"]
+    serve = [] if plan.refusals else ["serve it with:", f"  {serve_command(plan, out)}"]
     return "\n".join(["export", *table(rows), *items("note", plan.notes), *items("refused", plan.refusals), *serve])
 
 
-def render_exported(exported: "Exported") -> str:
-    """What `export` prints."""
+def render_exported(exported: "Exported", headline: Headline) -> str:
+    """What `export` prints: the sentence to act on with the command that serves it, and what proves it."""
     record = exported.record
     rows = {
         "output": str(exported.given),
@@ -39,8 +40,8 @@ def render_exported(exported: "Exported") -> str:
     }
     if record.kept_gain is not None:
         rows["kept gain"] = percent(record.kept_gain, digits=2)
-    lines = [f"exported for {record.runtime}", *table(rows), *items("note", exported.notes)]
-    return "\n".join([*lines, "serve it with", f"  {exported.serve}"])
+    then = ["Then prove that it is served as it is:", f"  {exported.prove}"] if exported.prove else []
+    return "\n".join([*headline_lines(headline), *then, "", *table(rows), *items("note", exported.notes)])
 
 
 def _modules(count: int, rank: int, dtype: str) -> str:
@@ -55,5 +56,6 @@ def exported_to_json(exported: "Exported") -> dict[str, object]:
         "record": encode(exported.record),
         "modules": exported.n_modules,
         "serve": exported.serve,
+        "prove": exported.prove,
         "notes": list(exported.notes),
     }

@@ -10,7 +10,6 @@ from portllm.files.json_text import parse_json
 MAX_JSON_BYTES = 64_000_000
 """Twice the largest `tokenizer.json` and index that are around, of 33 MB."""
 
-
 MAX_JSON_VALUES = 6_000_000
 """Three times what the largest of them holds. A value takes some 200 bytes of Python's memory, however short it is."""
 

@@ -128,6 +128,25 @@ def _open_locked(held: Held, name: str, *, wait: bool) -> int:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_folder(folder: Path, file: str) -> Iterator[None]:
+    """Keep other runs on this machine from writing to a folder, which is made where it is missing.
+
+    Raises:
+        OutputBusyError: Another run writes there.
+        OutputError: It cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = open_locked(folder / file, wait=False)
+    except OSError as error:
+        raise OutputError(f"'{folder}': cannot be written to: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def part_of(name: str) -> str:
     """What a file is called while it is written."""
     return f".{name}.part"

@@ -31,7 +31,7 @@ from portllm.files.output_folder import check_apart, staged_folder
 from portllm.files.own_files import require_real
 from portllm.files.seal import render_sealed
 from portllm.fleets.storage import digests, fetch_patch, is_url, join, publish, remove, sizes
-from portllm.matching.port_plan import PortPlan, plan_port_on
+from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.update import Update
 from portllm.merging.manifest import MANIFEST_FILE
 from portllm.merging.options import MergeOptions
@@ -92,7 +92,7 @@ class CellWorker:
             scratch = Path(name)
             patch = load_patch(fetch_patch(job["patch"]["place"], scratch / "patch"))
             patch = replace(patch, name=job["patch"]["place"])
-            plan = plan_port_on(patch, models.update, **job["options"].get("port", {}))
+            plan = plan_port(patch, models.update, **job["options"].get("port", {}))
             if job["dry"]:
                 return _forecast(plan, job)
             facts: dict[str, Any] = {}

@@ -4,16 +4,14 @@ The work is done by processes of this machine or by Ray; see `portllm.workers.po
 """
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from msgspec import structs
 
-from portllm.errors import OutputError
-from portllm.files.own_files import open_locked
+from portllm.files.own_files import locked_folder
 from portllm.fleets.cell import RECORDS, CellWorker
 from portllm.fleets.file import read_fleet_file
 from portllm.fleets.inputs import find_inputs
@@ -112,11 +110,12 @@ def run_fleet(
         WorkersError: No worker can be started.
         StorageError: The state cannot be written.
     """
-    with _locked(plan.work.output):
+    output = plan.work.output
+    with contextlib.nullcontext() if is_url(output) else locked_folder(Path(output), LOCK_FILE):
         rows = _settled(plan)
         # What is noted as waiting is ours, should this run die after it wrote an output and before it noted that.
         waiting = {cell.folder: FleetRow(cell.folder, cell.key) for cell in plan.chosen("run")}
-        state = State(plan.work.output, (plan.rows | waiting).values())
+        state = State(output, (plan.rows | waiting).values())
         count = _Count(plan, progress)
 
         def note(row: FleetRow) -> None:
@@ -212,20 +211,3 @@ class _Count:
         self._failed += row.status in ("refused", "failed")
         label = f"fleet: {self._failed} failed" if self._failed else "fleet"
         self._progress(label, self._done, self._total, "cells")
-
-
-@contextlib.contextmanager
-def _locked(output: str) -> Iterator[None]:
-    """Keep other runs on this machine from writing to the same folder."""
-    if is_url(output):
-        yield
-        return
-    try:
-        os.makedirs(output, exist_ok=True)
-        descriptor = open_locked(Path(output, LOCK_FILE), wait=False)
-    except OSError as error:
-        raise OutputError(f"'{output}': cannot be written to: {error.strerror}.") from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)

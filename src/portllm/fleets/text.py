@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from portllm.files.record import encode
 from portllm.fleets.fleet import FleetPlan
 from portllm.fleets.plan import FleetRow
+from portllm.show.headline import Headline, headline_lines
 from portllm.show.numbers import percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, n_bytes
@@ -13,15 +14,24 @@ from portllm.show.table import columns, n_bytes
 TRACEBACK = "Traceback (most recent call last):"
 
 
-def render_fleet(plan: FleetPlan, rows: Sequence[FleetRow], *, dry: bool, width: int | None = None) -> str:
-    """What `fleet` prints: a line for each cell, the reasons below, then the counts."""
+def render_fleet(
+    plan: FleetPlan, rows: Sequence[FleetRow], headline: Headline, *, dry: bool, width: int | None = None
+) -> str:
+    """What `fleet` prints: the sentence to act on, a line for each cell, the reasons below, then the counts."""
     sizes = {cell.folder: cell.patch.n_bytes for cell in plan.cells}
     head = ("evolved", "patch", "size", "status", "", "seconds")
     table = [head, *((*_names(row), n_bytes(sizes[row.folder]), *_outcome(row, dry=dry)) for row in rows)]
     lines = [*columns(table, width=width), *(line for row in rows for line in _reasons(row))]
     counts = Counter(_status(row, dry=dry) for row in rows)
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return "\n".join([*lines, f"{len(rows)} cells: {told}; {'would write' if dry else 'in'} {plan.work.output}"])
+    return "\n".join(
+        [
+            *headline_lines(headline),
+            "",
+            *lines,
+            f"{len(rows)} cells: {told}; {'would write' if dry else 'in'} {plan.work.output}",
+        ]
+    )
 
 
 def fleet_to_json(plan: FleetPlan, rows: Sequence[FleetRow], *, dry: bool) -> dict[str, object]:

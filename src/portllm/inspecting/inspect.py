@@ -154,7 +154,7 @@ def summarize_checkpoint(
         n_bytes=checkpoint.n_bytes,
         n_tensors=len(checkpoint.infos),
         files=len(checkpoint.files),
-        quantization=checkpoint.quantization,
+        quantization=checkpoint.quantization if checkpoint.is_quantized else None,
         dtypes=dict(
             Counter(info.encoding.scheme if info.encoding else info.dtype for info in checkpoint.infos.values())
         ),

@@ -11,6 +11,14 @@ from portllm.show.table import n_bytes, table
 
 SHOWN = 6
 
+WORDING = {"prompt": "prompt", "completion": "answer", "shape": "rows of"}
+"""What a record says of how prompts are made, and what that is called."""
+
+TRAINING = (
+    "rows", "epochs", "steps", "rank", "alpha", "learning_rate", "use_rslora", "start", "teacher", "teacher_base",
+)  # fmt: skip
+"""What is told of a training; --json has all of it."""
+
 
 def render_summary(summary: CheckpointSummary | PatchSummary) -> str:
     """What `inspect` prints."""
@@ -76,6 +84,7 @@ def _origin(record: PatchRecord) -> dict[str, str]:
     }
     if not _has_lineage(record):
         rows["captured"] = _captured(record.capture)
+    rows |= _wording(record.capture)
     if record.capture.fitted_to is not None:
         told = record.capture.fitted_to
         rows["fitted to"] = f"the base quantized to {told.scheme}, except {', '.join(told.left_alone) or 'nothing'}"
@@ -130,7 +139,21 @@ def _captured(capture: Capture) -> str:
             if key in ("method", "truncation_residual")
         )
         return f"combined: {told}"
-    return f"by {capture.method}" + "".join(f", {key} {_setting(value)}" for key, value in capture.settings.items())
+    shown = {
+        key: value
+        for key, value in capture.settings.items()
+        if value is not False
+        and key not in (*WORDING, "epochs" if capture.settings.get("steps") else "")
+        and (capture.method != "train" or key in TRAINING)
+    }
+    return f"by {capture.method}" + "".join(
+        f", {key.replace('_', ' ')} {_setting(value)}" for key, value in shown.items()
+    )
+
+
+def _wording(capture: Capture) -> dict[str, str]:
+    """How prompts are made, where it was kept."""
+    return {name: str(capture.settings[key]) for key, name in WORDING.items() if capture.settings.get(key)}
 
 
 def _ported(step: PortStep) -> str:

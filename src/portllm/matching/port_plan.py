@@ -98,32 +98,19 @@ class PortPlan:
 
 
 def plan_port(
-    patch: Patch[TensorInfo],
-    *,
-    evolved: Checkpoint,
-    base: Checkpoint | None = None,
-    method: str = "add",
-    allow_other_base: bool = False,
+    patch: Patch[TensorInfo], update: Update, *, method: str = "add", allow_other_base: bool = False
 ) -> PortPlan:
-    """Plan to carry a patch to an evolved model.
+    """Plan to carry a patch through an update; what does not depend on the patch is read once for several.
 
     Args:
         patch: What to carry.
-        evolved: Where to.
-        base: The model it belongs to. Needed where the patch does not say; checked where it does.
+        update: Where to; its base is needed where the patch does not say which it belongs to, and else checked.
         method: A row of `METHODS`.
-        allow_other_base: Take `base` for the patch's base though its fingerprint says otherwise.
+        allow_other_base: Take the base for the patch's though its fingerprint says otherwise.
 
     Raises:
         UnknownMethodError: There is no such method.
     """
-    return plan_port_on(patch, Update(base, evolved), method=method, allow_other_base=allow_other_base)
-
-
-def plan_port_on(
-    patch: Patch[TensorInfo], update: Update, *, method: str = "add", allow_other_base: bool = False
-) -> PortPlan:
-    """As `plan_port`, where several patches go through one update: what does not depend on the patch is read once."""
     chosen = method_named(method)
     base, evolved = update.base, update.evolved
     held = HeldCopies(replace(patch, base_copies={})) if base is None else hold_copies(patch, base)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from portllm.measures.sums import Sums
+
 
 @dataclass(frozen=True, slots=True)
-class DriftSums:
+class DriftSums(Sums):
     """Sums over elements of base W0 and evolved W1; sums of parts add up to the sum of the whole.
 
     Attributes:
@@ -27,14 +29,6 @@ class DriftSums:
     drift_sq: float = 0.0
     product: float = 0.0
     evolved_sq: float = 0.0
-
-    def __add__(self, other: "DriftSums") -> "DriftSums":
-        return DriftSums(
-            self.base_sq + other.base_sq,
-            self.drift_sq + other.drift_sq,
-            self.product + other.product,
-            self.evolved_sq + other.evolved_sq,
-        )
 
     def scaled(self, factor: float) -> "DriftSums":
         """The sums of a whole of which these are the sums of one part in `factor`."""

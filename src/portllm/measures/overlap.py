@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64
 
+from portllm.measures.sums import Sums
 from portllm.native import kernels
 
 BLOCK = 1 << 10
@@ -33,7 +34,7 @@ GRAM_FLOOR = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class DriftShare:
+class DriftShare(Sums):
     """How much of the drift lies in a space, and how much would by chance; parts add up.
 
     Attributes:
@@ -50,9 +51,6 @@ class DriftShare:
     inside: float = 0.0
     chance: float = 0.0
     total: float = 0.0
-
-    def __add__(self, other: "DriftShare") -> "DriftShare":
-        return DriftShare(self.inside + other.inside, self.chance + other.chance, self.total + other.total)
 
     @property
     def share(self) -> float | None:
@@ -73,7 +71,7 @@ class DriftShare:
 
 
 @dataclass(frozen=True, slots=True)
-class Alignment:
+class Alignment(Sums):
     """Sums over the same elements of patch and drift.
 
     Attributes:
@@ -85,9 +83,6 @@ class Alignment:
     product: float = 0.0
     delta_sq: float = 0.0
     drift_sq: float = 0.0
-
-    def __add__(self, other: "Alignment") -> "Alignment":
-        return Alignment(self.product + other.product, self.delta_sq + other.delta_sq, self.drift_sq + other.drift_sq)
 
     @property
     def cosine(self) -> float | None:

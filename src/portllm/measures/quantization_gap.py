@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from portllm.measures.sums import Sums
+
 BROKE_MODELS = 10.0
 """From this ratio on, merged models were seen to break (unsloth-zoo pull request 810: 10 to 150 on Falcon-H1)."""
 
 
 @dataclass(frozen=True, slots=True)
-class GapSums:
+class GapSums(Sums):
     """Sums over elements of one tensor.
 
     The deltas Δ were fitted to D = dequant(quant(W)), and the merge adds them to W. So beside Δ it adds q = W - D,
@@ -26,9 +28,6 @@ class GapSums:
 
     gap_sq: float = 0.0
     delta_sq: float = 0.0
-
-    def __add__(self, other: "GapSums") -> "GapSums":
-        return GapSums(self.gap_sq + other.gap_sq, self.delta_sq + other.delta_sq)
 
     @property
     def ratio(self) -> float:

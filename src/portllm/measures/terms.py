@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass
 
+from portllm.measures.sums import Sums
+
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(Sums):
     """The terms of one module, or their sums over modules; nats per completion token.
 
     Attributes:
@@ -21,15 +23,6 @@ class Terms:
     interference: float = 0.0
     patch_curvature: float = 0.0
     drift_curvature: float = 0.0
-
-    def __add__(self, other: "Terms") -> "Terms":
-        return Terms(
-            self.first_order_base + other.first_order_base,
-            self.first_order_evolved + other.first_order_evolved,
-            self.interference + other.interference,
-            self.patch_curvature + other.patch_curvature,
-            self.drift_curvature + other.drift_curvature,
-        )
 
     @property
     def cosine(self) -> float | None:

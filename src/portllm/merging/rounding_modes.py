@@ -23,5 +23,4 @@ class Stochastic:
 
 Rounding = Nearest | Stochastic
 
-
 NEAREST = Nearest()

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm import __version__
+from portllm.merging.decision import decide_all
 from portllm.merging.manifest import MergeReport, report_to_json
 from portllm.merging.plan import MergePlan
 from portllm.merging.tables import merge_facts
 from portllm.patch.folders import Outcome
+from portllm.show.headline import Headline, headline_lines
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, n_bytes, table
@@ -19,8 +21,6 @@ Merged = tuple[MergePlan, MergeReport | None]
 
 if TYPE_CHECKING:
     from portllm.merging.in_place import InPlacePlan
-
-KEPT_GAIN_WORTH_A_WARNING = 0.99
 
 
 def render_merge_plan(plan: MergePlan, out: Path) -> str:
@@ -48,26 +48,12 @@ def _merge_plan(plan: MergePlan, output: Mapping[str, str]) -> str:
     return "\n".join(["merge", *table(rows), *items("note", plan.notes), *items("refused", plan.refusals)])
 
 
-def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...]) -> str:
-    """What `merge` prints: what was written, and what rounding took of the patch."""
-    total, worst, gap = report.total, report.worst, report.quantization
+def render_merge_report(report: MergeReport, out: Path, notes: tuple[str, ...], headline: Headline) -> str:
+    """What `merge` prints: the sentence to act on, what was written, and what rounding took of the patch."""
     rows = {"output": f"{out}: {_written(report)}", **merge_facts(report)}
     if report.headers:
-        notes += (f"to undo: portllm merge --undo {out}; to free the space instead, delete {out}/.portllm-undo",)
-    lines = ["merged", *table(rows), *items("note", notes)]
-    if gap is not None and gap.dominates:
-        lines += [
-            "  warning: the merge adds back far more quantization error than patch, and the patch was trained",
-            "  without it. Models merged this way have been seen to break: evaluate the output, serve the adapter on",
-            "  the quantized model, or merge into its dequantized values: --into QUANTIZED --dtype BF16.",
-        ]
-    least = report.tensors[worst].kept_gain if worst is not None else 1.0
-    if report.rounding == "nearest" and min(least, total.kept_gain) < KEPT_GAIN_WORTH_A_WARNING:
-        lines += [
-            "  warning: changes smaller than half a step of the storage dtype are lost. To keep them, serve the",
-            "  adapter unmerged, use a wider dtype (--dtype F32 or F16), or use --rounding stochastic.",
-        ]
-    return "\n".join(lines)
+        notes += (f"the overwritten bytes are kept in {out}/.portllm-undo; without it the merge cannot be undone",)
+    return "\n".join([*headline_lines(headline), "", *table(rows), *items("note", notes)])
 
 
 def _written(report: MergeReport) -> str:
@@ -80,7 +66,7 @@ def _written(report: MergeReport) -> str:
 
 
 def render_merge_outcomes(
-    outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path], *, width: int | None = None
+    outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path], *, into: Path, width: int | None = None
 ) -> str:
     """What `merge` prints of several patches: a line for each, and why those that failed did."""
     rows = [("patch", "tensors", "kept gain", "output")]
@@ -93,20 +79,14 @@ def render_merge_outcomes(
             rows.append((str(outcome.folder), str(plan.n_changed), kept, str(output)))
     failed = [outcome for outcome in outcomes if outcome.error]
     first = next((outcome.value for outcome in outcomes if outcome.value), None)
-    done = "would merge" if first is not None and first[1] is None else "merged"
-    lines = [f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches", *columns(rows, width=width)]
+    dry = first is not None and first[1] is None
+    headline = decide_all(len(outcomes) - len(failed), len(outcomes), dry=dry, output=str(into))
+    lines = [*headline_lines(headline), "", *columns(rows, width=width)]
     return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 
-def merge_outcomes_to_json(outcomes: Sequence[Outcome[Merged]], outputs: Sequence[Path]) -> list[dict[str, object]]:
-    """What `merge --json` prints of several patches."""
-    rows: list[dict[str, object]] = []
-    for outcome, output in zip(outcomes, outputs, strict=True):
-        row: dict[str, object] = {"patch": str(outcome.folder)}
-        if outcome.value is None:
-            rows.append({**row, "error": str(outcome.error)})
-        else:
-            report = outcome.value[1]
-            more = {} if report is None else {"manifest": report_to_json(report, program=__version__)}
-            rows.append({**row, "output": str(output), **more})
-    return rows
+def merged_to_json(merged: Merged, output: Path) -> dict[str, object]:
+    """What `merge --json` prints of one of several patches."""
+    report = merged[1]
+    more = {} if report is None else {"manifest": report_to_json(report, program=__version__)}
+    return {"output": str(output), **more}

@@ -26,7 +26,6 @@ TIED_NAMES = ("embed_tokens", "lm_head")
 
 HEAD_NAMES = ("lm_head", "score", "classifier")
 
-
 IGNORED_FIELDS = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
@@ -56,7 +55,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "velora_config": (None,),
 }
 """Fields that would change the result in a way not supported, and the values with which they do not."""
-
 
 MAX_COMPARISONS = 10**8
 """Of a module with a name or pattern of a configuration, at most: a minute. Every module of the largest models with a

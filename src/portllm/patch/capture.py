@@ -81,7 +81,6 @@ def capture_low_rank(
     *,
     rank: int | None = None,
     max_rank: int | None = None,
-    seed: int = 0,
 ) -> Captured:
     """The closest delta of a rank from `base` to `tuned`, and the share it leaves out.
 
@@ -92,7 +91,6 @@ def capture_low_rank(
         tuned: The same weight after fine-tuning, in its storage dtype.
         rank: Directions to keep; None keeps those that stand above the rounding noise of the two files.
         max_rank: Keep at most so many of them.
-        seed: Of the randomized decomposition.
 
     Example:
         >>> base = torch.zeros(2, 3)
@@ -107,7 +105,7 @@ def capture_low_rank(
         noise.add_rows(0, base, tuned)
         edge = noise.edge
     dtype = working_dtype(base, tuned)
-    return truncate(tuned.to(dtype) - base.to(dtype), rank=rank, edge=edge, max_rank=max_rank, seed=seed)
+    return truncate(tuned.to(dtype) - base.to(dtype), rank=rank, edge=edge, max_rank=max_rank)
 
 
 def truncate(

@@ -133,6 +133,19 @@ def open_each(folders: PatchFolders, work: Callable[[Patch[TensorInfo], int], T]
     return outcomes
 
 
+def outcomes_to_json(
+    outcomes: Sequence[Outcome[T]], outputs: Sequence[Path], told: Callable[[T, Path], dict[str, object]]
+) -> list[dict[str, object]]:
+    """For each patch where it is, and what is told of what became of it and of where that was written, or the error."""
+    return [
+        {
+            "patch": str(outcome.folder),
+            **({"error": str(outcome.error)} if outcome.value is None else told(outcome.value, output)),
+        }
+        for outcome, output in zip(outcomes, outputs, strict=True)
+    ]
+
+
 def _name_of(folder: Path) -> str:
     """The name of a patch's folder; that of a patch on the hub is its repository's, without the revision."""
     return folder.name.partition("@")[0] if names_hub(folder) else folder.resolve().name

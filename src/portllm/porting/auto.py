@@ -9,7 +9,7 @@ from portllm.checking.report import PatchReport
 from portllm.checking.update.measures import MeasuredUpdate, measure_update
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortError, Refusal
-from portllm.matching.port_plan import PortPlan, plan_port_on
+from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.update import Update
 from portllm.methods.table import METHODS
 from portllm.patch.patch import Patch
@@ -74,7 +74,7 @@ class Route:
         return replace(plan, choice=choice, evidence={**plan.evidence, **evidence})
 
     def _plan_by(self, method: str, patch: Patch[TensorInfo]) -> PortPlan:
-        return plan_port_on(patch, self.update, method=method, allow_other_base=self.allow_other_base)
+        return plan_port(patch, self.update, method=method, allow_other_base=self.allow_other_base)
 
     @cached_property
     def _measured(self) -> MeasuredUpdate:

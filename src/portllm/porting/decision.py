@@ -54,8 +54,8 @@ def _judged(plan: PortPlan, step: PortStep | None, wanted: float) -> tuple[Tone,
         enough = {"good": "enough", "bad": "too few", "doubt": "not shown to be enough"}[tone]
         return tone, (
             f"; it gives {percent(found['agreement'])} of the old answers ({percent(low)} to {percent(high)}) on "
-            f"{found['prompts_report']:.0f} prompts that it was not fitted on; {enough} by your limit of "
-            f"{percent(wanted, digits=0)}"
+            f"{found['prompts_report']:.0f} prompts that it was not fitted on; {enough} by the limit of "
+            f"{percent(wanted, digits=0)} (--agreement)"
         )
     if plan.choice is None:
         return "plain", "; whether it holds was not checked"

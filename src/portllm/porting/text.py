@@ -13,13 +13,12 @@ from portllm.matching.quantized_base import quantization_of
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.patch.record import PortStep
-from portllm.show.headline import Headline, headline_lines
+from portllm.show.headline import Headline, command_line, headline_lines
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
 
 SHOWN_TOKENS = 10
-
 
 Carried = tuple[PortPlan, Patch[TensorInfo] | None]
 """A plan, and the ported patch where the plan was carried out."""
@@ -37,11 +36,19 @@ def render_port_outcomes(
             rows.append((str(outcome.folder), *_facts(outcome.value[0]), str(output)))
     failed = [outcome for outcome in outcomes if outcome.error]
     first = next((outcome.value for outcome in outcomes if outcome.value), None)
-    done = "would port" if first is not None and first[1] is None else "ported"
+    dry = first is not None and first[1] is None
+    done = "Would port" if dry else "Ported"
     verdicts = Counter(verdict for verdict in (row[1] for row in rows[1:]) if verdict)
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     first_line = f"{done} {len(outcomes) - len(failed)} of {len(outcomes)} patches" + (f": {told}" if told else "")
-    lines = [first_line, *columns(rows, width=width)]
+    lines = [first_line + ("; why the others failed stands below." if failed else ".")]
+    at = next((at for at, outcome in enumerate(outcomes) if outcome.value), None)
+    if at is not None and not dry and first is not None:
+        plan = first[0]
+        models = ("--base", plan.source.name, "--patch", outcomes[at].folder, "--evolved", plan.target.name)
+        measure = command_line("portllm", "evaluate", *models, "--ported", outputs[at], "--data", "TEST.jsonl")
+        lines += ["Next: measure whether each still works:", f"  {measure}"]
+    lines += ["", *columns(rows, width=width)]
     return "\n".join([*lines, *(f"{outcome.folder}: {one_line(str(outcome.error))}" for outcome in failed)])
 
 
@@ -52,17 +59,9 @@ def _facts(plan: PortPlan) -> tuple[str, str, str]:
     return verdict, modules, "" if drift is None else percent(drift, digits=2)
 
 
-def port_outcomes_to_json(outcomes: Sequence[Outcome[Carried]], outputs: Sequence[Path]) -> list[dict[str, object]]:
-    """What `port --json` prints of several patches."""
-    rows: list[dict[str, object]] = []
-    for outcome, output in zip(outcomes, outputs, strict=True):
-        row: dict[str, object] = {"patch": str(outcome.folder)}
-        if outcome.value is None:
-            rows.append({**row, "error": str(outcome.error)})
-        else:
-            ported = outcome.value[1]
-            rows.append({**row, "output": str(output)} if ported is None else {**row, **ported_to_json(ported, output)})
-    return rows
+def carried_to_json(carried: Carried, output: Path) -> dict[str, object]:
+    """What `port --json` prints of one of several patches."""
+    return {"output": str(output)} if carried[1] is None else ported_to_json(carried[1], output)
 
 
 def ported_to_json(ported: Patch[TensorInfo], output: Path) -> dict[str, object]:
@@ -72,8 +71,8 @@ def ported_to_json(ported: Patch[TensorInfo], output: Path) -> dict[str, object]
 
 def render_port(plan: PortPlan, out: Path, headline: Headline, step: PortStep | None) -> str:
     """What `port` prints of one patch; with `--dry-run`, without a step."""
-    measured = table(_measured(step)) if step is not None and "agreement" in step.evidence else []
-    facts = [*table(_plan_facts(plan, out)), *measured]
+    measured = _measured(step) if step is not None and "agreement" in step.evidence else {}
+    facts = table(_plan_facts(plan, out) | measured)
     notes = [*items("note", plan.notes), *items("refused", plan.refusals)]
     return "\n".join([*headline_lines(headline), "", *facts, *notes])
 

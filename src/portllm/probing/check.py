@@ -1,10 +1,16 @@
 """Check whether patches will hold on the evolved model, from weights and optionally from prompts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 from portllm.checking.check import check_weights
-from portllm.checking.report import CheckReport
+from portllm.checking.forecast import with_forecast
+from portllm.checking.prompts.measures import TextMeasures
+from portllm.checking.report import CheckReport, PatchReport
+from portllm.checking.update.report import UpdateReport
+from portllm.checking.verdict import Answer, with_answers
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import PortLLMError
 from portllm.patch.adapter_folder import PatchLike, load_patch
@@ -13,6 +19,7 @@ from portllm.probing.settings import TextSettings
 from portllm.progress import Progress, silent
 from portllm.running.data import Data, chat_template_for
 from portllm.running.device import Device
+from portllm.running.examples import Border
 from portllm.running.folder import check_runnable, model_folder
 
 
@@ -76,23 +83,40 @@ def check(
     )
     if found is None:
         return report
-    from portllm.probing.probe import add_text  # runs models, which weights alone do not need
+    from portllm.probing.probe import measure_text  # runs models, which weights alone do not need
     from portllm.running.wording import word
 
-    border = None
+    prompts: Sequence[str]
+    border: Border | None
     if isinstance(found, Data):
         folder = model_folder(old, progress=progress)
         asked = word(found, folder, chat_template_for(found, *opened, folder=folder))
-        found, border = asked.prompts, asked.border
-    return add_text(
-        report,
-        opened,
-        base=old,
-        evolved=new,
-        prompts=found,
-        border=border,
-        settings=settings,
-        allow_other_base=allow_other_base,
-        device=device,
-        progress=progress,
+        prompts, border = asked.prompts, asked.border
+    else:
+        prompts, border = found, None
+    fits = [found.verdict.answer is not Answer.CANNOT_BE_PORTED for found in report.patches]
+    if not any(fits):
+        return report
+    measured = iter(
+        measure_text(
+            old,
+            new,
+            list(compress(opened, fits)),
+            prompts,
+            border=border,
+            settings=settings,
+            allow_other_base=allow_other_base,
+            device=device,
+            progress=progress,
+        )
     )
+    checked = zip(report.patches, fits, strict=True)
+    more = (_with_text(report.update, one, next(measured)) if fit else one for one, fit in checked)
+    return replace(report, patches=tuple(more))
+
+
+def _with_text(update: UpdateReport, report: PatchReport, text: TextMeasures) -> PatchReport:
+    """A patch's report with what prompts say of it, and with the doubts that they raise."""
+    agreement = text.outputs.specialist_to_ported.agreement
+    verdict = with_answers(report.verdict, agreement=agreement, n_prompts=text.n_prompts)
+    return with_forecast(update, replace(report, text=text, verdict=verdict))

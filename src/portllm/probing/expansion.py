@@ -24,7 +24,7 @@ from torch import Tensor
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, Refusal
+from portllm.errors import Refusal, refuse
 from portllm.linalg import square_sum
 from portllm.matching.changes import oriented
 from portllm.matching.compatibility import mismatches
@@ -106,9 +106,7 @@ def expand(
         NotFoundError: A model is a single file, without configuration and tokenizer.
         DataError: Rows do not fit.
     """
-    refusals = sorted({*mismatches(patch, base), *mismatches(patch, evolved), *_unhooked(patch)})
-    if refusals:
-        raise PlanRefusedError(refusals)
+    refuse({*mismatches(patch, base), *mismatches(patch, evolved), *_unhooked(patch)})
     patch = oriented(patch, base)
     deltas = {module: load_delta(delta) for module, delta in patch.deltas.items()}
     where = choose_device(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import NonFiniteError, PlanRefusedError, Refusal
+from portllm.errors import NonFiniteError, Refusal, refuse
 from portllm.linalg import square_sum
 from portllm.matching.changes import oriented
 from portllm.matching.compatibility import mismatches
@@ -150,9 +150,7 @@ def port_residual(
         PlanRefusedError: A patch does not fit, holds more than LoRA deltas, or the modules differ; with every reason.
         NonFiniteError: A weight or a delta holds an infinity or NaN.
     """
-    refusals = [*mismatches(ported, evolved), *mismatches(retrained, evolved), *incomparable(ported, retrained)]
-    if refusals:
-        raise PlanRefusedError(refusals)
+    refuse([*mismatches(ported, evolved), *mismatches(retrained, evolved), *incomparable(ported, retrained)])
     ported, retrained = oriented(ported, evolved), oriented(retrained, evolved)
     modules: dict[str, ModuleResidual] = {}
     for module in ported.deltas:

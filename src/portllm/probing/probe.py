@@ -5,30 +5,24 @@ adds a pass on each model. What is kept between the two is small: what deltas re
 last token's states, and one row of logits for each prompt and patch.
 """
 
-import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from portllm.checking.forecast import with_forecast
 from portllm.checking.prompts.measures import Outputs, TextMeasures
-from portllm.checking.report import CheckReport, PatchReport
-from portllm.checking.update.report import UpdateReport
-from portllm.checking.verdict import Answer, with_answers
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
-from portllm.errors import DataError, PlanRefusedError, Refusal
+from portllm.errors import DataError, Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.matching.changes import oriented
 from portllm.matching.compatibility import unmatchable
-from portllm.matching.port_plan import PortPlan, plan_port_on
+from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.update import Update
 from portllm.measures.fidelity import Fidelity, measure_fidelity
 from portllm.measures.outputs import measure_distance, measure_shift
@@ -49,8 +43,6 @@ from portllm.running.folder import model_folder
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.moments import Moments
 from portllm.running.observation import Observation, spread_positions
-
-__all__ = ["LEAST_PROMPTS", "TextSettings", "add_text", "measure_text"]
 
 Logits = Float32[Tensor, "prompts _"]
 """Base and evolved model may have different numbers of tokens."""
@@ -106,14 +98,12 @@ def measure_text(
             "by token. Compare answers instead: portllm evaluate or certify."
         )
     update = Update(base, evolved)
-    plans = [plan_port_on(patch, update, allow_other_base=allow_other_base) for patch in patches]
-    refusals = [
+    plans = [plan_port(patch, update, allow_other_base=allow_other_base) for patch in patches]
+    refuse(
         refusal
         for plan in plans
         for refusal in (*plan.refusals, *unmatchable(plan.patch, base, option="PATCH"), *_own_parts(plan))
-    ]
-    if refusals:
-        raise PlanRefusedError(refusals)
+    )
     read = [*base.files, *evolved.files, *(file for patch in patches for file in files_of(patch))]
     with unchanged(read), tempfile.TemporaryDirectory(prefix="portllm-check-") as scratch:
         carried = [
@@ -133,63 +123,6 @@ def _own_parts(plan: PortPlan) -> Iterator[Refusal]:
             f"{plan.patch.name} has {what} of its own, which neither model has, so what they say of each token cannot "
             f"be compared. Check it without --text.{way}",
         )
-
-
-def add_text(
-    report: CheckReport,
-    patches: Sequence[Patch[TensorInfo]],
-    *,
-    base: Checkpoint,
-    evolved: Checkpoint,
-    prompts: Sequence[str],
-    border: Border | None = None,
-    settings: TextSettings | None = None,
-    allow_other_base: bool = False,
-    device: Device = "auto",
-    progress: Progress = silent,
-) -> CheckReport:
-    """The report with what prompts say of each patch that can be ported, and with the doubts that they raise.
-
-    Args:
-        report: What `check` found.
-        patches: What it was asked about.
-        base: As for `measure_text`, and so are the others.
-        evolved: Likewise.
-        prompts: Likewise.
-        border: Likewise.
-        settings: Likewise.
-        allow_other_base: Likewise.
-        device: Likewise.
-        progress: Likewise.
-
-    Raises:
-        PlanRefusedError, NotFoundError, DataError, NonFiniteError: As `measure_text`.
-    """
-    fits = [found.verdict.answer is not Answer.CANNOT_BE_PORTED for found in report.patches]
-    if not any(fits):
-        return report
-    measured = iter(
-        measure_text(
-            base,
-            evolved,
-            list(itertools.compress(patches, fits)),
-            prompts,
-            border=border,
-            settings=settings,
-            allow_other_base=allow_other_base,
-            device=device,
-            progress=progress,
-        )
-    )
-    found = zip(report.patches, fits, strict=True)
-    more = (_with_text(report.update, one, next(measured)) if fit else one for one, fit in found)
-    return replace(report, patches=tuple(more))
-
-
-def _with_text(update: UpdateReport, report: PatchReport, text: TextMeasures) -> PatchReport:
-    agreement = text.outputs.specialist_to_ported.agreement
-    verdict = with_answers(report.verdict, agreement=agreement, n_prompts=text.n_prompts)
-    return with_forecast(update, replace(report, text=text, verdict=verdict))
 
 
 def _linear_deltas(patch: Patch[TensorInfo]) -> dict[str, LowRankDelta[TensorInfo]]:

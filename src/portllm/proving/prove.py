@@ -20,10 +20,11 @@ from portllm.checkpoint.builtin import locate
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import BUILTIN_PREFIX, ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import NotFoundError, RuntimeFailedError, refuse
+from portllm.errors import NotFoundError, Refusal, RuntimeFailedError, refuse
 from portllm.evaluating.plan import model_refusals
 from portllm.exporting.export import export, given_of
 from portllm.exporting.plan import plan_export
+from portllm.matching.added_tokens import height_of, n_rows_of
 from portllm.patch.adapter_folder import PatchLike, folder_of, load_patch
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
@@ -144,6 +145,7 @@ def prove(
     opened, checkpoint = load_patch(patch), open_checkpoint(base, progress=progress)
     check_runnable(checkpoint)
     refuse([*model_refusals("PATCH", opened, checkpoint, identify(checkpoint), allow_other_base=allow_other_base)])
+    refuse(_of_added_tokens(opened, checkpoint))
     if isinstance(where, Runtime) and export is None:
         planned = plan_export(
             opened, serving.runtime_named(where.profile), base=checkpoint, allow_other_base=allow_other_base
@@ -163,6 +165,18 @@ def prove(
         allow_other_base=allow_other_base,
     )
     return _run(plan, device=device, progress=progress)
+
+
+def _of_added_tokens(patch: Patch[TensorInfo], base: Checkpoint) -> Iterator[Refusal]:
+    """Why a patch has no base to be compared with: one of its vocabulary is a model that nobody has."""
+    height, own = height_of(patch, base), n_rows_of(base)
+    if height > own:
+        yield Refusal(
+            patch.name,
+            f"added tokens give it {height} rows of the embedding, of which {base.name} has {own}: the bare base "
+            "cannot serve them, so there is nothing to compare with. Merge the patch (portllm merge "
+            f"{patch.name} --into {base.name} -o MODEL), and compare the models with portllm evaluate.",
+        )
 
 
 def _run(plan: _Plan, *, device: Device, progress: Progress) -> Proof:

@@ -206,16 +206,16 @@ def fit(seen: Places, patched: Values, faulty: Values) -> Fit:
     return Fit(rms(seen.served - faulty), rms(faulty - patched), share)
 
 
-def best_scale(
-    seen: Places, at: Callable[[float], Values], *, starts: Sequence[float], steps: int = 8
-) -> tuple[float, Values]:
+MOST_STEPS = 8
+
+
+def best_scale(seen: Places, at: Callable[[float], Values], *, starts: Sequence[float]) -> tuple[float, Values]:
     """The factor of the scale at which the patch explains best what was seen, by damped steps of Gauss and Newton.
 
     Args:
         seen: What the runtime says.
         at: The patch here with its scale times a factor, at the same places.
         starts: Factors, each twice the one before; the best of them is begun from.
-        steps: Most steps.
     """
 
     def off(factor: float) -> float:
@@ -227,7 +227,7 @@ def best_scale(
     tried |= {factor: at(factor) for factor in (around * 2 ** (step / 4) for step in (-3, -2, -1, 1, 2, 3))}
     best, damping = min(tried, key=off), 1.0
     step = 0.0
-    for _ in range(steps):
+    for _ in range(MOST_STEPS):
         if damping == 1.0:  # it has come nearer, or just begun
             ahead = best * 1.02
             step = slope(seen.served - tried[best], (at(ahead) - tried[best]) / (ahead - best), seen.rows).value

@@ -228,10 +228,10 @@ class LayeredModel:
                 blocks.append(logits(finished))
         return torch.cat(blocks, dim=1)
 
-    def head_blocks(self, height: int = HEAD_BLOCK) -> Iterator[tuple[int, int]]:
+    def head_blocks(self) -> Iterator[tuple[int, int]]:
         """First and last token of blocks of the vocabulary."""
         n_rows = self.n_vocabulary
-        return ((start, min(start + height, n_rows)) for start in range(0, n_rows, height))
+        return ((start, min(start + HEAD_BLOCK, n_rows)) for start in range(0, n_rows, HEAD_BLOCK))
 
     def head_rows(self, rows: Sequence[int]) -> Float32[Tensor, "rows width"]:
         """The head's weights for some tokens."""

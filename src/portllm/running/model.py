@@ -70,7 +70,6 @@ Below it, it is faster than the fused kernel (own measurement: by 10 % to 30 % a
 matrix of scores, quadratic in the tokens, costs too much memory.
 """
 
-
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 """What torch calls the instructions of a CPU that multiply bfloat16."""
 

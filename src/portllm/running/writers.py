@@ -21,10 +21,8 @@ from portllm.running.layers import Arguments, LayeredModel
 TOLERANCE = 1e-4
 """Of what a layer adds, in float32, where a module's output passes through a norm or a factor."""
 
-
 Output = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 """What a hook makes of the name of a module, the module, its inputs and its output: another output, or None."""
-
 
 Extras = Mapping[str, tuple[Tensor, Tensor]]
 """By writer, what is added to its output beside what its weights make: a and b of `b a x`."""

@@ -50,6 +50,7 @@ class Runtime:
         serve: How it is started or called with the export.
         library: What the hub calls it.
         swap: How a ported patch takes the place of the old one.
+        prove: The runtime that `prove` starts to see that an export is served; empty where it starts none.
         holds: What it takes besides the plain deltas of linear modules.
         ranks: The ranks to pad to, ascending; none for any.
         max_rank: The largest rank that it takes; None for any.
@@ -64,6 +65,7 @@ class Runtime:
     library: str
     serve: str
     swap: str
+    prove: str = ""
     holds: frozenset[Part] = frozenset()
     ranks: tuple[int, ...] = ()
     max_rank: int | None = None

@@ -61,7 +61,7 @@ def columns(rows: Sequence[Sequence[str]], *, width: int | None = None) -> list[
     """Rows of equal length as lines, each column as wide as its widest cell.
 
     Where that is wider than the terminal, cells are wrapped by words; where that is not enough, columns that find no
-    room follow below as a table of their own, with the first column again.
+    room follow below as a table of their own, with the first column again, and without the rows that are empty there.
 
     Args:
         rows: The first names the columns.
@@ -82,7 +82,7 @@ def columns(rows: Sequence[Sequence[str]], *, width: int | None = None) -> list[
             last -= 1
         if last < len(widths):
             kept = [row[:last] for row in rows]
-            below = [(row[0], *row[last:]) for row in rows]
+            below = [(row[0], *row[last:]) for row in rows if any(row[last:])]
             return [*columns(kept, width=width), "", *columns(below, width=width)]
         while sum(widths) + 2 * len(widths) > width and widths != least:
             widest = max(range(len(widths)), key=lambda at: (widths[at] > least[at], widths[at]))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from portllm.errors import OutputError, OutputExistsError
+from portllm.errors import OutputExistsError
 from portllm.files.input_file import read_input
 from portllm.files.json_text import parse_json
 from portllm.files.kept_results import Record
-from portllm.files.own_files import open_locked, require_real, write_text
+from portllm.files.own_files import locked_folder, require_real, write_text
 from portllm.files.typed import decode
 from portllm.progress import Progress, silent
 from portllm.running.model import Device
@@ -199,14 +199,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Keep other runs on this machine from writing to the same folder."""
     if out.is_dir() and any(out.iterdir()) and not (out / LOCK_FILE).exists():
         raise OutputExistsError(f"'{out}': already exists and is not a study's folder. Choose another with --output.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = open_locked(out / LOCK_FILE, wait=False)
-    except OSError as error:
-        raise OutputError(f"'{out}': cannot be written to: {error.strerror}.") from error
-    try:
+    with locked_folder(out, LOCK_FILE):
         for name in os.listdir(out):
             require_real(out, name)
         yield
-    finally:
-        os.close(descriptor)

@@ -13,14 +13,14 @@ def render_status(status: StudyStatus, *, steps: bool) -> str:
     """What `study status` prints: done and left by kind, and the time; with `steps`, each step that is left."""
     kinds = Counter(step.kind for step in steps_of(status.study))
     left = Counter(step.kind for step in status.left.steps)
-    lines = [f"{status.study.title}: {status.study.base}, in {status.out}"]
+    n_done = status.n_steps - len(status.left.steps)
+    took = f", in {lasting(status.seconds)}" if n_done else ""
+    lines = [f"{n_done} of {status.n_steps} steps are done{took}; {still(status.left)}."]
+    lines += [f"{status.study.title}: {status.study.base}, in {status.out}"]
     lines += [f"  {kind:<7} {count - left[kind]} of {count} done" for kind, count in kinds.items()]
-    lines.append(
-        f"{status.n_steps - len(status.left.steps)} of {status.n_steps} steps done in {lasting(status.seconds)}"
-    )
     if steps:
         lines += [f"  {step.name}" for step in status.left.steps]
-    return "\n".join([*lines, still(status.left)])
+    return "\n".join(lines)
 
 
 def status_to_json(status: StudyStatus) -> dict[str, object]:

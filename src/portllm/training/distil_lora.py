@@ -51,7 +51,6 @@ def distil_lora(
     border: Border | None = None,
     device: Device = "auto",
     start: Path | None = None,
-    overwrite: bool = False,
     progress: Progress = silent,
 ) -> TrainReport:
     """Trains an adapter on a base to do what an older tuned model does; both models are in memory.
@@ -65,7 +64,6 @@ def distil_lora(
         border: How answers follow prompts.
         device: Where to train.
         start: An adapter to go on from, as in `train_lora`.
-        overwrite: Replace what is at `adapter_folder`.
         progress: Progress callback (generated answers, steps).
 
     Returns:
@@ -80,7 +78,7 @@ def distil_lora(
     """
     if not prompts:
         raise DataError("distillation: no prompts were given; expected at least one.")
-    with staged_folder(Path(adapter_folder), overwrite=overwrite) as staging:
+    with staged_folder(Path(adapter_folder), overwrite=False) as staging:
         where = choose_device(device)
         encoder = Encoder(load_tokenizer(base_folder), border)
         _check_tokens(encoder, Encoder(load_tokenizer(teacher.base)))

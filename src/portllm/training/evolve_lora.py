@@ -51,7 +51,6 @@ def train_on_text(
     adapter_folder: str | Path,
     *,
     device: Device = "auto",
-    overwrite: bool = False,
     progress: Progress = silent,
 ) -> tuple[float, ...]:
     """Trains a LoRA adapter of a base on texts and writes it as a PEFT folder.
@@ -65,7 +64,6 @@ def train_on_text(
         settings: Everything else.
         adapter_folder: The folder to be; a failed run leaves nothing there.
         device: Where to train.
-        overwrite: Replace what is at `adapter_folder`.
         progress: Progress callback (steps).
 
     Returns:
@@ -78,7 +76,7 @@ def train_on_text(
         OutputError: The adapter cannot be written; `OutputExistsError` if something is there.
         PortLLMError: The loss is not finite.
     """
-    with staged_folder(Path(adapter_folder), overwrite=overwrite) as staging:
+    with staged_folder(Path(adapter_folder), overwrite=False) as staging:
         where = choose_device(device)
         encoded = encode_texts(Encoder(load_tokenizer(base_folder)), texts, block_tokens=settings.block_tokens)
         batches = list(itertools.islice(batches_of_blocks(encoded, settings), settings.steps))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError
+from portllm.errors import refuse
 from portllm.files.input_file import unchanged
 from portllm.files.record import encode
 from portllm.files.source import Source
@@ -177,12 +177,8 @@ def read_questions(data: Data, teacher: Teacher) -> Answers:
     Raises:
         PlanRefusedError: The teacher's patch is not one of its base.
     """
-    refusals = {
-        *mismatches(teacher.patch, teacher.base),
-        *base_refusals(teacher.patch, teacher.base, option="--teacher"),
-    }
-    if refusals:
-        raise PlanRefusedError(refusals)
+    patch, base = teacher.patch, teacher.base
+    refuse({*mismatches(patch, base), *base_refusals(patch, base, option="--teacher")})
     return Answers(data, teacher, (data.file, *teacher.base.files, *files_of(teacher.patch)))
 
 

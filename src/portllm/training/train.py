@@ -9,7 +9,7 @@ from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.errors import PlanRefusedError, PortLLMError, Refusal
+from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.files.output_folder import check_apart, check_free
 from portllm.files.source import Source
@@ -112,8 +112,8 @@ class Training:
             check_runnable(model)
         if self.base.folder is not None:
             self.lesson.template(self.base.folder)
-        if self.start is not None and (refusals := set(_start_refusals(self.start, self.base))):
-            raise PlanRefusedError(refusals)
+        if self.start is not None:
+            refuse(set(_start_refusals(self.start, self.base)))
 
 
 def train(

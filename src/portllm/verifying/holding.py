@@ -9,6 +9,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.reading.numbers import decode_floats
 from portllm.checkpoint.reading.windows import load_values
+from portllm.checkpoint.tensor.encoding import GGMLBlocks, is_plain
 from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo, n_bytes_of
 from portllm.errors import PlanRefusedError, Refusal, refuse
 from portllm.merging.options import MergeOptions
@@ -69,11 +70,13 @@ def find_holding(
     """Merge again, and compare with what there is.
 
     Raises:
-        PlanRefusedError: It cannot be said: the patch does not fit the base, or the two models have other tensors.
+        PlanRefusedError: It cannot be said: the patch does not fit the base, the two models have other tensors, or the
+            weights are quantized so coarsely that the patch is lost in it.
         CheckpointError: A file cannot be read.
     """
     pairs = _pairs(patch, base, merged)
     tensors: dict[str, HeldTensor] = {}
+    hidden: list[Refusal] = []
     total = sum(info.n_bytes for _, info in pairs.values())
     done = 0
     with workspaces(TensorOptions(threads=1), [step for step, _ in pairs.values()]) as free:
@@ -84,8 +87,10 @@ def find_holding(
             if not isinstance(result, TensorResults):
                 raise result
             tensors[name] = comparison.held
+            hidden += [] if comparison.hidden is None else [comparison.hidden]
             done += info.n_bytes
             progress("compare", done, total, "bytes")
+    refuse(hidden)
     return Holding(tensors)
 
 
@@ -109,8 +114,21 @@ class _Comparison:
             return
         width = n_bytes_of(dtype, (1,))
         start, stop = place // width, (place + len(made)) // width
-        merged = load_values(self._info, start, stop)
-        self._likeness.add(merged, decode_floats(made, dtype), _base_values(self._step, start, stop))
+        merged, base = load_values(self._info, start, stop), _base_values(self._step, start, stop)
+        encoding = self._info.encoding
+        if isinstance(encoding, GGMLBlocks) and not is_plain(encoding):
+            bits = 8 * encoding.n_bytes // encoding.elements
+            self._likeness.add_quantized(merged, decode_floats(made, dtype), base, bits=bits)
+        else:
+            self._likeness.add(merged, decode_floats(made, dtype), base)
+
+    @property
+    def hidden(self) -> Refusal | None:
+        """Why it cannot be said of this tensor; None where it can."""
+        if not self._likeness.is_hidden or self._info.encoding is None:
+            return None
+        why = "is so coarse that the patch cannot be told from chance. Pass the 16-bit file that it was made from."
+        return Refusal(self._step.entry.name, f"{self._info.encoding.scheme} {why}")
 
     @property
     def held(self) -> HeldTensor:
@@ -132,7 +150,7 @@ def _base_values(step: MergeStep, start: int, stop: int) -> np.ndarray:
 
 def _pairs(patch: Patch[TensorInfo], base: Checkpoint, merged: Checkpoint) -> dict[str, tuple[MergeStep, TensorInfo]]:
     """By name, what a merge would make of each tensor, in the dtypes of a merged model, and that model's own."""
-    if merged.is_quantized:
+    if any(info.encoding is not None and not isinstance(info.encoding, GGMLBlocks) for info in merged.infos.values()):
         why = f"is quantized ({merged.quantization}). Pass the 16-bit model that it was made from."
         raise PlanRefusedError([Refusal(merged.name, why)])
     plan = plan_merge(patch, into=base, options=MergeOptions(dtype="F32" if base.quantization is not None else None))

@@ -22,8 +22,14 @@ GAIN_ERROR = 0.02
 DEVIATIONS = 3
 """How far the errors of single elements may add up by chance: `<R, C>` of independent ones is normal, `|R·C|` wide."""
 
+MOST_CHANCE = 0.5
+"""Of the patch's own size: where chance could come to more, nothing is said."""
+
 SCALED_REST = 0.05
 """Of the size of a change: below it, what is there is the patch at another scale."""
+
+BLOCK = 32
+"""Elements of the smallest blocks of GGUF files, of which the larger ones consist."""
 
 _MANTISSA_BITS = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}
 
@@ -48,8 +54,10 @@ class _Sums:
     allowed_sq: float = 0.0
     is_near: bool = True
 
-    def add(self, merged: np.ndarray, made: np.ndarray, base: np.ndarray, ulp: np.ndarray) -> None:
-        """Take in some elements."""
+    def add(
+        self, merged: np.ndarray, made: np.ndarray, base: np.ndarray, ulp: np.ndarray, *, is_quantized: bool = False
+    ) -> None:
+        """Take in some elements; single ones of a quantized tensor may be clipped, and only sums of them count."""
         change, rest = made - base, merged - made
         self.change_sq += float(change @ change)
         self.common += float((merged - base) @ change)
@@ -57,12 +65,17 @@ class _Sums:
         self.chance_sq += float((rest * change) @ (rest * change))
         self.allowed_sq += float(ulp @ ulp)
         largest = float(np.abs(change).max(initial=0.0))
-        self.is_near &= bool((np.abs(rest) <= ULPS * ulp + 2 * DELTA_ERROR * largest).all())
+        self.is_near &= is_quantized or bool((np.abs(rest) <= ULPS * ulp + 2 * DELTA_ERROR * largest).all())
 
     @property
     def gain(self) -> float | None:
         """`<M, C> / |C|²`: how often the change is in what was found; None where there is none."""
         return self.common / self.change_sq if self.change_sq else None
+
+    @property
+    def chance(self) -> float:
+        """How far chance alone could move the gain."""
+        return DEVIATIONS * math.sqrt(self.chance_sq) / self.change_sq if self.change_sq else 0.0
 
     @property
     def holds(self) -> bool:
@@ -82,15 +95,33 @@ class Likeness:
         base_dtype: That of the base; a merge may have been rounded to it before it was stored in a wider one.
         is_same: Whether every element so far is the one that a merge makes.
         is_base: Whether every element so far is the base's.
+        is_quantized: Whether it is stored in blocks of a few bits a value.
     """
 
     dtype: str
     base_dtype: str
     is_same: bool = True
     is_base: bool = True
+    is_quantized: bool = False
     _rounded: _Sums = field(default_factory=_Sums)
     _rounded_twice: _Sums = field(default_factory=_Sums)
     _moved_sq: float = 0.0
+
+    def add_quantized(
+        self,
+        merged: Float32[np.ndarray, " n"],
+        made: Float32[np.ndarray, " n"],
+        base: Float32[np.ndarray, " n"],
+        *,
+        bits: int,
+    ) -> None:
+        """Take in some elements that are stored in blocks of a few `bits` a value; see `add`."""
+        self.is_same &= np.array_equal(merged, made)
+        self.is_base, self.is_quantized = False, True
+        wide, exact, stored = (values.astype(np.float64) for values in (merged, made, base))
+        moved = wide - stored
+        self._moved_sq += float(moved @ moved)
+        self._rounded.add(wide, exact, stored, steps(merged, bits), is_quantized=True)
 
     def add(
         self, merged: Float32[np.ndarray, " n"], made: Float32[np.ndarray, " n"], base: Float32[np.ndarray, " n"]
@@ -114,11 +145,16 @@ class Likeness:
         return _MANTISSA_BITS[self.dtype] > _MANTISSA_BITS[self.base_dtype]
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether blocks of few bits are so coarse that chance alone could make half a patch of nothing."""
+        return self.is_quantized and not self.is_same and self._rounded.chance > MOST_CHANCE
+
+    @property
     def extent(self) -> Extent:
         """Whether it holds the change."""
         if self.is_same:
             return Extent.EXACTLY
-        holds = self._rounded.holds or (self._is_wider and self._rounded_twice.holds)
+        holds = self._rounded.holds or (self._is_wider and not self.is_quantized and self._rounded_twice.holds)
         return Extent.TO_ROUNDING if holds else Extent.NOT
 
     @property
@@ -127,11 +163,14 @@ class Likeness:
         if self.is_base:
             return "as in the base: the patch is not in it"
         gain = self._rounded.gain
-        if gain is not None and abs(gain) > GAIN_ERROR:
+        rounding_sq = ULPS**2 * self._rounded.allowed_sq if self.is_quantized else 0.0
+        if gain is not None and abs(gain) > GAIN_ERROR + self._rounded.chance:
             rest_sq = self._moved_sq - gain * self._rounded.common
-            if rest_sq <= SCALED_REST * self._moved_sq:
+            if rest_sq <= max(SCALED_REST * self._moved_sq, rounding_sq):
                 return f"holds {gain:.3g} times the patch"
             return f"holds {gain:.3g} times the patch, and other changes"
+        if self._moved_sq <= rounding_sq:
+            return "as in the base, but for rounding: the patch is not in it"
         return "changed, but not by the patch"
 
 
@@ -145,3 +184,15 @@ def ulps(values: Float32[np.ndarray, " n"], dtype: str) -> Float64[np.ndarray, "
     _, exponents = np.frexp(values.astype(np.float64))
     least = {"F16": -14, "F64": -1022}.get(dtype, -126)
     return cast(np.ndarray, np.ldexp(1.0, np.maximum(exponents - 1, least) - _MANTISSA_BITS[dtype]))
+
+
+def steps(values: Float32[np.ndarray, " n"], bits: int) -> Float64[np.ndarray, " n"]:
+    """About how far apart the values are that a block of `bits` a value can have: its range over their number less one.
+
+    Example:
+        >>> steps(np.linspace(-1, 1, 32, dtype=np.float32), 2)[:2].round(3).tolist()
+        [0.667, 0.667]
+    """
+    blocks = values.astype(np.float64).reshape(-1, BLOCK)
+    spread = (blocks.max(axis=1) - blocks.min(axis=1)) / (2**bits - 1)
+    return cast(np.ndarray, np.repeat(spread, BLOCK))

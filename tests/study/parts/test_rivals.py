@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.matching.port_plan import plan_port_on
+from portllm.matching.port_plan import plan_port
 from portllm.matching.update import Update
 from portllm.methods.values import whole
 from portllm.patch.adapter_folder import load_patch
@@ -26,7 +26,7 @@ def deltas(patch):
 def ported(tiny, rival):
     from dataclasses import replace
 
-    plan = plan_port_on(load_patch(tiny("adapter")), Update(*(open_checkpoint(tiny(n)) for n in ("base", "evolved"))))
+    plan = plan_port(load_patch(tiny("adapter")), Update(*(open_checkpoint(tiny(n)) for n in ("base", "evolved"))))
     patch, inputs = gather(replace(plan, method=RIVALS[rival]))
     return deltas(patch), deltas(RIVALS[rival].port(patch, inputs).patch), inputs
 

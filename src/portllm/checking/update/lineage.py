@@ -56,13 +56,3 @@ def lineage_of(drift: DriftEstimate | None) -> Lineage:
     if drift.cosine.value >= CONTINUATION_COSINE.value:
         return Lineage.CONTINUATION
     return Lineage.SIBLING if drift.cosine.value >= INDEPENDENT_COSINE.value else Lineage.INDEPENDENT
-
-
-def farthest(found: list[Lineage]) -> Lineage:
-    """The farthest of several lineages.
-
-    Example:
-        >>> str(farthest([Lineage.SAME, Lineage.SIBLING, Lineage.CONTINUATION]))
-        'sibling'
-    """
-    return max(found, key=ORDER.index)

@@ -20,10 +20,12 @@ class Place:
     Attributes:
         name: What it is called there.
         heads: Heads whose rows are reordered for rotary embedding; 0 where the rows are as transformers has them.
+        offset: What llama.cpp adds to every value.
     """
 
     name: str
     heads: int
+    offset: float = 0.0
 
 
 def gguf_file_of(checkpoint: Checkpoint) -> Path | None:
@@ -58,7 +60,7 @@ def place_of(tensor: str, checkpoint: Checkpoint) -> Place | None:
     if found is None:
         return None
     stored, rule = found
-    return Place(prefix + stored, _heads(tensor, rule.heads, checkpoint) if rule.heads else 0)
+    return Place(prefix + stored, _heads(tensor, rule.heads, checkpoint) if rule.heads else 0, rule.offset)
 
 
 def _heads(tensor: str, counted: str, checkpoint: Checkpoint) -> int:

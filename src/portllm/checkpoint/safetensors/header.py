@@ -29,7 +29,6 @@ MAX_DIMENSIONS = 64
 MAX_NAME_LENGTH = 1024
 """Characters of a tensor's name; ten times what any model has, and few enough to be compared with patterns."""
 
-
 METADATA_KEY = "__metadata__"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -86,29 +85,23 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
         >>> parse_header(text, file=LocalFile(Path("m.safetensors")), file_bytes=8 + len(text) + 24).tensors["w"].shape
         (2, 3)
     """
-
-    def fail(problem: str) -> HeaderError:
-        return HeaderError(
-            f"'{file}': {problem} The file is corrupt or malicious; download it again from a source you trust."
-        )
-
     if not text.startswith(b"{"):
-        raise fail("the header does not start with '{'.")
+        raise _broken(file, "the header does not start with '{'.")
     try:
         entries = parse_json(text)
     except ValueError as error:
-        raise fail(f"the header is not valid JSON ({error}).") from error
+        raise _broken(file, f"the header is not valid JSON ({error}).") from error
     assert isinstance(entries, dict)  # it begins with a brace
 
     data_start = 8 + len(text)
     metadata = entries.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise fail(f"'{METADATA_KEY}' must map strings to strings.")
+        raise _broken(file, f"'{METADATA_KEY}' must map strings to strings.")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
         problem = name_problem(name) or _entry_problem(entry)
         if problem:
-            raise fail(f"tensor {name[:MAX_NAME_LENGTH]!r}: {problem}")
+            raise _broken(file, f"tensor {name[:MAX_NAME_LENGTH]!r}: {problem}")
         start, stop = entry["data_offsets"]
         tensors[name] = TensorInfo(
             name, entry["dtype"], tuple(entry["shape"]), file, data_start + start, data_start + stop
@@ -118,10 +111,12 @@ def parse_header(text: bytes, *, file: Source, file_bytes: int) -> Header:
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
         if info.start != position:
             kind = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
-            raise fail(f"tensor '{info.name}': starts at byte {info.start} and {kind}, which ends at {position}.")
+            raise _broken(
+                file, f"tensor '{info.name}': starts at byte {info.start} and {kind}, which ends at {position}."
+            )
         position = info.stop
     if position != file_bytes:
-        raise fail(f"the tensors end at byte {position}, but the file has {file_bytes}.")
+        raise _broken(file, f"the tensors end at byte {position}, but the file has {file_bytes}.")
     return Header(tensors, metadata)
 
 
@@ -147,6 +142,12 @@ def render_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _broken(file: Source, problem: str) -> HeaderError:
+    return HeaderError(
+        f"'{file}': {problem} The file is corrupt or malicious; download it again from a source you trust."
+    )
 
 
 def name_problem(name: str) -> str | None:

@@ -2,8 +2,6 @@
 
 SINGLE_FILE = "model.safetensors"
 
-
 INDEX_FILE = "model.safetensors.index.json"
-
 
 GGUF_SUFFIX = ".gguf"

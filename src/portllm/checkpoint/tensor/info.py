@@ -15,7 +15,6 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bits of one element, by the name that headers use."""
 
-
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that weights are computed in and stored as."""
 

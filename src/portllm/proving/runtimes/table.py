@@ -99,5 +99,6 @@ def python_of(runtime: Runtime, given: Path | None = None) -> Path:
     commands += [f"{environment}/bin/pip install {what}" for what in runtime.install]
     raise NotFoundError(
         f"{runtime.name}: {runtime.title} is not installed. Name the Python of an environment that has it with "
-        f"--python, or install it into one of its own, which is then found:\n" + "\n".join(commands)
+        f"--python, or install it into one of its own, which is then found (in PortLLM's folder, "
+        f"'make runtime-{runtime.name}' does so):\n" + "\n".join(commands)
     )

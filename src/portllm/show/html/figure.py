@@ -52,9 +52,9 @@ def drawing(width: float, height: float, title: str, told: str, parts: Iterable[
     return element("svg", *named, *parts, role="img", viewBox=f"0 0 {width:g} {height:g}")
 
 
-def folded(summary: str, *parts: str, is_open: bool = False) -> Html:
+def folded(summary: str, *parts: str) -> Html:
     """What is shown when it is asked for, and printed in any case."""
-    return element("details", element("summary", summary), *parts, **({"open": "open"} if is_open else {}))
+    return element("details", element("summary", summary), *parts)
 
 
 def table(rows: Rows, *, label: str, wide: Collection[int] = ()) -> Html:

@@ -47,8 +47,8 @@ class Scale:
         )  # fmt: skip
         return self.start + (self.stop - self.start) * (here - low) / (high - low)
 
-    def ticks(self, count: int = 4) -> list[float]:
-        """Round numbers on the line, about as many as asked for.
+    def ticks(self) -> list[float]:
+        """Round numbers on the line, about four.
 
         Of a logarithmic one these are powers of ten, with twice and five times of each where it is short.
 
@@ -63,7 +63,7 @@ class Scale:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             numbers = [float(f"{digit}e{power}") for power in powers for digit in digits]
             return [number for number in numbers if self.low <= number <= self.high]
-        step = round_step(self.high - self.low, count)
+        step = round_step(self.high - self.low, 4)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
 

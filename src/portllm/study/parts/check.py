@@ -1,15 +1,15 @@
-"""What `check_weights` says of a patch before it is ported: its verdict and its measures, as JSON values."""
+"""What `check` says of a patch before it is ported: its verdict and its measures, as JSON values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from portllm.checking.check import check_weights
 from portllm.checking.forecast_features import weight_features
-from portllm.checking.verdict import with_answers
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.patch import Patch
-from portllm.probing.probe import LEAST_PROMPTS, TextSettings, measure_text
+from portllm.probing.check import check
+from portllm.probing.probe import LEAST_PROMPTS
+from portllm.probing.settings import TextSettings
 from portllm.progress import Progress, silent
 from portllm.running.examples import Example
 from portllm.running.model import Device
@@ -74,29 +74,24 @@ def measure_check(
         `TextMeasures.features`; `text` is empty where no prompts are asked for.
 
     Raises:
-        PlanRefusedError: The patch does not fit.
         DataError: There are fewer prompts than are asked for.
     """
-    report = check_weights(patch, base=base, evolved=evolved, full=settings.full, progress=progress)
-    verdict = report.patches[0].verdict
-    text: dict[str, float] = {}
-    if settings.prompts:
-        (measures,) = measure_text(
-            base,
-            evolved,
-            [patch],
-            [example.prompt for example in examples[: settings.prompts]],
-            settings=TextSettings(
-                max_tokens=settings.max_tokens, batch_size=settings.batch_size, gradients=settings.gradients
-            ),
-            device=device,
-            progress=progress,
-        )
-        text = measures.features()
-        verdict = with_answers(verdict, agreement=text["ported_agreement"], n_prompts=measures.n_prompts)
+    prompts = [example.prompt for example in examples[: settings.prompts]]
+    limits = TextSettings(max_tokens=settings.max_tokens, batch_size=settings.batch_size, gradients=settings.gradients)
+    report = check(
+        patch,
+        base=base,
+        evolved=evolved,
+        full=settings.full,
+        text=prompts or None,
+        settings=limits if prompts else None,
+        device=device,
+        progress=progress,
+    )
+    (found,) = report.patches
     return {
-        "verdict": str(verdict.answer),
-        "reasons": [reason.text for reason in verdict.reasons],
-        "weights": weight_features(report.update, report.patches[0]),
-        "text": text,
+        "verdict": str(found.verdict.answer),
+        "reasons": [reason.text for reason in found.verdict.reasons],
+        "weights": weight_features(report.update, found),
+        "text": {} if found.text is None else found.text.features(),
     }

@@ -13,7 +13,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint
 from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.matching.port_plan import plan_port_on
+from portllm.matching.port_plan import plan_port
 from portllm.matching.update import Update
 from portllm.merging.merge import merge
 from portllm.methods.table import METHODS
@@ -200,7 +200,7 @@ class StepRunner:
         if method == DISTILLED:
             return self._distil(step, patch, evolved)
         update = Update(self.inputs.base, evolved)
-        plan = plan_port_on(patch, update, method=method if method in METHODS else "add", allow_other_base=False)
+        plan = plan_port(patch, update, method=method if method in METHODS else "add", allow_other_base=False)
         plan = replace(plan, method=RIVALS.get(method, plan.method))
         domain = self._domain(step) if reads_prompts(method) else None
         ported = run_port(plan, self.places.folder(step.name), overwrite=True, domain=domain)

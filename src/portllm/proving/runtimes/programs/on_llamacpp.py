@@ -1,4 +1,4 @@
-"""llama.cpp through xllamacpp: two servers inside this process, with and without the adapter."""
+"""llama.cpp through xllamacpp: two servers inside this process, with and without the adapter or the merged file."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -11,9 +11,9 @@ def load(
     """The version, and what answers (model, prompt) with the likeliest tokens and the number of the prompt's."""
     import xllamacpp
 
-    def serve(*adapters: str) -> Any:  # noqa: ANN401
+    def serve(model: str, *adapters: str) -> Any:  # noqa: ANN401
         params = xllamacpp.CommonParams()
-        params.model.path = base
+        params.model.path = model
         params.n_ctx, params.n_parallel, params.warmup = max_tokens, 1, False
         params.hostnames, params.port = ["127.0.0.1"], 0
         # Keys and values are float16 otherwise.
@@ -22,7 +22,7 @@ def load(
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0) for adapter in adapters]
         return xllamacpp.Server(params)
 
-    servers = {"base": serve(), "patch": serve(patch)}
+    servers = {"base": serve(base), "patch": serve(base, patch) if _is_adapter(patch) else serve(patch)}
 
     def ask(model: str, prompt: str) -> tuple[list[tuple[int, float]], int | None]:
         request = {"prompt": prompt, "n_predict": 1, "n_probs": top, "temperature": 0.0, "cache_prompt": False}
@@ -31,3 +31,9 @@ def load(
         return [(token["id"], token["logprob"]) for token in first], said["usage"]["prompt_tokens"]
 
     return version("xllamacpp"), ask
+
+
+def _is_adapter(file: str) -> bool:
+    """Whether a GGUF file is an adapter, as the metadata at its beginning says; else it is a merged model."""
+    with open(file, "rb") as stream:
+        return b"adapter.type" in stream.read(1 << 16)
