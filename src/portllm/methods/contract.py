@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Float64, Int64
     from torch import Tensor
 
-Part = Literal["fit", "choose", "report", "judge", "anchor", "price"]
+Part = Literal["fit", "choose", "report", "judge", "anchor", "limit", "price"]
 """What a text is for, and none for two of these.
 
 A prompt is to fit on, to choose by or to report on; a row with its right answer is to choose by where there are some
-(`judge`); general text is to fit on (`anchor`), or to see what a patch costs there (`price`).
+(`judge`); general text is to fit on (`anchor`), to leave out what costs too much there (`limit`), or to report what the
+choice costs (`price`).
 """
 
 
