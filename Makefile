@@ -25,9 +25,10 @@ test: $(DEV) ## the default tests and the examples in the docstrings
 
 check: format lint types layers docs tests plain ## the gate: format, lint, types, layers, docs, tests
 
-bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside its peers (an hour; BENCH=--record)
+bench: $(DEV) ## memory and time: porting against fine-tuning, every tool beside its peers (hours; BENCH=--record)
 	@$(BIN)/python -m bench.cost
 	@$(BIN)/python -m bench.speed $(BENCH)
+	@$(BIN)/python -m bench.live $(BENCH)
 
 runtime-%: $(LIVE)
 	@$(BIN)/python scripts/install_runtime.py $*

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs import Inputs
-from bench.peers.mergekit import install_mergekit
+from bench.peers.environment import install
 
 PEERS = Path(__file__).parent / "peers"
 RANK = 16
@@ -105,7 +105,7 @@ def capture(inputs: Inputs) -> Contest:
 
         return {"residual": relative_residual(inputs.base, inputs.tuned, adapter)}
 
-    extract = install_mergekit(inputs.folder.parents[1]) / "mergekit-extract-lora"
+    extract = install("mergekit", inputs.folder.parents[1]) / "mergekit-extract-lora"
     models = ("--model", str(inputs.tuned), "--base-model", str(inputs.base))
     return Contest(
         "capture rank 16 beside mergekit",
@@ -136,7 +136,7 @@ def weights(inputs: Inputs) -> Contest:
         f"  - {{model: {inputs.tuned}, parameters: {{weight: 1.0}}}}\n"
         "dtype: bfloat16\n"
     )
-    program = install_mergekit(inputs.folder.parents[1]) / "mergekit-yaml"
+    program = install("mergekit", inputs.folder.parents[1]) / "mergekit-yaml"
     port = _portllm("port", inputs.patch, "--evolved", inputs.evolved, "-o", ours / "patch")
     then = _portllm("merge", ours / "patch", "--into", inputs.evolved, "-o", ours / "model")
     return Contest(

@@ -1,12 +1,12 @@
 """The page of the recorded results, `results/speed.md`, with a picture for each shape. Pure but for the files."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.chart import draw
-from bench.rows import ROWS, evaluate, show
+from bench.rows import ROWS, Row, evaluate, show
 from bench.shapes import SHAPES
 
 HEAD = """# Speed and memory, beside the peers
@@ -44,25 +44,35 @@ def write_page(folder: Path) -> None:
         (folder / name).write_text(text)
 
 
-def table(contests: Mapping[str, Any]) -> list[str]:
+def table(rows: Sequence[Row], contests: Mapping[str, Any]) -> list[str]:
     """The rows that the contests give a value to, with their targets."""
     lines = ["| what | measured | range | must | aim | met |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in ROWS:
+    for row in rows:
         if row.contest not in contests:
             continue
         value = evaluate(row, contests[row.contest])
-        met = "aim" if row.meets(value.median, row.aim) else "must" if row.meets(value.median, row.must) else "**no**"
-        limits = f"{'≥' if row.larger_is_better else '≤'} {{}}"
         cells = [
             row.title,
             show(row, value.median),
             f"{show(row, value.low)} to {show(row, value.high)}" if value.low != value.high else "",
-            limits.format(show(row, row.must)) if row.how != "same" else "yes",
-            limits.format(show(row, row.aim)) if row.how != "same" else "yes",
-            met,
+            _limit(row, row.must),
+            _limit(row, row.aim),
+            _met(row, value.median),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _limit(row: Row, limit: float | None) -> str:
+    if limit is None:
+        return ""
+    return "yes" if row.how == "same" else f"{'≥' if row.larger_is_better else '≤'} {show(row, limit)}"
+
+
+def _met(row: Row, value: float) -> str:
+    if row.must is None:
+        return ""
+    return "aim" if row.meets(value, row.aim) else "must" if row.meets(value, row.must) else "**no**"
 
 
 def describe_machine(it: Mapping[str, Any]) -> str:
@@ -81,8 +91,13 @@ def _shape(name: str, contests: Mapping[str, Any]) -> Iterator[str]:
     shape = SHAPES[name]
     yield f"## {name}: {shape.like}\n"
     yield f"{shape.n_params:,} parameters, {2 * shape.n_params / 1e9:.2f} GB.\n"
-    yield from table(contests)
-    yield f"\n![Bars of wall time and private memory](speed-{name}.svg)\n"
+    yield from measured(ROWS, contests, picture=f"speed-{name}.svg")
+
+
+def measured(rows: Sequence[Row], contests: Mapping[str, Any], *, picture: str) -> Iterator[str]:
+    """The rows with a target, the picture, and all that was measured of each job."""
+    yield from table(rows, contests)
+    yield f"\n![Bars of wall time and private memory]({picture})\n"
     yield "| comparison | cache | tool | runs | wall | CPU | private | resident | from disk | to disk |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for result in contests.values():

@@ -19,9 +19,10 @@ class Row:
         by: The denominator, or what is taken off; None where the job's own number counts.
         quantity: A field of `Run`, or a fact about the output.
         how: ratio, difference, number, or same: 1 where both facts are equal.
-        must: The limit.
+        must: The limit; None for a number that is only recorded.
         aim: What we want to reach.
         larger_is_better: The limits are lower ones.
+        per: A fact about the output of `of` that the value is divided by.
     """
 
     title: str
@@ -30,13 +31,14 @@ class Row:
     by: str | None
     quantity: str
     how: Literal["ratio", "difference", "number", "same"]
-    must: float
-    aim: float
+    must: float | None
+    aim: float | None
     larger_is_better: bool = False
+    per: str | None = None
 
-    def meets(self, value: float, limit: float) -> bool:
+    def meets(self, value: float, limit: float | None) -> bool:
         """Whether a value is within a limit."""
-        return value >= limit if self.larger_is_better else value <= limit
+        return limit is not None and (value >= limit if self.larger_is_better else value <= limit)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def evaluate(row: Row, result: Result) -> Value:
         for turn in range(max(len(ours), len(theirs)))
     ]
     middle = _combine(row, statistics.median(ours), statistics.median(theirs) if theirs else 0.0)
-    return Value(middle, min(turns), max(turns))
+    unit = 1.0 if row.per is None else float(of["facts"][row.per])
+    return Value(middle / unit, min(turns) / unit, max(turns) / unit)
 
 
 def is_worse(row: Row, before: Value, now: Value) -> bool:
@@ -124,8 +127,10 @@ def show(row: Row, number: float) -> str:
     """A value of a row with its unit."""
     if row.how == "same":
         return "yes" if number else "no"
-    if row.how == "ratio":
+    if row.how == "ratio" or (row.per is not None and row.per.endswith("_bytes")):
         return f"{number:.3g} x" if number < 100 else f"{number:.0f} x"
+    if row.per is not None:
+        return f"{1 / number:.3g} {row.per} a second"
     return f"{number / MB:.0f} MB" if row.quantity.endswith("_bytes") else f"{number:.2f} s"
 
 

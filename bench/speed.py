@@ -12,13 +12,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.contests import CONTESTS
 from bench.inputs import Inputs, NoRoomError
 from bench.page import table, write_page
-from bench.peers.mergekit import mergekit_version
+from bench.peers.environment import peer_version
 from bench.rows import ROWS, Row, Value, evaluate, is_worse, show
 from bench.session import Session
 from bench.shapes import SHAPES
@@ -35,17 +36,16 @@ def main() -> None:
     """Measure, compare, and record where that is asked for."""
     options = _options()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if (load := os.getloadavg()[0]) > BUSY:
-        print(f"the machine is busy (load {load:.1f}): these times are not for the record", file=sys.stderr)
+    warn_if_busy()
     worse: list[str] = []
     for shape in (SHAPES[name] for name in options.shapes):
         file = options.results / f"speed-{shape.name}.json"
         recorded = json.loads(file.read_text())["contests"] if file.exists() else {}
         inputs = Inputs(shape, options.work.resolve() / "speed" / shape.name)
-        session = Session(inputs.folder, peers={"mergekit": mergekit_version()})
+        session = Session(inputs.folder, peers={"mergekit": peer_version("mergekit")})
         now = measure_shape(inputs, session, options)
-        print("\n".join(table(now)))
-        worse += [f"{shape.name}: {line}" for line in fallen_behind(recorded, now)]
+        print("\n".join(table(ROWS, now)))
+        worse += [f"{shape.name}: {line}" for line in fallen_behind(ROWS, recorded, now)]
         if options.record and now:
             options.results.mkdir(parents=True, exist_ok=True)
             order = {name: {**recorded, **now}[name] for name in CONTESTS if name in {**recorded, **now}}
@@ -55,6 +55,12 @@ def main() -> None:
     for line in worse:
         print(f"WORSE than recorded: {line}", file=sys.stderr)
     sys.exit(1 if worse and not options.record else 0)
+
+
+def warn_if_busy() -> None:
+    """Say so where other programs take part of the machine."""
+    if (load := os.getloadavg()[0]) > BUSY:
+        print(f"the machine is busy (load {load:.1f}): these times are not for the record", file=sys.stderr)
 
 
 def measure_shape(inputs: Inputs, session: Session, options: argparse.Namespace) -> dict[str, Any]:
@@ -71,11 +77,11 @@ def measure_shape(inputs: Inputs, session: Session, options: argparse.Namespace)
     return results
 
 
-def fallen_behind(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def fallen_behind(rows: Sequence[Row], recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is worse than it was. Seconds of another machine say nothing of ours; ratios and memory do."""
     lines = []
-    for row in ROWS:
-        if row.contest not in recorded or row.contest not in now:
+    for row in rows:
+        if row.must is None or row.contest not in recorded or row.contest not in now:
             continue
         then, result = recorded[row.contest], now[row.contest]
         is_time = row.quantity.endswith("seconds") and row.how != "ratio"

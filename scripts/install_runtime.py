@@ -28,8 +28,7 @@ def install(runtime: Runtime) -> None:
     if runtime.name == "vllm":
         install_vllm(environment)
     else:
-        for requirements in runtime.install:
-            pip(environment, requirements.replace("'", "").split())
+        pip(environment, runtime.install.replace("'", "").split())
     print(f"{runtime.title}: {environment}")
 
 

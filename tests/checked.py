@@ -35,7 +35,7 @@ def typed(function):
 
 def needs_jaxtyping(source):
     """Whether a module names shapes, or types that are not there at run time."""
-    return "from jaxtyping import" in source or "if TYPE_CHECKING:" in source
+    return "from portllm.arrays import" in source or "if TYPE_CHECKING:" in source
 
 
 def module_name(file):

@@ -7,7 +7,18 @@ import pytest
 
 from portllm.native import kernels
 
-HEAVY = ("torch", "transformers", "peft", "scipy", "gguf", "accelerate", "huggingface_hub", "httpx2", "regex")
+HEAVY = (
+    "jaxtyping",
+    "torch",
+    "transformers",
+    "peft",
+    "scipy",
+    "gguf",
+    "accelerate",
+    "huggingface_hub",
+    "httpx2",
+    "regex",
+)
 
 REPORT = f"""
 import sys

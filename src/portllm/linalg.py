@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
+
+from portllm.arrays import Float, Float64
 
 OVERSAMPLING = 16
 """Directions sampled beyond those that are asked for."""

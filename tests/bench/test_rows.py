@@ -59,3 +59,20 @@ def test_a_value_stands_with_its_unit():
         "35 MB",
         "no",
     ]
+
+
+def test_a_value_may_count_for_each_row_or_beside_a_least_number_of_bytes():
+    rate = Row("rate", "contest", "ours", None, "seconds", "number", None, None, per="rows")
+    beside = Row("beside", "contest", "ours", "theirs", "seconds", "difference", 2, 1, per="least_bytes")
+    facts = {"rows": 4, "least_bytes": 2}
+    values = [evaluate(row, result([2.0, 4.0, 8.0], [1.0, 1.0, 1.0], **facts)) for row in (rate, beside)]
+    assert values == [Value(1.0, 0.5, 2.0), Value(1.5, 0.5, 3.5)]
+    assert [show(row, value.low) for row, value in zip((rate, beside), values, strict=True)] == [
+        "2 rows a second",
+        "0.5 x",
+    ]
+
+
+def test_a_number_without_a_limit_meets_none():
+    row = Row("time", "contest", "ours", None, "seconds", "number", None, None)
+    assert not row.meets(0.0, row.must)

@@ -8,6 +8,7 @@ import pytest
 
 from bench.inputs import Inputs, NoRoomError
 from bench.page import files
+from bench.rows import ROWS
 from bench.session import Session
 from bench.shapes import SHAPES
 from bench.speed import fallen_behind, measure_shape
@@ -73,9 +74,9 @@ def test_seconds_of_another_machine_are_not_compared_but_memory_is():
         }
 
     recorded, slow, large = results("a", 1.0, 10), results("b", 9.0, 10), results("b", 1.0, 20)
-    assert fallen_behind(recorded, slow) == []
-    assert len(fallen_behind(recorded, results("a", 9.0, 10))) == 1
-    assert len(fallen_behind(recorded, large)) == 1
+    assert fallen_behind(ROWS, recorded, slow) == []
+    assert len(fallen_behind(ROWS, recorded, results("a", 9.0, 10))) == 1
+    assert len(fallen_behind(ROWS, recorded, large)) == 1
 
 
 def test_the_page_and_the_pictures_say_what_was_recorded():

@@ -44,7 +44,7 @@ def test_the_verdict_and_its_reasons_come_first(checked):
     assert page.shown[1] == f"{Path(patch).name} from {Path(base).name} to {Path(evolved).name}"
     assert page.shown[2:4] == ["patch", Path(patch).name]
     assert page.shown[8:12] == ["read", "samples", "date", "1 May"]
-    assert page.shown[12:14] == ["✓ ", f"holds: {Path(patch).name} on {Path(evolved).name}; port it as it is"]
+    assert page.shown[12:14] == ["✓ ", f"Holds: {Path(patch).name} on {Path(evolved).name}; port it as it is"]
     assert page.shown[14].startswith(report.patches[0].verdict.reasons[0].text)
     assert "ours: on updates of SmolLM2-135M" in page.shown[14]
     assert not any(str(Path(patch).parent) in text for text in page.shown)

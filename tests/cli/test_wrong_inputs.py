@@ -48,6 +48,8 @@ def place(tmp_path_factory):
     shutil.copytree(adapter, here / "team" / "tickets")
     (here / "team" / ".hidden").mkdir()
     (here / "certified").mkdir()
+    (here / "headless").mkdir()
+    shutil.copy(adapter / "adapter_model.safetensors", here / "headless")
     (here / "certified" / "certificate.json").write_text("{}")
     shutil.copytree(base, here / "half")
     halves = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
@@ -140,6 +142,12 @@ WRONG = {
         ("patch 'patch' belongs to", "portllm port patch --evolved evolved -o PORTED"),
     ),
     "a folder of models and adapters": (("inspect", "team"), BELOW),
+    "a mistyped model": (("inspect", "bsae"), ("no such file or folder", "Did you mean 'base'?")),
+    "a mistyped patch": ((*PORT, "Patch2"), ("no such folder", "Did you mean 'patch'?")),
+    "a mistyped folder to verify": (("verify", "portd"), ("no such folder", "Did you mean 'ported'?")),
+    "an adapter without its configuration": (("inspect", "headless"), ("without its adapter_config.json. Copy that",)),
+    "rows for a fleet": (("fleet", "rows.jsonl"), ("is not valid TOML", "Pass the fleet's TOML file")),
+    "rows for a key": (("sign", "patch", "--key", "rows.jsonl"), ("'rows.jsonl': is no PEM file",)),
     "a certificate as a model": (("inspect", "certified"), ("is a certificate, not a model", "portllm verify")),
     "another dtype": (("check", "patch", "--base", "half", "--evolved", "evolved"), IN_HALF),
     "another dtype in a merge": (("merge", "patch", "--into", "half", "-o", "out"), IN_HALF),

@@ -74,11 +74,23 @@ def test_a_labels_log_probability_is_that_of_the_row_alone_whatever_the_batch(mo
 
 
 @torch.inference_mode()
+def test_of_labels_that_do_not_count_the_likeliest_is_found_and_the_others_are_bounded(model, encoder):
+    rows = encoded_rows(encoder)
+    prompts, labels = [row[0].prompt for row in rows], [[encoded.completion for encoded in row] for row in rows]
+    whole = label_log_probs(model, prompts, labels, device=CPU)
+    found = label_log_probs(model, prompts, labels, device=CPU, counted=[(3,), *[()] * (len(prompts) - 1)])
+    assert torch.equal(found.argmax(dim=1), whole.argmax(dim=1))
+    assert (found >= whole - F32_TOLERANCE).all()
+    assert found[0, 3] == pytest.approx(float(whole[0, 3]), abs=F32_TOLERANCE)
+    assert (found > whole + 1.0).any()  # something was spared
+
+
+@torch.inference_mode()
 def test_labels_beyond_one_chunk_of_continuations_are_scored_alike(model, encoder, monkeypatch):
     rows = encoded_rows(encoder)
     given = [row[0].prompt for row in rows], [[encoded.completion for encoded in row] for row in rows]
     whole = label_log_probs(model, *given, device=CPU)
-    monkeypatch.setattr("portllm.evaluating.scoring.CONTINUATIONS", 4)
+    monkeypatch.setattr("portllm.running.prefill.CONTINUATIONS", 4)
     assert torch.allclose(label_log_probs(model, *given, device=CPU), whole, atol=F32_TOLERANCE, rtol=0)
 
 
@@ -166,10 +178,11 @@ def test_an_answer_is_read_to_the_end_of_its_line_unless_one_of_several_is_asked
     written = [*encoder.tokenizer("\n rest \ntea")["input_ids"], encoder.eos]
 
     def parrot(input_ids, past_key_values=None, logits_to_keep=0, **_):
-        done = past_key_values or 0
+        cache = past_key_values or SimpleNamespace(n_said=0, reorder_cache=lambda _: None)
         logits = torch.zeros(*input_ids.shape, len(encoder.tokenizer))
-        logits[:, -1, written[min(done, len(written) - 1)]] = 1.0
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:], past_key_values=done + 1)
+        logits[:, -1, written[min(cache.n_said, len(written) - 1)]] = 1.0
+        cache.n_said += 1
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:], past_key_values=cache)
 
     monkeypatch.setattr(model, "forward", parrot)
     rows = (Example(prompt="Kind:", completion=completion),)

@@ -15,7 +15,7 @@ from portllm.errors import PlanRefusedError
 from portllm.exporting.plan import plan_export
 from portllm.patch.adapter_folder import load_patch
 from portllm.proving.runtimes.table import RUNTIMES
-from portllm.serving.runtime import Form, runtimes
+from portllm.serving.runtime import Form, Part, runtimes
 from tests import models
 
 LOGIT_TOLERANCE = 1e-5
@@ -258,3 +258,10 @@ def test_an_export_says_how_to_prove_it(tiny, tmp_path):
     assert words[:3] == ["portllm", "prove", str(tiny("adapter"))]
     assert words[3:] == ["--base", str(tiny("base")), "--runtime", "vllm", "--export", str(tmp_path / "out")]
     assert portllm.export(tiny("adapter"), runtime="tgi", base=tiny("base"), out=tmp_path / "tgi").prove is None
+
+
+def test_what_a_runtime_does_with_what_it_does_not_take_is_said(tiny, tmp_path):
+    adapter = tiny("adapter", of=tiny("base", tied=False), target_modules=["q_proj", "lm_head"])
+    with pytest.raises(PlanRefusedError, match=re.escape(runtimes()["mistralrs"].why[Part.HEAD])):
+        portllm.export(adapter, runtime="mistralrs", base=tiny("base", tied=False), out=tmp_path / "out")
+    assert not any(runtime.holds & set(runtime.why) for runtime in runtimes().values())

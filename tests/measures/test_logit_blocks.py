@@ -22,7 +22,7 @@ def test_divergence_and_agreement_are_those_of_whole_distributions() -> None:
     streams = {"new": NEW, "same": OLD}
     compared = Compared(3, streams, CPU)
     for start, stop in BLOCKS:
-        compared.add(start, OLD[:, start:stop], {name: logits[:, start:stop] for name, logits in streams.items()})
+        compared.add(start, OLD[:, start:stop], ((name, logits[:, start:stop]) for name, logits in streams.items()))
     log_p, log_q = (logits.double().log_softmax(dim=1) for logits in (OLD, NEW))
     nats, agrees = compared.results()["new"]
     assert nats == pytest.approx((log_p.exp() * (log_p - log_q)).sum(dim=1))

@@ -7,8 +7,9 @@ from huggingface_hub import ModelCard
 from msgspec import structs
 
 import portllm
+from portllm.errors import CheckpointError
 from portllm.patch.adapter_folder import load_patch
-from portllm.patch.card import END, START, parse_card, write_patch_card
+from portllm.patch.card import END, START, add_result, parse_card, write_patch_card
 from portllm.patch.record import ModelIdentity
 from tests import models
 
@@ -139,3 +140,32 @@ def test_names_cannot_break_out_of_their_cell(tiny, tmp_path):
     lines = [line for line in card(tmp_path / "patch").splitlines() if line.startswith("| base |")]
     assert lines[0].startswith("| base | `a'/<b>`")
     assert json.dumps("a`|<b>") in card(tmp_path / "patch")
+
+
+def test_a_result_is_added_to_the_card_once_and_stays_with_what_was_measured(tiny, adapter, tmp_path):
+    portllm.capture(adapter, base=tiny("base"), out=tmp_path / "patch")
+    own = "\nMeasured by hand.\n"
+    (tmp_path / "patch" / "README.md").write_text(card(tmp_path / "patch") + own)
+    for command, found in (
+        ("prove: a", "Not proven."),
+        ("certify: rows", "At most | 2 points."),
+        ("prove: a", "Proven."),
+    ):
+        add_result(tmp_path / "patch", command, found)
+
+    said = card(tmp_path / "patch")
+    assert [line for line in said.splitlines() if ": " in line and line.startswith("| `") and "|" in line[3:]][-2:] == [
+        "| `certify: rows` | At most / 2 points. |",
+        "| `prove: a` | Proven. |",
+    ]
+    assert said.index(START) < said.index("## Results") < said.index("Proven.") < said.index(END) < said.index(own)
+    assert portllm.verify(tmp_path / "patch").verified
+    portllm.port(tmp_path / "patch", evolved=tiny("evolved"), out=tmp_path / "ported")
+    assert "## Results" not in card(tmp_path / "ported")
+    assert own in card(tmp_path / "ported")
+
+
+def test_a_result_is_not_added_to_a_card_that_this_program_has_not_written(adapter):
+    with pytest.raises(CheckpointError, match="no model card to which a result can be added"):
+        add_result(adapter, "prove: a", "Proven.")
+    assert card(adapter) == OWN

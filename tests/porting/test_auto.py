@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from portllm.checking.check import check_weights
+from portllm.checking.update import measures as update_measures
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import PlanRefusedError, PortError
 from portllm.matching.port_plan import plan_port
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.finite import require_finite
-from portllm.porting import auto as route_module
 from portllm.porting.auto import Route
 from portllm.porting.port import port
 
@@ -79,7 +79,7 @@ def test_what_will_not_hold_is_ported_by_force_and_recorded_as_such(auto, tiny):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_what_cannot_be_ported_is_refused_as_by_add_and_nothing_is_measured(force, tiny, monkeypatch):
-    monkeypatch.delattr(route_module, "measure_update")
+    monkeypatch.delattr(update_measures, "measure_update")
     base, evolved = open_checkpoint(tiny("base")), open_checkpoint(tiny("base", inner=24))
     patch = load_patch(tiny("adapter"))
     plan = Route(Update(base, evolved), method="auto", force=force).plan(patch)
@@ -96,8 +96,8 @@ def test_without_its_base_no_choice_can_be_made(tiny, tmp_path):
 
 def test_the_update_is_measured_once_for_many_patches(tiny, monkeypatch):
     measured = []
-    measure = route_module.measure_update
-    monkeypatch.setattr(route_module, "measure_update", lambda update: measured.append(update) or measure(update))
+    measure = update_measures.measure_update
+    monkeypatch.setattr(update_measures, "measure_update", lambda update: measured.append(update) or measure(update))
     route = Route(Update(open_checkpoint(tiny("base")), open_checkpoint(tiny("evolved"))), method="auto")
     plans = [route.plan(replace(load_patch(tiny("adapter", seed=seed)), name=str(seed))) for seed in (0, 5)]
     assert all(plan.choice for plan in plans)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec import structs
 
 import portllm
 from portllm.errors import NotFoundError, PlanRefusedError, RuntimeFailedError
 from portllm.exporting.export import export, given_of
+from portllm.proving.decision import decide
 from portllm.proving.prove import Endpoint, prove
 from tests.models import HEAD_DIM, adapter_of, make_adapter, resized
 from tests.proving.fake_server import FORMS, FakeRuntime, FakeServer
@@ -123,6 +125,15 @@ def test_an_effect_below_the_noise_is_neither_proven_nor_refuted(served):
     assert served(noise=5.0).verdict == "unclear"
 
 
+def test_a_base_that_is_changed_beside_the_patch_is_told_from_noise(served):
+    proof = served(noise=5.0)
+    changed = structs.replace(proof, noise=0.101, effect=0.104, error=1.3e-5)
+
+    assert "changed while the patch is loaded" not in " ".join(decide(proof).reasons)
+    assert "changed while the patch is loaded" in " ".join(decide(changed).reasons)
+    assert "merge the patch" in decide(changed).next
+
+
 def test_a_server_that_allows_few_log_probabilities_is_asked_for_few(served):
     proof = served(most=5)
 
@@ -217,14 +228,17 @@ def test_the_command_prints_the_decision_and_exits_with_three_where_it_is_not_pr
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
     options = ["--base", reader, "--base-name", "base", "--patch-name", "patch", "--data", rows, "--quiet"]
+    patch = tmp_path / "patch"
+    assert portllm("capture", "--adapter", adapter, "--base", reader, "-o", patch).status == 0
     with FakeServer(FakeRuntime(reader, adapter)) as fake:
-        right = portllm("prove", adapter, "--runtime", fake.url, *options, "--html", tmp_path / "page.html")
+        right = portllm("prove", patch, "--runtime", fake.url, *options, "--html", tmp_path / "page.html", "--card")
     with FakeServer(FakeRuntime(reader, adapter, spoil=FAULTS["not loaded"])) as fake:
         wrong = portllm("prove", adapter, "--runtime", fake.url, *options, "--json")
 
     assert right.status == 0
     assert right.out.startswith("Proven: ")
     assert "Proven" in (tmp_path / "page.html").read_text()
+    assert "| `portllm prove: a server` | Proven: the server serves the patch" in (patch / "README.md").read_text()
     assert wrong.status == 3
     assert json.loads(wrong.out)["decision"]["proven"] is False
     assert "serves the bare base" in json.loads(wrong.out)["decision"]["text"]

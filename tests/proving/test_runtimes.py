@@ -156,6 +156,27 @@ def test_an_export_with_other_names_is_refused_or_has_no_effect(proven, runtime,
     assert any(named in said for named in ("not loaded", "blocks", "bla."))
 
 
+def test_llamacpp_serves_a_merged_file_that_is_made_of_safetensors(base, gguf, adapters, tmp_path):
+    if isinstance(PYTHONS["llamacpp"], str):
+        pytest.skip(f"{PYTHONS['llamacpp']}\nor: make runtime-llamacpp")
+    old = locate("smollm2-135m")
+    how = {"runtime": "ollama", "base": base, "gguf": old, "dtype": "float32", "out": tmp_path / "out"}
+    exported = export(adapters["plain"], **how)
+
+    proof = prove(
+        adapters["plain"],
+        base=base,
+        runtime="llamacpp",
+        export=exported.folder,
+        served_base=gguf,
+        prompts=ASKED,
+        python=PYTHONS["llamacpp"],
+    )
+
+    assert proof.proven
+    assert proof.served == str(exported.given)
+
+
 def test_vllm_takes_another_patch_while_it_answers_with_the_first(base, adapters, tmp_path, monkeypatch):
     if isinstance(PYTHONS["vllm"], str):
         pytest.skip(f"{PYTHONS['vllm']}\nor: make runtime-vllm")

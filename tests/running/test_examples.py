@@ -163,7 +163,8 @@ def test_a_blank_prompt_is_a_problem_of_its_row(write):
 
 
 def test_all_problems_are_counted_and_ten_are_shown(write):
-    path = write('{"question": "a"}\n' * 13 + '{"question": "a", "type": "b"}\n')
+    rows = [f'{{"question": "a", "other{number}": 1}}\n' for number in range(13)]
+    path = write("".join(rows) + '{"question": "a", "type": "b"}\n')
     with pytest.raises(DataError) as caught:
         read_examples(path, FORMAT)
     message = str(caught.value)

@@ -90,11 +90,13 @@ def test_a_model_whose_weights_lack_a_tensor_of_a_layer_is_refused_by_its_name(t
         pass
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "kept_bytes"), [("llama", 1 << 30), ("llama", 1), ("gpt2", 1 << 30)])
+def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, kept_bytes, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     from tests.models import make_base
+
+    monkeypatch.setattr("portllm.running.writing.KEPT_BYTES", kept_bytes)  # with one byte, each batch alone
 
     base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
     written = write_layered(

@@ -43,6 +43,11 @@ def test_tables_are_read_by_the_names_in_their_first_line(tmp_path, name, separa
     assert read(file) == [{"q": "who?", "n": "7"}, {"q": 'a "quote",\nand a line', "n": "8"}]
 
 
+def test_tabs_between_the_columns_of_a_csv_file_are_seen(tmp_path):
+    (tmp_path / "a.csv").write_text("q\tn\nwho, then?\t7\n")
+    assert read(tmp_path / "a.csv") == [{"q": "who, then?", "n": "7"}]
+
+
 def test_messages_in_a_parquet_file_are_objects(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -64,6 +69,9 @@ def test_messages_in_a_parquet_file_are_objects(tmp_path):
         ("a.json", '[{"q": "é"}]'.encode("latin-1"), "byte 9 is not UTF-8. .*iconv -f ISO-8859-1"),
         ("a.json", b'[{"q": "a"}', "begins as a JSON array, but is none"),
         ("a.json", b"[1]", "row 1: is a text or a number; expected an object"),
+        ("a.jsonl", b"{'q': 'a'}\n", "These are Python's dicts, not JSON: write each row with json.dumps"),
+        ("a.jsonl", b'{"q": "a"},\n{"q": "b"},\n', "Rows are followed by commas: remove these"),
+        ("a.jsonl", b"question\ttype\nwho?\tperson\n", "If this is TSV, give it the suffix .tsv"),
         ("a.jsonl", b"question,type\nwho?,person\n", "If this is CSV, give it the suffix .csv"),
         ("a.json", b'{\n"q": "a"\n}\n', "is one JSON object over several lines; .* Run: jq -c . "),
         ("a.json", b'{\n"rows": [\n{"q": "a"}\n]}\n', "Run: jq -c '.rows\\[\\]' "),
@@ -99,6 +107,24 @@ def test_a_folder_names_the_files_in_it(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(DataError, match="load_from_disk"):
         read(tmp_path)
+
+
+def test_problems_that_are_alike_are_told_once_with_the_field_that_was_meant(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"Question": "a"}\n' * 3 + '{"b": 1}\n')
+    with pytest.raises(DataError, match=r"4 of 4 rows") as refused:
+        read_rows(tmp_path / "a.jsonl", lambda row: row_texts(row, ["question"]), what="rows")
+    assert str(refused.value).splitlines()[1:] == [
+        "  line 1 and 2 more: no field 'question' (the row has 'Question'; did you mean 'Question'?)",
+        "  line 4: no field 'question' (the row has 'b')",
+    ]
+
+
+def test_the_folder_of_a_model_is_no_data_and_a_mistyped_name_is_known(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="is the folder of a model or an adapter. Pass the file with your rows"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"Did you mean '.*/config.json'\?"):
+        read(tmp_path / "confg.json")
 
 
 def test_a_data_set_of_the_hub_is_named_with_its_address():

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from portllm.arrays import Float
 from portllm.capturing.tensor import CapturedTensor, Compared, Known, not_finite
 from portllm.capturing.tuned_plan import ExpertsPair, TunedPlan
 from portllm.checkpoint.model.checkpoint import Checkpoint

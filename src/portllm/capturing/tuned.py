@@ -93,24 +93,9 @@ def capture_tuned(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> TunedReport:
-    """Write to `out` the patch that leads from `base` to `tuned`, a folder that PEFT loads.
+    """Write to `out` the patch that leads from `base` to `tuned`; arguments and errors as for `capture`.
 
-    Args:
-        base: What fine-tuning started from.
-        tuned: What it ended in.
-        out: The patch's folder.
-        rank: Of every delta; None keeps the singular values above the edge of the two files' rounding noise.
-        max_rank: Bounds the rank where `rank` is None.
-        dense: Keep norms, biases, embeddings and heads whole, or leave them out.
-        settings: What else the record says of it, such as how prompts are made.
-        overwrite: Replace `out` if it exists.
-        progress: Progress callback (bytes of both models that are compared).
-
-    Raises:
-        PlanRefusedError: The models do not go together, or nothing is left to write.
-        NonFiniteError: A weight holds an infinity or NaN.
-        OutputExistsError: `out` exists.
-        OutputError: `out` cannot be written, or contains an input.
+    `settings` are what else the record says of it, such as how prompts are made.
     """
     plan = plan_capture_tuned(base, tuned, rank=rank, max_rank=max_rank, dense=dense)
     return run_capture_tuned(plan, out, settings=settings, overwrite=overwrite, progress=progress)

@@ -15,7 +15,7 @@ from portllm.show.headline import Headline
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, dots
 from portllm.show.html.figure import facts, figure, folded, side_by_side, table
-from portllm.show.html.markup import Html
+from portllm.show.html.markup import Html, joined
 from portllm.show.html.matrix import LABELS, matrix
 from portllm.show.html.page import Tile, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points, upper_percent, upper_points
@@ -56,7 +56,8 @@ def certify_page(
     """
     title = f"{side_name(certificate.ported)} against {side_name(certificate.specialist)}"
     parts = [
-        side_by_side(*_shares(certificate), *_change(certificate), *_labels(certificate, chosen)),
+        side_by_side(joined([*_shares(certificate), *_change(certificate)]), *_labels(chosen)),
+        *_changed(certificate, chosen),
         *_texts(certificate, disagreements),
         *_claims(certificate),
         *_inputs(certificate),
@@ -101,17 +102,21 @@ def _tiles(certificate: Certificate) -> Iterator[Tile]:
         yield Tile("Answers differ", differ, f"{at_most} {upper_percent(certificate.bound)}")
 
 
-def _labels(certificate: Certificate, chosen: "Chosen | None") -> list[Html]:
-    """What became of each label; without right answers, which answers turned into which."""
+def _labels(chosen: "Chosen | None") -> list[Html]:
+    """What became of each label, where right answers are known."""
+    if chosen is None or chosen.right is None:
+        return []
+    return [label_section(chosen.right, chosen.before, chosen.after, of="the ported model")]
+
+
+def _changed(certificate: Certificate, chosen: "Chosen | None") -> list[Html]:
+    """Which labels are confused; without right answers, which answers turned into which."""
     if chosen is None:
         return []
     choices = certificate.answers.choices
     if chosen.right is not None:
         answered = (chosen.right, chosen.before, chosen.after)
-        return [
-            label_section(*answered, of="the ported model"),
-            *confusion_section(choices, *answered, of="the ported model"),
-        ]
+        return list(confusion_section(choices, *answered, of="the ported model"))
     if len(choices) > LABELS:
         return []
     said = "How often the ported model gives each answer where the old specialist gives another, or the same."

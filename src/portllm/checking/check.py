@@ -59,23 +59,12 @@ def check_weights(
     allow_other_base: bool = False,
     progress: Progress = silent,
 ) -> CheckReport:
-    """Say whether patches will hold on the evolved model, and why.
+    """Say whether patches will hold on the evolved model, and why; arguments and errors as for `check` without `text`.
 
     Drift, lineage, fit, size, overlap and rounding are measured from weights; see `docs/check.md` for each. What could
     be measured of the update does not depend on the patches and is read once for all of them.
 
-    Args:
-        *patches: What may be ported.
-        base: The model that they belong to.
-        evolved: The later version of it.
-        trained_on: The base that ported patches were trained on: their drift since then is measured, not bounded.
-        full: Read every weight of both, instead of a few megabytes spread over all of them.
-        places: Read every factor of the patches, too, and say where in the model they sit; no verdict depends on it.
-        allow_other_base: Accept a `base` other than the one a patch names.
-        progress: Progress callback (bytes that `full` reads).
-
     Raises:
-        CheckpointError, RemoteError: A model cannot be read.
         InputChangedError: A file changed while it was read.
         PlanRefusedError: By `full`, a head is found not to be the embedding that its model says it is tied to; or
             `trained_on` is not the model that a patch was trained on.

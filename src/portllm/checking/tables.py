@@ -195,7 +195,7 @@ def _vocabulary(update: UpdateReport) -> str:
 
 
 def _with_error(estimate: SampledEstimate) -> str:
-    if estimate.error < abs(estimate.value) / 2000:  # below the last digit that is shown
+    if estimate.error <= abs(estimate.value) / 2000:  # below the last digit that is shown
         return three_percent(estimate.value)
     error = "?" if math.isinf(estimate.error) else f"{100 * estimate.error:.1g}"
     return f"{three_digits(100 * estimate.value)} ± {error} %"

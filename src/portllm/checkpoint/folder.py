@@ -85,6 +85,8 @@ def why_no_model(files: Iterable[str]) -> str:
             "is an adapter, not a model. Pass it as the patch (capture takes it as --adapter), and the model that it "
             "was trained on as the base."
         )
+    if any(file.startswith("adapter_model.") for file in files):
+        return f"is an adapter without its {ADAPTER_FILE}. Copy that from where the adapter came from."
     if any(Path(file).suffix in PICKLE_SUFFIXES for file in files):
         return f"contains pickled weights, which are never read. {CONVERSION}"
     if several := sorted(file for file in files if file.endswith(GGUF_SUFFIX)):

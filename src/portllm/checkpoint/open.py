@@ -19,6 +19,7 @@ from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
 from portllm.errors import CheckpointError, NotFoundError
 from portllm.files.json_text import is_utf8
+from portllm.files.near_names import did_you_mean
 from portllm.progress import Progress, silent
 
 BUILTIN_PREFIX = "builtin:"
@@ -61,7 +62,7 @@ def open_checkpoint(where: ModelLike, *, progress: Progress = silent) -> Checkpo
     hint = f" For the model on the Hugging Face Hub, write {name}@main." if could_be else ""
     raise NotFoundError(
         f"'{name[:MAX_NAME_LENGTH]}': no such file or folder. Pass a folder, a .safetensors or .gguf file, a "
-        f"Hugging Face Hub id (org/name or org/name@revision) or builtin:smollm2-135m.{hint}"
+        f"Hugging Face Hub id (org/name or org/name@revision) or builtin:smollm2-135m.{hint}{did_you_mean(name)}"
     )
 
 

@@ -91,6 +91,7 @@ def certify(
     allow_other_base: options.OtherBase = False,
     dry_run: options.DryRun = False,
     html: options.Html = None,
+    card: options.Card = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -120,6 +121,7 @@ def certify(
     from portllm.certifying.inputs import CertifySettings, read_inputs
     from portllm.certifying.text import render_certificate, render_certify_plan
     from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.cards import Cards
     from portllm.cli.pages import Page, written
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.decision import Compared
@@ -143,6 +145,7 @@ def certify(
     )
     check_free(output, overwrite=overwrite)
     page = Page(html, overwrite=overwrite)
+    cards = Cards([ported, merged], wanted=card)
     old = load_patch(patch)
     rows = read_inputs(data, old, settings)
     say_data(rows, labels=settings.kind == "choices", quiet=quiet)
@@ -173,6 +176,7 @@ def certify(
         page.write(
             certify_page(certificate, found.disagreements, headline, chosen=found.chosen, about=about | written())
         )
+    cards.add(f"portllm certify: {data.name}", headline.text)
     if as_json:
         print_json(encode(certificate))
     else:

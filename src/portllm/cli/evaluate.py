@@ -81,6 +81,7 @@ def evaluate(
     allow_other_base: options.OtherBase = False,
     allow_training_data: options.TrainingData = False,
     html: options.Html = None,
+    card: options.Card = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -91,6 +92,7 @@ def evaluate(
     if --max-loss is given and the interval of the loss reaches beyond it.
     """
     from portllm.checkpoint.open import open_checkpoint
+    from portllm.cli.cards import Cards
     from portllm.cli.pages import Page, named, written
     from portllm.cli.progress import shown_progress
     from portllm.evaluating.decision import Compared, decide, points_text, within
@@ -101,6 +103,7 @@ def evaluate(
 
     prompt = given_prompt(prompt, prompt_file)
     page = Page(html, overwrite=overwrite)
+    cards = Cards([ported, merged], wanted=card)
     old, before, after = load_patch(patch), open_checkpoint(base), open_checkpoint(evolved)
     bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
     given = {name: value for name, value in bounds.items() if value is not None}
@@ -155,6 +158,7 @@ def evaluate(
         }
         title = f"{patch_name(str(patch))} from {named(base)} to {named(evolved)}"
         page.write(evaluate_page(comparison, headline, title=title, about=about | written(), max_loss=accepted))
+    cards.add(f"portllm evaluate: {task if data is None else data.name}", headline.text)
     from portllm.evaluating.text import render_comparison
 
     met = within(comparison, accepted)

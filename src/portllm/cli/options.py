@@ -24,6 +24,12 @@ DryRun = Annotated[
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
+Card = Annotated[
+    bool,
+    typer.Option(
+        "--card", help="Add the result to the model card (README.md) of the patch, ported patch or merged model."
+    ),
+]
 Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a self-contained HTML page.")
 ]

@@ -49,6 +49,7 @@ def prove(
     device: options.Device = options.DeviceName.AUTO,
     allow_other_base: options.OtherBase = False,
     html: options.Html = None,
+    card: options.Card = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -66,6 +67,7 @@ def prove(
         raise typer.BadParameter("--export, --served-base and --python are for a runtime that is started, not a URL.")
     if not is_url and (base_name or patch_name):
         raise typer.BadParameter("--base-name and --patch-name are for a URL.")
+    from portllm.cli.cards import Cards
     from portllm.cli.pages import Page
     from portllm.cli.progress import shown_progress
     from portllm.files.record import encode
@@ -78,6 +80,7 @@ def prove(
     from portllm.running.data import read_data
 
     page = Page(html, overwrite=overwrite)
+    cards = Cards([patch], wanted=card)
     opened = load_patch(patch)
     template = given_prompt(prompt, prompt_file)
     rows = None if data is None else read_data(data, opened, prompt=template, answers=False)
@@ -104,6 +107,10 @@ def prove(
         from portllm.proving.page import prove_page
 
         page.write(prove_page(proof, headline))
+    where = "a server" if is_url else f"{proof.runtime} {proof.version}"
+    cards.add(
+        f"portllm prove: {where}", headline.text.replace(proof.runtime, "the server") if is_url else headline.text
+    )
     if as_json:
         print_json(encode(proof) | {"decision": {"text": headline.text, "proven": proof.proven}})
     else:

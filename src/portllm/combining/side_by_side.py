@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.info import TensorInfo

@@ -99,7 +99,8 @@ def answer(
             encoder, questions.prompts, questions.choices, max_tokens=questions.max_tokens
         )
         for batch in batches(list(map(len, rows)), batch_size=questions.batch_size):
-            sums = label_log_probs(model, [rows[i] for i in batch], [choices[i] for i in batch], device=device)
+            asked = [rows[i] for i in batch], [choices[i] for i in batch]
+            sums = label_log_probs(model, *asked, device=device, counted=[()] * len(batch))
             for i, best in zip(batch, sums.argmax(dim=1).tolist(), strict=True):
                 texts[i] = questions.choices[best]
             tick(len(batch))

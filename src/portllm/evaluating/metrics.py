@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Float64
+
+from portllm.arrays import Float64
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000

@@ -21,7 +21,7 @@ from portllm.show.headline import Headline, Tone
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
 from portllm.show.html.bars import Row, bars, dots
 from portllm.show.html.figure import facts, figure, figures, folded, side_by_side, table
-from portllm.show.html.markup import Html
+from portllm.show.html.markup import Html, joined
 from portllm.show.html.page import Tile, bullets, document, fragment, paragraph, section
 from portllm.show.numbers import percent, points
 
@@ -70,7 +70,8 @@ def evaluate_page(
     """
     ports = _ports(comparison)
     parts = [
-        side_by_side(*_changes(ports, max_loss), *_labels(comparison), _scores(comparison)),
+        side_by_side(joined([*_changes(ports, max_loss), _scores(comparison)]), *_labels(comparison)),
+        *_confused(comparison),
         *_turned(comparison, [row for row in ports if row.flips is not None]),
         section("Loss and retention", figures(*_retention(ports), _losses(comparison))),
         folded("All numbers", table(comparison_rows(comparison), label=NUMBERS), bullets(comparison_notes(comparison))),
@@ -150,12 +151,20 @@ def _changes(ports: "list[ComparisonRow]", max_loss: float | None) -> list[Html]
 
 
 def _labels(comparison: "Comparison") -> list[Html]:
-    """What became of each label, and which are confused, for the port that may have lost more."""
+    """What became of each label, for the port that may have lost more."""
+    row, before = worst_port(comparison), comparison.row(PATCHED)
+    if comparison.kind != "labels" or row is None or before is None:
+        return []
+    return [label_section(comparison.right_answers, before.scores.answers, row.scores.answers, of=row.name)]
+
+
+def _confused(comparison: "Comparison") -> list[Html]:
+    """Which labels are confused: a square that may need the whole width."""
     row, before = worst_port(comparison), comparison.row(PATCHED)
     if comparison.kind != "labels" or row is None or before is None:
         return []
     answered = (comparison.right_answers, before.scores.answers, row.scores.answers)
-    return [label_section(*answered, of=row.name), *confusion_section(comparison.labels, *answered, of=row.name)]
+    return list(confusion_section(comparison.labels, *answered, of=row.name))
 
 
 def _scores(comparison: "Comparison") -> Html:

@@ -2,30 +2,27 @@
 
 A row of a classification is answered by the label with the highest `Σ log p(token | prompt, tokens before)`, without
 division by length: what lm-evaluation-harness calls `acc`. The prompt is run once; labels of several tokens go on from
-its cache.
+its cache, those that can win or are right.
 """
 
-import copy
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.errors import DataError
-from portllm.running.encoding import Encoder, PaddedBatch, batches, pad_left
+from portllm.running.encoding import Encoder, batches
 from portllm.running.examples import Border, Example
-from portllm.running.generation import write
-from portllm.running.loss import completion_nats
+from portllm.running.generation import write_on
 from portllm.running.model import PeftModel, PreTrainedModel
+from portllm.running.prefill import completion_log_probs, prefill
 
 Kind = Literal["labels", "text"]
 Tick = Callable[[int], None]
-
-CONTINUATIONS = 64
-"""Sequences that go on from a cache together: more would need memory for logits over the whole vocabulary."""
 
 
 @runtime_checkable
@@ -215,6 +212,7 @@ def label_log_probs(
     labels: Sequence[Sequence[tuple[int, ...]]],
     *,
     device: torch.device,
+    counted: Sequence[Collection[int]] | None = None,
 ) -> Float32[torch.Tensor, "rows labels"]:
     """`Σ log p(token | prompt, tokens before)` of each label of each row.
 
@@ -223,58 +221,26 @@ def label_log_probs(
         prompts: Ids of the prompts.
         labels: For each prompt, the ids of every label; as many labels for each.
         device: Where the model is.
+        counted: Of each row, the labels whose value counts besides the largest; None for all. Any other label is given
+            its first token's log-probability where that alone is less than what another label has: it cannot win.
     """
-    batch = pad_left(prompts, device=device)
-    pairs = [(row, column) for row, ids in enumerate(labels) for column, label in enumerate(ids) if len(label) > 1]
-    output = model(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        logits_to_keep=1,
-        use_cache=bool(pairs),
-    )
-    first = output.logits[:, -1].float().log_softmax(dim=-1)
+    longer = [[column for column, label in enumerate(ids) if len(label) > 1] for ids in labels]
+    read = prefill(model, prompts, device=device, goes_on=any(longer))
     firsts = torch.tensor([[label[0] for label in ids] for ids in labels], device=device)
-    sums: torch.Tensor = first.gather(1, firsts)
-    for start in range(0, len(pairs), CONTINUATIONS):
-        chunk = pairs[start : start + CONTINUATIONS]
-        rows = torch.tensor([row for row, _ in chunk], device=device)
-        columns = torch.tensor([column for _, column in chunk], device=device)
-        cache = copy.deepcopy(output.past_key_values)
-        cache.batch_select_indices(rows)
-        sums[rows, columns] += _continue(model, cache, batch, rows, [labels[row][column] for row, column in chunk])
-    return sums
-
-
-def _continue(
-    model: PreTrainedModel | PeftModel,
-    cache: object,
-    batch: PaddedBatch,
-    rows: torch.Tensor,
-    labels: Sequence[tuple[int, ...]],
-) -> Float32[torch.Tensor, " pairs"]:
-    """Summed log-probabilities of all tokens but the first, the prompts' keys and values given."""
-    device = batch.ids.device
-    width = max(map(len, labels)) - 1
-    # Labels are padded on the right: nothing that counts comes after the padding, and the causal mask hides it.
-    inputs = torch.zeros(len(labels), width, dtype=torch.int64)
-    targets = torch.zeros_like(inputs)
-    counts = torch.zeros(len(labels), width)
-    for index, label in enumerate(labels):
-        inputs[index, : len(label) - 1] = torch.tensor(label[:-1])
-        targets[index, : len(label) - 1] = torch.tensor(label[1:])
-        counts[index, : len(label) - 1] = 1.0
-    mask = torch.cat([batch.mask[rows], torch.ones(len(labels), width, dtype=torch.int64, device=device)], dim=1)
-    positions = batch.positions[rows, -1:] + 1 + torch.arange(width, device=device)
-    logits: torch.Tensor = model(
-        input_ids=inputs.to(device),
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
-    chosen = logits.float().log_softmax(dim=-1).gather(2, targets.to(device)[:, :, None])[:, :, 0]
-    sums: torch.Tensor = (chosen * counts.to(device)).sum(dim=1)
+    sums: torch.Tensor = read.next_logits.log_softmax(dim=-1).gather(1, firsts)
+    reached = sums.clone()
+    for row, columns in enumerate(longer):
+        reached[row, columns] = -math.inf
+    can_win = (sums >= reached.max(dim=1, keepdim=True).values).tolist()
+    pairs = [
+        (row, column)
+        for row, columns in enumerate(longer)
+        for column in columns
+        if counted is None or column in counted[row] or can_win[row][column]
+    ]
+    if pairs:
+        rows, columns = (list(each) for each in zip(*pairs, strict=True))
+        sums[rows, columns] += read.go_on(rows, [labels[row][column] for row, column in pairs])
     return sums
 
 
@@ -284,10 +250,17 @@ def _score_labels(
     texts = [example.prompt for example in task.examples]
     prompts, labels, n_cut_rows = encode_labels(encoder, texts, task.labels, max_tokens=task.max_tokens)
     answers, losses = [""] * len(prompts), [0.0] * len(prompts)
+    rights = [task.labels.index(example.completion) for example in task.examples]
     for batch in batches(list(map(len, prompts)), batch_size=task.batch_size):
-        sums = label_log_probs(model, [prompts[row] for row in batch], [labels[row] for row in batch], device=device)
+        sums = label_log_probs(
+            model,
+            [prompts[row] for row in batch],
+            [labels[row] for row in batch],
+            device=device,
+            counted=[(rights[row],) for row in batch],
+        )
         for row, log_probs in zip(batch, sums.cpu(), strict=True):
-            right = task.labels.index(task.examples[row].completion)
+            right = rights[row]
             answers[row] = task.labels[int(log_probs.argmax())]
             losses[row] = -float(log_probs[right]) / len(labels[row][right])
         tick(len(batch))
@@ -304,13 +277,12 @@ def _score_text(
     one_line = not any("\n" in example.completion for example in task.examples)
     answers, losses = [""] * len(rows), [0.0] * len(rows)
     for batch in batches([len(row.prompt) for row in rows], batch_size=task.batch_size):
-        chosen = [rows[index] for index in batch]
-        nats = completion_nats(model, chosen, device=device).sum(dim=1).tolist()
-        prompts = [row.prompt for row in chosen]
-        written = write(model, encoder, prompts, max_new_tokens=task.max_new_tokens, one_line=one_line, device=device)
+        read = prefill(model, [rows[index].prompt for index in batch], device=device)
+        log_probs = completion_log_probs(read, [rows[index].completion for index in batch]).tolist()
+        written = write_on(read, encoder, max_new_tokens=task.max_new_tokens, one_line=one_line)
         for position, index in enumerate(batch):
             answers[index] = answer_text(encoder, written[position], one_line=one_line)
-            losses[index] = nats[position] / len(rows[index].completion)
+            losses[index] = -log_probs[position] / len(rows[index].completion)
         tick(len(batch))
     return answers, losses, sum(row.n_cut > 0 for row in rows)
 

@@ -20,7 +20,7 @@ MOVED = 0.1
 def comparison_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
     """A line for each model; the first names the columns. Retention has some where a retrained patch was given."""
     header = ("", "score", "95 % interval", "change", "95 % interval", "negative flips", "loss", "95 % interval")
-    retention = ("retention: score", "loss") if comparison.row(RETRAINED) else ()
+    retention = ("retention: score", "retention: loss") if comparison.row(RETRAINED) else ()
     return [(*header, *retention), *(_row(row, retained=bool(retention)) for row in comparison.rows)]
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from portllm.arrays import Float
 from portllm.checkpoint.reading.tensors import load, torch_dtype
 from portllm.errors import NonFiniteError
 from portllm.exporting.plan import Slot

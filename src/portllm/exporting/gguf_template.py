@@ -34,6 +34,9 @@ TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 ROPE_FACTORS = {"llama3": ("rope_freqs.weight",), "longrope": ("rope_factors_long.weight", "rope_factors_short.weight")}
 """Tensors that follow from the configuration, by the kind of rotary scaling that has them."""
 
+LLAMA3 = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""What a configuration says of llama3's scaling."""
+
 SCALINGS = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
 """What llama.cpp calls a kind of rotary scaling; of the others it has none."""
 
@@ -222,11 +225,10 @@ def _factors(kind: str, rope: Mapping[str, object], config: Mapping[str, object]
     if kind != "llama3":
         return []
     head = said_by(config)["attention.key_length"]
-    theta, factor, low, high, context = (
-        float(str(rope[name]))
-        for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    assert isinstance(head, int)
+    numbers = [rope.get(name) for name in LLAMA3]
+    if not isinstance(head, int) or not all(isinstance(number, int | float) for number in numbers):
+        return [[]]  # no file has these
+    theta, factor, low, high, context = (float(str(number)) for number in numbers)
     factors = []
     for turn in range(0, head, 2):
         length = 2 * math.pi * theta ** (turn / head)

@@ -211,9 +211,10 @@ def _unheld(patch: Patch[TensorInfo], runtime: Runtime, base: Checkpoint | None)
     for part, where in _parts(patch, base).items():
         if where and part not in runtime.holds:
             rest = f" and {len(where) - SHOWN} more" if len(where) > SHOWN else ""
+            why = f": {runtime.why[part]}" if part in runtime.why else ""
             yield Refusal(
                 f"{', '.join(where[:SHOWN])}{rest}",
-                f"{runtime.title} takes no {part}{at}. {_way(patch, runtime, base)}.",
+                f"{runtime.title} takes no {part}{at}{why}. {_way(patch, runtime, base)}.",
             )
 
 

@@ -4,7 +4,6 @@ A record holds everything that its result depends on: settings, identities of in
 holds the identity of the files that the work wrote, too, so that they can be told from others.
 """
 
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -57,6 +56,8 @@ class Kept:
 @cache
 def versions() -> Mapping[str, str]:
     """Versions of the programs that a result depends on."""
+    import importlib.metadata  # brings readers of mail and archives along, for which few runs have a use
+
     return {name: importlib.metadata.version(name) for name in PROGRAMS}
 
 

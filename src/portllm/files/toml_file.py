@@ -42,7 +42,7 @@ def read_toml(file: Path, *, kind: str, error: type[PortLLMError]) -> tuple[str,
     except RecursionError as problem:
         raise error(f"'{file}': is not valid TOML: it is nested too deeply.") from problem
     except ValueError as problem:  # of TOML, which names the line, or of UTF-8
-        raise error(f"'{file}': is not valid TOML: {problem}.") from problem
+        raise error(f"'{file}': is not valid TOML: {problem}. Pass the {kind}'s TOML file, or correct it.") from problem
 
 
 def told(file: Path, text: str, problems: Iterable[tuple[tuple[str, ...], str]]) -> str:

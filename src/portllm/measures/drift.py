@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
+from portllm.arrays import Float
 from portllm.measures.sums import Sums
 
 

@@ -19,8 +19,8 @@ numpy and not torch, whose import alone takes longer than reading a small model:
 """
 
 import numpy as np
-from jaxtyping import Float32, Shaped
 
+from portllm.arrays import Float32, Shaped
 from portllm.measures.drift import DriftSums
 from portllm.native import kernels
 

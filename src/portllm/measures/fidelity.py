@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64
+
+from portllm.arrays import Float, Float64
 
 
 @dataclass(frozen=True, slots=True)

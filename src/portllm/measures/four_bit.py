@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from jaxtyping import Float32, Int64
+
+from portllm.arrays import Float32, Int64
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256

@@ -4,8 +4,8 @@ A loop in C takes the sums in one pass, where it was built (`portllm.native`); e
 """
 
 import numpy as np
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.checkpoint.tensor.rounding import round_to
 from portllm.native import kernels
 from portllm.patch.rounding import MergeSums

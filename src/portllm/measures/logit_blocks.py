@@ -1,6 +1,6 @@
 """Softmax, divergence and agreement over blocks of the vocabulary as they come: all logits are never in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -9,18 +9,18 @@ from torch import Tensor
 class Compared:
     """Divergence and agreement of several streams from one, over blocks of the vocabulary as they come."""
 
-    def __init__(self, n: int, streams: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(self, n: int, streams: Collection[str], device: torch.device) -> None:
         self._old = Softmax(n, device)
         self._new = {name: Softmax(n, device) for name in streams}
         self._cross = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in streams}
 
-    def add(self, start: int, old: Tensor, streams: Mapping[str, Tensor]) -> None:
-        """The logits of some tokens."""
+    def add(self, start: int, old: Tensor, streams: Iterable[tuple[str, Tensor]]) -> None:
+        """The logits of some tokens; those of the streams one after another, so that they need not be there at once."""
         old = old.double()
         before = self._old.most
         self._old.add(start, old)
         shares = (old - self._old.most[:, None]).exp()
-        for name, logits in streams.items():
+        for name, logits in streams:
             wide = logits.double()
             self._new[name].add(start, wide)
             shrunk = self._cross[name] * (before - self._old.most).exp()

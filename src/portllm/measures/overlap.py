@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64
 
+from portllm.arrays import Float, Float64
 from portllm.measures.sums import Sums
 from portllm.native import kernels
 

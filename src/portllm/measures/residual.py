@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
+from portllm.arrays import Float, Float64
 from portllm.linalg import Svd, product_svd
 from portllm.patch.delta import LowRankDelta
 

@@ -8,7 +8,8 @@ give an estimate without that bias): compare values of equally many inputs.
 """
 
 import numpy as np
-from jaxtyping import Float, Float64
+
+from portllm.arrays import Float, Float64
 
 
 def linear_cka(one: Float[np.ndarray, "inputs width"], other: Float[np.ndarray, "inputs other_width"]) -> float | None:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from portllm.arrays import Float
 
 TOLERANCE = 1e-3
 """Residual, relative to the eigenvalue, at which it ends."""

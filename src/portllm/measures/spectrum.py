@@ -1,8 +1,8 @@
 """In how many directions a low-rank delta works: its singular values, from its factors alone. Pure numpy, float64."""
 
 import numpy as np
-from jaxtyping import Float, Float64
 
+from portllm.arrays import Float, Float64
 from portllm.measures.overlap import gram
 
 FACTOR_FLOOR = 1e-6

@@ -93,19 +93,7 @@ def plan_in_place(
     device: str = "cpu",
     allow_other_base: bool = False,
 ) -> InPlacePlan:
-    """Plan to merge a patch into a model's own files.
-
-    Args:
-        patch: The patch to add.
-        folder: The model that it belongs to.
-        rounding: As for `merge_in_place`.
-        device: As for `merge_in_place`.
-        allow_other_base: As for `merge_in_place`.
-
-    Raises:
-        NotFoundError: There is no model.
-        CheckpointError: It is damaged.
-    """
+    """Plan to merge a patch into a model's own files; arguments and errors as for `merge_in_place`."""
     if not folder.is_dir():
         raise OutputError(
             f"'{folder}': only a local folder can be merged in place, not a single file, a Hub model or a "

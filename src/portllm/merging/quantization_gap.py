@@ -6,8 +6,8 @@ The weights are read once more, in blocks; what quantization made of them is rea
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.tensor.rounding import round_to

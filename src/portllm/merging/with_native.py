@@ -9,8 +9,8 @@ from functools import partial
 from types import ModuleType
 
 import numpy as np
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.merging.blocks import FEWEST_ROWS, Block, BlockKernel, SourceBlock, Workspace, require_finite

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from portllm.arrays import Float
 from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load, load_rows, torch_dtype
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError

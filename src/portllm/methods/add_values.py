@@ -11,9 +11,9 @@ form of the weight. Keeping the factor is this project's choice: keeping `m` wou
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from portllm.arrays import Float
 from portllm.errors import NonFiniteError
 from portllm.methods.contract import Inputs
 from portllm.methods.values import Computed, Values, blocks, take_rows, whole

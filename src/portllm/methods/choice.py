@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
+from portllm.arrays import Float64
 from portllm.methods.contract import Part
 
 Z95 = 1.959963984540054

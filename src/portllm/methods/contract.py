@@ -15,8 +15,9 @@ from portllm.methods.values import Values
 from portllm.patch.patch import Patch
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float32, Float64, Int64
     from torch import Tensor
+
+    from portllm.arrays import Bool, Float, Float32, Float64, Int64
 
 Part = Literal["fit", "choose", "report", "judge", "anchor", "limit", "price"]
 """What a text is for, and none for two of these.

@@ -13,8 +13,9 @@ Source: the generalised eigenvalues of two covariances, as in Fukunaga and Koont
 """
 
 import torch
-from jaxtyping import Float, Float32, Float64
 from torch import Tensor
+
+from portllm.arrays import Float, Float32, Float64
 
 SPAN = 64
 """Leading directions of the domain that are looked among."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from portllm.arrays import Float
 from portllm.methods.values import Values, computed, whole
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.delta import LowRankDelta

@@ -15,8 +15,9 @@ patch is this project's (docs/methods/align.md).
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
+
+from portllm.arrays import Float, Float64
 
 
 @dataclass

@@ -11,9 +11,9 @@ is this project's (docs/methods/align.md).
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
+from portllm.arrays import Float, Float64
 from portllm.methods.ranks import Factors
 
 BALANCE_STEPS = 200

@@ -27,6 +27,7 @@ from portllm.errors import AdapterFormatError, CheckpointError, PatchRecordError
 from portllm.files.input_file import local_file
 from portllm.files.json_file import MAX_CONFIG_BYTES, read_config, read_json
 from portllm.files.json_text import is_utf8
+from portllm.files.near_names import did_you_mean
 from portllm.files.record import decode_sealed, write_sealed
 from portllm.files.seal import digest_file, seal_problem
 from portllm.files.source import Source
@@ -323,6 +324,7 @@ def _require_files(path: Path, name: str) -> None:
     if not os.path.exists(path):
         raise AdapterFormatError(
             f"'{name[:MAX_NAME_LENGTH]}': no such folder. A patch is a folder with {CONFIG_FILE} and {TENSOR_FILE}."
+            f"{did_you_mean(name)}"
         )
     try:
         if not os.path.isfile(path / CONFIG_FILE):

@@ -7,9 +7,9 @@ rank is chosen, by the noise of the two files' rounding, is this project's.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
+from portllm.arrays import Float, Float64
 from portllm.linalg import Svd, randomized_svd, rank_floor, square_sum, svd_above, working_dtype
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.noise_edge import noise_edge, rounding_variance

@@ -21,6 +21,7 @@ from portllm.checkpoint.model.side_files import require_copyable
 from portllm.checkpoint.open import side_file
 from portllm.errors import CheckpointError
 from portllm.files.input_file import read_input
+from portllm.files.own_files import is_own_file, write_text
 from portllm.files.source import LocalFile
 from portllm.patch.adapter_folder import CARD_FILE
 from portllm.patch.patch import Patch
@@ -30,6 +31,9 @@ from portllm.serving.runtime import Form, runtimes
 START = "<!-- portllm: from here to the next mark, this is written anew by every command; write around it -->"
 END = "<!-- portllm: end -->"
 MAX_CARD_BYTES = 1 << 20
+
+RESULTS = "## Results"
+"""Above what was measured after a folder was written, with the command that did."""
 
 UNFILLED = "# Model Card for Model ID"
 """How PEFT's template begins where nobody has filled it in."""
@@ -88,6 +92,52 @@ def read_card(file: LocalFile | None) -> Card:
         require_copyable(file.path)
         return parse_card(read_input(file.path, most=MAX_CARD_BYTES).decode("utf-8").replace("\r\n", "\n"))
     return NO_CARD
+
+
+def check_card(folder: Path) -> str:
+    """The card of a folder that this program wrote, for `add_result`.
+
+    Raises:
+        CheckpointError: It has none, or one without the part that is written anew.
+    """
+    file = folder / CARD_FILE
+    found = read_input(file, most=MAX_CARD_BYTES).decode("utf-8", "replace") if is_own_file(file) else ""
+    if not 0 <= found.find(START) < found.find(END):
+        raise CheckpointError(
+            f"'{file}': is no model card to which a result can be added; expected a folder that capture, port, merge "
+            "or export has written, with the two marks that they leave in its card."
+        )
+    return found
+
+
+def add_result(folder: Path, command: str, found: str) -> Path:
+    """Add to the card of a folder what a command found; what the same one found before is replaced.
+
+    It stands in the part that is written anew, so it stays behind when the folder is ported, merged or exported: of the
+    next one it says nothing.
+
+    Args:
+        folder: Of a patch, a merged model or an export.
+        command: What was run, and on what.
+        found: The sentence to act on.
+
+    Returns:
+        The card.
+
+    Raises:
+        CheckpointError: As `check_card`.
+        OSError: It cannot be written.
+    """
+    above, _, rest = check_card(folder).partition(START)
+    written, _, below = rest.partition(END)
+    written, _, rows = written.partition(RESULTS)
+    cell = _code(command)
+    before = [line for line in rows.splitlines() if line.startswith("| `") and not line.startswith(f"| {cell} |")]
+    told = f"| {cell} | {' '.join(found.split()).replace('|', '/')} |"
+    lines = [RESULTS, "", *_table(("command", "found"), []), *before, told]
+    text = f"{above}{START}{written.rstrip()}\n\n" + "\n".join(lines) + f"\n\n{END}{below}"
+    write_text(folder / CARD_FILE, text)
+    return folder / CARD_FILE
 
 
 def license_of(checkpoint: Checkpoint) -> dict[str, Sequence[str]]:

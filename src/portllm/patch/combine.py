@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 from blake3 import blake3
-from jaxtyping import Bool, Float
 from torch import Tensor
 
+from portllm.arrays import Bool, Float
 from portllm.linalg import Svd, frobenius, product_svd, working_dtype
 from portllm.patch.capture import Captured, split_evenly, truncate
 from portllm.patch.delta import LowRankDelta

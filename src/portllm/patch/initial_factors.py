@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from portllm.arrays import Float
 from portllm.linalg import frobenius, product_svd
 from portllm.patch.delta import LowRankDelta
 

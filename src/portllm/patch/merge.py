@@ -10,9 +10,9 @@ more than the arithmetic on it.
 import math
 
 import torch
-from jaxtyping import BFloat16, Float, Int32
 from torch import Tensor
 
+from portllm.arrays import BFloat16, Float, Int32
 from portllm.patch.rounding import MergeSums
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 from blake3 import blake3
-from jaxtyping import Int32
 from torch import Tensor
+
+from portllm.arrays import Int32
 
 PER_DRAW = 16
 """Numbers of 16 bits in one draw of the Philox generator, which is what it can skip by."""

@@ -16,9 +16,9 @@ fluctuations at the edge from Johnstone, 2001 (https://doi.org/10.1214/aos/10092
 import math
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
+from portllm.arrays import Float, Float64
 from portllm.linalg import working_dtype
 
 FRACTION_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}

@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from portllm.checking.check import check_patch
-from portllm.checking.report import PatchReport
-from portllm.checking.update.measures import MeasuredUpdate, measure_update
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortError, Refusal
 from portllm.matching.port_plan import PortPlan, plan_port
@@ -15,6 +13,10 @@ from portllm.methods.table import METHODS
 from portllm.patch.patch import Patch
 from portllm.patch.record import Choice
 from portllm.porting.choice import choose
+
+if TYPE_CHECKING:
+    from portllm.checking.report import PatchReport
+    from portllm.checking.update.measures import MeasuredUpdate
 
 AUTO = "auto"
 """In place of a row of `METHODS`: choose one."""
@@ -60,6 +62,8 @@ class Route:
         return plan if plan.refusals else self._chosen(plan, patch)
 
     def _chosen(self, plan: PortPlan, patch: Patch[TensorInfo]) -> PortPlan:
+        from portllm.checking.check import check_patch  # what is named needs no verdict
+
         report = check_patch(plan, self._measured)
         verdict, evidence = report.verdict, _evidence(report)
         decision = choose(verdict, evidence, force=self.force, reads=self.reads)
@@ -77,7 +81,9 @@ class Route:
         return plan_port(patch, self.update, method=method, allow_other_base=self.allow_other_base)
 
     @cached_property
-    def _measured(self) -> MeasuredUpdate:
+    def _measured(self) -> "MeasuredUpdate":
+        from portllm.checking.update.measures import measure_update
+
         return measure_update(self.update)
 
 
@@ -91,7 +97,7 @@ def _remedies(plan: PortPlan) -> str:
     )
 
 
-def _evidence(report: PatchReport) -> dict[str, float]:
+def _evidence(report: "PatchReport") -> dict[str, float]:
     """The numbers that the verdict rests on."""
     drift = report.drift
     found: dict[str, float | None] = {

@@ -6,9 +6,9 @@ from functools import cached_property
 
 import torch
 from blake3 import blake3
-from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from portllm.arrays import Bool, Int64
 from portllm.methods.contract import Kind, Part
 
 Ids = tuple[int, ...]

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
+from portllm.arrays import Float32, Float64, Int64
 from portllm.measures.logit_blocks import Compared, Softmax
 from portllm.methods.contract import Block, Comparison, Part
 from portllm.methods.tail import logit_moves
@@ -26,7 +26,7 @@ ANSWER_SHARE = 0.001
 
 MOST_ANSWERS = 64
 
-PLACES = 1024
+PLACES = 256
 """Whose logits are in memory at a time, for some thousand tokens of the vocabulary."""
 
 
@@ -188,7 +188,7 @@ class Streams:
         for start, stop in new.head_blocks():
             with old.head(range(start, stop)) as old_logits, new.head(range(start, stop)) as new_logits:
                 for part, compared in zip(parts, found, strict=True):
-                    logits = {name: new_logits(each[part]) for name, each in finished.items()}
+                    logits = ((name, new_logits(each[part])) for name, each in finished.items())
                     compared.add(start, old_logits(wanted[part]), logits)
         results = [compared.results() for compared in found]
         by_name = {
@@ -203,15 +203,19 @@ class Streams:
         """As the contract says: those with more than a share, on average over the places to fit on."""
         if self._likely is None:
             old = self.prompts.model
-            states = old.finish(self.last_states(None)[self.prompts.rows.is_of("fit")])
+            states = torch.split(old.finish(self.last_states(None)[self.prompts.rows.is_of("fit")]), PLACES)
+            softmaxes = [Softmax(len(part), old.device) for part in states]
+            for start, stop in old.head_blocks():
+                with old.head(range(start, stop)) as logits:
+                    for part, softmax in zip(states, softmaxes, strict=True):
+                        softmax.add(start, logits(part).double())
             found = torch.zeros(old.n_vocabulary, dtype=torch.float64)
-            for part in torch.split(states, PLACES // 4):
-                blocks = []
-                for start, stop in old.head_blocks():
-                    with old.head(range(start, stop)) as logits:
-                        blocks.append(logits(part))
-                found += torch.cat(blocks, dim=1).softmax(dim=1).sum(dim=0).double().cpu()
-            self._likely = found / len(states)
+            for start, stop in old.head_blocks():
+                with old.head(range(start, stop)) as logits:
+                    for part, softmax in zip(states, softmaxes, strict=True):
+                        shares = (logits(part).double() - softmax.normalizer[:, None]).exp()
+                        found[start:stop] += shares.sum(dim=0).cpu()
+            self._likely = found / sum(map(len, states))
         order = self._likely.argsort(descending=True, stable=True)[:MOST_ANSWERS]
         return order[self._likely[order] > ANSWER_SHARE]
 
@@ -246,15 +250,7 @@ class Streams:
                 state = (
                     state + self._writers[-1].scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
                 )
-            finished = model.finish(state)
-            softmax, of_said = Softmax(len(state), model.device), torch.zeros(len(state), dtype=torch.float64)
-            for start, stop in model.head_blocks():
-                with model.head(range(start, stop)) as logits:
-                    block = logits(finished).double()
-                    softmax.add(start, block)
-                    inside = (said >= start) & (said < stop)
-                    of_said[inside] = block.cpu()[inside, said[inside] - start]
-            nats = softmax.normalizer.cpu() - of_said
+            nats = nats_of(model, state, said)
             found[name] = torch.stack([nats[rows == row].mean() for row in torch.unique(rows)])
         return found
 
@@ -335,3 +331,27 @@ class Streams:
                 order = torch.cat([tokens for tokens, _ in inputs]).argsort()
                 reading.inputs[candidate] = torch.cat([each for _, each in inputs])[order][reading.rows.places]
         self._done.pop(candidate, None)
+
+
+def nats_of(
+    model: LayeredModel, states: Float32[Tensor, "places width"], said: Int64[Tensor, " places"]
+) -> Float64[Tensor, " places"]:
+    """`-log p(token)` of what is said after each place, of which some are in memory at a time.
+
+    Args:
+        model: The model.
+        states: Behind its last layer.
+        said: The tokens.
+    """
+    finished, tokens = torch.split(model.finish(states), PLACES), torch.split(said, PLACES)
+    softmaxes = [Softmax(len(some), model.device) for some in finished]
+    found = torch.zeros(len(said), dtype=torch.float64)
+    of_said = torch.split(found, PLACES)
+    for start, stop in model.head_blocks():
+        with model.head(range(start, stop)) as logits:
+            for some, softmax, of, them in zip(finished, softmaxes, of_said, tokens, strict=True):
+                block = logits(some).double()
+                softmax.add(start, block)
+                inside = (them >= start) & (them < stop)
+                of[inside] = block.cpu()[inside, them[inside] - start]
+    return torch.cat([softmax.normalizer.cpu() for softmax in softmaxes]) - found

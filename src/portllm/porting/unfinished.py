@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from portllm.arrays import Float32
 from portllm.files.own_files import write_text
 from portllm.files.seal import digest_file
 from portllm.files.staging import Staged, remove

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float32
 from torch import Tensor
 
+from portllm.arrays import Float32
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load_rows
 from portllm.checkpoint.tensor.info import TensorInfo

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float32
 from torch import Tensor
 
+from portllm.arrays import Float32
 from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.adapter_folder import folder_of

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Float32
 from torch import Tensor
 
+from portllm.arrays import Float, Float32
 from portllm.checking.prompts.measures import Outputs, TextMeasures
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.reading.tensors import load

@@ -6,6 +6,9 @@ from portllm.proving.proof import Proof
 from portllm.show.headline import Headline
 from portllm.show.numbers import counted, three_digits
 
+FAR = 20
+"""How many times nearer the served patch has to be than the bare base, which else shows how near the two can be."""
+
 
 def decide(proof: Proof) -> Headline:
     """The sentence to act on."""
@@ -54,6 +57,11 @@ def _reasons(proof: Proof) -> Iterator[str]:
         )
     if proof.fault is not None and proof.verdict != "proven":
         yield f"The patch with that fault would be off by {nats(proof.fault.error)}."
+    if _base_is_changed(proof):
+        yield (
+            f"The served patch is off by {nats(proof.error)} only: what {proof.runtime} answers as the bare base is "
+            "changed while the patch is loaded."
+        )
     if proof.misread:
         yield f"{counted(proof.misread, 'prompt')} read as another number of tokens than here."
     if proof.hidden:
@@ -61,7 +69,14 @@ def _reasons(proof: Proof) -> Iterator[str]:
         yield f"The noise would hide {counted(len(proof.hidden), 'fault')}: {named}."
 
 
+def _base_is_changed(proof: Proof) -> bool:
+    """Whether it is not the runtime that is noisy: the patch is served far better than the bare base."""
+    return proof.verdict == "unclear" and proof.error <= proof.noise / FAR and proof.error <= proof.effect / FAR
+
+
 def _clearer(proof: Proof) -> str:
+    if _base_is_changed(proof):
+        return "merge the patch: while it is loaded as an adapter, the base is not served as it is"
     if proof.misread:
         return "give the runtime the base's own tokenizer"
     return "pass prompts of the patch's task with --data, and serve the base that was named, in float32 if it can be"

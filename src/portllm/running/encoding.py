@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
 
+from portllm.arrays import Int64
 from portllm.errors import CheckpointError, DataError
 from portllm.foreign import foreign
 from portllm.running.examples import Border

@@ -187,7 +187,7 @@ def read_examples(path: str | Path, fmt: ExampleFormat) -> list[Example]:
             raise RowError("the prompt is blank")
         return Example(prompt=prompt, completion=completion)
 
-    return read_rows(path, make, what=f"the prompt '{fmt.prompt}' and the completion '{fmt.completion}'")
+    return read_rows(path, make, what=f"the prompt {fmt.prompt!r} and the completion '{fmt.completion}'")
 
 
 def read_prompts(path: str | Path, template: str, *, completion: str | None) -> tuple[list[str], list[str] | None]:
@@ -213,7 +213,7 @@ def read_prompts(path: str | Path, template: str, *, completion: str | None) -> 
             raise RowError("the prompt is blank")
         return prompt, texts[completion].strip() if asked and completion else ""
 
-    made = read_rows(path, make, what=f"the prompt '{template}'")
+    made = read_rows(path, make, what=f"the prompt {template!r}")
     n_completed = sum(bool(text) for _, text in made)
     if 0 < n_completed < len(made):
         raise DataError(
@@ -241,4 +241,4 @@ def read_texts(path: str | Path, template: str) -> list[str]:
             raise RowError("the text is blank")
         return text
 
-    return read_rows(path, make, what=f"the text '{template}'")
+    return read_rows(path, make, what=f"the text {template!r}")

@@ -92,7 +92,7 @@ def fetch_rows(address: Address) -> Path:
     """
     repo = f"{SCHEME}{address.repo}"
     revision = address.revision if is_offline_mode() else dataset_commit(address.repo, address.revision)
-    with _own_errors(address), _quiet():
+    with _own_errors(address), quiet_datasets():
         if address.file is not None:
             rows = datasets.load_dataset(repo, revision=revision, data_files=address.file, split="train")
         else:
@@ -173,9 +173,9 @@ def _own_errors(address: Address) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The messages, warnings and progress bars of the library are off inside the block."""
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+def quiet_datasets(*others: str) -> Iterator[None]:
+    """Messages of the library and of others, warnings and its progress bars are off inside the block."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", *others)]
     levels = [logger.level for logger in loggers]
     bars = datasets.is_progress_bar_enabled()
     for logger in loggers:

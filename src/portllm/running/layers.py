@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
+from portllm.arrays import Float32, Int64
 from portllm.errors import CheckpointError
 from portllm.foreign import foreign
 from portllm.running.encoding import PaddedBatch
@@ -222,11 +222,12 @@ class LayeredModel:
 
     def logits(self, states: Float32[Tensor, "n width"]) -> Float32[Tensor, "n vocabulary"]:
         """All logits of states behind the last layer."""
-        finished, blocks = self.finish(states), []
+        finished = self.finish(states)
+        found = torch.empty(len(states), self.n_vocabulary, device=self.device)
         for start, stop in self.head_blocks():
             with self.head(range(start, stop)) as logits:
-                blocks.append(logits(finished))
-        return torch.cat(blocks, dim=1)
+                found[:, start:stop] = logits(finished)
+        return found
 
     def head_blocks(self) -> Iterator[tuple[int, int]]:
         """First and last token of blocks of the vocabulary."""

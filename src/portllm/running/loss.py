@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float32, Int64
 from torch.nn.functional import cross_entropy
 
+from portllm.arrays import Float32, Int64
 from portllm.running.encoding import Encoded, pad_left
 from portllm.running.model import PeftModel, PreTrainedModel
 

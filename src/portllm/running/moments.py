@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from portllm.arrays import Bool, Float, Float32, Int64
 from portllm.patch.delta import LowRankDelta
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoded

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float32
 from torch import Tensor
 
+from portllm.arrays import Float, Float32
 from portllm.running.encoding import batches, pad_left
 from portllm.running.layers import decoder_layers
 from portllm.running.model import PeftModel, PreTrainedModel

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,7 @@ from typing import TypeVar
 from portllm.errors import DataError
 from portllm.files.input_file import local_file, open_input, read_input, require_unchanged
 from portllm.files.json_text import parse_json
+from portllm.files.near_names import did_you_mean
 from portllm.files.seal import digest_file
 from portllm.running.other_kinds import BYTE_ORDER_MARK, filled, head_of, why_other_kind
 
@@ -27,7 +29,7 @@ MAX_LINE_BYTES = 16_000_000
 MAX_ARRAY_BYTES = 64_000_000
 """A JSON array is read whole."""
 
-SEPARATORS = {".csv": (",", ";"), ".tsv": ("\t",)}
+SEPARATORS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}
 """What may stand between columns, by a file's suffix; a semicolon is what spreadsheets write in some languages."""
 
 SUFFIXES = (".jsonl", ".json", ".parquet", *SEPARATORS)
@@ -42,8 +44,13 @@ PARQUET = b"PAR1"
 NOT_UTF8 = (
     "Text must be UTF-8. If this is Latin-1, as older Excel writes it: iconv -f ISO-8859-1 -t UTF-8 {old} > {new}"
 )
-NOT_JSON = "If this is CSV, give it the suffix .csv."
-"""What may help where no row is JSON, and commas stand in the first."""
+NOT_JSON = (
+    (rb"^\s*\{'", "These are Python's dicts, not JSON: write each row with json.dumps."),
+    (rb"\}\s*,\s*$", "Rows are followed by commas: remove these, or put all rows between [ and ]."),
+    (rb"^[^{\[]*,", "If this is CSV, give it the suffix .csv."),
+    (rb"^[^{\[]*\t", "If this is TSV, give it the suffix .tsv."),
+)
+"""What may help where no row is JSON, by what the first looks like."""
 
 ONE_OBJECT = (
     "is one JSON object over several lines; expected one row per line, or one array. "
@@ -179,7 +186,11 @@ def row_texts(row: Row, fields: Sequence[str]) -> dict[str, str]:
             problems.append(f"field '{field}' is {kind_of(value)}; expected text, a number or a boolean")
     if problems:
         there = ", ".join(f"'{name}'" for name in row) or "no fields"
-        raise RowError(f"{'; '.join(problems)} (the row has {there})")
+        missing = [field for field in fields if field not in row]
+        small = {name.lower(): name for name in row}
+        near = [found[0] for field in missing if (found := get_close_matches(field.lower(), small, n=1))]
+        meant = f"; did you mean {', '.join(repr(small[name]) for name in dict.fromkeys(near))}?" if near else ""
+        raise RowError(f"{'; '.join(problems)} (the row has {there}{meant})")
     return texts
 
 
@@ -297,14 +308,19 @@ def _numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 def _unreadable(path: str | Path, error: OSError) -> DataError:
     remedy = "Pass a data file: JSONL, JSON, CSV or Parquet."
     folder = Path(path)
+    near = did_you_mean(path) if isinstance(error, FileNotFoundError) else ""
     if isinstance(error, FileNotFoundError) and (address := ADDRESS.match(str(path))):
         remedy = f"{address[0]}... is an address: download what is there, and pass the file."
+    elif near:
+        remedy += near
     elif isinstance(error, FileNotFoundError) and _names_hub(path):
         remedy += f" A dataset of the Hugging Face Hub has the address hf://datasets/{path}/SPLIT."
     if isinstance(error, IsADirectoryError):
         files = itertools.islice(itertools.chain(folder.glob("*.*"), folder.glob("*/*.*")), MOST_FILES)
         inside = sorted(str(file.relative_to(folder)) for file in files if file.suffix.lower() in SUFFIXES)
-        if (folder / "dataset_info.json").is_file():
+        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            remedy = "It is the folder of a model or an adapter. Pass the file with your rows."
+        elif (folder / "dataset_info.json").is_file():
             code = f"import datasets; datasets.load_from_disk({str(path)!r}).to_json('rows.jsonl')"
             remedy = f'It was saved by datasets: python -c "{code}"'
         elif inside:
@@ -336,14 +352,20 @@ def _decoded(line: bytes) -> str:
 
 def _render_problems(path: str | Path, problems: Mapping[str, RowError], *, n_rows: int, what: str) -> str:
     lines = [f"'{path}': {len(problems)} of {n_rows} rows do not match {what}. Correct the rows, or the field names."]
-    lines += [f"  {place}: {problem}" for place, problem in itertools.islice(problems.items(), SHOWN_PROBLEMS)]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more.")
+    alike: dict[str, list[str]] = {}
+    for place, problem in problems.items():
+        alike.setdefault(str(problem), []).append(place)
+    for why, places in [*alike.items()][:SHOWN_PROBLEMS]:
+        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        lines.append(f"  {places[0]}{others}: {why}")
+    if len(alike) > SHOWN_PROBLEMS:
+        lines.append(f"  and {sum(map(len, [*alike.values()][SHOWN_PROBLEMS:]))} more.")
     if any(isinstance(problem, _NotUtf8Error) for problem in problems.values()):
         lines.append(filled(NOT_UTF8, path))
     if len(problems) == n_rows and all(isinstance(problem, _NotJsonError) for problem in problems.values()):
         with open_input(path) as stream:
-            lines += [NOT_JSON] * (b"," in stream.readline(MAX_LINE_BYTES))
+            first = stream.readline(MAX_LINE_BYTES)
+        lines += [said for looks, said in NOT_JSON if re.search(looks, first)][:1]
     return "\n".join(lines)
 
 

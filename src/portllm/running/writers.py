@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float32
 from torch import Tensor, nn
 
+from portllm.arrays import Float32
 from portllm.errors import CheckpointError
 from portllm.foreign import Conv1D
 from portllm.running.layers import Arguments, LayeredModel

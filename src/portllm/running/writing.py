@@ -1,11 +1,11 @@
 """What a model writes while one layer at a time is in memory; keys and values of tokens before are kept by layer."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
-from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from portllm.arrays import Float32, Int64
 from portllm.foreign import DynamicCache
 from portllm.progress import Progress, silent
 from portllm.running.encoding import PaddedBatch, batches, pad_left
@@ -13,6 +13,9 @@ from portllm.running.layers import LayeredModel, NewTokens
 
 Pick = Callable[[Float32[Tensor, "rows vocabulary"]], Int64[Tensor, " rows"]]
 """The next token of each row, from its logits."""
+
+KEPT_BYTES = 1 << 30
+"""Of keys and values at a time, were every head to have its own; the layers are read again for further prompts."""
 
 
 class _Kept:
@@ -68,26 +71,44 @@ def write_layered(
         batch_size: Prompts of a pass.
         progress: Told of the tokens written.
     """
-    groups = [
+    groups = (
         _Group(batch, pad_left([prompts[row] for row in batch], device=model.device), len(model.layers))
         for batch in batches(list(map(len, prompts)), batch_size=batch_size)
-    ]
+    )
     written: list[list[int]] = [[] for _ in prompts]
-    for number in range(most):
-        last = _step(model, groups)
-        logits = model.logits(last)
-        for group, part in zip(groups, torch.split(logits, [len(group.rows) for group in groups]), strict=True):
-            tokens = pick(part)
-            for row, token in zip(group.rows, tokens.tolist(), strict=True):
-                if not (written[row] and written[row][-1] in ends):
-                    written[row].append(token)
-            group.go_on(tokens.to(model.device))
-        progress("write answers", number + 1, most, "steps")
-        groups = [group for group in groups if any(written[row][-1] not in ends for row in group.rows)]
-        if not groups:
-            progress("write answers", most, most, "steps")
-            break
+    together = _together(model, groups, most)
+    n_turns = len(together)
+    for turn in range(n_turns):
+        several = together.pop(0)  # what it keeps goes with it
+        for number in range(most):
+            logits = model.logits(_step(model, several))
+            for group, part in zip(several, torch.split(logits, [len(group.rows) for group in several]), strict=True):
+                tokens = pick(part)
+                for row, token in zip(group.rows, tokens.tolist(), strict=True):
+                    if not (written[row] and written[row][-1] in ends):
+                        written[row].append(token)
+                group.go_on(tokens.to(model.device))
+            progress("write answers", turn * most + number + 1, n_turns * most, "steps")
+            several = [group for group in several if any(written[row][-1] not in ends for row in group.rows)]
+            if not several:
+                progress("write answers", (turn + 1) * most, n_turns * most, "steps")
+                break
     return [tuple(tokens) for tokens in written]
+
+
+def _together(model: LayeredModel, groups: Iterable[_Group], most: int) -> list[list[_Group]]:
+    """Groups that go through the layers at once: as many as there is memory for keys and values of."""
+    by_token = 2 * len(model.layers) * model.width * torch.float32.itemsize  # at most: heads may share them
+    together: list[list[_Group]] = [[]]
+    n_bytes = 0
+    for group in groups:
+        own = by_token * len(group.rows) * (group.ids.shape[1] + most)
+        if together[-1] and n_bytes + own > KEPT_BYTES:
+            together.append([])
+            n_bytes = 0
+        together[-1].append(group)
+        n_bytes += own
+    return together
 
 
 def _step(model: LayeredModel, groups: Sequence[_Group]) -> Float32[Tensor, "rows width"]:

@@ -3,7 +3,7 @@
 import importlib.resources
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 
@@ -52,6 +52,7 @@ class Runtime:
         swap: How a ported patch takes the place of the old one.
         prove: The runtime that `prove` starts to see that an export is served; empty where it starts none.
         holds: What it takes besides the plain deltas of linear modules.
+        why: Of what it does not take, what it does with it, where that is known.
         ranks: The ranks to pad to, ascending; none for any.
         max_rank: The largest rank that it takes; None for any.
         every_layer: Whether each module must be in every layer, as zeros where the patch has none.
@@ -67,6 +68,7 @@ class Runtime:
     swap: str
     prove: str = ""
     holds: frozenset[Part] = frozenset()
+    why: Mapping[Part, str] = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
     max_rank: int | None = None
     every_layer: bool = False

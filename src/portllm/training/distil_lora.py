@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float32, Int64
 
+from portllm.arrays import Float32, Int64
 from portllm.errors import DataError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent

@@ -6,8 +6,8 @@ from enum import StrEnum
 from typing import cast
 
 import numpy as np
-from jaxtyping import Float32, Float64
 
+from portllm.arrays import Float32, Float64
 from portllm.checkpoint.tensor.rounding import round_to
 
 ULPS = 2

@@ -146,17 +146,8 @@ def require_key_files(means: Signer | Trust) -> None:
     Raises:
         SignatureError: One is not there.
     """
-    files: tuple[str | Path, ...] = ()
-    match means:
-        case KeySigner():
-            files = (means.private_key,)
-        case CertificateSigner():
-            files = (means.private_key, means.certificate, *means.chain)
-        case PublicKey():
-            files = (means.file,)
-        case Roots():
-            files = means.files
-    for file in files:
+    key, _, others = _files_of(means)
+    for file in (*([] if key is None else [key]), *others):
         if not Path(file).is_file():
             raise SignatureError(f"'{file}': no such file. {_hint(means)}")
 
@@ -250,22 +241,27 @@ def _require_keys(means: Signer | Trust) -> None:
     Raises:
         ValueError: It is a key of a kind that no signature is made with.
     """
-    key: str | Path | None = None
-    password: str | None = None
-    others: tuple[str | Path, ...] = ()
-    match means:
-        case KeySigner(key, password):
-            pass
-        case CertificateSigner(key, certificate, chain):
-            others = (certificate, *chain)
-        case PublicKey(key):
-            pass
-        case Roots(others):
-            pass
+    key, password, others = _files_of(means)
+    for file in (*(() if key is None else (key,)), *others):
+        if b"-----BEGIN" not in read_input(file, most=MAX_KEY_BYTES):
+            raise SignatureError(f"'{file}': is no PEM file. {_hint(means)}")
     if key is not None:
         _require_curve(key, read_input(key, most=MAX_KEY_BYTES), password)
-    for file in others:
-        read_input(file, most=MAX_KEY_BYTES)
+
+
+def _files_of(means: Signer | Trust) -> tuple[str | Path | None, str | None, tuple[str | Path, ...]]:
+    """The file of a key, its password, and the files of certificates."""
+    match means:
+        case KeySigner(key, password):
+            return key, password, ()
+        case CertificateSigner(key, certificate, chain):
+            return key, None, (certificate, *chain)
+        case PublicKey(key):
+            return key, None, ()
+        case Roots(files):
+            return None, None, files
+        case _:
+            return None, None, ()
 
 
 def _require_curve(file: str | Path, pem: bytes, password: str | None) -> None:

@@ -21,6 +21,7 @@ from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError, PortLLMError
 from portllm.exporting.export import EXPORT_FILE, ExportRecord
 from portllm.files.json_file import read_json
+from portllm.files.near_names import did_you_mean
 from portllm.files.record import decode_sealed
 from portllm.files.seal import digest_header
 from portllm.merging.manifest import MANIFEST_FILE, Manifest
@@ -153,6 +154,7 @@ def _folder(where: str | Path) -> Path:
     if not folder.is_dir():
         raise NotFoundError(
             f"'{where}': no such folder. Pass the folder of a patch, of a model written by merge, or of a certificate."
+            f"{did_you_mean(where)}"
         )
     if any((folder / name).is_file() for name in (CERTIFICATE_FILE, EXPORT_FILE, RECORD_FILE, MANIFEST_FILE)):
         return folder

@@ -16,7 +16,7 @@ HEADLINE = Headline("bad", "will not hold", ["for a reason"])
 def test_the_first_words_are_the_title_and_the_verdict_with_its_reasons():
     page = Page(document("check: a", HEADLINE, [section("More", "text")]))
     shown = [text for text in page.texts if text.strip()]
-    assert shown[:5] == ["will not hold | check: a", "check: a", "✗ ", "will not hold", "for a reason"]
+    assert shown[:5] == ["will not hold | check: a", "check: a", "✗ ", "Will not hold", "for a reason"]
 
 
 def test_what_was_compared_and_the_numbers_that_decide_have_their_place():

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
 
+from portllm.arrays import Float, Float32, Int64
 from portllm.checking.update.samples import AlikeRows, DriftColumns, DriftSample, SampledRows
 from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.checkpoint.reading.windows import load_values

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.checking.delta.measures import LOW_RANK, ChangeMeasures, runs_of
 from portllm.checking.update.samples import SampledRows
 from portllm.checkpoint.tensor.info import TensorInfo

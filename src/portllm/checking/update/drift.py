@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Shaped
 
+from portllm.arrays import Float32, Shaped
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import on_disk
 from portllm.checkpoint.reading.spans import SpanReader

@@ -14,8 +14,8 @@ from functools import cached_property
 
 import numpy as np
 from blake3 import blake3
-from jaxtyping import Float32, Int64
 
+from portllm.arrays import Float32, Int64
 from portllm.checkpoint.reading.windows import load_spans
 from portllm.matching.tensor_pairs import TensorPair
 from portllm.measures.drift import DriftSums, measure_drift

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
 
+from portllm.arrays import Float32, Int64, UInt8
 from portllm.checkpoint.reading.numbers import decode_floats, unpack_nibbles
 from portllm.checkpoint.reading.scaled import from_scaled, scaled_spans
 from portllm.checkpoint.tensor.encoding import UNQUANTIZED, FourBit, GGMLBlocks, Scaled, Unread

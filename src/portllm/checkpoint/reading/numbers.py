@@ -7,8 +7,8 @@ microscaling formats (E2M1, E8M0).
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float32, UInt8
 
+from portllm.arrays import Float32, UInt8
 from portllm.errors import UnsupportedDtypeError
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
-from jaxtyping import Float32, Int64, Shaped
 
+from portllm.arrays import Float32, Int64, Shaped
 from portllm.checkpoint.reading.numbers import E2M1, decode_numbers, unpack
 from portllm.checkpoint.tensor.encoding import Grid, Scaled
 from portllm.checkpoint.tensor.info import TensorInfo

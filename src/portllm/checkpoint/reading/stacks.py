@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.checkpoint.reading.bytes import read_into
 from portllm.checkpoint.reading.numbers import decode_floats
 from portllm.checkpoint.tensor.info import TensorInfo

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from blake3 import blake3
-from jaxtyping import Float32
 
+from portllm.arrays import Float32
 from portllm.checkpoint.reading.bytes import read_spans
 from portllm.checkpoint.reading.decoding import decoded, spans_of
 from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo, n_bytes_of

@@ -1,7 +1,8 @@
 """Values as a storage dtype holds them. Pure numpy."""
 
 import numpy as np
-from jaxtyping import Float32, UInt16
+
+from portllm.arrays import Float32, UInt16
 
 _QUIET_NAN = 0x7FC0
 """What PyTorch makes of every NaN that it rounds to bfloat16."""

@@ -1,16 +1,12 @@
 """What is used of lm-evaluation-harness: the only module that imports lm_eval and datasets."""
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from portllm.errors import MissingExtraError
 from portllm.installed import why_not
 
 try:
-    import datasets
     import lm_eval.tasks
     from datasets import Dataset
     from lm_eval.api.instance import Instance
@@ -29,18 +25,8 @@ TASK_FILES = Path(lm_eval.tasks.__file__).parent
 """The folder of the harness's task files."""
 
 
-@contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
+def quiet_harness() -> AbstractContextManager[None]:
     """The messages, warnings and progress bars of lm_eval and datasets are off inside the block."""
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.is_progress_bar_enabled()
-    logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
+    from portllm.running.hub_rows import quiet_datasets  # names another extra, where datasets is missing
+
+    return quiet_datasets("lm_eval")

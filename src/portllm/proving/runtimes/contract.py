@@ -62,6 +62,9 @@ class Running(Protocol):
         ...
 
 
+BaseForm = Literal["folder", "gguf"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """A row of `RUNTIMES`.
@@ -70,7 +73,7 @@ class Runtime:
         name: As given on the command line.
         title: Its own name.
         package: The module that is imported where it is installed.
-        install: What pip is given to install it, a line each.
+        install: What pip is given to install it.
         profile: The id of the form that a patch is exported in for it.
         base: What it takes as base: a checkpoint folder, or a GGUF file.
         start: Starts it, and ends it with the block.
@@ -79,7 +82,7 @@ class Runtime:
     name: str
     title: str
     package: str
-    install: tuple[str, ...]
+    install: str
     profile: str
-    base: Literal["folder", "gguf"] = "folder"
+    base: BaseForm = "folder"
     start: Callable[[Served], AbstractContextManager[Running]]

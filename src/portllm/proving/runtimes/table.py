@@ -8,54 +8,29 @@ from pathlib import Path
 
 from portllm.errors import NotFoundError
 from portllm.files.cache import cache_root
-from portllm.proving.runtimes.contract import Runtime
+from portllm.proving.runtimes.contract import BaseForm, Runtime
 from portllm.proving.runtimes.program import started_program
 from portllm.proving.runtimes.vllm import started_vllm
+
+
+def _program(
+    name: str, title: str, package: str, install: str, *, profile: str | None = None, base: BaseForm = "folder"
+) -> Runtime:
+    """A runtime that the program of its name talks to; see `programs`."""
+    start = functools.partial(started_program, name)
+    return Runtime(
+        name=name, title=title, package=package, install=install, profile=profile or name, base=base, start=start
+    )
+
 
 RUNTIMES: Mapping[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
-        Runtime(
-            name="mistralrs",
-            title="mistral.rs",
-            package="mistralrs",
-            install=("mistralrs==0.9.5",),
-            profile="mistralrs",
-            start=functools.partial(started_program, "mistralrs"),
-        ),
-        Runtime(
-            name="llamacpp",
-            title="llama.cpp",
-            package="xllamacpp",
-            install=("xllamacpp==2026.10.11549",),
-            profile="llamacpp",
-            base="gguf",
-            start=functools.partial(started_program, "llamacpp"),
-        ),
-        Runtime(
-            name="mlx",
-            title="MLX-LM",
-            package="mlx_lm",
-            install=("'mlx[cpu]==0.32.4' mlx-lm==0.32.2",),
-            profile="mlx",
-            start=functools.partial(started_program, "mlx"),
-        ),
-        Runtime(
-            name="vllm",
-            title="vLLM",
-            package="vllm",
-            install=("vllm",),
-            profile="vllm",
-            start=started_vllm,
-        ),
-        Runtime(
-            name="transformers",
-            title="transformers",
-            package="peft",
-            install=("torch transformers peft",),
-            profile="peft",
-            start=functools.partial(started_program, "transformers"),
-        ),
+        _program("mistralrs", "mistral.rs", "mistralrs", "mistralrs==0.9.5"),
+        _program("llamacpp", "llama.cpp", "xllamacpp", "xllamacpp==2026.10.11549", base="gguf"),
+        _program("mlx", "MLX-LM", "mlx_lm", "'mlx[cpu]==0.32.4' mlx-lm==0.32.2"),
+        Runtime(name="vllm", title="vLLM", package="vllm", install="vllm", profile="vllm", start=started_vllm),
+        _program("transformers", "transformers", "peft", "torch transformers peft", profile="peft"),
     )
 }
 
@@ -95,8 +70,7 @@ def python_of(runtime: Runtime, given: Path | None = None) -> Path:
     python = environment / "bin" / "python"
     if python.is_file():
         return python
-    commands = [f"python3 -m venv {environment}"]
-    commands += [f"{environment}/bin/pip install {what}" for what in runtime.install]
+    commands = [f"python3 -m venv {environment}", f"{environment}/bin/pip install {runtime.install}"]
     raise NotFoundError(
         f"{runtime.name}: {runtime.title} is not installed. Name the Python of an environment that has it with "
         f"--python, or install it into one of its own, which is then found (in PortLLM's folder, "

@@ -1,5 +1,6 @@
 """A picture with its numbers: whoever cannot see the one has the other. Pure."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from portllm.show.html.markup import Html, element, joined
@@ -7,6 +8,9 @@ from portllm.show.numbers import unbroken
 
 Rows = Sequence[Sequence[str]]
 """A table: the first row names the columns."""
+
+NUMBER = re.compile(r"(?:[-+±\d.,%()\[\] ]|\be[-+]\d|\bto\b|\bof\b|n/a)*")
+"""What stands in a column of numbers."""
 
 LONG = 20
 """Rows above which the numbers of a picture may go on on another page in print."""
@@ -66,11 +70,18 @@ def table(rows: Rows, *, label: str, wide: Collection[int] = ()) -> Html:
         wide: Columns of text that may take several lines.
     """
     head, *body = rows
-    titles = element("tr", *(element("th", breakable(title), scope="col") for title in head))
+    kinds = ["wide" if at in wide else "number" * _is_of_numbers([row[at] for row in body]) for at in range(len(head))]
+    kinds[0] = ""
+    titles = element(
+        "tr", *(_cell("th", breakable(title), kind, scope="col") for title, kind in zip(head, kinds, strict=True))
+    )
     lines = (
-        element("tr", element("th", row[0], scope="row"), *(_cell(text, number in wide) for number, text in rest))
+        element(
+            "tr",
+            element("th", row[0], scope="row"),
+            *(_cell("td", text, kind) for text, kind in zip(row[1:], kinds[1:], strict=True)),
+        )
         for row in body
-        for rest in [list(enumerate(row))[1:]]
     )
     inner = element("table", element("thead", titles), element("tbody", *lines))
     return element("div", inner, class_="scroll", role="region", tabindex="0", aria_label=label)
@@ -95,5 +106,15 @@ def breakable(name: str) -> Html:
     return joined([first, *(part for other in others for part in (".", element("wbr"), other))])
 
 
-def _cell(text: str, is_wide: bool) -> Html:  # noqa: FBT001 (one place calls it)
-    return element("td", text, class_="wide") if is_wide else element("td", text)
+def _is_of_numbers(cells: Sequence[str]) -> bool:
+    """Whether a column is one of numbers, with their units and intervals, which stand under each other at the right.
+
+    Example:
+        >>> [_is_of_numbers(cells) for cells in (["84.3 %", "", "+5.3"], ["6.7 to 7.4", "9 of 108"], ["2 days"])]
+        [True, True, False]
+    """
+    return any(cells) and all(NUMBER.fullmatch(cell) for cell in cells)
+
+
+def _cell(name: str, text: str, kind: str, **attributes: str) -> Html:
+    return element(name, text, class_=kind, **attributes) if kind else element(name, text, **attributes)

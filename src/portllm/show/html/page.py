@@ -85,7 +85,8 @@ def banner(headline: Headline, *, heading: str = "p") -> Html:
         headline: What to say.
         heading: The element of its first line; `h2` where it begins a section.
     """
-    first = element(heading, element("span", SIGNS[headline.tone], class_="tone"), unbroken(headline.text))
+    text = headline.text[:1].upper() + headline.text[1:]
+    first = element(heading, element("span", SIGNS[headline.tone], class_="tone"), unbroken(text))
     parts = [first, bullets(map(unbroken, headline.reasons))]
     if headline.next:
         command = [": ", element("code", headline.command)] if headline.command else ["."]

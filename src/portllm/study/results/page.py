@@ -10,11 +10,12 @@ from portllm.show.headline import Headline
 from portllm.show.html.bars import Row, bars, dots
 from portllm.show.html.figure import figure, figures, table
 from portllm.show.html.lines import Curve, Point, lines
-from portllm.show.html.markup import Html, joined
-from portllm.show.html.page import document, fragment, paragraph, section
-from portllm.show.numbers import counted, percent
+from portllm.show.html.markup import Html
+from portllm.show.html.page import Tile, document, fragment, paragraph, section
+from portllm.show.numbers import counted, percent, points
 from portllm.study.definition.variants import BASE, EVOLVED, HEADS, PATCHED, PORTED, RETRAINED
 from portllm.study.results.markdown import (
+    COMPARED,
     Part,
     Table,
     accuracy_text,
@@ -37,10 +38,14 @@ MARKS = "Dot: in accuracy, square: in loss; the line is the 95 % interval. No ma
 
 def study_page(results: "StudyResults") -> str:
     """The page of what a study has found so far."""
-    first, *others = parts_of(results)
-    found = joined(_blocks(first))
+    _, *others = parts_of(results)
     sections = [section(part.title, *_pictures(part, results), *_blocks(part), level=part.level) for part in others]
-    return document(f"portllm study: {results.title}", _headline(results), [found, *sections])
+    about = {
+        "base": results.base,
+        "seeds": ", ".join(map(str, results.seeds)),
+        "steps": f"{results.n_done:,} of {results.n_steps:,} done",
+    }
+    return document(results.title, _headline(results), sections, about=about, tiles=_tiles(results))
 
 
 def notebook(results: "StudyResults") -> str:
@@ -50,12 +55,55 @@ def notebook(results: "StudyResults") -> str:
 
 
 def _headline(results: "StudyResults") -> Headline:
-    """How far it is, and between what retention lies."""
-    unfinished = not_finished(results)
-    lines = _retained(results.tasks)
+    """How far it is; else how far the port that lost most is behind retraining, and between what retention lies."""
+    unfinished, lines = not_finished(results), _retained(results.tasks)
     if unfinished is not None:
         return Headline("doubt", unfinished, lines)
-    return Headline("plain", lines[0] if lines else "Finished; nothing was ported", lines[1:])
+    if (worst := _worst(results)) is None:
+        return Headline("plain", lines[0] if lines else "Finished; nothing was ported", lines[1:])
+    row, behind = worst
+    n_ports = sum(row.behind is not None for row in results.tasks)
+    text = f"{_against_retraining(behind)} retraining in accuracy at worst ({row.task}, {update_name(row)}), of "
+    return Headline("plain", f"{text}{counted(n_ports, 'port')}", lines)
+
+
+def _worst(results: "StudyResults") -> "tuple[TaskRow, float] | None":
+    """The port that is furthest behind retraining, and by how much of accuracy."""
+    found = [(row.behind.value, at) for at, row in enumerate(results.tasks) if row.behind is not None]
+    return (results.tasks[min(found)[1]], min(found)[0]) if found else None
+
+
+def _against_retraining(behind: float) -> str:
+    """A difference to retraining, in words.
+
+    Example:
+        >>> _against_retraining(-0.28), _against_retraining(0.0)
+        ('28.0 points behind', 'Level with')
+    """
+    if not round(behind, 3):
+        return "Level with"
+    return f"{points(abs(behind)).lstrip('+')} points {'behind' if behind < 0 else 'ahead of'}"
+
+
+def _tiles(results: "StudyResults") -> list[Tile]:
+    """What the ports lost against retraining, and the least that each measure kept."""
+    worst = _worst(results)
+    if worst is None:
+        return []
+    best = max(row.behind.value for row in results.tasks if row.behind is not None)
+    said = f"at worst, against retraining; at best {points(best)}"
+    tiles = [Tile("Change in accuracy", f"{points(worst[1])} points", said)]
+    for what, kept in (
+        ("accuracy", [row.accuracy_retention for row in results.tasks]),
+        ("loss", [row.loss_retention for row in results.tasks]),
+    ):
+        values = [one.value for one in kept if one is not None and one.value is not None]
+        if values:
+            tiles.append(Tile(f"Kept in {what}", percent(min(values)), f"at worst; at best {percent(max(values))}"))
+    return [
+        *tiles,
+        Tile("Ports", f"{sum(row.behind is not None for row in results.tasks):,}", "compared with retraining"),
+    ]
 
 
 def _retained(rows: "Sequence[TaskRow]") -> list[str]:
@@ -80,9 +128,20 @@ def _retained(rows: "Sequence[TaskRow]") -> list[str]:
 def _blocks(part: Part) -> Iterator[Html]:
     for block in part.blocks:
         if isinstance(block, Table):
-            yield table([block.head, *block.rows], label=f"{part.title}: {block.head[0]}")
+            for number, rows in enumerate(_narrow([block.head, *block.rows])):
+                yield table(rows, label=f"{part.title}: {rows[0][0]}{', compared' * number}")
         else:
             yield paragraph(block, quiet=part.level > 1)
+
+
+def _narrow(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[Sequence[str]]]:
+    """A table as two where the scores of models and what is compared do not fit beside each other on a page."""
+    cut = min((rows[0].index(name) for name in COMPARED if name in rows[0]), default=0)
+    if not cut:
+        yield rows
+        return
+    yield [row[:cut] for row in rows]
+    yield [(row[0], *row[cut:]) for row in rows]
 
 
 def _pictures(part: Part, results: "StudyResults") -> list[Html]:
