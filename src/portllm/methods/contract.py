@@ -2,8 +2,9 @@
 
 A method is a pure function of a patch and its inputs: no file, no clock, no chance but through a parameter that its id
 records. It sees the whole patch, since what is done to one layer may depend on what was done to those before it, and
-gives the patch for the evolved model: the same modules and tensors, each with the shape and the scale it had. Tensors
-are `Values`, read when asked for; what a method passes on as it is goes to the new file byte for byte.
+gives the patch for the evolved model: the same modules and tensors, each with the shape it had and the scale that its
+configuration says. Tensors are `Values`, read when asked for; what a method passes on as it is goes to the new file
+byte for byte.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
