@@ -59,8 +59,11 @@ class Refit:
         return weights
 
 
-OMEGA, GENERAL = 0.05, 0.5
-REFITS = {f"refit rho={rho} omega={OMEGA} general={GENERAL}": Refit(rho, OMEGA, GENERAL) for rho in (1.0, 0.1)}
+OMEGA = 0.05
+SETTINGS = ((1.0, 0.5), (0.1, 0.2), (0.1, 0.05))
+"""Ridge, and what general text counts: for large updates, and with more and less of general text for small ones."""
+
+REFITS = {f"refit rho={rho} omega={OMEGA} general={general}": Refit(rho, OMEGA, general) for rho, general in SETTINGS}
 """The ones that change least come first."""
 
 
