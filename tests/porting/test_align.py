@@ -24,7 +24,7 @@ WORDS = ("fever", "cold", "measles", "rest", "tea", "time", "clinic", "risk", "c
 PROMPTS = tuple(f"{one} {other}" for one in WORDS for other in WORDS[:4])
 """Fifty-two of them."""
 
-ANCHORS = ("What is a fever? Rest and tea.", "Who is at risk? The clinic asks.") * 2
+ANCHORS = tuple(f"{one} {other} {third}" for one, other, third in zip(WORDS, WORDS[5:], WORDS[3:], strict=False)) * 4
 
 ANSWER_TOKENS = 2
 
@@ -92,7 +92,7 @@ def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its
 def test_an_aligned_port_is_nearer_to_the_old_specialist_than_addition(story):
     step = step_of(story["ported"])
     assert step.method.startswith("align: refit")
-    assert step.evidence["divergence"] < 0.8 * step.evidence["divergence_added"]
+    assert step.evidence["divergence"] < 0.9 * step.evidence["divergence_added"]
 
 
 def test_without_drift_the_factors_stay_as_they_are_byte_for_byte(story, tmp_path):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from portllm.methods.add import add
 from portllm.methods.choice import choose, on, wilson
-from portllm.methods.contract import Block, Comparison, Inputs, Part, Ported, Streams
+from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
+from portllm.methods.directions import domain_directions
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
 from portllm.methods.tail import Regression, balance, balance_move, logit_moves
@@ -25,12 +26,17 @@ from portllm.patch.patch import Patch
 
 ADD = "add"
 OLD_STATES = "the old specialist's states, read by the evolved head"
-SUBSPACE_STEPS = 3
+OWN_RANK = 8
+"""Directions of the domain that a writer reads beside those of the patch."""
 
 TAIL_RHO = 0.01
 TAIL_RANK = 8
 ANCHOR_SHARE = 0.05
 """What a token of general text counts in a correction at the last writer, beside a place of an answer."""
+
+
+MOST_NATS = 0.05
+"""What a candidate may cost beyond addition, in nats per token of general text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +59,11 @@ class Refit:
         return weights
 
 
-OMEGA, GENERAL = 0.05, 0.5
-REFITS = {f"refit rho={rho} omega={OMEGA} general={GENERAL}": Refit(rho, OMEGA, GENERAL) for rho in (1.0, 0.1)}
+OMEGA = 0.05
+SETTINGS = ((1.0, 0.5), (0.1, 0.2), (0.1, 0.05))
+"""Ridge, and what general text counts: for large updates, and with more and less of general text for small ones."""
+
+REFITS = {f"refit rho={rho} omega={OMEGA} general={general}": Refit(rho, OMEGA, general) for rho, general in SETTINGS}
 """The ones that change least come first."""
 
 
@@ -111,9 +120,24 @@ def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]
     by_name = {each.name: each for each in candidates}
     states = {name: moved(streams, each) for name, each in by_name.items()}
     found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
+    costly = too_dear(streams.nats("limit", {name: each.as_run for name, each in by_name.items()}))
     losses = streams.nats("judge", {name: each.as_run for name, each in by_name.items()})
     divergences = {name: on(found[name].nats, streams.compared, "choose") for name in by_name}
-    return _Climbed(found, by_name[choose(losses or divergences)])
+    affordable = {name: nats for name, nats in (losses or divergences).items() if name not in costly}
+    return _Climbed(found, by_name[choose(affordable)])
+
+
+def too_dear(nats: Mapping[str, Tensor]) -> set[str]:
+    """Candidates that cost more than `MOST_NATS` beyond addition, on average over rows of general text.
+
+    Args:
+        nats: Per token, of each candidate on each row; of none where there is no such text.
+
+    Example:
+        >>> too_dear({"add": torch.tensor([4.0, 4.2]), "refit": torch.tensor([4.1, 4.6])})
+        {'refit'}
+    """
+    return {name for name, rows in nats.items() if float((rows - nats[ADD]).mean()) > MOST_NATS}
 
 
 def _share(compared: Comparison, parts: Sequence[Part]) -> float:
@@ -133,22 +157,25 @@ def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -
             continue
         for name, how in refits.items():
             blocks = [_on_cpu(block) for block in writer.blocks(name)]
-            a = whole(delta.a).float() if delta is not None else principal(blocks, how, like.rank if like else 0)
+            if delta is None:
+                a = own_directions(blocks, how, OWN_RANK + (like.rank if like else 0))
+            else:
+                a = _beside(whole(delta.a).float(), own_directions(blocks, how, OWN_RANK), blocks)
             sums = [Sums.of(block.x @ a.T, block.error, how.weights(block)) for block in blocks]
             writer.put(name, a, sum(sums[1:], sums[0]).solve(how.rho).float())
 
 
-def principal(blocks: Sequence[Block], how: Refit, count: int) -> Tensor:
-    """Leading directions of weighted inputs, each of mean square 1 on them, by subspace iteration."""
-    weights = [how.weights(block) for block in blocks]
-    x = torch.cat([block.x * weight.sqrt()[:, None] for block, weight in zip(blocks, weights, strict=True)])
-    basis = torch.randn(x.shape[1], 2 * count, generator=torch.Generator().manual_seed(0))
-    for _ in range(SUBSPACE_STEPS):
-        basis = torch.linalg.qr(x.T @ (x @ basis)).Q
-    _, sizes, right = torch.linalg.svd(x @ basis, full_matrices=False)
-    typical = sizes[:count, None] / sum(float(weight.sum()) for weight in weights) ** 0.5
-    scaled: Tensor = (right @ basis.T)[:count] / typical.clamp(min=1e-12)
-    return scaled
+def own_directions(blocks: Sequence[Block], how: Refit, count: int) -> Tensor:
+    """What further rows of A read: directions of the prompts' inputs that general text hardly has."""
+    x, kind = (torch.cat([getattr(block, name) for block in blocks]) for name in ("x", "kind"))
+    weights, is_general = torch.cat([how.weights(block) for block in blocks]), kind == Kind.GENERAL
+    return domain_directions(x[~is_general], weights[~is_general], x[is_general], count)
+
+
+def _beside(a: Tensor, own: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """A with further rows, that read as much on average as its own do."""
+    x = torch.cat([block.x for block in blocks])
+    return torch.cat([a, own * (x @ a.T).pow(2).mean().sqrt()])
 
 
 def _on_cpu(block: Block) -> Block:
@@ -205,10 +232,12 @@ def made(start: Patch[Values], streams: Streams, candidate: Candidate) -> Patch[
     deltas: dict[str, LowRankDelta[Values]] = dict(start.deltas)
     more = dict(candidate.tail)
     for module, (a, b) in streams.put_by(candidate.walked).items():
+        rank = 0
         if module in deltas:
-            deltas[module] = add_to_b(deltas[module], b)
-        else:
-            more[module] = Factors(a, b).beside(more[module]) if module in more else Factors(a, b)
+            rank = deltas[module].rank
+            deltas[module] = add_to_b(deltas[module], b[:, :rank])
+        own = Factors(a[rank:], b[:, rank:])
+        more[module] = own.beside(more[module]) if module in more else own
     patch = replace(start, deltas=deltas)
     return with_appended(patch, more) if more else patch
 

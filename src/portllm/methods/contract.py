@@ -2,8 +2,9 @@
 
 A method is a pure function of a patch and its inputs: no file, no clock, no chance but through a parameter that its id
 records. It sees the whole patch, since what is done to one layer may depend on what was done to those before it, and
-gives the patch for the evolved model: the same modules and tensors, each with the shape and the scale it had. Tensors
-are `Values`, read when asked for; what a method passes on as it is goes to the new file byte for byte.
+gives the patch for the evolved model: the same modules and tensors, each with the shape it had and the scale that its
+configuration says. Tensors are `Values`, read when asked for; what a method passes on as it is goes to the new file
+byte for byte.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
     from portllm.arrays import Bool, Float, Float32, Float64, Int64
 
-Part = Literal["fit", "choose", "report", "judge", "anchor", "price"]
+Part = Literal["fit", "choose", "report", "judge", "anchor", "limit", "price"]
 """What a text is for, and none for two of these.
 
 A prompt is to fit on, to choose by or to report on; a row with its right answer is to choose by where there are some
-(`judge`); general text is to fit on (`anchor`), or to see what a patch costs there (`price`).
+(`judge`); general text is to fit on (`anchor`), to leave out what costs too much there (`limit`), or to report what the
+choice costs (`price`).
 """
 
 

@@ -32,9 +32,12 @@ LEAST_PROMPTS = 16
 LEAST_JUDGES = 8
 """Rows with answers to choose by."""
 
-ANCHORS = 48
+ANCHORS = 64
 ANCHOR_TOKENS = 48
-"""General text that is read: rows, and tokens of each at most. Half of it is fitted on."""
+"""General text that is read: rows, and tokens of each at most."""
+
+GENERAL: tuple[Part, ...] = ("anchor", "limit", "anchor", "price")
+"""What the rows of general text are for, in turn."""
 
 WRITTEN_TOKENS = 32
 """Of a row that the evolved model writes itself."""
@@ -141,7 +144,7 @@ def open_streams(
     )
     rows = {
         old: [Rows.answered(prompts, answers, split(texts)), *_judges(texts, encoder, domain)],
-        bare: [Rows.answered([row[:1] for row in general], [row[1:] for row in general], _alternate(len(general)))],
+        bare: [Rows.answered([row[:1] for row in general], [row[1:] for row in general], _dealt(len(general)))],
     }
     asked, *others = (
         Reading(each, model, device, domain.batch_size) for model, read in rows.items() for each in read if each.ids
@@ -193,8 +196,8 @@ def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, doma
     )
 
 
-def _alternate(n: int) -> tuple[Part, ...]:
-    return tuple("anchor" if place % 2 == 0 else "price" for place in range(n))
+def _dealt(n: int) -> tuple[Part, ...]:
+    return tuple(GENERAL[place % len(GENERAL)] for place in range(n))
 
 
 def _general(model: LayeredModel, encoder: Encoder, domain: Domain) -> list[Ids]:
