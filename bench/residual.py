@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import safe_open
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.windows import load_values
+from portllm.tensors.windows import load_values
 
 PREFIX = "base_model.model."
 

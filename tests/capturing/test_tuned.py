@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 import portllm
 from portllm.capturing.tuned import capture_tuned
 from portllm.capturing.tuned_plan import plan_capture_tuned
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.rows import RowReader
 from portllm.errors import NonFiniteError, OutputError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import read_record
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.rows import RowReader
 from tests.safetensors_files import contents
 
 LOGIT_TOLERANCE = 1e-4

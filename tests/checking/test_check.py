@@ -239,7 +239,7 @@ def test_experts_are_measured_in_every_layout_alike(layouts, tmp_path):
 
 
 def _factors(delta):
-    from portllm.checkpoint.reading.tensors import load
+    from portllm.tensors.tensors import load
 
     a, b = load(delta.a).double(), load(delta.b).double()
     n = getattr(delta, "n_experts", 1)

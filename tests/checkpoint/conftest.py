@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from portllm.checkpoint.reading import ranges as remote
+from portllm.tensors import ranges as remote
 from tests.hub import TOKEN, FakeHub
 
 

@@ -19,8 +19,6 @@ from portllm.checking.check import check_weights
 from portllm.checkpoint.hub import fetch, look_up
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint, side_file
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.windows import sample_window
 from portllm.checkpoint.safetensors.names import INDEX_FILE
 from portllm.errors import (
     AdapterFormatError,
@@ -39,6 +37,8 @@ from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import folder_of, load_patch, read_record
 from portllm.porting.port import port
 from portllm.running.folder import check_runnable, model_folder
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.windows import sample_window
 from tests.hub import COMMIT, OLDER_COMMIT, Repo
 from tests.safetensors_files import contents, entries_of, file_bytes
 

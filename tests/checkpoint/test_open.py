@@ -10,8 +10,6 @@ from safetensors import safe_open
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import digest
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading import bytes as raw_files
-from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.names import INDEX_FILE
 from portllm.errors import (
     AdapterFormatError,
@@ -27,6 +25,8 @@ from portllm.files import json_file
 from portllm.files.json_file import read_json
 from portllm.files.source import LocalFile
 from portllm.patch.adapter_folder import load_patch
+from portllm.tensors import bytes as raw_files
+from portllm.tensors.bytes import read_bytes
 from tests.safetensors_files import file_bytes, rewrite_header, write_tensors
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint.reading.tensors import load
 from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.combining.combine import combine
 from portllm.combining.plan import Exact, Selected, plan_combine
@@ -17,6 +16,7 @@ from portllm.errors import NonFiniteError, OutputExistsError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.combine import concatenate
 from portllm.patch.delta import LowRankDelta, WholeValue
+from portllm.tensors.tensors import load
 from tests.safetensors_files import contents
 
 LOGIT_TOLERANCE = 1e-4

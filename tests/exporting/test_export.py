@@ -96,7 +96,7 @@ def test_the_file_alone_holds_what_the_folder_does(tiny, base, tmp_path):
 
 
 def dense(patch):
-    from portllm.checkpoint.reading.tensors import load
+    from portllm.tensors.tensors import load
 
     deltas = load_patch(patch).deltas
     return {module: delta.scale * load(delta.b).double() @ load(delta.a).double() for module, delta in deltas.items()}

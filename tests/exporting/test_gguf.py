@@ -13,8 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import portllm
 from portllm.checkpoint.gguf.tensors import architectures
-from portllm.checkpoint.reading.tensors import load
 from portllm.errors import PlanRefusedError
+from portllm.tensors.tensors import load
 from tests import models
 from tests.quantized import SIZES, write_gguf
 from tests.tiny_gguf import convert_llama

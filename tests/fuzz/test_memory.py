@@ -13,8 +13,8 @@ from portllm.files.json_text import MAX_VALUES
 
 MOST_BYTES = 2_000_000_000
 
-JSON = "from portllm.checkpoint.reading.bytes import read_json as read"
-HEADER = "from portllm.checkpoint.reading.bytes import read_header as read"
+JSON = "from portllm.tensors.bytes import read_json as read"
+HEADER = "from portllm.tensors.bytes import read_header as read"
 GGUF = "from portllm.checkpoint.gguf.header import read_gguf_header as read"
 LIST = """
 from portllm.checkpoint.gguf.file import open_gguf

@@ -13,7 +13,6 @@ from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned import capture_tuned
 from portllm.capturing.tuned_plan import plan_capture_tuned
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError, PlanRefusedError
 from portllm.inspecting.inspect import inspect
 from portllm.merging.merge import merge
@@ -21,6 +20,7 @@ from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
+from portllm.tensors.tensors import load
 
 F32_LOGITS = 2e-4
 """Logits of size 1 to 10 from weights in float32, once merged and once not: the sums differ in their last bits."""

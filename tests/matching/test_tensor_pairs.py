@@ -5,8 +5,8 @@ import torch
 
 from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.matching.tensor_pairs import pair_tensors
+from portllm.tensors.tensors import load
 from tests.safetensors_files import write_tensors
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.matching.port_plan import plan_port
 from portllm.matching.token_rows import map_tokens
 from portllm.matching.update import Update
@@ -20,6 +19,7 @@ from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
 from portllm.porting.text import render_port
 from portllm.show.headline import Headline
+from portllm.tensors.tensors import load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES
 from portllm.measures import kept_gain
 from portllm.measures.kept_gain import STORED_AS, measure_rounding
 from portllm.patch.merge import measure_merge
+from portllm.tensors.tensors import TORCH_DTYPES
 
 SAME_SUMS = 1e-5
 """Products in float32 on both sides, over other rows."""

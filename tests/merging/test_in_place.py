@@ -49,7 +49,7 @@ def weights(folder):
 
 
 def tensors(folder):
-    from portllm.checkpoint.reading.bytes import read_bytes
+    from portllm.tensors.bytes import read_bytes
 
     return {name: read_bytes(info) for name, info in open_checkpoint(folder).infos.items()}
 

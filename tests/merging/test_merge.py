@@ -11,8 +11,6 @@ import portllm
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load
 from portllm.errors import (
     DeviceError,
     NonFiniteError,
@@ -28,6 +26,8 @@ from portllm.merging.merge import merge
 from portllm.merging.options import MergeOptions
 from portllm.merging.rounding_modes import Nearest, Stochastic
 from portllm.patch.adapter_folder import load_patch
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.tensors import TORCH_DTYPES, encode, load
 from tests.safetensors_files import contents, write_tensors
 
 MEASURE_TOLERANCE = 1e-5  # the sums of a block are taken in float32, see measure_merge

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.spans import SpanReader
 from portllm.checkpoint.safetensors.writer import ShardWriter
 from portllm.errors import (
     CheckpointError,
@@ -28,6 +27,7 @@ from portllm.merging.merge import merge, merge_each
 from portllm.merging.options import MergeOptions
 from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.adapter_folder import load_patch
+from portllm.tensors.spans import SpanReader
 from tests.processes import die, in_child
 from tests.safetensors_files import contents
 

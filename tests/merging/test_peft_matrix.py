@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from portllm.capturing.adapter import capture_adapter, plan_capture
 from portllm.capturing.tuned import capture_tuned
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.errors import AdapterFormatError, NonFiniteError
 from portllm.matching.port_plan import plan_port
 from portllm.matching.update import Update
@@ -24,6 +23,7 @@ from portllm.patch.adapter_config import NEUTRAL_VALUES
 from portllm.patch.adapter_folder import folder_of, load_patch
 from portllm.patch.adapter_keys import Role, parse_key
 from portllm.porting.port import port
+from portllm.tensors.tensors import load
 from tests.adapter_matrix import BYTES, LAYOUT_KINDS, LAYOUTS, LOGITS, MAGNITUDES, MATRIX, REFUSED
 
 pytestmark = [

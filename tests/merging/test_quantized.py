@@ -16,8 +16,6 @@ from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned_plan import plan_capture_tuned
 from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model import identity
-from portllm.checkpoint.reading.tensors import load
-from portllm.checkpoint.reading.windows import load_values
 from portllm.combining.combine import combine
 from portllm.combining.plan import plan_combine
 from portllm.errors import PlanRefusedError
@@ -28,6 +26,8 @@ from portllm.merging.options import MergeOptions
 from portllm.merging.plan import plan_merge
 from portllm.patch.record import FittedTo, ModelIdentity
 from portllm.porting.port import port
+from portllm.tensors.tensors import load
+from portllm.tensors.windows import load_values
 from portllm.verifying.verify import verify
 from tests.models import load_tuned, make_adapter
 from tests.quantized import quantize_model, write_gguf

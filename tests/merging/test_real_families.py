@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 import portllm
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.builtin import BUILTIN, builtin_folder
-from portllm.checkpoint.reading.tensors import load, load_rows
 from portllm.inspecting.inspect import inspect
 from portllm.merging.merge import merge
 from portllm.porting.port import port
+from portllm.tensors.tensors import load, load_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

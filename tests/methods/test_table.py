@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.errors import NonFiniteError, PlanRefusedError, UnknownMethodError
 from portllm.methods.add import add, add_suits
 from portllm.methods.contract import Inputs, Need, Ported, PortMethod
@@ -16,6 +15,7 @@ from portllm.methods.table import METHODS, method_named
 from portllm.methods.values import Computed, computed, whole
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.port import port
+from portllm.tensors.tensors import load
 from tests.methods.contract import EVOLVED, MIXED, PATCHES, RELATIVE, require_contract, rescaled, run
 
 WEIGHTS = frozenset({Need.WEIGHTS})

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.checkpoint.tensor.rounding import round_to
 from portllm.native import kernels
 from portllm.patch.merge import add, delta_rows, measure_merge, round_nearest
+from portllm.tensors.rounding import round_to
 
 if kernels is None:
     pytest.skip("the loops were not built, or the processor cannot run them", allow_module_level=True)

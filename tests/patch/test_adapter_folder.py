@@ -11,7 +11,6 @@ from safetensors import safe_open
 
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.errors import AdapterFormatError, HeaderError, PatchRecordError
 from portllm.files.record import encode
 from portllm.files.seal import render_sealed
@@ -26,6 +25,7 @@ from portllm.patch.adapter_folder import (
     write_record,
 )
 from portllm.patch.record import Capture, ModelIdentity, PatchRecord, PortStep
+from portllm.tensors.bytes import read_bytes
 from tests.safetensors_files import contents, count, write_tensors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}

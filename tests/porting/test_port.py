@@ -13,13 +13,13 @@ import torch
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.windows import SAMPLE_BYTES
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import OutputError, OutputExistsError, PlanRefusedError, UnknownMethodError
 from portllm.matching.port_plan import plan_port
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import digest_tensors, files_of, load_patch
 from portllm.porting.port import port, port_each
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import SAMPLE_BYTES
 from tests.safetensors_files import contents, write_sparse, write_tensors
 
 LOGITS_TOLERANCE = 2e-5
@@ -38,7 +38,7 @@ def add_by_hand(base, patch):
     """The model with every delta added to its weight, all of it in float32."""
     from transformers import LlamaForCausalLM
 
-    from portllm.checkpoint.reading.tensors import load
+    from portllm.tensors.tensors import load
 
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def q_proj_patch(folder, d_out, d_in, *, name="q_proj"):
 
 
 def floats(values, dtype):
-    from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
+    from portllm.tensors.tensors import TORCH_DTYPES, encode
 
     return dtype, tuple(values.shape), bytes(encode(values.to(TORCH_DTYPES[dtype])))
 

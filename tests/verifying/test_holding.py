@@ -146,7 +146,7 @@ def test_the_command_exits_with_three_and_names_the_tensors(portllm, merges, tin
 def test_a_change_far_below_the_last_bit_is_told_from_none():
     draw = np.random.default_rng(0)
     base = draw.normal(size=100_000).astype(np.float32)
-    from portllm.checkpoint.tensor.rounding import round_to
+    from portllm.tensors.rounding import round_to
 
     base = round_to(base, "BF16")
     delta = (1e-4 * draw.normal(size=base.size)).astype(np.float32)

@@ -17,8 +17,6 @@ from torch.nn.functional import embedding
 from portllm.applying.plan import Site, plan_apply
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.checkpoint.reading.tensors import load
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, PortLLMError, Refusal, refuse
 from portllm.matching.base import base_mismatch
 from portllm.matching.changes import oriented
@@ -27,6 +25,8 @@ from portllm.patch.delta import LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.identify import identify
 from portllm.patch.merge import delta_rows, renormalize
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import load
 
 
 class Applied:

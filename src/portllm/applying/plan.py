@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.changes import changes_of
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)

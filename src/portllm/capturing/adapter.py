@@ -10,7 +10,6 @@ from portllm.capturing.stored_values import StoredValues, settled, stacked
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, require_equal
 from portllm.checkpoint.open import on_disk
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import staged_folder
 from portllm.files.source import LocalFile
@@ -30,6 +29,7 @@ from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, FittedTo, PatchRecord
 from portllm.patch.side_files import uncopyable
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def run_capture(
                 _write(folder, patch, base, captured, plan.added, adapter.card)
         return load_patch(out)
     from portllm.capturing.initial import convert  # loads torch, which few adapters need
-    from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
+    from portllm.tensors.spool import SPOOL_FILE, Spool
 
     if initial is None:
         base = on_disk(base, progress=progress)

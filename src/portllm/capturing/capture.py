@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, overload
 from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned_plan import Dense
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortLLMError
 from portllm.patch.adapter_folder import PatchLike, open_adapter
 from portllm.patch.patch import Patch
 from portllm.patch.record import FittedTo
 from portllm.progress import Progress, silent
 from portllm.running.examples import recorded_wording
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.capturing.tuned import TunedReport

@@ -13,12 +13,12 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import are_stored_alike
 from portllm.checkpoint.model.experts import Experts
 from portllm.checkpoint.model.identity import digest_stored
-from portllm.checkpoint.reading.spool import Spool
-from portllm.checkpoint.reading.tensors import load
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.linalg import square_sum
 from portllm.patch.capture import Captured, capture_low_rank
 from portllm.patch.delta import ExpertsDelta
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.spool import Spool
+from portllm.tensors.tensors import load
 
 
 def compare_experts(name: str, plan: TunedPlan, *, known: Known, spool: Spool) -> Compared:

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.spool import Spool
-from portllm.checkpoint.reading.tensors import load
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.linalg import frobenius
 from portllm.matching.changes import oriented
@@ -30,6 +27,9 @@ from portllm.patch.initial_factors import (
 )
 from portllm.patch.patch import Patch
 from portllm.progress import Progress
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.spool import Spool
+from portllm.tensors.tensors import load
 
 UNIT_ROUNDOFF = {"BF16": 2.0**-9, "F16": 2.0**-12, "F32": 2.0**-25, "F64": 2.0**-25}
 """Half a step of a storage dtype, relative: to what PEFT rounded the weights that it left; it knows no float64."""

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_bytes
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.changes import oriented
 from portllm.patch.adapter_folder import why_unconverted
 from portllm.patch.adapter_start import RECOMPUTED_INITS, named_init
 from portllm.patch.nothing import has_values
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 OPTION = "--initial"
 

@@ -9,15 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.methods.values import Values, blocks, joined, n_rows_of, take_rows
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from portllm.checkpoint.reading.spool import Spool
+    from portllm.tensors.spool import Spool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class StoredValues:
 
     def rows(self, start: int, stop: int) -> "Tensor":
         """Read these rows."""
-        from portllm.checkpoint.reading.tensors import load_rows  # loads torch, which most ports do without
+        from portllm.tensors.tensors import load_rows  # loads torch, which most ports do without
 
         return load_rows(self.info, start, stop)
 
@@ -60,7 +60,7 @@ def settled(patch: Patch[Values], folder: Path) -> Iterator[Patch[TensorInfo]]:
 
         @cache
         def spool() -> "Spool":
-            from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
+            from portllm.tensors.spool import SPOOL_FILE, Spool
 
             return stack.enter_context(Spool(folder / SPOOL_FILE))
 
@@ -68,7 +68,7 @@ def settled(patch: Patch[Values], folder: Path) -> Iterator[Patch[TensorInfo]]:
 
 
 def _put(values: Values, spool: "Spool") -> TensorInfo:
-    from portllm.checkpoint.reading.tensors import DTYPE_NAMES
+    from portllm.tensors.tensors import DTYPE_NAMES
 
     computed = (_finite(values, *block) for block in blocks(n_rows_of(values), math.prod(values.shape[1:])))
     first = next(computed)

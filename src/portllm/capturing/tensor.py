@@ -11,15 +11,15 @@ from torch import Tensor
 
 from portllm.capturing.tuned_plan import Dense, RowMap, TunedPair
 from portllm.checkpoint.model.identity import digest_stored
-from portllm.checkpoint.reading.rows import RowReader
-from portllm.checkpoint.reading.spool import Spool
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load_rows
-from portllm.checkpoint.reading.windows import runs
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.linalg import square_sum, working_dtype
 from portllm.patch.capture import RoundingNoise, truncate
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.rows import RowReader
+from portllm.tensors.spool import Spool
+from portllm.tensors.tensors import TORCH_DTYPES, encode, load_rows
+from portllm.tensors.windows import runs
 
 BLOCK_ELEMENTS = 1 << 17
 """Elements read at once: what is done to them finds them in the processor's cache."""

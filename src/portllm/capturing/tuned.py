@@ -19,8 +19,6 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import are_stored_alike, require_equal
 from portllm.checkpoint.model.identity import digest_of, digest_stored, known_digests, remember_digests
 from portllm.checkpoint.open import on_disk
-from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.output_folder import check_free, staged_folder
 from portllm.patch.adapter_config import AdapterConfig
@@ -33,6 +31,8 @@ from portllm.patch.new_adapter import canonical_config, place_values, stored_nam
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.spool import SPOOL_FILE, Spool
 from portllm.workers.one_thread import one_thread_each
 
 TASKS = {"seq2seq": "SEQ_2_SEQ_LM", "sequence": None, "token": None}

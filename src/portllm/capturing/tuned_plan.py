@@ -11,12 +11,12 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, look_same
 from portllm.checkpoint.model.experts import Experts
 from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, is_embedding
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, read_vocabulary
 from portllm.errors import Refusal
 from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.identify import identify
 from portllm.patch.record import ModelIdentity
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 ABSENT = "the model that transformers builds does not have it, or has it in another form"
 

@@ -27,7 +27,6 @@ from portllm.certifying.certificate import (
 from portllm.certifying.inputs import Asked, CertifySettings, Respondent, ask, read_inputs
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.evaluating.decision import points_text
@@ -43,6 +42,7 @@ from portllm.progress import Progress, silent
 from portllm.running.data import Data, chat_template_for
 from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.certifying.agreement import Agreement

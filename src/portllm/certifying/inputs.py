@@ -9,13 +9,13 @@ from blake3 import blake3
 
 from portllm.certifying.bounds import CONFIDENCE, MOST_CONFIDENCE
 from portllm.certifying.certificate import Inputs
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError, PortLLMError
 from portllm.evaluating.names import AnswerKind
 from portllm.patch.patch import Patch
 from portllm.running.chat_template import template_digest
 from portllm.running.data import Data, read_data
 from portllm.running.labels import are_texts
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.evaluating.answers import Questions

@@ -21,8 +21,6 @@ from portllm.checking.verdict import Measures, judge
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
-from portllm.checkpoint.reading.stacks import AlikeReader
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.matching.changes import changes_on
@@ -38,6 +36,8 @@ from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.stacks import AlikeReader
 
 ADD = "add"
 """The method that leaves a patch as it is."""

@@ -7,11 +7,11 @@ from portllm.checking.prompts.text import render_text, render_texts
 from portllm.checking.report import CheckReport, PatchReport, patch_to_json
 from portllm.checking.tables import kind_rows, layer_rows, patch_facts, patch_rows, update_facts
 from portllm.checking.update.report import update_to_json
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.show.headline import Tone, headline_lines
 from portllm.show.table import columns, table
+from portllm.tensors.info import TensorInfo
 
 Failed = Sequence[Outcome[Patch[TensorInfo]]]
 

@@ -40,15 +40,6 @@ from huggingface_hub.file_download import repo_folder_name
 from portllm import __version__
 from portllm.checkpoint.folder import open_folder, why_no_model
 from portllm.checkpoint.model.checkpoint import CONFIG_FILE, SIDE_SUFFIXES, Checkpoint
-from portllm.checkpoint.reading.ranges import (
-    PASSING_STATUSES,
-    TryAgainError,
-    concurrently,
-    guard_client,
-    read_range,
-    requested_wait,
-    with_retries,
-)
 from portllm.checkpoint.safetensors.folder import join_shards, read_weight_map, require_shards, tensors_of
 from portllm.checkpoint.safetensors.header import Header, parse_header, parse_header_length
 from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
@@ -57,6 +48,15 @@ from portllm.files.json_file import MAX_JSON_BYTES, read_config
 from portllm.files.own_files import write_text
 from portllm.files.source import RemoteFile
 from portllm.progress import Progress, silent
+from portllm.tensors.ranges import (
+    PASSING_STATUSES,
+    TryAgainError,
+    concurrently,
+    guard_client,
+    read_range,
+    requested_wait,
+    with_retries,
+)
 
 HEADER_GUESS_BYTES = 100_000
 """Read at the start of a file in one request: its length and, for most files, the whole header."""

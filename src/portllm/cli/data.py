@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from portllm.checkpoint.model.checkpoint import Checkpoint
-    from portllm.checkpoint.tensor.info import TensorInfo
     from portllm.patch.patch import Patch
     from portllm.running.data import Data
+    from portllm.tensors.info import TensorInfo
 
 DATA = "A data file: JSONL, JSON, CSV or Parquet; or a dataset of the Hub: hf://datasets/OWNER/NAME/SPLIT."
 

@@ -44,8 +44,8 @@ class MergeDevice(StrEnum):
 
 
 def _dtype(name: str) -> str:
-    from portllm.checkpoint.tensor.info import float_dtype
     from portllm.errors import UnsupportedDtypeError
+    from portllm.tensors.info import float_dtype
 
     try:
         return float_dtype(name)

@@ -102,7 +102,6 @@ def port(
     output; one that fails does not stop the others.
     """
     from portllm.checkpoint.open import open_checkpoint
-    from portllm.checkpoint.tensor.info import TensorInfo
     from portllm.cli.progress import shown_progress
     from portllm.matching.port_plan import PortPlan
     from portllm.matching.update import Update
@@ -121,6 +120,7 @@ def port(
         trained_tokens_lost,
     )
     from portllm.probing.domain import Asking, domain_of
+    from portllm.tensors.info import TensorInfo
 
     if force and method != AUTO:
         raise typer.BadParameter("--force requires --method auto; any other method ports whatever is compatible.")

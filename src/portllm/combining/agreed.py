@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from portllm.checkpoint.model.side_files import HEAD_FILE
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE
 from portllm.errors import Refusal
 from portllm.files.input_file import read_input
@@ -23,6 +21,8 @@ from portllm.matching.side_files import TOKENIZER_CONFIG, is_same
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.patch import Patch
 from portllm.patch.side_files import TEMPLATE_FILES, VOCABULARY_FILES
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import load_values
 
 Patches = Sequence[Patch[TensorInfo]]
 

@@ -10,8 +10,6 @@ import numpy as np
 from blake3 import blake3
 
 from portllm import __version__
-from portllm.checkpoint.reading.spool import SPOOL_FILE, Spool
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.combining.plan import EXACT, Combination, CombinePlan, CombineReport, plan_combine
 from portllm.combining.side_by_side import Factors, side_by_side, values_of
 from portllm.errors import PlanRefusedError, Refusal, refuse
@@ -25,6 +23,8 @@ from portllm.patch.new_adapter import canonical_config
 from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.spool import SPOOL_FILE, Spool
 
 
 def combine(

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.combining.agreed import Agreed, agree, is_of_added_tokens
 from portllm.errors import Refusal
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
+from portllm.tensors.info import TensorInfo
 
 NOT_ADDITIVE = ("use_dora", "target_parameters", "lora_bias", "modules_to_save")
 """Fields of a configuration whose tensors are more than deltas that add up."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from portllm.arrays import Float32
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.delta import LowRankDelta
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import load_values
 
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.floating]]
 Factors = tuple[Float32[np.ndarray, "..."], Float32[np.ndarray, "..."]]

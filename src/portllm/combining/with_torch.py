@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from portllm.checkpoint.reading.tensors import load
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.combining.plan import Combination, Exact, Selected
 from portllm.errors import NonFiniteError
 from portllm.patch.capture import Captured
 from portllm.patch.combine import concatenate, rerank, select
 from portllm.patch.delta import LowRankDelta
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import load
 from portllm.workers.one_thread import one_thread
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.matching.added_tokens import added_tokens, height_of, unexplained
 from portllm.matching.base import base_mismatch
@@ -20,6 +19,7 @@ from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
 from portllm.running.folder import model_folder
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from portllm.checkpoint.reading.tensors import encode
 from portllm.checkpoint.safetensors.writer import Entry, Shard, ShardWriter
 from portllm.exporting.factors import Factors
 from portllm.exporting.plan import ExportPlan
@@ -15,6 +14,7 @@ from portllm.patch.adapter_folder import CONFIG_FILE, MLX_FILE, TENSOR_FILE, nam
 from portllm.patch.adapter_keys import Role, render_key
 from portllm.patch.new_adapter import canonical_config
 from portllm.patch.side_files import copy_into
+from portllm.tensors.tensors import encode
 
 _IN_LAYER = re.compile(r".*?\.layers\.(?P<layer>\d+)\.(?P<path>.*)")
 

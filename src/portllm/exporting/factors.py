@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from portllm.arrays import Float
-from portllm.checkpoint.reading.tensors import load, torch_dtype
 from portllm.errors import NonFiniteError
 from portllm.exporting.plan import Slot
 from portllm.progress import Progress, silent
+from portllm.tensors.tensors import load, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)

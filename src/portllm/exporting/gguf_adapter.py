@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from portllm.checkpoint.gguf.places import Place, architecture_of, place_of
-from portllm.checkpoint.reading.decoding import stored_rows
-from portllm.checkpoint.reading.tensors import encode
-from portllm.checkpoint.tensor.info import n_bytes_of
 from portllm.exporting.factors import Factors
 from portllm.exporting.plan import ExportPlan
 from portllm.patch.adapter_tensors import WEIGHT
+from portllm.tensors.decoding import stored_rows
+from portllm.tensors.info import n_bytes_of
+from portllm.tensors.tensors import encode
 
 
 def write_gguf_lora(folder: Path, plan: ExportPlan, factors: Iterable[Factors], *, file: str) -> None:

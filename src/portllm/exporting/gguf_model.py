@@ -21,12 +21,7 @@ from portllm.checkpoint.gguf.header import ListPlace, read_gguf_header, read_ggu
 from portllm.checkpoint.gguf.places import Place, architecture_of, gguf_file_of
 from portllm.checkpoint.gguf.tensors import architectures
 from portllm.checkpoint.open import side_file
-from portllm.checkpoint.reading.decoding import stored_rows
-from portllm.checkpoint.reading.numbers import decode_floats
 from portllm.checkpoint.safetensors.writer import Entry
-from portllm.checkpoint.tensor.encoding import GGMLBlocks
-from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
-from portllm.checkpoint.tensor.rounding import encode_floats
 from portllm.exporting.gguf_template import placed_steps, read_vector
 from portllm.exporting.plan import ExportPlan
 from portllm.merging.plan import MergePlan, MergeStep
@@ -35,6 +30,11 @@ from portllm.messages import errors_only
 from portllm.patch.rounding import MergeSums
 from portllm.patch.side_files import TEMPLATE_FILES, TOKENIZER_FILES, copy_into
 from portllm.progress import Progress
+from portllm.tensors.decoding import stored_rows
+from portllm.tensors.encoding import GGMLBlocks
+from portllm.tensors.info import TensorInfo, n_bytes_of
+from portllm.tensors.numbers import decode_floats
+from portllm.tensors.rounding import encode_floats
 
 MODEL_FILES = (*TOKENIZER_FILES, *TEMPLATE_FILES, "config.json", "generation_config.json")
 """What the special tokens and the chat template are read from."""

@@ -12,8 +12,6 @@ from portllm.checkpoint.gguf.file import GGUFFile
 from portllm.checkpoint.gguf.places import LAYERS, architecture_of, gguf_file_of, place_of
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import on_disk
-from portllm.checkpoint.tensor.encoding import is_plain
-from portllm.checkpoint.tensor.info import TensorInfo, float_dtype
 from portllm.errors import Refusal
 from portllm.exporting.gguf_template import OPTION as TEMPLATE
 from portllm.exporting.gguf_template import placed_steps, template_refusals
@@ -34,6 +32,8 @@ from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.serving.runtime import Form, Part, Runtime
+from portllm.tensors.encoding import is_plain
+from portllm.tensors.info import TensorInfo, float_dtype
 
 SHOWN = 3
 _LAYER = re.compile(r"\.\d+\.")

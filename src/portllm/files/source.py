@@ -63,4 +63,4 @@ class RemoteFile:
 
 
 Source = LocalFile | RemoteFile
-"""What holds a tensor's bytes; `portllm.checkpoint.reading.bytes.read_bytes` reads either."""
+"""What holds a tensor's bytes; `portllm.tensors.bytes.read_bytes` reads either."""

@@ -17,7 +17,6 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint
 from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import (
     CheckpointError,
     OutputBusyError,
@@ -40,6 +39,7 @@ from portllm.merging.rounding_modes import NEAREST, Stochastic
 from portllm.patch.adapter_folder import RECORD_FILE, load_patch
 from portllm.patch.patch import Patch
 from portllm.porting.port import run_port
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.checking.report import PatchReport

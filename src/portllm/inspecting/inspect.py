@@ -9,7 +9,6 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.hub_names import names_hub
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
 from portllm.patch.adapter_folder import CONFIG_FILE, PatchLike, open_adapter, stored_tensors
 from portllm.patch.adapter_tensors import WEIGHT
@@ -18,6 +17,7 @@ from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import MAX_ROWS, read_vocabulary, vocabulary_in
 from portllm.errors import Refusal
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import Factor, RowValues
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 F = TypeVar("F", bound=Factor)
 

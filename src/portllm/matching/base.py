@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint_in
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.compatibility import unmatchable
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 
 def base_mismatch(

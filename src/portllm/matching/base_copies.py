@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, looks_like_copy
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.tensor_pairs import rows_of
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import WholeValue
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 SHOWN = 4
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import side_file
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, added_entries, read_vocabulary
 from portllm.errors import Refusal
 from portllm.matching.added_tokens import height_of, matrices_of, n_rows_of, padded, vocabulary_of
 from portllm.matching.token_rows import TokenMap, token_map
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.matching.experts import expert_changes
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import Change, Factor, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 F = TypeVar("F", bound=Factor)
 

@@ -6,8 +6,6 @@ from dataclasses import replace
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual
 from portllm.checkpoint.model.names import is_embedding
-from portllm.checkpoint.tensor.encoding import Unread
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.changes import changes_of, oriented
 from portllm.matching.experts import expert_mismatches
@@ -17,6 +15,8 @@ from portllm.patch.adapter_config import HEAD_NAMES
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
+from portllm.tensors.encoding import Unread
+from portllm.tensors.info import TensorInfo
 
 
 def mismatches(patch: Patch[TensorInfo], checkpoint: Checkpoint, *, n_rows: int | None = None) -> Iterator[Refusal]:

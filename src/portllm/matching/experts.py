@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.experts import Experts
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.storage import unaddable
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 
 def expert_changes(name: str, delta: ExpertsDelta[TensorInfo], checkpoint: Checkpoint) -> dict[str, Change[TensorInfo]]:

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Iterator
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.changes import changes_of
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 
 class Named:

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.delta import Factor
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 F = TypeVar("F", bound=Factor)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import read_vocabulary
 from portllm.errors import Refusal
 from portllm.files.source import Source
@@ -36,6 +35,7 @@ from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import Choice, ModelIdentity
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

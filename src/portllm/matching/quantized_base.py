@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.windows import load_spans, sample_span
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal
 from portllm.measures.drift import DriftSums, measure_drift
 from portllm.measures.four_bit import SCHEMES
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import load_spans, sample_span
 
 OPTION = "--quantized-base"
 

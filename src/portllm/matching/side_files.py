@@ -8,7 +8,6 @@ from pathlib import Path
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.side_files import HEAD_FILE
 from portllm.checkpoint.open import side_file
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import TOKENIZER_FILE, added_entries, parse_vocabulary, read_vocabulary
 from portllm.errors import CheckpointError, Refusal
 from portllm.files.input_file import read_input
@@ -17,6 +16,7 @@ from portllm.files.source import LocalFile
 from portllm.matching.added_tokens import vocabulary_of
 from portllm.patch.patch import Patch
 from portllm.patch.side_files import TEMPLATE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, uncopyable
+from portllm.tensors.info import TensorInfo
 
 OPTION = "--tokenizer"
 BASE, PATCH = "base", "patch"

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 
 def unaddable(where: str, name: str, stored: Iterable[TensorInfo], model: Checkpoint) -> Iterator[Refusal]:

@@ -6,8 +6,8 @@ from functools import cached_property
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.experts import Experts
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.measures.places import TensorPlace, place_of
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 
 @dataclass(frozen=True)

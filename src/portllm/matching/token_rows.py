@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer, read_vocabulary
 from portllm.errors import Refusal
 from portllm.matching.changes import changes_of
@@ -17,6 +16,7 @@ from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_tensors import BIAS, WEIGHT
 from portllm.patch.delta import Factor, RowValues, WholeValue
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 F = TypeVar("F", bound=Factor)
 

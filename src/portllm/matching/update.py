@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.windows import load_spans, sample_span
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.matching.changes import outline
 from portllm.matching.compatibility import mismatches
@@ -15,6 +13,8 @@ from portllm.measures.drift import DriftSums, measure_drift
 from portllm.patch.identify import identify
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
+from portllm.tensors.windows import load_spans, sample_span
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ A loop in C takes the sums in one pass, where it was built (`portllm.native`); e
 import numpy as np
 
 from portllm.arrays import Float32
-from portllm.checkpoint.tensor.rounding import round_to
 from portllm.native import kernels
 from portllm.patch.rounding import MergeSums
+from portllm.tensors.rounding import round_to
 
 STORED_AS = ("BF16", "F16", "F32")
 """The dtypes that a model is stored in for use."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from portllm.checkpoint.reading.spans import SpanReader
-from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
 from portllm.errors import NonFiniteError
 from portllm.merging.plan import MergeStep
 from portllm.merging.rounding_modes import Rounding
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
 from portllm.patch.rounding import MergeSums
+from portllm.tensors.info import TensorInfo, n_bytes_of
+from portllm.tensors.spans import SpanReader
 
 if TYPE_CHECKING:
     from portllm.patch.merge import Scratch
@@ -139,7 +139,7 @@ class Workspace:
 def _reader(device: str, *, keep_cached: bool) -> SpanReader:
     if device == "cpu":
         return SpanReader(keep_cached=keep_cached)
-    from portllm.checkpoint.reading.rows import RowReader
+    from portllm.tensors.rows import RowReader
 
     return RowReader(pinned=True, keep_cached=keep_cached)
 
@@ -186,7 +186,7 @@ def read_blocks(cut: Tiling, bench: Workspace) -> Iterator[SourceBlock]:
         elif cut.matrix.encoding is None:
             yield SourceBlock(start, stop, bench.reader.span(cut.matrix, start * row_bytes, stop * row_bytes))
         else:
-            from portllm.checkpoint.reading.tensors import encode, load_rows  # loads torch
+            from portllm.tensors.tensors import encode, load_rows  # loads torch
 
             yield SourceBlock(start, stop, encode(load_rows(cut.matrix, start, stop)))
 
@@ -195,7 +195,7 @@ def _rows_behind(cut: Tiling, start: int, stop: int, row_bytes: int) -> memoryvi
     """Rows that the file does not have, as it would store them."""
     if cut.resized is None:
         return memoryview(bytearray((stop - start) * row_bytes))
-    from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load_rows  # loads torch
+    from portllm.tensors.tensors import TORCH_DTYPES, encode, load_rows  # loads torch
 
     return encode(load_rows(cut.resized, start, stop).to(TORCH_DTYPES[cut.matrix.dtype]))
 

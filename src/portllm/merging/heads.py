@@ -4,11 +4,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, MissingExtraError, Refusal
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.patch import Patch
 from portllm.patch.side_files import labels_in
+from portllm.tensors.info import TensorInfo
 
 TASK_NAMES: Mapping[str, str] = {
     "SEQ_CLS": "classifies sequences", "TOKEN_CLS": "classifies tokens", "QUESTION_ANS": "answers questions",

@@ -23,9 +23,7 @@ from portllm.checkpoint.model.equality import listed_tensors, require_equal
 from portllm.checkpoint.model.identity import digest_of, digest_tensor, fingerprint
 from portllm.checkpoint.model.side_files import require_writable_name
 from portllm.checkpoint.model.unfinished import UNFINISHED_FILE
-from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.writer import ShardWriter, lay_out
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, OutputBusyError, OutputError, Refusal, refuse
 from portllm.files.input_file import require_in_place, require_unchanged
 from portllm.files.json_file import read_json
@@ -55,6 +53,8 @@ from portllm.patch.adapter_folder import PatchLike, files_of, load_patch
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
 from portllm.progress import Progress, silent
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.info import TensorInfo
 from portllm.workers.threads import Tell, run_side_by_side
 
 COPY_BYTES = 1 << 22

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from portllm.checkpoint.safetensors.writer import DEFAULT_SHARD_BYTES
-from portllm.checkpoint.tensor.info import float_dtype
 from portllm.merging.rounding_modes import NEAREST, Rounding
+from portllm.tensors.info import float_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

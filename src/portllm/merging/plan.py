@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import TakenForEqual, listed_tensors, same_bytes
 from portllm.checkpoint.safetensors.writer import Entry, Shard, lay_out
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import Refusal
 from portllm.files.source import Source
 from portllm.matching.added_tokens import added_tokens, height_of, n_rows_of, unexplained
@@ -29,6 +28,7 @@ from portllm.patch.identify import identify
 from portllm.patch.nothing import why_nothing
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 """Of `config.json`: how transformers loads the weights."""

@@ -8,9 +8,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from portllm.arrays import Float32
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.checkpoint.tensor.rounding import round_to
 from portllm.matching.quantized_base import Fitted
 from portllm.measures.four_bit import BLOCK_SIZE, SCHEMES, FourBitScheme, block_scales, requantized, stored_scales
 from portllm.measures.quantization_gap import GapSums, QuantizationGap
@@ -19,6 +16,9 @@ from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.rounding import MergeSums
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.rounding import round_to
+from portllm.tensors.windows import load_values
 
 BLOCK_ELEMENTS = 1 << 17
 """Elements at once: few enough for a processor's cache, in which a dozen passes go over them."""

@@ -31,13 +31,13 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.unfinished import UNFINISHED_FILE
 from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.names import SINGLE_FILE
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, OutputBusyError, OutputError
 from portllm.files.json_file import read_json
 from portllm.files.output_folder import sweep
 from portllm.files.own_files import Held, is_own_file, opened, part_of, remove_file, remove_folder, write_within
 from portllm.files.record import Blake3, Recorded, decode_sealed, write_sealed
 from portllm.files.seal import seal_problem
+from portllm.tensors.info import TensorInfo
 
 UNDO_FOLDER = ".portllm-undo"
 UNDO_FILE = "undo.json"

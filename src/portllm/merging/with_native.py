@@ -11,14 +11,14 @@ from types import ModuleType
 import numpy as np
 
 from portllm.arrays import Float32
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.merging.blocks import FEWEST_ROWS, Block, BlockKernel, SourceBlock, Workspace, require_finite
 from portllm.merging.plan import MergeStep
 from portllm.merging.rounding_modes import Nearest, Rounding
 from portllm.native import kernels
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.rounding import MergeSums
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import load_values
 
 STORED = ("BF16", "F32")
 """Dtypes of weights that the loops are written for."""

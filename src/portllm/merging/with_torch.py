@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from portllm.arrays import Float
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode, load, load_rows, torch_dtype
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.merging.blocks import Block, BlockKernel, SourceBlock, Tiling, Workspace, require_finite
 from portllm.merging.plan import MergeStep
@@ -20,6 +18,8 @@ from portllm.merging.rounding_modes import Stochastic
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.merge import add, delta_rows, fold_scale, measure_merge, renormalize, round_nearest, round_stochastic
 from portllm.patch.noise import rounding_noise
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import TORCH_DTYPES, encode, load, load_rows, torch_dtype
 
 
 def change_of(step: MergeStep, cut: Tiling, bench: Workspace) -> BlockKernel:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from portllm.checkpoint.reading.windows import runs
 from portllm.patch.delta import Factor
+from portllm.tensors.windows import runs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,11 +18,9 @@ from msgspec import structs
 
 from portllm.checkpoint.model.families import order_of
 from portllm.checkpoint.model.hub_names import MAX_NAME_LENGTH, names_hub
-from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.header import parse_header, render_header
 from portllm.checkpoint.safetensors.header_file import describing, read_header_text, size_of
 from portllm.checkpoint.safetensors.writer import METADATA
-from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo
 from portllm.errors import AdapterFormatError, CheckpointError, PatchRecordError
 from portllm.files.input_file import local_file
 from portllm.files.json_file import MAX_CONFIG_BYTES, read_config, read_json
@@ -40,6 +38,8 @@ from portllm.patch.other_weights import why_incomplete
 from portllm.patch.patch import Patch
 from portllm.patch.record import PATCH_FILES, PatchRecord
 from portllm.patch.side_files import SIDE_FILES, copy_into, labels_in, side_files_in
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.info import DTYPE_BITS, TensorInfo
 
 CONFIG_FILE, TENSOR_FILE = PATCH_FILES
 PICKLE_FILE = "adapter_model.bin"

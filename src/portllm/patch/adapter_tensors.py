@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from portllm.checkpoint.model.families import order_of
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import AdapterFormatError
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.adapter_keys import (
@@ -24,6 +23,7 @@ from portllm.patch.adapter_keys import (
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.patch import Patch
 from portllm.patch.record import PatchRecord
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 WEIGHT, BIAS = ".weight", ".bias"
 EXPERTS = "experts"

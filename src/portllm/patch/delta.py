@@ -6,7 +6,7 @@ from typing import Generic, Protocol, runtime_checkable
 
 from typing_extensions import TypeVar
 
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.tensors.info import TensorInfo
 
 
 @runtime_checkable

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.adapter_folder import stored_tensors
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import load_values
 
 BLOCK_ELEMENTS = 1 << 20
 SHOWN = 10

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from portllm.checkpoint.model.hub_names import names_hub
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PatchError, PortLLMError
 from portllm.files.own_files import ignores_case
 from portllm.patch.adapter_folder import CONFIG_FILE, AdapterOpener
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from portllm.checkpoint.reading.tensors import load
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.delta import LowRankDelta
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import load
 
 
 def load_delta(delta: LowRankDelta[TensorInfo]) -> LowRankDelta[Tensor]:

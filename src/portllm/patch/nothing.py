@@ -1,9 +1,9 @@
 """Does a patch change anything? An adapter that was never trained, or was saved without its values, adds zeros."""
 
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.delta import ExpertsDelta, LowRankDelta
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import load_values
 
 BLOCK_ELEMENTS = 1 << 14
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortError, Refusal
 from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.update import Update
@@ -13,6 +12,7 @@ from portllm.methods.table import METHODS
 from portllm.patch.patch import Patch
 from portllm.patch.record import Choice
 from portllm.porting.choice import choose
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.checking.report import PatchReport

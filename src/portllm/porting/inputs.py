@@ -8,7 +8,6 @@ from portllm.capturing.stored_values import StoredValues, stacked
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import on_disk
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.matching.added_tokens import sized, with_own_rows
 from portllm.matching.changes import changes_of, oriented
 from portllm.matching.compatibility import taken_tie
@@ -19,6 +18,7 @@ from portllm.methods.values import Computed, Values, summed, take_columns, take_
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import WholeValue
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +127,7 @@ def _stack(name: str, shape: tuple[int, ...], experts: Sequence[Sequence[TensorI
     def rows(start: int, stop: int) -> "Tensor":
         import torch
 
-        from portllm.checkpoint.reading.tensors import load
+        from portllm.tensors.tensors import load
 
         return torch.stack([torch.cat([load(info) for info in matrices]) for matrices in experts[start:stop]])
 
@@ -148,7 +148,7 @@ def left_out(plan: PortPlan) -> dict[str, tuple[str, ...]]:
 
 def _row_change(patch: Patch[TensorInfo], name: str, base: Checkpoint) -> Callable[[int], bool]:
     """Whether a patch changes a row of a tensor that has one for each token."""
-    from portllm.checkpoint.reading.tensors import load, load_rows
+    from portllm.tensors.tensors import load, load_rows
 
     if name in patch.rows:
         return set(patch.rows[name].rows).__contains__

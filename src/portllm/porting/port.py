@@ -12,7 +12,6 @@ from portllm.capturing.stored_values import settled
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.kept_results import versions
@@ -31,6 +30,7 @@ from portllm.patch.patch import Patch
 from portllm.patch.record import Capture, PatchRecord, PortStep
 from portllm.porting.auto import AUTO, Route
 from portllm.porting.inputs import gather, left_out, with_own
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.porting.domain import Domain

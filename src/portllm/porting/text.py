@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from portllm.checking.verdict import Answer
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.record import encode
 from portllm.matching.carried_tokens import CarriedTokens
 from portllm.matching.port_plan import PortPlan
@@ -17,6 +16,7 @@ from portllm.show.headline import Headline, command_line, headline_lines
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
+from portllm.tensors.info import TensorInfo
 
 SHOWN_TOKENS = 10
 

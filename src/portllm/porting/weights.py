@@ -6,13 +6,13 @@ from torch import Tensor
 
 from portllm.capturing.stored_values import StoredValues
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError
 from portllm.matching.changes import changes_of
 from portllm.methods.values import Values, take_rows, whole
 from portllm.patch.delta import Change, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.merge import add, delta_rows, renormalize
 from portllm.patch.patch import Patch
+from portllm.tensors.tensors import load
 
 
 class PatchedWeights:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError, refuse
 from portllm.matching.port_plan import PortPlan
 from portllm.patch.patch import Patch
@@ -13,6 +12,7 @@ from portllm.progress import Progress
 from portllm.running.data import Data, chat_template_for, chat_template_of, read_data, recorded_wording_of
 from portllm.running.examples import Border, Template
 from portllm.running.rows import read_lines
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.porting.domain import Domain

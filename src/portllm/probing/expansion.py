@@ -22,8 +22,6 @@ from torch import Tensor
 
 from portllm.arrays import Float32
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.tensors import load_rows
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import Refusal, refuse
 from portllm.linalg import square_sum
 from portllm.matching.changes import oriented
@@ -42,6 +40,8 @@ from portllm.running.folder import model_folder
 from portllm.running.loss import completion_nats
 from portllm.running.model import Device, PeftModel, attach_adapter, choose_device, load_model, load_tokenizer
 from portllm.running.moments import ModuleMoments, Moments, gather_moments
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import load_rows
 from portllm.training.lora import encode_all
 
 Rows = tuple[slice, slice, Float32[Tensor, "rows columns"]]

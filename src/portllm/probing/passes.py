@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from portllm.arrays import Float32
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.delta import LowRankDelta
@@ -24,6 +23,7 @@ from portllm.running.loss import completion_targets
 from portllm.running.model import PeftModel, PreTrainedModel, attach_adapter, detach_adapter, load_model
 from portllm.running.moments import Moments, gather_moments
 from portllm.running.observation import Observation, observe
+from portllm.tensors.info import TensorInfo
 from portllm.training.distil_lora import mean_divergence
 
 MOST_SHARED = 8

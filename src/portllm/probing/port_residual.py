@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.tensors import load_rows
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NonFiniteError, Refusal, refuse
 from portllm.linalg import square_sum
 from portllm.matching.changes import oriented
@@ -25,6 +23,8 @@ from portllm.patch.delta import LowRankDelta
 from portllm.patch.low_rank import load_delta
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import load_rows
 
 NORMS = ("frobenius", "spectral")
 Ratios = dict[str, float | None]

@@ -15,8 +15,6 @@ from torch import Tensor
 from portllm.arrays import Float, Float32
 from portllm.checking.prompts.measures import Outputs, TextMeasures
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.tensors import load
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import DataError, Refusal, refuse
 from portllm.files.input_file import unchanged
@@ -43,6 +41,8 @@ from portllm.running.folder import model_folder
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.moments import Moments
 from portllm.running.observation import Observation, spread_positions
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import load
 
 Logits = Float32[Tensor, "prompts _"]
 """Base and evolved model may have different numbers of tokens."""

@@ -19,7 +19,6 @@ from portllm import __version__
 from portllm.checkpoint.builtin import locate
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import BUILTIN_PREFIX, ModelLike, open_checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import NotFoundError, Refusal, RuntimeFailedError, refuse
 from portllm.evaluating.plan import model_refusals
 from portllm.exporting.export import export, given_of
@@ -40,6 +39,7 @@ from portllm.running.data import Data, chat_template_for
 from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
 from portllm.serving import runtime as serving
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from portllm.proving.reference import Reference

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import DataError
 from portllm.files.input_file import local_file
 from portllm.files.source import LocalFile
@@ -17,6 +16,7 @@ from portllm.running.chat_template import has_chat_template, read_chat_template,
 from portllm.running.examples import Border, Example, ExampleFormat, read_examples, read_prompts, recorded_wording
 from portllm.running.rows import Row, RowError, first_row, read_rows, read_with_digest
 from portllm.running.shapes import SHAPES, Content, Conversation, Shape, recognize
+from portllm.tensors.info import TensorInfo
 
 SHAREGPT = '{messages: [.FIELD[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), content: .value}]}'
 """What makes messages of ShareGPT's rows, for jq."""

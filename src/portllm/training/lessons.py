@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import refuse
 from portllm.files.input_file import unchanged
 from portllm.files.record import encode
@@ -22,6 +21,7 @@ from portllm.running.device import Device
 from portllm.running.examples import Border
 from portllm.running.folder import model_folder
 from portllm.running.shapes import Content, Conversation
+from portllm.tensors.info import TensorInfo
 from portllm.training.settings import TrainReport, TrainSettings
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from portllm.capturing.adapter import capture_adapter
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.files.output_folder import check_apart, check_free
@@ -23,6 +22,7 @@ from portllm.running.data import read_data
 from portllm.running.device import Device
 from portllm.running.folder import check_runnable, model_folder
 from portllm.running.shapes import shown
+from portllm.tensors.info import TensorInfo
 from portllm.training.lessons import Lesson, Teacher, origin_of, read_labels, read_questions
 from portllm.training.settings import TrainReport, TrainSettings
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.numbers import decode_floats
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.encoding import GGMLBlocks, is_plain
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo, n_bytes_of
 from portllm.errors import PlanRefusedError, Refusal, refuse
 from portllm.merging.options import MergeOptions
 from portllm.merging.plan import MergePlan, MergeStep, plan_merge
 from portllm.merging.tensor import Target, TensorOptions, TensorResults, make_tensor, workspaces
 from portllm.patch.patch import Patch
 from portllm.progress import Progress, silent
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.encoding import GGMLBlocks, is_plain
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo, n_bytes_of
+from portllm.tensors.numbers import decode_floats
+from portllm.tensors.windows import load_values
 from portllm.verifying.likeness import Extent, Likeness
 
 

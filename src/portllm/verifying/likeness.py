@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from portllm.arrays import Float32, Float64
-from portllm.checkpoint.tensor.rounding import round_to
+from portllm.tensors.rounding import round_to
 
 ULPS = 2
 """Of the storage dtype: one for rounding the sum, one for rounding the delta first, as PEFT does in 16 bit."""

@@ -17,7 +17,6 @@ from portllm.checkpoint.open import ModelLike, on_disk, open_checkpoint
 from portllm.checkpoint.safetensors.header import render_header
 from portllm.checkpoint.safetensors.header_file import read_header
 from portllm.checkpoint.safetensors.writer import METADATA
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, NotFoundError, PatchError, PatchRecordError, PortLLMError
 from portllm.exporting.export import EXPORT_FILE, ExportRecord
 from portllm.files.json_file import read_json
@@ -39,6 +38,7 @@ from portllm.patch.adapter_tensors import sort_out
 from portllm.patch.patch import Patch
 from portllm.patch.record import ModelIdentity, PatchRecord
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
 from portllm.verifying.certificate import Certified, certificate_checks, unchecked
 from portllm.verifying.checks import (
     SHOWN,

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from portllm.checkpoint.gguf import convert as gguf
 from portllm.checkpoint.gguf.convert import write_gguf_as_checkpoint
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.decoding import stored_rows
-from portllm.checkpoint.tensor.rounding import round_to_bfloat16
 from portllm.errors import CheckpointError, MissingTensorError
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.decoding import stored_rows
+from portllm.tensors.rounding import round_to_bfloat16
 from tests import tiny_gguf
 from tests.tiny_gguf import HIDDEN, KINDS, TOKENS, VOCAB, write_tiny_gguf
 

@@ -9,9 +9,9 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from portllm.checkpoint.gguf.tensors import architectures
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError, MissingTensorError, NotFoundError
 from portllm.running.folder import check_runnable
+from portllm.tensors.tensors import load
 from tests.quantized import write_gguf
 from tests.tiny_gguf import write_tiny_gguf
 

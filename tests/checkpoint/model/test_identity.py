@@ -8,8 +8,8 @@ import pytest
 from portllm.checkpoint.model import identity
 from portllm.checkpoint.model.identity import digest, fingerprint, tensor_digests
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.windows import SAMPLE_BYTES, sample_window
 from portllm.files.seal import render_sealed
+from portllm.tensors.windows import SAMPLE_BYTES, sample_window
 from tests.safetensors_files import write_tensors
 
 BIG = bytes(index * 7 % 256 for index in range(3 * SAMPLE_BYTES))

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load
 from portllm.errors import CheckpointError
+from portllm.tensors.tensors import load
 from tests.quantized import quantize_model
 
 functional = pytest.importorskip("bitsandbytes.functional")

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES
 from portllm.checkpoint.safetensors.header import MAX_HEADER_BYTES, parse_header, parse_header_length, render_header
 from portllm.checkpoint.safetensors.header_file import read_header
-from portllm.checkpoint.tensor.info import DTYPE_BITS, n_bytes_of
 from portllm.errors import HeaderError
 from portllm.files.source import LocalFile
+from portllm.tensors.info import DTYPE_BITS, n_bytes_of
+from portllm.tensors.tensors import TORCH_DTYPES
 from tests.safetensors_files import file_bytes
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.tensors import load, load_rows
-from portllm.checkpoint.reading.windows import load_values
 from portllm.errors import CheckpointError
+from portllm.tensors.tensors import load, load_rows
+from portllm.tensors.windows import load_values
 from tests.checkpoint.safetensors.schemes import SCHEMES, fp8_blocks, gptq, mxfp4_experts
 
 pytest.importorskip("compressed_tensors")

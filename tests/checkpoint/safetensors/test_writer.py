@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.bytes import read_bytes
 from portllm.checkpoint.safetensors.names import INDEX_FILE
 from portllm.checkpoint.safetensors.writer import Entry, ShardWriter, lay_out, render_index, write_index
-from portllm.checkpoint.tensor.info import DTYPE_BITS
 from portllm.errors import OutputError, OutputExistsError
 from portllm.files import page_cache
 from portllm.files.input_file import local_file
 from portllm.files.output_folder import check_apart, check_free, staged_folder
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.info import DTYPE_BITS
 from tests.safetensors_files import contents
 
 

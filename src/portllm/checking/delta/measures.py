@@ -15,9 +15,6 @@ import numpy as np
 
 from portllm.arrays import Float, Float32, Int64
 from portllm.checking.update.samples import AlikeRows, DriftColumns, DriftSample, SampledRows
-from portllm.checkpoint.reading.stacks import AlikeReader
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.measures.kept_gain import measure_rounding
 from portllm.measures.overlap import (
     Alignment,
@@ -31,6 +28,9 @@ from portllm.measures.overlap import (
 )
 from portllm.patch.delta import Change, ExpertDelta, ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
 from portllm.patch.rounding import MergeSums
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.stacks import AlikeReader
+from portllm.tensors.windows import load_values
 
 Matrix = Float[np.ndarray, "_ _"]
 Columns = Mapping[str, DriftColumns]

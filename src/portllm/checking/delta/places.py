@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.checking.delta.measures import ChangeMeasures
-from portllm.checkpoint.reading.windows import load_spans
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.matching.tensor_pairs import TensorPair
 from portllm.measures.estimate import DriftEstimate
 from portllm.measures.places import TensorPlace
 from portllm.measures.spectrum import product_values
 from portllm.patch.delta import Change, LowRankDelta
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.windows import load_spans
 
 
 @dataclass(frozen=True, slots=True)

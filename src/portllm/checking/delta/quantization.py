@@ -7,12 +7,12 @@ import numpy as np
 from portllm.arrays import Float32
 from portllm.checking.delta.measures import LOW_RANK, ChangeMeasures, runs_of
 from portllm.checking.update.samples import SampledRows
-from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.checkpoint.tensor.rounding import round_to
 from portllm.measures.four_bit import BLOCK_SIZE, SCHEMES, block_scales, requantized, stored_scales
 from portllm.measures.quantization_gap import GapSums
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.patch import Patch
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.rounding import round_to
 
 
 def sample_gap(

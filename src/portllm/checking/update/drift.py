@@ -16,13 +16,13 @@ import numpy as np
 from portllm.arrays import Float32, Shaped
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import on_disk
-from portllm.checkpoint.reading.spans import SpanReader
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
 from portllm.matching.tensor_pairs import TensorPair, pair_tensors
 from portllm.measures.drift import DriftSums
 from portllm.measures.drift_kernel import DriftKernel, widen
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo, n_bytes_of
+from portllm.tensors.spans import SpanReader
+from portllm.tensors.windows import load_values
 from portllm.workers.threads import default_threads
 
 BLOCK_ELEMENTS = 1 << 20

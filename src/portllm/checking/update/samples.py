@@ -16,12 +16,12 @@ import numpy as np
 from blake3 import blake3
 
 from portllm.arrays import Float32, Int64
-from portllm.checkpoint.reading.windows import load_spans
 from portllm.matching.tensor_pairs import TensorPair
 from portllm.measures.drift import DriftSums, measure_drift
 from portllm.measures.estimate import Stratum
 from portllm.measures.overlap import square
 from portllm.measures.places import TensorPlace
+from portllm.tensors.windows import load_spans
 
 BUDGET_ELEMENTS = 1 << 22
 """Elements that are read of each model, about: 8 MB of bfloat16."""

@@ -16,11 +16,11 @@ import numpy as np
 from portllm.checkpoint.gguf.file import GGUFFile, listed
 from portllm.checkpoint.gguf.tensors import GGUFModel, open_gguf_model
 from portllm.checkpoint.gguf.tokenizer import named_ids, read_tokens, tokenizer_config_json, tokenizer_json
-from portllm.checkpoint.reading.windows import load_values
 from portllm.checkpoint.safetensors.writer import Entry, ShardWriter, lay_out, write_index
-from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.checkpoint.tensor.rounding import round_to_bfloat16
 from portllm.progress import Progress, silent
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.rounding import round_to_bfloat16
+from portllm.tensors.windows import load_values
 
 NAME = "llama"
 """The `general.architecture` that is converted."""

@@ -18,11 +18,11 @@ from typing import BinaryIO
 
 from portllm.checkpoint.safetensors.header import name_problem
 from portllm.checkpoint.safetensors.header_file import size_of
-from portllm.checkpoint.tensor.encoding import GGML_TYPES
 from portllm.errors import CheckpointError
 from portllm.files.content import FEWEST, mistaken
 from portllm.files.input_file import open_input, open_unchanged, state_of
 from portllm.files.source import LocalFile
+from portllm.tensors.encoding import GGML_TYPES
 
 MAX_FIELDS = 1 << 16
 MAX_TENSORS = 1 << 18

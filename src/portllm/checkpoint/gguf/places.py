@@ -7,8 +7,8 @@ from pathlib import Path
 from portllm.checkpoint.gguf.tensors import architectures
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.safetensors.names import GGUF_SUFFIX
-from portllm.checkpoint.tensor.encoding import GGMLBlocks
 from portllm.files.source import LocalFile
+from portllm.tensors.encoding import GGMLBlocks
 
 LAYERS = "model.layers."
 

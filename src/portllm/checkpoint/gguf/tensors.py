@@ -16,10 +16,10 @@ from typing import Any
 
 from portllm.checkpoint.gguf.file import GGUFFile, listed, open_gguf
 from portllm.checkpoint.gguf.header import StoredTensor
-from portllm.checkpoint.tensor.encoding import UNQUANTIZED, UNREADABLE, GGMLBlocks
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, MissingTensorError
 from portllm.files.source import LocalFile
+from portllm.tensors.encoding import UNQUANTIZED, UNREADABLE, GGMLBlocks
+from portllm.tensors.info import TensorInfo
 
 FILE = "architectures.json"
 HEAD = "lm_head.weight"

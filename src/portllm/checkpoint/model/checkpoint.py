@@ -10,10 +10,10 @@ from portllm.checkpoint.model.equality import TakenForEqual, look_same
 from portllm.checkpoint.model.experts import Experts, experts_of, parameters_of
 from portllm.checkpoint.model.families import WEIGHT, Family, families_of
 from portllm.checkpoint.model.names import EMBEDDING_SUFFIX, HEAD, is_embedding
-from portllm.checkpoint.tensor.encoding import is_plain, schemes_of
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import CheckpointError, MissingTensorError, Refusal
 from portllm.files.source import RemoteFile, Source
+from portllm.tensors.encoding import is_plain, schemes_of
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 CONFIG_FILE = "config.json"
 

@@ -3,7 +3,7 @@
 from collections.abc import Container, Mapping
 
 from portllm.checkpoint.model.families import Family
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.tensors.info import TensorInfo
 
 
 def paths_in(

@@ -11,13 +11,13 @@ from types import MappingProxyType
 
 import numpy as np
 
-from portllm.checkpoint.reading.bytes import read_bytes, read_spans
-from portllm.checkpoint.reading.numbers import decode_floats
-from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
-from portllm.checkpoint.tensor.rounding import round_to
 from portllm.errors import Refusal, refuse
 from portllm.files.source import LocalFile
 from portllm.progress import Progress, silent
+from portllm.tensors.bytes import read_bytes, read_spans
+from portllm.tensors.info import TensorInfo, n_bytes_of
+from portllm.tensors.numbers import decode_floats
+from portllm.tensors.rounding import round_to
 
 BLOCK_ELEMENTS = 1 << 23
 NOTHING: Mapping[str, str] = MappingProxyType({})

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import count
 
 from portllm.checkpoint.model.families import Family
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.tensors.info import TensorInfo
 
 Experts = tuple[tuple[TensorInfo, ...], ...]
 """For each expert its matrices. Stacked, they are its part of the tensor of all experts, however a file stores it."""

@@ -18,11 +18,6 @@ from blake3 import blake3
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import same_values, stored_tensors
-from portllm.checkpoint.reading.bytes import read_bytes, read_spans
-from portllm.checkpoint.reading.windows import load_spans, sample_window
-from portllm.checkpoint.tensor.encoding import is_plain
-from portllm.checkpoint.tensor.info import DTYPE_BITS, FLOAT_DTYPES, TensorInfo
-from portllm.checkpoint.tensor.rounding import encode_floats
 from portllm.errors import OutputError
 from portllm.files.cache import cache_root
 from portllm.files.input_file import local_file, read_input, require_unchanged
@@ -32,6 +27,11 @@ from portllm.files.own_files import write_text
 from portllm.files.seal import render_sealed, seal_of
 from portllm.files.source import LocalFile, Source
 from portllm.progress import Progress, silent
+from portllm.tensors.bytes import read_bytes, read_spans
+from portllm.tensors.encoding import is_plain
+from portllm.tensors.info import DTYPE_BITS, FLOAT_DTYPES, TensorInfo
+from portllm.tensors.rounding import encode_floats
+from portllm.tensors.windows import load_spans, sample_window
 
 FINGERPRINT_PREFIX = "s4k1:"
 """Names the sampling rule (4 KiB, version 1), so that another rule can never be mistaken for it."""

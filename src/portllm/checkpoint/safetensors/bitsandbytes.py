@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from portllm.checkpoint.tensor.encoding import FourBit
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError
 from portllm.files.json_text import parse_json
+from portllm.tensors.encoding import FourBit
+from portllm.tensors.info import TensorInfo
 
 MAX_STATE_BYTES = 4096
 CODE_LENGTH = 16

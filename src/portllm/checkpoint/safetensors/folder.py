@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from portllm.checkpoint.reading.bytes import read_spans
 from portllm.checkpoint.safetensors.bitsandbytes import joined
 from portllm.checkpoint.safetensors.header import Header
 from portllm.checkpoint.safetensors.scaled import scaled_joined
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import IndexFileError, MissingShardError
 from portllm.files.json_file import read_json
+from portllm.tensors.bytes import read_spans
+from portllm.tensors.info import TensorInfo
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo, n_bytes_of
 from portllm.errors import HeaderError
 from portllm.files.content import mistaken
 from portllm.files.json_text import parse_json
 from portllm.files.source import Source
+from portllm.tensors.info import DTYPE_BITS, TensorInfo, n_bytes_of
 
 MAX_HEADER_BYTES = 32_000_000
 """A quarter of a million tensors in one file, several times what any model has. The safetensors library allows three

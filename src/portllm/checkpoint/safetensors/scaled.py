@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from portllm.checkpoint.tensor.encoding import Grid, Scaled, Unread
-from portllm.checkpoint.tensor.info import FLOAT_DTYPES, TensorInfo
 from portllm.errors import CheckpointError
+from portllm.tensors.encoding import Grid, Scaled, Unread
+from portllm.tensors.info import FLOAT_DTYPES, TensorInfo
 
 ReadSpans = Callable[[Sequence[tuple[TensorInfo, int, int]]], Iterator[bytes]]
 

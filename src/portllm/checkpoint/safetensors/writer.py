@@ -13,9 +13,9 @@ from pathlib import Path
 
 from portllm.checkpoint.safetensors.header import render_header
 from portllm.checkpoint.safetensors.names import INDEX_FILE, SINGLE_FILE
-from portllm.checkpoint.tensor.info import DTYPE_BITS, n_bytes_of
 from portllm.errors import OutputError
 from portllm.files import page_cache
+from portllm.tensors.info import DTYPE_BITS, n_bytes_of
 
 METADATA = {"format": "pt"}
 """What transformers looks for in a file's header."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from portllm.checking.forecast_features import weight_features
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.patch import Patch
 from portllm.probing.check import check
 from portllm.probing.probe import LEAST_PROMPTS
@@ -14,6 +13,7 @@ from portllm.progress import Progress, silent
 from portllm.running.examples import Example
 from portllm.running.model import Device
 from portllm.running.ranges import require_ranges
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

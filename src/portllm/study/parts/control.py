@@ -14,13 +14,13 @@ from torch import Tensor
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.side_files import copy_side_files
-from portllm.checkpoint.reading.tensors import encode, load
 from portllm.checkpoint.safetensors.writer import Entry, ShardWriter, lay_out, write_index
 from portllm.errors import CheckpointError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent
 from portllm.running.ranges import require_ranges
 from portllm.study.parts.twin import Twin
+from portllm.tensors.tensors import encode, load
 
 Change = Callable[[str, Tensor], Tensor]
 """Takes the current name of a tensor and the tensor, and returns what stands in its place."""

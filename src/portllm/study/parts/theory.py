@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.patch.adapter_folder import folder_of
 from portllm.patch.patch import Patch
 from portllm.probing.expansion import expand
@@ -25,6 +24,7 @@ from portllm.running.model import (
 )
 from portllm.running.ranges import require_ranges
 from portllm.study.parts.task import TaskSource
+from portllm.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ from portllm.checking.update.drift import measure_drift
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.matching.port_plan import plan_port
 from portllm.matching.update import Update
 from portllm.merging.merge import merge
@@ -46,6 +45,7 @@ from portllm.study.parts.task import TaskSource
 from portllm.study.parts.theory import measure_theory
 from portllm.study.schedule.places import Places
 from portllm.study.schedule.tasks import below, digest_examples, first, open_task
+from portllm.tensors.info import TensorInfo
 from portllm.training.distil_lora import TeacherFolders, distil_lora
 from portllm.training.evolve import evolve
 from portllm.training.evolve_lora import LoraEvolveSettings, train_on_text

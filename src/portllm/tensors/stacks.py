@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from portllm.arrays import Float32
-from portllm.checkpoint.reading.bytes import read_into
-from portllm.checkpoint.reading.numbers import decode_floats
-from portllm.checkpoint.tensor.info import TensorInfo
+from portllm.tensors.bytes import read_into
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.numbers import decode_floats
 
 ALIGNMENT = 8
 """Bytes: each stack begins where any of its numbers may."""

@@ -6,11 +6,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, InputChangedError
 from portllm.files import page_cache
 from portllm.files.input_file import open_unchanged
 from portllm.files.source import LocalFile
+from portllm.tensors.info import TensorInfo
 
 Reader = TypeVar("Reader", bound="SpanReader")
 

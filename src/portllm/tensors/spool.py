@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from portllm.arrays import Float32
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.source import LocalFile
+from portllm.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class SpoolEntry:
 
     def append_tensor(self, tensor: "Tensor") -> None:
         """Its next rows."""
-        from portllm.checkpoint.reading.tensors import encode  # loads torch, which whoever has a tensor has loaded
+        from portllm.tensors.tensors import encode  # loads torch, which whoever has a tensor has loaded
 
         self.spool.write(encode(tensor))
 
@@ -52,7 +52,7 @@ class Spool:
 
     Example:
         >>> import tempfile, torch
-        >>> from portllm.checkpoint.reading.tensors import load
+        >>> from portllm.tensors.tensors import load
         >>> with tempfile.TemporaryDirectory() as folder, Spool(Path(folder) / "spool") as spool:
         ...     load(spool.add("w", torch.tensor([[1.0, 2.0]])))
         tensor([[1., 2.]])
@@ -66,7 +66,7 @@ class Spool:
 
     def add(self, name: str, tensor: "Tensor") -> TensorInfo:
         """Put down one tensor."""
-        from portllm.checkpoint.reading.tensors import DTYPE_NAMES
+        from portllm.tensors.tensors import DTYPE_NAMES
 
         with self.writing(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) as entry:
             entry.append_tensor(tensor)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES
-from portllm.checkpoint.tensor.rounding import round_to
+from portllm.tensors.rounding import round_to
+from portllm.tensors.tensors import TORCH_DTYPES
 
 HARD = [0.0, -0.0, 1.00390625, 1.01171875, -1.00390625, 3.4e38, 65520.0, 65519.0, 6e-8, 1e-40, np.inf, -np.inf, np.nan]
 

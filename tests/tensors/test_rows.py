@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading.rows import RowReader
-from portllm.checkpoint.reading.tensors import load, load_rows
 from portllm.errors import CheckpointError, UnsupportedDtypeError
 from portllm.files import page_cache
+from portllm.tensors.rows import RowReader
+from portllm.tensors.tensors import load, load_rows
 from tests.safetensors_files import write_tensors
 
 

@@ -6,9 +6,9 @@ import numpy as np
 from blake3 import blake3
 
 from portllm.arrays import Float32
-from portllm.checkpoint.reading.bytes import read_spans
-from portllm.checkpoint.reading.decoding import decoded, spans_of
-from portllm.checkpoint.tensor.info import DTYPE_BITS, TensorInfo, n_bytes_of
+from portllm.tensors.bytes import read_spans
+from portllm.tensors.decoding import decoded, spans_of
+from portllm.tensors.info import DTYPE_BITS, TensorInfo, n_bytes_of
 
 SAMPLE_BYTES = 4096
 """Bytes of each tensor that the fingerprint reads; a smaller tensor is read whole."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
 from portllm.errors import UnsupportedDtypeError
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.info import TensorInfo, n_bytes_of
+from portllm.tensors.windows import load_values
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -7,13 +7,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portllm.checkpoint.reading.bytes import read_bytes
-from portllm.checkpoint.reading.decoding import decoded, spans_of, stored_rows, unpack_nibbles
-from portllm.checkpoint.reading.tensors import load, load_rows
-from portllm.checkpoint.reading.windows import load_values
-from portllm.checkpoint.tensor.encoding import GGML_TYPES, UNREADABLE, GGMLBlocks
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.files.source import LocalFile
+from portllm.tensors.bytes import read_bytes
+from portllm.tensors.decoding import decoded, spans_of, stored_rows, unpack_nibbles
+from portllm.tensors.encoding import GGML_TYPES, UNREADABLE, GGMLBlocks
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.tensors import load, load_rows
+from portllm.tensors.windows import load_values
 from tests.quantized import BLOCKS, random_blocks
 from tests.tiny_gguf import permute
 

@@ -10,10 +10,10 @@ import pytest
 from huggingface_hub import constants
 
 from portllm.checkpoint.hub import HEADER_GUESS_BYTES, read_remote_header
-from portllm.checkpoint.reading import ranges as remote
-from portllm.checkpoint.reading.ranges import ATTEMPTS, LONGEST_WAIT_SECONDS, concurrently, read_range
 from portllm.errors import HeaderError, RemoteError
 from portllm.files.source import RemoteFile
+from portllm.tensors import ranges as remote
+from portllm.tensors.ranges import ATTEMPTS, LONGEST_WAIT_SECONDS, concurrently, read_range
 from tests.hub import COMMIT, TOKEN
 from tests.safetensors_files import file_bytes, write_sparse
 

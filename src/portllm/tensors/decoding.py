@@ -14,12 +14,12 @@ from typing import cast
 import numpy as np
 
 from portllm.arrays import Float32, Int64, UInt8
-from portllm.checkpoint.reading.numbers import decode_floats, unpack_nibbles
-from portllm.checkpoint.reading.scaled import from_scaled, scaled_spans
-from portllm.checkpoint.tensor.encoding import UNQUANTIZED, FourBit, GGMLBlocks, Scaled, Unread
-from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
-from portllm.checkpoint.tensor.rounding import round_to
 from portllm.errors import CheckpointError
+from portllm.tensors.encoding import UNQUANTIZED, FourBit, GGMLBlocks, Scaled, Unread
+from portllm.tensors.info import TensorInfo, n_bytes_of
+from portllm.tensors.numbers import decode_floats, unpack_nibbles
+from portllm.tensors.rounding import round_to
+from portllm.tensors.scaled import from_scaled, scaled_spans
 
 Span = tuple[TensorInfo, int, int]
 """A stored tensor, and the first and one past the last byte of it that is needed."""

@@ -14,11 +14,11 @@ from typing import cast
 import numpy as np
 
 from portllm.arrays import Float32, Int64, Shaped
-from portllm.checkpoint.reading.numbers import E2M1, decode_numbers, unpack
-from portllm.checkpoint.tensor.encoding import Grid, Scaled
-from portllm.checkpoint.tensor.info import TensorInfo
-from portllm.checkpoint.tensor.rounding import round_to
 from portllm.errors import CheckpointError
+from portllm.tensors.encoding import Grid, Scaled
+from portllm.tensors.info import TensorInfo
+from portllm.tensors.numbers import E2M1, decode_numbers, unpack
+from portllm.tensors.rounding import round_to
 
 WORD_CODES = 32
 """Codes that fill a whole number of words of 32 bits, whatever their size."""

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading import bytes as raw_files
-from portllm.checkpoint.reading.numbers import decode_floats
-from portllm.checkpoint.reading.tensors import TORCH_DTYPES, encode
-from portllm.checkpoint.reading.windows import SAMPLE_BYTES, load_spans, load_values, sample_span
 from portllm.errors import CheckpointError, UnsupportedDtypeError
 from portllm.files.input_file import open_unchanged
 from portllm.files.source import LocalFile
+from portllm.tensors import bytes as raw_files
+from portllm.tensors.numbers import decode_floats
+from portllm.tensors.tensors import TORCH_DTYPES, encode
+from portllm.tensors.windows import SAMPLE_BYTES, load_spans, load_values, sample_span
 from tests.safetensors_files import BYTES_OF, write_tensors
 
 

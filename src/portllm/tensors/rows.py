@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from portllm.checkpoint.reading.spans import SpanReader
-from portllm.checkpoint.reading.tensors import load_rows, torch_dtype
-from portllm.checkpoint.tensor.info import TensorInfo, n_bytes_of
+from portllm.tensors.info import TensorInfo, n_bytes_of
+from portllm.tensors.spans import SpanReader
+from portllm.tensors.tensors import load_rows, torch_dtype
 
 
 class RowReader(SpanReader):

@@ -2,7 +2,7 @@
 
 Files hold weights so in GGUF, in blocks along a row; as bitsandbytes saves a model in 4 bit; and as codes of few bits
 beside their scales, which is what all other schemes do (FP8, MXFP4, AWQ, GPTQ, compressed-tensors).
-`portllm.checkpoint.reading.decoding` does the arithmetic.
+`portllm.tensors.decoding` does the arithmetic.
 """
 
 from collections.abc import Iterable, Mapping

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
-from portllm.checkpoint.tensor.info import TensorInfo
 from portllm.errors import CheckpointError, InputChangedError
 from portllm.files.input_file import open_unchanged
 from portllm.files.source import LocalFile, RemoteFile
+from portllm.tensors.info import TensorInfo
 
 _BATCH = 512
 
@@ -28,7 +28,7 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> byt
     """
     stop = info.n_bytes if stop is None else stop
     if isinstance(info.file, RemoteFile):
-        from portllm.checkpoint.reading.ranges import read_range  # loads an HTTP client, which few runs need
+        from portllm.tensors.ranges import read_range  # loads an HTTP client, which few runs need
 
         return read_range(info.file, info.start + start, info.start + stop)
     return next(_read_local([(info, start, stop)]))
@@ -112,7 +112,7 @@ def read_spans(spans: Sequence[tuple[TensorInfo, int, int]]) -> Iterator[bytes]:
     for first in range(0, len(spans), _BATCH):
         batch = spans[first : first + _BATCH]
         if any(isinstance(info.file, RemoteFile) for info, _, _ in batch):
-            from portllm.checkpoint.reading.ranges import concurrently
+            from portllm.tensors.ranges import concurrently
 
             yield from concurrently(lambda span: read_bytes(*span), batch)
         else:

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 from portllm.checkpoint.open import open_checkpoint
-from portllm.checkpoint.reading import bytes as raw_files
-from portllm.checkpoint.reading.stacks import AlikeReader
 from portllm.errors import CheckpointError, UnsupportedDtypeError
 from portllm.files.source import LocalFile
+from portllm.tensors import bytes as raw_files
+from portllm.tensors.stacks import AlikeReader
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -1,1 +1,0 @@
-"""What a stored tensor is: dtype, shape, place, encoding."""
