@@ -222,8 +222,8 @@ def test_every_byte_is_read_once_and_what_is_known_to_be_equal_not_again(tiny, t
         return count
 
     monkeypatch.setattr(RowReader, "span", counted(RowReader.span))
-    for module in ("reading.tensors", "model.identity"):
-        monkeypatch.setattr(f"portllm.checkpoint.{module}.read_bytes", counted(read_bytes))
+    for module in ("tensors.tensors", "checkpoint.model.identity"):
+        monkeypatch.setattr(f"portllm.{module}.read_bytes", counted(read_bytes))
     capture_tuned(*models, out=tmp_path / "first", rank=1)
     assert sum(n_read) == sum(model.n_bytes for model in models)
     n_read.clear()
