@@ -234,6 +234,8 @@ def test_the_file_is_what_transformers_loads_as_the_merged_model(tiny, tmp_path)
         ({"rope_parameters": {"rope_type": "llama3"}}, {}, "rope_freqs.weight' is missing, which llama3 needs"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rotary scaling 'dynamic' is not known"),
         ({}, {"llama.expert_count": 4}, "expert_count' is not known here"),
+        ({}, {"llama.final_logit_softcapping": 30.0}, "softcapping' is 30.0, and config.json says nothing of it"),
+        ({}, {"llama.attention.sliding_window": 8}, "sliding_window' is 8, and config.json says nothing of it"),
         ({}, {"llama.attention.key_length": None}, "key_length' is missing, and would be 6"),
         ({}, {"tokenizer.ggml.tokens": [*TOKENS[:30], "xy"]}, "token 30 is 'xy', and would be 'cd'"),
         ({}, {"tokenizer.ggml.tokens": TOKENS[:30]}, "30 tokens, the embedding 31 rows"),

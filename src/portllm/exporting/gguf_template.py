@@ -55,9 +55,12 @@ HEAD_SIZES = ("attention.key_length", "attention.value_length")
 
 NEEDED = (
     *WHERE_ABSENT, *HEAD_SIZES, "rope.dimension_count", "rope.scaling.factor", "final_logit_softcapping",
-    "attention.scale", "embedding_scale", "residual_scale", "logit_scale",
+    "attn_logit_softcapping", "attention.scale", "embedding_scale", "residual_scale", "logit_scale",
 )  # fmt: skip
 """What changes a model's answers, and must be in the file where the model says it."""
+
+HARMLESS = ("context_length", "rope.scaling.original_context_length", "vocab_size")
+"""What changes no answer, and may be in the file where the model says nothing."""
 
 PAD = "[PAD{}]"
 """What llama.cpp's converter calls a row of the embedding that has no token."""
@@ -180,6 +183,8 @@ def _differing(file: GGUFFile, name: str, model: Checkpoint) -> Iterator[str]:
             continue
         if key not in said:
             yield f"'{name}.{key}' is not known here"
+        elif said[key] is None and key not in HARMLESS and not _is_equal(value, WHERE_ABSENT.get(key)):
+            yield f"'{name}.{key}' is {value}, and config.json says nothing of it"
         elif said[key] is not None and not _is_equal(value, said[key]):
             yield f"'{name}.{key}' is {value}, and would be {said[key]}"
     per_head = said_by({**model.config, "head_dim": None})["attention.key_length"]
