@@ -114,13 +114,13 @@ class Place:
 
     def take(self) -> None:
         """Give the part the output's name, in one step where the file system can; what was there is removed."""
-        _sync_all(self.part)
+        _sync_each(self.part)
         if not os.path.lexists(self.final):
             self.part.rename(self.final)
         elif not exchange(self.part, self.final):
             self.final.rename(self.old)
             self.part.rename(self.final)
-        _sync(self.final.parent)
+        sync(self.final.parent)
         remove(self.old)
         remove(self.part)
 
@@ -288,17 +288,17 @@ def _is_folder(path: Path, *inode: int | None) -> bool:
     return stat.S_ISDIR(facts.st_mode) and inode in ((), (facts.st_ino,))
 
 
-def _sync_all(folder: Path) -> None:
+def _sync_each(folder: Path) -> None:
     """Bring a folder's files and list of names to the disk before anything points to them.
 
     Side by side, so that they share a commit of the file system's own journal: one after the other, each waits for one.
     """
     with ThreadPoolExecutor(MOST_SYNCED) as pool:
-        for _ in pool.map(_sync, [folder, *(entry for entry in folder.rglob("*") if entry.is_file())]):
+        for _ in pool.map(sync, [folder, *(entry for entry in folder.rglob("*") if entry.is_file())]):
             pass
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file's bytes, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

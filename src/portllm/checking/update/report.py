@@ -80,8 +80,8 @@ class UpdateReport:
     @cached_property
     def drift_of_tokens(self) -> float | None:
         """`|D| / |W0|` of embedding and head, the one that drifted most."""
-        cells = self.cells.items()
-        return max((drift.relative.value for place, drift in cells if place.layer < 0 and place.is_matrix), default=None)
+        drifts = [drift for place, drift in self.cells.items() if place.layer < 0 and place.is_matrix]
+        return max((drift.relative.value for drift in drifts), default=None)
 
 
 def update_to_json(update: UpdateReport) -> dict[str, object]:
