@@ -188,7 +188,79 @@ def test_a_page_of_a_study_that_is_not_finished_says_so():
 def test_published_numbers_stand_beside_with_their_provenance():
     page = render_page(replace(RESULTS, compare="paper-mistral-7b"))
     assert "second-hand" in page
-    assert "| gsm8k |  |  | 15.16 | 41.32 | 34.95 |" in page
+    assert "| gsm8k | published |  |  | 15.16 | 41.32 | 34.95 |" in page
+    renamed = tuple(replace(row, task="gsm8k") if row.task == "a" else row for row in RESULTS.tasks)
+    beside = render_page(replace(RESULTS, compare="paper-mistral-7b", tasks=renamed)).partition("15.16")[2]
+    ported = RESULTS.tasks[0].scored["ported"].accuracy.value
+    assert f"| here: chain 1, add | {100 * RESULTS.tasks[0].scored['base'].accuracy.value:.2f} |" in beside
+    assert f"| {100 * ported:.2f} |" in beside.partition("here: chain 1, add")[2].partition("here:")[0]
+
+
+def with_scores(change, tasks=("a",), evolutions=("old",)):
+    """Results of a part of the study in which a change was made to what each score step found."""
+    study = replace(
+        STUDY,
+        seeds=(0,),
+        retrain_seeds=(8,),
+        tasks={name: STUDY.tasks[name] for name in tasks},
+        evolutions={name: STUDY.evolutions[name] for name in evolutions},
+    )
+    found = {step: results_of(step) for step in steps_of(study)}
+    return tabulate(study, {step: change(step, each) if step.kind == "score" else each for step, each in found.items()})
+
+
+def as_right(found, shares):
+    """Found scores with the first so many rows right."""
+    return found | {"correct": [row < round(60 * shares) for row in range(60)]}
+
+
+@pytest.mark.parametrize(
+    ("evolved", "ported", "retrained", "outcome"),
+    [
+        (0.2, 0.8, 0.8, "level"),
+        (0.2, 0.5, 0.8, "behind"),
+        (0.2, 0.9, 0.6, "ahead"),
+        (0.5, 0.5, 0.5, "nothing learned"),
+        (0.5, 0.2, 0.5, "nothing learned"),
+    ],
+)
+def test_a_port_is_level_ahead_or_behind_unless_retraining_gains_nothing(evolved, ported, retrained, outcome):
+    shares = {None: evolved, "patched": retrained, "add": ported, "retrained": retrained}
+    results = with_scores(lambda step, found: as_right(found, shares[step.patch]))
+    assert [row.outcome for row in results.tasks] == [outcome]
+    assert results.tasks[0].gain.value == pytest.approx(retrained - evolved)
+    page = render_page(results)
+    difference = results.tasks[0].gain if outcome == "nothing learned" else results.tasks[0].behind
+    assert f"| {outcome}, {100 * difference.value:+.1f} [" in page
+
+
+def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won_nor_lost():
+    def change(step, found):
+        if step.task == "b-c":
+            return as_right(found, 0.5)
+        shares = {None: 0.2, "patched": 0.8, "add": 0.4 if step.model == "old.1" else 0.8, "retrained": 0.8}
+        return as_right(found, shares[step.patch])
+
+    counted = (
+        "add: of 4 ports, 3 level with retraining in accuracy, 0 ahead, 1 behind; on 4 of 8 updates and tasks nothing"
+    )
+    assert counted in render_page(with_scores(change, tasks=("a", "b-c"), evolutions=("chain", "old")))
+    nothing = with_scores(lambda step, found: as_right(found, 0.5))
+    assert "add: on 1 of 1 updates and tasks nothing is learned." in render_page(nothing)
+
+
+def test_luck_is_the_difference_of_patches_that_were_retrained_with_other_seeds():
+    results = with_scores(lambda step, found: as_right(found, 0.7 if step.seed == 8 else 0.9))
+    row = results.tasks[0]
+    assert row.luck.value == pytest.approx(-0.2)
+    assert row.scored["again"].by_seed == pytest.approx((0.7,))
+    assert row.behind.value == 0
+    page = render_page(results)
+    assert "| retrained again |" in page
+    assert f"| {100 * row.luck.value:+.1f} [" in page
+    assert RESULTS.tasks[0].luck is None
+    assert "retrained again" not in render_page(RESULTS).lower()
+    assert "again - retrained" not in render_page(RESULTS)
 
 
 def test_steps_are_estimated_by_those_of_their_kind_and_task():
