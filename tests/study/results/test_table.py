@@ -15,7 +15,7 @@ from portllm.study.results.markdown import render_page
 from portllm.study.results.table import tabulate
 from tests.study.definition.test_plan import STUDY
 
-RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "retrained": 0.9}
+RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "align": 0.8, "retrained": 0.9}
 """Share of rows that are right, by the patch that is on."""
 
 
@@ -116,7 +116,7 @@ def test_methods_are_compared_by_whose_answers_they_give_and_what_they_cost():
     assert row.agreement.value == pytest.approx(same)
     assert row.measured == {"general_nats_ported": 6.5}
     page = render_page(results)
-    assert f"| chain 1, align | {100 * same:.1f} " in page
+    assert f"| chain 1, align | +0.0 [0.0, 0.0] | {100 * same:.1f} " in page
     assert "6.500 |" in page
     assert "answers as base + patch" not in render_page(RESULTS)
 
@@ -196,12 +196,13 @@ def test_published_numbers_stand_beside_with_their_provenance():
     assert f"| {100 * ported:.2f} |" in beside.partition("here: chain 1, add")[2].partition("here:")[0]
 
 
-def with_scores(change, tasks=("a",), evolutions=("old",)):
+def with_scores(change, tasks=("a",), evolutions=("old",), methods=("add",)):
     """Results of a part of the study in which a change was made to what each score step found."""
     study = replace(
         STUDY,
         seeds=(0,),
         retrain_seeds=(8,),
+        methods=methods,
         tasks={name: STUDY.tasks[name] for name in tasks},
         evolutions={name: STUDY.evolutions[name] for name in evolutions},
     )
@@ -247,6 +248,13 @@ def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won
     assert counted in render_page(with_scores(change, tasks=("a", "b-c"), evolutions=("chain", "old")))
     nothing = with_scores(lambda step, found: as_right(found, 0.5))
     assert "add: on 1 of 1 updates and tasks nothing is learned." in render_page(nothing)
+
+
+def test_a_method_beside_addition_says_by_how_much_it_is_better():
+    shares = {None: 0.2, "add": 0.5, "align": 0.8}
+    results = with_scores(lambda step, found: as_right(found, shares.get(step.patch, 0.9)), methods=("add", "align"))
+    assert [row.over_add and row.over_add.value for row in results.tasks] == [None, pytest.approx(0.3)]
+    assert "| old 1, align | +30.0 [" in render_page(results)
 
 
 def test_luck_is_the_difference_of_patches_that_were_retrained_with_other_seeds():

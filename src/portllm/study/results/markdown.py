@@ -231,12 +231,13 @@ def _methods(rows: "Sequence[TaskRow]") -> Table:
     lines = (
         (
             update_name(row),
+            _points(row.over_add),
             "" if row.agreement is None else f"{100 * row.agreement.value:.1f} {_interval(row.agreement, digits=1)}",
             *(f"{row.measured[name]:.3f}" if name in row.measured else "" for name in COSTS),
         )
         for row in rows
     )
-    return Table(("update", "answers as base + patch, %", *COSTS.values()), tuple(lines))
+    return Table(("update", "ported - by addition", "answers as base + patch, %", *COSTS.values()), tuple(lines))
 
 
 def _losses(rows: "Sequence[TaskRow]") -> Table:

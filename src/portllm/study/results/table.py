@@ -18,12 +18,15 @@ from portllm.evaluating.metrics import Estimate, Retention, accuracy, flips, mea
 from portllm.notebook import ShownInNotebook
 from portllm.study.definition.plan import NEW_TEXT, OLD_TEXT, Step, model_name, steps_of
 from portllm.study.definition.settings import Study
-from portllm.study.definition.variants import AGAIN, BASE, EVOLVED, PATCHED, PORTED, RETRAINED
+from portllm.study.definition.variants import AGAIN, BASE, EVOLVED, PATCHED, PORTED, RETRAINED, VARIANTS
 
 Found = Mapping[Step, Mapping[str, Any]]
 
 Outcome = Literal["ahead", "level", "behind", "nothing learned"]
 """What came of a port, in accuracy against retraining: told apart by the 95 % interval over rows, or not."""
+
+ADDED = "add"
+"""The method that others are compared with."""
 
 MOST_ANSWERS = 32
 """Answers of a task that are counted; where more occur, they are texts and not labels."""
@@ -96,6 +99,7 @@ class TaskRow:
         outcome: Of the port. Where the gain is not told apart from nothing, there was nothing to keep.
         change: Accuracy of ported minus patched.
         behind: Accuracy of ported minus retrained.
+        over_add: Accuracy of ported minus ported by addition; None for addition itself, and where the study lacks it.
         luck: Accuracy of retrained with other seeds minus retrained: the yardstick for `behind`.
         accuracy_retention: Share of retraining's gain in accuracy.
         loss_retention: The same for the loss.
@@ -119,6 +123,7 @@ class TaskRow:
     outcome: Outcome | None
     change: Estimate | None
     behind: Estimate | None
+    over_add: Estimate | None
     luck: Estimate | None
     accuracy_retention: Retention | None
     loss_retention: Retention | None
@@ -248,6 +253,7 @@ def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
                         PATCHED: scores(BASE, task, PATCHED),
                         EVOLVED: scores(model, task, None),
                         PORTED: scores(model, task, method),
+                        ADDED: {} if method == ADDED else scores(model, task, ADDED),
                         RETRAINED: scores(model, task, RETRAINED),
                         AGAIN: scores(model, task, RETRAINED, study.retrain_seeds),
                     }
@@ -325,14 +331,16 @@ def _row(
     seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
     evolved = columns[EVOLVED]
     compared = bool(seeds) and bool(evolved)
-    again = list(columns[AGAIN].values())
-    gain = change = behind = luck = in_accuracy = in_loss = lost = agreement = None
+    added, again = columns[ADDED], list(columns[AGAIN].values())
+    gain = change = behind = over_add = luck = in_accuracy = in_loss = lost = agreement = None
     if compared:
         of = {PATCHED: patched, PORTED: ported, RETRAINED: retrained}
         right = {name: mean_rows([by_seed[seed]["correct"] for seed in seeds]) for name, by_seed in of.items()}
         nats = {name: mean_rows([by_seed[seed]["losses"] for seed in seeds]) for name, by_seed in of.items()}
         gain = paired_change(right[RETRAINED], evolved[-1]["correct"])
         change, behind = (paired_change(right[PORTED], right[other]) for other in (PATCHED, RETRAINED))
+        if all(seed in added for seed in seeds):
+            over_add = paired_change(right[PORTED], mean_rows([added[seed]["correct"] for seed in seeds]))
         luck = paired_change(mean_rows([one["correct"] for one in again]), right[RETRAINED]) if again else None
         in_accuracy = retention(evolved=evolved[-1]["correct"], ported=right[PORTED], retrained=right[RETRAINED])
         in_loss = retention(
@@ -347,11 +355,12 @@ def _row(
         task=task,
         method=method,
         seeds=seeds,
-        scored={name: _scored(list(by_seed.values())) for name, by_seed in columns.items() if by_seed},
+        scored={name: _scored(list(columns[name].values())) for name in (*VARIANTS, AGAIN) if columns[name]},
         gain=gain,
         outcome=None if gain is None or behind is None else outcome_of(gain, behind),
         change=change,
         behind=behind,
+        over_add=over_add,
         luck=luck,
         accuracy_retention=in_accuracy,
         loss_retention=in_loss,
