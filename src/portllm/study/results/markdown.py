@@ -26,7 +26,8 @@ apart as well, which the loss sees."""
 OVERVIEW = """\
 Accuracy in percent, mean over seeds. The outcome is that of ported against retrained: ahead or behind where the 95 %
 interval of the difference says so, else level. Where retraining's gain over the evolved model is not told apart from
-nothing, nothing was learned that a port could keep or lose; there the gain stands in the place of the difference."""
+nothing, nothing was learned that a port could keep or lose; there the gain stands in the place of the difference. Of
+twenty ports that are level in truth, one is expected to be called ahead or behind."""
 
 LUCK = f"""\
 {HEADS[AGAIN].capitalize()}: a patch trained on the evolved model with another seed. How far it is from the retrained
@@ -146,6 +147,10 @@ def outcomes_text(rows: "Sequence[TaskRow]") -> str:
     if not learned:
         return nothing
     ends = f"{count['level']} level with retraining in accuracy, {count['ahead']} ahead, {count['behind']} behind"
+    compared = [row for row in rows if row.outcome == "behind" and row.luck is not None]
+    if compared:
+        n_beyond = sum(-row.behind.value > abs(row.luck.value) for row in compared if row.behind and row.luck)
+        ends += f" ({n_beyond} by more than another seed of retraining is)"
     return f"of {learned} ports, {ends}" + (f"; {nothing}" if count["nothing learned"] else "")
 
 
