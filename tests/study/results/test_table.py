@@ -232,6 +232,7 @@ def test_a_port_is_level_ahead_or_behind_unless_retraining_gains_nothing(evolved
     assert results.tasks[0].gain.value == pytest.approx(retrained - evolved)
     page = render_page(results)
     difference = results.tasks[0].gain if outcome == "nothing learned" else results.tasks[0].behind
+    assert "| a | 60 | old 1, add |" in page
     assert f"| {outcome}, {100 * difference.value:+.1f} [" in page
 
 

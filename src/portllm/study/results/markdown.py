@@ -202,6 +202,7 @@ def _overview(rows: "Sequence[TaskRow]") -> Table:
     lines = (
         (
             row.task,
+            "" if row.gain is None else f"{row.gain.n_rows:,}",
             update_name(row),
             *(f"{100 * row.scored[name].accuracy.value:.1f}" if name in row.scored else "" for name in variants),
             f"{row.outcome}, {_points(row.gain if row.outcome == 'nothing learned' else row.behind)}",
@@ -209,7 +210,9 @@ def _overview(rows: "Sequence[TaskRow]") -> Table:
         )
         for row in sorted(rows, key=lambda row: row.task)
     )
-    return Table(("task", "update", *(HEADS[name] for name in variants), "outcome", "kept in loss"), tuple(lines))
+    return Table(
+        ("task", "rows", "update", *(HEADS[name] for name in variants), "outcome", "kept in loss"), tuple(lines)
+    )
 
 
 def _scores(rows: "Sequence[TaskRow]") -> Table:
