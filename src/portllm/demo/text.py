@@ -121,7 +121,8 @@ def _porting(result: Mapping[str, object]) -> str:
     return f"no weights read; the base drifted by {percent(_number(result['sampled_drift']), digits=2)} (from samples)"
 
 
-def _aligning(result: Mapping[str, object]) -> str:
+def aligned_text(result: Mapping[str, object]) -> str:
+    """How many of the answers that the patch gave on the base an aligned port gives, by its own record."""
     found = {name: percent(_number(result[f"agreement{name}"]), digits=0) for name in ("", "_low", "_high", "_added")}
     return (
         f"{found['']} ({found['_low']} to {found['_high']}) of {_number(result['prompts_report']):.0f} passages that "
@@ -154,7 +155,7 @@ _FOUND = {
     "evolve": _evolution,
     "check": _checking,
     "port": _porting,
-    "align": _aligning,
+    "align": aligned_text,
     "merge": _merging,
     "retrain": _training,
     "agree": _agreeing,
