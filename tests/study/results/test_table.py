@@ -257,10 +257,10 @@ def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won
 
     won = "of 4 ports, 3 level with retraining in accuracy, 0 ahead"
     lost = "1 behind (1 by more than another seed of retraining is)"
-    counted = f"add: {won}, {lost}; on 4 of 8 updates and tasks nothing is learned."
+    counted = f"add: {won}, {lost}; for 4 more, retraining learns nothing that could be kept."
     assert counted in render_page(with_scores(change, tasks=("a", "b-c"), evolutions=("chain", "old")))
     nothing = with_scores(lambda step, found: as_right(found, 0.5))
-    assert "add: on 1 of 1 updates and tasks nothing is learned." in render_page(nothing)
+    assert "add: retraining learns nothing that any of 1 ports could keep." in render_page(nothing)
 
 
 def test_a_method_beside_addition_says_by_how_much_it_is_better():

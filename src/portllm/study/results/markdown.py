@@ -90,7 +90,8 @@ def parts_of(results: "StudyResults") -> Iterator[Part]:
     ended = [row for row in results.tasks if row.outcome is not None]
     if ended:
         luck = (LUCK,) if AGAIN in variants_of(ended) else ()
-        yield Part("overview", "All tasks", 2, (*outcome_lines(ended), OVERVIEW, *luck, _overview(ended)))
+        ends = (f"{line}." for line in outcome_lines(ended))
+        yield Part("overview", "All tasks", 2, (*ends, OVERVIEW, *luck, _overview(ended)))
     yield Part("updates", "Updates", 2, (_models(results.models),))
     yield Part("tasks", "Tasks", 2, (LEGEND,))
     for task, rows in groupby(sorted(results.tasks, key=lambda row: row.task), key=lambda row: row.task):
@@ -137,22 +138,22 @@ def variants_of(rows: "Sequence[TaskRow]") -> tuple[str, ...]:
 def outcome_lines(rows: "Sequence[TaskRow]") -> list[str]:
     """How many ports came to which end, by method: wins, losses, and what is neither."""
     methods = dict.fromkeys(row.method for row in rows)
-    return [f"{method}: {outcomes_text([row for row in rows if row.method == method])}." for method in methods]
+    return [f"{method}: {outcomes_text([row for row in rows if row.method == method])}" for method in methods]
 
 
 def outcomes_text(rows: "Sequence[TaskRow]") -> str:
     """How many ports came to which end, in words."""
     count = Counter(row.outcome for row in rows)
     learned = sum(count[end] for end in ("level", "ahead", "behind"))
-    nothing = f"on {count['nothing learned']} of {len(rows)} updates and tasks nothing is learned"
     if not learned:
-        return nothing
+        return f"retraining learns nothing that any of {len(rows)} ports could keep"
     ends = f"{count['level']} level with retraining in accuracy, {count['ahead']} ahead, {count['behind']} behind"
     compared = [row for row in rows if row.outcome == "behind" and row.luck is not None]
     if compared:
         n_beyond = sum(-row.behind.value > abs(row.luck.value) for row in compared if row.behind and row.luck)
         ends += f" ({n_beyond} by more than another seed of retraining is)"
-    return f"of {learned} ports, {ends}" + (f"; {nothing}" if count["nothing learned"] else "")
+    nothing = f"; for {len(rows) - learned} more, retraining learns nothing that could be kept"
+    return f"of {learned} ports, {ends}" + nothing * (learned < len(rows))
 
 
 def update_name(row: "TaskRow") -> str:
