@@ -267,7 +267,10 @@ def test_a_method_beside_addition_says_by_how_much_it_is_better():
     shares = {None: 0.2, "add": 0.5, "align": 0.8}
     results = with_scores(lambda step, found: as_right(found, shares.get(step.patch, 0.9)), methods=("add", "align"))
     assert [row.over_add and row.over_add.value for row in results.tasks] == [None, pytest.approx(0.3)]
-    assert "| old 1, align | +30.0 [" in render_page(results)
+    page = render_page(results)
+    assert "| old 1, align | +30.0 [" in page
+    assert "; against addition +30.0 points on average, better for 1 of 1, worse for 0." in page
+    assert page.count("against addition") == 1
 
 
 @pytest.mark.parametrize(("ported", "beyond"), [(0.6, 1), (0.75, 0)])

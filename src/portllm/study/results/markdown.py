@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from portllm.evaluating.metrics import Estimate, Retention
@@ -137,8 +138,22 @@ def variants_of(rows: "Sequence[TaskRow]") -> tuple[str, ...]:
 
 def outcome_lines(rows: "Sequence[TaskRow]") -> list[str]:
     """How many ports came to which end, by method: wins, losses, and what is neither."""
-    methods = dict.fromkeys(row.method for row in rows)
-    return [f"{method}: {outcomes_text([row for row in rows if row.method == method])}" for method in methods]
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows):
+        of_method = [row for row in rows if row.method == method]
+        lines.append(f"{method}: {outcomes_text(of_method)}{_over_addition(of_method)}")
+    return lines
+
+
+def _over_addition(rows: "Sequence[TaskRow]") -> str:
+    """By how much a method is better than addition, and how often one is told apart from the other."""
+    found = [row.over_add for row in rows if row.over_add is not None]
+    if not found:
+        return ""
+    better = sum(one.low is not None and one.low > 0 for one in found)
+    worse = sum(one.high is not None and one.high < 0 for one in found)
+    mean = 100 * fmean(one.value for one in found)
+    return f"; against addition {mean:+.1f} points on average, better for {better} of {len(found)}, worse for {worse}"
 
 
 def outcomes_text(rows: "Sequence[TaskRow]") -> str:
