@@ -14,7 +14,7 @@ from tests.show.html.reading import EVIL, Page, with_texts
 from tests.study.definition.test_plan import STUDY
 from tests.study.results.test_table import results_of
 
-WITH_THEORY = replace(STUDY, theory=TheorySettings(), compare="paper-mistral-7b")
+WITH_THEORY = replace(STUDY, theory=TheorySettings(), compare=("paper-mistral-7b", "temporal-mistral-7b-fineweb"))
 RESULTS = tabulate(WITH_THEORY, {step: results_of(step) for step in steps_of(WITH_THEORY)})
 PAGE = Page(study_page(RESULTS))
 

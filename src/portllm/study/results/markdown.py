@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from portllm.evaluating.metrics import Estimate, Retention
-from portllm.study.definition.paper import published
+from portllm.study.definition.paper import PublishedTable, published
 from portllm.study.definition.variants import AGAIN, HEADS, VARIANTS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ RESIDUAL = """\
 Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
 weights with the patch in them, which is the paper's yardstick."""
 
-PUBLISHED = "Below each row that others published stand those of this study for the same task."
+PUBLISHED = "Below each row that others published stand those of this study for the same task, ported by addition."
 
 CHAINS = "Retention after each update; the first patch is ported every time."
 
@@ -105,8 +105,10 @@ def parts_of(results: "StudyResults") -> Iterator[Part]:
     chains = chains_of(results.tasks)
     if chains:
         yield Part("chains", "Chains", 2, (CHAINS, _chains(chains)))
-    if results.compare is not None:
-        yield Part("published", "Published numbers", 2, tuple(_published(results.compare, results.tasks)))
+    if results.compare:
+        yield Part("published", "Published numbers", 2, (PUBLISHED,))
+        for name in (results.compare,) if isinstance(results.compare, str) else results.compare:
+            yield _published(published()[name], results.tasks)
 
 
 def render_page(results: "StudyResults") -> str:
@@ -313,21 +315,19 @@ def _chains(chains: "Sequence[Sequence[TaskRow]]") -> Table:
     return Table(("evolution", "task", "score", *(f"{link}" for link in range(1, longest + 1))), tuple(lines))
 
 
-def _published(name: str, ours: "Sequence[TaskRow]") -> Iterator[str | Table]:
-    """What others published, each task with what the study found below it."""
-    table = published()[name]
-    yield f"{table.title}; {table.provenance}"
-    lines = []
+def _published(table: PublishedTable, ours: "Sequence[TaskRow]") -> Part:
+    """What others published, each task with what the study found below it by their method."""
+    lines: list[tuple[str, ...]] = []
     for row in table.rows:
         cells = (row.pretrained, row.tuned, row.evolved, row.ported, row.retrained)
         lines.append((row.task, "published", *("" if cell is None else f"{cell:.2f}" for cell in cells)))
         for own in ours:
-            if own.task == row.task and own.scored:
+            if (own.task, own.method) == (row.task, "add") and own.scored:
                 found = (own.scored[name].accuracy.value if name in own.scored else None for name in VARIANTS)
                 shown = ("" if value is None else f"{100 * value:.2f}" for value in found)
                 lines.append(("", f"here: {update_name(own)}", *shown))
-    yield PUBLISHED
-    yield Table(("task", "numbers", *(HEADS[variant] for variant in VARIANTS)), tuple(lines))
+    head = ("task", "numbers", *(HEADS[variant] for variant in VARIANTS))
+    return Part("published", table.title, 3, (table.provenance, Table(head, tuple(lines))))
 
 
 def _points(change: Estimate | None) -> str:
