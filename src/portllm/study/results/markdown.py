@@ -28,7 +28,7 @@ Accuracy in percent, mean over seeds. The outcome is that of ported against retr
 interval of the difference says so, else level. Where retraining's gain over the evolved model is not told apart from
 nothing, nothing was learned that a port could keep or lose; there the gain stands in the place of the difference. Of
 twenty ports that are level in truth, one is expected to be called ahead or behind. Commonest: what giving every row the
-commonest right answer scores. A patch that is no better has learned no more than that; a port may keep it or lose it."""
+commonest right answer scores. A patch that is no better has learned no more than that; a port can keep or lose it."""
 
 LUCK = f"""\
 {HEADS[AGAIN].capitalize()}: a patch trained on the evolved model with another seed. How far it is from the retrained
