@@ -4,7 +4,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from portllm.methods.directions import EPSILON, domain_directions
+from portllm.methods.directions import EPSILON, Weighted, domain_directions
 
 WIDTH = 12
 
@@ -17,10 +17,16 @@ def inputs(seed, sizes):
 DOMAIN = inputs(0, [3.0, 2.0, *[1.0] * (WIDTH - 2)])
 GENERAL = inputs(1, [3.0, 0.1, *[1.0] * (WIDTH - 2)])
 WEIGHT = torch.rand(400, generator=torch.Generator().manual_seed(2))
+GENERAL_ALL = [Weighted(GENERAL, torch.ones(len(GENERAL)))]
+
+
+def parted(inputs, weight):
+    """Weighted as they come, some tokens at a time."""
+    return [Weighted(x, of) for x, of in zip(inputs.split(150), weight.split(150), strict=True)]
 
 
 def test_they_are_the_generalised_eigenvectors_of_the_mean_products():
-    found = domain_directions(DOMAIN, WEIGHT, GENERAL, 3).double()
+    found = domain_directions(parted(DOMAIN, WEIGHT), GENERAL_ALL, 3).double()
     domain, general, weight = (each.double().numpy() for each in (DOMAIN, GENERAL, WEIGHT))
     here = (domain.T * weight) @ domain / weight.sum()
     there = general.T @ general / len(general)
@@ -31,15 +37,15 @@ def test_they_are_the_generalised_eigenvectors_of_the_mean_products():
 
 
 def test_the_first_is_what_the_domain_has_and_general_text_lacks_not_what_is_largest():
-    assert domain_directions(DOMAIN, WEIGHT, GENERAL, 1)[0].abs().argmax() == 1
-    assert domain_directions(DOMAIN, WEIGHT, GENERAL[:0], 1)[0].abs().argmax() == 0
+    assert domain_directions(parted(DOMAIN, WEIGHT), GENERAL_ALL, 1)[0].abs().argmax() == 1
+    assert domain_directions(parted(DOMAIN, WEIGHT), [], 1)[0].abs().argmax() == 0
 
 
 def test_each_reads_a_mean_square_of_one_on_the_domain():
-    read = DOMAIN @ domain_directions(DOMAIN, WEIGHT, GENERAL, 4).T
+    read = DOMAIN @ domain_directions(parted(DOMAIN, WEIGHT), GENERAL_ALL, 4).T
     torch.testing.assert_close((read.pow(2) * WEIGHT[:, None]).sum(dim=0) / WEIGHT.sum(), torch.ones(4))
 
 
 def test_there_are_no_more_than_inputs_are_wide():
-    assert domain_directions(DOMAIN, WEIGHT, GENERAL, 40).shape == (WIDTH, WIDTH)
-    assert domain_directions(torch.zeros_like(DOMAIN), WEIGHT, GENERAL, 2).isfinite().all()
+    assert domain_directions(parted(DOMAIN, WEIGHT), GENERAL_ALL, 40).shape == (WIDTH, WIDTH)
+    assert domain_directions(parted(torch.zeros_like(DOMAIN), WEIGHT), GENERAL_ALL, 2).isfinite().all()

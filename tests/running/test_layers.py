@@ -11,7 +11,7 @@ from portllm.patch.adapter_folder import load_patch
 from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import find_writers
+from portllm.running.writers import find_spoken
 from portllm.running.writing import write_layered
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_what_writes_to_the_residual_stream_is_found_on_the_layer(kind, names, t
     model = layered(make_base(tmp_path / "base", kind=kind, dtype=torch.float32))
     given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
     with model.filled(1):
-        writers = find_writers(model, 1, given, tokens=3)
+        writers = find_spoken(model, 1, given, tokens=3)
     assert [writer.name for writer in writers] == names
     assert all(writer.scale == pytest.approx(1.0, abs=1e-5) and writer.gain is None for writer in writers)
 
@@ -149,10 +149,10 @@ def test_the_norm_behind_a_writer_is_found_and_what_it_lacks_is_said_in_front_of
     model = layered(gemma)
     given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[0]
     with model.filled(0):
-        writers = find_writers(model, 0, given, tokens=3)
+        writers = find_spoken(model, 0, given, tokens=3)
     assert [writer.name.rpartition(".")[2] for writer in writers] == ["o_proj", "down_proj"]
     said, wanted = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
     for writer in writers:
         reachable = writer.added(wanted)
-        error, _ = writer.error(reachable, said)
+        error, _ = writer.error(reachable, torch.zeros_like(said), said)
         assert (writer.added(said + error) - reachable).abs().max() < 1e-4

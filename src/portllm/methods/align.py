@@ -16,7 +16,7 @@ from torch import Tensor
 from portllm.methods.add import add
 from portllm.methods.choice import choose, on, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
-from portllm.methods.directions import domain_directions
+from portllm.methods.directions import Weighted, domain_directions
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
 from portllm.methods.tail import Regression, balance, balance_move, logit_moves
@@ -26,6 +26,7 @@ from portllm.patch.patch import Patch
 
 ADD = "add"
 OLD_STATES = "the old specialist's states, read by the evolved head"
+
 OWN_RANK = 8
 """Directions of the domain that a writer reads beside those of the patch."""
 
@@ -149,33 +150,33 @@ def _share(compared: Comparison, parts: Sequence[Part]) -> float:
 
 
 def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> None:
-    """Fit what every writer adds, first to last, with what was fitted before in force."""
+    """Fit what every module adds, first to last, with what was fitted before in force."""
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
-    for writer in streams.walk([ADD, *refits]):
-        delta = start.deltas.get(writer.module)
+    for fitting in streams.walk([ADD, *refits]):
+        delta = start.deltas.get(fitting.module)
         if (delta is None and (like is None or start.experts)) or (delta is not None and delta.magnitude is not None):
             continue
         for name, how in refits.items():
-            blocks = [_on_cpu(block) for block in writer.blocks(name)]
+            blocks = [_on_cpu(block) for block in fitting.blocks(name)]
             if delta is None:
                 a = own_directions(blocks, how, OWN_RANK + (like.rank if like else 0))
             else:
                 a = _beside(whole(delta.a).float(), own_directions(blocks, how, OWN_RANK), blocks)
             sums = [Sums.of(block.x @ a.T, block.error, how.weights(block)) for block in blocks]
-            writer.put(name, a, sum(sums[1:], sums[0]).solve(how.rho).float())
+            fitting.put(name, a, sum(sums[1:], sums[0]).solve(how.rho).float())
 
 
 def own_directions(blocks: Sequence[Block], how: Refit, count: int) -> Tensor:
     """What further rows of A read: directions of the prompts' inputs that general text hardly has."""
-    x, kind = (torch.cat([getattr(block, name) for block in blocks]) for name in ("x", "kind"))
-    weights, is_general = torch.cat([how.weights(block) for block in blocks]), kind == Kind.GENERAL
-    return domain_directions(x[~is_general], weights[~is_general], x[is_general], count)
+    domain = [Weighted(block.x, how.weights(block) * (block.kind != Kind.GENERAL)) for block in blocks]
+    general = [Weighted(block.x, (block.kind == Kind.GENERAL).float()) for block in blocks]
+    return domain_directions(domain, general, count)
 
 
 def _beside(a: Tensor, own: Tensor, blocks: Sequence[Block]) -> Tensor:
     """A with further rows, that read as much on average as its own do."""
-    x = torch.cat([block.x for block in blocks])
-    return torch.cat([a, own * (x @ a.T).pow(2).mean().sqrt()])
+    read = torch.cat([block.x @ a.T for block in blocks])
+    return torch.cat([a, own * read.pow(2).mean().sqrt()])
 
 
 def _on_cpu(block: Block) -> Block:

@@ -15,11 +15,11 @@ from portllm.arrays import Float32, Float64, Int64
 from portllm.measures.logit_blocks import Compared, Softmax
 from portllm.methods.contract import Block, Comparison, Part
 from portllm.methods.tail import logit_moves
-from portllm.porting.reading import FITTED, Reading, writers_of
+from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import Extras, Writer, watch
+from portllm.running.writers import Extras, Spoken, Writer, watch
 
 ANSWER_SHARE = 0.001
 """A token to which the old specialist gives less than this, on average, is no answer."""
@@ -31,8 +31,8 @@ PLACES = 256
 
 
 @dataclass
-class WriterStep:
-    """A writer that the streams have come to; see `portllm.methods.contract.Writer`."""
+class Step:
+    """A module that the streams have come to; see `portllm.methods.contract.Fitting`."""
 
     streams: "Streams"
     number: int
@@ -73,7 +73,7 @@ class Streams:
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._writers: list[Writer] = []
+        self._modules: list[Spoken] = []
         self._done: dict[str, list[tuple[Reading, list[int], Tensor, Tensor]]] = {}
         self._likely: Tensor | None = None
 
@@ -84,7 +84,7 @@ class Streams:
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
-    def walk(self, candidates: Sequence[str]) -> Iterator[WriterStep]:
+    def walk(self, candidates: Sequence[str]) -> Iterator[Step]:
         """As the contract says."""
         n_layers, n_done = len(self.new.layers), self._resume(candidates)
         for number in range(n_done, n_layers):
@@ -94,19 +94,19 @@ class Streams:
             if number == n_layers - 1:
                 self._aim()
             with self.new.filled(number):
-                self._writers = writers_of(self.new, number, self.prompts)
-                for place, writer in enumerate(self._writers):
-                    yield WriterStep(self, number, place, writer.name)
+                self._modules = self.prompts.spoken(self.new, number)
+                for place, module in enumerate(self._modules):
+                    yield Step(self, number, place, module.name)
                 for candidate in candidates:
                     self._run(number, candidate)
             if number + 1 < n_layers:
                 self.unfinished.keep_walked(number + 1, candidates, self._tensors())
             self.progress("align", number + 1, n_layers, "steps")
 
-    def blocks(self, step: WriterStep, candidate: str) -> Iterator[Block]:
-        """What a candidate gives a writer, and what it lacks behind it."""
-        is_last = step.place == len(self._writers) - 1
-        writer = self._writers[step.place]
+    def blocks(self, step: Step, candidate: str) -> Iterator[Block]:
+        """What a candidate gives a module, and what that lacks."""
+        is_last = step.place == len(self._modules) - 1
+        module = self._modules[step.place]
         self._done.pop(candidate, None)
         done = []
         for reading in self.readings:
@@ -115,27 +115,26 @@ class Streams:
                 found, after = watch(
                     self.new,
                     step.number,
-                    self._writers,
+                    self._modules,
                     state,
                     reading.arguments(self.new, step.number, batch),
                     self.extras.get(candidate, {}),
                     stop=None if is_last else step.place,
                 )
-                for before, (_, output) in zip(self._writers[: step.place], found, strict=False):
+                for before, (_, output) in zip(self._modules[: step.place], found, strict=False):
                     state = state + before.added(output)
                 x, output = (reading.flat(each, batch) for each in found[step.place])
-                missing = wanted.to(x.device) - reading.flat(state, batch)
-                error, factor = writer.error(missing, output)
+                error, factor = module.error(wanted.to(x.device), reading.flat(state, batch), output)
                 if is_last:
                     done.append((reading, batch, x.cpu(), reading.flat(after, batch).cpu()))
                 yield Block(x, error, reading.rows.kinds(batch).to(x.device), factor)
-        if is_last and writer.gain is None:
+        if is_last and self._last.gain is None:
             self._done[candidate] = done
 
-    def put(self, step: WriterStep, candidate: str, a: Tensor, b: Tensor) -> None:
-        """What a candidate has at a writer; where nothing comes after it in the layer, its states follow."""
+    def put(self, step: Step, candidate: str, a: Tensor, b: Tensor) -> None:
+        """What a candidate has at a module; where nothing comes after it in the layer, its states follow."""
         self.extras.setdefault(candidate, {})[step.module] = a, b
-        scale = self._writers[step.place].scale
+        scale = self._last.scale
         for place, (reading, batch, x, after) in enumerate(self._done.get(candidate, ())):
             self._done[candidate][place] = reading, batch, x, after + scale * x @ a.cpu().T @ b.cpu().T
 
@@ -170,7 +169,7 @@ class Streams:
 
     def last_writer(self) -> tuple[str, float] | None:
         """As the contract says."""
-        last = self._writers[-1]
+        last = self._last
         return None if last.gain is not None else (last.name, last.scale)
 
     def gain(self) -> Float32[Tensor, " width"] | None:
@@ -247,9 +246,7 @@ class Streams:
             model = reading.model if candidate is None else self.new
             state = reading.states[candidate][reading.rows.places][there]
             for a, b in tail.values():
-                state = (
-                    state + self._writers[-1].scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
-                )
+                state = state + self._last.scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
             nats = nats_of(model, state, said)
             found[name] = torch.stack([nats[rows == row].mean() for row in torch.unique(rows)])
         return found
@@ -261,6 +258,14 @@ class Streams:
             return states
         missing = self.logits(tokens, None) - self.logits(tokens, states)
         return (states + logit_moves(missing, self.head(tokens), gain, states)).float()
+
+    @property
+    def _last(self) -> Writer:
+        """The layer's last writer, behind which no module speaks."""
+        last = self._modules[-1]
+        if not isinstance(last, Writer):
+            raise AssertionError("a layer ends with what writes")
+        return last
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -319,7 +324,7 @@ class Streams:
                 found, after = watch(
                     self.new,
                     number,
-                    self._writers,
+                    self._modules,
                     state,
                     reading.arguments(self.new, number, batch),
                     self.extras.get(candidate, {}),
