@@ -11,7 +11,7 @@ from portllm.patch.adapter_folder import load_patch
 from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import find_spoken
+from portllm.running.writers import Reader, find_spoken
 from portllm.running.writing import write_layered
 
 CPU = torch.device("cpu")
@@ -77,6 +77,30 @@ def test_what_writes_to_the_residual_stream_is_found_on_the_layer(kind, names, t
         writers = find_spoken(model, 1, given, tokens=3)
     assert [writer.name for writer in writers] == names
     assert all(writer.scale == pytest.approx(1.0, abs=1e-5) and writer.gain is None for writer in writers)
+
+
+def test_what_a_patch_changes_and_does_not_write_is_found_in_the_order_in_which_it_speaks(tiny):
+    model = layered(tiny("base"))
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
+    inside = ("mlp.up_proj", "self_attn.v_proj", "self_attn.q_proj")
+    changed = {"lm_head", "model.layers.0.mlp.up_proj", *(f"model.layers.1.{name}" for name in inside)}
+    with model.filled(1):
+        spoken = find_spoken(model, 1, given, tokens=3, changed=changed)
+    assert [(each.name.rpartition(".")[2], type(each).__name__) for each in spoken] == [
+        ("q_proj", "Reader"),
+        ("v_proj", "Reader"),
+        ("o_proj", "Writer"),
+        ("up_proj", "Reader"),
+        ("down_proj", "Writer"),
+    ]
+
+
+def test_a_reader_is_to_say_what_is_said_in_its_place_and_adds_nothing_to_the_stream():
+    before, there, wanted = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    reader = Reader("q_proj")
+    error, counts = reader.error(reader.wanted(before, wanted), before, there)
+    torch.testing.assert_close(there + error, wanted)
+    assert (counts == 1).all() and (before + reader.added(there)).equal(before)
 
 
 def test_a_model_whose_weights_lack_a_tensor_of_a_layer_is_refused_by_its_name(tiny):
