@@ -15,7 +15,7 @@ def numbers(*shape, seed):
 
 @dataclass
 class Module:
-    """A writer that the chains have come to."""
+    """A module that the chains have come to."""
 
     chains: "TwoChains"
     module: str
@@ -23,8 +23,12 @@ class Module:
     def blocks(self, candidate):
         yield self.chains.block(self.module, candidate)
 
-    def put(self, candidate, a, b):
-        self.chains.given.setdefault(candidate, {})[self.module] = (a, b)
+    def drift(self):
+        before, after = (side[f"{self.module}.weight"] for side in (self.chains.base, self.chains.evolved))
+        return (after - before).float()
+
+    def put(self, candidate, factors):
+        self.chains.given.setdefault(candidate, {})[self.module] = (factors.a, factors.b)
 
 
 @dataclass

@@ -95,12 +95,27 @@ def test_what_a_patch_changes_and_does_not_write_is_found_in_the_order_in_which_
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.1.mlp.c_proj")]
+)
+def test_the_weights_of_a_module_are_those_it_multiplies_by_whichever_way_round_they_are_stored(kind, name, tmp_path):
+    from tests.models import make_base
+
+    model = layered(make_base(tmp_path / "base", kind=kind, dtype=torch.float32))
+    weight = model.weight(name)
+    with model.filled(1), torch.no_grad():
+        module = model.module(1, name)
+        said = module(torch.eye(weight.shape[1])) - module(torch.zeros(1, weight.shape[1]))
+    torch.testing.assert_close(said.T, weight)
+
+
 def test_a_reader_is_to_say_what_is_said_in_its_place_and_adds_nothing_to_the_stream():
     before, there, wanted = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     reader = Reader("q_proj")
     error, counts = reader.error(reader.wanted(before, wanted), before, there)
     torch.testing.assert_close(there + error, wanted)
-    assert (counts == 1).all() and (before + reader.added(there)).equal(before)
+    assert (counts == 1).all()
+    assert (before + reader.added(there)).equal(before)
 
 
 def test_a_model_whose_weights_lack_a_tensor_of_a_layer_is_refused_by_its_name(tiny):

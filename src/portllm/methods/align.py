@@ -16,10 +16,10 @@ from torch import Tensor
 from portllm.methods.add import add
 from portllm.methods.choice import choose, on, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
-from portllm.methods.directions import Weighted, domain_directions
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
 from portllm.methods.tail import Regression, balance, balance_move, logit_moves
+from portllm.methods.undoing import Weighted, undoing
 from portllm.methods.values import Values, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
@@ -27,8 +27,8 @@ from portllm.patch.patch import Patch
 ADD = "add"
 OLD_STATES = "the old specialist's states, read by the evolved head"
 
-OWN_RANK = 8
-"""Directions of the domain that a writer reads beside those of the patch."""
+OWN_RANK = 32
+"""Of the factors that a module has beside those of the patch."""
 
 TAIL_RHO = 0.01
 TAIL_RANK = 8
@@ -150,33 +150,51 @@ def _share(compared: Comparison, parts: Sequence[Part]) -> float:
 
 
 def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> None:
-    """Fit what every module adds, first to last, with what was fitted before in force."""
+    """Fit what every module adds, first to last, with what was fitted before in force.
+
+    Each has factors beside the patch's: they undo the update there as far as they can, and are fitted from there on.
+    """
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
     for fitting in streams.walk([ADD, *refits]):
         delta = start.deltas.get(fitting.module)
         if (delta is None and (like is None or start.experts)) or (delta is not None and delta.magnitude is not None):
             continue
+        reads = None if delta is None else whole(delta.a).float()
+        drift, count = fitting.drift(), OWN_RANK + (like.rank if delta is None and like else 0)
         for name, how in refits.items():
             blocks = [_on_cpu(block) for block in fitting.blocks(name)]
-            if delta is None:
-                a = own_directions(blocks, how, OWN_RANK + (like.rank if like else 0))
-            else:
-                a = _beside(whole(delta.a).float(), own_directions(blocks, how, OWN_RANK), blocks)
-            sums = [Sums.of(block.x @ a.T, block.error, how.weights(block)) for block in blocks]
-            fitting.put(name, a, sum(sums[1:], sums[0]).solve(how.rho).float())
+            fitting.put(name, fitted(blocks, how, reads, undone(blocks, how, drift, count)))
 
 
-def own_directions(blocks: Sequence[Block], how: Refit, count: int) -> Tensor:
-    """What further rows of A read: directions of the prompts' inputs that general text hardly has."""
-    domain = [Weighted(block.x, how.weights(block) * (block.kind != Kind.GENERAL)) for block in blocks]
-    general = [Weighted(block.x, (block.kind == Kind.GENERAL).float()) for block in blocks]
-    return domain_directions(domain, general, count)
+def undone(blocks: Sequence[Block], how: Refit, drift: Tensor, count: int) -> Factors:
+    """What gives the domain back what the update took from it at a module, and leaves general text alone."""
+    weights = [how.weights(block) for block in blocks]
+    of_domain = [block.kind != Kind.GENERAL for block in blocks]
+    domain, general = (
+        [Weighted(block.x, weight * there) for block, weight, there in zip(blocks, weights, which, strict=True)]
+        for which in (of_domain, [~there for there in of_domain])
+    )
+    return undoing(drift, domain, general, count)
 
 
-def _beside(a: Tensor, own: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """A with further rows, that read as much on average as its own do."""
-    read = torch.cat([block.x @ a.T for block in blocks])
-    return torch.cat([a, own * read.pow(2).mean().sqrt()])
+def fitted(blocks: Sequence[Block], how: Refit, reads: Tensor | None, own: Factors) -> Factors:
+    """What a module adds, of factors that it has beside the patch's, and of B fitted to both.
+
+    Args:
+        blocks: What it is given, and lacks with the patch as it was added.
+        how: Weights and ridge.
+        reads: The patch's A; None where the patch leaves the module alone.
+        own: Further factors, whose B is fitted from what it is; A is scaled to read as much as the patch's.
+    """
+    a = own.a if reads is None else torch.cat([reads, own.a])
+    n_reads = len(a) - len(own.a)
+    sizes = torch.cat([block.x @ a.T for block in blocks]).pow(2).mean(dim=0).sqrt()
+    typical = sizes[:n_reads].pow(2).mean().sqrt() if n_reads else 1.0
+    scale = torch.where(sizes[n_reads:] > 0, typical / sizes[n_reads:], 1.0)
+    a = torch.cat([a[:n_reads], own.a * scale[:, None]])
+    b = torch.cat([own.b.new_zeros(len(own.b), n_reads), own.b / scale], dim=1)
+    sums = [Sums.of(z, block.error - z @ b.T, how.weights(block)) for block in blocks for z in [block.x @ a.T]]
+    return Factors(a, b + sum(sums[1:], sums[0]).solve(how.rho).float())
 
 
 def _on_cpu(block: Block) -> Block:

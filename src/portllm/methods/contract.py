@@ -18,7 +18,8 @@ from portllm.patch.patch import Patch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from portllm.arrays import Bool, Float, Float32, Float64, Int64
+    from portllm.arrays import Bool, Float32, Float64, Int64
+    from portllm.methods.ranks import Factors
 
 Part = Literal["fit", "choose", "report", "judge", "anchor", "limit", "price"]
 """What a text is for, and none for two of these.
@@ -97,7 +98,10 @@ class Fitting(Protocol):
         On prompts the old specialist's state or output is wanted, on general text that of the bare evolved model.
         """
 
-    def put(self, candidate: str, a: "Float[Tensor, 'r d_in']", b: "Float[Tensor, 'd_out r']") -> None:
+    def drift(self) -> "Float32[Tensor, 'd_out d_in']":
+        """The evolved model's weights there less the base's, read from disk."""
+
+    def put(self, candidate: str, factors: "Factors") -> None:
         """From here on the candidate adds `b a x` to the module's output, beside the patch as it was added."""
 
 
@@ -136,7 +140,7 @@ class Streams(Protocol):
         """
 
     def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":
-        """By module, a and b that a candidate was given by `Fitting.put`."""
+        """By module, a and b of what a candidate was given by `Fitting.put`."""
 
     def last_states(self, candidate: str | None) -> "Float32[Tensor, 'places width']":
         """The residual stream behind the last layer, once the walk is over; None is the old specialist."""

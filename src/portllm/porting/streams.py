@@ -14,6 +14,7 @@ from torch import Tensor
 from portllm.arrays import Float32, Float64, Int64
 from portllm.measures.logit_blocks import Compared, Softmax
 from portllm.methods.contract import Block, Comparison, Part
+from portllm.methods.ranks import Factors
 from portllm.methods.tail import logit_moves
 from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
@@ -43,9 +44,14 @@ class Step:
         """As the contract says."""
         return self.streams.blocks(self, candidate)
 
-    def put(self, candidate: str, a: Tensor, b: Tensor) -> None:
+    def drift(self) -> Float32[Tensor, "d_out d_in"]:
         """As the contract says."""
-        self.streams.put(self, candidate, a.float(), b.float())
+        before, after = (model.weight(self.module) for model in (self.streams.prompts.model, self.streams.new))
+        return after - before
+
+    def put(self, candidate: str, factors: Factors) -> None:
+        """As the contract says."""
+        self.streams.put(self, candidate, factors.a.float(), factors.b.float())
 
 
 @dataclass

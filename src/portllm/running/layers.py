@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from portllm.arrays import Float32, Int64
 from portllm.errors import CheckpointError
-from portllm.foreign import foreign
+from portllm.foreign import Conv1D, foreign
 from portllm.running.encoding import PaddedBatch
 from portllm.running.model import PeftModel, PreTrainedModel, build_skeleton
 
@@ -163,6 +163,17 @@ class LayeredModel:
     def module(self, number: int, name: str) -> nn.Module:
         """A module inside a layer, by its name in the model."""
         return self.layers[number].get_submodule(name.removeprefix(f"{self.names[number]}."))
+
+    def weight(self, name: str) -> Float32[Tensor, "d_out d_in"]:
+        """The weights of a linear module inside a layer, by its name in the model, whether or not it is filled.
+
+        Raises:
+            CheckpointError: The checkpoint lacks them.
+        """
+        weight = self._weights.tensor(f"{name}.weight")
+        if weight is None:
+            raise self._refused(f"it has no '{name}.weight'")
+        return weight.T if isinstance(self._model.get_submodule(name), Conv1D) else weight
 
     def embed(self, ids: Int64[Tensor, " tokens"]) -> Float32[Tensor, "tokens width"]:
         """What the embedding gives for tokens; only the rows of these are read."""
