@@ -60,11 +60,11 @@ class Refit:
         return weights
 
 
-RHO, OMEGA = 3.0, 0.05
-GENERAL = (0.5, 0.2, 0.05)
-"""What a token of general text counts: the more, the less is moved."""
+OMEGA = 0.05
+SETTINGS = ((3.0, 0.5), (3.0, 0.2), (1.0, 0.05))
+"""Ridge, and what a token of general text counts: the more, the less is moved."""
 
-REFITS = {f"refit rho={RHO} omega={OMEGA} general={general}": Refit(RHO, OMEGA, general) for general in GENERAL}
+REFITS = {f"refit rho={rho} omega={OMEGA} general={general}": Refit(rho, OMEGA, general) for rho, general in SETTINGS}
 """The ones that change least come first."""
 
 
