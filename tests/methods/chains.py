@@ -19,16 +19,17 @@ class Module:
 
     chains: "TwoChains"
     module: str
+    candidate: str
 
-    def blocks(self, candidate):
-        yield self.chains.block(self.module, candidate)
+    def blocks(self):
+        yield self.chains.block(self.module, self.candidate)
 
     def drift(self):
         before, after = (side[f"{self.module}.weight"] for side in (self.chains.base, self.chains.evolved))
         return (after - before).float()
 
-    def put(self, candidate, factors):
-        self.chains.given.setdefault(candidate, {})[self.module] = (factors.a, factors.b)
+    def put(self, factors):
+        self.chains.given.setdefault(self.candidate, {})[self.module] = (factors.a, factors.b)
 
 
 @dataclass
@@ -73,8 +74,9 @@ class TwoChains:
         return Block(self.inputs(module)[is_fit], error[is_fit], torch.full((n,), Kind.ANSWER), torch.ones(n))
 
     def walk(self, candidates):
-        for module in self.modules:
-            yield Module(self, module)
+        for candidate in candidates:
+            for module in self.modules:
+                yield Module(self, module, candidate)
 
     def put_by(self, candidate):
         return self.given.get(candidate, {})

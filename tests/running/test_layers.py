@@ -11,7 +11,7 @@ from portllm.patch.adapter_folder import load_patch
 from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import Reader, find_spoken
+from portllm.running.writers import Reader, find_spoken, watch
 from portllm.running.writing import write_layered
 
 CPU = torch.device("cpu")
@@ -107,6 +107,31 @@ def test_the_weights_of_a_module_are_those_it_multiplies_by_whichever_way_round_
         module = model.module(1, name)
         said = module(torch.eye(weight.shape[1])) - module(torch.zeros(1, weight.shape[1]))
     torch.testing.assert_close(said.T, weight)
+
+
+@pytest.mark.parametrize("n_known", [1, 3, 6])
+def test_what_is_known_of_a_layer_need_not_be_run_again_and_changes_nothing(tiny, n_known):
+    model = layered(tiny("base"))
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
+    state = torch.randn(1, 3, model.width, generator=torch.Generator().manual_seed(0))
+    changed = [
+        f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+    ]
+    with model.filled(1):
+        spoken = find_spoken(model, 1, given, tokens=3, changed=changed)
+        made = torch.Generator().manual_seed(1)
+        extras = {each.name: made_extra(model.weight(each.name).shape, made) for each in spoken}
+        found, after = watch(model, 1, spoken, state, given, extras)
+        known = {each.name: output for each, (_, output) in zip(spoken[:n_known], found, strict=False)}
+        for each in spoken[:n_known]:
+            model.module(1, each.name).weight.data.fill_(torch.nan)  # whoever runs it is found out
+        again, after_again = watch(model, 1, spoken, state, given, extras, known=known)
+    assert after_again.equal(after)
+    assert all(one[1].equal(other[1]) for one, other in zip(found, again, strict=True))
+
+
+def made_extra(shape, generator):
+    return torch.randn(2, shape[1], generator=generator), torch.randn(shape[0], 2, generator=generator)
 
 
 def test_a_reader_is_to_say_what_is_said_in_its_place_and_adds_nothing_to_the_stream():

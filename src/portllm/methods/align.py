@@ -156,14 +156,15 @@ def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -
     """
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
     for fitting in streams.walk([ADD, *refits]):
-        delta = start.deltas.get(fitting.module)
-        if (delta is None and (like is None or start.experts)) or (delta is not None and delta.magnitude is not None):
+        delta, how = start.deltas.get(fitting.module), refits.get(fitting.candidate)
+        if how is None or (delta is None and (like is None or start.experts)):
+            continue
+        if delta is not None and delta.magnitude is not None:
             continue
         reads = None if delta is None else whole(delta.a).float()
-        drift, count = fitting.drift(), OWN_RANK + (like.rank if delta is None and like else 0)
-        for name, how in refits.items():
-            blocks = [_on_cpu(block) for block in fitting.blocks(name)]
-            fitting.put(name, fitted(blocks, how, reads, undone(blocks, how, drift, count)))
+        count = OWN_RANK + (like.rank if delta is None and like else 0)
+        blocks = [_on_cpu(block) for block in fitting.blocks()]
+        fitting.put(fitted(blocks, how, reads, undone(blocks, how, fitting.drift(), count)))
 
 
 def undone(blocks: Sequence[Block], how: Refit, drift: Tensor, count: int) -> Factors:

@@ -86,14 +86,18 @@ class Comparison:
 
 @runtime_checkable
 class Fitting(Protocol):
-    """A module that can be fitted, when the streams have come to it."""
+    """A module that can be fitted, when a candidate has come to it."""
 
     @property
     def module(self) -> str:
         """Its name."""
 
-    def blocks(self, candidate: str) -> "Iterable[Block]":
-        """What a candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
+    @property
+    def candidate(self) -> str:
+        """The candidate."""
+
+    def blocks(self) -> "Iterable[Block]":
+        """What the candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
 
         On prompts the old specialist's state or output is wanted, on general text that of the bare evolved model.
         """
@@ -101,7 +105,7 @@ class Fitting(Protocol):
     def drift(self) -> "Float32[Tensor, 'd_out d_in']":
         """The evolved model's weights there less the base's, read from disk."""
 
-    def put(self, candidate: str, factors: "Factors") -> None:
+    def put(self, factors: "Factors") -> None:
         """From here on the candidate adds `b a x` to the module's output, beside the patch as it was added."""
 
 
@@ -136,7 +140,7 @@ class Streams(Protocol):
     def walk(self, candidates: "Sequence[str]") -> "Iterator[Fitting]":
         """All that writes to the residual stream, and what else the patch changes, in the order in which they speak.
 
-        Candidates are run up to each before it is given out.
+        All of a layer are given out for one candidate, which is run up to each before, then for the next one.
         """
 
     def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":

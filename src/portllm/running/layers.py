@@ -262,7 +262,7 @@ class LayeredModel:
         @torch.no_grad()
         def logits(finished: Tensor) -> Tensor:
             states = finished[:, None]
-            with _method(self._decoder, "forward", lambda *_, **__: _Decoded(states)):
+            with replaced(self._decoder, "forward", lambda *_, **__: _Decoded(states)):
                 output: Tensor = self._model(inputs_embeds=states, use_cache=False).logits
             return output[:, 0].float()
 
@@ -305,7 +305,7 @@ class LayeredModel:
 
         with ExitStack() as stack, foreign(lambda why: self._refused(f"its layers are no plain stack: {why}")):
             for number, layer in enumerate(self.layers):
-                stack.enter_context(_method(layer, "forward", partial(visited, number)))
+                stack.enter_context(replaced(layer, "forward", partial(visited, number)))
             output = self._decoder(
                 inputs_embeds=embedded,
                 attention_mask=batch.mask,
@@ -376,7 +376,7 @@ def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _method(module: Any, name: str, function: Callable[..., object]) -> Iterator[None]:  # noqa: ANN401 (a foreign module)
+def replaced(module: Any, name: str, function: Callable[..., object]) -> Iterator[None]:  # noqa: ANN401 (a foreign module)
     """A function in the place of a module's method, for as long as the block lasts."""
     setattr(module, name, function)
     try:

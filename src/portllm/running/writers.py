@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from portllm.arrays import Float32
 from portllm.errors import CheckpointError
 from portllm.foreign import Conv1D
-from portllm.running.layers import Arguments, LayeredModel
+from portllm.running.layers import Arguments, LayeredModel, replaced
 
 TOLERANCE = 1e-4
 """Of what a layer adds, in float32, where a module's output passes through a norm or a factor."""
@@ -198,12 +198,17 @@ def watch(
     extras: Extras,
     *,
     stop: int | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Input and output of each module up to `stop`, and the state behind the layer, or before it where it was left."""
+    """Input and output of each module up to `stop`, and the state behind the layer, or before it where it was left.
+
+    Modules whose outputs are known from an earlier pass, with what is added to them, say these and are not run again.
+    """
+    known = known or {}
     found: list[tuple[Tensor, Tensor]] = []
 
     def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
-        if name in extras:
+        if name in extras and name not in known:
             a, b = extras[name]
             said = said + inputs[0] @ a.T.to(said) @ b.T.to(said)
         found.append((inputs[0], said))
@@ -211,11 +216,18 @@ def watch(
             raise _EnoughError
         return said
 
-    with hooked({each.name: model.module(number, each.name) for each in modules}, output):
+    by_name = {each.name: model.module(number, each.name) for each in modules}
+    with hooked(by_name, output), ExitStack() as stack:
+        for name, said in known.items():
+            stack.enter_context(replaced(by_name[name], "forward", partial(_say, said)))
         try:
             return found, model.run(number, state, given)
         except _EnoughError:
             return found, state
+
+
+def _say(said: Tensor, *_: object) -> Tensor:
+    return said
 
 
 def _writer(name: str, said: Tensor, added: Tensor) -> Writer:
