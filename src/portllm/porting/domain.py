@@ -146,8 +146,12 @@ def open_streams(
         old: [Rows.answered(prompts, answers, split(texts)), *_judges(texts, encoder, domain)],
         bare: [Rows.answered([row[:1] for row in general], [row[1:] for row in general], _dealt(len(general)))],
     }
+    changed = frozenset(added.deltas)
     asked, *others = (
-        Reading(each, model, device, domain.batch_size) for model, read in rows.items() for each in read if each.ids
+        Reading(each, model, changed, device, domain.batch_size)
+        for model, read in rows.items()
+        for each in read
+        if each.ids
     )
     return Streams(new, asked, others, domain.progress, unfinished, domain.wanted, isinstance(domain.prompts, Drawn))
 
