@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.show.html.browser import opened
 
-WIDTH, HEIGHT = 1180, 790
+WIDTH, HEIGHT = 1180, 930
 COLORS = 32
 
 
