@@ -7,7 +7,7 @@ configuration says. Tensors are `Values`, read when asked for; what a method pas
 byte for byte.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -37,6 +37,9 @@ class Need(StrEnum):
 
     STREAMS = "streams"
     """The old specialist and the evolved model, run in step over prompts."""
+
+    PAIRS = "pairs"
+    """What both models, without the patch, give each of its modules for the same tokens, and what those make of it."""
 
 
 class Kind(IntEnum):
@@ -177,6 +180,29 @@ class Streams(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What a module of a model was given, and gave; a row a token."""
+
+    x: "Float32[Tensor, 'tokens d_in']"
+    y: "Float32[Tensor, 'tokens d_out']"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A module of the patch in both models, both without it, on the same tokens.
+
+    Attributes:
+        module: Its name.
+        before: In the base.
+        after: In the evolved model.
+    """
+
+    module: str
+    before: Seen
+    after: Seen
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
     """What a method is given beside the patch: what it declared, and nothing else.
 
@@ -187,11 +213,14 @@ class Inputs:
         base: With `Need.WEIGHTS`, by the name that the patch has for a tensor, its values in the base.
         evolved: Likewise in the evolved model, in the same shape: (experts, d_out, d_in) for the experts of a layer.
         streams: With `Need.STREAMS`, what runs both models, given the patch as it is added to the evolved one.
+        pairs: With `Need.PAIRS`, what runs both models without the patch, given the modules to be looked at; these come
+            in the order in which they are run.
     """
 
     base: Mapping[str, Values] = field(default_factory=dict)
     evolved: Mapping[str, Values] = field(default_factory=dict)
     streams: Callable[[Patch[Values]], Streams] | None = None
+    pairs: Callable[[Collection[str]], Iterator[Pair]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +250,7 @@ class PortMethod:
         summary: One line for people.
         reference: Paper and equation.
         needs: What it asks for, whatever the patch.
+        refuses: Why it cannot carry a patch, whatever the models; None where it can.
     """
 
     id: str
@@ -229,6 +259,7 @@ class PortMethod:
     summary: str
     reference: str
     needs: frozenset[Need] = frozenset()
+    refuses: Callable[[Patch[Any]], str | None] = lambda _patch: None
 
     def needs_for(self, patch: Patch[Any]) -> frozenset[Need]:
         """What carrying this patch takes: what it holds whole is no delta without the weights that it stands for."""

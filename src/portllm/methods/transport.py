@@ -1,93 +1,92 @@
-"""Transport: the factors of a patch taken to a model of another basis, by what both models make of the same tokens. Pure.
+"""Transport: a patch taken to a model that computes the same, or much the same, with other units.
 
-A patch adds `B A x` to the output y of a module. Where the evolved model computes with other units (in another order,
-rotated, or learned anew), A and B mean nothing there. Both models read the same tokens, without the patch; with the
-inputs X0, X1 and the outputs Y0, Y1 of a module in both, a row a token, wanted are
+Factors are taken to the other basis module by module (see `portllm.methods.basis`). What comes of it is measured as an
+aligned port is: both models read prompts, and the ported patch is compared with plain addition by its divergence from
+the old specialist on some of them, and by how often it answers as that does on others.
 
-    A1 = argmin |X1 A1' - X0 A'|² + λ |A1|²,        which reads in the evolved model what A reads in the base;
-    B1 = Y1' C,  C = argmin |Y0' C - B|² + λ |C|²,  which writes there what B writes here.
-
-C says of which tokens' outputs B is made. It is the ridge regression M of Y1 on Y0, applied to B, without the matrix M.
-Where the one model is the other in another basis, and the tokens span its inputs and outputs, `B1 A1` is the patch in
-that basis, exactly.
-
-The outputs of a module with more of them than inputs span no more than its inputs do, so Y says nothing of the rest of
-B. Such outputs are units (of an MLP, or of heads) that a twin can have in another order; their positive parts follow
-them there and span the rest: each Y then has the rows `max(Y, 0)` too.
-
-Source: this project, docs/methods/transport.md. Ridge regression: Hoerl and Kennard (1970), Technometrics 12(1).
+Source: this project, docs/methods/transport.md.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from portllm.arrays import Float, Float64
+from portllm.methods.add import add
+from portllm.methods.align import ADD, evidence
+from portllm.methods.basis import input_factor, output_factor
+from portllm.methods.choice import choose, on
+from portllm.methods.contract import Comparison, Inputs, Pair, Ported, Streams
+from portllm.methods.values import Values, computed, whole
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.patch import Patch
 
-RHO = 1e-9
-"""Ridge, as a share of the mean square of what is regressed on: no more than what keeps float32 states from being read
-as directions of their own."""
+TRANSPORT = "transport"
 
 
-def input_factor(
-    a: Float[Tensor, "r d0"], before: Float[Tensor, "tokens d0"], after: Float[Tensor, "tokens d1"]
-) -> Float64[Tensor, "r d1"]:
-    """A1: what reads in the evolved model what A reads in the base.
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What was measured of a patch on the evolved model.
 
-    Tokens count alike, however large their inputs are: the first of a text may be many times larger than all others.
-
-    Args:
-        a: Of the base.
-        before: Inputs of the module in the base.
-        after: Inputs of the same tokens in the evolved model.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 2.0]])
-        >>> input_factor(torch.tensor([[3.0, 5.0]]), x, x.flip(1)).round(decimals=4)
-        tensor([[5., 3.]], dtype=torch.float64)
+    Attributes:
+        streams: Says what each prompt is for.
+        compared: Its answers with the old specialist's.
+        price: What each row of general text costs it, in nats a token, and what the bare model beside it ("").
+        loss: Likewise of rows with right answers, beside the old specialist.
     """
-    size = _sizes(after)
-    return _least(after.double() / size, (before.double() / size) @ a.double().T).T
+
+    streams: Streams
+    compared: Comparison
+    price: Mapping[str, Tensor]
+    loss: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, name: str, streams: Streams) -> "Tried":
+        """Run it."""
+        for _ in streams.walk([name]):
+            pass
+        both = {"": (None, {}), name: (name, {})}
+        compared = streams.compare({name: streams.last_states(name)})[name]
+        return cls(streams, compared, streams.nats("price", both), streams.nats("judge", both))
 
 
-def output_factor(
-    b: Float[Tensor, "d0 r"], before: Float[Tensor, "tokens d0"], after: Float[Tensor, "tokens d1"], *, of_units: bool
-) -> tuple[Float64[Tensor, "d1 r"], float]:
-    """B1: what writes in the evolved model what B writes in the base.
-
-    Args:
-        b: Of the base.
-        before: Outputs of the module in the base.
-        after: Outputs of the same tokens in the evolved model.
-        of_units: Whether positive parts of outputs are read beside them.
-
-    Returns:
-        B1, and the share of B, by norm, that is made of no outputs of these tokens and so is left out.
-
-    Example:
-        >>> y = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 2.0]])
-        >>> output_factor(torch.tensor([[3.0], [5.0]]), y, y.flip(1), of_units=False)[0].round(decimals=4)
-        tensor([[5.],
-                [3.]], dtype=torch.float64)
-    """
-    size = _sizes(before)
-    old, new = (torch.cat([y, y.clamp(min=0)]) if of_units else y for y in (before.double() / size, after.double() / size))
-    of_tokens = _least(old.T, b.double())
-    missing = b.double() - old.T @ of_tokens
-    return new.T @ of_tokens, float(missing.norm() / b.double().norm().clamp(min=torch.finfo(torch.float64).tiny))
+def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
+    """The patch in the evolved model's basis, or as it is added where that is no worse."""
+    if inputs.streams is None or inputs.pairs is None:
+        raise ValueError("transport was given no streams or no pairs, which it declares to need")
+    found = {pair.module: carried(patch.deltas[pair.module], pair) for pair in inputs.pairs(list(patch.deltas))}
+    deltas = {module: found[module][0] for module in patch.deltas}
+    made = {ADD: add(patch, inputs).patch, TRANSPORT: replace(patch, deltas=deltas)}
+    tried = {name: Tried.of(name, inputs.streams(each)) for name, each in made.items()}
+    chosen = choose({name: _weighed(name, each) for name, each in tried.items()})
+    numbers = evidence({name: each.compared for name, each in tried.items()}, chosen, tried[chosen].streams)
+    numbers |= _costs(tried, chosen) | {"left_out": max(share for _, share in found.values())}
+    rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
+    return Ported(made[chosen], rounded, ADD if chosen == ADD else None)
 
 
-def _sizes(rows: Float[Tensor, "tokens d"]) -> Float64[Tensor, "tokens 1"]:
-    return rows.double().norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+def _weighed(name: str, tried: Tried) -> Tensor:
+    """What the choice is made by: loss of right answers where there are some, else divergence."""
+    return tried.loss[name] if tried.loss else on(tried.compared.nats, tried.streams.compared, "choose")
 
 
-def _least(rows: Float64[Tensor, "n d"], wanted: Float64[Tensor, "n k"]) -> Float64[Tensor, "d k"]:
-    """`argmin |rows m - wanted|² + λ|m|²` by whichever of `rows' rows` and `rows rows'` is smaller."""
-    is_tall = len(rows) >= rows.shape[1]
-    products = rows.T @ rows if is_tall else rows @ rows.T
-    ridge = (RHO * products.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
-    factor = torch.linalg.cholesky(products + ridge * torch.eye(len(products), dtype=products.dtype))
-    if is_tall:
-        return torch.cholesky_solve(rows.T @ wanted, factor)
-    return rows.T @ torch.cholesky_solve(wanted, factor)
+def _costs(tried: Mapping[str, Tried], chosen: str) -> dict[str, float]:
+    """Nats a token on general text and on rows with right answers, as an aligned port says them."""
+    numbers = {}
+    for said, of in (("general_nats", "price"), ("loss", "loss")):
+        added, ported = (getattr(tried[name], of) for name in (ADD, chosen))
+        if added:
+            numbers |= {f"{said}_rows": float(len(added[ADD])), said: float(added[""].mean())}
+            numbers |= {f"{said}_added": float(added[ADD].mean()), f"{said}_ported": float(ported[chosen].mean())}
+    return numbers
+
+
+def carried(delta: LowRankDelta[Values], pair: Pair) -> tuple[LowRankDelta[Values], float]:
+    """A delta in the basis of the evolved model, and the share of its B that is left out."""
+    a, b = whole(delta.a), whole(delta.b)
+    new_a = input_factor(a, pair.before.x, pair.after.x)
+    new_b, share = output_factor(b, pair.before.y, pair.after.y, of_units=len(b) > a.shape[1])
+    old = {delta.a.name: (a, new_a), delta.b.name: (b, new_b)}
+    made = [computed(name, new.to(torch.promote_types(one.dtype, torch.float32))) for name, (one, new) in old.items()]
+    return replace(delta, a=made[0], b=made[1]), share

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from portllm.methods.transport import input_factor, output_factor
+from portllm.methods.basis import input_factor, output_factor
 from tests.models import SEVEN
 
 HIDDEN, INNER, HEADS, KEY_HEADS, HEAD_DIM, VOCABULARY = 16, 28, 4, 2, 4, 97
