@@ -119,11 +119,15 @@ def logits(model, ids):
 def test_on_a_twin_the_patch_comes_back_whole(tied):
     base = make_llama(tied=tied)
     twin = twin_of(base)
-    unseen, texts = (torch.randint(VOCABULARY, shape, generator=draws(seed)) for seed, shape in ((3, (4, 9)), (4, (24, 8))))
+    unseen, texts = (
+        torch.randint(VOCABULARY, shape, generator=draws(seed)) for seed, shape in ((3, (4, 9)), (4, (24, 8)))
+    )
     assert (logits(base, unseen) - logits(twin, unseen)).abs().max() < 1e-5, "the twin is none"
     generator = draws(5)
     patch = {
-        name: tuple(0.3 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, d_in), (d_out, 3)))
+        name: tuple(
+            0.3 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, d_in), (d_out, 3))
+        )
         for name, module in base.named_modules()
         if name.rpartition(".")[2] in SEVEN
         for d_out, d_in in [module.weight.shape]
@@ -137,6 +141,5 @@ def test_on_a_twin_the_patch_comes_back_whole(tied):
         )
     wanted = logits(patched(base, patch), unseen)
     size = (wanted - logits(base, unseen)).abs().max()
-    print(size, (logits(patched(twin, ported), unseen) - wanted).abs().max(), (logits(patched(twin, patch), unseen) - wanted).abs().max())
     assert (logits(patched(twin, ported), unseen) - wanted).abs().max() < 1e-4 * size
     assert (logits(patched(twin, patch), unseen) - wanted).abs().max() > 0.5 * size

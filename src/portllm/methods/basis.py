@@ -70,7 +70,9 @@ def output_factor(
                 [3.]], dtype=torch.float64)
     """
     size = _sizes(before)
-    old, new = (torch.cat([y, y.clamp(min=0)]) if of_units else y for y in (before.double() / size, after.double() / size))
+    old, new = (
+        torch.cat([y, y.clamp(min=0)]) if of_units else y for y in (before.double() / size, after.double() / size)
+    )
     of_tokens = _least(old.T, b.double())
     missing = b.double() - old.T @ of_tokens
     return new.T @ of_tokens, float(missing.norm() / b.double().norm().clamp(min=torch.finfo(torch.float64).tiny))
@@ -86,6 +88,6 @@ def _least(rows: Float64[Tensor, "n d"], wanted: Float64[Tensor, "n k"]) -> Floa
     products = rows.T @ rows if is_tall else rows @ rows.T
     ridge = (RHO * products.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
     factor = torch.linalg.cholesky(products + ridge * torch.eye(len(products), dtype=products.dtype))
-    if is_tall:
-        return torch.cholesky_solve(rows.T @ wanted, factor)
-    return rows.T @ torch.cholesky_solve(wanted, factor)
+    solved: Tensor = torch.cholesky_solve(rows.T @ wanted if is_tall else wanted, factor)
+    found: Tensor = solved if is_tall else rows.T @ solved
+    return found

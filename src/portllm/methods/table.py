@@ -26,8 +26,8 @@ def _no_factors(patch: Patch[Any]) -> str | None:
     """Why a patch is not made of factors with an input and an output of their own."""
     if not patch.is_plain_lora or patch.resized or any(delta.is_embedding for delta in patch.deltas.values()):
         return (
-            "changes more than the weights of linear modules by A and B (embeddings, DoRA magnitudes, biases, experts or "
-            "whole tensors), and what these would be in another basis is not known"
+            "changes more than the weights of linear modules by A and B (embeddings, DoRA magnitudes, biases, experts "
+            "or whole tensors), and what these would be in another basis is not known"
         )
     return None
 

@@ -46,7 +46,7 @@ class Tried:
         """Run it."""
         for _ in streams.walk([name]):
             pass
-        both = {"": (None, {}), name: (name, {})}
+        both: dict[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]] = {"": (None, {}), name: (name, {})}
         compared = streams.compare({name: streams.last_states(name)})[name]
         return cls(streams, compared, streams.nats("price", both), streams.nats("judge", both))
 
@@ -73,7 +73,7 @@ def _weighed(name: str, tried: Tried) -> Tensor:
 
 def _costs(tried: Mapping[str, Tried], chosen: str) -> dict[str, float]:
     """Nats a token on general text and on rows with right answers, as an aligned port says them."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     for said, of in (("general_nats", "price"), ("loss", "loss")):
         added, ported = (getattr(tried[name], of) for name in (ADD, chosen))
         if added:
@@ -85,8 +85,8 @@ def _costs(tried: Mapping[str, Tried], chosen: str) -> dict[str, float]:
 def carried(delta: LowRankDelta[Values], pair: Pair) -> tuple[LowRankDelta[Values], float]:
     """A delta in the basis of the evolved model, and the share of its B that is left out."""
     a, b = whole(delta.a), whole(delta.b)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     new_a = input_factor(a, pair.before.x, pair.after.x)
     new_b, share = output_factor(b, pair.before.y, pair.after.y, of_units=len(b) > a.shape[1])
-    old = {delta.a.name: (a, new_a), delta.b.name: (b, new_b)}
-    made = [computed(name, new.to(torch.promote_types(one.dtype, torch.float32))) for name, (one, new) in old.items()]
-    return replace(delta, a=made[0], b=made[1]), share
+    factors = computed(delta.a.name, new_a.to(dtype)), computed(delta.b.name, new_b.to(dtype))
+    return replace(delta, a=factors[0], b=factors[1]), share

@@ -132,8 +132,8 @@ def open_pairs(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished:
     if plan.base is None:
         raise AssertionError("a plan with pairs has a base")
     readings = _readings(plan, patch, domain, unfinished)
-    models = (_model(model, None, domain) for model in (plan.base, plan.evolved))
-    return Pairs(*models, [reading for reading in readings if reading.to_fit], domain.progress)
+    base, evolved = (_model(model, None, domain) for model in (plan.base, plan.evolved))
+    return Pairs(base, evolved, [reading for reading in readings if reading.to_fit], domain.progress)
 
 
 def _model(checkpoint: Checkpoint, change: Patch[Values] | None, domain: Domain) -> LayeredModel:
@@ -143,7 +143,7 @@ def _model(checkpoint: Checkpoint, change: Patch[Values] | None, domain: Domain)
 
 
 def _readings(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: Unfinished) -> list[Reading]:
-    """What is read and by whom: the prompts first, by the old specialist, and general text by the bare evolved model."""
+    """What is read and by whom: prompts first, by the old specialist; general text, by the bare evolved model."""
     if plan.base is None:
         raise AssertionError("a plan that reads prompts has a base")
     old, bare = _model(plan.base, patch, domain), _model(plan.evolved, None, domain)

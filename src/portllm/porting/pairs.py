@@ -63,15 +63,21 @@ class Pairs:
     def _through(self, name: str, model: LayeredModel, number: int, modules: Sequence[str]) -> dict[str, Seen]:
         """A model through a layer, with what its modules see there."""
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {module: [] for module in modules}
-        step = math.ceil(sum(len(reading.rows.tokens(b)) for reading in self.readings for b in reading.to_fit) / MOST_TOKENS)
+        step = math.ceil(
+            sum(len(reading.rows.tokens(b)) for reading in self.readings for b in reading.to_fit) / MOST_TOKENS
+        )
         with model.filled(number):
             found = {module: model.module(number, module) for module in modules}
             for reading in self.readings:
                 for batch in reading.to_fit:
 
                     def note(
-                        module: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor,
-                        reading: Reading = reading, batch: Sequence[int] = batch,
+                        module: str,
+                        _: nn.Module,
+                        inputs: tuple[Tensor, ...],
+                        output: Tensor,
+                        reading: Reading = reading,
+                        batch: Sequence[int] = batch,
                     ) -> None:
                         x, y = (reading.flat(each, batch)[::step].cpu() for each in (inputs[0], output))
                         rows[module].append((x, y))
@@ -79,6 +85,4 @@ class Pairs:
                     with hooked(found, note):
                         state = model.run(number, reading.state(name, batch), reading.arguments(model, number, batch))
                     reading.keep(name, batch, state)
-        return {
-            module: Seen(*(torch.cat(side) for side in zip(*pairs, strict=True))) for module, pairs in rows.items()
-        }
+        return {module: Seen(*(torch.cat(side) for side in zip(*pairs, strict=True))) for module, pairs in rows.items()}
