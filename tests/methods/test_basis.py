@@ -136,10 +136,27 @@ def test_on_a_twin_the_patch_comes_back_whole(tied):
     ported = {}
     for name, (a, b) in patch.items():
         ported[name] = (
-            input_factor(a, before[name].x, after[name].x),
+            input_factor(a, before[name].x, after[name].x)[0],
             output_factor(b, before[name].y, after[name].y, of_units=len(b) > a.shape[1])[0],
         )
     wanted = logits(patched(base, patch), unseen)
     size = (wanted - logits(base, unseen)).abs().max()
     assert (logits(patched(twin, ported), unseen) - wanted).abs().max() < 1e-4 * size
     assert (logits(patched(twin, patch), unseen) - wanted).abs().max() > 0.5 * size
+
+
+def test_of_what_the_tokens_do_not_span_nothing_is_carried_and_the_shares_say_so():
+    generator = draws(6)
+    few = torch.randn(5, 8, generator=generator)
+    turn = rotation(8, 7).float()
+    a, b = torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator)
+    new_a, misread = input_factor(a, few, few @ turn.T)
+    new_b, left_out = output_factor(b, few, few @ turn.T, of_units=False)
+    inside = torch.linalg.pinv(few.double()) @ few.double()
+    assert torch.allclose(new_a, a.double() @ inside @ turn.double().T, atol=1e-5)
+    assert torch.allclose(new_b, turn.double() @ inside @ b.double(), atol=1e-5)
+    assert misread < 1e-5, "these tokens are read as before"
+    outside = torch.linalg.norm(b - inside @ b.double()) / torch.linalg.norm(b)
+    assert left_out == pytest.approx(float(outside), abs=1e-5)
+    _, misread = input_factor(a, torch.randn(40, 8, generator=generator), torch.randn(40, 8, generator=generator))
+    assert misread > 0.5, "inputs that have nothing to do with each other"

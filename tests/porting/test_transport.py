@@ -48,7 +48,7 @@ def test_a_twin_with_the_ported_patch_answers_as_the_old_specialist_in_peft(stor
     assert step.method == "transport"
     assert step.evidence["agreement"] == 1
     assert step.evidence["divergence"] < 1e-9
-    assert step.evidence["left_out"] < 1e-4
+    assert max(step.evidence["left_out"], step.evidence["misread"]) < 1e-4
     old = logits(story["base"], patch)
     assert (logits(story["twin"], tmp_path / "out") - old).abs().max() < 1e-4
     assert (logits(story["twin"], patch) - old).abs().max() > 0.1

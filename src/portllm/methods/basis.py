@@ -12,8 +12,8 @@ Where the one model is the other in another basis, and the tokens span its input
 that basis, exactly.
 
 The outputs of a module with more of them than inputs span no more than its inputs do, so Y says nothing of the rest of
-B. Such outputs are units (of an MLP, or of heads) that a twin can have in another order; their positive parts follow
-them there and span the rest: each Y then has the rows `max(Y, 0)` too.
+B. Such outputs are units (of an MLP, or of heads) that a twin can have in another order; their absolute values follow
+them there and span all: Y is `|Y|` then.
 
 Source: this project, docs/methods/transport.md. Ridge regression: Hoerl and Kennard (1970), Technometrics 12(1).
 """
@@ -30,7 +30,7 @@ as directions of their own."""
 
 def input_factor(
     a: Float[Tensor, "r d0"], before: Float[Tensor, "tokens d0"], after: Float[Tensor, "tokens d1"]
-) -> Float64[Tensor, "r d1"]:
+) -> tuple[Float64[Tensor, "r d1"], float]:
     """A1: what reads in the evolved model what A reads in the base.
 
     Tokens count alike, however large their inputs are: the first of a text may be many times larger than all others.
@@ -40,13 +40,18 @@ def input_factor(
         before: Inputs of the module in the base.
         after: Inputs of the same tokens in the evolved model.
 
+    Returns:
+        A1, and the share, by norm, of what A reads of these tokens that A1 does not read.
+
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 2.0]])
-        >>> input_factor(torch.tensor([[3.0, 5.0]]), x, x.flip(1)).round(decimals=4)
+        >>> input_factor(torch.tensor([[3.0, 5.0]]), x, x.flip(1))[0].round(decimals=4)
         tensor([[5., 3.]], dtype=torch.float64)
     """
     size = _sizes(after)
-    return _least(after.double() / size, (before.double() / size) @ a.double().T).T
+    rows, wanted = after.double() / size, before.double() / size @ a.double().T
+    found = _least(rows, wanted)
+    return found.T, _share(wanted - rows @ found, wanted)
 
 
 def output_factor(
@@ -58,7 +63,7 @@ def output_factor(
         b: Of the base.
         before: Outputs of the module in the base.
         after: Outputs of the same tokens in the evolved model.
-        of_units: Whether positive parts of outputs are read beside them.
+        of_units: Whether absolute values are read in the place of outputs.
 
     Returns:
         B1, and the share of B, by norm, that is made of no outputs of these tokens and so is left out.
@@ -70,16 +75,19 @@ def output_factor(
                 [3.]], dtype=torch.float64)
     """
     size = _sizes(before)
-    old, new = (
-        torch.cat([y, y.clamp(min=0)]) if of_units else y for y in (before.double() / size, after.double() / size)
-    )
+    old, new = ((y.abs() if of_units else y).double() / size for y in (before, after))
     of_tokens = _least(old.T, b.double())
-    missing = b.double() - old.T @ of_tokens
-    return new.T @ of_tokens, float(missing.norm() / b.double().norm().clamp(min=torch.finfo(torch.float64).tiny))
+    made: Tensor = new.T @ of_tokens
+    return made, _share(b.double() - old.T @ of_tokens, b)
 
 
 def _sizes(rows: Float[Tensor, "tokens d"]) -> Float64[Tensor, "tokens 1"]:
-    return rows.double().norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    sizes: Tensor = rows.double().norm(dim=1, keepdim=True)
+    return sizes.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _share(part: Float[Tensor, "n k"], of: Float[Tensor, "n k"]) -> float:
+    return float(part.double().norm() / of.double().norm().clamp(min=torch.finfo(torch.float64).tiny))
 
 
 def _least(rows: Float64[Tensor, "n d"], wanted: Float64[Tensor, "n k"]) -> Float64[Tensor, "d k"]:

@@ -26,6 +26,31 @@ TRANSPORT = "transport"
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """A delta in the basis of the evolved model.
+
+    Attributes:
+        delta: The delta.
+        misread: The share of what its old A reads that its new one does not.
+        left_out: The share of its old B that is in no output of the tokens that were looked at.
+    """
+
+    delta: LowRankDelta[Values]
+    misread: float
+    left_out: float
+
+    @classmethod
+    def of(cls, delta: LowRankDelta[Values], pair: Pair) -> "Carried":
+        """Take it there."""
+        old_a, old_b = whole(delta.a), whole(delta.b)
+        dtype = torch.promote_types(torch.promote_types(old_a.dtype, old_b.dtype), torch.float32)
+        a, misread = input_factor(old_a, pair.before.x, pair.after.x)
+        b, left_out = output_factor(old_b, pair.before.y, pair.after.y, of_units=len(old_b) > old_a.shape[1])
+        factors = computed(delta.a.name, a.to(dtype)), computed(delta.b.name, b.to(dtype))
+        return cls(replace(delta, a=factors[0], b=factors[1]), misread, left_out)
+
+
+@dataclass(frozen=True, slots=True)
 class Tried:
     """What was measured of a patch on the evolved model.
 
@@ -55,13 +80,14 @@ def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
     """The patch in the evolved model's basis, or as it is added where that is no worse."""
     if inputs.streams is None or inputs.pairs is None:
         raise ValueError("transport was given no streams or no pairs, which it declares to need")
-    found = {pair.module: carried(patch.deltas[pair.module], pair) for pair in inputs.pairs(list(patch.deltas))}
-    deltas = {module: found[module][0] for module in patch.deltas}
+    found = {pair.module: Carried.of(patch.deltas[pair.module], pair) for pair in inputs.pairs(list(patch.deltas))}
+    deltas = {module: found[module].delta for module in patch.deltas}
     made = {ADD: add(patch, inputs).patch, TRANSPORT: replace(patch, deltas=deltas)}
     tried = {name: Tried.of(name, inputs.streams(each)) for name, each in made.items()}
     chosen = choose({name: _weighed(name, each) for name, each in tried.items()})
     numbers = evidence({name: each.compared for name, each in tried.items()}, chosen, tried[chosen].streams)
-    numbers |= _costs(tried, chosen) | {"left_out": max(share for _, share in found.values())}
+    numbers |= _costs(tried, chosen)
+    numbers |= {name: max(getattr(each, name) for each in found.values()) for name in ("misread", "left_out")}
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
     return Ported(made[chosen], rounded, ADD if chosen == ADD else None)
 
@@ -80,13 +106,3 @@ def _costs(tried: Mapping[str, Tried], chosen: str) -> dict[str, float]:
             numbers |= {f"{said}_rows": float(len(added[ADD])), said: float(added[""].mean())}
             numbers |= {f"{said}_added": float(added[ADD].mean()), f"{said}_ported": float(ported[chosen].mean())}
     return numbers
-
-
-def carried(delta: LowRankDelta[Values], pair: Pair) -> tuple[LowRankDelta[Values], float]:
-    """A delta in the basis of the evolved model, and the share of its B that is left out."""
-    a, b = whole(delta.a), whole(delta.b)
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    new_a = input_factor(a, pair.before.x, pair.after.x)
-    new_b, share = output_factor(b, pair.before.y, pair.after.y, of_units=len(b) > a.shape[1])
-    factors = computed(delta.a.name, new_a.to(dtype)), computed(delta.b.name, new_b.to(dtype))
-    return replace(delta, a=factors[0], b=factors[1]), share

@@ -3,7 +3,6 @@
 A layer of one model at a time is in memory, and what the modules of a layer were given and gave in both.
 """
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,8 @@ from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
 from portllm.running.writers import hooked
 
-MOST_TOKENS = 8192
-"""That are looked at, evenly out of all that are read."""
+TOKENS = 2
+"""That are looked at for each input or output of the widest module, evenly out of all that are read, if so many are."""
 
 
 @dataclass
@@ -46,12 +45,13 @@ class Pairs:
         by_layer = [[module for module in modules if module.startswith(f"{name}.")] for name in self.base.names]
         if lost := set(modules).difference(*by_layer):
             raise CheckpointError(f"'{min(lost)}': lies outside of the model's layers, where nothing is compared.")
+        step = self._step(by_layer)
         for reading in self.readings:
             for name, model in self._models:
                 reading.states[name] = torch.empty(reading.rows.n_tokens, model.width)
                 reading.begin(name, model)
         for number, inside in enumerate(by_layer):
-            before, after = (self._through(name, model, number, inside) for name, model in self._models)
+            before, after = (self._through(name, model, number, inside, step) for name, model in self._models)
             for module in inside:
                 yield Pair(module, before.pop(module), after.pop(module))
             self.progress("transport", number + 1, len(by_layer), "steps")
@@ -60,29 +60,33 @@ class Pairs:
     def _models(self) -> tuple[tuple[str, LayeredModel], ...]:
         return ("base", self.base), ("evolved", self.evolved)
 
-    def _through(self, name: str, model: LayeredModel, number: int, modules: Sequence[str]) -> dict[str, Seen]:
-        """A model through a layer, with what its modules see there."""
-        rows: dict[str, list[tuple[Tensor, Tensor]]] = {module: [] for module in modules}
-        step = math.ceil(
-            sum(len(reading.rows.tokens(b)) for reading in self.readings for b in reading.to_fit) / MOST_TOKENS
+    @property
+    def _batches(self) -> list[tuple[Reading, list[int]]]:
+        return [(reading, batch) for reading in self.readings for batch in reading.to_fit]
+
+    def _step(self, by_layer: Sequence[Sequence[str]]) -> int:
+        """From a token that is looked at to the next one."""
+        found = (
+            model.module(n, name) for _, model in self._models for n, names in enumerate(by_layer) for name in names
         )
-        with model.filled(number):
-            found = {module: model.module(number, module) for module in modules}
-            for reading in self.readings:
-                for batch in reading.to_fit:
+        widest = max(size for module in found for size in module.get_parameter("weight").shape)
+        n_tokens = sum(len(reading.rows.tokens(batch)) for reading, batch in self._batches)
+        return max(1, n_tokens // (TOKENS * widest))
 
-                    def note(
-                        module: str,
-                        _: nn.Module,
-                        inputs: tuple[Tensor, ...],
-                        output: Tensor,
-                        reading: Reading = reading,
-                        batch: Sequence[int] = batch,
-                    ) -> None:
-                        x, y = (reading.flat(each, batch)[::step].cpu() for each in (inputs[0], output))
-                        rows[module].append((x, y))
+    def _through(
+        self, name: str, model: LayeredModel, number: int, modules: Sequence[str], step: int
+    ) -> dict[str, Seen]:
+        """A model through a layer, with what its modules see there."""
+        rows: dict[str, list[tuple[Tensor, ...]]] = {module: [] for module in modules}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-                    with hooked(found, note):
-                        state = model.run(number, reading.state(name, batch), reading.arguments(model, number, batch))
-                    reading.keep(name, batch, state)
-        return {module: Seen(*(torch.cat(side) for side in zip(*pairs, strict=True))) for module, pairs in rows.items()}
+        def note(module: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[module] = inputs[0], output
+
+        with model.filled(number), hooked({module: model.module(number, module) for module in modules}, note):
+            for reading, batch in self._batches:
+                state = model.run(number, reading.state(name, batch), reading.arguments(model, number, batch))
+                reading.keep(name, batch, state)
+                for module, sides in seen.items():
+                    rows[module].append(tuple(reading.flat(side, batch)[::step].cpu() for side in sides))
+        return {module: Seen(*(torch.cat(side) for side in zip(*sides, strict=True))) for module, sides in rows.items()}
