@@ -37,6 +37,20 @@ def test_the_rows_of_a_file_are_judged_as_the_patch_was_trained(portllm, models,
     assert (told["kind"], told["labels"], told["n_rows"]) == ("labels", ["0", "1"], 4)
 
 
+def test_other_ports_are_set_beside_the_first_by_the_names_of_their_methods(portllm, models, rows, tmp_path):
+    carried = portllm("port", tmp_path / "patch", "--evolved", tmp_path / "base", "-o", tmp_path / "ported")
+    assert carried.status == 0, carried.err
+    others = ("--ported", tmp_path / "ported") * 2
+    asked = ("--data", rows / "sst2" / "validation.jsonl", "--html", tmp_path / "page.html")
+    told = json.loads(portllm("evaluate", *models, *others, *asked, "--json").out)
+    first, *rivals = told["rows"][3:]
+    assert first["name"] == "evolved + ported"
+    assert [row["name"] for row in rivals] == ["evolved + ported by add", "evolved + ported by add 2"]
+    assert [row["score"] for row in rivals] == [first["score"]] * 2  # the same patch on the same model
+    assert [(row["port_change"] or {}).get("value") for row in (first, *rivals)] == [None, 0.0, 0.0]
+    assert "beside it" in (tmp_path / "page.html").read_text()
+
+
 def test_a_limit_that_few_rows_cannot_show_to_be_kept_gives_status_three(portllm, models, rows):
     asked = ("--data", rows / "sst2" / "validation.jsonl", "--json", "--max-loss")
     for limit, status in ((2, 3), (100, 0)):

@@ -6,6 +6,7 @@ import torch
 from portllm.errors import AdapterFormatError, CheckpointError, PortLLMError
 from portllm.evaluating import compare as module
 from portllm.evaluating.compare import Contestants, compare, score_all, set_side_by_side
+from portllm.evaluating.metrics import accuracy_change
 from portllm.evaluating.scoring import Scores, Task, score
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
@@ -22,7 +23,10 @@ EXAMPLES = tuple(
     for words, kind in KINDS.items()
 )
 TASK = Task(examples=EXAMPLES, batch_size=5)
-NAMES = ["base", "base + patch", "evolved", "evolved + ported", "evolved + ported, merged", "evolved + retrained"]
+RIVAL = "evolved + ported by align"
+NAMES = [
+    "base", "base + patch", "evolved", "evolved + ported", RIVAL, "evolved + ported, merged", "evolved + retrained",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,7 @@ def contestants(reader, tmp_path_factory):
         patch=where / "patch",
         evolved=where / "evolved",
         ported=where / "patch",
+        rivals={RIVAL: where / "retrained"},
         retrained=where / "retrained",
         merged=where / "merged",
     )
@@ -70,6 +75,7 @@ def test_each_row_is_what_its_model_scores_alone(comparison, contestants):
         "base + patch": alone(contestants.base, contestants.patch),
         "evolved": alone(contestants.evolved),
         "evolved + ported": alone(contestants.evolved, contestants.ported),
+        RIVAL: alone(contestants.evolved, contestants.rivals[RIVAL]),
         "evolved + ported, merged": alone(contestants.merged),
         "evolved + retrained": alone(contestants.evolved, contestants.retrained),
     }
@@ -99,6 +105,7 @@ def test_the_training_worked_and_the_ported_patch_keeps_much_of_it(comparison):
     assert loss["base + patch"] < loss["base"] - 1
     assert loss["evolved + retrained"] < loss["evolved"] - 1
     assert comparison.row("evolved + ported").loss_retention.value > 0.2
+    assert comparison.row(RIVAL).loss.value != comparison.row("evolved + ported").loss.value
 
 
 def test_the_merged_model_answers_like_the_ported_one(comparison):
@@ -151,6 +158,14 @@ def test_retention_is_said_of_the_ported_patch_alone():
     assert [row.name for row in by_hand().rows if row.score_retention or row.loss_retention] == ["evolved + ported"]
 
 
+def test_another_port_is_measured_as_the_first_is_and_against_it_row_by_row():
+    rival = scores([True] * 7 + [False], [1.5] * 8)
+    first, row = map(by_hand(**{RIVAL: rival}).row, ("evolved + ported", RIVAL))
+    assert (row.flips.negative, row.score_retention.value, row.loss_retention.value) == ((), 7 / 8, 7 / 8)
+    assert (row.port_change, first.port_change) == (accuracy_change(rival.correct, first.scores.correct), None)
+    assert row.port_change.value == pytest.approx(1 / 8)
+
+
 def test_without_a_retrained_patch_retention_says_so():
     row = by_hand(**{"evolved + retrained": None}).row("evolved + ported")
     assert row.loss_retention.value is None
@@ -175,13 +190,15 @@ def test_json_has_the_texts_of_what_a_port_turned_wrong_and_of_no_other_model():
     rows = {row["name"]: row for row in by_hand().to_json()["rows"]}
     assert [row["row"] for row in rows["evolved + ported"]["turned_wrong"]] == [6, 7]
     assert [name for name, row in rows.items() if "turned_wrong" in row] == ["evolved + ported"]
+    rivals = by_hand(**{RIVAL: scores([False] * 8, [2.0] * 8)}).to_json()["rows"]
+    assert [row["name"] for row in rivals if row.get("turned_wrong")] == ["evolved + ported", RIVAL]
 
 
 def test_a_comparison_goes_into_json_as_it_is(comparison):
     told = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
     assert [row["name"] for row in told["rows"]] == NAMES
     assert told["labels"] == ["cause", "symptoms", "treatment"]
-    assert told["rows"][3]["flips"]["n_rows"] == told["n_rows"] == 12
+    assert told["rows"][4]["flips"]["n_rows"] == told["n_rows"] == 12
 
 
 def test_the_evolved_models_parts_without_it_are_refused(contestants):

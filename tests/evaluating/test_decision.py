@@ -4,10 +4,11 @@ import pytest
 
 from portllm.evaluating.decision import Compared, decide, within
 from portllm.evaluating.metrics import accuracy_change, change_of_counts
+from portllm.show.numbers import percent
 from tests.evaluating.test_page import compared
 
 NAMES = Compared("v2", "my patch")
-PORTED, MERGED = "evolved + ported", "evolved + ported, merged"
+PORTED, MERGED, RIVAL = "evolved + ported", "evolved + ported, merged", "evolved + ported by align"
 
 
 def only_ported(n_right):
@@ -39,6 +40,24 @@ def test_of_adapter_and_merged_model_the_one_that_lost_more_is_the_headline(kind
     assert decide(comparison).text.startswith("Loses 8.3 points")
     assert decide(comparison).reasons[0].startswith(f"{worse}: 83.3 % right, 91.7 % before")
     assert within(comparison, 0.06) is False
+
+
+@pytest.mark.parametrize("n_right", [0, 40, 60])
+def test_the_verdict_is_on_the_first_port_however_good_another_is(n_right):
+    first, both = only_ported(50), compared(without=(MERGED,), **{PORTED: 50, RIVAL: n_right})
+    alone, beside = (decide(comparison, max_loss=0.1) for comparison in (first, both))
+    assert (beside.text, beside.tone, beside.reasons[0]) == (alone.text, alone.tone, alone.reasons[0])
+    assert within(both, 0.1) is within(first, 0.1) is False
+    assert any(reason.startswith(f"{RIVAL}: {percent(n_right / 60)} right; ") for reason in beside.reasons)
+    assert beside.reasons[-1].startswith("Of several ports the first is judged")
+
+
+@pytest.mark.parametrize(
+    ("n_right", "told"), [(60, f"evaluate {RIVAL} as the first port, on other rows"), (41, "train")]
+)
+def test_another_port_that_is_shown_to_be_better_is_to_be_judged_on_other_rows(n_right, told):
+    headline = decide(compared(without=(MERGED,), **{PORTED: 40, RIVAL: n_right}), max_loss=0.1, compared=NAMES)
+    assert headline.next.startswith(told)
 
 
 def test_flips_are_shown_beside_those_of_retraining_where_it_was_run():

@@ -24,5 +24,9 @@ def test_an_adapter_that_peft_could_match_forever_does_not_reach_it(tiny, tmp_pa
         plan_evaluation(base=base, patch=load_patch(hostile), evolved=evolved, ported=good, allow_other_base=True)
     assert str(refused.value).startswith("--patch: ")
     assert "that PEFT could take forever to match" in str(refused.value)
+    with pytest.raises(PlanRefusedError, match="could take forever to match"):
+        plan_evaluation(
+            base=base, patch=good, evolved=evolved, ported=good, rivals=[load_patch(hostile)], allow_other_base=True
+        )
     with pytest.raises(CheckpointError, match="has no 'tokenizer.json'"):  # nothing but that is wrong with the others
         plan_evaluation(base=base, patch=good, evolved=evolved, ported=good, allow_other_base=True)

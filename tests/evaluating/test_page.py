@@ -190,6 +190,18 @@ def test_a_long_prompt_loses_its_middle_and_says_so():
     assert shown.endswith("xend?")
 
 
+def test_another_port_stands_beside_the_first_and_does_not_change_what_decides():
+    rival = "evolved + ported by align"
+    page = Page(page_of(compared(**{rival: 40}), title="patch from v1 to v2"))
+    names = [row[0] for row in page.tables["What the update cost, in numbers"][1:]]
+    assert names == ["evolved + ported", rival, "evolved + ported, merged"]
+    at = page.shown.index("Change in accuracy")
+    assert page.shown[at : at + 3] == PAGE.shown[PAGE.shown.index("Change in accuracy") :][:3]
+    assert page.tables["By label"] == PAGE.tables["By label"]
+    start = page.shown.index("Row 41")  # which only the rival turns wrong
+    assert page.shown[start + 6 : start + 10] == ["evolved + ported", "no", rival, "yes"]
+
+
 def test_without_a_retrained_patch_nothing_is_said_of_retention():
     page = Page(page_of(compared(without=("evolved + retrained",)), title="t"))
     assert not any("etention" in head for head in page.tables["Scores, losses, flips and retention"][0])

@@ -144,6 +144,20 @@ def test_what_a_change_touches_is_done_again_and_nothing_else(again, reader):
 
 
 @pytest.mark.slow
+def test_another_method_and_another_retraining_are_added_to_what_is_done(again, reader):
+    write_study(again, reader, top='methods = ["add", "random"]\nretrain_seeds = [2]\n')
+    names, results = run(again)
+    trained = {
+        f"{kind}_chain.{link}_kinds_s2{end}"
+        for kind, end in (("train", ""), ("score", "_retrained"))
+        for link in (1, 2)
+    }
+    assert {name for name in names if not name.endswith("_random")} == trained
+    assert len(names) == len(trained) + 2 * 2 * 2  # ported and scored, on two models, with two seeds
+    assert all(row.luck is not None for row in results.tasks)
+
+
+@pytest.mark.slow
 def test_a_control_is_made_and_patches_are_checked_where_a_study_that_goes_on_asks_for_it(again, reader):
     write_study(again, reader, more='[evolutions.twin]\nkind = "twin"\n[check]\nprompts = 4\nmax_tokens = 48\n')
     names, results = run(again)

@@ -35,7 +35,14 @@ def evaluate(
     base: Annotated[str, typer.Option("--base", help=options.BASE)],
     patch: Annotated[Path, typer.Option("--patch", help="The patch.")],
     evolved: Annotated[str, typer.Option("--evolved", help="The updated base.")],
-    ported: Annotated[Path, typer.Option("--ported", help="The patch ported to the evolved model.")],
+    ported: Annotated[
+        list[Path],
+        typer.Option(
+            "--ported",
+            help="The patch ported to the evolved model. Given again: other ports of it, such as by another method, "
+            "set beside the first, which the verdict is on.",
+        ),
+    ],
     data: Annotated[
         Path | None, typer.Option("--data", help=f"Test data. {DATA} With --task, a folder of task data.")
     ] = None,
@@ -89,7 +96,8 @@ def evaluate(
     """Compare models with and without a patch on the same rows.
 
     Scores base, base + patch, evolved, evolved + ported (and retrained). Says first what the update cost. Exits with 3
-    if --max-loss is given and the interval of the loss reaches beyond it.
+    if --max-loss is given and the interval of the loss reaches beyond it. --ported can be given for
+    each of several ports, such as by add and by align.
     """
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.cards import Cards
@@ -103,7 +111,8 @@ def evaluate(
 
     prompt = given_prompt(prompt, prompt_file)
     page = Page(html, overwrite=overwrite)
-    cards = Cards([ported, merged], wanted=card)
+    first, *rivals = ported
+    cards = Cards([first, merged], wanted=card)
     old, before, after = load_patch(patch), open_checkpoint(base), open_checkpoint(evolved)
     bounds = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
     given = {name: value for name, value in bounds.items() if value is not None}
@@ -134,7 +143,8 @@ def evaluate(
             base=before,
             patch=old,
             evolved=after,
-            ported=ported,
+            ported=first,
+            rivals=rivals,
             retrained=retrained,
             merged=merged,
             allow_other_base=allow_other_base,
@@ -144,7 +154,7 @@ def evaluate(
             progress=progress,
         )
     accepted = None if max_loss is None else max_loss / 100
-    headline = decide(comparison, max_loss=accepted, compared=Compared(evolved, str(ported), merged))
+    headline = decide(comparison, max_loss=accepted, compared=Compared(evolved, str(first), merged))
     if page.is_wanted:
         from portllm.evaluating.page import evaluate_page
 
@@ -152,7 +162,8 @@ def evaluate(
             "patch": patch_name(str(patch)),
             "base": named(base),
             "updated base": named(evolved),
-            "ported patch": patch_name(str(ported)),
+            "ported patch": patch_name(str(first)),
+            **({"beside it": ", ".join(patch_name(str(rival)) for rival in rivals)} if rivals else {}),
             "data": f"{comparison.n_rows:,} rows of {task if data is None else data.name}",
             "limit": "none given (--max-loss)" if accepted is None else f"{points_text(accepted)} of accuracy",
         }

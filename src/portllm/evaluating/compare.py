@@ -17,7 +17,7 @@ from portllm.evaluating.metrics import (
     mean_loss,
     retention,
 )
-from portllm.evaluating.names import BASE, EVOLVED, MERGED, ORDER, PATCHED, PORTED, PORTS, RETRAINED
+from portllm.evaluating.names import BASE, EVOLVED, MERGED, PATCHED, PORTED, RETRAINED, is_port, is_rival, place
 from portllm.evaluating.own_tokens import has_own_tokens, load_patched
 from portllm.evaluating.plan import Contestants
 from portllm.evaluating.scoring import Scored, Scores
@@ -46,8 +46,9 @@ class ComparisonRow:
         score: Fraction of correct answers.
         loss: Nats per token of the correct completions.
         score_change: Change of the score against base + patch, row by row; None where that was not run.
+        port_change: For a rival: change of the score against evolved + ported, row by row.
         flips: Answers that changed sides against base + patch; None where that was not run.
-        score_retention: For the ported patch, adapter or merged: share of retraining's gain in score.
+        score_retention: For a ported patch, adapter or merged: share of retraining's gain in score.
         loss_retention: The same for the loss.
         scores: The rows themselves.
     """
@@ -56,6 +57,7 @@ class ComparisonRow:
     score: Estimate
     loss: Estimate
     score_change: Estimate | None
+    port_change: Estimate | None
     flips: Flips | None
     score_retention: Retention | None
     loss_retention: Retention | None
@@ -71,6 +73,7 @@ class ComparisonRow:
             "score": self.score.to_json(),
             "loss": self.loss.to_json(),
             "score_change": self.score_change.to_json() if self.score_change else None,
+            "port_change": self.port_change.to_json() if self.port_change else None,
             "flips": self.flips.to_json() if self.flips else None,
             "score_retention": self.score_retention.to_json() if self.score_retention else None,
             "loss_retention": self.loss_retention.to_json() if self.loss_retention else None,
@@ -103,7 +106,7 @@ class Comparison(ShownInNotebook):
     """Models side by side on the same rows.
 
     Attributes:
-        rows: In the order base, base + patch, evolved, ported, merged, retrained, as far as they were given.
+        rows: Base, base + patch, evolved, ported, its rivals, merged, retrained, as far as they were given.
         kind: How answers were judged, as in `Scored`.
         labels: The possible answers, for `labels`.
         n_rows: Rows of the task.
@@ -154,7 +157,7 @@ class Comparison(ShownInNotebook):
         return {
             "rows": [
                 {**row.to_json(), "turned_wrong": list(map(asdict, self.turned_wrong(row.name)))}
-                if row.name in PORTS
+                if is_port(row.name)
                 else row.to_json()
                 for row in self.rows
             ],
@@ -200,7 +203,8 @@ def score_all(
     """
     where = choose_device(device)
     parts = (contestants.base, contestants.patch, contestants.evolved, contestants.ported)
-    total = task.n_rows * sum(part is not None for part in (*parts, contestants.merged, contestants.retrained))
+    others = (*contestants.rivals.values(), contestants.merged, contestants.retrained)
+    total = task.n_rows * sum(part is not None for part in (*parts, *others))
     done = 0
     scores: dict[str, Scores] = {}
 
@@ -227,7 +231,8 @@ def score_all(
 
     run_family(contestants.base, BASE, {PATCHED: contestants.patch})
     if contestants.evolved is not None:
-        run_family(contestants.evolved, EVOLVED, {PORTED: contestants.ported, RETRAINED: contestants.retrained})
+        ports = {PORTED: contestants.ported, **contestants.rivals}
+        run_family(contestants.evolved, EVOLVED, {**ports, RETRAINED: contestants.retrained})
     if contestants.merged is not None:
         run_family(contestants.merged, MERGED, {})
     return scores
@@ -242,7 +247,7 @@ def set_side_by_side(scores: Mapping[str, Scores], task: Scored, *, seed: int = 
         seed: Of the resampling.
     """
     return Comparison(
-        rows=tuple(_row(name, scores, seed=seed) for name in ORDER if name in scores),
+        rows=tuple(_row(name, scores, seed=seed) for name in sorted(scores, key=place)),
         kind=task.kind,
         labels=task.labels if task.kind == "labels" else (),
         n_rows=task.n_rows,
@@ -270,9 +275,10 @@ def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow
     own = scores[name]
     reference = scores.get(PATCHED) if name not in (BASE, PATCHED) else None
     evolved, retrained = scores.get(EVOLVED), scores.get(RETRAINED)
+    first = scores.get(PORTED) if is_rival(name) else None
 
     def kept(of: Callable[[Scores], tuple[float, ...]], *, lower_is_better: bool) -> Retention | None:
-        if name not in PORTS or evolved is None:
+        if not is_port(name) or evolved is None:
             return None
         if retrained is None:
             return Retention(value=None, low=None, high=None, reason="no retrained patch was given")
@@ -289,6 +295,7 @@ def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow
         score=accuracy(own.correct),
         loss=mean_loss(own.losses),
         score_change=accuracy_change(own.correct, reference.correct) if reference else None,
+        port_change=accuracy_change(own.correct, first.correct) if first else None,
         flips=flips(reference.correct, own.correct) if reference else None,
         score_retention=kept(lambda rows: rows.correct, lower_is_better=False),
         loss_retention=kept(lambda rows: rows.losses, lower_is_better=True),

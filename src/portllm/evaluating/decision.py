@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from portllm.evaluating.metrics import Estimate, change_of_counts
-from portllm.evaluating.names import PATCHED, PORTED, PORTS, RETRAINED
+from portllm.evaluating.names import FIRST_PORT, PATCHED, PORTED, RETRAINED
 from portllm.show.headline import Headline, command_line
 from portllm.show.numbers import counted, percent, points
 
@@ -25,9 +25,10 @@ class Compared:
 
 
 def within(comparison: "Comparison", max_loss: float | None) -> bool | None:
-    """Whether no port can have lost more than a limit; None without one.
+    """Whether the first port cannot have lost more than a limit; None without one.
 
     The whole interval of the change has to be on the good side of the limit, for the adapter and the merged model.
+    Rivals have no part in it: the best of several looks better than it is on the rows that it is the best on.
 
     Args:
         comparison: What `evaluate` found.
@@ -40,9 +41,9 @@ def within(comparison: "Comparison", max_loss: float | None) -> bool | None:
 
 
 def worst_port(comparison: "Comparison") -> "ComparisonRow | None":
-    """Of the ports, the one that may have lost more: never the kinder of two."""
+    """Of the first port's adapter and merged model, the one that may have lost more: never the kinder of two."""
     return min(
-        (row for row in comparison.rows if row.name in PORTS and row.score_change is not None),
+        (row for row in comparison.rows if row.name in FIRST_PORT and row.score_change is not None),
         key=lambda row: (_lowest(row), row.name != PORTED),
         default=None,
     )
@@ -79,6 +80,8 @@ def decide(comparison: "Comparison", *, max_loss: float | None = None, compared:
         text += f"; not shown to be safe: the interval reaches beyond {limit}."
     lost = -change.value > max_loss
     next_, command = _next(change, row.flips, max_loss, compared, met=met is True) if compared else ("", "")
+    if compared and not met and (better := _better(comparison)) is not None:
+        next_, command = f"evaluate {better.name} as the first port, on other rows: these speak for it", ""
     return Headline(
         "good" if met else "bad" if lost else "doubt", text, list(_reasons(comparison, row)), next_, command
     )
@@ -142,9 +145,28 @@ def _reasons(comparison: "Comparison", row: "ComparisonRow") -> Iterator[str]:
             f"For comparison, a patch retrained on the evolved model turns {len(retrained.flips.negative):,} of "
             f"{counted(retrained.flips.n_rows, 'answer')} wrong."
         )
+    rivals = [one for one in comparison.rows if one.port_change is not None]
+    yield from map(_beside, rivals)
     yield "The interval holds for other inputs if these rows were drawn from them at random."
-    if len([one for one in comparison.rows if one.name in PORTS]) > 1:
+    if len([one for one in comparison.rows if one.name in FIRST_PORT]) > 1:
         yield f"Of the ported adapter and the merged model, this is the one that may have lost more: {row.name}."
+    if rivals:
+        yield "Of several ports the first is judged: one chosen by these rows would look better on them than it is."
+
+
+def _beside(row: "ComparisonRow") -> str:
+    """What a rival does beside the first port."""
+    change = row.port_change
+    said = "" if change is None else f"; {points(change.value)} points against {PORTED} ({interval_text(change)})"
+    return f"{row.name}: {percent(row.score.value)} right{said}."
+
+
+def _better(comparison: "Comparison") -> "ComparisonRow | None":
+    """The best of the rivals that are shown to be better than the first port."""
+    shown = [
+        (row.port_change.value, row) for row in comparison.rows if row.port_change and (row.port_change.low or 0) > 0
+    ]
+    return max(shown, key=lambda one: one[0], default=(0.0, None))[1]
 
 
 def _next(change: Estimate, flips: "Flips", limit: float, compared: Compared, *, met: bool) -> tuple[str, str]:

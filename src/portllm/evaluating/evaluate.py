@@ -1,5 +1,6 @@
 """Compare base, patched, evolved, ported and retrained models, once all are known to match."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ def evaluate(
     patch: PatchLike,
     evolved: ModelLike,
     ported: PatchLike,
+    rivals: Sequence[PatchLike] = (),
     retrained: PatchLike | None = None,
     merged: ModelLike | None = None,
     allow_other_base: bool = False,
@@ -42,6 +44,7 @@ def evaluate(
         patch: The patch.
         evolved: The updated base.
         ported: The patch ported to it.
+        rivals: Other ports of it, such as by another method, set beside that one.
         retrained: A patch trained on the evolved model; retention needs it.
         merged: The evolved model with the ported patch merged in, as a separate row.
         allow_other_base: Accept a model other than the one a patch was made on.
@@ -57,12 +60,12 @@ def evaluate(
         InputChangedError: A file of theirs changed meanwhile.
     """
     old, new = load_patch(patch), load_patch(ported)
-    again = None if retrained is None else load_patch(retrained)
+    others, again = list(map(load_patch, rivals)), None if retrained is None else load_patch(retrained)
     if isinstance(rows, str | Path):
         rows = FileRows(read_data(Path(rows), old))
     before, after = (open_checkpoint(model, progress=progress) for model in (base, evolved))
     whole = None if merged is None else open_checkpoint(merged, progress=progress)
-    patches = [given for given in (old, new, again) if given is not None]
+    patches = [given for given in (old, new, *others, again) if given is not None]
     models = [given for given in (before, after, whole) if given is not None]
     if isinstance(rows, FileRows) and not allow_training_data:
         consequence = "Such rows say nothing about others. Pass other rows, or --allow-training-data."
@@ -73,6 +76,7 @@ def evaluate(
             patch=old,
             evolved=after,
             ported=new,
+            rivals=others,
             retrained=again,
             merged=whole,
             allow_other_base=allow_other_base,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from portllm.evaluating.decision import decide, interval_text, points_text, within, worst_port
 from portllm.evaluating.labels.page import confusion_section, label_section
 from portllm.evaluating.metrics import Estimate
-from portllm.evaluating.names import MERGED, PATCHED, PORTED, PORTS, RETRAINED
+from portllm.evaluating.names import MERGED, PATCHED, PORTED, RETRAINED, is_port
 from portllm.evaluating.tables import (
     comparison_notes,
     comparison_rows,
@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 NUMBERS = "Scores, losses, flips and retention"
 
 SERIES: Mapping[str, int] = {PATCHED: 1, PORTED: 2, MERGED: 4, RETRAINED: 3}
-"""Colors of the models; those without a patch have that of the background, 5."""
+"""Colors of the models; rivals have that of the ported patch, those without a patch that of the background, 5."""
 
 RETENTION_MARKS = {0.0: "the evolved model", 1.0: "retrained"}
 """What no and full retention are."""
 
 NOTES: Mapping[str, str] = {
     "base + patch": "The model before the update. Everything is measured against it, on the same rows.",
-    "evolved + ported": "The updated model with the ported patch; merged: the same, in one set of weights.",
+    "evolved + ported": "The updated model with the ported patch; merged: the same, in one set of weights; by "
+    "a method: another port of the same patch, which is compared and not judged.",
     "interval": "Between which values the number may lie for other inputs, with 95 % confidence, if these rows were "
     "drawn from them at random. Of the change: Bonett and Price, for paired answers; of the accuracy: Wilson.",
     "turned wrong": "Rows that base + patch answers correctly and the ported patch does not, also called negative "
@@ -88,7 +89,7 @@ def notebook(comparison: "Comparison") -> str:
 
 
 def _ports(comparison: "Comparison") -> "list[ComparisonRow]":
-    return [row for row in comparison.rows if row.name in PORTS]
+    return [row for row in comparison.rows if is_port(row.name)]
 
 
 def _tiles(comparison: "Comparison", max_loss: float | None) -> list[Tile]:
@@ -137,7 +138,7 @@ def _changes(ports: "list[ComparisonRow]", max_loss: float | None) -> list[Html]
     if not found:
         return []
     rows = [
-        Row(name, change.value, f"{points(change.value)} points", change.low, change.high, SERIES[name])
+        Row(name, change.value, f"{points(change.value)} points", change.low, change.high, _series(name))
         for name, change in found
     ]
     title = "What the update cost"
@@ -234,7 +235,11 @@ def _turned(comparison: "Comparison", ports: "list[ComparisonRow]") -> Iterator[
 
 
 def _bar(name: str, estimate: Estimate, text: str) -> Row:
-    return Row(name, estimate.value, text, estimate.low, estimate.high, SERIES.get(name, 5))
+    return Row(name, estimate.value, text, estimate.low, estimate.high, _series(name))
+
+
+def _series(name: str) -> int:
+    return SERIES.get(name, SERIES[PORTED] if is_port(name) else 5)
 
 
 def _told(rows: list[Row]) -> str:

@@ -4,12 +4,14 @@ PEFT loads an adapter onto any model whose names and shapes agree. Here a patch 
 belongs to, or not at all.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.errors import PortLLMError, Refusal, refuse
+from portllm.evaluating.names import rival
 from portllm.matching.added_tokens import added_tokens, height_of, unexplained
 from portllm.matching.base import base_mismatch
 from portllm.matching.compatibility import mismatches, unmatchable
@@ -31,6 +33,7 @@ class Contestants:
         patch: The patch, as an adapter folder.
         evolved: Checkpoint of the later version.
         ported: The patch carried over to it, as an adapter folder.
+        rivals: Other ports of it, as adapter folders, by what they are called.
         retrained: A patch trained on the evolved checkpoint with the same rows, as an adapter folder.
         merged: Checkpoint of the evolved model with the ported patch in its weights.
 
@@ -42,11 +45,12 @@ class Contestants:
     patch: Path | None = None
     evolved: Path | None = None
     ported: Path | None = None
+    rivals: Mapping[str, Path] = field(default_factory=dict)
     retrained: Path | None = None
     merged: Path | None = None
 
     def __post_init__(self) -> None:
-        orphans = [name for name in ("ported", "retrained", "merged") if getattr(self, name) is not None]
+        orphans = [name for name in ("ported", "rivals", "retrained", "merged") if getattr(self, name)]
         if orphans and self.evolved is None:
             raise PortLLMError(
                 f"comparison: {' and '.join(orphans)} given without the evolved model they belong to. Pass it as well."
@@ -59,6 +63,7 @@ def plan_evaluation(
     patch: Patch[TensorInfo],
     evolved: Checkpoint,
     ported: Patch[TensorInfo],
+    rivals: Sequence[Patch[TensorInfo]] = (),
     retrained: Patch[TensorInfo] | None = None,
     merged: Checkpoint | None = None,
     allow_other_base: bool = False,
@@ -69,7 +74,8 @@ def plan_evaluation(
     if not allow_other_base:
         refuse(swapped(patch, ported, old, new))
     refusals = list(model_refusals("--patch", patch, base, old, evolved=new, allow_other_base=allow_other_base))
-    pairs = [("--ported", ported), *([] if retrained is None else [("--retrained", retrained)])]
+    pairs = [("--ported", each) for each in (ported, *rivals)]
+    pairs += [] if retrained is None else [("--retrained", retrained)]
     for option, carried in pairs:
         refusals += model_refusals(option, carried, evolved, new, allow_other_base=allow_other_base)
     refuse(refusals)
@@ -78,9 +84,28 @@ def plan_evaluation(
         patch=folder_of(patch),
         evolved=model_folder(evolved, progress=progress),
         ported=folder_of(ported),
+        rivals=_named(rivals, ported),
         retrained=None if retrained is None else folder_of(retrained),
         merged=None if merged is None else model_folder(merged, progress=progress),
     )
+
+
+def _named(rivals: Sequence[Patch[TensorInfo]], ported: Patch[TensorInfo]) -> dict[str, Path]:
+    """The folders of rivals by what they are called: after their methods, numbered where another port has the same."""
+    seen = Counter([_method(ported)])
+    named: dict[str, Path] = {}
+    for patch in rivals:
+        method = _method(patch)
+        seen[method] += 1
+        named[rival(method if seen[method] == 1 else f"{method} {seen[method]}")] = folder_of(patch)
+    return named
+
+
+def _method(ported: Patch[TensorInfo]) -> str:
+    """The id of the method that ported a patch."""
+    if ported.record is None or not ported.record.ports:
+        return "an unrecorded method"
+    return ported.record.ports[-1].method.partition(":")[0]
 
 
 def swapped(

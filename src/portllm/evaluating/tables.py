@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from portllm.evaluating.metrics import Estimate, Retention
-from portllm.evaluating.names import PATCHED, PORTS, RETRAINED
+from portllm.evaluating.names import PATCHED, RETRAINED, is_port
 from portllm.show.numbers import counted, percent, points
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _moved(comparison: "Comparison") -> Iterator[str]:
         more = Counter(row.scores.answers)
         more.subtract(before)
         ((answer, count),) = more.most_common(1)
-        if row.name in PORTS and count >= MOVED * comparison.n_rows:
+        if is_port(row.name) and count >= MOVED * comparison.n_rows:
             times = (before[answer], before[answer] + count)
             then, now = (percent(number / comparison.n_rows, digits=0) for number in times)
             yield (

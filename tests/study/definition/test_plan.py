@@ -47,6 +47,20 @@ def test_each_link_follows_the_last_and_the_first_patch_is_ported_to_all():
     assert BY_NAME["train_chain.3_a_s5"].inputs == ("evolve_chain.3",)
 
 
+def test_other_seeds_are_retrained_on_every_evolved_model_and_change_no_other_step():
+    more = [step for step in steps_of(replace(STUDY, retrain_seeds=(8,))) if step not in STEPS]
+    models = ("chain.1", "chain.2", "chain.3", "old.1")
+    assert [step.name for step in more] == [
+        name
+        for model in models
+        for task in ("a", "b-c")
+        for name in (f"train_{model}_{task}_s8", f"score_{model}_{task}_s8_retrained")
+    ]
+    assert (
+        steps_of(replace(STUDY, seeds=(0, 5, 8)))[-1] == more[-1]
+    )  # as a seed of the study later, it is the same step
+
+
 def test_settings_hold_the_seed_and_the_link():
     assert settings_of(BY_NAME["train_base_a_s5"], STUDY)["seed"] == 5
     link = settings_of(BY_NAME["evolve_chain.3"], STUDY)

@@ -1,6 +1,7 @@
 """The page of a study has every table of its Markdown page, and pictures of the same numbers."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 from portllm.show.numbers import percent
@@ -46,9 +47,28 @@ def test_a_study_that_is_not_finished_says_so_first():
     assert not any(name.endswith("in numbers") for name in page.tables)
 
 
-def test_the_headline_of_a_finished_study_is_the_port_that_lost_most_against_retraining():
+def test_the_headline_of_a_finished_study_counts_wins_and_losses_and_names_the_worst():
+    ends = Counter(row.outcome for row in RESULTS.tasks)
+    assert min(ends["level"], ends["behind"]) > 0
+    said = (
+        f"Of 8 ports, {ends['level']} level with retraining in accuracy, {ends['ahead']} ahead, {ends['behind']} behind"
+    )
+    assert said in PAGE.texts
     behind = min(row.behind.value for row in RESULTS.tasks)
     assert any(text.startswith(f"{abs(100 * behind):.1f} points ") and " at worst (" in text for text in PAGE.texts)
+
+
+def test_what_stands_beside_ports_is_not_counted_among_them():
+    rivals = tuple(replace(row, method="random", outcome="behind") for row in RESULTS.tasks)
+    page = Page(study_page(replace(RESULTS, tasks=(*RESULTS.tasks, *rivals))))
+    assert any(text.startswith("Of 8 ports, ") for text in page.texts)
+
+
+def test_where_nothing_is_learned_the_headline_says_so_and_names_no_worst():
+    nothing = tuple(replace(row, outcome="nothing learned") for row in RESULTS.tasks)
+    page = Page(study_page(replace(RESULTS, tasks=nothing)))
+    assert "On 8 of 8 updates and tasks nothing is learned" in page.texts
+    assert not any(" at worst (" in text for text in page.texts)
 
 
 def test_below_it_stands_between_what_retention_lies():

@@ -15,7 +15,7 @@ from portllm.study.results.markdown import render_page
 from portllm.study.results.table import tabulate
 from tests.study.definition.test_plan import STUDY
 
-RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "retrained": 0.9}
+RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "align": 0.8, "retrained": 0.9}
 """Share of rows that are right, by the patch that is on."""
 
 
@@ -116,7 +116,7 @@ def test_methods_are_compared_by_whose_answers_they_give_and_what_they_cost():
     assert row.agreement.value == pytest.approx(same)
     assert row.measured == {"general_nats_ported": 6.5}
     page = render_page(results)
-    assert f"| chain 1, align | {100 * same:.1f} " in page
+    assert f"| chain 1, align | +0.0 [0.0, 0.0] | {100 * same:.1f} " in page
     assert "6.500 |" in page
     assert "answers as base + patch" not in render_page(RESULTS)
 
@@ -188,7 +188,94 @@ def test_a_page_of_a_study_that_is_not_finished_says_so():
 def test_published_numbers_stand_beside_with_their_provenance():
     page = render_page(replace(RESULTS, compare="paper-mistral-7b"))
     assert "second-hand" in page
-    assert "| gsm8k |  |  | 15.16 | 41.32 | 34.95 |" in page
+    assert "| gsm8k | published |  |  | 15.16 | 41.32 | 34.95 |" in page
+    renamed = tuple(replace(row, task="gsm8k") if row.task == "a" else row for row in RESULTS.tasks)
+    beside = render_page(replace(RESULTS, compare="paper-mistral-7b", tasks=renamed)).partition("15.16")[2]
+    ported = RESULTS.tasks[0].scored["ported"].accuracy.value
+    assert f"| here: chain 1, add | {100 * RESULTS.tasks[0].scored['base'].accuracy.value:.2f} |" in beside
+    assert f"| {100 * ported:.2f} |" in beside.partition("here: chain 1, add")[2].partition("here:")[0]
+
+
+def with_scores(change, tasks=("a",), evolutions=("old",), methods=("add",)):
+    """Results of a part of the study in which a change was made to what each score step found."""
+    study = replace(
+        STUDY,
+        seeds=(0,),
+        retrain_seeds=(8,),
+        methods=methods,
+        tasks={name: STUDY.tasks[name] for name in tasks},
+        evolutions={name: STUDY.evolutions[name] for name in evolutions},
+    )
+    found = {step: results_of(step) for step in steps_of(study)}
+    return tabulate(study, {step: change(step, each) if step.kind == "score" else each for step, each in found.items()})
+
+
+def as_right(found, shares):
+    """Found scores with the first so many rows right."""
+    return found | {"correct": [row < round(60 * shares) for row in range(60)]}
+
+
+@pytest.mark.parametrize(
+    ("evolved", "ported", "retrained", "outcome"),
+    [
+        (0.2, 0.8, 0.8, "level"),
+        (0.2, 0.5, 0.8, "behind"),
+        (0.2, 0.9, 0.6, "ahead"),
+        (0.5, 0.5, 0.5, "nothing learned"),
+        (0.5, 0.2, 0.5, "nothing learned"),
+    ],
+)
+def test_a_port_is_level_ahead_or_behind_unless_retraining_gains_nothing(evolved, ported, retrained, outcome):
+    shares = {None: evolved, "patched": retrained, "add": ported, "retrained": retrained}
+    results = with_scores(lambda step, found: as_right(found, shares[step.patch]))
+    assert [row.outcome for row in results.tasks] == [outcome]
+    assert results.tasks[0].gain.value == pytest.approx(retrained - evolved)
+    page = render_page(results)
+    difference = results.tasks[0].gain if outcome == "nothing learned" else results.tasks[0].behind
+    assert f"| {outcome}, {100 * difference.value:+.1f} [" in page
+
+
+def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won_nor_lost():
+    def change(step, found):
+        if step.task == "b-c":
+            return as_right(found, 0.5)
+        shares = {None: 0.2, "patched": 0.8, "add": 0.4 if step.model == "old.1" else 0.8, "retrained": 0.8}
+        return as_right(found, shares[step.patch])
+
+    won = "of 4 ports, 3 level with retraining in accuracy, 0 ahead"
+    lost = "1 behind (1 by more than another seed of retraining is)"
+    counted = f"add: {won}, {lost}; on 4 of 8 updates and tasks nothing is learned."
+    assert counted in render_page(with_scores(change, tasks=("a", "b-c"), evolutions=("chain", "old")))
+    nothing = with_scores(lambda step, found: as_right(found, 0.5))
+    assert "add: on 1 of 1 updates and tasks nothing is learned." in render_page(nothing)
+
+
+def test_a_method_beside_addition_says_by_how_much_it_is_better():
+    shares = {None: 0.2, "add": 0.5, "align": 0.8}
+    results = with_scores(lambda step, found: as_right(found, shares.get(step.patch, 0.9)), methods=("add", "align"))
+    assert [row.over_add and row.over_add.value for row in results.tasks] == [None, pytest.approx(0.3)]
+    assert "| old 1, align | +30.0 [" in render_page(results)
+
+
+@pytest.mark.parametrize(("ported", "beyond"), [(0.6, 1), (0.75, 0)])
+def test_a_port_that_is_behind_is_told_from_one_that_luck_alone_would_put_there(ported, beyond):
+    shares = {None: 0.2, "patched": 0.9, "add": ported}
+    retrained = {0: 0.9, 8: 0.7}
+    results = with_scores(lambda step, found: as_right(found, shares.get(step.patch) or retrained[step.seed]))
+    assert f"1 behind ({beyond} by more than another seed of retraining is)" in render_page(results)
+
+
+def test_luck_is_the_difference_of_patches_that_were_retrained_with_other_seeds():
+    results = with_scores(lambda step, found: as_right(found, 0.7 if step.seed == 8 else 0.9))
+    row = results.tasks[0]
+    assert row.luck.value == pytest.approx(-0.2)
+    assert row.scored["again"].by_seed == pytest.approx((0.7,))
+    assert row.behind.value == 0
+    page = render_page(results)
+    assert "| retrained again |" in page
+    assert RESULTS.tasks[0].luck is None
+    assert "retrained again" not in render_page(RESULTS).lower()
+    assert "again - retrained" not in render_page(RESULTS)
 
 
 def test_steps_are_estimated_by_those_of_their_kind_and_task():

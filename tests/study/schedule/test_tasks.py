@@ -60,8 +60,23 @@ def test_a_task_of_the_harness_comes_from_its_folder(tmp_path):
     (tmp_path / "sst2").mkdir()
     for split in ("train", "validation"):
         (tmp_path / "sst2" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = open_task(HarnessTask(name="sst2", train_rows=3, score_rows=4), tmp_path)
+    settings = HarnessTask(name="sst2", train_rows=3, port_rows=2, score_rows=4)
+    source = open_task(settings, tmp_path)
+    assert [prompt.partition("\n")[0] for prompt in source.port_prompts()] == ["a cold 3", "a cold 4"]
+    assert source.identity == open_task(replace(settings, train_rows=1, port_rows=0), tmp_path).identity
     assert source.identity["kind"] == "harness"
     assert [example.completion for example in source.train_examples()] == ["negative", "positive", "negative"]
     with pytest.raises(DataError, match="has 5 rows to score, fewer than the 6 requested"):
         open_task(HarnessTask(name="sst2", score_rows=6), tmp_path)
+
+
+def test_a_prompt_to_port_on_does_not_tell_the_answer_that_is_a_part_of_it(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
+    row = {"sentence": "The cup did not fit, as _ was too big.", "option1": "the cup", "option2": "the box"}
+    (tmp_path / "winogrande").mkdir()
+    for split in ("train", "validation"):
+        rows = ({**row, "answer": answer} for answer in "1212")
+        (tmp_path / "winogrande" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_task(HarnessTask(name="winogrande", train_rows=2, port_rows=2), tmp_path)
+    assert len({example.prompt for example in source.train_examples()}) == 2
+    assert set(source.port_prompts()) == {source.train_examples()[0].prompt}

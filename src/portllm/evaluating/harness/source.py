@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 
 from portllm.evaluating.harness.scoring import score_task
-from portllm.evaluating.harness.task import HarnessTask, Question
+from portllm.evaluating.harness.task import HarnessTask, Question, as_example
 from portllm.evaluating.scoring import Scores, Tick
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
@@ -26,6 +26,7 @@ class HarnessRows:
         name: As the harness calls it.
         data: A folder of JSONL files, by tasks; without it, the rows come from the hub.
         train_rows: How many rows to train on, from the beginning of the training split; None for all.
+        port_rows: How many of the training rows behind those give prompts to methods that run models on some.
         score_rows: How many rows to score, from the beginning of the split that the harness scores; None for all.
         max_tokens: Most tokens of an input; None for what the model takes.
         max_new_tokens: Most tokens written; None for what the task says.
@@ -41,6 +42,7 @@ class HarnessRows:
         *,
         data: str | Path | None = None,
         train_rows: int | None = None,
+        port_rows: int = 0,
         score_rows: int | None = None,
         max_tokens: int | None = None,
         max_new_tokens: int | None = None,
@@ -48,6 +50,7 @@ class HarnessRows:
     ) -> None:
         self._task = HarnessTask(name, data=None if data is None else Path(data))
         self._train_rows = train_rows
+        self._port_rows = port_rows
         self._questions = self._task.scored_questions(score_rows)
         self._max_tokens = max_tokens
         self._max_new_tokens = max_new_tokens
@@ -85,11 +88,10 @@ class HarnessRows:
 
     @cached_property
     def identity(self) -> Mapping[str, object]:
-        """All that rows and scores depend on but the model."""
+        """All that scores depend on but the model."""
         return {
             "kind": "harness",
             "name": self._task.name,
-            "train": digest(self._training),
             "score": digest(self._questions),
             "max_tokens": self._max_tokens,
             "max_new_tokens": self._max_new_tokens,
@@ -97,8 +99,8 @@ class HarnessRows:
         }
 
     def port_prompts(self) -> Sequence[str]:
-        """None: a study asks its own rows alone to be ported on."""
-        return ()
+        """The prompts of the rows behind those to train on, each with the first choice where a choice is part of it."""
+        return tuple(as_example(*question.pairs[0]).prompt for question in self._questions_to_learn[self._n_training :])
 
     def train_examples(self) -> Sequence[Example]:
         """The rows to train on, in order: prompt and right answer as the harness strings them together.
@@ -106,11 +108,16 @@ class HarnessRows:
         Raises:
             DataError: The task has no rows to train on, or fewer than asked for.
         """
-        return tuple(question.example for question in self._training)
+        return tuple(question.example for question in self._questions_to_learn[: self._n_training])
 
     @cached_property
-    def _training(self) -> list[Question]:
-        return self._task.training_questions(self._train_rows)
+    def _questions_to_learn(self) -> list[Question]:
+        rows = self._train_rows
+        return self._task.training_questions(None if rows is None else rows + self._port_rows)
+
+    @property
+    def _n_training(self) -> int:
+        return len(self._questions_to_learn) - self._port_rows
 
     def score(
         self, model: PreTrainedModel | PeftModel, encoder: Encoder, *, device: torch.device, tick: Tick

@@ -115,11 +115,14 @@ def _check(values: Mapping[str, Any], tasks: Mapping[str, TaskSettings], tell: T
         if method not in METHODS and method not in NOT_PORTED:
             tell(("methods",), f"unknown port method '{method}'; available: {', '.join([*METHODS, *NOT_PORTED])}")
             continue
-        without = [
-            f"[tasks.{name}]" for name, task in tasks.items() if not (isinstance(task, RowsTask) and task.port_rows)
-        ]
+        without = [f"[tasks.{name}]" for name, task in tasks.items() if not task.port_rows]
         if reads_prompts(method) and without:
             tell(("methods",), f"method '{method}' reads prompts; pass 'port_rows' in {', '.join(without)}")
+    seeds, again = values.get("seeds"), values.get("retrain_seeds")
+    if isinstance(again, list):
+        for seed in again:
+            if seed in (seeds if isinstance(seeds, list) else [0]):
+                tell(("retrain_seeds",), f"seed {seed} is one of 'seeds', of which patches are retrained anyway")
     table = values.get("compare")
     if isinstance(table, str) and table not in published():
         tell(("compare",), f"is '{table}', which is not a published table. {meant(table, published())}")

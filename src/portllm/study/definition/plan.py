@@ -109,6 +109,8 @@ def _steps(study: Study) -> Iterator[Step]:
                 yield Step("score", model, task=task, inputs=before)
                 for seed in study.seeds:
                     yield from _on_evolved(study, model, task, seed, before)
+                for seed in study.retrain_seeds:
+                    yield from _retrained(model, task, seed, before)
 
 
 def _on_evolved(study: Study, model: str, task: str, seed: int, before: tuple[str, ...]) -> Iterator[Step]:
@@ -117,13 +119,18 @@ def _on_evolved(study: Study, model: str, task: str, seed: int, before: tuple[st
         port = Step("port", model, task=task, seed=seed, patch=method, inputs=(*before, first))
         yield port
         yield Step("score", model, task=task, seed=seed, patch=method, inputs=(*before, port.name))
-    retrain = Step("train", model, task=task, seed=seed, inputs=before)
-    yield retrain
-    yield Step("score", model, task=task, seed=seed, patch=RETRAINED, inputs=(*before, retrain.name))
+    retrain, score = _retrained(model, task, seed, before)
+    yield from (retrain, score)
     if study.check is not None:
         yield Step("check", model, task=task, seed=seed, inputs=(*before, first))
     if study.theory is not None:
         yield Step("theory", model, task=task, seed=seed, inputs=(*before, first, retrain.name))
+
+
+def _retrained(model: str, task: str, seed: int, before: tuple[str, ...]) -> tuple[Step, Step]:
+    """Training a patch on an evolved model, and scoring it."""
+    train = Step("train", model, task=task, seed=seed, inputs=before)
+    return train, Step("score", model, task=task, seed=seed, patch=RETRAINED, inputs=(*before, train.name))
 
 
 def _read(study: Study, model: str, inputs: tuple[str, ...], evolutions: tuple[str, ...]) -> Iterator[Step]:

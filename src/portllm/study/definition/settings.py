@@ -64,12 +64,6 @@ class RowsTask:
     def __post_init__(self) -> None:
         ExampleFormat(prompt=self.prompt, completion=self.completion)
         _require_task_ranges(self)
-        apart = "0 without train_rows: rows to train on are not ported on"
-        require_ranges(
-            "task",
-            ("port_rows", self.port_rows, "0 or more", self.port_rows >= 0),
-            ("port_rows", self.port_rows, apart, self.port_rows == 0 or self.train_rows is not None),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +74,7 @@ class HarnessTask:
         name: As the harness calls it.
         train_rows: How many rows of its training split to train on; None for all.
         score_rows: How many rows of its scored split to score.
+        port_rows: How many of the rows behind those to train on give prompts to methods that run models on some.
         max_tokens: Most tokens of a scored row; None for what the model takes.
         max_new_tokens: Most tokens written; None for what the task says.
         batch_size: Rows of a forward pass.
@@ -88,6 +83,7 @@ class HarnessTask:
     name: str
     train_rows: int | None = None
     score_rows: int | None = None
+    port_rows: int = 0
     max_tokens: int | None = None
     max_new_tokens: int | None = None
     batch_size: int = 16
@@ -100,10 +96,13 @@ TaskSettings: TypeAlias = RowsTask | HarnessTask
 
 
 def _require_task_ranges(task: TaskSettings) -> None:
+    apart = "0 without train_rows: rows to train on are not ported on"
     require_ranges(
         "task",
         ("train_rows", task.train_rows, "1 or more", task.train_rows is None or task.train_rows >= 1),
         ("score_rows", task.score_rows, "1 or more", task.score_rows is None or task.score_rows >= 1),
+        ("port_rows", task.port_rows, "0 or more", task.port_rows >= 0),
+        ("port_rows", task.port_rows, apart, task.port_rows == 0 or task.train_rows is not None),
         ("max_tokens", task.max_tokens, "2 or more", task.max_tokens is None or task.max_tokens >= 2),
         ("max_new_tokens", task.max_new_tokens, "1 or more", task.max_new_tokens is None or task.max_new_tokens >= 1),
         ("batch_size", task.batch_size, "1 or more", task.batch_size >= 1),
@@ -179,6 +178,8 @@ class Study:
         title: Of its page.
         base: The model, by name; also in the results.
         seeds: One patch is trained for each task and seed, on the base and on every evolved model.
+        retrain_seeds: Other seeds, of which a patch is trained on every evolved model alone: how far retraining is from
+            itself.
         methods: How patches are ported; rows of `METHODS` or `RIVALS`, or `distilled`.
         patch: How patches are trained.
         tasks: By name.
@@ -193,6 +194,7 @@ class Study:
     title: str
     base: str
     seeds: Annotated[tuple[int, ...], EACH_ONCE] = (0,)
+    retrain_seeds: Annotated[tuple[int, ...], EACH_ONCE] = ()
     methods: Annotated[tuple[str, ...], EACH_ONCE] = ("add",)
     patch: TrainSettings = field(default_factory=TrainSettings)
     tasks: Mapping[str, TaskSettings]

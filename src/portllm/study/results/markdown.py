@@ -1,5 +1,6 @@
 """A study's results as headings, texts and tables, and those as a page of Markdown. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -7,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 from portllm.evaluating.metrics import Estimate, Retention
 from portllm.study.definition.paper import published
-from portllm.study.definition.variants import HEADS, VARIANTS
+from portllm.study.definition.variants import AGAIN, HEADS, VARIANTS
 
 if TYPE_CHECKING:
     from portllm.study.results.table import ModelRow, StudyResults, TaskRow, TaskScore
 
-COMPARED = ("ported - retrained", "retention, accuracy", "retention, loss", "negative flips")
+COMPARED = ("ported - retrained", "again - retrained", "retention, accuracy", "retention, loss", "negative flips")
 LEGEND = """\
 Accuracy in percent, mean over seeds; ± is the standard deviation over seeds, brackets hold the 95 % interval over rows:
 of differences and retention by a bootstrap that draws the same rows for all models. Retention is the share of
@@ -21,6 +22,16 @@ from nothing. A negative flip is a row that base + patch answers right and evolv
 the answer that each model gives most often: where the ported model gives one far more often than base + patch, the
 update has moved the balance between answers. Right answers are lost by that though the patch may still tell the rows
 apart as well, which the loss sees."""
+
+OVERVIEW = """\
+Accuracy in percent, mean over seeds. The outcome is that of ported against retrained: ahead or behind where the 95 %
+interval of the difference says so, else level. Where retraining's gain over the evolved model is not told apart from
+nothing, nothing was learned that a port could keep or lose; there the gain stands in the place of the difference. Of
+twenty ports that are level in truth, one is expected to be called ahead or behind."""
+
+LUCK = f"""\
+{HEADS[AGAIN].capitalize()}: a patch trained on the evolved model with another seed. How far it is from the retrained
+one is how far luck alone goes."""
 
 COSTS = {
     "general_nats": "general text, evolved",
@@ -33,9 +44,11 @@ RESIDUAL = """\
 Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
 weights with the patch in them, which is the paper's yardstick."""
 
+PUBLISHED = "Below each row that others published stand those of this study for the same task."
+
 CHAINS = "Retention after each update; the first patch is ported every time."
 
-Subject = Literal["study", "updates", "tasks", "task", "residual", "chains", "published"]
+Subject = Literal["study", "overview", "updates", "tasks", "task", "residual", "chains", "published"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +82,14 @@ class Part:
 
 
 def parts_of(results: "StudyResults") -> Iterator[Part]:
-    """The page in order: models, tasks, residuals, chains, and what others have published."""
+    """The page in order: all tasks, models, each task, residuals, chains, and what others have published."""
     about = f"Base: {results.base}. Seeds: {', '.join(map(str, results.seeds))}."
     unfinished = not_finished(results)
     yield Part("study", results.title, 1, (about,) if unfinished is None else (about, f"{unfinished}."))
+    ended = [row for row in results.tasks if row.outcome is not None]
+    if ended:
+        luck = (LUCK,) if AGAIN in variants_of(ended) else ()
+        yield Part("overview", "All tasks", 2, (*outcome_lines(ended), OVERVIEW, *luck, _overview(ended)))
     yield Part("updates", "Updates", 2, (_models(results.models),))
     yield Part("tasks", "Tasks", 2, (LEGEND,))
     for task, rows in groupby(sorted(results.tasks, key=lambda row: row.task), key=lambda row: row.task):
@@ -86,7 +103,7 @@ def parts_of(results: "StudyResults") -> Iterator[Part]:
     if chains:
         yield Part("chains", "Chains", 2, (CHAINS, _chains(chains)))
     if results.compare is not None:
-        yield Part("published", "Published numbers", 2, tuple(_published(results.compare)))
+        yield Part("published", "Published numbers", 2, tuple(_published(results.compare, results.tasks)))
 
 
 def render_page(results: "StudyResults") -> str:
@@ -109,6 +126,32 @@ def chains_of(rows: "Sequence[TaskRow]") -> "list[list[TaskRow]]":
     """The rows of each chain of updates that has more than one, by evolution, task and method."""
     groups = (list(chain) for _, chain in groupby(rows, key=lambda row: (row.evolution, row.task, row.method)))
     return [chain for chain in groups if len(chain) > 1]
+
+
+def variants_of(rows: "Sequence[TaskRow]") -> tuple[str, ...]:
+    """The models that have been scored in any of the rows, or may be in all studies."""
+    return (*VARIANTS, AGAIN) if any(AGAIN in row.scored for row in rows) else VARIANTS
+
+
+def outcome_lines(rows: "Sequence[TaskRow]") -> list[str]:
+    """How many ports came to which end, by method: wins, losses, and what is neither."""
+    methods = dict.fromkeys(row.method for row in rows)
+    return [f"{method}: {outcomes_text([row for row in rows if row.method == method])}." for method in methods]
+
+
+def outcomes_text(rows: "Sequence[TaskRow]") -> str:
+    """How many ports came to which end, in words."""
+    count = Counter(row.outcome for row in rows)
+    learned = sum(count[end] for end in ("level", "ahead", "behind"))
+    nothing = f"on {count['nothing learned']} of {len(rows)} updates and tasks nothing is learned"
+    if not learned:
+        return nothing
+    ends = f"{count['level']} level with retraining in accuracy, {count['ahead']} ahead, {count['behind']} behind"
+    compared = [row for row in rows if row.outcome == "behind" and row.luck is not None]
+    if compared:
+        n_beyond = sum(-row.behind.value > abs(row.luck.value) for row in compared if row.behind and row.luck)
+        ends += f" ({n_beyond} by more than another seed of retraining is)"
+    return f"of {learned} ports, {ends}" + (f"; {nothing}" if count["nothing learned"] else "")
 
 
 def update_name(row: "TaskRow") -> str:
@@ -153,19 +196,39 @@ def _models(rows: "Sequence[ModelRow]") -> Table:
     return Table(("update", "kind", "drift", "cosine", "old text, nats", "new text, nats"), tuple(lines))
 
 
+def _overview(rows: "Sequence[TaskRow]") -> Table:
+    """All rows with the plainest numbers."""
+    variants = variants_of(rows)
+    lines = (
+        (
+            row.task,
+            update_name(row),
+            *(f"{100 * row.scored[name].accuracy.value:.1f}" if name in row.scored else "" for name in variants),
+            f"{row.outcome}, {_points(row.gain if row.outcome == 'nothing learned' else row.behind)}",
+            retention_text(row.loss_retention),
+        )
+        for row in sorted(rows, key=lambda row: row.task)
+    )
+    return Table(("task", "update", *(HEADS[name] for name in variants), "outcome", "kept in loss"), tuple(lines))
+
+
 def _scores(rows: "Sequence[TaskRow]") -> Table:
+    variants = variants_of(rows)
+    left_out = () if AGAIN in variants else ("again - retrained",)
     lines = (
         (
             update_name(row),
-            *(accuracy_text(row.scored.get(name)) for name in VARIANTS),
+            *(accuracy_text(row.scored.get(name)) for name in variants),
             _points(row.behind),
+            *(() if left_out else (_points(row.luck),)),
             retention_text(row.accuracy_retention),
             retention_text(row.loss_retention),
             "" if row.negative_flips is None else f"{row.negative_flips:g}",
         )
         for row in rows
     )
-    return Table(("update", *(HEADS[name] for name in VARIANTS), *COMPARED), tuple(lines))
+    compared = (name for name in COMPARED if name not in left_out)
+    return Table(("update", *(HEADS[name] for name in variants), *compared), tuple(lines))
 
 
 def _methods(rows: "Sequence[TaskRow]") -> Table:
@@ -173,30 +236,31 @@ def _methods(rows: "Sequence[TaskRow]") -> Table:
     lines = (
         (
             update_name(row),
+            _points(row.over_add),
             "" if row.agreement is None else f"{100 * row.agreement.value:.1f} {_interval(row.agreement, digits=1)}",
             *(f"{row.measured[name]:.3f}" if name in row.measured else "" for name in COSTS),
         )
         for row in rows
     )
-    return Table(("update", "answers as base + patch, %", *COSTS.values()), tuple(lines))
+    return Table(("update", "ported - by addition", "answers as base + patch, %", *COSTS.values()), tuple(lines))
 
 
 def _losses(rows: "Sequence[TaskRow]") -> Table:
-    lines = []
+    lines, variants = [], variants_of(rows)
     for row in rows:
-        losses = [row.scored[name].loss if name in row.scored else None for name in VARIANTS]
+        losses = [row.scored[name].loss if name in row.scored else None for name in variants]
         lines.append((update_name(row), *("" if loss is None else f"{loss.value:.4f}" for loss in losses)))
-    return Table(("loss, nats per token", *(HEADS[name] for name in VARIANTS)), tuple(lines))
+    return Table(("loss, nats per token", *(HEADS[name] for name in variants)), tuple(lines))
 
 
 def _answers(rows: "Sequence[TaskRow]") -> Iterator[Table]:
     """The commonest answer of each model; nothing where answers are texts."""
-    lines = []
+    lines, variants = [], variants_of(rows)
     for row in rows:
-        found = [row.scored[name].answers if name in row.scored else {} for name in VARIANTS]
+        found = [row.scored[name].answers if name in row.scored else {} for name in variants]
         lines.append((update_name(row), *(_commonest(answers) for answers in found)))
     if any(cell for _, *cells in lines for cell in cells):
-        yield Table(("commonest answer", *(HEADS[name] for name in VARIANTS)), tuple(lines))
+        yield Table(("commonest answer", *(HEADS[name] for name in variants)), tuple(lines))
 
 
 def _commonest(answers: Mapping[str, float]) -> str:
@@ -227,15 +291,21 @@ def _chains(chains: "Sequence[Sequence[TaskRow]]") -> Table:
     return Table(("evolution", "task", "score", *(f"{link}" for link in range(1, longest + 1))), tuple(lines))
 
 
-def _published(name: str) -> Iterator[str | Table]:
+def _published(name: str, ours: "Sequence[TaskRow]") -> Iterator[str | Table]:
+    """What others published, each task with what the study found below it."""
     table = published()[name]
     yield f"{table.title}; {table.provenance}"
-    lines = (
-        (row.task, *("" if cell is None else f"{cell:.2f}" for cell in cells))
-        for row in table.rows
-        for cells in [(row.pretrained, row.tuned, row.evolved, row.ported, row.retrained)]
-    )
-    yield Table(("task", *(HEADS[variant] for variant in VARIANTS)), tuple(lines))
+    lines = []
+    for row in table.rows:
+        cells = (row.pretrained, row.tuned, row.evolved, row.ported, row.retrained)
+        lines.append((row.task, "published", *("" if cell is None else f"{cell:.2f}" for cell in cells)))
+        for own in ours:
+            if own.task == row.task and own.scored:
+                found = (own.scored[name].accuracy.value if name in own.scored else None for name in VARIANTS)
+                shown = ("" if value is None else f"{100 * value:.2f}" for value in found)
+                lines.append(("", f"here: {update_name(own)}", *shown))
+    yield PUBLISHED
+    yield Table(("task", "numbers", *(HEADS[variant] for variant in VARIANTS)), tuple(lines))
 
 
 def _points(change: Estimate | None) -> str:

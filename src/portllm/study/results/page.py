@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from portllm.evaluating.metrics import Retention
 from portllm.evaluating.page import RETENTION_MARKS
+from portllm.methods.table import METHODS
 from portllm.show.headline import Headline
 from portllm.show.html.bars import Row, bars, dots
 from portllm.show.html.figure import figure, figures, table
@@ -13,7 +14,7 @@ from portllm.show.html.lines import Curve, Point, lines
 from portllm.show.html.markup import Html
 from portllm.show.html.page import Tile, document, fragment, paragraph, section
 from portllm.show.numbers import counted, percent, points
-from portllm.study.definition.variants import BASE, EVOLVED, HEADS, PATCHED, PORTED, RETRAINED
+from portllm.study.definition.variants import AGAIN, BASE, EVOLVED, HEADS, PATCHED, PORTED, RETRAINED
 from portllm.study.results.markdown import (
     COMPARED,
     Part,
@@ -21,6 +22,8 @@ from portllm.study.results.markdown import (
     accuracy_text,
     chains_of,
     not_finished,
+    outcome_lines,
+    outcomes_text,
     parts_of,
     retention_text,
     update_name,
@@ -29,8 +32,8 @@ from portllm.study.results.markdown import (
 if TYPE_CHECKING:
     from portllm.study.results.table import Spectra, StudyResults, TaskRow
 
-BEFORE, AFTER = (BASE, PATCHED), (EVOLVED, PORTED, RETRAINED)
-SERIES = {PATCHED: 1, PORTED: 2, RETRAINED: 3}
+BEFORE, AFTER = (BASE, PATCHED), (EVOLVED, PORTED, RETRAINED, AGAIN)
+SERIES = {PATCHED: 1, PORTED: 2, RETRAINED: 3, AGAIN: 4}
 """Colors of the models; those without a patch have that of the background, 5."""
 
 MARKS = "Dot: in accuracy, square: in loss; the line is the 95 % interval. No mark: retention is undefined."
@@ -55,22 +58,35 @@ def notebook(results: "StudyResults") -> str:
 
 
 def _headline(results: "StudyResults") -> Headline:
-    """How far it is; else how far the port that lost most is behind retraining, and between what retention lies."""
-    unfinished, lines = not_finished(results), _retained(results.tasks)
+    """How far it is; else how many ports kept what retraining gains and how many did not, and the worst of them."""
+    unfinished, lines = not_finished(results), _retained(_ports(results))
     if unfinished is not None:
         return Headline("doubt", unfinished, lines)
-    if (worst := _worst(results)) is None:
+    ports = _ports(results)
+    if not ports:
         return Headline("plain", lines[0] if lines else "Finished; nothing was ported", lines[1:])
-    row, behind = worst
-    n_ports = sum(row.behind is not None for row in results.tasks)
-    text = f"{_against_retraining(behind)} retraining in accuracy at worst ({row.task}, {update_name(row)}), of "
-    return Headline("plain", f"{text}{counted(n_ports, 'port')}", lines)
+    text = outcomes_text(ports)
+    by_method = outcome_lines(ports) if len({row.method for row in ports}) > 1 else []
+    return Headline("plain", text[0].upper() + text[1:], [*by_method, *_worst(ports), *lines])
 
 
-def _worst(results: "StudyResults") -> "tuple[TaskRow, float] | None":
-    """The port that is furthest behind retraining, and by how much of accuracy."""
-    found = [(row.behind.value, at) for at, row in enumerate(results.tasks) if row.behind is not None]
-    return (results.tasks[min(found)[1]], min(found)[0]) if found else None
+def _ports(results: "StudyResults") -> "list[TaskRow]":
+    """What is compared with retraining: by port methods, not by what stands beside them; by those, where all are."""
+    compared = [row for row in results.tasks if row.outcome is not None]
+    return [row for row in compared if row.method in METHODS] or compared
+
+
+def _worst(rows: "Sequence[TaskRow]") -> list[str]:
+    """The port that is furthest behind retraining where something is learned, in words; none where nothing is."""
+    found = [(row.behind.value, update_name(row), row.task) for row in _learned(rows) if row.behind is not None]
+    if not found:
+        return []
+    behind, update, task = min(found)
+    return [f"{_against_retraining(behind)} retraining in accuracy at worst ({task}, {update})"]
+
+
+def _learned(rows: "Sequence[TaskRow]") -> "list[TaskRow]":
+    return [row for row in rows if row.outcome != "nothing learned"]
 
 
 def _against_retraining(behind: float) -> str:
@@ -87,22 +103,22 @@ def _against_retraining(behind: float) -> str:
 
 def _tiles(results: "StudyResults") -> list[Tile]:
     """What the ports lost against retraining, and the least that each measure kept."""
-    worst = _worst(results)
-    if worst is None:
+    ports = _ports(results)
+    changes = [row.behind.value for row in _learned(ports) if row.behind is not None]
+    if not ports:
         return []
-    best = max(row.behind.value for row in results.tasks if row.behind is not None)
-    said = f"at worst, against retraining; at best {points(best)}"
-    tiles = [Tile("Change in accuracy", f"{points(worst[1])} points", said)]
+    said = f"at worst, against retraining; at best {points(max(changes))}" if changes else ""
+    tiles = [Tile("Change in accuracy", f"{points(min(changes))} points", said)] if changes else []
     for what, kept in (
-        ("accuracy", [row.accuracy_retention for row in results.tasks]),
-        ("loss", [row.loss_retention for row in results.tasks]),
+        ("accuracy", [row.accuracy_retention for row in ports]),
+        ("loss", [row.loss_retention for row in ports]),
     ):
         values = [one.value for one in kept if one is not None and one.value is not None]
         if values:
             tiles.append(Tile(f"Kept in {what}", percent(min(values)), f"at worst; at best {percent(max(values))}"))
     return [
         *tiles,
-        Tile("Ports", f"{sum(row.behind is not None for row in results.tasks):,}", "compared with retraining"),
+        Tile("Ports", f"{len(ports):,}", "compared with retraining"),
     ]
 
 

@@ -12,15 +12,21 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from operator import eq
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from portllm.evaluating.metrics import Estimate, Retention, accuracy, flips, mean_loss, paired_change, retention
 from portllm.notebook import ShownInNotebook
 from portllm.study.definition.plan import NEW_TEXT, OLD_TEXT, Step, model_name, steps_of
 from portllm.study.definition.settings import Study
-from portllm.study.definition.variants import BASE, EVOLVED, PATCHED, PORTED, RETRAINED
+from portllm.study.definition.variants import AGAIN, BASE, EVOLVED, PATCHED, PORTED, RETRAINED, VARIANTS
 
 Found = Mapping[Step, Mapping[str, Any]]
+
+Outcome = Literal["ahead", "level", "behind", "nothing learned"]
+"""What came of a port, in accuracy against retraining: told apart by the 95 % interval over rows, or not."""
+
+ADDED = "add"
+"""The method that others are compared with."""
 
 MOST_ANSWERS = 32
 """Answers of a task that are counted; where more occur, they are texts and not labels."""
@@ -88,9 +94,13 @@ class TaskRow:
         task: By name.
         method: How the patch was ported.
         seeds: Those of which everything was scored.
-        scored: The five models, as far as they have been scored.
+        scored: The five models, as far as they have been scored, and the one retrained with other seeds.
+        gain: Accuracy of retrained minus evolved.
+        outcome: Of the port. Where the gain is not told apart from nothing, there was nothing to keep.
         change: Accuracy of ported minus patched.
         behind: Accuracy of ported minus retrained.
+        over_add: Accuracy of ported minus ported by addition; None for addition itself, and where the study lacks it.
+        luck: Accuracy of retrained with other seeds minus retrained: the yardstick for `behind`.
         accuracy_retention: Share of retraining's gain in accuracy.
         loss_retention: The same for the loss.
         negative_flips: Rows that the patched base answers right and the ported patch wrong; mean over seeds.
@@ -109,8 +119,12 @@ class TaskRow:
     method: str
     seeds: tuple[int, ...]
     scored: Mapping[str, TaskScore]
+    gain: Estimate | None
+    outcome: Outcome | None
     change: Estimate | None
     behind: Estimate | None
+    over_add: Estimate | None
+    luck: Estimate | None
     accuracy_retention: Retention | None
     loss_retention: Retention | None
     negative_flips: float | None
@@ -221,9 +235,11 @@ def _models(study: Study, found: Found) -> Iterator[ModelRow]:
 def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
     by_name = {step.name: result for step, result in found.items() if step.kind == "score"}
 
-    def scores(model: str, task: str, patch: str | None) -> dict[int, Mapping[str, Any]]:
+    def scores(
+        model: str, task: str, patch: str | None, seeds: Sequence[int | None] = study.seeds
+    ) -> dict[int, Mapping[str, Any]]:
         """By seed; a model without a patch counts as one seed, which is nobody's."""
-        seeds = [None] if patch is None else study.seeds
+        seeds = [None] if patch is None else seeds
         steps = {seed: Step("score", model, task=task, seed=seed, patch=patch).name for seed in seeds}
         return {-1 if seed is None else seed: by_name[name] for seed, name in steps.items() if name in by_name}
 
@@ -237,7 +253,9 @@ def _tasks(study: Study, found: Found) -> Iterator[TaskRow]:
                         PATCHED: scores(BASE, task, PATCHED),
                         EVOLVED: scores(model, task, None),
                         PORTED: scores(model, task, method),
+                        ADDED: {} if method == ADDED else scores(model, task, ADDED),
                         RETRAINED: scores(model, task, RETRAINED),
+                        AGAIN: scores(model, task, RETRAINED, study.retrain_seeds),
                     }
                     theory = _theory(study, found, model, task)
                     measured = _measured(study, found, model, task, method)
@@ -313,12 +331,17 @@ def _row(
     seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
     evolved = columns[EVOLVED]
     compared = bool(seeds) and bool(evolved)
-    change = behind = in_accuracy = in_loss = lost = agreement = None
+    added, again = columns[ADDED], list(columns[AGAIN].values())
+    gain = change = behind = over_add = luck = in_accuracy = in_loss = lost = agreement = None
     if compared:
         of = {PATCHED: patched, PORTED: ported, RETRAINED: retrained}
         right = {name: mean_rows([by_seed[seed]["correct"] for seed in seeds]) for name, by_seed in of.items()}
         nats = {name: mean_rows([by_seed[seed]["losses"] for seed in seeds]) for name, by_seed in of.items()}
+        gain = paired_change(right[RETRAINED], evolved[-1]["correct"])
         change, behind = (paired_change(right[PORTED], right[other]) for other in (PATCHED, RETRAINED))
+        if all(seed in added for seed in seeds):
+            over_add = paired_change(right[PORTED], mean_rows([added[seed]["correct"] for seed in seeds]))
+        luck = paired_change(mean_rows([one["correct"] for one in again]), right[RETRAINED]) if again else None
         in_accuracy = retention(evolved=evolved[-1]["correct"], ported=right[PORTED], retrained=right[RETRAINED])
         in_loss = retention(
             evolved=evolved[-1]["losses"], ported=nats[PORTED], retrained=nats[RETRAINED], lower_is_better=True
@@ -332,9 +355,13 @@ def _row(
         task=task,
         method=method,
         seeds=seeds,
-        scored={name: _scored(list(by_seed.values())) for name, by_seed in columns.items() if by_seed},
+        scored={name: _scored(list(columns[name].values())) for name in (*VARIANTS, AGAIN) if columns[name]},
+        gain=gain,
+        outcome=None if gain is None or behind is None else outcome_of(gain, behind),
         change=change,
         behind=behind,
+        over_add=over_add,
+        luck=luck,
         accuracy_retention=in_accuracy,
         loss_retention=in_loss,
         negative_flips=lost,
@@ -345,6 +372,23 @@ def _row(
         agreement=agreement,
         measured=measured,
     )
+
+
+def outcome_of(gain: Estimate, behind: Estimate) -> Outcome:
+    """What came of a port, by the intervals of retraining's gain and of the difference to retraining.
+
+    Example:
+        >>> gain = Estimate(value=0.3, low=0.2, high=0.4, n_rows=100)
+        >>> outcome_of(gain, Estimate(value=-0.1, low=-0.15, high=-0.05, n_rows=100))
+        'behind'
+        >>> outcome_of(gain, Estimate(value=-0.01, low=-0.04, high=0.02, n_rows=100))
+        'level'
+    """
+    if gain.low is None or gain.low <= 0:
+        return "nothing learned"
+    if behind.high is not None and behind.high < 0:
+        return "behind"
+    return "ahead" if behind.low is not None and behind.low > 0 else "level"
 
 
 def _scored(by_seed: Sequence[Mapping[str, Any]]) -> TaskScore:
