@@ -42,7 +42,7 @@ def port(
         typer.Option(
             "--data",
             help="With --method align or transport: rows with right answers. The choice is made by the loss on those "
-            "that are not fitted on, and not by the old specialist's answers. Without --text, their prompts are used too.",
+            "that are not fitted on, not by the old specialist's answers. Without --text, their prompts are used too.",
         ),
     ] = None,
     draw: Annotated[
