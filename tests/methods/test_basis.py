@@ -21,10 +21,11 @@ def rotation(size, seed):
     return torch.linalg.qr(torch.randn(size, size, generator=draws(seed), dtype=torch.float64)).Q
 
 
-def make_llama(*, tied=False):
+def make_llama(*, tied=False, biased=False):
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2,
         num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=tied,
+        attention_bias=biased,
     )  # fmt: skip
     model = LlamaForCausalLM(config).double().eval()
     generator = draws(0)
@@ -62,18 +63,23 @@ def twin_of(model):
                 norm.weight.fill_(1)
             for writer in (attention.o_proj, mlp.down_proj):
                 writer.weight.copy_(turn @ writer.weight)
+                if writer.bias is not None:
+                    writer.bias.copy_(turn @ writer.bias)
             units = torch.randperm(INNER, generator=draws(10 + number))
             for module in (mlp.gate_proj, mlp.up_proj):
                 module.weight.copy_(module.weight[units])
             mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, units])
             key_order, group = [1, 0], HEADS // KEY_HEADS
             query_order = [key * group + head for key in key_order for head in (1, 0)]
-            for module, order in ((attention.q_proj, query_order), (attention.k_proj, key_order)):
-                module.weight.copy_(module.weight.view(-1, HEAD_DIM, HIDDEN)[order].flatten(0, 1))
-            turns = [rotation(HEAD_DIM, 20 + key) for key in range(KEY_HEADS)]
-            value, output = attention.v_proj.weight, attention.o_proj.weight
-            heads = value.view(KEY_HEADS, HEAD_DIM, HIDDEN)[key_order]
-            value.copy_(torch.cat([turn_of @ head for turn_of, head in zip(turns, heads, strict=True)]))
+            turns = torch.stack([rotation(HEAD_DIM, 20 + key) for key in range(KEY_HEADS)])
+            for module, order in (
+                (attention.q_proj, query_order), (attention.k_proj, key_order), (attention.v_proj, key_order),
+            ):  # fmt: skip
+                for tensor in module.parameters():
+                    heads = tensor.view(-1, HEAD_DIM, tensor[0].numel())[order]
+                    turned = turns @ heads if module is attention.v_proj else heads
+                    tensor.copy_(turned.reshape(tensor.shape))
+            output = attention.o_proj.weight
             columns = output.view(HIDDEN, HEADS, HEAD_DIM)[:, query_order].unbind(1)
             output.copy_(torch.cat([head @ turns[place // group].T for place, head in enumerate(columns)], dim=1))
     return twin
@@ -115,9 +121,9 @@ def logits(model, ids):
         return model(ids).logits
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
-def test_on_a_twin_the_patch_comes_back_whole(tied):
-    base = make_llama(tied=tied)
+@pytest.mark.parametrize("kind", [{}, {"tied": True}, {"biased": True}], ids=["plain", "tied head", "biases"])
+def test_on_a_twin_the_patch_comes_back_whole(kind):
+    base = make_llama(**kind)
     twin = twin_of(base)
     unseen, texts = (
         torch.randint(VOCABULARY, shape, generator=draws(seed)) for seed, shape in ((3, (4, 9)), (4, (24, 8)))
