@@ -47,7 +47,22 @@ def test_the_merged_model_is_set_beside_the_ported_patch():
     assert found.strip() == "17 of 18 answers are the same; the loss differs by -0.003 nats per token"
 
 
+ALIGNED = {
+    "method": "align: refit", "prompts_report": 24.0, "agreement": 22 / 24, "agreement_low": 0.742,
+    "agreement_high": 0.977, "agreement_added": 0.75,
+}  # fmt: skip
+OWN = "92 % (74 % to 98 %) of 24 passages that nothing was fitted or chosen on are answered as before; by addition 75 %"
+
+
+def test_the_step_of_align_says_what_its_own_record_does():
+    head, found = render_step(DemoStep("align", Kept(ALIGNED, seconds=80.0, reused=False))).splitlines()
+    assert head.startswith("align ")
+    assert found.strip() == OWN
+
+
 def test_the_page_of_the_demo_says_what_was_compared_and_what_it_cost(tmp_path):
-    page = Page(story_page(Story(tmp_path, {}, COMPARISON), {"date": "1 May"}))
+    steps = {"align": Kept(ALIGNED, seconds=80.0, reused=False)}
+    page = Page(story_page(Story(tmp_path, steps, COMPARISON), {"date": "1 May"}))
+    assert page.shown[page.shown.index("align's own report") + 1] == OWN
     assert page.shown[1] == "The demo: a clinic's patch on the next version of builtin:smollm2-135m"
     assert {"date", "1 May", "Change in accuracy", "By label", "Confusion matrix"} <= {*page.shown, *page.tables}

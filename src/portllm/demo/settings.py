@@ -19,6 +19,9 @@ EVOLVE = EvolveSettings(learning_rate=4e-4, steps=20, batch_size=2, block_tokens
 CHECKED_PROMPTS = 32
 """Passages to train on that the check reads, without their answers."""
 
+ALIGNED_PROMPTS = 96
+"""Passages to train on that the patch is aligned on, without their answers: as many as the time allows."""
+
 SCORED_ROWS = 108
 """Held-out passages, the first of them, that every model answers."""
 

@@ -1,4 +1,4 @@
-"""The demo's steps: a clinic trains a patch, its provider updates the base, the patch is ported, merged and measured.
+"""The demo's steps: a clinic trains a patch, its provider updates the base, the patch is ported, aligned, measured.
 
 Every number comes from the run, or from an earlier run's record whose key proves that it is the same work.
 """
@@ -18,6 +18,7 @@ from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.identity import fingerprint
 from portllm.checkpoint.open import open_checkpoint
 from portllm.demo.settings import (
+    ALIGNED_PROMPTS,
     CHECKED_PROMPTS,
     COMPLETION,
     EVOLUTION_TEMPLATE,
@@ -39,6 +40,7 @@ from portllm.files.own_files import require_real
 from portllm.merging.merge import merge
 from portllm.patch.adapter_folder import load_patch
 from portllm.patch.written import checkpoint_identity, patch_identity
+from portllm.porting.domain import Domain
 from portllm.porting.port import port
 from portllm.probing.check import check
 from portllm.probing.settings import TextSettings
@@ -129,6 +131,7 @@ def tell(
     evolved = open_checkpoint(teller.evolved)
     teller.check(base, evolved)
     teller.port(base, evolved)
+    teller.align(base, evolved)
     teller.merge(evolved)
     teller.train("retrain", evolved, teller.retrained, progress=progress)
     task = held_out()
@@ -164,8 +167,9 @@ class _Teller:
     def __init__(self, folder: Path, on_step: Callable[[DemoStep], None], progress: Progress) -> None:
         self.steps: dict[str, Kept] = {}
         self._records = folder / STEPS
-        self.patch, self.evolved, self.ported = folder / "patch", folder / "evolved", folder / "ported"
-        self.merged, self.retrained = folder / "merged", folder / "retrained"
+        self.patch, self.evolved = folder / "patch", folder / "evolved"
+        self.ported, self.aligned, self.merged = folder / "ported", folder / "aligned", folder / "merged"
+        self.retrained = folder / "retrained"
         self._on_step = on_step
         self._progress = progress
 
@@ -215,13 +219,11 @@ class _Teller:
 
     def check(self, base: Checkpoint, evolved: Checkpoint) -> None:
         def work() -> dict[str, object]:
-            with resources.as_file(DATA / TRAINING_ROWS) as rows:
-                prompts = read_prompts(rows, PROMPT, completion=None)[0][:CHECKED_PROMPTS]
             report = check(
                 self.patch,
                 base=base,
                 evolved=evolved,
-                text=prompts,
+                text=_passages(CHECKED_PROMPTS),
                 settings=TextSettings(max_tokens=MAX_TOKENS),
                 device="cpu",
                 progress=self._progress,
@@ -255,6 +257,34 @@ class _Teller:
         }
         self._do("port", inputs, lambda: patch_identity(self.ported), work)
 
+    def align(self, base: Checkpoint, evolved: Checkpoint) -> None:
+        def work() -> dict[str, object]:
+            domain = Domain(
+                prompts=_passages(ALIGNED_PROMPTS), max_tokens=MAX_TOKENS, device="cpu", progress=self._progress
+            )
+            ported = port(
+                load_patch(self.patch),
+                evolved=evolved,
+                base=base,
+                out=self.aligned,
+                method="align",
+                overwrite=True,
+                domain=domain,
+            )
+            if ported.record is None:
+                raise AssertionError("a port writes its record")
+            step = ported.record.ports[-1]
+            return {"method": step.method, **step.evidence}
+
+        inputs = {
+            "patch": patch_identity(self.patch),
+            "base": fingerprint(base),
+            "evolved": fingerprint(evolved),
+            "rows": _digest(TRAINING_ROWS),
+            "prompts": ALIGNED_PROMPTS,
+        }
+        self._do("align", inputs, lambda: patch_identity(self.aligned), work)
+
     def merge(self, evolved: Checkpoint) -> None:
         def work() -> dict[str, object]:
             report = merge(
@@ -278,6 +308,7 @@ class _Teller:
             patch=load_patch(self.patch),
             evolved=evolved,
             ported=load_patch(self.ported),
+            rivals=[load_patch(self.aligned)],
             retrained=load_patch(self.retrained),
         )
 
@@ -288,7 +319,7 @@ class _Teller:
         inputs = {
             "base": fingerprint(base),
             "evolved": fingerprint(evolved),
-            "patches": [patch_identity(folder) for folder in (self.patch, self.ported, self.retrained)],
+            "patches": list(map(patch_identity, (self.patch, self.ported, self.aligned, self.retrained))),
             "rows": _digest(HELD_OUT_ROWS),
             "task": asdict(task),
         }
@@ -327,6 +358,12 @@ class _Teller:
     ) -> None:
         self.steps[name] = keep(self._records / f"{name}.json", inputs=inputs, identify=identify, work=work)
         self._on_step(DemoStep(name, self.steps[name]))
+
+
+def _passages(count: int) -> list[str]:
+    """The first passages to train on, as prompts without their answers."""
+    with resources.as_file(DATA / TRAINING_ROWS) as rows:
+        return read_prompts(rows, PROMPT, completion=None)[0][:count]
 
 
 def _digest(name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS
-from portllm.demo.settings import EVOLVE, MERGED_ROWS, SCORED_ROWS, TRAIN
+from portllm.demo.settings import ALIGNED_PROMPTS, EVOLVE, MERGED_ROWS, SCORED_ROWS, TRAIN
 from portllm.demo.story import BASE, DemoStep, Story
 from portllm.evaluating.decision import decide
 from portllm.evaluating.text import render_comparison
@@ -17,6 +17,7 @@ TITLES: Mapping[str, str] = {
     "evolve": "evolve    the provider continues to train all weights of the base on mathematics",
     "check": "check     what to expect of the patch there, before anything is ported",
     "port": "port      the patch is ported to the evolved base, without training",
+    "align": f"align     it is fitted to the evolved base too, on {ALIGNED_PROMPTS} passages without answers",
     "merge": "merge     the ported patch is merged into the evolved weights, streamed",
     "retrain": "retrain   what porting saves: fine-tuning again on the evolved base",
     "evaluate": f"evaluate  all of them on {SCORED_ROWS} held-out passages",
@@ -55,17 +56,18 @@ def render_story(story: Story, *, page: Path, width: int | None = None) -> str:
         width: Columns of the terminal; None for any.
     """
     steps = story.steps
-    retrain, port, merge = (steps[name].seconds for name in ("retrain", "port", "merge"))
+    retrain, port, align, merge = (steps[name].seconds for name in ("retrain", "port", "align", "merge"))
     sizes = {name: _size(story.folder / name) for name in ("patch", "evolved", "ported", "merged")}
     return "\n".join(
         [
             "",
             render_comparison(story.comparison, decide(story.comparison), width=width),
             "",
-            f"time    fine-tuning again {retrain:.0f} s; porting {port:.2f} s as an adapter, {merge:.1f} s to merge it",
+            f"time    fine-tuning again {retrain:.0f} s, with answers; porting {port:.2f} s, aligning {align:.0f} s, "
+            f"without; merging {merge:.1f} s",
             f"size    patch {n_bytes(sizes['patch'])}, ported {n_bytes(sizes['ported'])}; evolved model "
             f"{n_bytes(sizes['evolved'])}, merged {n_bytes(sizes['merged'])}",
-            f"files   {story.folder}/patch, evolved, ported, merged, retrained; results of each step are in steps/",
+            f"files   {story.folder}/patch, evolved, ported, aligned, merged, retrained; each step's results: steps/",
             f"page    {page}: the comparison, to be looked at and sent on",
             "",
             "Next, with your own model: portllm port YOUR_ADAPTER --base OLD_BASE --evolved NEW_BASE -o PORTED",
@@ -119,6 +121,15 @@ def _porting(result: Mapping[str, object]) -> str:
     return f"no weights read; the base drifted by {percent(_number(result['sampled_drift']), digits=2)} (from samples)"
 
 
+def aligned_text(result: Mapping[str, object]) -> str:
+    """How many of the answers that the patch gave on the base an aligned port gives, by its own record."""
+    found = {name: percent(_number(result[f"agreement{name}"]), digits=0) for name in ("", "_low", "_high", "_added")}
+    return (
+        f"{found['']} ({found['_low']} to {found['_high']}) of {_number(result['prompts_report']):.0f} passages that "
+        f"nothing was fitted or chosen on are answered as before; by addition {found['_added']}"
+    )
+
+
 def _merging(result: Mapping[str, object]) -> str:
     return (
         f"{percent(_number(result['kept_gain']))} of the patch survives rounding to bfloat16 (worst tensor "
@@ -144,6 +155,7 @@ _FOUND = {
     "evolve": _evolution,
     "check": _checking,
     "port": _porting,
+    "align": aligned_text,
     "merge": _merging,
     "retrain": _training,
     "agree": _agreeing,

@@ -12,7 +12,7 @@ from portllm.study.definition.plan import Step, steps_of
 from portllm.study.parts.check import CheckSettings
 from portllm.study.parts.theory import TheorySettings
 from portllm.study.results.markdown import render_page
-from portllm.study.results.table import tabulate
+from portllm.study.results.table import commonest_right, tabulate
 from tests.study.definition.test_plan import STUDY
 
 RIGHT = {None: 0.2, "patched": 0.9, "add": 0.8, "align": 0.8, "retrained": 0.9}
@@ -232,7 +232,20 @@ def test_a_port_is_level_ahead_or_behind_unless_retraining_gains_nothing(evolved
     assert results.tasks[0].gain.value == pytest.approx(retrained - evolved)
     page = render_page(results)
     difference = results.tasks[0].gain if outcome == "nothing learned" else results.tasks[0].behind
+    commonest = "" if results.tasks[0].commonest is None else f"{100 * results.tasks[0].commonest:.1f}"
+    assert f"| a | 60 | {commonest} | old 1, add |" in page
     assert f"| {outcome}, {100 * difference.value:+.1f} [" in page
+
+
+def test_the_commonest_right_answer_is_told_where_models_give_the_right_ones_away():
+    found = [
+        {"answers": ["a", "a", "b", "b"], "correct": [True, False, True, False]},
+        {"answers": ["a", "b", "b", "b"], "correct": [True, True, True, False]},
+    ]
+    assert commonest_right(found) == 0.5  # the last row was never right, so of two answers it is the other
+    assert commonest_right([*found, {"answers": ["c"] * 4, "correct": [False] * 4}]) is None
+    assert commonest_right([{"answers": [f"text {n}" for n in range(40)], "correct": [True] * 40}]) is None
+    assert commonest_right([]) is None
 
 
 def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won_nor_lost():

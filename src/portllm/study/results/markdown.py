@@ -27,7 +27,8 @@ OVERVIEW = """\
 Accuracy in percent, mean over seeds. The outcome is that of ported against retrained: ahead or behind where the 95 %
 interval of the difference says so, else level. Where retraining's gain over the evolved model is not told apart from
 nothing, nothing was learned that a port could keep or lose; there the gain stands in the place of the difference. Of
-twenty ports that are level in truth, one is expected to be called ahead or behind."""
+twenty ports that are level in truth, one is expected to be called ahead or behind. Commonest: what giving every row the
+commonest right answer scores. A patch that is no better has learned no more than that; a port may keep it or lose it."""
 
 LUCK = f"""\
 {HEADS[AGAIN].capitalize()}: a patch trained on the evolved model with another seed. How far it is from the retrained
@@ -202,6 +203,8 @@ def _overview(rows: "Sequence[TaskRow]") -> Table:
     lines = (
         (
             row.task,
+            "" if row.gain is None else f"{row.gain.n_rows:,}",
+            "" if row.commonest is None else f"{100 * row.commonest:.1f}",
             update_name(row),
             *(f"{100 * row.scored[name].accuracy.value:.1f}" if name in row.scored else "" for name in variants),
             f"{row.outcome}, {_points(row.gain if row.outcome == 'nothing learned' else row.behind)}",
@@ -209,7 +212,10 @@ def _overview(rows: "Sequence[TaskRow]") -> Table:
         )
         for row in sorted(rows, key=lambda row: row.task)
     )
-    return Table(("task", "update", *(HEADS[name] for name in variants), "outcome", "kept in loss"), tuple(lines))
+    return Table(
+        ("task", "rows", "commonest", "update", *(HEADS[name] for name in variants), "outcome", "kept in loss"),
+        tuple(lines),
+    )
 
 
 def _scores(rows: "Sequence[TaskRow]") -> Table:

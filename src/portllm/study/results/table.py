@@ -95,6 +95,8 @@ class TaskRow:
         method: How the patch was ported.
         seeds: Those of which everything was scored.
         scored: The five models, as far as they have been scored, and the one retrained with other seeds.
+        commonest: Accuracy of giving every row the commonest right answer; None where answers are texts, or no model
+            gives the right answer to some row.
         gain: Accuracy of retrained minus evolved.
         outcome: Of the port. Where the gain is not told apart from nothing, there was nothing to keep.
         change: Accuracy of ported minus patched.
@@ -119,6 +121,7 @@ class TaskRow:
     method: str
     seeds: tuple[int, ...]
     scored: Mapping[str, TaskScore]
+    commonest: float | None
     gain: Estimate | None
     outcome: Outcome | None
     change: Estimate | None
@@ -356,6 +359,7 @@ def _row(
         method=method,
         seeds=seeds,
         scored={name: _scored(list(columns[name].values())) for name in (*VARIANTS, AGAIN) if columns[name]},
+        commonest=commonest_right([each for by_seed in columns.values() for each in by_seed.values()]),
         gain=gain,
         outcome=None if gain is None or behind is None else outcome_of(gain, behind),
         change=change,
@@ -389,6 +393,27 @@ def outcome_of(gain: Estimate, behind: Estimate) -> Outcome:
     if behind.high is not None and behind.high < 0:
         return "behind"
     return "ahead" if behind.low is not None and behind.low > 0 else "level"
+
+
+def commonest_right(scored: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of rows whose right answer is the commonest one, as far as models that were scored give them away.
+
+    Example:
+        >>> commonest_right([{"answers": ["yes", "yes", "no"], "correct": [True, False, True]}])
+        0.6666666666666666
+    """
+    rows = [list(zip(each["answers"], each["correct"], strict=True)) for each in scored]
+    given = {answer for row in rows for answer, _ in row}
+    if not rows or len(given) > MOST_ANSWERS:
+        return None
+    right: list[str] = []
+    for answers in zip(*rows, strict=True):
+        found = {answer for answer, correct in answers if correct}
+        found = found or (given - {answer for answer, _ in answers} if len(given) == 2 else set())
+        if len(found) != 1:
+            return None
+        right += found
+    return max(Counter(right).values()) / len(right)
 
 
 def _scored(by_seed: Sequence[Mapping[str, Any]]) -> TaskScore:
