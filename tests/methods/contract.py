@@ -80,7 +80,7 @@ def pair(module, delta, evolved):
     """What a module makes of the same inputs with the weights of both models."""
     x = numbers(64, delta.a.shape[1], seed=70)
     weights = (side[f"{module}.weight"] for side in (BASE, evolved))
-    return Pair(module, *(Seen(x, x @ (weight if delta.transposed else weight.T)) for weight in weights))
+    return Pair(module, *(Seen(x, (x @ (weight if delta.transposed else weight.T)).abs()) for weight in weights))
 
 
 def effects(patch, weights):

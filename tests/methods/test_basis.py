@@ -92,13 +92,14 @@ class Seen:
 
 
 def seen(model, ids):
-    """Input and output of every ported module."""
+    """Input and output of every ported module; of units, the absolute values."""
     found, hooks = {}, []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in SEVEN:
 
-            def note(_, inputs, output, name=name):
-                found[name] = Seen(inputs[0].flatten(0, 1), output.flatten(0, 1))
+            def note(module, inputs, output, name=name):
+                y = output.abs() if module.out_features > module.in_features else output
+                found[name] = Seen(inputs[0].flatten(0, 1), y.flatten(0, 1))
 
             hooks.append(module.register_forward_hook(note))
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_on_a_twin_the_patch_comes_back_whole(kind):
     for name, (a, b) in patch.items():
         ported[name] = (
             input_factor(a, before[name].x, after[name].x)[0],
-            output_factor(b, before[name].y, after[name].y, of_units=len(b) > a.shape[1])[0],
+            output_factor(b, before[name].y, after[name].y)[0],
         )
     wanted = logits(patched(base, patch), unseen)
     size = (wanted - logits(base, unseen)).abs().max()
@@ -157,7 +158,7 @@ def test_of_what_the_tokens_do_not_span_nothing_is_carried_and_the_shares_say_so
     turn = rotation(8, 7).float()
     a, b = torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator)
     new_a, misread = input_factor(a, few, few @ turn.T)
-    new_b, left_out = output_factor(b, few, few @ turn.T, of_units=False)
+    new_b, left_out = output_factor(b, few, few @ turn.T)
     inside = torch.linalg.pinv(few.double()) @ few.double()
     assert torch.allclose(new_a, a.double() @ inside @ turn.double().T, atol=1e-5)
     assert torch.allclose(new_b, turn.double() @ inside @ b.double(), atol=1e-5)

@@ -9,11 +9,7 @@ inputs X0, X1 and the outputs Y0, Y1 of a module in both, a row a token, wanted 
 
 C says of which tokens' outputs B is made. It is the ridge regression M of Y1 on Y0, applied to B, without the matrix M.
 Where the one model is the other in another basis, and the tokens span its inputs and outputs, `B1 A1` is the patch in
-that basis, exactly.
-
-The outputs of a module with more of them than inputs span no more than its inputs do, so Y says nothing of the rest of
-B. Such outputs are units (of an MLP, or of heads) that a twin can have in another order; their absolute values follow
-them there and span all: Y is `|Y|` then.
+that basis, exactly. Y may be anything that the change of basis takes along with the outputs.
 
 Source: this project, docs/methods/transport.md. Ridge regression: Hoerl and Kennard (1970), Technometrics 12(1).
 """
@@ -55,7 +51,7 @@ def input_factor(
 
 
 def output_factor(
-    b: Float[Tensor, "d0 r"], before: Float[Tensor, "tokens d0"], after: Float[Tensor, "tokens d1"], *, of_units: bool
+    b: Float[Tensor, "d0 r"], before: Float[Tensor, "tokens d0"], after: Float[Tensor, "tokens d1"]
 ) -> tuple[Float64[Tensor, "d1 r"], float]:
     """B1: what writes in the evolved model what B writes in the base.
 
@@ -63,19 +59,18 @@ def output_factor(
         b: Of the base.
         before: Outputs of the module in the base.
         after: Outputs of the same tokens in the evolved model.
-        of_units: Whether absolute values are read in the place of outputs.
 
     Returns:
         B1, and the share of B, by norm, that is made of no outputs of these tokens and so is left out.
 
     Example:
         >>> y = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 2.0]])
-        >>> output_factor(torch.tensor([[3.0], [5.0]]), y, y.flip(1), of_units=False)[0].round(decimals=4)
+        >>> output_factor(torch.tensor([[3.0], [5.0]]), y, y.flip(1))[0].round(decimals=4)
         tensor([[5.],
                 [3.]], dtype=torch.float64)
     """
     size = _sizes(before)
-    old, new = ((y.abs() if of_units else y).double() / size for y in (before, after))
+    old, new = before.double() / size, after.double() / size
     of_tokens = _least(old.T, b.double())
     made: Tensor = new.T @ of_tokens
     return made, _share(b.double() - old.T @ of_tokens, b)

@@ -181,7 +181,12 @@ class Streams(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a module of a model was given, and gave; a row a token."""
+    """What is seen of a module of a model; a row a token.
+
+    Attributes:
+        x: What it was given.
+        y: What it gave, or what has the basis of that, and spans more of it.
+    """
 
     x: "Float32[Tensor, 'tokens d_in']"
     y: "Float32[Tensor, 'tokens d_out']"

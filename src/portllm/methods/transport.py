@@ -45,7 +45,7 @@ class Carried:
         old_a, old_b = whole(delta.a), whole(delta.b)
         dtype = torch.promote_types(torch.promote_types(old_a.dtype, old_b.dtype), torch.float32)
         a, misread = input_factor(old_a, pair.before.x, pair.after.x)
-        b, left_out = output_factor(old_b, pair.before.y, pair.after.y, of_units=len(old_b) > old_a.shape[1])
+        b, left_out = output_factor(old_b, pair.before.y, pair.after.y)
         factors = computed(delta.a.name, a.to(dtype)), computed(delta.b.name, b.to(dtype))
         return cls(replace(delta, a=factors[0], b=factors[1]), misread, left_out)
 

@@ -1,6 +1,12 @@
 """The base and the evolved model, both without the patch, run in step over the same text: what each module sees there.
 
-A layer of one model at a time is in memory, and what the modules of a layer were given and gave in both.
+A layer of one model at a time is in memory, and what the modules of a layer were given and gave in both. Two kinds of
+modules say too little of their own basis, and something else that has it stands for their outputs:
+
+- What writes to the residual stream may hardly ever say anything in most directions. The stream has its basis, and
+  something in all of them.
+- The outputs of a module with more of them than inputs span no more than its inputs do. They are units (of an MLP, or
+  of heads) that a twin can have in another order; their absolute values follow them there, and span all.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -11,7 +17,7 @@ from torch import Tensor, nn
 
 from portllm.errors import CheckpointError
 from portllm.methods.contract import Pair, Seen
-from portllm.porting.reading import Reading
+from portllm.porting.reading import Reading, writers_of
 from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
 from portllm.running.writers import hooked
@@ -84,9 +90,11 @@ class Pairs:
             seen[module] = inputs[0], output
 
         with model.filled(number), hooked({module: model.module(number, module) for module in modules}, note):
+            writers = {writer.name for writer in writers_of(model, number, self.readings[0]) if writer.gain is None}
             for reading, batch in self._batches:
                 state = model.run(number, reading.state(name, batch), reading.arguments(model, number, batch))
                 reading.keep(name, batch, state)
-                for module, sides in seen.items():
-                    rows[module].append(tuple(reading.flat(side, batch)[::step].cpu() for side in sides))
+                for module, (x, output) in seen.items():
+                    y = state if module in writers else output.abs() if output.shape[-1] > x.shape[-1] else output
+                    rows[module].append(tuple(reading.flat(side, batch)[::step].cpu() for side in (x, y)))
         return {module: Seen(*(torch.cat(side) for side in zip(*sides, strict=True))) for module, sides in rows.items()}
