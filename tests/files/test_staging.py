@@ -244,18 +244,31 @@ def test_an_error_leaves_nothing(tmp_path):
 
 def test_an_interruption_right_after_the_swap_leaves_the_new_output_alone(swap, tmp_path, monkeypatch):
     make_old(tmp_path / "out")
-    sync, calls = staging.sync_entries, []
+    sync = staging.sync
 
-    def interrupt(folder):
-        calls.append(folder)
-        if len(calls) == 2:  # the first is for the part, the second follows the swap
+    def interrupt(path):
+        if path == tmp_path:  # the part and its files come before the swap, the folder around them after it
             raise KeyboardInterrupt
-        sync(folder)
+        sync(path)
 
-    monkeypatch.setattr(staging, "sync_entries", interrupt)
+    monkeypatch.setattr(staging, "sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out")
     assert contents(tmp_path) == {f"out/{name}": data for name, data in NEW.items()}
+
+
+def test_every_file_is_on_the_disk_before_the_output_has_its_name(tmp_path, monkeypatch):
+    sync, calls = staging.sync, []
+
+    def note(path):
+        calls.append((path, (tmp_path / "out").exists()))
+        sync(path)
+
+    monkeypatch.setattr(staging, "sync", note)
+    write(tmp_path / "out")
+    part = tmp_path / ".out.part"
+    assert set(calls[:-1]) == {(path, False) for path in (part, *(part / name for name in NEW))}
+    assert calls[-1] == (tmp_path, True)
 
 
 # ---- two runs

@@ -1,11 +1,9 @@
 """What `check` measured of a patch on an update, as numbers that a forecast can rest on."""
 
 import math
-from collections import defaultdict
 
 from portllm.checking.report import PatchReport
 from portllm.checking.update.report import UpdateReport
-from portllm.measures.drift import DriftSums
 from portllm.measures.overlap import DriftShare
 
 
@@ -30,9 +28,8 @@ def weight_features(update: UpdateReport, patch: PatchReport) -> dict[str, float
     found: dict[str, float | None] = {}
     if patch.drift is not None:
         found["drift"] = patch.drift.relative.value
-    found["drift_layer"] = _of_worst_layer(update)
-    tokens = [drift.relative.value for place, drift in update.cells.items() if place.layer < 0 and place.is_matrix]
-    found["drift_tokens"] = max(tokens, default=None)
+    found["drift_layer"] = update.drift_of_worst_layer
+    found["drift_tokens"] = update.drift_of_tokens
     if patch.drift is not None:
         found["angle"] = max(0.0, 1 - patch.drift.cosine.value)
     found["size"] = patch.relative_size
@@ -42,14 +39,6 @@ def weight_features(update: UpdateReport, patch: PatchReport) -> dict[str, float
     for side, share in patch.overlaps.items():
         found[f"overlap_{side}"] = _against_chance(share)
     return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-
-
-def _of_worst_layer(update: UpdateReport) -> float | None:
-    layers: dict[tuple[str, int], DriftSums] = defaultdict(DriftSums)
-    for place, drift in update.cells.items():
-        if place.layer >= 0 and place.is_matrix:
-            layers[(place.stack, place.layer)] += drift.sums
-    return max((sums.relative for sums in layers.values()), default=None)
 
 
 def _against_chance(share: DriftShare) -> float | None:

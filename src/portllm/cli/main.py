@@ -17,24 +17,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from portllm import __version__
-from portllm.cli.capture import capture
-from portllm.cli.certify import certify
-from portllm.cli.check import check
-from portllm.cli.combine import combine
-from portllm.cli.demo import demo
-from portllm.cli.doctor import doctor
-from portllm.cli.evaluate import evaluate
-from portllm.cli.export import export
-from portllm.cli.fleet import fleet
-from portllm.cli.inspect import inspect
-from portllm.cli.merge import merge
-from portllm.cli.port import port
-from portllm.cli.prove import prove
-from portllm.cli.sign import sign
-from portllm.cli.study import study
+from portllm.cli.commands import Commands
 from portllm.cli.terminal import let_go, say
-from portllm.cli.train import train
-from portllm.cli.verify import verify
 from portllm.errors import PortLLMError
 
 RESUMED = {
@@ -47,6 +31,7 @@ RESUMED = {
 
 app = typer.Typer(
     name="portllm",
+    cls=Commands,
     help="Carry a fine-tuned model's patch over to the next version of its base, without training.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -70,29 +55,6 @@ def program(
     if version:
         say(f"portllm {__version__}")
         raise typer.Exit
-
-
-# In the order in which a patch goes through them, which is that of `--help`.
-for command in (
-    demo,
-    inspect,
-    train,
-    capture,
-    check,
-    port,
-    merge,
-    combine,
-    evaluate,
-    certify,
-    export,
-    prove,
-    verify,
-    sign,
-    fleet,
-    doctor,
-):
-    app.command()(command)
-app.add_typer(study)
 
 
 def main() -> None:

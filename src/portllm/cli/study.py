@@ -13,6 +13,7 @@ study = typer.Typer(
     name="study",
     help="Run the paper's experiment on any model, from a file.\n\nTrain, evolve, port, retrain, score.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 

@@ -152,18 +152,23 @@ def part_of(name: str) -> str:
     return f".{name}.part"
 
 
-def write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str, *, is_kept: bool = True) -> None:
     """Write a small file whole or not at all; what was there, a link too, is replaced.
+
+    Args:
+        file: Where.
+        text: What it is to hold.
+        is_kept: Wait until it is on the disk; what can be made again need not outlive a power failure.
 
     Raises:
         OutputError: What is to be written first is not this program's.
         OSError: It cannot be written.
     """
     with opened(file.parent) as folder:
-        write_within(folder, file.name, text)
+        write_within(folder, file.name, text, is_kept=is_kept)
 
 
-def write_within(held: Held, name: str, text: str) -> None:
+def write_within(held: Held, name: str, text: str, *, is_kept: bool = True) -> None:
     """As `write_text`, in a folder that is open; two runs that write one file wait for each other."""
     part = part_of(name)
     descriptor = _open_locked(held, part, wait=True)
@@ -171,7 +176,8 @@ def write_within(held: Held, name: str, text: str) -> None:
         os.ftruncate(descriptor, 0)
         with open(descriptor, "w", encoding="utf-8", newline="\n", closefd=False) as stream:
             stream.write(text)
-        os.fsync(descriptor)
+        if is_kept:
+            os.fsync(descriptor)
         os.rename(part, name, src_dir_fd=held.descriptor, dst_dir_fd=held.descriptor)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -28,6 +28,7 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,9 @@ from portllm.files.own_files import is_own_file, open_locked
 
 FORMAT = 1
 """Version of the journal's layout; a part of another version is nobody's."""
+
+MOST_SYNCED = 16
+"""Files that are brought to the disk side by side."""
 
 _WITHOUT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -110,13 +114,13 @@ class Place:
 
     def take(self) -> None:
         """Give the part the output's name, in one step where the file system can; what was there is removed."""
-        _sync(self.part)
+        _sync_each(self.part)
         if not os.path.lexists(self.final):
             self.part.rename(self.final)
         elif not exchange(self.part, self.final):
             self.final.rename(self.old)
             self.part.rename(self.final)
-        sync_entries(self.final.parent)
+        sync(self.final.parent)
         remove(self.old)
         remove(self.part)
 
@@ -284,18 +288,19 @@ def _is_folder(path: Path, *inode: int | None) -> bool:
     return stat.S_ISDIR(facts.st_mode) and inode in ((), (facts.st_ino,))
 
 
-def _sync(folder: Path) -> None:
-    """Bring a folder's files to the disk before anything points to them."""
-    for entry in folder.rglob("*"):
-        if entry.is_file():
-            with open(entry, "rb") as file:
-                os.fsync(file.fileno())
-    sync_entries(folder)
+def _sync_each(folder: Path) -> None:
+    """Bring a folder's files and list of names to the disk before anything points to them.
+
+    Side by side, so that they share a commit of the file system's own journal: one after the other, each waits for one.
+    """
+    with ThreadPoolExecutor(MOST_SYNCED) as pool:
+        for _ in pool.map(sync, [folder, *(entry for entry in folder.rglob("*") if entry.is_file())]):
+            pass
 
 
-def sync_entries(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,6 +1,6 @@
 """An update of a base model: what is read of it once, however many patches go through it."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,7 +58,12 @@ class Update:
 
     def window_sums(self, names: Iterable[str]) -> DriftSums:
         """The drift of some tensors that both models have, in the windows that the fingerprints read."""
-        names = list(names)
+        names = tuple(names)
+        if names not in self._sums:
+            self._sums[names] = self._sum_windows(names)
+        return self._sums[names]
+
+    def _sum_windows(self, names: Sequence[str]) -> DriftSums:
         known, spans, missing = self._windows, [], []
         for name in [name for name in names if name not in known]:
             weight = None if self.base is None else self.base.tensor(name)
@@ -81,6 +86,11 @@ class Update:
     @cached_property
     def _mismatches(self) -> dict[Hashable, tuple[Refusal, ...]]:
         """What has been found so far."""
+        return {}
+
+    @cached_property
+    def _sums(self) -> dict[tuple[str, ...], DriftSums]:
+        """Those that were asked for: most patches of a base change the same modules."""
         return {}
 
     @cached_property

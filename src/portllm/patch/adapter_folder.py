@@ -261,7 +261,8 @@ def _wrapped(tensor: str, patch: Patch[TensorInfo]) -> str:
 
 def files_of(patch: Patch[TensorInfo]) -> tuple[Source, ...]:
     """The files that a patch is read from, sorted: that of its tensors, tokenizer and chat template."""
-    return tuple(sorted({*(info.file for info in stored_tensors(patch).values()), *patch.beside.values()}, key=str))
+    files = {id(info.file): info.file for info in stored_tensors(patch).values()}  # to hash them all takes longer
+    return tuple(sorted({*files.values(), *patch.beside.values()}, key=str))
 
 
 def folder_of(patch: Patch[TensorInfo]) -> Path:

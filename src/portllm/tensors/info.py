@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from portllm.errors import UnsupportedDtypeError
 from portllm.files.source import Source
@@ -88,7 +88,9 @@ class TensorInfo:
 
     def in_file(self, file: Source) -> "TensorInfo":
         """The tensor at the same place of another file with the same header."""
-        return replace(self, file=file)
+        return TensorInfo(
+            self.name, self.dtype, self.shape, file, self.start, self.stop, self.encoding, self.parts, self.listed
+        )
 
 
 def n_bytes_of(dtype: str, shape: Iterable[int]) -> int:

@@ -134,6 +134,7 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
         (("seeds = [0, 3]", "seeds = [0, 3]\nretrain_seeds = [3, 4]"), "line 5, retrain_seeds: seed 3 is"),
         (("seeds = [0, 3]", "retrain_seeds = [0]"), "line 4, retrain_seeds: seed 0 is one of 'seeds'"),
         (("seeds = [0, 3]", "compare = 'x7b'"), "line 4, compare: is 'x7b', which is not a published table. "),
+        (("seeds = [0, 3]", "compare = ['paper-mistral-7b', 'x7b']"), "line 4, compare: is 'x7b', which is not a"),
         (("rank = 4", "rank = true"), "line 7, patch.rank: is true; expected an integer"),
         (("rank = 4", "seed = 4"), "line 7, patch.seed: unknown key; patches are trained with each of 'seeds'"),
         (("[tasks.kinds]", "[tasks.Kinds]"), "line 10, tasks.Kinds: is not a valid name; expected lowercase"),

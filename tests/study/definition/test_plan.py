@@ -40,6 +40,13 @@ def test_every_evolved_model_has_every_step_of_every_task_and_seed():
     assert len(STEPS) == texts + 2 * (1 + 2 * 2) + models * per_model
 
 
+def test_a_study_that_is_stopped_has_whole_rows():
+    whole = steps_of(replace(STUDY, tasks={"a": STUDY.tasks["a"]}, evolutions={"chain": STUDY.evolutions["chain"]}))
+    of_first = {step.name for step in whole if step.task == "a" and step.model in ("base", "chain.1")}
+    other = next(number for number, step in enumerate(STEPS) if step.task == "b-c")
+    assert of_first <= {step.name for step in STEPS[:other]}
+
+
 def test_each_link_follows_the_last_and_the_first_patch_is_ported_to_all():
     assert BY_NAME["evolve_chain.1"].inputs == ()
     assert BY_NAME["evolve_chain.3"].inputs == ("evolve_chain.2",)

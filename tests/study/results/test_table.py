@@ -187,7 +187,7 @@ def test_a_page_of_a_study_that_is_not_finished_says_so():
 
 def test_published_numbers_stand_beside_with_their_provenance():
     page = render_page(replace(RESULTS, compare="paper-mistral-7b"))
-    assert "second-hand" in page
+    assert "Second-hand" in page
     assert "| gsm8k | published |  |  | 15.16 | 41.32 | 34.95 |" in page
     renamed = tuple(replace(row, task="gsm8k") if row.task == "a" else row for row in RESULTS.tasks)
     beside = render_page(replace(RESULTS, compare="paper-mistral-7b", tasks=renamed)).partition("15.16")[2]
@@ -257,17 +257,20 @@ def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won
 
     won = "of 4 ports, 3 level with retraining in accuracy, 0 ahead"
     lost = "1 behind (1 by more than another seed of retraining is)"
-    counted = f"add: {won}, {lost}; on 4 of 8 updates and tasks nothing is learned."
+    counted = f"add: {won}, {lost}; for 4 more, retraining learns nothing that could be kept."
     assert counted in render_page(with_scores(change, tasks=("a", "b-c"), evolutions=("chain", "old")))
     nothing = with_scores(lambda step, found: as_right(found, 0.5))
-    assert "add: on 1 of 1 updates and tasks nothing is learned." in render_page(nothing)
+    assert "add: retraining learns nothing that any of 1 ports could keep." in render_page(nothing)
 
 
 def test_a_method_beside_addition_says_by_how_much_it_is_better():
     shares = {None: 0.2, "add": 0.5, "align": 0.8}
     results = with_scores(lambda step, found: as_right(found, shares.get(step.patch, 0.9)), methods=("add", "align"))
     assert [row.over_add and row.over_add.value for row in results.tasks] == [None, pytest.approx(0.3)]
-    assert "| old 1, align | +30.0 [" in render_page(results)
+    page = render_page(results)
+    assert "| old 1, align | +30.0 [" in page
+    assert "; against addition +30.0 points on average, better for 1 of 1, worse for 0." in page
+    assert page.count("against addition") == 1
 
 
 @pytest.mark.parametrize(("ported", "beyond"), [(0.6, 1), (0.75, 0)])

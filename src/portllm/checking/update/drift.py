@@ -26,13 +26,19 @@ from portllm.tensors.windows import load_values
 from portllm.workers.threads import default_threads
 
 BLOCK_ELEMENTS = 1 << 20
-"""Elements of a weight that a thread takes at once."""
+"""Elements of a weight that are read and measured at once."""
 
 STORED: Mapping[str, str] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """How numpy holds the dtypes that weights are stored in; bfloat16, which it does not have, as its bits."""
 
+STRETCH = 8
+"""Blocks of a weight that a thread takes one after the other: to hand over each for itself takes Python too long."""
+
 WAITING = 4
-"""Blocks for each thread that are under way or done and not yet added up."""
+"""Stretches for each thread that are under way or done and not yet added up."""
+
+Stretch = tuple[TensorPair, Sequence[tuple[int, int]]]
+"""A weight and some of its blocks, each with its first element and the one behind its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,37 +108,51 @@ def measure_pairs(
     threads = default_threads() if threads is None else threads
     wanted = {name: np.array(places, np.intp) for name, places in (columns or {}).items()}
     total = sum(pair.base.n_bytes + pair.evolved.n_bytes for pair in pairs)
-    blocks = [(pair, start, stop) for pair in pairs for start, stop in _blocks(pair)]
+    stretches = [stretch for pair in pairs for stretch in _stretches(pair)]
     done = 0
     sums: dict[str, DriftSums] = {pair.name: DriftSums() for pair in pairs}
     parts: dict[str, list[Float32[np.ndarray, "rows columns"]]] = {name: [] for name in wanted}
     own = threading.local()
 
-    def measure(block: tuple[TensorPair, int, int]) -> PairDrift:
+    def measure(stretch: Stretch) -> list[PairDrift]:
         if not hasattr(own, "kernel"):
             own.kernel = DriftKernel()
             own.readers = tuple(opened.enter_context(SpanReader()) for _ in range(2))
-        pair, start, stop = block
-        infos = (pair.base, pair.evolved)
-        base, evolved = (_load(reader, info, start, stop) for reader, info in zip(own.readers, infos, strict=True))
-        found = own.kernel.measure(base, evolved)
-        if pair.name not in wanted:
-            return PairDrift(found)
-        old, new = (_columns(values, pair.width, wanted[pair.name]) for values in (base, evolved))
-        return PairDrift(found, new - old)
+        pair, blocks = stretch
+        return [_measure(pair, start, stop, own.kernel, own.readers, wanted.get(pair.name)) for start, stop in blocks]
 
     with ExitStack() as opened, ThreadPoolExecutor(threads) as pool:
-        for (pair, start, stop), drift in zip(blocks, _in_order(pool, measure, blocks, threads), strict=True):
-            sums[pair.name] += drift.sums
-            if drift.columns is not None:
-                parts[pair.name].append(drift.columns)
-            done += (stop - start) * (pair.base.n_bytes + pair.evolved.n_bytes) // max(1, pair.base.n_params)
+        for (pair, blocks), drifts in zip(stretches, _in_order(pool, measure, stretches, threads), strict=True):
+            for drift in drifts:
+                sums[pair.name] += drift.sums
+                if drift.columns is not None:
+                    parts[pair.name].append(drift.columns)
+            n_elements = blocks[-1][1] - blocks[0][0]
+            done += n_elements * (pair.base.n_bytes + pair.evolved.n_bytes) // max(1, pair.base.n_params)
             progress("drift", min(done, total), total, "bytes")
         if done < total:  # a tensor's bytes need not divide by its elements
             progress("drift", total, total, "bytes")
     return {
         name: PairDrift(found, np.concatenate(parts[name]) if parts.get(name) else None) for name, found in sums.items()
     }
+
+
+def _measure(
+    pair: TensorPair,
+    start: int,
+    stop: int,
+    kernel: DriftKernel,
+    readers: tuple[SpanReader, SpanReader],
+    places: Shaped[np.ndarray, " columns"] | None,
+) -> PairDrift:
+    base, evolved = (
+        _load(reader, info, start, stop) for reader, info in zip(readers, (pair.base, pair.evolved), strict=True)
+    )
+    sums = kernel.measure(base, evolved)
+    if places is None:
+        return PairDrift(sums)
+    old, new = (_columns(values, pair.width, places) for values in (base, evolved))
+    return PairDrift(sums, new - old)
 
 
 def _load(reader: SpanReader, info: TensorInfo, start: int, stop: int) -> Shaped[np.ndarray, " n"]:
@@ -152,24 +172,25 @@ def _columns(
     return wide
 
 
-def _blocks(pair: TensorPair) -> Iterator[tuple[int, int]]:
-    """Ranges of elements of about `BLOCK_ELEMENTS`: whole rows, but for rows that are longer."""
+def _stretches(pair: TensorPair) -> Iterator[Stretch]:
+    """Blocks of about `BLOCK_ELEMENTS`, `STRETCH` at a time: whole rows, but for rows that are longer."""
     step = max(1, BLOCK_ELEMENTS // max(1, pair.width)) * pair.width
-    for start in range(0, pair.base.n_params, max(1, step)):
-        yield start, min(start + step, pair.base.n_params)
+    blocks = [(at, min(at + step, pair.base.n_params)) for at in range(0, pair.base.n_params, max(1, step))]
+    for first in range(0, len(blocks), STRETCH):
+        yield pair, blocks[first : first + STRETCH]
 
 
 def _in_order(
     pool: ThreadPoolExecutor,
-    work: Callable[[tuple[TensorPair, int, int]], PairDrift],
-    blocks: Sequence[tuple[TensorPair, int, int]],
+    work: Callable[[Stretch], list[PairDrift]],
+    stretches: Sequence[Stretch],
     threads: int,
-) -> Iterator[PairDrift]:
-    """The results of `work` in the order of the blocks; no more of them wait than there is memory for."""
-    waiting: deque[Future[PairDrift]] = deque()
+) -> Iterator[list[PairDrift]]:
+    """The results of `work` in the order of the stretches; no more of them wait than there is memory for."""
+    waiting: deque[Future[list[PairDrift]]] = deque()
     try:
-        for block in blocks:
-            waiting.append(pool.submit(work, block))
+        for stretch in stretches:
+            waiting.append(pool.submit(work, stretch))
             if len(waiting) >= WAITING * threads:
                 yield waiting.popleft().result()
         while waiting:

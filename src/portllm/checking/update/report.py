@@ -1,14 +1,17 @@
 """What an update did to a base, as values and as JSON."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from portllm.checking.update.config_changes import ConfigChange
 from portllm.checking.update.lineage import Lineage
 from portllm.files.record import encode
 from portllm.matching.tensor_pairs import Pairing
 from portllm.matching.token_rows import TokenMap
+from portllm.measures.drift import DriftSums
 from portllm.measures.estimate import DriftEstimate, SampledEstimate
 from portllm.measures.places import TensorPlace
 from portllm.patch.record import ModelIdentity
@@ -29,7 +32,7 @@ class KindReport:
     n_tensors: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UpdateReport:
     """What the update did to the base; the same for every patch.
 
@@ -64,6 +67,21 @@ class UpdateReport:
     has_vocabularies: bool
     broken: tuple[str, ...]
     same_in: str | None = None
+
+    @cached_property
+    def drift_of_worst_layer(self) -> float | None:
+        """`|D| / |W0|` over all matrices of a layer, of the layer that drifted most."""
+        layers: dict[tuple[str, int], DriftSums] = defaultdict(DriftSums)
+        for place, drift in self.cells.items():
+            if place.layer >= 0 and place.is_matrix:
+                layers[(place.stack, place.layer)] += drift.sums
+        return max((sums.relative for sums in layers.values()), default=None)
+
+    @cached_property
+    def drift_of_tokens(self) -> float | None:
+        """`|D| / |W0|` of embedding and head, the one that drifted most."""
+        drifts = [drift for place, drift in self.cells.items() if place.layer < 0 and place.is_matrix]
+        return max((drift.relative.value for drift in drifts), default=None)
 
 
 def update_to_json(update: UpdateReport) -> dict[str, object]:

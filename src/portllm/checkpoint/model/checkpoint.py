@@ -49,12 +49,12 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, {len(self.infos)} tensors, {self.n_params:,} numbers)"
 
-    @property
+    @cached_property
     def files(self) -> tuple[Source, ...]:
         """The files that hold the tensors, sorted."""
         return tuple(sorted({info.file for info in self._stored}, key=str))
 
-    @property
+    @cached_property
     def is_remote(self) -> bool:
         """Whether its tensors are read over the network; `portllm.checkpoint.hub.download` brings them here."""
         return any(isinstance(file, RemoteFile) for file in self.files)
@@ -103,7 +103,7 @@ class Checkpoint:
             raise MissingTensorError(f"'{name}': {self.name} has no such tensor among its {len(self.infos)}.{hint}")
         return self.infos[name]
 
-    @property
+    @cached_property
     def family(self) -> Family | None:
         """What is known of the class that the model was saved from; None where its type is not known."""
         return next(iter(self._families), None)
@@ -163,6 +163,16 @@ class Checkpoint:
 
     def current_name(self, name: str) -> str:
         """The current name of a tensor or module, however it is spelled, in whichever class the model is loaded."""
+        if name not in self._current_names:
+            self._current_names[name] = self._current_name(name)
+        return self._current_names[name]
+
+    @cached_property
+    def _current_names(self) -> dict[str, str]:
+        """Those that were asked for: every patch of a model asks for the same ones."""
+        return {}
+
+    def _current_name(self, name: str) -> str:
         current = self._renamed(name)
         if self.family is None or self._has(current):
             return current
@@ -243,15 +253,18 @@ class Checkpoint:
 
     def is_by_token(self, tensor: TensorInfo | None) -> bool:
         """Whether a tensor has a row for each token: embedding, head, or the head's bias."""
-        bias = self.stored(f"{self.head_module}.bias")
-        return tensor is not None and any(tensor is other for other in (self.embedding, self.head, bias))
+        return tensor is not None and any(tensor is other for other in self._by_token)
 
-    @property
+    @cached_property
+    def _by_token(self) -> tuple[TensorInfo | None, ...]:
+        return self.embedding, self.head, self.stored(f"{self.head_module}.bias")
+
+    @cached_property
     def head_name(self) -> str:
         """What the output head is called, whether the model has one of its own, a tied one or none."""
         return HEAD if self.family is None or self.family.head is None else self.family.head
 
-    @property
+    @cached_property
     def head_module(self) -> str:
         """The module of `head_name`."""
         return self.head_name.removesuffix(WEIGHT)

@@ -205,6 +205,6 @@ def remember(file: Source, digests: Mapping[str, str]) -> None:
     entry, key = _cache_entry(file)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        write_text(entry, render_sealed({"key": key, "digests": dict(digests)}))
+        write_text(entry, render_sealed({"key": key, "digests": dict(digests)}), is_kept=False)
     except (OSError, OutputError):
         return

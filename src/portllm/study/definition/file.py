@@ -123,6 +123,7 @@ def _check(values: Mapping[str, Any], tasks: Mapping[str, TaskSettings], tell: T
         for seed in again:
             if seed in (seeds if isinstance(seeds, list) else [0]):
                 tell(("retrain_seeds",), f"seed {seed} is one of 'seeds', of which patches are retrained anyway")
-    table = values.get("compare")
-    if isinstance(table, str) and table not in published():
-        tell(("compare",), f"is '{table}', which is not a published table. {meant(table, published())}")
+    tables = values.get("compare")
+    for table in tables if isinstance(tables, list) else [tables]:
+        if isinstance(table, str) and table not in published():
+            tell(("compare",), f"is '{table}', which is not a published table. {meant(table, published())}")

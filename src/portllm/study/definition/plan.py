@@ -84,18 +84,17 @@ def link_of(study: Study, model: str) -> tuple[str, Evolution, int]:
 
 
 def steps_of(study: Study) -> tuple[Step, ...]:
-    """All steps, each after those it needs; what one model needs stands together, so that it can be dropped early."""
+    """All steps, each after those it needs.
+
+    What one model needs stands together, so that it can be dropped early, and of that what one task needs, from the
+    base's patch on: a study that is stopped has whole rows of its table.
+    """
     return tuple(_steps(study))
 
 
 def _steps(study: Study) -> Iterator[Step]:
     yield from _read(study, BASE, (), tuple(study.evolutions))
-    for task in study.tasks:
-        yield Step("score", BASE, task=task)
-        for seed in study.seeds:
-            train = Step("train", BASE, task=task, seed=seed)
-            yield train
-            yield Step("score", BASE, task=task, seed=seed, patch=PATCHED, inputs=(train.name,))
+    first = model_name(next(iter(study.evolutions)), 1)
     for name, evolution in study.evolutions.items():
         before: tuple[str, ...] = ()
         for link in range(1, evolution.links + 1):
@@ -106,11 +105,21 @@ def _steps(study: Study) -> Iterator[Step]:
             yield Step("drift", model, inputs=before)
             yield from _read(study, model, before, (name,))
             for task in study.tasks:
+                if model == first:
+                    yield from _on_base(study, task)
                 yield Step("score", model, task=task, inputs=before)
                 for seed in study.seeds:
                     yield from _on_evolved(study, model, task, seed, before)
                 for seed in study.retrain_seeds:
                     yield from _retrained(model, task, seed, before)
+
+
+def _on_base(study: Study, task: str) -> Iterator[Step]:
+    yield Step("score", BASE, task=task)
+    for seed in study.seeds:
+        train = Step("train", BASE, task=task, seed=seed)
+        yield train
+        yield Step("score", BASE, task=task, seed=seed, patch=PATCHED, inputs=(train.name,))
 
 
 def _on_evolved(study: Study, model: str, task: str, seed: int, before: tuple[str, ...]) -> Iterator[Step]:

@@ -188,7 +188,7 @@ class Study:
         check: What `check` measures of each patch on each evolved model; None to leave that out.
         theory: What the paper's theory is measured with, for each ported patch; None to leave that out.
         keep: Outputs that stay when no step that is left needs them.
-        compare: The published table to set the results beside, by name, where there is one.
+        compare: The published table to set the results beside, by name, or several.
     """
 
     title: str
@@ -203,4 +203,4 @@ class Study:
     check: CheckSettings | None = None
     theory: TheorySettings | None = None
     keep: tuple[Artefact, ...] = ("patches", "checkpoints")
-    compare: str | None = None
+    compare: str | tuple[str, ...] | None = None

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from portllm.evaluating.metrics import Estimate, Retention
-from portllm.study.definition.paper import published
+from portllm.study.definition.paper import PublishedTable, published
 from portllm.study.definition.variants import AGAIN, HEADS, VARIANTS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Accuracy in percent, mean over seeds. The outcome is that of ported against retr
 interval of the difference says so, else level. Where retraining's gain over the evolved model is not told apart from
 nothing, nothing was learned that a port could keep or lose; there the gain stands in the place of the difference. Of
 twenty ports that are level in truth, one is expected to be called ahead or behind. Commonest: what giving every row the
-commonest right answer scores. A patch that is no better has learned no more than that; a port may keep it or lose it."""
+commonest right answer scores. A patch that is no better has learned no more than that; a port can keep or lose it."""
 
 LUCK = f"""\
 {HEADS[AGAIN].capitalize()}: a patch trained on the evolved model with another seed. How far it is from the retrained
@@ -45,7 +46,7 @@ RESIDUAL = """\
 Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
 weights with the patch in them, which is the paper's yardstick."""
 
-PUBLISHED = "Below each row that others published stand those of this study for the same task."
+PUBLISHED = "Below each row that others published stand those of this study for the same task, ported by addition."
 
 CHAINS = "Retention after each update; the first patch is ported every time."
 
@@ -90,7 +91,8 @@ def parts_of(results: "StudyResults") -> Iterator[Part]:
     ended = [row for row in results.tasks if row.outcome is not None]
     if ended:
         luck = (LUCK,) if AGAIN in variants_of(ended) else ()
-        yield Part("overview", "All tasks", 2, (*outcome_lines(ended), OVERVIEW, *luck, _overview(ended)))
+        ends = (f"{line}." for line in outcome_lines(ended))
+        yield Part("overview", "All tasks", 2, (*ends, OVERVIEW, *luck, _overview(ended)))
     yield Part("updates", "Updates", 2, (_models(results.models),))
     yield Part("tasks", "Tasks", 2, (LEGEND,))
     for task, rows in groupby(sorted(results.tasks, key=lambda row: row.task), key=lambda row: row.task):
@@ -103,8 +105,10 @@ def parts_of(results: "StudyResults") -> Iterator[Part]:
     chains = chains_of(results.tasks)
     if chains:
         yield Part("chains", "Chains", 2, (CHAINS, _chains(chains)))
-    if results.compare is not None:
-        yield Part("published", "Published numbers", 2, tuple(_published(results.compare, results.tasks)))
+    if results.compare:
+        yield Part("published", "Published numbers", 2, (PUBLISHED,))
+        for name in (results.compare,) if isinstance(results.compare, str) else results.compare:
+            yield _published(published()[name], results.tasks)
 
 
 def render_page(results: "StudyResults") -> str:
@@ -136,23 +140,37 @@ def variants_of(rows: "Sequence[TaskRow]") -> tuple[str, ...]:
 
 def outcome_lines(rows: "Sequence[TaskRow]") -> list[str]:
     """How many ports came to which end, by method: wins, losses, and what is neither."""
-    methods = dict.fromkeys(row.method for row in rows)
-    return [f"{method}: {outcomes_text([row for row in rows if row.method == method])}." for method in methods]
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows):
+        of_method = [row for row in rows if row.method == method]
+        lines.append(f"{method}: {outcomes_text(of_method)}{_over_addition(of_method)}")
+    return lines
+
+
+def _over_addition(rows: "Sequence[TaskRow]") -> str:
+    """By how much a method is better than addition, and how often one is told apart from the other."""
+    found = [row.over_add for row in rows if row.over_add is not None]
+    if not found:
+        return ""
+    better = sum(one.low is not None and one.low > 0 for one in found)
+    worse = sum(one.high is not None and one.high < 0 for one in found)
+    mean = 100 * fmean(one.value for one in found)
+    return f"; against addition {mean:+.1f} points on average, better for {better} of {len(found)}, worse for {worse}"
 
 
 def outcomes_text(rows: "Sequence[TaskRow]") -> str:
     """How many ports came to which end, in words."""
     count = Counter(row.outcome for row in rows)
     learned = sum(count[end] for end in ("level", "ahead", "behind"))
-    nothing = f"on {count['nothing learned']} of {len(rows)} updates and tasks nothing is learned"
     if not learned:
-        return nothing
+        return f"retraining learns nothing that any of {len(rows)} ports could keep"
     ends = f"{count['level']} level with retraining in accuracy, {count['ahead']} ahead, {count['behind']} behind"
     compared = [row for row in rows if row.outcome == "behind" and row.luck is not None]
     if compared:
         n_beyond = sum(-row.behind.value > abs(row.luck.value) for row in compared if row.behind and row.luck)
         ends += f" ({n_beyond} by more than another seed of retraining is)"
-    return f"of {learned} ports, {ends}" + (f"; {nothing}" if count["nothing learned"] else "")
+    nothing = f"; for {len(rows) - learned} more, retraining learns nothing that could be kept"
+    return f"of {learned} ports, {ends}" + nothing * (learned < len(rows))
 
 
 def update_name(row: "TaskRow") -> str:
@@ -297,21 +315,19 @@ def _chains(chains: "Sequence[Sequence[TaskRow]]") -> Table:
     return Table(("evolution", "task", "score", *(f"{link}" for link in range(1, longest + 1))), tuple(lines))
 
 
-def _published(name: str, ours: "Sequence[TaskRow]") -> Iterator[str | Table]:
-    """What others published, each task with what the study found below it."""
-    table = published()[name]
-    yield f"{table.title}; {table.provenance}"
-    lines = []
+def _published(table: PublishedTable, ours: "Sequence[TaskRow]") -> Part:
+    """What others published, each task with what the study found below it by their method."""
+    lines: list[tuple[str, ...]] = []
     for row in table.rows:
         cells = (row.pretrained, row.tuned, row.evolved, row.ported, row.retrained)
         lines.append((row.task, "published", *("" if cell is None else f"{cell:.2f}" for cell in cells)))
         for own in ours:
-            if own.task == row.task and own.scored:
+            if (own.task, own.method) == (row.task, "add") and own.scored:
                 found = (own.scored[name].accuracy.value if name in own.scored else None for name in VARIANTS)
                 shown = ("" if value is None else f"{100 * value:.2f}" for value in found)
                 lines.append(("", f"here: {update_name(own)}", *shown))
-    yield PUBLISHED
-    yield Table(("task", "numbers", *(HEADS[variant] for variant in VARIANTS)), tuple(lines))
+    head = ("task", "numbers", *(HEADS[variant] for variant in VARIANTS))
+    return Part("published", table.title, 3, (table.provenance, Table(head, tuple(lines))))
 
 
 def _points(change: Estimate | None) -> str:

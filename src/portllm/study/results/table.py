@@ -174,7 +174,7 @@ class StudyResults(ShownInNotebook):
         n_done: Of these, those that are done.
         models: Evolved models.
         tasks: Tasks on them.
-        compare: The published table to set beside, by name.
+        compare: The published table to set beside, by name, or several.
     """
 
     title: str
@@ -184,7 +184,7 @@ class StudyResults(ShownInNotebook):
     n_done: int
     models: tuple[ModelRow, ...]
     tasks: tuple[TaskRow, ...]
-    compare: str | None
+    compare: str | tuple[str, ...] | None
 
     def __repr__(self) -> str:
         return f"StudyResults({self.title!r}, {self.n_done} of {self.n_steps} steps)"
