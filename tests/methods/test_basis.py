@@ -21,6 +21,13 @@ def rotation(size, seed):
     return torch.linalg.qr(torch.randn(size, size, generator=draws(seed), dtype=torch.float64)).Q
 
 
+def rotation_of_planes(seed):
+    """Of a head's dimensions, each plane that positions rotate by an angle of its own: what they commute with."""
+    angles = torch.randn(HEAD_DIM // 2, generator=draws(seed), dtype=torch.float64)
+    cos, sin = angles.cos().diag(), angles.sin().diag()
+    return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
+
+
 def make_llama(*, tied=False, biased=False):
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2,
@@ -37,10 +44,10 @@ def make_llama(*, tied=False, biased=False):
 
 
 def twin_of(model):
-    """The same function: the residual stream rotated, heads and units in another order, each value's basis rotated.
+    """The same function: the residual stream rotated, heads and units in another order, each head's basis rotated.
 
-    Norms' weights are folded into what reads behind them, so that the norms commute with the rotation; a tied head
-    becomes one of its own.
+    Queries and keys are rotated together, as positions allow. Norms' weights are folded into what reads behind them, so
+    that the norms commute with the rotation; a tied head becomes one of its own.
     """
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
@@ -72,13 +79,15 @@ def twin_of(model):
             key_order, group = [1, 0], HEADS // KEY_HEADS
             query_order = [key * group + head for key in key_order for head in (1, 0)]
             turns = torch.stack([rotation(HEAD_DIM, 20 + key) for key in range(KEY_HEADS)])
-            for module, order in (
-                (attention.q_proj, query_order), (attention.k_proj, key_order), (attention.v_proj, key_order),
-            ):  # fmt: skip
+            planes = torch.stack([rotation_of_planes(30 + key) for key in range(KEY_HEADS)])
+            for module, order, turned in (
+                (attention.q_proj, query_order, planes.repeat_interleave(group, dim=0)),
+                (attention.k_proj, key_order, planes),
+                (attention.v_proj, key_order, turns),
+            ):
                 for tensor in module.parameters():
                     heads = tensor.view(-1, HEAD_DIM, tensor[0].numel())[order]
-                    turned = turns @ heads if module is attention.v_proj else heads
-                    tensor.copy_(turned.reshape(tensor.shape))
+                    tensor.copy_((turned @ heads).reshape(tensor.shape))
             output = attention.o_proj.weight
             columns = output.view(HIDDEN, HEADS, HEAD_DIM)[:, query_order].unbind(1)
             output.copy_(torch.cat([head @ turns[place // group].T for place, head in enumerate(columns)], dim=1))
