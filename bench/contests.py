@@ -68,6 +68,15 @@ class Contest:
     is_cold: bool = False
 
 
+IMPORTS = Job(
+    "imports",
+    "portllm check, imported",
+    (sys.executable, "-c", "import portllm.cli.main, portllm.cli.check, portllm.checking.check, portllm.checking.text"),
+    (),
+)
+"""What `check` needs before it looks at a patch."""
+
+
 def copy(inputs: Inputs, *, is_cold: bool = False) -> Contest:
     """A merge beside the fewest bytes that it could move: a copy of the model, brought to the disk."""
     source, target = shlex.quote(str(inputs.base)), shlex.quote(str(inputs.output("copy")))
@@ -164,6 +173,7 @@ def drift(inputs: Inputs, *, is_cold: bool = False) -> Contest:
         "full drift report beside cat",
         (
             Job("cat", "cat of both models", ("sh", "-c", f"cat {files} > /dev/null"), models),
+            IMPORTS,
             _check(inputs, "check", inputs.patch, is_full=True),
         ),
         is_cold,
@@ -184,11 +194,7 @@ def port(inputs: Inputs) -> Contest:
 
 def check(inputs: Inputs) -> Contest:
     """A check from samples, and what importing the program takes of it."""
-    imports = (sys.executable, "-c", "import portllm, portllm.cli.main; portllm.check")
-    return Contest(
-        "check from samples",
-        (Job("imports", "portllm, imported", imports, ()), _check(inputs, "check", inputs.patch)),
-    )
+    return Contest("check from samples", (IMPORTS, _check(inputs, "check", inputs.patch)))
 
 
 def check_many(inputs: Inputs, *, is_full: bool = True) -> Contest:
@@ -214,19 +220,23 @@ def _check(inputs: Inputs, name: str, patches: Path, *, is_full: bool = False) -
 
 
 def fleet(inputs: Inputs) -> Contest:
-    """Many patches ported and merged on Ray, by one worker and by two; the start of Ray counts."""
-    reads = (inputs.adapters(FLEET), inputs.base, inputs.evolved)
-    return Contest(f"{FLEET} patches ported and merged on Ray", tuple(_fleet(inputs, reads, n) for n in (1, 2)))
+    """Many patches ported and merged on Ray, by one worker and by two; and the first of them, for the start of Ray."""
+    adapters = inputs.adapters(FLEET)
+    first = _fleet(inputs, "fleet-first", adapters / "000", workers=1)
+    both = (_fleet(inputs, f"fleet-{workers}", adapters, workers=workers) for workers in (1, 2))
+    return Contest(f"{FLEET} patches ported and merged on Ray", (first, *both))
 
 
-def _fleet(inputs: Inputs, reads: tuple[Path, ...], workers: int) -> Job:
-    adapters, base, evolved = reads
-    out, file = inputs.output(f"fleet-{workers}"), inputs.folder / f"fleet-{workers}.toml"
-    asked = {"patches": [str(adapters)], "evolved": [str(evolved)], "base": str(base), "do": ["port", "merge"]}
+def _fleet(inputs: Inputs, name: str, patches: Path, *, workers: int) -> Job:
+    out, file = inputs.output(name), inputs.folder / f"{name}.toml"
+    models = {"evolved": [str(inputs.evolved)], "base": str(inputs.base)}
+    asked = {"patches": [str(patches)], **models, "do": ["port", "merge"]}
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in {**asked, "output": str(out)}.items()))
     command = _portllm("fleet", file, "--ray", "local", "--workers", workers)
-    label = f"portllm fleet, {workers} worker{'s' if workers > 1 else ''}"
-    return Job(f"fleet-{workers}", label, command, reads, out)
+    label = (
+        f"portllm fleet{', one patch' if patches.name == '000' else ''}, {workers} worker{'s' if workers > 1 else ''}"
+    )
+    return Job(name, label, command, (patches, inputs.base, inputs.evolved), out)
 
 
 CONTESTS: Mapping[str, Callable[[Inputs], Contest]] = {

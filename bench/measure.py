@@ -57,7 +57,7 @@ def measure(command: Sequence[str], *, env: Mapping[str, str] | None = None, goo
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**_environment(), **(env or {})},
         )
         try:
             resident, private = _watch(process.pid, meter.read)
@@ -109,6 +109,11 @@ def machine(folder: Path) -> dict[str, object]:
         "load_before": os.getloadavg()[0],
         "meters": list(Meter().names),
     }
+
+
+def _environment() -> dict[str, str]:
+    """That of a user, whose Python keeps what it compiled; else each run would compile the program anew."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def _watch(pid: int, now_and_then: Callable[[], None]) -> tuple[int, int]:

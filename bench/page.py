@@ -48,7 +48,7 @@ def table(rows: Sequence[Row], contests: Mapping[str, Any]) -> list[str]:
     """The rows that the contests give a value to, with their targets."""
     lines = ["| what | measured | range | must | aim | met |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        if row.contest not in contests:
+        if not row.is_measured(contests):
             continue
         value = evaluate(row, contests[row.contest])
         cells = [

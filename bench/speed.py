@@ -81,7 +81,7 @@ def fallen_behind(rows: Sequence[Row], recorded: dict[str, Any], now: dict[str, 
     """What is worse than it was. Seconds of another machine say nothing of ours; ratios and memory do."""
     lines = []
     for row in rows:
-        if row.must is None or row.contest not in recorded or row.contest not in now:
+        if row.must is None or not (row.is_measured(recorded) and row.is_measured(now)):
             continue
         then, result = recorded[row.contest], now[row.contest]
         is_time = row.quantity.endswith("seconds") and row.how != "ratio"

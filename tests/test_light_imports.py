@@ -89,6 +89,14 @@ def test_help_loads_no_heavy_library():
     assert heavy_modules_after(command("--help")) == []
 
 
+def test_a_command_imports_no_other():
+    imported = """
+from portllm.cli.commands import COMMANDS
+assert [name for name in COMMANDS if f"portllm.cli.{name}" in sys.modules] == ["port"]
+"""
+    assert heavy_modules_after(command("port", "--help") + imported) == []
+
+
 def test_inspecting_a_checkpoint_loads_no_heavy_library(tiny):
     assert heavy_modules_after(command("inspect", str(tiny("base")))) == []
 
@@ -108,7 +116,9 @@ def test_capture_and_port_load_no_heavy_library(tiny, tmp_path):
 @pytest.mark.parametrize("extent", [(), ("--full", "--html", "page.html")])
 def test_checking_loads_no_heavy_library(extent, tiny, tmp_path):
     models = ("--base", str(tiny("base")), "--evolved", str(tiny("evolved", drift=0.00003)))
-    assert heavy_modules_after(command("check", str(tiny("adapter")), *models, *extent), cwd=tmp_path) == []
+    checked = command("check", str(tiny("adapter")), *models, *extent)
+    without_models = "assert not [name for name in sys.modules if name.startswith('portllm.running')]"
+    assert heavy_modules_after(checked + without_models, cwd=tmp_path) == []
 
 
 @pytest.mark.skipif(kernels is None, reason="without the loops in C, torch merges")

@@ -29,6 +29,20 @@ def test_a_difference_takes_off_what_the_other_job_needs():
     assert evaluate(row, result([2.0, 3.0], [1.0, 1.5])) == Value(1.25, 1.0, 1.5)
 
 
+def test_what_a_job_needs_whatever_it_does_can_be_taken_off_its_part_of_a_ratio():
+    row = Row("beyond", "contest", "ours", "theirs", "seconds", "ratio", 2, 1, beyond={"ours": "imports"})
+    measured = result([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    measured["jobs"]["imports"] = {"runs": [{"seconds": number} for number in (0.5, 1.0)], "facts": {}}
+    assert evaluate(row, measured) == Value(2.0, 1.5, 4.25)
+
+
+def test_a_row_is_measured_where_each_of_its_jobs_was():
+    row = Row("beyond", "contest", "ours", "theirs", "seconds", "ratio", 2, 1, beyond={"ours": "imports"})
+    assert LESS.is_measured({"contest": result([1.0], [1.0])})
+    assert not row.is_measured({"contest": result([1.0], [1.0])})
+    assert not LESS.is_measured({})
+
+
 def test_facts_that_differ_are_not_the_same():
     equal = result([1.0], [1.0], digest="a")
     other = {"jobs": {**equal["jobs"], "theirs": {**equal["jobs"]["theirs"], "facts": {"digest": "b"}}}}

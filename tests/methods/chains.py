@@ -15,16 +15,21 @@ def numbers(*shape, seed):
 
 @dataclass
 class Module:
-    """A writer that the chains have come to."""
+    """A module that the chains have come to."""
 
     chains: "TwoChains"
     module: str
+    candidate: str
 
-    def blocks(self, candidate):
-        yield self.chains.block(self.module, candidate)
+    def blocks(self):
+        yield self.chains.block(self.module, self.candidate)
 
-    def put(self, candidate, a, b):
-        self.chains.given.setdefault(candidate, {})[self.module] = (a, b)
+    def drift(self):
+        before, after = (side[f"{self.module}.weight"] for side in (self.chains.base, self.chains.evolved))
+        return (after - before).float()
+
+    def put(self, factors):
+        self.chains.given.setdefault(self.candidate, {})[self.module] = (factors.a, factors.b)
 
 
 @dataclass
@@ -69,8 +74,9 @@ class TwoChains:
         return Block(self.inputs(module)[is_fit], error[is_fit], torch.full((n,), Kind.ANSWER), torch.ones(n))
 
     def walk(self, candidates):
-        for module in self.modules:
-            yield Module(self, module)
+        for candidate in candidates:
+            for module in self.modules:
+                yield Module(self, module, candidate)
 
     def put_by(self, candidate):
         return self.given.get(candidate, {})

@@ -38,7 +38,7 @@ def pairs_of(models, modules=MODULES, ids=IDS):
         LayeredModel(folder, PatchedWeights(open_checkpoint(folder), None), device=device, longest=32)
         for folder in models
     ]
-    reading = Reading(Rows(ids, (1, 1), ("fit", "fit"), (0, 0)), layered[0], device, 2)
+    reading = Reading(Rows(ids, (1, 1), ("fit", "fit"), (0, 0)), layered[0], modules, device, 2)
     return {pair.module: pair for pair in Pairs(*layered, [reading], silent).over(modules)}
 
 

@@ -11,7 +11,7 @@ from portllm.patch.adapter_folder import load_patch
 from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import find_writers
+from portllm.running.writers import Reader, find_spoken, watch
 from portllm.running.writing import write_layered
 
 CPU = torch.device("cpu")
@@ -74,9 +74,73 @@ def test_what_writes_to_the_residual_stream_is_found_on_the_layer(kind, names, t
     model = layered(make_base(tmp_path / "base", kind=kind, dtype=torch.float32))
     given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
     with model.filled(1):
-        writers = find_writers(model, 1, given, tokens=3)
+        writers = find_spoken(model, 1, given, tokens=3)
     assert [writer.name for writer in writers] == names
     assert all(writer.scale == pytest.approx(1.0, abs=1e-5) and writer.gain is None for writer in writers)
+
+
+def test_what_a_patch_changes_and_does_not_write_is_found_in_the_order_in_which_it_speaks(tiny):
+    model = layered(tiny("base"))
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
+    inside = ("mlp.up_proj", "self_attn.v_proj", "self_attn.q_proj")
+    changed = {"lm_head", "model.layers.0.mlp.up_proj", *(f"model.layers.1.{name}" for name in inside)}
+    with model.filled(1):
+        spoken = find_spoken(model, 1, given, tokens=3, changed=changed)
+    assert [(each.name.rpartition(".")[2], type(each).__name__) for each in spoken] == [
+        ("q_proj", "Reader"),
+        ("v_proj", "Reader"),
+        ("o_proj", "Writer"),
+        ("up_proj", "Reader"),
+        ("down_proj", "Writer"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.1.mlp.c_proj")]
+)
+def test_the_weights_of_a_module_are_those_it_multiplies_by_whichever_way_round_they_are_stored(kind, name, tmp_path):
+    from tests.models import make_base
+
+    model = layered(make_base(tmp_path / "base", kind=kind, dtype=torch.float32))
+    weight = model.weight(name)
+    with model.filled(1), torch.no_grad():
+        module = model.module(1, name)
+        said = module(torch.eye(weight.shape[1])) - module(torch.zeros(1, weight.shape[1]))
+    torch.testing.assert_close(said.T, weight)
+
+
+@pytest.mark.parametrize("n_known", [1, 3, 6])
+def test_what_is_known_of_a_layer_need_not_be_run_again_and_changes_nothing(tiny, n_known):
+    model = layered(tiny("base"))
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
+    state = torch.randn(1, 3, model.width, generator=torch.Generator().manual_seed(0))
+    changed = [
+        f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+    ]
+    with model.filled(1):
+        spoken = find_spoken(model, 1, given, tokens=3, changed=changed)
+        made = torch.Generator().manual_seed(1)
+        extras = {each.name: made_extra(model.weight(each.name).shape, made) for each in spoken}
+        found, after = watch(model, 1, spoken, state, given, extras)
+        known = {each.name: output for each, (_, output) in zip(spoken[:n_known], found, strict=False)}
+        for each in spoken[:n_known]:
+            model.module(1, each.name).weight.data.fill_(torch.nan)  # whoever runs it is found out
+        again, after_again = watch(model, 1, spoken, state, given, extras, known=known)
+    assert after_again.equal(after)
+    assert all(one[1].equal(other[1]) for one, other in zip(found, again, strict=True))
+
+
+def made_extra(shape, generator):
+    return torch.randn(2, shape[1], generator=generator), torch.randn(shape[0], 2, generator=generator)
+
+
+def test_a_reader_is_to_say_what_is_said_in_its_place_and_adds_nothing_to_the_stream():
+    before, there, wanted = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    reader = Reader("q_proj")
+    error, counts = reader.error(reader.wanted(before, wanted), before, there)
+    torch.testing.assert_close(there + error, wanted)
+    assert (counts == 1).all()
+    assert (before + reader.added(there)).equal(before)
 
 
 def test_a_model_whose_weights_lack_a_tensor_of_a_layer_is_refused_by_its_name(tiny):
@@ -149,10 +213,10 @@ def test_the_norm_behind_a_writer_is_found_and_what_it_lacks_is_said_in_front_of
     model = layered(gemma)
     given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[0]
     with model.filled(0):
-        writers = find_writers(model, 0, given, tokens=3)
+        writers = find_spoken(model, 0, given, tokens=3)
     assert [writer.name.rpartition(".")[2] for writer in writers] == ["o_proj", "down_proj"]
     said, wanted = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
     for writer in writers:
         reachable = writer.added(wanted)
-        error, _ = writer.error(reachable, said)
+        error, _ = writer.error(reachable, torch.zeros_like(said), said)
         assert (writer.added(said + error) - reachable).abs().max() < 1e-4

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from portllm.checking.forecast_features import weight_features
@@ -47,7 +47,7 @@ def with_forecast(update: UpdateReport, patch: PatchReport) -> PatchReport:
 @cache
 def shipped() -> Shipped:
     """The forecast in the package."""
-    values = json.loads(resources.files("portllm.checking").joinpath(FILE).read_text(encoding="utf-8"))
+    values = json.loads(Path(__file__).with_name(FILE).read_text(encoding="utf-8"))
     return Shipped(
         {
             target: {name: forecaster_from_json(fitted) for name, fitted in found["forecasters"].items()}

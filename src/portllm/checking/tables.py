@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from statistics import median
+
+import numpy as np
 
 from portllm.checking.chain import Chain
 from portllm.checking.forecast_model import Expected, Shipped
@@ -238,7 +239,7 @@ def outcome_rows(shipped: Shipped, target: str) -> list[tuple[str, ...]]:
                 str(len(kept)),
                 str(sum(share >= ENOUGH for share in kept)),
                 str(sum(share < HALF for share in kept)),
-                percent(median(kept), digits=0),
+                percent(float(np.median(kept)), digits=0),
             )
             for power, kept in found.items()
         ),

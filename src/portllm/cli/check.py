@@ -1,8 +1,10 @@
 """The command that says whether patches will hold: check."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +12,9 @@ from portllm.cli import options
 from portllm.cli.data import PromptFileOption, PromptOption, given_prompt, say_data, say_templates
 from portllm.cli.numbers import whole
 from portllm.cli.terminal import print_json, say, width_of
+
+if TYPE_CHECKING:
+    from portllm.checking.report import CheckReport
 
 
 def check(
@@ -67,14 +72,13 @@ def check(
     prompt = given_prompt(prompt, prompt_file)
     if text is None and (prompt is not None or gradients):
         raise typer.BadParameter("--prompt, --prompt-file and --gradients require --text.")
+    from portllm.checking.check import check_weights
     from portllm.checking.decision import Checked
     from portllm.checking.text import check_to_json, check_tone, render_check
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.pages import Page, written
     from portllm.cli.progress import shown_progress
     from portllm.patch.folders import find_patches, open_each
-    from portllm.probing.check import check as check_patches
-    from portllm.probing.domain import read_domain
 
     page = Page(html, overwrite=overwrite)
     opened = open_each(find_patches(patches), lambda patch, _: patch)
@@ -83,26 +87,26 @@ def check(
     if failed and not there:
         raise failed[0].error or AssertionError("an outcome without a value has an error")
     before, after = open_checkpoint(base), open_checkpoint(evolved)
-    settings = prompts = None
+    measure: Callable[..., CheckReport] = check_weights
     if text is not None:
+        from portllm.probing.check import check as check_on_prompts
+        from portllm.probing.domain import read_domain
+        from portllm.probing.settings import TextSettings
+
         prompts = read_domain(text, there, template=prompt)
         if not isinstance(prompts, list):
             say_data(prompts, labels=False, quiet=quiet)
             say_templates(prompts, there, before, after)
-        from portllm.probing.settings import TextSettings
-
         settings = TextSettings(max_tokens=max_tokens, batch_size=batch_size, gradients=gradients)
+        measure = partial(check_on_prompts, text=prompts, settings=settings, device=device.value)
     with shown_progress(quiet=quiet) as progress:
-        report = check_patches(
+        report = measure(
             *there,
             base=before,
             evolved=after,
-            trained_on=trained_on,
+            trained_on=None if trained_on is None else open_checkpoint(trained_on, progress=progress),
             full=full,
             places=html is not None,
-            text=prompts,
-            settings=settings,
-            device=device.value,
             allow_other_base=allow_other_base,
             progress=progress,
         )

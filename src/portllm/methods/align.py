@@ -16,18 +16,19 @@ from torch import Tensor
 from portllm.methods.add import add
 from portllm.methods.choice import choose, on, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
-from portllm.methods.directions import domain_directions
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
 from portllm.methods.tail import Regression, balance, balance_move, logit_moves
+from portllm.methods.undoing import Weighted, undoing
 from portllm.methods.values import Values, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
 
 ADD = "add"
 OLD_STATES = "the old specialist's states, read by the evolved head"
-OWN_RANK = 8
-"""Directions of the domain that a writer reads beside those of the patch."""
+
+OWN_RANK = 32
+"""Of the factors that a module has beside those of the patch."""
 
 TAIL_RHO = 0.01
 TAIL_RANK = 8
@@ -60,8 +61,8 @@ class Refit:
 
 
 OMEGA = 0.05
-SETTINGS = ((1.0, 0.5), (0.1, 0.2), (0.1, 0.05))
-"""Ridge, and what general text counts: for large updates, and with more and less of general text for small ones."""
+SETTINGS = ((3.0, 0.5), (3.0, 0.2), (1.0, 0.05))
+"""Ridge, and what a token of general text counts: the more, the less is moved."""
 
 REFITS = {f"refit rho={rho} omega={OMEGA} general={general}": Refit(rho, OMEGA, general) for rho, general in SETTINGS}
 """The ones that change least come first."""
@@ -149,33 +150,52 @@ def _share(compared: Comparison, parts: Sequence[Part]) -> float:
 
 
 def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> None:
-    """Fit what every writer adds, first to last, with what was fitted before in force."""
+    """Fit what every module adds, first to last, with what was fitted before in force.
+
+    Each has factors beside the patch's: they undo the update there as far as they can, and are fitted from there on.
+    """
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
-    for writer in streams.walk([ADD, *refits]):
-        delta = start.deltas.get(writer.module)
-        if (delta is None and (like is None or start.experts)) or (delta is not None and delta.magnitude is not None):
+    for fitting in streams.walk([ADD, *refits]):
+        delta, how = start.deltas.get(fitting.module), refits.get(fitting.candidate)
+        if how is None or (delta is None and (like is None or start.experts)):
             continue
-        for name, how in refits.items():
-            blocks = [_on_cpu(block) for block in writer.blocks(name)]
-            if delta is None:
-                a = own_directions(blocks, how, OWN_RANK + (like.rank if like else 0))
-            else:
-                a = _beside(whole(delta.a).float(), own_directions(blocks, how, OWN_RANK), blocks)
-            sums = [Sums.of(block.x @ a.T, block.error, how.weights(block)) for block in blocks]
-            writer.put(name, a, sum(sums[1:], sums[0]).solve(how.rho).float())
+        if delta is not None and delta.magnitude is not None:
+            continue
+        reads = None if delta is None else whole(delta.a).float()
+        count = OWN_RANK + (like.rank if delta is None and like else 0)
+        blocks = [_on_cpu(block) for block in fitting.blocks()]
+        fitting.put(fitted(blocks, how, reads, undone(blocks, how, fitting.drift(), count)))
 
 
-def own_directions(blocks: Sequence[Block], how: Refit, count: int) -> Tensor:
-    """What further rows of A read: directions of the prompts' inputs that general text hardly has."""
-    x, kind = (torch.cat([getattr(block, name) for block in blocks]) for name in ("x", "kind"))
-    weights, is_general = torch.cat([how.weights(block) for block in blocks]), kind == Kind.GENERAL
-    return domain_directions(x[~is_general], weights[~is_general], x[is_general], count)
+def undone(blocks: Sequence[Block], how: Refit, drift: Tensor, count: int) -> Factors:
+    """What gives the domain back what the update took from it at a module, and leaves general text alone."""
+    weights = [how.weights(block) for block in blocks]
+    of_domain = [block.kind != Kind.GENERAL for block in blocks]
+    domain, general = (
+        [Weighted(block.x, weight * there) for block, weight, there in zip(blocks, weights, which, strict=True)]
+        for which in (of_domain, [~there for there in of_domain])
+    )
+    return undoing(drift, domain, general, count)
 
 
-def _beside(a: Tensor, own: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """A with further rows, that read as much on average as its own do."""
-    x = torch.cat([block.x for block in blocks])
-    return torch.cat([a, own * (x @ a.T).pow(2).mean().sqrt()])
+def fitted(blocks: Sequence[Block], how: Refit, reads: Tensor | None, own: Factors) -> Factors:
+    """What a module adds, of factors that it has beside the patch's, and of B fitted to both.
+
+    Args:
+        blocks: What it is given, and lacks with the patch as it was added.
+        how: Weights and ridge.
+        reads: The patch's A; None where the patch leaves the module alone.
+        own: Further factors, whose B is fitted from what it is; A is scaled to read as much as the patch's.
+    """
+    a = own.a if reads is None else torch.cat([reads, own.a])
+    n_reads = len(a) - len(own.a)
+    sizes = torch.cat([block.x @ a.T for block in blocks]).pow(2).mean(dim=0).sqrt()
+    typical = sizes[:n_reads].pow(2).mean().sqrt() if n_reads else 1.0
+    scale = torch.where(sizes[n_reads:] > 0, typical / sizes[n_reads:], 1.0)
+    a = torch.cat([a[:n_reads], own.a * scale[:, None]])
+    b = torch.cat([own.b.new_zeros(len(own.b), n_reads), own.b / scale], dim=1)
+    sums = [Sums.of(z, block.error - z @ b.T, how.weights(block)) for block in blocks for z in [block.x @ a.T]]
+    return Factors(a, b + sum(sums[1:], sums[0]).solve(how.rho).float())
 
 
 def _on_cpu(block: Block) -> Block:

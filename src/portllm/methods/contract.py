@@ -18,7 +18,8 @@ from portllm.patch.patch import Patch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from portllm.arrays import Bool, Float, Float32, Float64, Int64
+    from portllm.arrays import Bool, Float32, Float64, Int64
+    from portllm.methods.ranks import Factors
 
 Part = Literal["fit", "choose", "report", "judge", "anchor", "limit", "price"]
 """What a text is for, and none for two of these.
@@ -57,11 +58,12 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What a candidate gives a writer for some tokens.
+    """What a candidate gives a module for some tokens.
 
     Attributes:
-        x: The writer's input.
-        error: What its output lacks for the residual stream behind it to be what is wanted.
+        x: The module's input.
+        error: What its output lacks: for the residual stream behind it to be what is wanted, where it writes to that,
+            else for the output itself to be what is wanted.
         kind: What each token is, as a `Kind`.
         factor: How much an error of each counts beside those of others of its kind.
     """
@@ -86,20 +88,27 @@ class Comparison:
 
 
 @runtime_checkable
-class Writer(Protocol):
-    """A module that writes to the residual stream, when the streams have come to it."""
+class Fitting(Protocol):
+    """A module that can be fitted, when a candidate has come to it."""
 
     @property
     def module(self) -> str:
         """Its name."""
 
-    def blocks(self, candidate: str) -> "Iterable[Block]":
-        """What a candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
+    @property
+    def candidate(self) -> str:
+        """The candidate."""
 
-        On prompts the old specialist's state is wanted, on general text that of the bare evolved model.
+    def blocks(self) -> "Iterable[Block]":
+        """What the candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
+
+        On prompts the old specialist's state or output is wanted, on general text that of the bare evolved model.
         """
 
-    def put(self, candidate: str, a: "Float[Tensor, 'r d_in']", b: "Float[Tensor, 'd_out r']") -> None:
+    def drift(self) -> "Float32[Tensor, 'd_out d_in']":
+        """The evolved model's weights there less the base's, read from disk."""
+
+    def put(self, factors: "Factors") -> None:
         """From here on the candidate adds `b a x` to the module's output, beside the patch as it was added."""
 
 
@@ -131,11 +140,14 @@ class Streams(Protocol):
     def part_of_place(self) -> "Sequence[Part]":
         """What the prompt of each place is for."""
 
-    def walk(self, candidates: "Sequence[str]") -> "Iterator[Writer]":
-        """The writers in the order in which they speak; candidates are run up to each before it is given out."""
+    def walk(self, candidates: "Sequence[str]") -> "Iterator[Fitting]":
+        """All that writes to the residual stream, and what else the patch changes, in the order in which they speak.
+
+        All of a layer are given out for one candidate, which is run up to each before, then for the next one.
+        """
 
     def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":
-        """By module, a and b that a candidate was given by `Writer.put`."""
+        """By module, a and b of what a candidate was given by `Fitting.put`."""
 
     def last_states(self, candidate: str | None) -> "Float32[Tensor, 'places width']":
         """The residual stream behind the last layer, once the walk is over; None is the old specialist."""

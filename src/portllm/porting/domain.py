@@ -161,8 +161,9 @@ def _readings(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: 
         old: [Rows.answered(prompts, answers, split(texts)), *_judges(texts, encoder, domain)],
         bare: [Rows.answered([row[:1] for row in general], [row[1:] for row in general], _dealt(len(general)))],
     }
+    changed = frozenset(patch.deltas)
     return [
-        Reading(each, model, model.device, domain.batch_size)
+        Reading(each, model, changed, model.device, domain.batch_size)
         for model, read in rows.items()
         for each in read
         if each.ids

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from portllm.errors import CheckpointError
 from portllm.methods.contract import Pair, Seen
-from portllm.porting.reading import Reading, writers_of
+from portllm.porting.reading import Reading
 from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import hooked
+from portllm.running.writers import Writer, hooked
 
 TOKENS = 2
 """That are looked at for each input or output of the widest module, evenly out of all that are read, if so many are."""
@@ -90,7 +90,8 @@ class Pairs:
             seen[module] = inputs[0], output
 
         with model.filled(number), hooked({module: model.module(number, module) for module in modules}, note):
-            writers = {writer.name for writer in writers_of(model, number, self.readings[0]) if writer.gain is None}
+            spoken = self.readings[0].spoken(model, number)
+            writers = {each.name for each in spoken if isinstance(each, Writer) and each.gain is None}
             for reading, batch in self._batches:
                 state = model.run(number, reading.state(name, batch), reading.arguments(model, number, batch))
                 reading.keep(name, batch, state)

@@ -1,6 +1,6 @@
 """Rows that several models read, batch by batch, with the states of each model that are carried from layer to layer."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from portllm.methods.contract import Part
 from portllm.porting.prompts import Rows
 from portllm.running.encoding import PaddedBatch, batches, pad_left
 from portllm.running.layers import Arguments, LayeredModel
-from portllm.running.writers import Writer, find_writers, watch
+from portllm.running.writers import Spoken, find_spoken, watch
 
 FITTED: tuple[Part, ...] = ("fit", "anchor")
 
@@ -25,12 +25,14 @@ class Reading:
     Attributes:
         rows: The rows.
         model: Whose states the candidates are to have: the old specialist, or the bare evolved model.
+        changed: Modules that a patch changes.
         device: Where layers run.
         batch_size: Rows of a pass.
     """
 
     rows: Rows
     model: LayeredModel
+    changed: Collection[str]
     device: torch.device
     batch_size: int
     states: dict[str | None, Tensor] = field(default_factory=dict)
@@ -92,20 +94,20 @@ class Reading:
             self.keep(name, batch, model.begin(padded, embedded))
 
     def run_wanted(self, number: int) -> None:
-        """The model to be reached, through a layer that is filled; what it has behind each writer is kept."""
-        writers = writers_of(self.model, number, self)
-        self.wanted = [[] for _ in writers]
+        """The model to be reached, through a layer that is filled; what is wanted in each module's place is kept."""
+        modules = self.spoken(self.model, number)
+        self.wanted = [[] for _ in modules]
         for batch in (*self.to_fit, *self.others):
             state = self.state(None, batch)
-            found, after = watch(self.model, number, writers, state, self.arguments(self.model, number, batch), {})
+            found, after = watch(self.model, number, modules, state, self.arguments(self.model, number, batch), {})
             self.keep(None, batch, after)
             if batch in self.to_fit:
-                for kept, writer, (_, output) in zip(self.wanted, writers, found, strict=True):
-                    state = state + writer.added(output)
-                    kept.append(self.flat(state, batch).cpu())
+                for kept, module, (_, output) in zip(self.wanted, modules, found, strict=True):
+                    kept.append(self.flat(module.wanted(state, output), batch).cpu())
+                    state = state + module.added(output)
 
-
-def writers_of(model: LayeredModel, number: int, reading: Reading) -> list[Writer]:
-    """The writers of a layer that is filled."""
-    probe = pad_left([reading.rows.ids[0][:4]], device=model.device)
-    return find_writers(model, number, model.arguments(probe)[number], tokens=probe.ids.shape[1])
+    def spoken(self, model: LayeredModel, number: int) -> list[Spoken]:
+        """What is fitted of a layer that is filled."""
+        probe = pad_left([self.rows.ids[0][:4]], device=model.device)
+        given = model.arguments(probe)[number]
+        return find_spoken(model, number, given, tokens=probe.ids.shape[1], changed=self.changed)

@@ -7,6 +7,7 @@ and the evolved model's with the patch added, which the candidates share, each w
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from torch import Tensor
 from portllm.arrays import Float32, Float64, Int64
 from portllm.measures.logit_blocks import Compared, Softmax
 from portllm.methods.contract import Block, Comparison, Part
+from portllm.methods.ranks import Factors
 from portllm.methods.tail import logit_moves
-from portllm.porting.reading import FITTED, Reading, writers_of
+from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import Extras, Writer, watch
+from portllm.running.writers import Extras, Reader, Spoken, Writer, watch
 
 ANSWER_SHARE = 0.001
 """A token to which the old specialist gives less than this, on average, is no answer."""
@@ -31,21 +33,50 @@ PLACES = 256
 
 
 @dataclass
-class WriterStep:
-    """A writer that the streams have come to; see `portllm.methods.contract.Writer`."""
+class Step:
+    """A module that a candidate has come to; see `portllm.methods.contract.Fitting`."""
 
     streams: "Streams"
     number: int
     place: int
     module: str
+    candidate: str
 
-    def blocks(self, candidate: str) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         """As the contract says."""
-        return self.streams.blocks(self, candidate)
+        return self.streams.blocks(self)
 
-    def put(self, candidate: str, a: Tensor, b: Tensor) -> None:
+    def drift(self) -> Float32[Tensor, "d_out d_in"]:
         """As the contract says."""
-        self.streams.put(self, candidate, a.float(), b.float())
+        before, after = (model.weight(self.module) for model in (self.streams.prompts.model, self.streams.new))
+        return after - before
+
+    def put(self, factors: Factors) -> None:
+        """As the contract says."""
+        self.streams.put(self, factors.a.float(), factors.b.float())
+
+
+@dataclass
+class Passing:
+    """Some rows to fit on, on their way through a layer.
+
+    Attributes:
+        reading: What they are of.
+        batch: The rows.
+        wanted: By module that is fitted, in turn.
+        known: By module, what a candidate makes it say.
+        x: The input of the module that was looked at last.
+        output: Its output, before what is put there.
+        after: The state behind the layer, once its last module was looked at.
+    """
+
+    reading: Reading
+    batch: list[int]
+    wanted: list[Tensor]
+    known: dict[str, Tensor] = field(default_factory=dict)
+    x: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    after: Tensor | None = None
 
 
 @dataclass
@@ -73,8 +104,8 @@ class Streams:
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._writers: list[Writer] = []
-        self._done: dict[str, list[tuple[Reading, list[int], Tensor, Tensor]]] = {}
+        self._modules: list[Spoken] = []
+        self._passing: list[Passing] = []
         self._likely: Tensor | None = None
 
     @property
@@ -84,7 +115,7 @@ class Streams:
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
-    def walk(self, candidates: Sequence[str]) -> Iterator[WriterStep]:
+    def walk(self, candidates: Sequence[str]) -> Iterator[Step]:
         """As the contract says."""
         n_layers, n_done = len(self.new.layers), self._resume(candidates)
         for number in range(n_done, n_layers):
@@ -94,50 +125,61 @@ class Streams:
             if number == n_layers - 1:
                 self._aim()
             with self.new.filled(number):
-                self._writers = writers_of(self.new, number, self.prompts)
-                for place, writer in enumerate(self._writers):
-                    yield WriterStep(self, number, place, writer.name)
+                self._modules = self.prompts.spoken(self.new, number)
                 for candidate in candidates:
+                    self._passing = [
+                        Passing(reading, batch, [of[place] for of in reading.wanted])
+                        for reading in self.readings
+                        for place, batch in enumerate(reading.to_fit)
+                    ]
+                    for place, module in enumerate(self._modules):
+                        yield Step(self, number, place, module.name, candidate)
                     self._run(number, candidate)
+                self._passing = []
             if number + 1 < n_layers:
                 self.unfinished.keep_walked(number + 1, candidates, self._tensors())
             self.progress("align", number + 1, n_layers, "steps")
 
-    def blocks(self, step: WriterStep, candidate: str) -> Iterator[Block]:
-        """What a candidate gives a writer, and what it lacks behind it."""
-        is_last = step.place == len(self._writers) - 1
-        writer = self._writers[step.place]
-        self._done.pop(candidate, None)
-        done = []
-        for reading in self.readings:
-            for batch, wanted in zip(reading.to_fit, reading.wanted[step.place], strict=True):
-                state = reading.state(candidate, batch)
-                found, after = watch(
-                    self.new,
-                    step.number,
-                    self._writers,
-                    state,
-                    reading.arguments(self.new, step.number, batch),
-                    self.extras.get(candidate, {}),
-                    stop=None if is_last else step.place,
-                )
-                for before, (_, output) in zip(self._writers[: step.place], found, strict=False):
-                    state = state + before.added(output)
-                x, output = (reading.flat(each, batch) for each in found[step.place])
-                missing = wanted.to(x.device) - reading.flat(state, batch)
-                error, factor = writer.error(missing, output)
-                if is_last:
-                    done.append((reading, batch, x.cpu(), reading.flat(after, batch).cpu()))
-                yield Block(x, error, reading.rows.kinds(batch).to(x.device), factor)
-        if is_last and writer.gain is None:
-            self._done[candidate] = done
+    def blocks(self, step: Step) -> Iterator[Block]:
+        """What a candidate gives a module, and what that lacks."""
+        module, extras = self._modules[step.place], self.put_by(step.candidate)
+        is_last = module is self._last
+        for each in self._passing:
+            reading, batch = each.reading, each.batch
+            state, given = reading.state(step.candidate, batch), reading.arguments(self.new, step.number, batch)
+            found, after = watch(
+                self.new,
+                step.number,
+                self._modules,
+                state,
+                given,
+                extras,
+                stop=None if is_last else step.place,
+                known=each.known,
+            )
+            for before, (_, output) in zip(self._modules[: step.place], found, strict=False):
+                state = state + before.added(output)
+            each.x, each.output = found[step.place]
+            each.after = after if is_last and self._last.gain is None else None
+            x, output = (reading.flat(one, batch) for one in found[step.place])
+            wanted = each.wanted[step.place].to(x.device)
+            error, factor = module.error(wanted, reading.flat(state, batch), output)
+            yield Block(x, error, reading.rows.kinds(batch).to(x.device), factor)
 
-    def put(self, step: WriterStep, candidate: str, a: Tensor, b: Tensor) -> None:
-        """What a candidate has at a writer; where nothing comes after it in the layer, its states follow."""
-        self.extras.setdefault(candidate, {})[step.module] = a, b
-        scale = self._writers[step.place].scale
-        for place, (reading, batch, x, after) in enumerate(self._done.get(candidate, ())):
-            self._done[candidate][place] = reading, batch, x, after + scale * x @ a.cpu().T @ b.cpu().T
+    def put(self, step: Step, a: Tensor, b: Tensor) -> None:
+        """What a candidate has at a module; where nothing comes after it in the layer, its states follow."""
+        self.extras.setdefault(step.candidate, {})[step.module] = a, b
+        module = self._modules[step.place]
+        for each in self._passing:
+            moved = each.x @ a.T.to(each.x) @ b.T.to(each.x)
+            if each.after is not None:
+                each.after = each.after + self._last.scale * moved
+            elif isinstance(module, Writer):  # what its input came from is of no more account, and need take no room
+                for reader in self._modules[: step.place]:
+                    if isinstance(reader, Reader) and reader.name in each.known:
+                        said = each.known[reader.name]
+                        each.known[reader.name] = said.new_zeros(()).expand_as(said)
+            each.known[step.module] = each.output + moved
 
     def put_by(self, candidate: str) -> Extras:
         """As the contract says."""
@@ -170,7 +212,7 @@ class Streams:
 
     def last_writer(self) -> tuple[str, float] | None:
         """As the contract says."""
-        last = self._writers[-1]
+        last = self._last
         return None if last.gain is not None else (last.name, last.scale)
 
     def gain(self) -> Float32[Tensor, " width"] | None:
@@ -247,9 +289,7 @@ class Streams:
             model = reading.model if candidate is None else self.new
             state = reading.states[candidate][reading.rows.places][there]
             for a, b in tail.values():
-                state = (
-                    state + self._writers[-1].scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
-                )
+                state = state + self._last.scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
             nats = nats_of(model, state, said)
             found[name] = torch.stack([nats[rows == row].mean() for row in torch.unique(rows)])
         return found
@@ -261,6 +301,14 @@ class Streams:
             return states
         missing = self.logits(tokens, None) - self.logits(tokens, states)
         return (states + logit_moves(missing, self.head(tokens), gain, states)).float()
+
+    @property
+    def _last(self) -> Writer:
+        """The layer's last writer, behind which no module speaks."""
+        last = self._modules[-1]
+        if not isinstance(last, Writer):
+            raise AssertionError("a layer ends with what writes")
+        return last
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -307,30 +355,33 @@ class Streams:
             wanted += moves[rows.tokens(batch)]
 
     def _run(self, number: int, candidate: str) -> None:
-        """A candidate through a layer: what was run to fit its last writer has come through already."""
+        """A candidate through a layer; what was fitted on has come through already where its last module was fitted."""
         is_last = number == len(self.new.layers) - 1
         for reading in self.readings:
+            done = [
+                (each.batch, each.x, each.after)
+                for each in self._passing
+                if each.reading is reading and each.after is not None
+            ]
+            batches = (*(() if done else reading.to_fit), *reading.others)
             inputs: list[tuple[Tensor, Tensor]] = []
-            done = [] if is_last else [each for each in self._done.get(candidate, ()) if each[0] is reading]
-            for _, batch, _, after in done:
-                reading.states[candidate][reading.rows.tokens(batch)] = after
-            for batch in (*(() if done else reading.to_fit), *reading.others):
-                state = reading.state(candidate, batch)
-                found, after = watch(
-                    self.new,
-                    number,
-                    self._writers,
-                    state,
-                    reading.arguments(self.new, number, batch),
-                    self.extras.get(candidate, {}),
-                )
+            through = (self._through(reading, number, candidate, batch) for batch in batches)
+            for batch, x, after in chain(done, through):
                 reading.keep(candidate, batch, after)
                 if is_last:
-                    inputs.append((reading.rows.tokens(batch), reading.flat(found[-1][0], batch).cpu()))
+                    inputs.append((reading.rows.tokens(batch), reading.flat(x, batch).cpu()))
             if is_last:
                 order = torch.cat([tokens for tokens, _ in inputs]).argsort()
-                reading.inputs[candidate] = torch.cat([each for _, each in inputs])[order][reading.rows.places]
-        self._done.pop(candidate, None)
+                reading.inputs[candidate] = torch.cat([x for _, x in inputs])[order][reading.rows.places]
+
+    def _through(
+        self, reading: Reading, number: int, candidate: str, batch: list[int]
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """A batch, the input that a layer's last module has of it, and the state behind the layer."""
+        given = reading.arguments(self.new, number, batch)
+        state, extras = reading.state(candidate, batch), self.put_by(candidate)
+        found, after = watch(self.new, number, self._modules, state, given, extras)
+        return batch, found[-1][0], after
 
 
 def nats_of(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from portllm.arrays import Float32, Int64
 from portllm.errors import CheckpointError
-from portllm.foreign import foreign
+from portllm.foreign import Conv1D, foreign
 from portllm.running.encoding import PaddedBatch
 from portllm.running.model import PeftModel, PreTrainedModel, build_skeleton
 
@@ -164,6 +164,17 @@ class LayeredModel:
         """A module inside a layer, by its name in the model."""
         return self.layers[number].get_submodule(name.removeprefix(f"{self.names[number]}."))
 
+    def weight(self, name: str) -> Float32[Tensor, "d_out d_in"]:
+        """The weights of a linear module inside a layer, by its name in the model, whether or not it is filled.
+
+        Raises:
+            CheckpointError: The checkpoint lacks them.
+        """
+        weight = self._weights.tensor(f"{name}.weight")
+        if weight is None:
+            raise self._refused(f"it has no '{name}.weight'")
+        return weight.T if isinstance(self._model.get_submodule(name), Conv1D) else weight
+
     def embed(self, ids: Int64[Tensor, " tokens"]) -> Float32[Tensor, "tokens width"]:
         """What the embedding gives for tokens; only the rows of these are read."""
         there, places = torch.unique(ids, return_inverse=True)
@@ -251,7 +262,7 @@ class LayeredModel:
         @torch.no_grad()
         def logits(finished: Tensor) -> Tensor:
             states = finished[:, None]
-            with _method(self._decoder, "forward", lambda *_, **__: _Decoded(states)):
+            with replaced(self._decoder, "forward", lambda *_, **__: _Decoded(states)):
                 output: Tensor = self._model(inputs_embeds=states, use_cache=False).logits
             return output[:, 0].float()
 
@@ -294,7 +305,7 @@ class LayeredModel:
 
         with ExitStack() as stack, foreign(lambda why: self._refused(f"its layers are no plain stack: {why}")):
             for number, layer in enumerate(self.layers):
-                stack.enter_context(_method(layer, "forward", partial(visited, number)))
+                stack.enter_context(replaced(layer, "forward", partial(visited, number)))
             output = self._decoder(
                 inputs_embeds=embedded,
                 attention_mask=batch.mask,
@@ -365,7 +376,7 @@ def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _method(module: Any, name: str, function: Callable[..., object]) -> Iterator[None]:  # noqa: ANN401 (a foreign module)
+def replaced(module: Any, name: str, function: Callable[..., object]) -> Iterator[None]:  # noqa: ANN401 (a foreign module)
     """A function in the place of a module's method, for as long as the block lasts."""
     setattr(module, name, function)
     try:

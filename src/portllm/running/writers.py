@@ -1,11 +1,13 @@
 """Which modules of a layer write to the residual stream, and through what: found out on the layer itself.
 
+A module that does not write, a projection of queries for example, is a reader: what it says stays inside the layer.
+
 Every linear module whose output is as wide as the residual stream may be one. With all of them silent, a layer must
 give back what it was given; with one of them saying something known, what is added to the stream is that, times a
 number, or what a norm of the layer makes of it. What is neither is refused.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from portllm.arrays import Float32
 from portllm.errors import CheckpointError
 from portllm.foreign import Conv1D
-from portllm.running.layers import Arguments, LayeredModel
+from portllm.running.layers import Arguments, LayeredModel, replaced
 
 TOLERANCE = 1e-4
 """Of what a layer adds, in float32, where a module's output passes through a norm or a factor."""
@@ -25,7 +27,7 @@ Output = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 """What a hook makes of the name of a module, the module, its inputs and its output: another output, or None."""
 
 Extras = Mapping[str, tuple[Tensor, Tensor]]
-"""By writer, what is added to its output beside what its weights make: a and b of `b a x`."""
+"""By module, what is added to its output beside what its weights make: a and b of `b a x`."""
 
 
 class _EnoughError(BaseException):
@@ -52,8 +54,17 @@ class Writer:
             return output * self.scale
         return self.gain * output / output.pow(2).mean(dim=-1, keepdim=True).sqrt()
 
+    def wanted(
+        self, before: Float32[Tensor, "... width"], output: Float32[Tensor, "... width"]
+    ) -> Float32[Tensor, "... width"]:
+        """What is wanted of another model in its place: the state behind it."""
+        return before + self.added(output)
+
     def error(
-        self, missing: Float32[Tensor, "tokens width"], output: Float32[Tensor, "tokens width"]
+        self,
+        wanted: Float32[Tensor, "tokens width"],
+        before: Float32[Tensor, "tokens width"],
+        output: Float32[Tensor, "tokens width"],
     ) -> tuple[Float32[Tensor, "tokens width"], Float32[Tensor, " tokens"]]:
         """What its output lacks for the stream to have what is wanted, and what each token counts for that.
 
@@ -61,23 +72,66 @@ class Writer:
         short output weighs more.
 
         Args:
-            missing: The state wanted behind the writer, less the stream before what it adds.
+            wanted: The state wanted behind the writer.
+            before: The stream before what it adds.
             output: What it says now.
         """
+        missing = wanted - before
         if self.gain is None:
             return missing / self.scale - output, torch.ones_like(output[:, 0])
         rms = output.pow(2).mean(dim=1, keepdim=True).sqrt()
         return rms * missing / self.gain - output, 1 / rms[:, 0].pow(2)
 
 
-def find_writers(model: LayeredModel, number: int, given: Arguments, *, tokens: int) -> list[Writer]:
-    """The writers of a layer that is filled, in the order in which they speak.
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A linear module of a layer whose output stays inside the layer.
+
+    Attributes:
+        name: Its name in the model.
+    """
+
+    name: str
+
+    def added(self, output: Float32[Tensor, "... d_out"]) -> Float32[Tensor, ""]:
+        """What it adds to the residual stream: nothing."""
+        return output.new_zeros(())
+
+    def wanted(
+        self, before: Float32[Tensor, "... width"], output: Float32[Tensor, "... d_out"]
+    ) -> Float32[Tensor, "... d_out"]:
+        """What is wanted of another model in its place: the same output."""
+        del before
+        return output
+
+    def error(
+        self,
+        wanted: Float32[Tensor, "tokens d_out"],
+        before: Float32[Tensor, "tokens width"],
+        output: Float32[Tensor, "tokens d_out"],
+    ) -> tuple[Float32[Tensor, "tokens d_out"], Float32[Tensor, " tokens"]]:
+        """What its output lacks, and what each token counts for that."""
+        del before
+        return wanted - output, torch.ones_like(output[:, 0])
+
+
+Spoken = Writer | Reader
+"""A module that is fitted to what another model says in its place."""
+
+
+def find_spoken(
+    model: LayeredModel, number: int, given: Arguments, *, tokens: int, changed: Collection[str] = ()
+) -> list[Spoken]:
+    """The writers of a layer that is filled, and the readers that a patch changes, in the order in which they speak.
+
+    A writer is the last: what speaks behind it is not heard.
 
     Args:
         model: The model.
         number: The layer.
         given: What the layer is called with for one row.
         tokens: Of that row.
+        changed: What a patch changes.
 
     Raises:
         CheckpointError: Something else writes, or a writer's output goes an unknown way.
@@ -86,18 +140,19 @@ def find_writers(model: LayeredModel, number: int, given: Arguments, *, tokens: 
     device = next(layer.parameters()).device
     state, said = torch.randn(2, 1, tokens, model.width, generator=torch.Generator().manual_seed(number)).to(device)
     order: list[str] = []
-    candidates = {
-        f"{name}.{inner}": module for inner, module in layer.named_modules() if is_linear(module, model.width)
-    }
+    linear = {f"{name}.{inner}": module for inner, module in layer.named_modules() if width_of(module)}
+    candidates = {name for name, module in linear.items() if width_of(module) == model.width}
 
     def spoken(speaker: str | None) -> Tensor:
         """What the layer adds where one module alone speaks."""
 
-        def output(candidate: str, _: nn.Module, __: tuple[Tensor, ...], ___: Tensor) -> Tensor:
-            order.append(candidate)
-            return said if candidate == speaker else torch.zeros_like(said)
+        def output(name: str, _: nn.Module, __: tuple[Tensor, ...], ___: Tensor) -> Tensor | None:
+            order.append(name)
+            if name not in candidates:
+                return None
+            return said if name == speaker else torch.zeros_like(said)
 
-        with hooked(candidates, output):
+        with hooked(linear, output):
             added: Tensor = model.run(number, state, given) - state
         return added
 
@@ -106,19 +161,22 @@ def find_writers(model: LayeredModel, number: int, given: Arguments, *, tokens: 
             f"'{name}': something other than a linear module of the layer writes to the residual stream (experts, "
             "or a norm with a bias), which is not supported."
         )
-    writers = {}
-    for candidate in dict.fromkeys(order):
-        added = spoken(candidate)
+    found: dict[str, Spoken] = {}
+    for module in dict.fromkeys(order):
+        added = spoken(module) if module in candidates else torch.zeros(())
         if added.abs().max() > TOLERANCE:
-            writers[candidate] = _writer(candidate, said, added)
-    return [writers[candidate] for candidate in dict.fromkeys(order) if candidate in writers]
+            found[module] = _writer(module, said, added)
+        elif module in changed:
+            found[module] = Reader(module)
+    last = max((place for place, each in enumerate(found.values()) if isinstance(each, Writer)), default=-1)
+    return list(found.values())[: last + 1]
 
 
-def is_linear(module: nn.Module, width: int) -> bool:
-    """Whether a module is linear with an output of a width; GPT-2's Conv1D has its weight the other way round."""
+def width_of(module: nn.Module) -> int:
+    """Of the output of a linear module, 0 for any other; GPT-2's Conv1D has its weight the other way round."""
     if isinstance(module, nn.Linear):
-        return module.out_features == width
-    return isinstance(module, Conv1D) and bool(module.nf == width)
+        return module.out_features
+    return int(module.nf) if isinstance(module, Conv1D) else 0
 
 
 @contextmanager
@@ -134,18 +192,23 @@ def hooked(modules: Mapping[str, nn.Module], output: Output) -> Iterator[None]:
 def watch(
     model: LayeredModel,
     number: int,
-    writers: Sequence[Writer],
+    modules: Sequence[Spoken],
     state: Tensor,
     given: Arguments,
     extras: Extras,
     *,
     stop: int | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Input and output of each writer up to `stop`, and the state behind the layer, or before it where it was left."""
+    """Input and output of each module up to `stop`, and the state behind the layer, or before it where it was left.
+
+    Modules whose outputs are known from an earlier pass, with what is added to them, say these and are not run again.
+    """
+    known = known or {}
     found: list[tuple[Tensor, Tensor]] = []
 
     def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
-        if name in extras:
+        if name in extras and name not in known:
             a, b = extras[name]
             said = said + inputs[0] @ a.T.to(said) @ b.T.to(said)
         found.append((inputs[0], said))
@@ -153,11 +216,18 @@ def watch(
             raise _EnoughError
         return said
 
-    with hooked({writer.name: model.module(number, writer.name) for writer in writers}, output):
+    by_name = {each.name: model.module(number, each.name) for each in modules}
+    with hooked(by_name, output), ExitStack() as stack:
+        for name, said in known.items():
+            stack.enter_context(replaced(by_name[name], "forward", partial(_say, said)))
         try:
             return found, model.run(number, state, given)
         except _EnoughError:
             return found, state
+
+
+def _say(said: Tensor, *_: object) -> Tensor:
+    return said
 
 
 def _writer(name: str, said: Tensor, added: Tensor) -> Writer:

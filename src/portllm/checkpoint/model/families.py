@@ -11,7 +11,6 @@ One model type may be loaded into several classes: a vision-language model into 
 classifier. A model's own facts are attributes of its `Checkpoint`, which alone asks here.
 """
 
-import importlib.resources
 import importlib.util
 import json
 import re
@@ -340,7 +339,7 @@ def order_of(parameters: Collection[str]) -> tuple[str, ...] | None:
 
 @cache
 def _text() -> str:
-    return importlib.resources.files("portllm.checkpoint.model").joinpath(FILE).read_text(encoding="utf-8")
+    return Path(__file__).with_name(FILE).read_text(encoding="utf-8")  # loading importlib.resources takes longer
 
 
 def _line(key: str) -> str | None:
