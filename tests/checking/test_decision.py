@@ -6,6 +6,7 @@ from portllm.checking.decision import Checked, decide
 from portllm.checking.report import PatchReport
 from portllm.checking.verdict import Answer, Measures, Reason, Verdict, judge
 from portllm.errors import Refusal
+from portllm.measures.thresholds import INDEPENDENT_COSINE
 
 
 def patch(answer):
@@ -26,6 +27,13 @@ def test_each_verdict_says_what_to_do_and_by_which_command(answer, tone, action,
     assert headline.text.startswith(f"{answer}: my patch on v2; {action}")
     assert command in headline.command
     assert list(headline.reasons) == ["so it was found."]
+
+
+def test_for_weights_that_have_nothing_in_common_the_method_is_the_one_that_keeps_no_factor():
+    reason = Reason(Answer.WILL_NOT_HOLD, "unrelated.", INDEPENDENT_COSINE)
+    report = PatchReport("my patch", Verdict(Answer.WILL_NOT_HOLD, (reason,)))
+    headline = decide(report, "v2", checked=Checked("v1", "v2"))
+    assert "--method transport --text PROMPTS.jsonl" in headline.command
 
 
 def test_where_the_wrong_model_was_given_nobody_is_told_to_train():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from portllm.methods.contract import Inputs, Need
+from portllm.methods.contract import Inputs, Need, Pair, Seen
 from portllm.methods.values import computed, whole
 from portllm.patch.adapter_config import AdapterConfig
 from portllm.patch.delta import ExpertsDelta, LowRankDelta, RowValues, VectorDelta, WholeValue
@@ -44,7 +44,8 @@ MIXED = replace(
     values={"norm.weight": WholeValue(numbers(12, seed=12)), "head.weight": WholeValue(numbers(30, 12, seed=13))},
     rows={"embed.weight": RowValues(numbers(3, 12, seed=14), (2, 7, 4))},
 )
-PATCHES = {"relative": RELATIVE, "with what is held whole": MIXED}
+PLAIN = replace(RELATIVE, name="plain LoRA", bias_deltas={}, experts={})
+PATCHES = {"plain": PLAIN, "relative": RELATIVE, "with what is held whole": MIXED}
 
 BASE = {
     "layers.0.q_proj.weight": numbers(18, 12, seed=20),
@@ -67,8 +68,19 @@ def run(method, patch, *, evolved):
     given = Inputs(*sides) if Need.WEIGHTS in needs else Inputs()
     if Need.STREAMS in needs:
         given = replace(given, streams=lambda added: TwoChains(patch, added.mapped(whole), BASE, evolved))
+    if Need.PAIRS in needs:
+        given = replace(
+            given, pairs=lambda modules: (pair(module, patch.deltas[module], evolved) for module in modules)
+        )
     ported = method.port(patch.mapped(lambda tensor: computed("a tensor", tensor)), given)
     return ported.patch.mapped(whole), ported.evidence
+
+
+def pair(module, delta, evolved):
+    """What a module makes of the same inputs with the weights of both models."""
+    x = numbers(64, delta.a.shape[1], seed=70)
+    weights = (side[f"{module}.weight"] for side in (BASE, evolved))
+    return Pair(module, *(Seen(x, (x @ (weight if delta.transposed else weight.T)).abs()) for weight in weights))
 
 
 def effects(patch, weights):

@@ -109,10 +109,23 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES.keys())
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+CARRIED = {
+    f"{method.id}-{kind}": (method, patch)
+    for method in METHODS.values()
+    for kind, patch in PATCHES.items()
+    if method.refuses(patch) is None
+}
+
+
+@pytest.mark.parametrize(("method", "patch"), CARRIED.values(), ids=CARRIED.keys())
 def test_every_method_keeps_the_contract(method, patch):
     require_contract(method, patch)
+
+
+def test_a_method_refuses_what_it_does_not_carry_and_every_plain_patch_is_carried_by_all():
+    kept = {(method.id, patch.name) for method, patch in CARRIED.values()}
+    assert {(method, "plain LoRA") for method in METHODS} <= kept
+    assert ("transport", "mixed") not in kept
 
 
 @pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES.keys())

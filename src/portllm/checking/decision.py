@@ -111,9 +111,9 @@ def _next(patch: PatchReport, checked: Checked) -> tuple[str, str]:
             again = ("--base", checked.evolved, "--teacher", patch.name, "--teacher-base", checked.base)
             train = command_line("portllm", "train", *again, "--data", "INPUTS.jsonl", "-o", "OUTPUT")
             return "train it on its own data, or from the old patch's answers", train
-        case "align":
-            fitted = ("--method", "align", "--text", "PROMPTS.jsonl", "-o", "PORTED")
-            said = "port it by align, which measures what it keeps, then measure the loss with portllm evaluate"
+        case "align" | "transport" as method:
+            fitted = ("--method", method, "--text", "PROMPTS.jsonl", "-o", "PORTED")
+            said = f"port it by {method}, which measures what it keeps, then measure the loss with portllm evaluate"
             return said, command_line("portllm", "port", patch.name, *models, *fitted)
         case _:
             return "port it", command_line("portllm", "port", patch.name, *models, "-o", "PORTED")

@@ -57,6 +57,8 @@ WAYS = {
     None: "none",
     "add": "add",
     "align": "align, which fits it on unlabeled prompts and measures what it keeps (docs/methods/align.md)",
+    "transport": "transport, if it is the same model with other units: it measures what it keeps "
+    "(docs/methods/transport.md)",
 }
 
 

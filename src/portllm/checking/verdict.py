@@ -76,13 +76,16 @@ class Verdict:
     def method(self) -> str | None:
         """The port method for the patch, a row of `METHODS`; None where none carries it.
 
-        What addition is not known to carry is for the method that measures, on prompts, what it keeps.
+        What addition is not known to carry is for the methods that measure, on prompts, what they keep: where weights
+        have nothing in common, for the one that keeps no factor.
         """
         match self.answer:
             case Answer.HOLDS:
                 return "add"
             case Answer.CANNOT_BE_PORTED:
                 return None
+            case _ if any(reason.threshold is INDEPENDENT_COSINE for reason in self.reasons):
+                return "transport"
             case _:
                 return "align"
 
@@ -212,7 +215,9 @@ def _of_lineage(measures: Measures) -> Iterator[Reason]:
         yield Reason(
             Answer.WILL_NOT_HOLD,
             f"{_listed(far)}: the evolved weights are unrelated to the base's (cosine below "
-            f"{INDEPENDENT_COSINE.value:g}), whatever their shapes. Train the patch again on the evolved model.",
+            f"{INDEPENDENT_COSINE.value:g}), whatever their shapes. Train the patch again on the evolved model; if "
+            "that is the same model with its units in another order or basis, portllm port --method transport carries "
+            "the patch.",
             INDEPENDENT_COSINE,
         )
         return

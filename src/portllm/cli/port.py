@@ -24,24 +24,25 @@ def port(
         str,
         typer.Option(
             "--method",
-            help="Port method: add carries the delta over unchanged; align fits it to the evolved model on prompts "
-            "(needs --base and --text or --draw); auto chooses from what check finds (needs --base).",
+            help="Port method: add carries the delta over unchanged; align fits it to the evolved model on prompts; "
+            "transport takes it to a model with other units or another basis (both need --base and --text or --draw); "
+            "auto chooses from what check finds (needs --base).",
         ),
     ] = "add",
     text: Annotated[
         Path | None,
         typer.Option(
             "--text",
-            help="With --method align: unlabeled prompts from the patch's domain, better 256 (.jsonl, or .txt with one "
-            "per line).",
+            help="With --method align or transport: unlabeled prompts from the patch's domain, better 256 (.jsonl, or "
+            ".txt with one per line).",
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             "--data",
-            help="With --method align: rows with right answers. The choice is made by the loss on those that are not "
-            "fitted on, and not by the old specialist's answers. Without --text, their prompts are used too.",
+            help="With --method align or transport: rows with right answers. The choice is made by the loss on those "
+            "that are not fitted on, not by the old specialist's answers. Without --text, their prompts are used too.",
         ),
     ] = None,
     draw: Annotated[
@@ -98,7 +99,8 @@ def port(
     Weights are read only for tensors that a patch stores in full; these need --base. --method auto reads a few
     megabytes of both models, as check does: a patch that will not hold is refused, an uncertain one is ported with a
     warning. --method align runs both models on unlabeled prompts, one layer at a time (docs/methods/align.md); with
-    auto and --text, only if addition does not keep enough of the answers. Several patches each get a subfolder of the
+    auto and --text, only if addition does not keep enough of the answers. --method transport does so for a model that
+    computes much the same with other units (docs/methods/transport.md). Several patches each get a subfolder of the
     output; one that fails does not stop the others.
     """
     from portllm.checkpoint.open import open_checkpoint

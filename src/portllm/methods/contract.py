@@ -7,7 +7,7 @@ configuration says. Tensors are `Values`, read when asked for; what a method pas
 byte for byte.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -38,6 +38,9 @@ class Need(StrEnum):
 
     STREAMS = "streams"
     """The old specialist and the evolved model, run in step over prompts."""
+
+    PAIRS = "pairs"
+    """What both models, without the patch, give each of its modules for the same tokens, and what those make of it."""
 
 
 class Kind(IntEnum):
@@ -189,6 +192,34 @@ class Streams(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What is seen of a module of a model; a row a token.
+
+    Attributes:
+        x: What it was given.
+        y: What it gave, or what has the basis of that, and spans more of it.
+    """
+
+    x: "Float32[Tensor, 'tokens d_in']"
+    y: "Float32[Tensor, 'tokens d_out']"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A module of the patch in both models, both without it, on the same tokens.
+
+    Attributes:
+        module: Its name.
+        before: In the base.
+        after: In the evolved model.
+    """
+
+    module: str
+    before: Seen
+    after: Seen
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
     """What a method is given beside the patch: what it declared, and nothing else.
 
@@ -199,11 +230,14 @@ class Inputs:
         base: With `Need.WEIGHTS`, by the name that the patch has for a tensor, its values in the base.
         evolved: Likewise in the evolved model, in the same shape: (experts, d_out, d_in) for the experts of a layer.
         streams: With `Need.STREAMS`, what runs both models, given the patch as it is added to the evolved one.
+        pairs: With `Need.PAIRS`, what runs both models without the patch, given the modules to be looked at; these come
+            in the order in which they are run.
     """
 
     base: Mapping[str, Values] = field(default_factory=dict)
     evolved: Mapping[str, Values] = field(default_factory=dict)
     streams: Callable[[Patch[Values]], Streams] | None = None
+    pairs: Callable[[Collection[str]], Iterator[Pair]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +267,7 @@ class PortMethod:
         summary: One line for people.
         reference: Paper and equation.
         needs: What it asks for, whatever the patch.
+        refuses: Why it cannot carry a patch, whatever the models; None where it can.
     """
 
     id: str
@@ -241,6 +276,7 @@ class PortMethod:
     summary: str
     reference: str
     needs: frozenset[Need] = frozenset()
+    refuses: Callable[[Patch[Any]], str | None] = lambda _patch: None
 
     def needs_for(self, patch: Patch[Any]) -> frozenset[Need]:
         """What carrying this patch takes: what it holds whole is no delta without the weights that it stands for."""

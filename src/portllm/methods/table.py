@@ -1,6 +1,7 @@
 """The table of port methods. A method is one file here, one row in `METHODS`, one page of documentation."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from portllm.errors import UnknownMethodError
 from portllm.methods.add import add, add_suits
@@ -13,6 +14,22 @@ def _align(patch: Patch[Values], inputs: Inputs) -> Ported:
     from portllm.methods.align import align  # loads torch
 
     return align(patch, inputs)
+
+
+def _transport(patch: Patch[Values], inputs: Inputs) -> Ported:
+    from portllm.methods.transport import transport  # loads torch
+
+    return transport(patch, inputs)
+
+
+def _no_factors(patch: Patch[Any]) -> str | None:
+    """Why a patch is not made of factors with an input and an output of their own."""
+    if not patch.is_plain_lora or patch.resized or any(delta.is_embedding for delta in patch.deltas.values()):
+        return (
+            "changes more than the weights of linear modules by A and B (embeddings, DoRA magnitudes, biases, experts "
+            "or whole tensors), and what these would be in another basis is not known"
+        )
+    return None
 
 
 METHODS: Mapping[str, PortMethod] = {
@@ -32,6 +49,15 @@ METHODS: Mapping[str, PortMethod] = {
             summary="undo the update on prompts, and fit the patch to what is left",
             reference="this project, docs/methods/align.md",
             needs=frozenset({Need.STREAMS}),
+        ),
+        PortMethod(
+            id="transport",
+            port=_transport,
+            suits=lambda _verdict, _evidence: None,
+            summary="take A and B to a model whose units are others, by what both models make of the same text",
+            reference="this project, docs/methods/transport.md",
+            needs=frozenset({Need.PAIRS, Need.STREAMS}),
+            refuses=_no_factors,
         ),
     )
 }

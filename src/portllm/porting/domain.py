@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.errors import DataError
 from portllm.matching.port_plan import PortPlan
 from portllm.methods.contract import Part
 from portllm.methods.values import Values
 from portllm.patch.patch import Patch
 from portllm.porting.drawn import Drawn, draw
+from portllm.porting.pairs import Pairs
 from portllm.porting.prompts import Ids, Rows, split
 from portllm.porting.reading import Reading
 from portllm.porting.streams import Streams
@@ -105,34 +107,47 @@ def _require_enough(n: int, what: str) -> None:
 
 
 def open_streams(
-    plan: PortPlan, patch: Patch[Values], added: Patch[Values], domain: Domain, unfinished: Unfinished
+    plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: Unfinished, added: Patch[Values]
 ) -> Streams:
     """Both models over the prompts of a domain, with the old specialist's answers, and over general text.
 
     Args:
         plan: Names the models.
         patch: The patch of the base, with its deltas the way round in which the base stores its weights.
-        added: The patch of the evolved model, as plain addition makes it.
         domain: What is read.
         unfinished: What an earlier run of the same plan has done.
+        added: The patch of the evolved model, as plain addition makes it.
 
     Raises:
         CheckpointError: A model cannot be run layer by layer.
         DataError: A prompt has no tokens, too few were drawn, or no row with an answer is left to choose by.
     """
+    new = _model(plan.evolved, added, domain)
+    asked, *others = _readings(plan, patch, domain, unfinished)
+    return Streams(new, asked, others, domain.progress, unfinished, domain.wanted, isinstance(domain.prompts, Drawn))
+
+
+def open_pairs(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: Unfinished) -> Pairs:
+    """Both models, without the patch, over the same text; as for `open_streams`."""
     if plan.base is None:
-        raise AssertionError("a plan with streams has a base")
-    device = choose_device(domain.device)
-    before, after = (model_folder(model, progress=domain.progress) for model in (plan.base, plan.evolved))
-    old, new, bare = (
-        LayeredModel(folder, PatchedWeights(model, change), device=device, longest=domain.max_tokens)
-        for folder, model, change in (
-            (before, plan.base, patch),
-            (after, plan.evolved, added),
-            (after, plan.evolved, None),
-        )
-    )
-    encoder = Encoder(load_tokenizer(before), domain.border)
+        raise AssertionError("a plan with pairs has a base")
+    readings = _readings(plan, patch, domain, unfinished)
+    base, evolved = (_model(model, None, domain) for model in (plan.base, plan.evolved))
+    return Pairs(base, evolved, [reading for reading in readings if reading.to_fit], domain.progress)
+
+
+def _model(checkpoint: Checkpoint, change: Patch[Values] | None, domain: Domain) -> LayeredModel:
+    """A model, with a patch or bare."""
+    folder, device = model_folder(checkpoint, progress=domain.progress), choose_device(domain.device)
+    return LayeredModel(folder, PatchedWeights(checkpoint, change), device=device, longest=domain.max_tokens)
+
+
+def _readings(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: Unfinished) -> list[Reading]:
+    """What is read and by whom: prompts first, by the old specialist; general text, by the bare evolved model."""
+    if plan.base is None:
+        raise AssertionError("a plan that reads prompts has a base")
+    old, bare = _model(plan.base, patch, domain), _model(plan.evolved, None, domain)
+    encoder = Encoder(load_tokenizer(model_folder(plan.base, progress=domain.progress)), domain.border)
     texts = _texts(old, encoder, domain, unfinished)
     prompts, _ = encode_prompts(encoder, texts, room=domain.max_tokens - domain.answer_tokens)
     answers, general = (
@@ -146,14 +161,13 @@ def open_streams(
         old: [Rows.answered(prompts, answers, split(texts)), *_judges(texts, encoder, domain)],
         bare: [Rows.answered([row[:1] for row in general], [row[1:] for row in general], _dealt(len(general)))],
     }
-    changed = frozenset(added.deltas)
-    asked, *others = (
-        Reading(each, model, changed, device, domain.batch_size)
+    changed = frozenset(patch.deltas)
+    return [
+        Reading(each, model, changed, model.device, domain.batch_size)
         for model, read in rows.items()
         for each in read
         if each.ids
-    )
-    return Streams(new, asked, others, domain.progress, unfinished, domain.wanted, isinstance(domain.prompts, Drawn))
+    ]
 
 
 def _texts(old: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfinished) -> Sequence[str]:

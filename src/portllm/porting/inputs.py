@@ -1,6 +1,6 @@
 """What a method is given for one port, and how what it gives becomes tensors on disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from portllm.matching.changes import changes_of, oriented
 from portllm.matching.compatibility import taken_tie
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.token_rows import following, token_changes
-from portllm.methods.contract import Inputs, Need, Streams
+from portllm.methods.contract import Inputs, Need, Pair, Streams
 from portllm.methods.values import Computed, Values, summed, take_columns, take_rows
 from portllm.patch.adapter_tensors import WEIGHT
 from portllm.patch.delta import WholeValue
@@ -48,13 +48,16 @@ def gather(
         patch = following(patch, by_token, plan.tokens, _take)
     needs = plan.method.needs_for(patch)
     needs_weights = Need.WEIGHTS in needs
-    streams = _streams(plan, domain, unfinished) if Need.STREAMS in needs else None
+    run = Inputs(
+        streams=_streams(plan, domain, unfinished) if Need.STREAMS in needs else None,
+        pairs=_pairs(plan, domain, unfinished) if Need.PAIRS in needs else None,
+    )
     if plan.base is None or not (needs_weights or by_token):
-        return patch, Inputs(streams=streams)
+        return patch, run
     models = on_disk(plan.base), on_disk(plan.evolved)
     require_equal(taken for model in models for taken in taken_tie(plan.carried, model))
     if not needs_weights:
-        return patch, Inputs(streams=streams)
+        return patch, run
     base, evolved = (_weights(patch, model) for model in models)
     by_token = [name for name in by_token if name in base]  # rows of tokens that are all gone are no part of it
     if plan.carried_tokens is not None:
@@ -65,7 +68,7 @@ def gather(
         }
     elif plan.tokens is not None:
         base |= {name: take_rows(base[name], plan.tokens.rows) for name in by_token}
-    return patch, Inputs(base, evolved, streams)
+    return patch, replace(run, base=base, evolved=evolved)
 
 
 def _streams(
@@ -74,11 +77,27 @@ def _streams(
     """What opens both models over the prompts, given the patch as it is added."""
     from portllm.porting.domain import open_streams  # loads transformers, which most ports do without
 
+    ready = _to_run(plan, domain, unfinished)
+    return lambda added: open_streams(*ready, added)
+
+
+def _pairs(
+    plan: PortPlan, domain: "Domain | None", unfinished: "Unfinished | None"
+) -> "Callable[[Collection[str]], Iterator[Pair]]":
+    """What runs both models without the patch, given the modules to be looked at."""
+    from portllm.porting.domain import open_pairs
+
+    ready = _to_run(plan, domain, unfinished)
+    return lambda modules: open_pairs(*ready).over(modules)
+
+
+def _to_run(
+    plan: PortPlan, domain: "Domain | None", unfinished: "Unfinished | None"
+) -> "tuple[PortPlan, Patch[Values], Domain, Unfinished]":
     if domain is None or unfinished is None or plan.base is None:
         raise AssertionError("a plan whose method runs the models was checked for prompts and base")
     models = replace(plan, base=on_disk(plan.base), evolved=on_disk(plan.evolved))
-    patch: Patch[Values] = oriented(plan.patch, plan.base).mapped(StoredValues)
-    return lambda added: open_streams(models, patch, added, domain, unfinished)
+    return models, oriented(plan.patch, plan.base).mapped(StoredValues), domain, unfinished
 
 
 def with_own(plan: PortPlan, ported: Patch[Values]) -> Patch[Values]:

@@ -173,12 +173,16 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
             f"{plan.evolved.name} has experts, and what these write is not known for every token. Method "
             f"'{plan.method.id}' is for dense models.",
         )
-    if runs and plan.base is not None and (others := _unrelated(plan.patch, plan.base, plan.evolved)):
+    if (why := plan.method.refuses(plan.patch)) is not None:
+        yield Refusal("--method", f"{plan.patch.name} {why}. Method '{plan.method.id}' cannot carry it.")
+    keeps_factors = runs and Need.PAIRS not in plan.method.needs
+    if keeps_factors and plan.base is not None and (others := _unrelated(plan.patch, plan.base, plan.evolved)):
         yield Refusal(
             "--evolved",
             f"the weights of {len(others)} of {len(plan.patch.deltas)} patched modules, such as '{others[0]}', "
             f"have nothing in common with those of {plan.base.name}: another model, or its units in another order or "
-            f"basis. Method '{plan.method.id}' carries what a patch reads as it is, which would mean nothing there.",
+            f"basis. Method '{plan.method.id}' carries what a patch reads as it is, which would mean nothing there; "
+            "--method transport takes it to the other basis.",
         )
     if runs and plan.base is not None and not has_same_tokenizer(plan.base, plan.evolved):
         yield Refusal(

@@ -129,6 +129,11 @@ def _measured(step: PortStep) -> dict[str, str]:
             f"{found['loss_ported']:.3f} nats per token of the right answers of {found['loss_rows']:.0f} rows, by "
             f"which it was chosen; by addition {found['loss_added']:.3f}, the old specialist {found['loss']:.3f}"
         )
+    if "left_out" in found:
+        rows["not carried"] = (
+            f"at most {percent(found['misread'], digits=2)} of what a module's A reads, and "
+            f"{percent(found['left_out'], digits=2)} of its B, for want of tokens or of likeness"
+        )
     if "general_nats" in found:
         rows["general text"] = (
             f"{found['general_nats_ported']:.3f} nats per token; by addition {found['general_nats_added']:.3f}, the "

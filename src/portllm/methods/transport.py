@@ -1,0 +1,108 @@
+"""Transport: a patch taken to a model that computes the same, or much the same, with other units.
+
+Factors are taken to the other basis module by module (see `portllm.methods.basis`). What comes of it is measured as an
+aligned port is: both models read prompts, and the ported patch is compared with plain addition by its divergence from
+the old specialist on some of them, and by how often it answers as that does on others.
+
+Source: this project, docs/methods/transport.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from portllm.methods.add import add
+from portllm.methods.align import ADD, evidence
+from portllm.methods.basis import input_factor, output_factor
+from portllm.methods.choice import choose, on
+from portllm.methods.contract import Comparison, Inputs, Pair, Ported, Streams
+from portllm.methods.values import Values, computed, whole
+from portllm.patch.delta import LowRankDelta
+from portllm.patch.patch import Patch
+
+TRANSPORT = "transport"
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A delta in the basis of the evolved model.
+
+    Attributes:
+        delta: The delta.
+        misread: The share of what its old A reads that its new one does not.
+        left_out: The share of its old B that is in no output of the tokens that were looked at.
+    """
+
+    delta: LowRankDelta[Values]
+    misread: float
+    left_out: float
+
+    @classmethod
+    def of(cls, delta: LowRankDelta[Values], pair: Pair) -> "Carried":
+        """Take it there."""
+        old_a, old_b = whole(delta.a), whole(delta.b)
+        dtype = torch.promote_types(torch.promote_types(old_a.dtype, old_b.dtype), torch.float32)
+        a, misread = input_factor(old_a, pair.before.x, pair.after.x)
+        b, left_out = output_factor(old_b, pair.before.y, pair.after.y)
+        factors = computed(delta.a.name, a.to(dtype)), computed(delta.b.name, b.to(dtype))
+        return cls(replace(delta, a=factors[0], b=factors[1]), misread, left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What was measured of a patch on the evolved model.
+
+    Attributes:
+        streams: Says what each prompt is for.
+        compared: Its answers with the old specialist's.
+        price: What each row of general text costs it, in nats a token, and what the bare model beside it ("").
+        loss: Likewise of rows with right answers, beside the old specialist.
+    """
+
+    streams: Streams
+    compared: Comparison
+    price: Mapping[str, Tensor]
+    loss: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, name: str, streams: Streams) -> "Tried":
+        """Run it."""
+        for _ in streams.walk([name]):
+            pass
+        both: dict[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]] = {"": (None, {}), name: (name, {})}
+        compared = streams.compare({name: streams.last_states(name)})[name]
+        return cls(streams, compared, streams.nats("price", both), streams.nats("judge", both))
+
+
+def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
+    """The patch in the evolved model's basis, or as it is added where that is no worse."""
+    if inputs.streams is None or inputs.pairs is None:
+        raise ValueError("transport was given no streams or no pairs, which it declares to need")
+    found = {pair.module: Carried.of(patch.deltas[pair.module], pair) for pair in inputs.pairs(list(patch.deltas))}
+    deltas = {module: found[module].delta for module in patch.deltas}
+    made = {ADD: add(patch, inputs).patch, TRANSPORT: replace(patch, deltas=deltas)}
+    tried = {name: Tried.of(name, inputs.streams(each)) for name, each in made.items()}
+    chosen = choose({name: _weighed(name, each) for name, each in tried.items()})
+    numbers = evidence({name: each.compared for name, each in tried.items()}, chosen, tried[chosen].streams)
+    numbers |= _costs(tried, chosen)
+    numbers |= {name: max(getattr(each, name) for each in found.values()) for name in ("misread", "left_out")}
+    rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
+    return Ported(made[chosen], rounded, ADD if chosen == ADD else None)
+
+
+def _weighed(name: str, tried: Tried) -> Tensor:
+    """What the choice is made by: loss of right answers where there are some, else divergence."""
+    return tried.loss[name] if tried.loss else on(tried.compared.nats, tried.streams.compared, "choose")
+
+
+def _costs(tried: Mapping[str, Tried], chosen: str) -> dict[str, float]:
+    """Nats a token on general text and on rows with right answers, as an aligned port says them."""
+    numbers: dict[str, float] = {}
+    for said, of in (("general_nats", "price"), ("loss", "loss")):
+        added, ported = (getattr(tried[name], of) for name in (ADD, chosen))
+        if added:
+            numbers |= {f"{said}_rows": float(len(added[ADD])), said: float(added[""].mean())}
+            numbers |= {f"{said}_added": float(added[ADD].mean()), f"{said}_ported": float(ported[chosen].mean())}
+    return numbers
