@@ -1,5 +1,6 @@
 """The rows of the page: what is compared, its target, and its value from the results of a contest. Pure."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,7 +173,7 @@ def _at(numbers: Sequence[float], turn: int) -> float:
 def _combine(row: Row, of: float, by: float) -> float:
     match row.how:
         case "ratio":
-            return of / by
+            return of / by if min(of, by) > 0 else math.nan  # what is beyond drowned in noise: no limit is met
         case "difference":
             return of - by
         case _:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.show.html.browser import opened
 
-WIDTH, HEIGHT = 1180, 790
+WIDTH, HEIGHT = 1180, 930
 COLORS = 32
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="the demo's folder")
     parser.add_argument("picture", type=Path)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as profile, opened(profile) as browser:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, opened(profile) as browser:
         browser.call("Emulation.setScrollbarsHidden", hidden=True)
         browser.open(given.demo / "report.html", width=WIDTH, height=HEIGHT)
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": HEIGHT, "scale": 1}

@@ -36,6 +36,13 @@ def test_what_a_job_needs_whatever_it_does_can_be_taken_off_its_part_of_a_ratio(
     assert evaluate(row, measured) == Value(2.0, 1.5, 4.25)
 
 
+def test_a_ratio_of_what_drowned_in_noise_meets_no_limit():
+    row = Row("beyond", "contest", "ours", "theirs", "seconds", "ratio", 2, 1, beyond={"ours": "imports"})
+    measured = result([2.0], [1.0])
+    measured["jobs"]["imports"] = {"runs": [{"seconds": 3.0}], "facts": {}}
+    assert not row.meets(evaluate(row, measured).median, row.must)
+
+
 def test_a_row_is_measured_where_each_of_its_jobs_was():
     row = Row("beyond", "contest", "ours", "theirs", "seconds", "ratio", 2, 1, beyond={"ours": "imports"})
     assert LESS.is_measured({"contest": result([1.0], [1.0])})

@@ -32,7 +32,7 @@ def comparison_notes(comparison: "Comparison") -> list[str]:
         "base + patch, wrong now.",
     ]
     if comparison.row(RETRAINED):
-        notes.append("retention: the ported patch's gain over the evolved model as a fraction of retraining's gain.")
+        notes.append("retention: a ported patch's gain over the evolved model as a fraction of retraining's gain.")
     notes += [
         f"{metric} of {comparison.kind}: "
         + ", ".join(f"{row.name} {row.scores.metrics[metric]:.4f}" for row in comparison.rows)

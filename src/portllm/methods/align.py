@@ -1,8 +1,9 @@
-"""Aligned port: what a patch writes to the residual stream is fitted anew, so that the stream is the old specialist's.
+"""Aligned port: on prompts, the update is undone and the rest is fitted, so that states are the old specialist's.
 
 No label and no gradient: forward passes of both models over prompts, and ridge regressions of the size of the rank (see
-`portllm.methods.refit` and `portllm.methods.tail`). Candidates are fitted on some of the prompts, one is chosen by its
-divergence on others, and how often it answers as the old specialist does is counted on the rest.
+`portllm.methods.undoing`, `portllm.methods.refit` and `portllm.methods.tail`). Candidates are fitted on some of the
+prompts, one is chosen by its divergence on others, and how often it answers as the old specialist does is counted on
+the rest.
 
 Source: this project; docs/methods/align.md has formulas, measurements and failures.
 """

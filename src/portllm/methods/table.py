@@ -46,7 +46,7 @@ METHODS: Mapping[str, PortMethod] = {
             id="align",
             port=_align,
             suits=lambda _verdict, _evidence: None,
-            summary="fit what the patch writes to the residual stream anew, on prompts",
+            summary="undo the update on prompts, and fit the patch to what is left",
             reference="this project, docs/methods/align.md",
             needs=frozenset({Need.STREAMS}),
         ),
