@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.choice import choose, on, wilson
+from portllm.methods.choice import choose, distance, on, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
@@ -90,7 +90,7 @@ class Candidate:
 
 
 def align(patch: Patch[Values], inputs: Inputs) -> Ported:
-    """The candidate whose answers diverge least from the old specialist's, or a simpler one that is as good."""
+    """The candidate whose answers are nearest to the old specialist's, or a simpler one that is as good."""
     if inputs.streams is None:
         raise ValueError("align was given no streams, which it declares to need")
     start = add(patch, inputs).patch
@@ -124,8 +124,8 @@ def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]
     found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
     costly = too_dear(streams.nats("limit", {name: each.as_run for name, each in by_name.items()}))
     losses = streams.nats("judge", {name: each.as_run for name, each in by_name.items()})
-    divergences = {name: on(found[name].nats, streams.compared, "choose") for name in by_name}
-    affordable = {name: nats for name, nats in (losses or divergences).items() if name not in costly}
+    distances = {name: distance(on(found[name].nats, streams.compared, "choose")) for name in by_name}
+    affordable = {name: rows for name, rows in (losses or distances).items() if name not in costly}
     return _Climbed(found, by_name[choose(affordable)])
 
 

@@ -13,30 +13,47 @@ Z95 = 1.959963984540054
 """Of the normal distribution, 95 % lie within so many standard deviations."""
 
 
-def choose(nats: Mapping[str, Float64[Tensor, " rows"]]) -> str:
+def choose(rows: Mapping[str, Float64[Tensor, " rows"]]) -> str:
     """The simplest candidate that is no worse than the best by more than a standard error, nor than the first one.
 
-    What is compared is a mean over rows: divergences from the old specialist, or losses of right answers. The error is
+    What is compared is a mean over rows: distances from the old specialist, or losses of right answers. The error is
     that of the mean difference of the two candidates on the same rows.
 
     Source: the one-standard-error rule, Breiman, Friedman, Olshen and Stone (1984), Classification and Regression
     Trees, section 3.4.3; here with paired differences.
 
     Args:
-        nats: Of each candidate on each row; the simplest candidate first.
+        rows: Of each candidate on each row; the simplest candidate first.
 
     Example:
         >>> choose({"add": torch.tensor([2.0, 2.0]).double(), "refit": torch.tensor([1.0, 1.0]).double()})
         'refit'
     """
-    names = list(nats)
-    best = min(names, key=lambda name: float(nats[name].mean()))
+    names = list(rows)
+    best = min(names, key=lambda name: float(rows[name].mean()))
 
     def is_as_good(name: str) -> bool:
-        more = nats[name] - nats[best]
-        return float(more.mean()) <= standard_error(more) and float(nats[name].mean()) <= float(nats[names[0]].mean())
+        more = rows[name] - rows[best]
+        return float(more.mean()) <= standard_error(more) and float(rows[name].mean()) <= float(rows[names[0]].mean())
 
     return next(name for name in names if name == best or is_as_good(name))
+
+
+def distance(nats: Float64[Tensor, " rows"]) -> Float64[Tensor, " rows"]:
+    """`√(KL / 2)`: how far two distributions are apart, at most, in total variation.
+
+    Its mean does not hang on a few rows, as that of the divergence itself does.
+
+    Source: Pinsker's inequality, for instance Cover and Thomas, Elements of Information Theory, lemma 11.6.1.
+
+    Args:
+        nats: Divergences KL; those below zero by rounding are taken for zero.
+
+    Example:
+        >>> distance(torch.tensor([0.0, 0.02, 2.0]).double())
+        tensor([0.0000, 0.1000, 1.0000], dtype=torch.float64)
+    """
+    return (nats.clamp(min=0) / 2).sqrt()
 
 
 def on(values: Tensor, parts: Sequence[Part], part: Part) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from portllm.methods.add import add
 from portllm.methods.align import ADD, evidence
 from portllm.methods.basis import input_factor, output_factor
-from portllm.methods.choice import choose, on
+from portllm.methods.choice import choose, distance, on
 from portllm.methods.contract import Comparison, Inputs, Pair, Ported, Streams
 from portllm.methods.values import Values, computed, whole
 from portllm.patch.delta import LowRankDelta
@@ -93,8 +93,8 @@ def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
 
 
 def _weighed(name: str, tried: Tried) -> Tensor:
-    """What the choice is made by: loss of right answers where there are some, else divergence."""
-    return tried.loss[name] if tried.loss else on(tried.compared.nats, tried.streams.compared, "choose")
+    """What the choice is made by: loss of right answers where there are some, else distance."""
+    return tried.loss[name] if tried.loss else distance(on(tried.compared.nats, tried.streams.compared, "choose"))
 
 
 def _costs(tried: Mapping[str, Tried], chosen: str) -> dict[str, float]:
