@@ -111,8 +111,8 @@ def test_every_problem_is_named_with_its_line_and_key(tmp_path):
     assert problems(tmp_path, text) == [
         "FILE, base: is required.",
         "FILE, line 3, seeds: is the list [0, 0]; expected a list, each an integer; one or more, each once.",
-        "FILE, line 4, methods: unknown port method 'ad'; available: add, align, random, random-align, truncated, "
-        "distilled.",
+        "FILE, line 4, methods: unknown port method 'ad'; available: add, align, transport, random, random-align, "
+        "truncated, distilled.",
         "FILE, line 7, patch.rnk: unknown key. Did you mean rank?",
         "FILE, line 8, patch.learning_rate: is 'fast'; expected a number.",
         "FILE, line 18, tasks.sst2.name: is required.",
