@@ -22,7 +22,7 @@ from portllm.checking.forecast import ACCURACY, FILE, LOSS, TEXT, WEIGHTS, forec
 from portllm.checking.forecast_model import Feature
 from portllm.measures.thresholds import SHORT_DRIFT
 from portllm.study.definition.variants import PORTED, RETRAINED
-from portllm.study.results.table import StudyResults, TaskRow
+from portllm.study.results.rows import StudyResults, TaskRow
 from portllm.study.run import study_results
 from scripts.forecast.fit import Cell, fit
 from scripts.forecast.held_out import Forecasts, coverage, forecast_held_out, mean_miss, rank_agreement, regret

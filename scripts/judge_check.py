@@ -12,7 +12,7 @@ from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS, TEXT, WEIGHTS, shipped
 from portllm.checking.forecast_model import Forecast
-from portllm.study.results.table import StudyResults, TaskRow
+from portllm.study.results.rows import StudyResults, TaskRow
 from portllm.study.run import study_results
 from scripts.fit_forecast import has_lost, read_cells
 from scripts.forecast.held_out import Forecasts, coverage, mean_miss

@@ -68,7 +68,7 @@ from .fleets.plan import FleetRow as FleetRow
 from .inspecting.inspect import CheckpointSummary as CheckpointSummary, PatchSummary as PatchSummary
 from .merging.manifest import MergeReport as MergeReport
 from .proving.proof import Proof as Proof
-from .study.results.table import StudyResults as StudyResults
+from .study.results.rows import StudyResults as StudyResults
 from .study.run import StudyStatus as StudyStatus
 from .training.settings import TrainReport as TrainReport
 from .verifying.checks import Verification as Verification

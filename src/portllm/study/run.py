@@ -19,7 +19,8 @@ from portllm.study.definition.estimate import Estimated, estimate
 from portllm.study.definition.file import read_study
 from portllm.study.definition.plan import Identities, Step
 from portllm.study.definition.settings import Study
-from portllm.study.results.table import StudyResults, tabulate
+from portllm.study.results.rows import StudyResults
+from portllm.study.results.table import tabulate
 from portllm.study.schedule.cluster import open_cluster
 from portllm.study.schedule.ledger import Ledger
 from portllm.study.schedule.machine import describe_machine

@@ -12,7 +12,7 @@ from portllm.study.definition.paper import PublishedTable, published
 from portllm.study.definition.variants import AGAIN, HEADS, VARIANTS
 
 if TYPE_CHECKING:
-    from portllm.study.results.table import ModelRow, StudyResults, TaskRow, TaskScore
+    from portllm.study.results.rows import ModelRow, StudyResults, TaskRow, TaskScore
 
 COMPARED = ("ported - retrained", "again - retrained", "retention, accuracy", "retention, loss", "negative flips")
 LEGEND = """\

@@ -30,7 +30,7 @@ from portllm.study.results.markdown import (
 )
 
 if TYPE_CHECKING:
-    from portllm.study.results.table import Spectra, StudyResults, TaskRow
+    from portllm.study.results.rows import Spectra, StudyResults, TaskRow
 
 BEFORE, AFTER = (BASE, PATCHED), (EVOLVED, PORTED, RETRAINED, AGAIN)
 SERIES = {PATCHED: 1, PORTED: 2, RETRAINED: 3, AGAIN: 4}
