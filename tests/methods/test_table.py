@@ -22,7 +22,7 @@ WEIGHTS = frozenset({Need.WEIGHTS})
 
 
 def row(port, *, needs=frozenset(), suits=add_suits):
-    return PortMethod("tried", port, suits, "tried in a test", "none", needs)
+    return PortMethod("tried", port, "tried in a test", "none", needs, suits)
 
 
 def along_the_update(patch, inputs):

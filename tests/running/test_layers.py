@@ -130,6 +130,17 @@ def test_what_is_known_of_a_layer_need_not_be_run_again_and_changes_nothing(tiny
     assert all(one[1].equal(other[1]) for one, other in zip(found, again, strict=True))
 
 
+def test_a_module_that_a_layer_runs_twice_is_refused_where_the_patch_changes_it(tiny, monkeypatch):
+    model = layered(tiny("base"))
+    given = model.arguments(pad_left([[1, 2, 3]], device=CPU))[1]
+    mlp = model.layers[1].mlp
+    monkeypatch.setattr(mlp, "forward", lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.gate_proj(x)))
+    with model.filled(1):
+        assert find_spoken(model, 1, given, tokens=3, changed=["model.layers.1.self_attn.q_proj"])
+        with pytest.raises(CheckpointError, match="gate_proj': is run 2 times in its layer"):
+            find_spoken(model, 1, given, tokens=3, changed=["model.layers.1.mlp.gate_proj"])
+
+
 def made_extra(shape, generator):
     return torch.randn(2, shape[1], generator=generator), torch.randn(shape[0], 2, generator=generator)
 

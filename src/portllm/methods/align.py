@@ -2,8 +2,8 @@
 
 No label and no gradient: forward passes of both models over prompts, and ridge regressions of the size of the rank (see
 `portllm.methods.undoing`, `portllm.methods.refit` and `portllm.methods.tail`). Candidates are fitted on some of the
-prompts, one is chosen by its divergence on others, and how often it answers as the old specialist does is counted on
-the rest.
+prompts, one is chosen by its distance from the old specialist on others, and how often it answers as the old specialist
+does is counted on the rest.
 
 Source: this project; docs/methods/align.md has formulas, measurements and failures.
 """
@@ -36,14 +36,13 @@ TAIL_RANK = 8
 ANCHOR_SHARE = 0.05
 """What a token of general text counts in a correction at the last writer, beside a place of an answer."""
 
-
 MOST_NATS = 0.05
 """What a candidate may cost beyond addition, in nats per token of general text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refit:
-    """How the factors of writers are fitted.
+    """How the factors of modules are fitted.
 
     Attributes:
         rho: Ridge, as a share of the mean square of what A reads.
@@ -101,7 +100,8 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
     found, chosen = climbed.found, climbed.chosen
     gate = float(on(found[OLD_STATES].nats, streams.compared, "choose").mean())
     numbers = evidence(found, chosen.name, streams) | {"head_gate": gate}
-    numbers |= costs(streams, "price", chosen, "general_nats") | costs(streams, "judge", chosen, "loss")
+    told = {"": (None, {}), "_added": (ADD, {}), "_ported": chosen.as_run}
+    numbers |= costs(streams.nats("price", told), "general_nats") | costs(streams.nats("judge", told), "loss")
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
     return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name)
 
@@ -284,8 +284,17 @@ def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> 
     return numbers
 
 
-def costs(streams: Streams, part: Part, chosen: Candidate, name: str) -> dict[str, float]:
-    """Nats a token on rows of a part: of what they are compared with, by addition, and by the choice."""
-    nats = streams.nats(part, {"": (None, {}), "_added": (ADD, {}), "_ported": chosen.as_run})
+def costs(nats: Mapping[str, Tensor], name: str) -> dict[str, float]:
+    """Nats a token on some rows, as the record says them.
+
+    Args:
+        nats: What each row costs what the port is compared with (""), the patch as it was added ("_added"), and the
+            port ("_ported"); nothing where there are no such rows.
+        name: Of the numbers.
+
+    Example:
+        >>> costs({"": torch.tensor([4.0, 5.0]), "_ported": torch.tensor([4.5, 5.5])}, "general_nats")
+        {'general_nats_rows': 2.0, 'general_nats': 4.5, 'general_nats_ported': 5.0}
+    """
     rows = {f"{name}_rows": float(len(next(iter(nats.values()))))} if nats else {}
     return rows | {f"{name}{which}": float(values.mean()) for which, values in nats.items()}

@@ -262,20 +262,20 @@ class PortMethod:
     Attributes:
         id: Stands in `patch.json`; names the method and every parameter that changes its result.
         port: The function.
-        suits: Why the method is known to carry a patch, given the answer of `check` and the numbers that it rests on;
-            None where it is not known to.
         summary: One line for people.
         reference: Paper and equation.
         needs: What it asks for, whatever the patch.
+        suits: Why the method is known to carry a patch, given the answer of `check` and the numbers that it rests on;
+            None where it is not known to.
         refuses: Why it cannot carry a patch, whatever the models; None where it can.
     """
 
     id: str
     port: Callable[[Patch[Values], Inputs], Ported]
-    suits: Callable[[str, Mapping[str, float]], str | None]
     summary: str
     reference: str
     needs: frozenset[Need] = frozenset()
+    suits: Callable[[str, Mapping[str, float]], str | None] = lambda _verdict, _evidence: None
     refuses: Callable[[Patch[Any]], str | None] = lambda _patch: None
 
     def needs_for(self, patch: Patch[Any]) -> frozenset[Need]:

@@ -45,7 +45,6 @@ METHODS: Mapping[str, PortMethod] = {
         PortMethod(
             id="align",
             port=_align,
-            suits=lambda _verdict, _evidence: None,
             summary="undo the update on prompts, and fit the patch to what is left",
             reference="this project, docs/methods/align.md",
             needs=frozenset({Need.STREAMS}),
@@ -53,7 +52,6 @@ METHODS: Mapping[str, PortMethod] = {
         PortMethod(
             id="transport",
             port=_transport,
-            suits=lambda _verdict, _evidence: None,
             summary="take A and B to a model whose units are others, by what both models make of the same text",
             reference="this project, docs/methods/transport.md",
             needs=frozenset({Need.PAIRS, Need.STREAMS}),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.align import ADD, evidence
+from portllm.methods.align import ADD, costs, evidence
 from portllm.methods.basis import input_factor, output_factor
 from portllm.methods.choice import choose, distance, on
 from portllm.methods.contract import Comparison, Inputs, Pair, Ported, Streams
@@ -86,7 +86,7 @@ def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
     tried = {name: Tried.of(name, inputs.streams(each)) for name, each in made.items()}
     chosen = choose({name: _weighed(name, each) for name, each in tried.items()})
     numbers = evidence({name: each.compared for name, each in tried.items()}, chosen, tried[chosen].streams)
-    numbers |= _costs(tried, chosen)
+    numbers |= costs(_told("price", tried, chosen), "general_nats") | costs(_told("loss", tried, chosen), "loss")
     numbers |= {name: max(getattr(each, name) for each in found.values()) for name in ("misread", "left_out")}
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
     return Ported(made[chosen], rounded, ADD if chosen == ADD else None)
@@ -97,12 +97,7 @@ def _weighed(name: str, tried: Tried) -> Tensor:
     return tried.loss[name] if tried.loss else distance(on(tried.compared.nats, tried.streams.compared, "choose"))
 
 
-def _costs(tried: Mapping[str, Tried], chosen: str) -> dict[str, float]:
-    """Nats a token on general text and on rows with right answers, as an aligned port says them."""
-    numbers: dict[str, float] = {}
-    for said, of in (("general_nats", "price"), ("loss", "loss")):
-        added, ported = (getattr(tried[name], of) for name in (ADD, chosen))
-        if added:
-            numbers |= {f"{said}_rows": float(len(added[ADD])), said: float(added[""].mean())}
-            numbers |= {f"{said}_added": float(added[ADD].mean()), f"{said}_ported": float(ported[chosen].mean())}
-    return numbers
+def _told(what: str, tried: Mapping[str, Tried], chosen: str) -> dict[str, Tensor]:
+    """What rows cost the bare model or the old specialist, addition, and the choice; nothing where there are none."""
+    added, ported = (getattr(tried[name], what) for name in (ADD, chosen))
+    return {"": added[""], "_added": added[ADD], "_ported": ported[chosen]} if added else {}

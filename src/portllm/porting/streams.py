@@ -1,8 +1,8 @@
 """The old specialist and what is ported of it, run in step over the same rows, layer by layer from disk.
 
-A layer of one model at a time is in memory: the old specialist's, whose states behind each writer are what the
-candidates are to reach on prompts; the bare evolved model's, whose states are what they are to keep on general text;
-and the evolved model's with the patch added, which the candidates share, each with its own changes at the writers.
+A layer of one model at a time is in memory: the old specialist's, whose states behind each writer, and outputs inside
+the layer, are what the candidates are to reach on prompts; the bare evolved model's, whose are what they are to keep on
+general text; and the evolved model's with the patch added, which the candidates share, each with its own changes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import Extras, Reader, Spoken, Writer, watch
+from portllm.running.writers import Extras, Spoken, Writer, watch
 
 ANSWER_SHARE = 0.001
 """A token to which the old specialist gives less than this, on average, is no answer."""
@@ -91,7 +91,7 @@ class Streams:
         wanted: Share of answers that are to be the old specialist's; None for as many as can be.
         is_drawn: Whether the old specialist drew the prompts.
         unfinished: Where what has been done is kept.
-        extras: By candidate, what was put at writers.
+        extras: By candidate and module, what was put there.
     """
 
     new: LayeredModel
@@ -169,16 +169,10 @@ class Streams:
     def put(self, step: Step, a: Tensor, b: Tensor) -> None:
         """What a candidate has at a module; where nothing comes after it in the layer, its states follow."""
         self.extras.setdefault(step.candidate, {})[step.module] = a, b
-        module = self._modules[step.place]
         for each in self._passing:
             moved = each.x @ a.T.to(each.x) @ b.T.to(each.x)
             if each.after is not None:
                 each.after = each.after + self._last.scale * moved
-            elif isinstance(module, Writer):  # what its input came from is of no more account, and need take no room
-                for reader in self._modules[: step.place]:
-                    if isinstance(reader, Reader) and reader.name in each.known:
-                        said = each.known[reader.name]
-                        each.known[reader.name] = said.new_zeros(()).expand_as(said)
             each.known[step.module] = each.output + moved
 
     def put_by(self, candidate: str) -> Extras:

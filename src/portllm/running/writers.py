@@ -7,6 +7,7 @@ give back what it was given; with one of them saying something known, what is ad
 number, or what a norm of the layer makes of it. What is neither is refused.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def find_spoken(
         changed: What a patch changes.
 
     Raises:
-        CheckpointError: Something else writes, or a writer's output goes an unknown way.
+        CheckpointError: Something else writes, a writer's output goes an unknown way, or one of them is run again.
     """
     layer, name = model.layers[number], model.names[number]
     device = next(layer.parameters()).device
@@ -162,9 +163,12 @@ def find_spoken(
             "or a norm with a bias), which is not supported."
         )
     found: dict[str, Spoken] = {}
-    for module in dict.fromkeys(order):
+    for module, times in Counter(order).items():
         added = spoken(module) if module in candidates else torch.zeros(())
-        if added.abs().max() > TOLERANCE:
+        writes = bool(added.abs().max() > TOLERANCE)
+        if times > 1 and (writes or module in changed):
+            raise CheckpointError(f"'{module}': is run {times} times in its layer, which is not supported.")
+        if writes:
             found[module] = _writer(module, said, added)
         elif module in changed:
             found[module] = Reader(module)

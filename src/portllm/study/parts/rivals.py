@@ -42,13 +42,10 @@ def _truncated(patch: Patch[Values], inputs: Inputs) -> Ported:
 RIVALS: Mapping[str, PortMethod] = {
     rival.id: rival
     for rival in (
-        PortMethod(
-            "random", _random, lambda _verdict, _evidence: None, "add a random patch of the same norm", "control"
-        ),
+        PortMethod("random", _random, "add a random patch of the same norm", "control"),
         PortMethod(
             "random-align",
             _random_align,
-            lambda _verdict, _evidence: None,
             "fit a random patch of the same norm",
             "control",
             frozenset({Need.STREAMS}),
@@ -56,7 +53,6 @@ RIVALS: Mapping[str, PortMethod] = {
         PortMethod(
             "truncated",
             _truncated,
-            lambda _verdict, _evidence: None,
             "the old specialist's weights minus the evolved ones, truncated to the patch's rank",
             "Eckart and Young (1936)",
             frozenset({Need.WEIGHTS}),
