@@ -11,6 +11,7 @@ from portllm.errors import CheckpointError, PlanRefusedError
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.domain import Domain
 from portllm.porting.port import port
+from portllm.running.writing import write_layered
 from portllm.study.parts.control import TwinSettings, make_control
 from tests.language import make_reader
 from tests.models import load_tuned, make_adapter, make_evolved
@@ -44,7 +45,11 @@ def logits(base, adapter):
         return load_tuned(base, adapter, dtype=torch.float64)(UNSEEN).logits
 
 
-def test_a_twin_with_the_ported_patch_answers_as_the_old_specialist_in_peft(portllm, story, tmp_path):
+def test_a_twin_with_the_ported_patch_answers_as_the_old_specialist_in_peft(portllm, story, tmp_path, monkeypatch):
+    wrote = []
+    monkeypatch.setattr(
+        "portllm.porting.domain.write_layered", lambda *a, **how: wrote.append(a) or write_layered(*a, **how)
+    )
     patch = make_adapter(story["base"], tmp_path / "patch", size=0.2, r=5)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "anchors.txt").write_text("\n".join(ANCHORS))
@@ -52,6 +57,7 @@ def test_a_twin_with_the_ported_patch_answers_as_the_old_specialist_in_peft(port
     models = ("--base", story["base"], "--evolved", story["twin"], "--device", "cpu")
     done = portllm("port", patch, *models, "--method", "transport", *texts, "-q", "-o", tmp_path / "out")
     assert done.status == 0, done.err
+    assert len(wrote) == 1, "answers were written again"
     assert re.search(r"not carried +at most 0.00 % of what a module's A reads, and 0.00 % of its B", done.out)
     step = load_patch(tmp_path / "out").record.ports[-1]
     assert step.method == "transport"

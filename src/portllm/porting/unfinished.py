@@ -33,14 +33,18 @@ class Unfinished:
 
     staged: Staged
 
+    def __post_init__(self) -> None:
+        self._written: dict[str, list[Any]] = {}
+
     def written(self, name: str, write: Callable[[], Sequence[object]]) -> list[Any]:
-        """What a model writes, as JSON values, or wrote already."""
-        file = WRITTEN.format(name)
-        if not self._is_whole(file):
-            write_text(self.staged.folder / file, json.dumps(write()))
-            self._finish(file, {})
-        found: list[Any] = json.loads((self.staged.folder / file).read_text(encoding="utf-8"))
-        return found
+        """What a model writes, as JSON values, or wrote already, in this run or an earlier one."""
+        if name not in self._written:
+            file = WRITTEN.format(name)
+            if not self._is_whole(file):
+                write_text(self.staged.folder / file, json.dumps(write()))
+                self._finish(file, {})
+            self._written[name] = json.loads((self.staged.folder / file).read_text(encoding="utf-8"))
+        return self._written[name]
 
     def walked(self, candidates: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
         """How many layers candidates have come through, and what they had there."""
