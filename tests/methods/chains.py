@@ -20,6 +20,7 @@ class Module:
     chains: "TwoChains"
     module: str
     candidate: str
+    same_inputs = False
 
     def blocks(self):
         yield self.chains.block(self.module, self.candidate)

@@ -4,7 +4,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from portllm.methods.undoing import RIDGE, Weighted, undoing
+from portllm.methods.undoing import RIDGE, Span, Weighted
 
 WIDTH, OUT = 12, 9
 
@@ -42,7 +42,7 @@ def test_it_is_the_best_map_of_its_rank():
     root = scipy.linalg.sqrtm(both)
     u, s, v = np.linalg.svd(best @ root)
     for count in (1, 3, OUT):
-        factors = undoing(DRIFT, parted(DOMAIN, WEIGHT), EVERYWHERE, count)
+        factors = Span.of(parted(DOMAIN, WEIGHT), EVERYWHERE).undoing(DRIFT, count)
         expected = (u[:, :count] * s[:count]) @ v[:count] @ np.linalg.inv(root)
         found = (factors.b.double() @ factors.a.double()).numpy()
         np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -50,13 +50,13 @@ def test_it_is_the_best_map_of_its_rank():
 
 
 def test_without_general_text_and_with_rank_enough_the_update_is_undone_on_the_domain():
-    factors = undoing(DRIFT, parted(DOMAIN, WEIGHT), [], WIDTH)
+    factors = Span.of(parted(DOMAIN, WEIGHT), []).undoing(DRIFT, WIDTH)
     moved, left = DOMAIN @ DRIFT.T, DOMAIN @ (DRIFT + factors.b @ factors.a).T
     assert left.norm() < 0.05 * moved.norm()
 
 
 def test_of_a_direction_that_general_text_has_too_less_is_undone():
-    alone, beside = (undoing(DRIFT, parted(DOMAIN, WEIGHT), general, WIDTH) for general in ([], EVERYWHERE))
+    alone, beside = (Span.of(parted(DOMAIN, WEIGHT), general).undoing(DRIFT, WIDTH) for general in ([], EVERYWHERE))
     undone = [(factors.b @ factors.a)[:, :2].norm(dim=0) / DRIFT[:, :2].norm(dim=0) for factors in (alone, beside)]
     assert undone[1][0] < 0.5 * undone[0][0]
     assert undone[1][1] > 0.9 * undone[0][1]
@@ -64,5 +64,5 @@ def test_of_a_direction_that_general_text_has_too_less_is_undone():
 
 def test_without_drift_or_inputs_nothing_is_done():
     for drift, x in ((0 * DRIFT, DOMAIN), (DRIFT, 0 * DOMAIN)):
-        factors = undoing(drift, parted(x, WEIGHT), EVERYWHERE, 3)
+        factors = Span.of(parted(x, WEIGHT), EVERYWHERE).undoing(drift, 3)
         assert (factors.b @ factors.a).abs().max() == 0

@@ -9,6 +9,7 @@ import torch
 
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, PlanRefusedError
+from portllm.methods import align as method
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.domain import Domain
 from portllm.porting.drawn import Drawn
@@ -182,6 +183,47 @@ def test_a_run_that_is_interrupted_goes_on_from_the_layer_it_had_reached_to_the_
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
         ["out", "README.md", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
     )
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """The name of the second refit: all that is built on the first is taken to cost too much."""
+    first, second, *_ = method.REFITS
+    find = method.too_dear
+
+    def dear(nats):
+        return find(nats) | {name for name in nats if name.startswith(first)}
+
+    monkeypatch.setattr(method, "too_dear", dear)
+    return second
+
+
+def test_where_the_first_refit_costs_too_much_the_next_is_what_it_is_alone(story, tmp_path, monkeypatch, second):
+    climbed, alone = [], []
+    ported = align(story, tmp_path / "climbed", progress=lambda label, *rest: climbed.append(label))
+    assert step_of(ported).method.startswith(f"align: {second}")
+    monkeypatch.setattr(method, "REFITS", {second: method.REFITS[second]})
+    align(story, tmp_path / "alone", progress=lambda label, *rest: alone.append(label))
+    assert climbed.count("align") == 2 * alone.count("align")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "climbed" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_in_the_second_refit_comes_to_the_same_bytes(story, tmp_path, second):
+    done = []
+
+    def interrupt(label, n_done, n_all, unit):
+        done.append(label)
+        if done.count("align") == 3:
+            raise KeyboardInterrupt
+
+    align(story, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        align(story, tmp_path / "out", progress=interrupt)
+    align(story, tmp_path / "out")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.slow

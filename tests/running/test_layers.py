@@ -86,6 +86,9 @@ def test_what_a_patch_changes_and_does_not_write_is_found_in_the_order_in_which_
     changed = {"lm_head", "model.layers.0.mlp.up_proj", *(f"model.layers.1.{name}" for name in inside)}
     with model.filled(1):
         spoken = find_spoken(model, 1, given, tokens=3, changed=changed)
+    assert [each.name for each in spoken if isinstance(each, Reader) and each.follows] == [
+        "model.layers.1.self_attn.v_proj"  # is given what q is, and k is not looked at
+    ]
     assert [(each.name.rpartition(".")[2], type(each).__name__) for each in spoken] == [
         ("q_proj", "Reader"),
         ("v_proj", "Reader"),
@@ -174,12 +177,15 @@ def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, kep
     monkeypatch.setattr("portllm.running.writing.KEPT_BYTES", kept_bytes)  # with one byte, each batch alone
 
     base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
-    written = write_layered(
-        layered(base), ROWS, most=6, ends=(2,), pick=lambda logits: logits.argmax(dim=1), batch_size=2
-    )
+    by_layers = layered(base)
+    written = write_layered(by_layers, ROWS, most=6, ends=(2,), pick=lambda logits: logits.argmax(dim=1), batch_size=2)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for row, tokens in zip(ROWS, written, strict=True):
+    logits = torch.split(by_layers.logits(written.states), list(map(len, written.ids)))
+    for row, tokens, ours in zip(ROWS, written.ids, logits, strict=True):
         ids = torch.tensor([row])
+        with torch.no_grad():
+            theirs = model(torch.tensor([[*row, *tokens[:-1]]])).logits[0, len(row) - 1 :]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=2
         )

@@ -8,6 +8,7 @@ does is counted on the rest.
 Source: this project; docs/methods/align.md has formulas, measurements and failures.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +21,7 @@ from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Port
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
 from portllm.methods.tail import Regression, balance, balance_move, logit_moves
-from portllm.methods.undoing import Weighted, undoing
+from portllm.methods.undoing import Span, Weighted
 from portllm.methods.values import Values, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
@@ -61,11 +62,11 @@ class Refit:
 
 
 OMEGA = 0.05
-SETTINGS = ((3.0, 0.5), (3.0, 0.2), (1.0, 0.05))
+SETTINGS = ((1.0, 0.05), (3.0, 0.2), (3.0, 0.5))
 """Ridge, and what a token of general text counts: the more, the less is moved."""
 
 REFITS = {f"refit rho={rho} omega={OMEGA} general={general}": Refit(rho, OMEGA, general) for rho, general in SETTINGS}
-"""The ones that change least come first."""
+"""In the order in which they are tried: what moves most first, which is nearest to the old specialist and dearest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,7 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
         raise ValueError("align was given no streams, which it declares to need")
     start = add(patch, inputs).patch
     streams = inputs.streams(start)
-    climbed = _climbed(streams, start, {}) if streams.wanted is not None else None
-    if climbed is None or _share(climbed.found[climbed.chosen.name], streams.compared) < (streams.wanted or 0.0):
-        climbed = _climbed(streams, start, REFITS)
-    found, chosen = climbed.found, climbed.chosen
+    found, chosen = climbed(streams, start)
     gate = float(on(found[OLD_STATES].nats, streams.compared, "choose").mean())
     numbers = evidence(found, chosen.name, streams) | {"head_gate": gate}
     told = {"": (None, {}), "_added": (ADD, {}), "_ported": chosen.as_run}
@@ -106,19 +104,27 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
     return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Climbed:
-    """What was measured of some candidates, and which of them was chosen."""
+def climbed(streams: Streams, start: Patch[Values]) -> tuple[Mapping[str, Comparison], Candidate]:
+    """Try one refit after the other, until one is chosen or what is wanted is reached; what was found, and the choice.
 
-    found: Mapping[str, Comparison]
-    chosen: Candidate
+    Where a share of answers is wanted, addition is tried alone first.
+    """
+    first, *others = REFITS
+    walks = deque([[ADD, first]] if streams.wanted is None else [[ADD], [first]])
+    walks.extend([other] for other in others)
+    tried: list[Candidate] = []
+    while True:
+        walk = walks.popleft()
+        refit(streams, start, walk)
+        tried += (each for name in walk for each in (Candidate(name, name), *corrected(streams, start, name)))
+        found, chosen = _chosen(streams, tried)
+        is_enough = streams.wanted is not None and _share(found[chosen.name], streams.compared) >= streams.wanted
+        if is_enough or chosen.walked != ADD or not walks:
+            return found, chosen
 
 
-def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> _Climbed:
-    refit(streams, start, refits)
-    candidates = [
-        each for walked in (ADD, *refits) for each in (Candidate(walked, walked), *corrected(streams, start, walked))
-    ]
+def _chosen(streams: Streams, candidates: Sequence[Candidate]) -> tuple[Mapping[str, Comparison], Candidate]:
+    """What is found of candidates, and which of them is taken."""
     by_name = {each.name: each for each in candidates}
     states = {name: moved(streams, each) for name, each in by_name.items()}
     found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
@@ -126,7 +132,7 @@ def _climbed(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]
     losses = streams.nats("judge", {name: each.as_run for name, each in by_name.items()})
     distances = {name: distance(on(found[name].nats, streams.compared, "choose")) for name in by_name}
     affordable = {name: rows for name, rows in (losses or distances).items() if name not in costly}
-    return _Climbed(found, by_name[choose(affordable)])
+    return found, by_name[choose(affordable)]
 
 
 def too_dear(nats: Mapping[str, Tensor]) -> set[str]:
@@ -150,33 +156,36 @@ def _share(compared: Comparison, parts: Sequence[Part]) -> float:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def refit(streams: Streams, start: Patch[Values], refits: Mapping[str, Refit]) -> None:
-    """Fit what every module adds, first to last, with what was fitted before in force.
+def refit(streams: Streams, start: Patch[Values], walk: Sequence[str]) -> None:
+    """Fit what every module adds for some candidates, first to last, with what was fitted before in force.
 
     Each has factors beside the patch's: they undo the update there as far as they can, and are fitted from there on.
     """
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
-    for fitting in streams.walk([ADD, *refits]):
-        delta, how = start.deltas.get(fitting.module), refits.get(fitting.candidate)
+    span: Span | None = None
+    for fitting in streams.walk(walk):
+        delta, how = start.deltas.get(fitting.module), REFITS.get(fitting.candidate)
         if how is None or (delta is None and (like is None or start.experts)):
             continue
         if delta is not None and delta.magnitude is not None:
             continue
         reads = None if delta is None else whole(delta.a).float()
         count = OWN_RANK + (like.rank if delta is None and like else 0)
+        again = fitting.same_inputs
         blocks = [_on_cpu(block) for block in fitting.blocks()]
-        fitting.put(fitted(blocks, how, reads, undone(blocks, how, fitting.drift(), count)))
+        span = span if span is not None and again else spanned(blocks, how)
+        fitting.put(fitted(blocks, how, reads, span.undoing(fitting.drift(), count)))
 
 
-def undone(blocks: Sequence[Block], how: Refit, drift: Tensor, count: int) -> Factors:
-    """What gives the domain back what the update took from it at a module, and leaves general text alone."""
+def spanned(blocks: Sequence[Block], how: Refit) -> Span:
+    """What a module is given, as what undoes the update there takes it: the domain apart from general text."""
     weights = [how.weights(block) for block in blocks]
     of_domain = [block.kind != Kind.GENERAL for block in blocks]
     domain, general = (
         [Weighted(block.x, weight * there) for block, weight, there in zip(blocks, weights, which, strict=True)]
         for which in (of_domain, [~there for there in of_domain])
     )
-    return undoing(drift, domain, general, count)
+    return Span.of(domain, general)
 
 
 def fitted(blocks: Sequence[Block], how: Refit, reads: Tensor | None, own: Factors) -> Factors:

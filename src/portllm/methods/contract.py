@@ -99,6 +99,10 @@ class Fitting(Protocol):
     def candidate(self) -> str:
         """The candidate."""
 
+    @property
+    def same_inputs(self) -> bool:
+        """Whether it is given what the module was whose blocks were taken before, as q, k and v of an attention are."""
+
     def blocks(self) -> "Iterable[Block]":
         """What the candidate gives it, over all that is to be fitted on: prompts, and general text where there is some.
 
@@ -143,7 +147,8 @@ class Streams(Protocol):
     def walk(self, candidates: "Sequence[str]") -> "Iterator[Fitting]":
         """All that writes to the residual stream, and what else the patch changes, in the order in which they speak.
 
-        All of a layer are given out for one candidate, which is run up to each before, then for the next one.
+        All of a layer are given out for one candidate, which is run up to each before, then for the next one. What was
+        walked before stays.
         """
 
     def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":

@@ -40,34 +40,48 @@ class Weighted:
     weight: Float[Tensor, " tokens"]
 
 
-def undoing(
-    drift: Float32[Tensor, "d_out d_in"], domain: Sequence[Weighted], general: Sequence[Weighted], count: int
-) -> Factors:
-    """Factors of the map that undoes a drift on a domain and does nothing on general text.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The inputs of modules that are given the same, in the leading directions of a domain.
 
-    Args:
-        drift: D.
-        domain: Its inputs, some tokens at a time.
-        general: Likewise; may have none.
-        count: Rank k; no more than inputs are wide. Where a lower one does it, the last factors are zeros.
-
-    Example:
-        >>> seen = Weighted(torch.tensor([[1.0, 0.0]]), torch.ones(1))
-        >>> factors = undoing(torch.eye(2), [seen], [], 1)
-        >>> (factors.b @ factors.a).diag()  # of what the domain has, up to the ridge; of what it lacks, nothing
-        tensor([-0.9950,  0.0000])
+    Attributes:
+        basis: These directions, orthonormal.
+        here: S, in them.
+        lower: Cholesky factor of C, in them.
     """
-    basis = leading_directions(domain, SPAN)
-    here, there = _products(domain, basis), _products(general, basis)
-    ridge = max(RIDGE * float(here.trace()) / len(here), torch.finfo(torch.float64).tiny)
-    lower = torch.linalg.cholesky(here + there + ridge * torch.eye(len(here), dtype=torch.float64))
-    best = -torch.cholesky_solve(here @ (drift @ basis).double().T, lower).T
-    seen = best @ lower
-    squares, vectors = torch.linalg.eigh(seen.T @ seen)
-    found = squares.flip(0)[:count]
-    there_is = found > len(found) * torch.finfo(torch.float64).eps * found[:1].clamp(min=0)
-    left = seen @ vectors.flip(1)[:, :count] * torch.where(there_is, found, torch.inf).rsqrt()
-    return Factors((left.T @ best @ basis.T.double()).float(), left.float())
+
+    basis: Float[Tensor, "d_in n"]
+    here: Float64[Tensor, "n n"]
+    lower: Float64[Tensor, "n n"]
+
+    @classmethod
+    def of(cls, domain: Sequence[Weighted], general: Sequence[Weighted]) -> "Span":
+        """Of what the domain and general text give, some tokens at a time; there may be no general text."""
+        basis = leading_directions(domain, SPAN)
+        here, there = _products(domain, basis), _products(general, basis)
+        ridge = max(RIDGE * float(here.trace()) / len(here), torch.finfo(torch.float64).tiny)
+        return cls(basis, here, torch.linalg.cholesky(here + there + ridge * torch.eye(len(here), dtype=here.dtype)))
+
+    def undoing(self, drift: Float32[Tensor, "d_out d_in"], count: int) -> Factors:
+        """Factors of the map that undoes a drift on the domain and does nothing on general text.
+
+        Args:
+            drift: D.
+            count: Rank k; no more than inputs are wide. Where a lower one does it, the last factors are zeros.
+
+        Example:
+            >>> seen = Weighted(torch.tensor([[1.0, 0.0]]), torch.ones(1))
+            >>> factors = Span.of([seen], []).undoing(torch.eye(2), 1)
+            >>> (factors.b @ factors.a).diag()  # of what the domain has, up to the ridge; of what it lacks, nothing
+            tensor([-0.9950,  0.0000])
+        """
+        best = -torch.cholesky_solve(self.here @ (drift @ self.basis).double().T, self.lower).T
+        seen = best @ self.lower
+        squares, vectors = torch.linalg.eigh(seen.T @ seen)
+        found = squares.flip(0)[:count]
+        there_is = found > len(found) * torch.finfo(torch.float64).eps * found[:1].clamp(min=0)
+        left = seen @ vectors.flip(1)[:, :count] * torch.where(there_is, found, torch.inf).rsqrt()
+        return Factors((left.T @ best @ self.basis.T.double()).float(), left.float())
 
 
 def leading_directions(inputs: Sequence[Weighted], count: int) -> Float[Tensor, "d_in n"]:

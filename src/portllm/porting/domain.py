@@ -26,7 +26,7 @@ from portllm.running.folder import model_folder
 from portllm.running.layers import LayeredModel
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.ranges import require_ranges
-from portllm.running.writing import write_layered
+from portllm.running.writing import Written, write_layered
 
 LEAST_PROMPTS = 16
 """A quarter of them is reported on."""
@@ -150,23 +150,16 @@ def _readings(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: 
     encoder = Encoder(load_tokenizer(model_folder(plan.base, progress=domain.progress)), domain.border)
     texts = _texts(old, encoder, domain, unfinished)
     prompts, _ = encode_prompts(encoder, texts, room=domain.max_tokens - domain.answer_tokens)
-    answers, general = (
-        [tuple(ids) for ids in unfinished.written(name, write)]
-        for name, write in (
-            ("answers", lambda: _answers(old, prompts, encoder, domain)),
-            ("general", lambda: _general(bare, encoder, domain)),
-        )
-    )
-    rows = {
-        old: [Rows.answered(prompts, answers, split(texts)), *_judges(texts, encoder, domain)],
-        bare: [Rows.answered([row[:1] for row in general], [row[1:] for row in general], _dealt(len(general)))],
-    }
+    answers = unfinished.written("answers", lambda: _answers(old, prompts, encoder, domain))
+    general, last = _general(bare, encoder, domain, unfinished)
+    rows = [
+        (old, Rows.answered(prompts, answers.ids, split(texts)), answers.states),
+        *((old, each, None) for each in _judges(texts, encoder, domain)),
+        (bare, Rows.answered([row[:1] for row in general], [row[1:] for row in general], _dealt(len(general))), last),
+    ]
     changed = frozenset(patch.deltas)
     return [
-        Reading(each, model, changed, model.device, domain.batch_size)
-        for model, read in rows.items()
-        for each in read
-        if each.ids
+        Reading(each, model, changed, model.device, domain.batch_size, last) for model, each, last in rows if each.ids
     ]
 
 
@@ -180,7 +173,7 @@ def _texts(old: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfi
         how = {"seed": domain.seed, "batch_size": domain.batch_size}
         return draw(old, encoder, drawn, **how, progress=domain.progress)
 
-    texts: list[str] = unfinished.written("prompts", write)
+    texts = unfinished.drawn(write)
     _require_enough(len(texts), "drawn")
     return texts
 
@@ -201,7 +194,7 @@ def _judges(texts: Sequence[str], encoder: Encoder, domain: Domain) -> list[Rows
     return [Rows.answered([row.prompt for row in rows], said, tuple("judge" for _ in rows))]
 
 
-def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, domain: Domain) -> list[Ids]:
+def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, domain: Domain) -> Written:
     """What the old specialist says to each prompt, always the likeliest token."""
     return write_layered(
         model,
@@ -218,23 +211,28 @@ def _dealt(n: int) -> tuple[Part, ...]:
     return tuple(GENERAL[place % len(GENERAL)] for place in range(n))
 
 
-def _general(model: LayeredModel, encoder: Encoder, domain: Domain) -> list[Ids]:
-    """Rows of general text with two tokens at least."""
+def _general(
+    model: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfinished
+) -> tuple[list[Ids], Tensor | None]:
+    """Rows of general text with two tokens at least; the model's last states before each, where it wrote them."""
     if domain.anchors is not None:
         encoded = (encoder.encode_text(text)[:ANCHOR_TOKENS] for text in domain.anchors)
-        return [ids for ids in encoded if len(ids) > 1][:ANCHORS]
+        return [ids for ids in encoded if len(ids) > 1][:ANCHORS], None
     generator = torch.Generator().manual_seed(domain.seed)
 
     def drawn(logits: Tensor) -> Tensor:
         return torch.multinomial(logits.cpu().softmax(dim=1), 1, generator=generator)[:, 0]
 
-    written = write_layered(
-        model,
-        [(encoder.start,)] * ANCHORS,
-        most=WRITTEN_TOKENS,
-        ends=encoder.stops,
-        pick=drawn,
-        batch_size=ANCHORS,
-        progress=domain.progress,
-    )
-    return [(encoder.start, *tokens) for tokens in written if tokens]
+    def write() -> Written:
+        return write_layered(
+            model,
+            [(encoder.start,)] * ANCHORS,
+            most=WRITTEN_TOKENS,
+            ends=encoder.stops,
+            pick=drawn,
+            batch_size=ANCHORS,
+            progress=domain.progress,
+        )
+
+    written = unfinished.written("general", write)
+    return [(encoder.start, *tokens) for tokens in written.ids], written.states

@@ -76,7 +76,7 @@ def draw(
                 progress=progress,
             )
             after = "".join(text for text, is_other in drawn.parts[place + 1 : place + 2] if not is_other)
-            for values, ids in zip(fields, written, strict=True):
+            for values, ids in zip(fields, written.ids, strict=True):
                 values[part] = first_line(encoder.decode(ids), after)
         texts = [text + (values[part] if is_field else part) for text, values in zip(texts, fields, strict=True)]
     whole = (text for text, values in zip(texts, fields, strict=True) if all(values.values()))

@@ -28,6 +28,7 @@ class Reading:
         changed: Modules that a patch changes.
         device: Where layers run.
         batch_size: Rows of a pass.
+        last: Its states behind the last layer at the places, where it wrote the rows itself.
     """
 
     rows: Rows
@@ -35,6 +36,7 @@ class Reading:
     changed: Collection[str]
     device: torch.device
     batch_size: int
+    last: Tensor | None = None
     states: dict[str | None, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     wanted: list[list[Tensor]] = field(default_factory=list)
@@ -77,6 +79,10 @@ class Reading:
             padded[place, width - (stop - start) :] = self.states[name][start:stop]
         return padded.to(self.device)
 
+    def last_states(self, name: str | None) -> Tensor:
+        """The states behind the last layer at the places, once all layers have been run."""
+        return self.last if name is None and self.last is not None else self.states[name][self.rows.places]
+
     def keep(self, name: str | None, batch: Sequence[int], state: Tensor) -> None:
         """The states of a batch behind a layer."""
         self.states[name][self.rows.tokens(batch)] = self.flat(state, batch).cpu()
@@ -97,7 +103,7 @@ class Reading:
         """The model to be reached, through a layer that is filled; what is wanted in each module's place is kept."""
         modules = self.spoken(self.model, number)
         self.wanted = [[] for _ in modules]
-        for batch in (*self.to_fit, *self.others):
+        for batch in (*self.to_fit, *(self.others if self.last is None else ())):
             state = self.state(None, batch)
             found, after = watch(self.model, number, modules, state, self.arguments(self.model, number, batch), {})
             self.keep(None, batch, after)

@@ -21,7 +21,7 @@ from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
-from portllm.running.writers import Extras, Spoken, Writer, watch
+from portllm.running.writers import Extras, Reader, Spoken, Writer, watch
 
 ANSWER_SHARE = 0.001
 """A token to which the old specialist gives less than this, on average, is no answer."""
@@ -41,6 +41,11 @@ class Step:
     place: int
     module: str
     candidate: str
+
+    @property
+    def same_inputs(self) -> bool:
+        """As the contract says."""
+        return self.streams.same_inputs(self)
 
     def blocks(self) -> Iterator[Block]:
         """As the contract says."""
@@ -65,7 +70,8 @@ class Passing:
         batch: The rows.
         wanted: By module that is fitted, in turn.
         known: By module, what a candidate makes it say.
-        x: The input of the module that was looked at last.
+        place: Of the module that was looked at last, in the layer; -1 before the first.
+        x: Its input.
         output: Its output, before what is put there.
         after: The state behind the layer, once its last module was looked at.
     """
@@ -74,6 +80,7 @@ class Passing:
     batch: list[int]
     wanted: list[Tensor]
     known: dict[str, Tensor] = field(default_factory=dict)
+    place: int = -1
     x: Tensor = field(default_factory=lambda: torch.empty(0))
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     after: Tensor | None = None
@@ -137,34 +144,49 @@ class Streams:
                     self._run(number, candidate)
                 self._passing = []
             if number + 1 < n_layers:
-                self.unfinished.keep_walked(number + 1, candidates, self._tensors())
+                self.unfinished.keep_walked(number + 1, candidates, self._tensors(candidates))
             self.progress("align", number + 1, n_layers, "steps")
+
+    def same_inputs(self, step: Step) -> bool:
+        """Whether the module that was looked at last for a candidate is given the same."""
+        since = self._modules[self._passing[0].place + 1 : step.place + 1]
+        return self._passing[0].place >= 0 and all(isinstance(each, Reader) and each.follows for each in since)
 
     def blocks(self, step: Step) -> Iterator[Block]:
         """What a candidate gives a module, and what that lacks."""
-        module, extras = self._modules[step.place], self.put_by(step.candidate)
-        is_last = module is self._last
+        module, look = self._modules[step.place], self._once_more if self.same_inputs(step) else self._look
         for each in self._passing:
-            reading, batch = each.reading, each.batch
-            state, given = reading.state(step.candidate, batch), reading.arguments(self.new, step.number, batch)
-            found, after = watch(
-                self.new,
-                step.number,
-                self._modules,
-                state,
-                given,
-                extras,
-                stop=None if is_last else step.place,
-                known=each.known,
-            )
-            for before, (_, output) in zip(self._modules[: step.place], found, strict=False):
-                state = state + before.added(output)
-            each.x, each.output = found[step.place]
-            each.after = after if is_last and self._last.gain is None else None
-            x, output = (reading.flat(one, batch) for one in found[step.place])
+            before = look(step, each)
+            each.place = step.place
+            x, output = (each.reading.flat(one, each.batch) for one in (each.x, each.output))
             wanted = each.wanted[step.place].to(x.device)
-            error, factor = module.error(wanted, reading.flat(state, batch), output)
-            yield Block(x, error, reading.rows.kinds(batch).to(x.device), factor)
+            error, factor = module.error(wanted, each.reading.flat(before, each.batch), output)
+            yield Block(x, error, each.reading.rows.kinds(each.batch).to(x.device), factor)
+
+    def _look(self, step: Step, each: Passing) -> Tensor:
+        """Run some rows up to a module, behind the last one through the layer; the stream before what it adds."""
+        is_last = self._modules[step.place] is self._last
+        state = each.reading.state(step.candidate, each.batch)
+        found, after = watch(
+            self.new,
+            step.number,
+            self._modules,
+            state,
+            each.reading.arguments(self.new, step.number, each.batch),
+            self.put_by(step.candidate),
+            stop=None if is_last else step.place,
+            known=each.known,
+        )
+        for before, (_, output) in zip(self._modules[: step.place], found, strict=False):
+            state = state + before.added(output)
+        each.x, each.output = found[step.place]
+        each.after = after if is_last and self._last.gain is None else None
+        return state
+
+    def _once_more(self, step: Step, each: Passing) -> Tensor:
+        """Run a reader on what the module before it was given; nothing that it adds is in the stream."""
+        each.output = self.new.module(step.number, step.module)(each.x)
+        return each.x
 
     def put(self, step: Step, a: Tensor, b: Tensor) -> None:
         """What a candidate has at a module; where nothing comes after it in the layer, its states follow."""
@@ -198,7 +220,7 @@ class Streams:
 
     def last_states(self, candidate: str | None) -> Float32[Tensor, "places width"]:
         """As the contract says."""
-        return self.prompts.states[candidate][self.prompts.rows.places]
+        return self.prompts.last_states(candidate)
 
     def last_inputs(self, candidate: str) -> Float32[Tensor, "places d_in"]:
         """As the contract says."""
@@ -281,7 +303,7 @@ class Streams:
         found = {}
         for name, (candidate, tail) in tails.items():
             model = reading.model if candidate is None else self.new
-            state = reading.states[candidate][reading.rows.places][there]
+            state = reading.last_states(candidate)[there]
             for a, b in tail.values():
                 state = state + self._last.scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
             nats = nats_of(model, state, said)
@@ -313,9 +335,11 @@ class Streams:
         """Begin where an earlier run has come to, or before the first layer; how many layers are done."""
         n_done, tensors = self.unfinished.walked(candidates)
         for number, reading in enumerate(self.readings):
-            for place, name in enumerate((None, *candidates)):
-                model = reading.model if name is None else self.new
-                reading.states[name] = self.unfinished.room(f"{number}-{place}", reading.rows.n_tokens, model.width)
+            for name in (None, *candidates):
+                model, n_before = (reading.model if name is None else self.new), len(reading.states)
+                if name not in reading.states:
+                    room = self.unfinished.room(f"{number}-{n_before}", reading.rows.n_tokens, model.width)
+                    reading.states[name] = room
                 if n_done:
                     reading.states[name].copy_(tensors[f"state/{number}/{name or ''}"])
                 else:
@@ -325,17 +349,17 @@ class Streams:
             self.extras.setdefault(candidate, {})[module] = tensors[key], tensors[f"b{key[1:]}"]
         return n_done
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All that the walk goes on from."""
+    def _tensors(self, candidates: Sequence[str]) -> dict[str, Tensor]:
+        """All that their walk goes on from."""
         states = {
-            f"state/{number}/{name or ''}": state
+            f"state/{number}/{name or ''}": reading.states[name]
             for number, reading in enumerate(self.readings)
-            for name, state in reading.states.items()
+            for name in (None, *candidates)
         }
         put = {
             f"{side}/{candidate}/{module}": tensor.cpu().clone(memory_format=torch.contiguous_format)
-            for candidate, extras in self.extras.items()
-            for module, pair in extras.items()
+            for candidate in candidates
+            for module, pair in self.put_by(candidate).items()
             for side, tensor in zip("ab", pair, strict=True)
         }
         return states | put

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +13,10 @@ from portllm.arrays import Float32
 from portllm.files.own_files import write_text
 from portllm.files.seal import digest_file
 from portllm.files.staging import Staged, remove
+from portllm.running.writing import Written
 
-WRITTEN = ".{}.json"
+DRAWN = ".prompts.json"
+WRITTEN = ".{}.safetensors"
 WALK = ".layer-{}.safetensors"
 MAPPED = ".states-{}"
 
@@ -34,16 +35,31 @@ class Unfinished:
     staged: Staged
 
     def __post_init__(self) -> None:
-        self._written: dict[str, list[Any]] = {}
+        self._drawn: list[str] | None = None
+        self._written: dict[str, Written] = {}
 
-    def written(self, name: str, write: Callable[[], Sequence[object]]) -> list[Any]:
-        """What a model writes, as JSON values, or wrote already, in this run or an earlier one."""
+    def drawn(self, draw: Callable[[], list[str]]) -> list[str]:
+        """The prompts that a model draws, or drew already, in this run or an earlier one."""
+        if self._drawn is None:
+            if not self._is_whole(DRAWN):
+                write_text(self.staged.folder / DRAWN, json.dumps(draw()))
+                self._finish(DRAWN, {})
+            self._drawn = [str(text) for text in json.loads((self.staged.folder / DRAWN).read_text(encoding="utf-8"))]
+        return self._drawn
+
+    def written(self, name: str, write: Callable[[], Written]) -> Written:
+        """What a model writes, or wrote already, likewise."""
         if name not in self._written:
             file = WRITTEN.format(name)
             if not self._is_whole(file):
-                write_text(self.staged.folder / file, json.dumps(write()))
+                found = write()
+                ids = torch.tensor([token for row in found.ids for token in row], dtype=torch.int64)
+                lengths = torch.tensor([len(row) for row in found.ids])
+                save_file({"ids": ids, "lengths": lengths, "states": found.states}, self.staged.folder / file)
                 self._finish(file, {})
-            self._written[name] = json.loads((self.staged.folder / file).read_text(encoding="utf-8"))
+            kept = load_file(self.staged.folder / file)
+            rows = torch.split(kept["ids"], kept["lengths"].tolist())
+            self._written[name] = Written([tuple(row.tolist()) for row in rows], kept["states"])
         return self._written[name]
 
     def walked(self, candidates: Sequence[str]) -> tuple[int, dict[str, Tensor]]:

@@ -90,9 +90,11 @@ class Reader:
 
     Attributes:
         name: Its name in the model.
+        follows: Whether it is given what the module before it is given, the very tensor.
     """
 
     name: str
+    follows: bool = False
 
     def added(self, output: Float32[Tensor, "... d_out"]) -> Float32[Tensor, ""]:
         """What it adds to the residual stream: nothing."""
@@ -141,14 +143,16 @@ def find_spoken(
     device = next(layer.parameters()).device
     state, said = torch.randn(2, 1, tokens, model.width, generator=torch.Generator().manual_seed(number)).to(device)
     order: list[str] = []
+    inputs: dict[str, Tensor] = {}
     linear = {f"{name}.{inner}": module for inner, module in layer.named_modules() if width_of(module)}
     candidates = {name for name, module in linear.items() if width_of(module) == model.width}
 
     def spoken(speaker: str | None) -> Tensor:
         """What the layer adds where one module alone speaks."""
 
-        def output(name: str, _: nn.Module, __: tuple[Tensor, ...], ___: Tensor) -> Tensor | None:
+        def output(name: str, _: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Tensor | None:
             order.append(name)
+            inputs.setdefault(name, given[0])
             if name not in candidates:
                 return None
             return said if name == speaker else torch.zeros_like(said)
@@ -163,6 +167,7 @@ def find_spoken(
             "or a norm with a bias), which is not supported."
         )
     found: dict[str, Spoken] = {}
+    before: Tensor | None = None
     for module, times in Counter(order).items():
         added = spoken(module) if module in candidates else torch.zeros(())
         writes = bool(added.abs().max() > TOLERANCE)
@@ -171,7 +176,9 @@ def find_spoken(
         if writes:
             found[module] = _writer(module, said, added)
         elif module in changed:
-            found[module] = Reader(module)
+            found[module] = Reader(module, follows=inputs[module] is before)
+        if module in found:
+            before = inputs[module]
     last = max((place for place, each in enumerate(found.values()) if isinstance(each, Writer)), default=-1)
     return list(found.values())[: last + 1]
 

@@ -1,6 +1,7 @@
 """What a model writes while one layer at a time is in memory; keys and values of tokens before are kept by layer."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,19 @@ Pick = Callable[[Float32[Tensor, "rows vocabulary"]], Int64[Tensor, " rows"]]
 
 KEPT_BYTES = 1 << 30
 """Of keys and values at a time, were every head to have its own; the layers are read again for further prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a model wrote.
+
+    Attributes:
+        ids: After each prompt.
+        states: Behind the last layer, from which each token was picked; text after text.
+    """
+
+    ids: list[tuple[int, ...]]
+    states: Float32[Tensor, "tokens width"]
 
 
 class _Kept:
@@ -59,7 +73,7 @@ def write_layered(
     pick: Pick,
     batch_size: int,
     progress: Progress = silent,
-) -> list[tuple[int, ...]]:
+) -> Written:
     """The tokens that a model writes after each prompt, with the end mark where it comes to one.
 
     Args:
@@ -76,24 +90,28 @@ def write_layered(
         for batch in batches(list(map(len, prompts)), batch_size=batch_size)
     )
     written: list[list[int]] = [[] for _ in prompts]
+    states: list[list[Tensor]] = [[] for _ in prompts]
     together = _together(model, groups, most)
     n_turns = len(together)
     for turn in range(n_turns):
         several = together.pop(0)  # what it keeps goes with it
         for number in range(most):
-            logits = model.logits(_step(model, several))
-            for group, part in zip(several, torch.split(logits, [len(group.rows) for group in several]), strict=True):
-                tokens = pick(part)
-                for row, token in zip(group.rows, tokens.tolist(), strict=True):
+            last = _step(model, several)
+            sizes = [len(group.rows) for group in several]
+            parts = zip(torch.split(last.cpu(), sizes), torch.split(model.logits(last), sizes), strict=True)
+            for group, (behind, logits) in zip(several, parts, strict=True):
+                tokens = pick(logits)
+                for row, state, token in zip(group.rows, behind, tokens.tolist(), strict=True):
                     if not (written[row] and written[row][-1] in ends):
                         written[row].append(token)
+                        states[row].append(state)
                 group.go_on(tokens.to(model.device))
             progress("write answers", turn * most + number + 1, n_turns * most, "steps")
             several = [group for group in several if any(written[row][-1] not in ends for row in group.rows)]
             if not several:
                 progress("write answers", (turn + 1) * most, n_turns * most, "steps")
                 break
-    return [tuple(tokens) for tokens in written]
+    return Written([tuple(tokens) for tokens in written], torch.stack([state for row in states for state in row]))
 
 
 def _together(model: LayeredModel, groups: Iterable[_Group], most: int) -> list[list[_Group]]:
