@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from portllm.checking.answers import answers_about
 from portllm.checking.chain import chain_of
 from portllm.checking.delta.measures import ChangeMeasures, measure_changes, summed
 from portllm.checking.delta.places import place_patch
@@ -184,6 +185,7 @@ def check_patch(
         measured,
         gap,
         place_patch(changes, measured, known.report.cells) if places else None,
+        answers=None if drift is None or verdict.method == "transport" else answers_about(drift.relative.value),
         chain=chain,
     )
     return with_forecast(known.report, report)

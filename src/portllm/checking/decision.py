@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from portllm.checking.answers import Answers
 from portllm.checking.forecast_model import Expected
 from portllm.checking.report import CheckReport, PatchReport
 from portllm.checking.tables import verdict_counts
 from portllm.checking.verdict import Answer, Reason
 from portllm.show.headline import Headline, Tone, command_line
-from portllm.show.names import patch_name, short_name
+from portllm.show.names import method_name, patch_name, short_name
 from portllm.show.numbers import percent
 
 TONES: Mapping[Answer, Tone] = {
@@ -50,6 +51,8 @@ def decide(patch: PatchReport, evolved: str, *, checked: Checked | None = None, 
     reasons = [_reason(reason) if thresholds else reason.text for reason in patch.verdict.reasons]
     if patch.forecast is not None:
         reasons.append(_forecast(patch.forecast))
+    if patch.answers is not None:
+        reasons.append(_answers(patch.answers))
     reasons += [f"Note: {remark}." for remark in patch.verdict.remarks]
     other_input = any(reason.is_of_input for reason in patch.verdict.reasons)
     action = OTHER_INPUT if other_input else ACTIONS[answer]
@@ -101,6 +104,15 @@ def _forecast(expected: Expected) -> str:
         for target, said in sorted(expected.forecasts.items(), key=lambda item: item[1].low)
     )
     return f"If it goes as on updates of {expected.shipped.base}, it keeps of retraining's gain: {told}."
+
+
+def _answers(seen: Answers) -> str:
+    """How many of the old answers ports kept on like updates, by method."""
+    told = " and ".join(
+        f"{percent(mean, digits=0)} by {method_name(method)} ({percent(least, digits=0)} at least)"
+        for method, (least, mean) in seen.kept.items()
+    )
+    return f"On updates about as far, {seen.n} patches of {', '.join(seen.bases)} kept of the old answers: {told}."
 
 
 def _next(patch: PatchReport, checked: Checked) -> tuple[str, str]:

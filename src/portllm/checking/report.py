@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from portllm.checking.answers import Answers
 from portllm.checking.chain import Chain
 from portllm.checking.delta.measures import ChangeMeasures, summed
 from portllm.checking.delta.places import PlacedDelta
@@ -35,6 +36,8 @@ class PatchReport:
         places: Its size by layer and module; None if not requested.
         text: Measures on prompts; None if there were none, or the patch does not match.
         forecast: Expected retention; None where measures are missing.
+        answers: What became of old answers on updates that moved the weights about as far; None where too few were
+            measured.
         chain: Its way from the base that it was trained on; None if it was not ported before.
     """
 
@@ -48,6 +51,7 @@ class PatchReport:
     places: Mapping[TensorPlace, PlacedDelta] | None = None
     text: TextMeasures | None = None
     forecast: Expected | None = None
+    answers: Answers | None = None
     chain: Chain | None = None
 
     @property
@@ -132,6 +136,7 @@ def patch_to_json(patch: PatchReport) -> dict[str, object]:
             for place, found in patch.places.items()
         ],
         "forecast": None if patch.forecast is None else patch.forecast.to_json(),
+        "answers": None if patch.answers is None else patch.answers.to_json(),
         "since_training": None
         if patch.chain is None
         else patch.chain.to_json() | {"drift": _drift(patch.chain.measured)},

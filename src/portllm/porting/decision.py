@@ -7,11 +7,8 @@ from portllm.matching.port_plan import PortPlan
 from portllm.patch.record import PortStep
 from portllm.porting.text import shown_tokens, trained_tokens_lost
 from portllm.show.headline import Headline, Tone, command_line
-from portllm.show.names import patch_name, short_name
+from portllm.show.names import method_name, patch_name, short_name
 from portllm.show.numbers import percent
-
-NAMES = {"add": "addition"}
-"""Methods that have a word of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ def decide(plan: PortPlan, step: PortStep | None, *, wanted: float, named: Named
         named: Names for the next command.
     """
     done = "Would port" if step is None else "Ported"
-    method = NAMES.get(plan.method.id, plan.method.id)
+    method = method_name(plan.method.id)
     text = f"{done} {patch_name(plan.patch.name)} to {short_name(plan.target.name)} by {method}"
     tone, said = _judged(plan, step, wanted)
     lost = trained_tokens_lost(plan)

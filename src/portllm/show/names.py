@@ -22,5 +22,15 @@ def patch_name(given: str) -> str:
     return _last(given)
 
 
+def method_name(method: str) -> str:
+    """The word for a port method, for those that have one of their own.
+
+    Example:
+        >>> method_name("add"), method_name("align")
+        ('addition', 'align')
+    """
+    return {"add": "addition"}.get(method, method)
+
+
 def _last(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2] or path
