@@ -75,7 +75,7 @@ layers: $(DEV)
 
 docs: $(DEV)
 	@echo '== docs'
-	@$(BIN)/python scripts/gen_docs.py --check
+	@$(BIN)/python -m scripts.gen_docs --check
 
 tests: $(DEV)
 	@echo '== tests'

@@ -2,7 +2,7 @@
 
     portllm study run studies/forecast-smollm2.toml --data DATA
     python -m scripts.fit_forecast studies/forecast-smollm2.toml
-    python scripts/gen_docs.py
+    python -m scripts.gen_docs
 
 The first takes its time, and goes on where it was stopped; the second writes `src/portllm/checking/forecast.json` from
 what is done: coefficients, the cells that they were fitted on, and how well base pairs are forecast that were left out.

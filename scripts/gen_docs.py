@@ -1,7 +1,7 @@
 """Write the pages of docs/ that come from the code: commands, families, adapters, forecast, an example of a patch.
 
-    python scripts/gen_docs.py            write them
-    python scripts/gen_docs.py --check    exit with 1 if a page is stale
+    python -m scripts.gen_docs            write them
+    python -m scripts.gen_docs --check    exit with 1 if a page is stale
 
 The text depends on the code alone: fixed width, no color, nothing from the machine.
 """
@@ -21,6 +21,7 @@ import typer
 from safetensors.numpy import save_file
 
 from portllm.cli.main import app
+from scripts.align_table import tables
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -212,6 +213,11 @@ def render_slopes(name: str, forecaster: Any) -> str:
     )
 
 
+def render_align() -> str:
+    """The page `methods/align.md`, with what its study measured."""
+    return filled("methods/align.md", MEASURED_START, MEASURED_END, "\n\n".join(table(*each) for each in tables()))
+
+
 def render_serve() -> str:
     """The page `how-to/serve.md`, with the runtimes that a patch can be exported for."""
     from portllm.serving.runtime import Form, runtimes
@@ -399,6 +405,7 @@ PAGES = {
     "families.md": render_families,
     "forecast.md": render_forecast,
     "how-to/serve.md": render_serve,
+    "methods/align.md": render_align,
     "patch-format.md": render_patch_format,
 }
 
@@ -417,7 +424,7 @@ def main() -> int:
         if not check:
             page.write_text(text, encoding="utf-8")
     if check and stale:
-        print(f"stale: {', '.join(stale)}; run: python scripts/gen_docs.py", file=sys.stderr)
+        print(f"stale: {', '.join(stale)}; run: python -m scripts.gen_docs", file=sys.stderr)
     return 1 if check and stale else 0
 
 

@@ -144,7 +144,8 @@ def test_every_how_to_is_linked_from_the_readme():
 
 def test_the_generated_pages_are_up_to_date():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "gen_docs.py", "--check"],
+        [sys.executable, "-m", "scripts.gen_docs", "--check"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

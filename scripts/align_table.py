@@ -1,0 +1,100 @@
+"""What was measured of aligned ports, as the tables of docs/methods/align.md: from the study's committed results."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from portllm.show.numbers import percent
+
+FILE = Path(__file__).parents[1] / "studies" / "results" / "align-smollm2.json"
+
+HEAD = (
+    "task",
+    "update",
+    "method",
+    "divergence",
+    "prompts answered alike",
+    "general text",
+    "labels as the old specialist's",
+    "accuracy",
+)
+
+Row = tuple[str, ...]
+
+
+def tables() -> tuple[tuple[Row, list[Row]], tuple[Row, list[Row]]]:
+    """By patch and method, and means by update; each a head and its rows."""
+    results = json.loads(FILE.read_text(encoding="utf-8"))
+    drifts = {model["evolution"]: model["drift"] for model in results["models"]}
+    methods = list(dict.fromkeys(row["method"] for row in results["tasks"]))
+    cells = {(row["evolution"], row["task"], row["method"]): row for row in results["tasks"]}
+    order = sorted({(drifts[row["evolution"]], row["evolution"]) for row in results["tasks"]})
+    tasks = list(dict.fromkeys(row["task"] for row in results["tasks"]))
+    every: list[Row] = []
+    for drift, evolution in order:
+        for task in tasks:
+            by_method = {method: cells[evolution, task, method] for method in methods}
+            every += _patch(task, f"{evolution}, {percent(drift, digits=2)}", by_method)
+    head = (
+        "update",
+        *(f"labels, {method}" for method in methods),
+        *(f"accuracy, {name}" for name in (*methods, "retrained")),
+    )
+    means = [
+        (
+            f"{evolution}, {percent(drift, digits=2)}",
+            *_means([[cells[evolution, task, method]["agreement"]["value"] for task in tasks] for method in methods]),
+            *_means([[_accuracy(cells[evolution, task, method], "ported") for task in tasks] for method in methods]),
+            *_means([[_accuracy(cells[evolution, task, methods[0]], "retrained") for task in tasks]]),
+        )
+        for drift, evolution in order
+    ]
+    return (HEAD, every), (head, means)
+
+
+def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
+    """A patch on an update, by each method, and trained again."""
+    found = by_method["align"]["measured"]
+    ended = {"add": "_added", "align": ""}
+    rows: list[Row] = []
+    for method, row in by_method.items():
+        there = method in ended
+        end = ended.get(method, "")
+        nats = found["general_nats_added" if method == "add" else "general_nats_ported"]
+        rows.append(
+            (
+                "" if rows else task,
+                "" if rows else update,
+                method,
+                f"{found[f'divergence{end}']:.3f}" if there else "",
+                _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))) if there else "",
+                f"{nats:.2f}" if there else "",
+                _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
+                percent(_accuracy(row, "ported")),
+            )
+        )
+    row = by_method["align"]
+    bare = f"{found['general_nats']:.2f}"
+    beside = (
+        ("retrained with labels", "", "retrained"),
+        ("no patch", bare, "evolved"),
+        ("before the update", "", "patched"),
+    )
+    return [
+        *rows,
+        *(("", "", name, "", "", nats, "", percent(_accuracy(row, model))) for name, nats, model in beside),
+    ]
+
+
+def _accuracy(row: Any, model: str) -> float:
+    return float(row["scored"][model]["accuracy"]["value"])
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{percent(value)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _means(shares: Sequence[Sequence[float]]) -> list[str]:
+    return [percent(fmean(each)) for each in shares]
