@@ -43,6 +43,10 @@ def place(tmp_path_factory):
     patch = capture_adapter(load_patch(adapter), base=open_checkpoint(base), out=here / "patch")
     merge(patch, into=base, out=here / "merged")
     port(patch, evolved=here / "evolved", out=here / "ported")
+    for seed in (0, 1):
+        how = {"method": "train", "settings": {"seed": seed}, "out": here / f"seed-{seed}"}
+        trained = capture_adapter(load_patch(adapter), base=open_checkpoint(base), **how)
+        port(trained, evolved=here / "evolved", out=here / f"ported-{seed}")
     (here / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
     shutil.copytree(base, here / "team" / "models" / "base")
     shutil.copytree(adapter, here / "team" / "tickets")
@@ -170,6 +174,7 @@ def test_the_message_names_the_cause_and_the_way_out(arguments, named, place, po
     [
         ("evolved", "patch", "base", "ported", "the two are swapped. Pass --base base --evolved evolved."),
         ("base", "ported", "evolved", "patch", "it is the ported patch. Pass --patch patch --ported ported."),
+        ("base", "seed-0", "evolved", "ported-1", "ported-1 was not ported from seed-0: by their records"),
     ],
 )
 def test_what_was_given_for_each_other_is_told_in_one_line(

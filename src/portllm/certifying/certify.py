@@ -30,7 +30,7 @@ from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.evaluating.decision import points_text
-from portllm.evaluating.plan import model_refusals, swapped, trained_on
+from portllm.evaluating.plan import confused, model_refusals, trained_on
 from portllm.files.output_folder import check_apart, check_free, staged_folder
 from portllm.files.seal import digest_file
 from portllm.files.source import Source
@@ -212,7 +212,7 @@ def plan_certify(
     specialist = Side(identify(base), _files(patch))
     after = Side(identify(successor), None if ported is None else _files(ported))
     if not allow_other_base:
-        refuse(swapped(patch, ported, specialist.model, after.model))
+        refuse(confused(patch, () if ported is None else (ported,), specialist.model, after.model))
     for model in (base, successor):
         check_runnable(model)
     refusals = list(

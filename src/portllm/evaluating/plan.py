@@ -72,7 +72,7 @@ def plan_evaluation(
     """The folders to compare, every fit checked; arguments and errors as for `evaluate`."""
     old, new = identify(base), identify(evolved)
     if not allow_other_base:
-        refuse(swapped(patch, ported, old, new))
+        refuse(confused(patch, (ported, *rivals), old, new))
     refusals = list(model_refusals("--patch", patch, base, old, evolved=new, allow_other_base=allow_other_base))
     pairs = [("--ported", each) for each in (ported, *rivals)]
     pairs += [] if retrained is None else [("--retrained", retrained)]
@@ -108,20 +108,27 @@ def _method(ported: Patch[TensorInfo]) -> str:
     return ported.record.ports[-1].method.partition(":")[0]
 
 
-def swapped(
-    patch: Patch[TensorInfo], ported: Patch[TensorInfo] | None, base: ModelIdentity, evolved: ModelIdentity
+def confused(
+    patch: Patch[TensorInfo], ports: Sequence[Patch[TensorInfo]], base: ModelIdentity, evolved: ModelIdentity
 ) -> list[Refusal]:
-    """That two models, or two patches, were given for each other; of what follows from it nothing need be said."""
+    """That models or patches were given for others; of what follows from it nothing need be said.
+
+    Args:
+        patch: The patch of the base.
+        ports: What it is said to have become on the evolved model.
+        base: Identity of the base.
+        evolved: Identity of the evolved model.
+    """
     belongs = None if patch.record is None else patch.record.base.fingerprint
     if patch.record is None or belongs != evolved.fingerprint or belongs == base.fingerprint:
-        return []
+        return [_of_another(patch, each) for each in ports if not _is_of(patch, each)]
     steps = patch.record.ports[-1:]
-    if ported is not None and steps and steps[0].source.fingerprint == base.fingerprint:
+    if ports and steps and steps[0].source.fingerprint == base.fingerprint:
         return [
             Refusal(
                 "--patch",
                 f"{patch.name} was ported from {base.name} to {evolved.name}: it is the ported patch. Pass --patch "
-                f"{ported.name} --ported {patch.name}.",
+                f"{ports[0].name} --ported {patch.name}.",
             )
         ]
     return [
@@ -131,6 +138,22 @@ def swapped(
             f"the two are swapped. Pass --base {evolved.name} --evolved {base.name}.",
         )
     ]
+
+
+def _is_of(patch: Patch[TensorInfo], ported: Patch[TensorInfo]) -> bool:
+    """Whether a patch may have been ported from another, by what both record of their making; an adapter knows none."""
+    captures = [each.record.capture for each in (patch, ported) if each.record is not None]
+    known = [capture for capture in captures if capture.method != "adapter"]
+    return len(known) < 2 or known[0] == known[1]
+
+
+def _of_another(patch: Patch[TensorInfo], ported: Patch[TensorInfo]) -> Refusal:
+    return Refusal(
+        "--ported",
+        f"{ported.name} was not ported from {patch.name}: by their records, they were made in different ways. Pass "
+        "--patch what it was ported from, or --allow-other-base to compare them all the same. What was trained on the "
+        "evolved model goes to portllm evaluate --retrained.",
+    )
 
 
 def model_refusals(
