@@ -257,10 +257,10 @@ def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won
 
     won = "of 4 ports, 3 level with retraining in accuracy, 0 ahead"
     lost = "1 behind (1 by more than another seed of retraining is)"
-    counted = f"add: {won}, {lost}; for 4 more, retraining learns nothing that could be kept."
+    counted = f"add: {won}, {lost}; for 4 more, retraining learns nothing that could be kept"
     assert counted in render_page(with_scores(change, tasks=("a", "b-c"), evolutions=("chain", "old")))
     nothing = with_scores(lambda step, found: as_right(found, 0.5))
-    assert "add: retraining learns nothing that any of 1 ports could keep." in render_page(nothing)
+    assert "add: retraining learns nothing that any of 1 ports could keep" in render_page(nothing)
 
 
 def test_a_method_beside_addition_says_by_how_much_it_is_better():
@@ -269,8 +269,15 @@ def test_a_method_beside_addition_says_by_how_much_it_is_better():
     assert [row.over_add and row.over_add.value for row in results.tasks] == [None, pytest.approx(0.3)]
     page = render_page(results)
     assert "| old 1, align | +30.0 [" in page
-    assert "; against addition +30.0 points on average, better for 1 of 1, worse for 0." in page
+    assert "; against addition +30.0 points on average, better for 1 of 1, worse for 0" in page
     assert page.count("against addition") == 1
+    kept = [100 * row.agreement.value for row in results.tasks]
+    assert [
+        f"; {share:.1f} % of the rows answered as by base + patch ({share:.1f} at least)" in page for share in kept
+    ] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(("ported", "beyond"), [(0.6, 1), (0.75, 0)])

@@ -143,8 +143,16 @@ def outcome_lines(rows: "Sequence[TaskRow]") -> list[str]:
     lines = []
     for method in dict.fromkeys(row.method for row in rows):
         of_method = [row for row in rows if row.method == method]
-        lines.append(f"{method}: {outcomes_text(of_method)}{_over_addition(of_method)}")
+        lines.append(f"{method}: {outcomes_text(of_method)}{_over_addition(of_method)}{_kept(of_method)}")
     return lines
+
+
+def _kept(rows: "Sequence[TaskRow]") -> str:
+    """How many rows are answered as before the update, on average and at least: what was to be carried, right or wrong."""
+    found = [row.agreement.value for row in rows if row.agreement is not None]
+    if not found:
+        return ""
+    return f"; {100 * fmean(found):.1f} % of the rows answered as by base + patch ({100 * min(found):.1f} at least)"
 
 
 def _over_addition(rows: "Sequence[TaskRow]") -> str:
