@@ -148,7 +148,7 @@ def outcome_lines(rows: "Sequence[TaskRow]") -> list[str]:
 
 
 def _kept(rows: "Sequence[TaskRow]") -> str:
-    """How many rows are answered as before the update, on average and at least: what was to be carried, right or wrong."""
+    """How many rows are answered as before the update, on average and at least: right and wrong answers alike."""
     found = [row.agreement.value for row in rows if row.agreement is not None]
     if not found:
         return ""
