@@ -2,11 +2,13 @@
 
     python -m scripts.gather_answers
 
-Writes `src/portllm/checking/answers.json`, which `portllm check` reads, from all that is in `studies/results`.
+Writes `src/portllm/checking/answers.json`, which `portllm check` reads, from what is in `studies/results`. Only tasks
+count whose answers are chosen among a few; whole texts hardly ever stay the same to the last word.
 """
 
 import json
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ OUT = ROOT / "src" / "portllm" / "checking" / "answers.json"
 METHODS = ("add", "align")
 
 
-def gather(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The patches of a study that each method has carried, and whose answers were compared."""
+def gather(results: dict[str, Any], left_out: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """The patches of a study that each method has carried, and whose answers were compared, but those of some tasks."""
     rows = [row for row in results["tasks"] if row.get("agreement") and "sampled_drift" in (row.get("measured") or {})]
+    rows = [row for row in rows if row["task"] not in left_out]
     by_patch: dict[str, dict[str, Any]] = {}
     for row in rows:
         by_patch.setdefault(f"{row['task']} on {row['evolution']}.{row['link']}", {})[row["method"]] = row
@@ -35,9 +38,14 @@ def gather(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def render() -> str:
     """The text of the file: a line for each patch."""
-    files = sorted(RESULTS.glob("*.json"))
-    studies = [values for file in files if "tasks" in (values := json.loads(file.read_text(encoding="utf-8")))]
-    lines = ",\n ".join(json.dumps(cell) for results in studies for cell in gather(results))
+    cells = []
+    for study in sorted((ROOT / "studies").glob("*.toml")):
+        file = RESULTS / f"{study.stem}.json"
+        if file.exists():
+            tasks = tomllib.loads(study.read_text(encoding="utf-8"))["tasks"]
+            written = [name for name, task in tasks.items() if "max_new_tokens" in task]
+            cells += gather(json.loads(file.read_text(encoding="utf-8")), written)
+    lines = ",\n ".join(map(json.dumps, cells))
     return f"[\n {lines}\n]\n"
 
 

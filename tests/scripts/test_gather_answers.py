@@ -22,5 +22,6 @@ def test_a_patch_counts_where_both_methods_carried_it_and_its_answers_were_compa
     whole = [row("add"), row("align", agreement={"value": 0.9}), row("distilled")]
     alone = [row("add", task="alone")]
     unknown = [row("add", task="unknown"), row("align", task="unknown", agreement=None)]
-    (cell,) = gather({"base": "m", "tasks": [*whole, *alone, *unknown]})
+    written = [row("add", task="text"), row("align", task="text")]
+    (cell,) = gather({"base": "m", "tasks": [*whole, *alone, *unknown, *written]}, ["text"])
     assert cell == {"base": "m", "patch": "labels on text.1", "drift": 0.01, "kept": {"add": 0.75, "align": 0.9}}
