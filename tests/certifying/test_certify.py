@@ -234,7 +234,7 @@ def test_the_rows_that_the_patch_was_trained_on_are_refused(story, questions, ru
         record = read_record(folder)
         capture = structs.replace(record.capture, settings={**record.capture.settings, "data": data})
         write_record(folder, structs.replace(record, capture=capture))
-    with pytest.raises(PlanRefusedError, match=r"--data: is the file that .* was trained on"):
+    with pytest.raises(PlanRefusedError, match=r"--data: is the file that .*ported was trained on"):
         run(questions, patch=load_patch(tmp_path / "patch"), ported=load_patch(tmp_path / "ported"))
     assert not (tmp_path / "certificate").exists()
 

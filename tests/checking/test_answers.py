@@ -22,6 +22,7 @@ def test_patches_count_whose_weights_drifted_by_a_third_to_three_times_as_much()
 def test_of_too_few_patches_nothing_is_said():
     assert answers_about(0.03, carried(*[0.03] * FEWEST)) is not None
     assert answers_about(0.03, carried(*[0.03] * (FEWEST - 1))) is None
+    assert answers_about(shipped()[0].drift, []) is None
 
 
 def test_what_comes_with_the_program_has_every_patch_by_both_methods():

@@ -68,7 +68,8 @@ def answers_about(drift: float, carried: Sequence[Carried] | None = None) -> Ans
         >>> answers_about(0.02, seen).kept["add"], answers_about(0.05, seen)
         ((0.5, 0.5), None)
     """
-    found = [each for each in carried or shipped() if drift / ABOUT <= each.drift <= drift * ABOUT]
+    known = shipped() if carried is None else carried
+    found = [each for each in known if drift / ABOUT <= each.drift <= drift * ABOUT]
     if len(found) < FEWEST:
         return None
     by_method = {method: [each.kept[method] for each in found] for method in found[0].kept}
