@@ -49,7 +49,7 @@ def check(patch, models, **how):
 def test_three_short_updates_are_not_three_times_a_short_one(way):
     models, patches = way
     alone = [check(patch, models[n : n + 2]).patches[0] for n, patch in enumerate(patches)]
-    assert [report.verdict.answer for report in alone] == [Answer.HOLDS, Answer.HOLDS, Answer.UNCERTAIN]
+    assert [report.verdict.answer for report in alone] == [Answer.HOLDS, Answer.HOLDS, Answer.HOLDS_ALIGNED]
     assert "over 3 updates" in alone[2].verdict.reasons[0].text
     assert f"--trained-on {models[0]}" in alone[2].verdict.reasons[0].text
 

@@ -42,10 +42,32 @@ def test_beyond_what_was_measured_it_is_uncertain():
     assert "portllm evaluate" in verdict.reasons[0].text
 
 
-def test_an_interval_on_both_sides_of_the_threshold_asks_for_a_full_reading():
-    verdict = judge(Measures(**{**NEAR, "drift": drifted(0.00099, error=0.0001)}))
-    assert verdict.answer is Answer.UNCERTAIN
-    assert "--full" in verdict.reasons[0].text
+@pytest.mark.parametrize(
+    ("drift", "is_plain", "answer"),
+    [
+        (0.0011, True, Answer.HOLDS_ALIGNED),
+        (0.01, True, Answer.HOLDS_ALIGNED),
+        (0.0101, True, Answer.UNCERTAIN),
+        (0.0011, False, Answer.UNCERTAIN),
+    ],
+)
+def test_beyond_addition_ports_by_align_hold_up_to_a_drift_where_the_patch_is_of_lora_alone(drift, is_plain, answer):
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(drift), is_plain=is_plain))
+    assert (verdict.answer, verdict.method) == (answer, "align")
+    assert verdict.reasons[0].threshold is (thresholds.ALIGNED_DRIFT if is_plain else thresholds.SHORT_DRIFT)
+    assert ("a port by align" in verdict.reasons[0].text) is is_plain
+
+
+@pytest.mark.parametrize(
+    ("drift", "error", "answer"),
+    [(0.00099, 0.0001, Answer.HOLDS_ALIGNED), (0.0099, 0.001, Answer.UNCERTAIN), (0.02, 0.0001, Answer.UNCERTAIN)],
+)
+def test_an_interval_on_both_sides_of_a_threshold_counts_as_beyond_it_and_points_to_a_full_reading(
+    drift, error, answer
+):
+    verdict = judge(Measures(**{**NEAR, "drift": drifted(drift, error=error)}))
+    assert verdict.answer is answer
+    assert ("--full" in verdict.reasons[0].text) is (drift < 0.01)
 
 
 @pytest.mark.parametrize("far", [Lineage.INDEPENDENT, Lineage.UNRELATED])
@@ -119,6 +141,13 @@ def test_answers_that_begin_otherwise_put_a_patch_in_doubt(drift, answer):
 def test_answers_that_begin_alike_take_no_doubt_away(drift):
     verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(drift)))
     assert with_answers(verdict, agreement=1.0, n_prompts=100) == verdict
+
+
+def test_answers_that_addition_loses_are_no_doubt_about_a_port_by_align():
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(0.005)))
+    doubted = with_answers(verdict, agreement=0.2, n_prompts=100)
+    assert doubted.answer is Answer.HOLDS_ALIGNED
+    assert "by addition, 20 % of 100 answers begin as" in " ".join(reason.text for reason in doubted.reasons)
 
 
 def test_what_will_not_hold_does_not_become_uncertain_by_its_answers():

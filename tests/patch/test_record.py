@@ -6,6 +6,7 @@ import re
 import pytest
 from msgspec.structs import replace
 
+from portllm.checking.verdict import Answer
 from portllm.files.record import encode
 from portllm.files.typed import decode
 from portllm.patch.record import Capture, Choice, ModelIdentity, PatchRecord, PortStep
@@ -58,6 +59,13 @@ def test_a_method_that_was_chosen_keeps_its_reason_in_json():
         "forced": False,
     }
     assert read(value) == record
+
+
+@pytest.mark.parametrize("answer", [answer for answer in Answer if answer is not Answer.CANNOT_BE_PORTED])
+def test_every_verdict_that_leaves_a_port_possible_can_be_read_again(answer):
+    choice = Choice(str(answer), "so it was found", (), is_forced=False)
+    record = replace(RECORD, ports=(replace(RECORD.ports[0], choice=choice),))
+    assert read(encode(record)) == record
 
 
 def test_a_record_from_before_revisions_were_kept_is_one_without():

@@ -155,6 +155,7 @@ def check_patch(
     stored_as = Counter(pair.evolved.dtype for _, pair in changes.values()).most_common(1)
     verdict = judge(
         Measures(
+            is_plain=patch.is_plain_lora,
             lineage={
                 kind: known.report.kinds[kind].lineage
                 for kind in sorted({place.kind for place in changed} & known.report.kinds.keys())

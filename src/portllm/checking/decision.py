@@ -14,6 +14,7 @@ from portllm.show.numbers import percent
 
 TONES: Mapping[Answer, Tone] = {
     Answer.HOLDS: "good",
+    Answer.HOLDS_ALIGNED: "doubt",
     Answer.UNCERTAIN: "doubt",
     Answer.WILL_NOT_HOLD: "bad",
     Answer.CANNOT_BE_PORTED: "bad",
@@ -21,6 +22,7 @@ TONES: Mapping[Answer, Tone] = {
 
 ACTIONS: Mapping[Answer, str] = {
     Answer.HOLDS: "port it as it is",
+    Answer.HOLDS_ALIGNED: "port it by align, on prompts of its own kind",
     Answer.UNCERTAIN: "measure it before you ship it",
     Answer.WILL_NOT_HOLD: "fit it to the new base, or train it again",
     Answer.CANNOT_BE_PORTED: "train it again, or remove what is in the way",

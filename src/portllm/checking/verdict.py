@@ -1,9 +1,9 @@
 """Decide whether a patch will hold on the evolved model. Pure: measures in, a verdict and its reasons out.
 
 The rules are few and cautious: between a short continuation, where plain addition was seen to hold, and another model,
-where it is known to fail, some patches keep all of their gain and others lose it. What lies between is uncertain, and
-the reasons say which threshold decided and who measured it. An estimate counts with its 95 % interval: it must be on
-one side with all of it.
+where it is known to fail, some patches keep all of their gain and others lose it. Up to ten times as far as addition,
+ports by align were seen to hold. What lies beyond is uncertain, and the reasons say which threshold decided and who
+measured it. An estimate counts with its 95 % interval: it must be on one side with all of it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +14,12 @@ from portllm.checking.chain import Chain
 from portllm.checking.update.config_changes import ConfigChange, Effect
 from portllm.checking.update.lineage import Lineage
 from portllm.errors import Refusal
-from portllm.measures.estimate import DriftEstimate
+from portllm.measures.estimate import DriftEstimate, SampledEstimate
 from portllm.measures.overlap import DriftShare
 from portllm.measures.thresholds import (
     AGREEMENT,
     ALIGNED_COSINE,
+    ALIGNED_DRIFT,
     CONTINUATION_COSINE,
     INDEPENDENT_COSINE,
     KEPT_GAIN,
@@ -33,6 +34,7 @@ class Answer(StrEnum):
     """Verdicts, from best to worst."""
 
     HOLDS = "holds"
+    HOLDS_ALIGNED = "holds aligned"
     UNCERTAIN = "uncertain"
     WILL_NOT_HOLD = "will not hold"
     CANNOT_BE_PORTED = "cannot be ported"
@@ -82,6 +84,8 @@ class Verdict:
         match self.answer:
             case Answer.HOLDS:
                 return "add"
+            case Answer.HOLDS_ALIGNED:
+                return "align"
             case Answer.CANNOT_BE_PORTED:
                 return None
             case _ if any(reason.threshold is INDEPENDENT_COSINE for reason in self.reasons):
@@ -96,6 +100,7 @@ class Measures:
 
     Attributes:
         refusals: Why the patch cannot be ported at all.
+        is_plain: Whether the patch is made of LoRA deltas alone; only of these are aligned ports known to hold.
         lineage: Of the matrices that the patch changes, by kind of module.
         drift: Of these matrices; None where none could be compared.
         broken: Tensors that hold an infinity or NaN.
@@ -113,6 +118,7 @@ class Measures:
     """
 
     refusals: tuple[Refusal, ...] = ()
+    is_plain: bool = True
     lineage: Mapping[str, Lineage] | None = None
     drift: DriftEstimate | None = None
     broken: tuple[str, ...] = ()
@@ -141,7 +147,7 @@ def judge(measures: Measures) -> Verdict:
 
 
 def with_answers(verdict: Verdict, *, agreement: float, n_prompts: int) -> Verdict:
-    """The verdict that follows when prompts were run: they can put a patch in doubt, and take no doubt away.
+    """The verdict that follows when prompts were run: they can put addition in doubt, and take no doubt away.
 
     That answers begin alike says nothing of how they go on, and nothing of answers that should be other ones now.
 
@@ -153,12 +159,15 @@ def with_answers(verdict: Verdict, *, agreement: float, n_prompts: int) -> Verdi
     Example:
         >>> verdict = Verdict(Answer.HOLDS, (Reason(Answer.HOLDS, "the weights hardly moved."),))
         >>> with_answers(verdict, agreement=0.52, n_prompts=64).reasons[0].text
-        "52 % of 64 answers begin as the old specialist's do. Measure it: portllm evaluate."
+        "by addition, 52 % of 64 answers begin as the old specialist's do. Measure it: portllm evaluate."
     """
     if agreement >= AGREEMENT.value:
         return verdict
-    begun = f"{_percent(agreement)} of {n_prompts} answers begin as the old specialist's do."
-    doubt = Reason(Answer.UNCERTAIN, f"{begun} Measure it: portllm evaluate.", AGREEMENT)
+    begun = f"by addition, {_percent(agreement)} of {n_prompts} answers begin as the old specialist's do."
+    if verdict.answer is Answer.HOLDS_ALIGNED:
+        doubt = Reason(Answer.HOLDS_ALIGNED, begun, AGREEMENT)
+    else:
+        doubt = Reason(Answer.UNCERTAIN, f"{begun} Measure it: portllm evaluate.", AGREEMENT)
     return _verdict((doubt, *verdict.reasons), verdict.remarks)
 
 
@@ -177,7 +186,7 @@ def _reasons(measures: Measures) -> Iterator[Reason]:
     for name in measures.broken:
         yield Reason(Answer.WILL_NOT_HOLD, f"{name}: contains an infinity or NaN; a training run diverged.")
     yield from _of_lineage(measures)
-    yield from _of_chain(measures.chain)
+    yield from _of_chain(measures)
     yield from _of_direction(measures)
     for change in measures.config_changes:
         if change.effect is Effect.FUNCTION:
@@ -239,37 +248,48 @@ def _of_lineage(measures: Measures) -> Iterator[Reason]:
             SHORT_DRIFT,
         )
     else:
-        straddles = drift.relative.low <= SHORT_DRIFT.value
-        yield Reason(
-            Answer.UNCERTAIN,
-            f"the weights that the patch changes drifted by {_percent(drift.relative.value)} of their norm; plain "
-            f"addition is known to hold up to {_percent(SHORT_DRIFT.value)}; beyond that, some patches keep their "
-            "gain and others lose it. "
-            + (
-                "The estimate is too uncertain to decide: --full reads every weight."
-                if straddles
-                else "Measure it: portllm evaluate."
-            ),
-            SHORT_DRIFT,
-        )
+        moved = f"the weights that the patch changes drifted by {_percent(drift.relative.value)} of their norm"
+        yield _of_distance(drift.relative, moved, is_plain=measures.is_plain)
 
 
-def _of_chain(chain: Chain | None) -> Iterator[Reason]:
+def _of_distance(drift: SampledEstimate, moved: str, *, is_plain: bool, better: str | None = None) -> Reason:
+    """What follows from how far the weights moved, where addition is not known to carry a patch that far.
+
+    Args:
+        drift: How far.
+        moved: The same in words.
+        is_plain: As in `Measures`.
+        better: The option with which the distance itself is measured, where this is a bound on it.
+    """
+    limits = [SHORT_DRIFT, ALIGNED_DRIFT] if is_plain else [SHORT_DRIFT]
+    known = f"plain addition is known to hold up to {_percent(SHORT_DRIFT.value)}"
+    if is_plain:
+        known += f", a port by align up to {_percent(ALIGNED_DRIFT.value)}"
+    if better is None and any(drift.low <= limit.value < drift.high for limit in limits):
+        better = "--full"
+    if is_plain and drift.high <= ALIGNED_DRIFT.value:
+        told = f" Whether addition holds too, {better} may tell." if better else ""
+        return Reason(Answer.HOLDS_ALIGNED, f"{moved}; {known}.{told}", ALIGNED_DRIFT)
+    told = f"{better} measures the drift itself." if better else "Measure it: portllm evaluate."
+    return Reason(
+        Answer.UNCERTAIN,
+        f"{moved}; {known}; beyond that, some patches keep their gain and others lose it. {told}",
+        limits[-1],
+    )
+
+
+def _of_chain(measures: Measures) -> Iterator[Reason]:
     """What speaks against a patch that was ported before, though this update alone may be short."""
+    chain = measures.chain
     if chain is None:
         return
-    first, since = chain.trained_on.name, chain.measured
+    first, since, bound = chain.trained_on.name, chain.measured, chain.at_most
+    moved = f"since {first}, on which it was trained, the weights that the patch changes"
     if since is not None:
         if since.relative.high > SHORT_DRIFT.value:
-            yield Reason(
-                Answer.UNCERTAIN,
-                f"since {first}, on which it was trained, the weights that the patch changes drifted by "
-                f"{_percent(since.relative.value)} of their norm; plain addition is known to hold up to "
-                f"{_percent(SHORT_DRIFT.value)}. Measure it: portllm evaluate.",
-                SHORT_DRIFT,
-            )
-        return
-    if (bound := chain.at_most) is None:
+            far = f"{moved} drifted by {_percent(since.relative.value)} of their norm"
+            yield _of_distance(since.relative, far, is_plain=measures.is_plain)
+    elif bound is None:
         hop = chain.unmeasured[0]
         yield Reason(
             Answer.UNCERTAIN,
@@ -279,13 +299,9 @@ def _of_chain(chain: Chain | None) -> Iterator[Reason]:
             SHORT_DRIFT,
         )
     elif bound > SHORT_DRIFT.value:
-        yield Reason(
-            Answer.UNCERTAIN,
-            f"since {first}, on which it was trained, the weights that the patch changes may have drifted by up to "
-            f"{_percent(bound)} of their norm over {len(chain.hops)} updates; plain addition is known to hold up to "
-            f"{_percent(SHORT_DRIFT.value)}. Measure all of it: --trained-on {first}.",
-            SHORT_DRIFT,
-        )
+        far = f"{moved} may have drifted by up to {_percent(bound)} of their norm over {len(chain.hops)} updates"
+        better = f"--trained-on {first}"
+        yield _of_distance(SampledEstimate(bound), far, is_plain=measures.is_plain, better=better)
 
 
 def _of_direction(measures: Measures) -> Iterator[Reason]:

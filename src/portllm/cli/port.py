@@ -97,11 +97,11 @@ def port(
     """Port patches to an evolved model. They stay adapters; only headers and samples are read.
 
     Weights are read only for tensors that a patch stores in full; these need --base. --method auto reads a few
-    megabytes of both models, as check does: a patch that will not hold is refused, an uncertain one is ported with a
-    warning. --method align runs both models on unlabeled prompts, one layer at a time (docs/methods/align.md); with
-    auto and --text, only if addition does not keep enough of the answers. --method transport does so for a model that
-    computes much the same with other units (docs/methods/transport.md). Several patches each get a subfolder of the
-    output; one that fails does not stop the others.
+    megabytes of both models, as check does: a patch that will not hold is refused, one that is not known to hold by
+    addition is ported with a warning. --method align runs both models on unlabeled prompts, one layer at a time
+    (docs/methods/align.md); with auto and --text, only if addition does not keep enough of the answers. --method
+    transport does so for a model that computes much the same with other units (docs/methods/transport.md). Several
+    patches each get a subfolder of the output; one that fails does not stop the others.
     """
     from portllm.checkpoint.open import open_checkpoint
     from portllm.cli.progress import shown_progress

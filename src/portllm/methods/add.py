@@ -43,7 +43,7 @@ def add_suits(answer: str, _evidence: Mapping[str, float]) -> str | None:
     match answer:
         case "holds":
             return "addition is known to hold"
-        case "uncertain":
+        case "holds aligned" | "uncertain":
             return "addition may hold; nothing measured rules it out"
         case _:
             return None

@@ -91,7 +91,7 @@ class Choice(Recorded, frozen=True):
         is_forced: Whether it was ported against the verdict.
     """
 
-    verdict: Annotated[str, one_of("holds", "uncertain", "will not hold")]
+    verdict: Annotated[str, one_of("holds", "holds aligned", "uncertain", "will not hold")]
     reason: Text
     findings: tuple[Text, ...]
     is_forced: bool = field(name="forced")

@@ -59,6 +59,8 @@ def _judged(plan: PortPlan, step: PortStep | None, wanted: float) -> tuple[Tone,
     match plan.choice.verdict:
         case Answer.HOLDS:
             return "good", ", which is known to hold for so short an update"
+        case Answer.HOLDS_ALIGNED:
+            return "doubt", "; only a port by align is known to hold this far, so measure it before you ship it"
         case Answer.UNCERTAIN:
             return "doubt", "; whether it holds is uncertain, so measure it before you ship it"
         case verdict:

@@ -13,6 +13,7 @@ from portllm.patch.folders import Outcome
 from portllm.patch.patch import Patch
 from portllm.patch.record import PortStep
 from portllm.show.headline import Headline, command_line, headline_lines
+from portllm.show.names import method_name
 from portllm.show.numbers import counted, percent
 from portllm.show.printable import one_line
 from portllm.show.table import columns, items, table
@@ -203,4 +204,7 @@ def port_warnings(plan: PortPlan, *, judged: bool) -> Iterator[str]:
             "such tokens. To keep them, add the tokens to its tokenizer, resize it, and port again."
         )
     if judged and plan.nothing is None and plan.choice is not None and plan.choice.verdict != Answer.HOLDS:
-        yield f"warning: {plan.patch.name}: {plan.choice.verdict}; measure the ported patch with 'portllm evaluate'."
+        how = f" and was ported by {method_name(plan.method.id)}" if plan.choice.verdict == Answer.HOLDS_ALIGNED else ""
+        yield (
+            f"warning: {plan.patch.name}: {plan.choice.verdict}{how}; measure the ported patch with 'portllm evaluate'."
+        )
