@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,15 +308,18 @@ def test_too_few_rows_with_answers_that_are_left_to_choose_by_are_refused(story,
         align(story, tmp_path / "out", answered=rows)
 
 
-def test_large_states_lie_on_disk_and_change_nothing(story, tmp_path, monkeypatch):
-    monkeypatch.setattr("portllm.porting.unfinished.MAPPED_BYTES", 0)
-    there = []
+def test_what_lies_on_disk_has_no_name_and_changes_nothing(story, tmp_path, monkeypatch):
+    monkeypatch.setattr("portllm.running.spool.MAPPED_BYTES", 0)
+    there, mapped = [], []
 
     def look(label, n_done, n_all, unit):
-        there.append(list(tmp_path.rglob(".states-*")))
+        there.extend(tmp_path.rglob(".spool-*"))
+        maps = Path("/proc/self/maps")
+        mapped.append(maps.exists() and ".spool-" in maps.read_text())
 
     align(story, tmp_path / "out", progress=look)
-    assert there[-1], "no state was mapped"
+    assert not there
+    assert any(mapped) is Path("/proc/self/maps").exists()
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
         ["out", "README.md", "adapter_model.safetensors", "adapter_config.json", "patch.json"]
     )

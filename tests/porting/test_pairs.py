@@ -12,6 +12,7 @@ from portllm.porting.reading import Reading
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import silent
 from portllm.running.layers import LayeredModel
+from portllm.running.spool import Spool
 from tests.language import make_reader
 from tests.models import SEVEN, make_evolved
 
@@ -38,7 +39,8 @@ def pairs_of(models, modules=MODULES, ids=IDS):
         LayeredModel(folder, PatchedWeights(open_checkpoint(folder), None), device=device, longest=32)
         for folder in models
     ]
-    reading = Reading(Rows(ids, (1, 1), ("fit", "fit"), (0, 0)), layered[0], modules, device, 2)
+    rows, spool = Rows(ids, (1, 1), ("fit", "fit"), (0, 0)), Spool(models[0].parent)
+    reading = Reading(rows, layered[0], modules, device, 2, spool)
     return {pair.module: pair for pair in Pairs(*layered, [reading], silent).over(modules)}
 
 

@@ -11,6 +11,7 @@ from portllm.patch.adapter_folder import load_patch
 from portllm.porting.weights import PatchedWeights
 from portllm.running.encoding import pad_left
 from portllm.running.layers import LayeredModel
+from portllm.running.spool import Spool
 from portllm.running.writers import Reader, find_spoken, watch
 from portllm.running.writing import write_layered
 
@@ -168,17 +169,20 @@ def test_a_model_whose_weights_lack_a_tensor_of_a_layer_is_refused_by_its_name(t
         pass
 
 
-@pytest.mark.parametrize(("kind", "kept_bytes"), [("llama", 1 << 30), ("llama", 1), ("gpt2", 1 << 30)])
-def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, kept_bytes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "room", "mapped_bytes"), [("llama", 1 << 30, 1 << 30), ("llama", 1, 0), ("gpt2", 1 << 30, 0)]
+)
+def test_what_is_written_layer_by_layer_is_what_transformers_generates(kind, room, mapped_bytes, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     from tests.models import make_base
 
-    monkeypatch.setattr("portllm.running.writing.KEPT_BYTES", kept_bytes)  # with one byte, each batch alone
-
+    monkeypatch.setattr("portllm.running.writing.SPOOLED_BYTES", room)  # with one byte, each batch alone
+    monkeypatch.setattr("portllm.running.spool.MAPPED_BYTES", mapped_bytes)  # with none, all on disk
     base = make_base(tmp_path / "base", kind=kind, dtype=torch.float32)
     by_layers = layered(base)
-    written = write_layered(by_layers, ROWS, most=6, ends=(2,), pick=lambda logits: logits.argmax(dim=1), batch_size=2)
+    how = {"most": 6, "ends": (2,), "pick": lambda logits: logits.argmax(dim=1), "batch_size": 2}
+    written = write_layered(by_layers, ROWS, **how, spool=Spool(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     logits = torch.split(by_layers.logits(written.states), list(map(len, written.ids)))
     for row, tokens, ours in zip(ROWS, written.ids, logits, strict=True):

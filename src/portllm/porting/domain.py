@@ -26,6 +26,7 @@ from portllm.running.folder import model_folder
 from portllm.running.layers import LayeredModel
 from portllm.running.model import Device, choose_device, load_tokenizer
 from portllm.running.ranges import require_ranges
+from portllm.running.spool import Spool
 from portllm.running.writing import Written, write_layered
 
 LEAST_PROMPTS = 16
@@ -150,7 +151,7 @@ def _readings(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: 
     encoder = Encoder(load_tokenizer(model_folder(plan.base, progress=domain.progress)), domain.border)
     texts = _texts(old, encoder, domain, unfinished)
     prompts, _ = encode_prompts(encoder, texts, room=domain.max_tokens - domain.answer_tokens)
-    answers = unfinished.written("answers", lambda: _answers(old, prompts, encoder, domain))
+    answers = unfinished.written("answers", lambda: _answers(old, prompts, encoder, domain, unfinished.spool()))
     general, last = _general(bare, encoder, domain, unfinished)
     rows = [
         (old, Rows.answered(prompts, answers.ids, split(texts)), answers.states),
@@ -159,7 +160,9 @@ def _readings(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: 
     ]
     changed = frozenset(patch.deltas)
     return [
-        Reading(each, model, changed, model.device, domain.batch_size, last) for model, each, last in rows if each.ids
+        Reading(each, model, changed, model.device, domain.batch_size, unfinished.spool(), last)
+        for model, each, last in rows
+        if each.ids
     ]
 
 
@@ -171,7 +174,7 @@ def _texts(old: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfi
 
     def write() -> list[str]:
         how = {"seed": domain.seed, "batch_size": domain.batch_size}
-        return draw(old, encoder, drawn, **how, progress=domain.progress)
+        return draw(old, encoder, drawn, **how, spool=unfinished.spool(), progress=domain.progress)
 
     texts = unfinished.drawn(write)
     _require_enough(len(texts), "drawn")
@@ -194,7 +197,7 @@ def _judges(texts: Sequence[str], encoder: Encoder, domain: Domain) -> list[Rows
     return [Rows.answered([row.prompt for row in rows], said, tuple("judge" for _ in rows))]
 
 
-def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, domain: Domain) -> Written:
+def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, domain: Domain, spool: Spool) -> Written:
     """What the old specialist says to each prompt, always the likeliest token."""
     return write_layered(
         model,
@@ -203,6 +206,7 @@ def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, doma
         ends=encoder.stops,
         pick=lambda logits: logits.argmax(dim=1),
         batch_size=domain.batch_size,
+        spool=spool,
         progress=domain.progress,
     )
 
@@ -231,6 +235,7 @@ def _general(
             ends=encoder.stops,
             pick=drawn,
             batch_size=ANCHORS,
+            spool=unfinished.spool(),
             progress=domain.progress,
         )
 

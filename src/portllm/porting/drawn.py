@@ -17,6 +17,7 @@ from portllm.progress import Progress
 from portllm.running.encoding import Encoder
 from portllm.running.layers import LayeredModel
 from portllm.running.ranges import require_ranges
+from portllm.running.spool import Spool
 from portllm.running.writing import write_layered
 
 FIELD_TOKENS = 48
@@ -44,7 +45,14 @@ class Drawn:
 
 
 def draw(
-    model: LayeredModel, encoder: Encoder, drawn: Drawn, *, seed: int, batch_size: int, progress: Progress
+    model: LayeredModel,
+    encoder: Encoder,
+    drawn: Drawn,
+    *,
+    seed: int,
+    batch_size: int,
+    spool: Spool,
+    progress: Progress,
 ) -> list[str]:
     """The prompts, in the order in which they were drawn.
 
@@ -54,6 +62,7 @@ def draw(
         drawn: What is to be drawn.
         seed: Of the draws.
         batch_size: Prompts of a pass.
+        spool: Where keys and values lie.
         progress: Told of the tokens written.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +82,7 @@ def draw(
                 ends=ends,
                 pick=drawn_token,
                 batch_size=batch_size,
+                spool=spool,
                 progress=progress,
             )
             after = "".join(text for text, is_other in drawn.parts[place + 1 : place + 2] if not is_other)

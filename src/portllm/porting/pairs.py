@@ -54,7 +54,7 @@ class Pairs:
         step = self._step(by_layer)
         for reading in self.readings:
             for name, model in self._models:
-                reading.states[name] = torch.empty(reading.rows.n_tokens, model.width)
+                reading.states[name] = reading.spool.room(name, reading.rows.n_tokens, model.width)
                 reading.begin(name, model)
         for number, inside in enumerate(by_layer):
             before, after = (self._through(name, model, number, inside, step) for name, model in self._models)

@@ -10,6 +10,7 @@ from portllm.methods.contract import Part
 from portllm.porting.prompts import Rows
 from portllm.running.encoding import PaddedBatch, batches, pad_left
 from portllm.running.layers import Arguments, LayeredModel
+from portllm.running.spool import Spool
 from portllm.running.writers import Spoken, find_spoken, watch
 
 FITTED: tuple[Part, ...] = ("fit", "anchor")
@@ -28,6 +29,7 @@ class Reading:
         changed: Modules that a patch changes.
         device: Where layers run.
         batch_size: Rows of a pass.
+        spool: Where lies what is wanted in each module's place.
         last: Its states behind the last layer at the places, where it wrote the rows itself.
     """
 
@@ -36,6 +38,7 @@ class Reading:
     changed: Collection[str]
     device: torch.device
     batch_size: int
+    spool: Spool
     last: Tensor | None = None
     states: dict[str | None, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -108,8 +111,9 @@ class Reading:
             found, after = watch(self.model, number, modules, state, self.arguments(self.model, number, batch), {})
             self.keep(None, batch, after)
             if batch in self.to_fit:
-                for kept, module, (_, output) in zip(self.wanted, modules, found, strict=True):
-                    kept.append(self.flat(module.wanted(state, output), batch).cpu())
+                for place, (module, (_, output)) in enumerate(zip(modules, found, strict=True)):
+                    wanted = self.flat(module.wanted(state, output), batch).cpu()
+                    self.wanted[place].append(self.spool.keep((place, batch[0]), wanted))
                     state = state + module.added(output)
 
     def spoken(self, model: LayeredModel, number: int) -> list[Spoken]:

@@ -7,6 +7,7 @@ general text; and the evolved model's with the patch added, which the candidates
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
@@ -21,6 +22,7 @@ from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
 from portllm.running.layers import LayeredModel
+from portllm.running.spool import give_back_freed
 from portllm.running.writers import Extras, Reader, Spoken, Writer, watch
 
 ANSWER_SHARE = 0.001
@@ -59,6 +61,7 @@ class Step:
     def put(self, factors: Factors) -> None:
         """As the contract says."""
         self.streams.put(self, factors.a.float(), factors.b.float())
+        give_back_freed()
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Passing:
     Attributes:
         reading: What they are of.
         batch: The rows.
+        number: Among all that pass.
         wanted: By module that is fitted, in turn.
         known: By module, what a candidate makes it say.
         place: Of the module that was looked at last, in the layer; -1 before the first.
@@ -78,6 +82,7 @@ class Passing:
 
     reading: Reading
     batch: list[int]
+    number: int
     wanted: list[Tensor]
     known: dict[str, Tensor] = field(default_factory=dict)
     place: int = -1
@@ -113,6 +118,7 @@ class Streams:
     def __post_init__(self) -> None:
         self._modules: list[Spoken] = []
         self._passing: list[Passing] = []
+        self._spool = self.unfinished.spool()
         self._likely: Tensor | None = None
 
     @property
@@ -129,22 +135,25 @@ class Streams:
             for reading in self.readings:
                 with reading.model.filled(number):
                     reading.run_wanted(number)
+                give_back_freed()
             if number == n_layers - 1:
                 self._aim()
             with self.new.filled(number):
                 self._modules = self.prompts.spoken(self.new, number)
                 for candidate in candidates:
+                    batches = ((reading, *each) for reading in self.readings for each in enumerate(reading.to_fit))
                     self._passing = [
-                        Passing(reading, batch, [of[place] for of in reading.wanted])
-                        for reading in self.readings
-                        for place, batch in enumerate(reading.to_fit)
+                        Passing(reading, batch, number_of, [of[place] for of in reading.wanted])
+                        for number_of, (reading, place, batch) in enumerate(batches)
                     ]
                     for place, module in enumerate(self._modules):
                         yield Step(self, number, place, module.name, candidate)
                     self._run(number, candidate)
+                    give_back_freed()
                 self._passing = []
             if number + 1 < n_layers:
-                self.unfinished.keep_walked(number + 1, candidates, self._tensors(candidates))
+                put, states = self._put_in(number, candidates), self._states(candidates)
+                self.unfinished.keep_walked(number + 1, candidates, put, states)
             self.progress("align", number + 1, n_layers, "steps")
 
     def same_inputs(self, step: Step) -> bool:
@@ -161,7 +170,12 @@ class Streams:
             x, output = (each.reading.flat(one, each.batch) for one in (each.x, each.output))
             wanted = each.wanted[step.place].to(x.device)
             error, factor = module.error(wanted, each.reading.flat(before, each.batch), output)
+            x, error = self._kept(each, "x by token", x), self._kept(each, "error", error)
             yield Block(x, error, each.reading.rows.kinds(each.batch).to(x.device), factor)
+
+    def _kept(self, each: Passing, name: str, values: Tensor) -> Tensor:
+        """What is kept of some rows, until the same of another module or candidate takes its place."""
+        return self._spool.keep((name, each.number), values)
 
     def _look(self, step: Step, each: Passing) -> Tensor:
         """Run some rows up to a module, behind the last one through the layer; the stream before what it adds."""
@@ -179,13 +193,13 @@ class Streams:
         )
         for before, (_, output) in zip(self._modules[: step.place], found, strict=False):
             state = state + before.added(output)
-        each.x, each.output = found[step.place]
+        each.x, each.output = map(partial(self._kept, each), ("x", "output"), found[step.place])
         each.after = after if is_last and self._last.gain is None else None
         return state
 
     def _once_more(self, step: Step, each: Passing) -> Tensor:
         """Run a reader on what the module before it was given; nothing that it adds is in the stream."""
-        each.output = self.new.module(step.number, step.module)(each.x)
+        each.output = self._kept(each, "output", self.new.module(step.number, step.module)(each.x))
         return each.x
 
     def put(self, step: Step, a: Tensor, b: Tensor) -> None:
@@ -195,7 +209,7 @@ class Streams:
             moved = each.x @ a.T.to(each.x) @ b.T.to(each.x)
             if each.after is not None:
                 each.after = each.after + self._last.scale * moved
-            each.known[step.module] = each.output + moved
+            each.known[step.module] = self._kept(each, f"known {step.place}", each.output + moved)
 
     def put_by(self, candidate: str) -> Extras:
         """As the contract says."""
@@ -249,6 +263,7 @@ class Streams:
                     logits = ((name, new_logits(each[part])) for name, each in finished.items())
                     compared.add(start, old_logits(wanted[part]), logits)
         results = [compared.results() for compared in found]
+        give_back_freed()
         by_name = {
             name: [torch.cat(each) for each in zip(*(part[name] for part in results), strict=True)] for name in states
         }
@@ -308,6 +323,7 @@ class Streams:
                 state = state + self._last.scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
             nats = nats_of(model, state, said)
             found[name] = torch.stack([nats[rows == row].mean() for row in torch.unique(rows)])
+            give_back_freed()
         return found
 
     def aims(self) -> Float32[Tensor, "places width"]:
@@ -333,36 +349,33 @@ class Streams:
 
     def _resume(self, candidates: Sequence[str]) -> int:
         """Begin where an earlier run has come to, or before the first layer; how many layers are done."""
-        n_done, tensors = self.unfinished.walked(candidates)
-        for number, reading in enumerate(self.readings):
+        for reading in self.readings:
             for name in (None, *candidates):
-                model, n_before = (reading.model if name is None else self.new), len(reading.states)
-                if name not in reading.states:
-                    room = self.unfinished.room(f"{number}-{n_before}", reading.rows.n_tokens, model.width)
-                    reading.states[name] = room
-                if n_done:
-                    reading.states[name].copy_(tensors[f"state/{number}/{name or ''}"])
-                else:
-                    reading.begin(name, model)
+                reading.states[name] = reading.spool.room(name, reading.rows.n_tokens, self.new.width)
+        n_done = self.unfinished.walked(candidates, self._states(candidates))
+        if not n_done:
+            for reading in self.readings:
+                for name in (None, *candidates):
+                    reading.begin(name, reading.model if name is None else self.new)
+        tensors = self.unfinished.put(candidates, n_done)
         for key in (key for key in tensors if key.startswith("a/")):
             _, candidate, module = key.split("/")
             self.extras.setdefault(candidate, {})[module] = tensors[key], tensors[f"b{key[1:]}"]
         return n_done
 
-    def _tensors(self, candidates: Sequence[str]) -> dict[str, Tensor]:
-        """All that their walk goes on from."""
-        states = {
-            f"state/{number}/{name or ''}": reading.states[name]
-            for number, reading in enumerate(self.readings)
-            for name in (None, *candidates)
-        }
-        put = {
+    def _states(self, candidates: Sequence[str]) -> list[Tensor]:
+        """The states that a walk carries from layer to layer."""
+        return [reading.states[name] for reading in self.readings for name in (None, *candidates)]
+
+    def _put_in(self, number: int, candidates: Sequence[str]) -> dict[str, Tensor]:
+        """What some candidates have in a layer."""
+        return {
             f"{side}/{candidate}/{module}": tensor.cpu().clone(memory_format=torch.contiguous_format)
             for candidate in candidates
             for module, pair in self.put_by(candidate).items()
+            if module.startswith(f"{self.new.names[number]}.")
             for side, tensor in zip("ab", pair, strict=True)
         }
-        return states | put
 
     def _aim(self) -> None:
         """Behind the last layer, wanted where an answer is said is what the evolved head reads as that answer."""

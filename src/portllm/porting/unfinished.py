@@ -1,11 +1,11 @@
 """What an aligned port has done so far, in the folder that it writes: a run of the same plan goes on from there."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,15 +13,13 @@ from portllm.arrays import Float32
 from portllm.files.own_files import write_text
 from portllm.files.seal import digest_file
 from portllm.files.staging import Staged, remove
+from portllm.running.spool import Spool
 from portllm.running.writing import Written
 
 DRAWN = ".prompts.json"
 WRITTEN = ".{}.safetensors"
-WALK = ".layer-{}.safetensors"
-MAPPED = ".states-{}"
-
-MAPPED_BYTES = 1 << 26
-"""States of that size or more lie on disk."""
+PUT, STATES = ".put-{}-{}.safetensors", ".states-{}-{}.float32"
+"""Of a walk, by the layers done: what candidates have in the last of them, and the states behind it."""
 
 
 @dataclass
@@ -37,6 +35,10 @@ class Unfinished:
     def __post_init__(self) -> None:
         self._drawn: list[str] | None = None
         self._written: dict[str, Written] = {}
+
+    def spool(self) -> Spool:
+        """Room on the disk for what need not be in memory, nor outlive the run."""
+        return Spool(self.staged.folder)
 
     def drawn(self, draw: Callable[[], list[str]]) -> list[str]:
         """The prompts that a model draws, or drew already, in this run or an earlier one."""
@@ -62,40 +64,56 @@ class Unfinished:
             self._written[name] = Written([tuple(row.tolist()) for row in rows], kept["states"])
         return self._written[name]
 
-    def walked(self, candidates: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
-        """How many layers candidates have come through, and what they had there."""
-        for number in sorted(self._layers(), reverse=True):
-            name = WALK.format(number)
-            if self.staged.finished[name].get("candidates") == list(candidates) and self._is_whole(name):
-                return number, load_file(self.staged.folder / name)
-        return 0, {}
+    def walked(self, candidates: Sequence[str], states: Sequence[Float32[Tensor, "..."]]) -> int:
+        """How many layers candidates have come through; the states behind them are filled in."""
+        walk = _walk_of(candidates)
+        n_done = next((n for n in range(self._n_put(walk), 0, -1) if self._is_whole(STATES.format(walk, n))), 0)
+        if n_done:
+            with (self.staged.folder / STATES.format(walk, n_done)).open("rb") as file:
+                for state in states:
+                    file.readinto(state.numpy().data.cast("B"))
+        return n_done
 
-    def keep_walked(self, number: int, candidates: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        """Note what candidates have behind so many layers."""
-        name = WALK.format(number)
-        save_file(dict(tensors), self.staged.folder / name)
-        self._finish(name, {"candidates": list(candidates)})
-        for before in range(number):
-            remove(self.staged.folder / WALK.format(before))
+    def put(self, candidates: Sequence[str], n_layers: int) -> dict[str, Tensor]:
+        """What candidates have in the first layers."""
+        files = (self.staged.folder / PUT.format(_walk_of(candidates), n) for n in range(1, n_layers + 1))
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
-    def room(self, name: str, *shape: int) -> Float32[Tensor, "..."]:
-        """A tensor to be filled; a large one lies in a mapped file, which the system may take out of memory."""
-        size = math.prod(shape)
-        if size * torch.float32.itemsize < MAPPED_BYTES:
-            return torch.empty(shape)
-        file = self.staged.folder / MAPPED.format(name)
-        return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
+    def keep_walked(
+        self,
+        n_done: int,
+        candidates: Sequence[str],
+        put: Mapping[str, Tensor],
+        states: Sequence[Float32[Tensor, "..."]],
+    ) -> None:
+        """Note what candidates have in the last of so many layers, and the states behind it.
+
+        Args:
+            n_done: The layers.
+            candidates: Of the walk.
+            put: What they have there, by name.
+            states: All that the next layer is given, in a fixed order.
+        """
+        walk = _walk_of(candidates)
+        save_file(dict(put), self.staged.folder / PUT.format(walk, n_done))
+        self._finish(PUT.format(walk, n_done), {})
+        with (self.staged.folder / STATES.format(walk, n_done)).open("wb") as file:
+            for state in states:  # one by one, as they lie: a copy of all would be half of the memory of a run
+                file.write(state.numpy().data.cast("B"))
+        self._finish(STATES.format(walk, n_done), {})
+        remove(self.staged.folder / STATES.format(walk, n_done - 1))
 
     def clear(self) -> None:
         """Remove all of it: the output is about to be whole."""
         for entry in self.staged.folder.glob(".*"):
             remove(entry)
 
-    def _layers(self) -> list[int]:
-        first, last = WALK.split("{}")
-        return [
-            int(name.removeprefix(first).removesuffix(last)) for name in self.staged.finished if name.startswith(first)
-        ]
+    def _n_put(self, walk: str) -> int:
+        """Of how many layers, from the first on, what was put there is whole."""
+        n_put = 0
+        while self._is_whole(PUT.format(walk, n_put + 1)):
+            n_put += 1
+        return n_put
 
     def _is_whole(self, name: str) -> bool:
         path = self.staged.folder / name
@@ -103,3 +121,8 @@ class Unfinished:
 
     def _finish(self, name: str, facts: Mapping[str, object]) -> None:
         self.staged.finish(name, {**facts, "digest": digest_file(self.staged.folder / name)})
+
+
+def _walk_of(candidates: Sequence[str]) -> str:
+    """The name of a walk in those of its files."""
+    return blake3("\n".join(candidates).encode()).hexdigest(4)

@@ -11,12 +11,15 @@ from portllm.foreign import DynamicCache
 from portllm.progress import Progress, silent
 from portllm.running.encoding import PaddedBatch, batches, pad_left
 from portllm.running.layers import LayeredModel, NewTokens
+from portllm.running.spool import Spool, give_back_freed
 
 Pick = Callable[[Float32[Tensor, "rows vocabulary"]], Int64[Tensor, " rows"]]
 """The next token of each row, from its logits."""
 
 KEPT_BYTES = 1 << 30
-"""Of keys and values at a time, were every head to have its own; the layers are read again for further prompts."""
+SPOOLED_BYTES = 1 << 33
+"""Of keys and values at a time, on an accelerator and on disk, were every head to have its own; for further prompts the
+layers are read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +36,36 @@ class Written:
 
 
 class _Kept:
-    """Keys and values of one layer, in the place of transformers' cache of all layers."""
+    """Keys and values of one layer, in the place of transformers' cache of all layers.
 
-    def __init__(self) -> None:
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+    Args:
+        spool: Where they lie.
+        key: Under what.
+        most: Tokens of a row, at most.
+    """
+
+    def __init__(self, spool: Spool, key: tuple[int, ...], most: int) -> None:
+        self._spool, self._key, self._most, self._n_before = spool, key, most, 0
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Take in those of the newest tokens; those of all."""
-        if self._keys is not None and self._values is not None:
-            keys, values = torch.cat([self._keys, keys], dim=-2), torch.cat([self._values, values], dim=-2)
-        self._keys, self._values = keys, values
-        return keys, values
+        start, self._n_before = self._n_before, self._n_before + keys.shape[-2]
+        return self._all("keys", keys, start), self._all("values", values, start)
+
+    def _all(self, side: str, new: Tensor, start: int) -> Tensor:
+        *rows, n_new, width = new.shape
+        room = self._spool.room((side, *self._key), *rows, self._most, width, device=new.device)
+        room[..., start : start + n_new, :] = new
+        return room[..., : start + n_new, :]
 
 
 class _Group:
     """Rows that are written together."""
 
-    def __init__(self, rows: list[int], padded: PaddedBatch, n_layers: int) -> None:
+    def __init__(self, rows: list[int], padded: PaddedBatch) -> None:
         self.rows, self.ids, self.n_before = rows, padded.ids, 0
         self.tokens = NewTokens(padded.mask, padded.positions)
-        self.kept = [_Kept() for _ in range(n_layers)]
+        self.kept: list[_Kept] = []
 
     def go_on(self, ids: Int64[Tensor, " rows"]) -> None:
         """The newest token of each row."""
@@ -72,6 +84,7 @@ def write_layered(
     ends: Collection[int],
     pick: Pick,
     batch_size: int,
+    spool: Spool,
     progress: Progress = silent,
 ) -> Written:
     """The tokens that a model writes after each prompt, with the end mark where it comes to one.
@@ -83,18 +96,21 @@ def write_layered(
         ends: Tokens that end a text.
         pick: The next tokens.
         batch_size: Prompts of a pass.
+        spool: Where keys and values lie.
         progress: Told of the tokens written.
     """
     groups = (
-        _Group(batch, pad_left([prompts[row] for row in batch], device=model.device), len(model.layers))
+        _Group(batch, pad_left([prompts[row] for row in batch], device=model.device))
         for batch in batches(list(map(len, prompts)), batch_size=batch_size)
     )
     written: list[list[int]] = [[] for _ in prompts]
     states: list[list[Tensor]] = [[] for _ in prompts]
     together = _together(model, groups, most)
     n_turns = len(together)
-    for turn in range(n_turns):
-        several = together.pop(0)  # what it keeps goes with it
+    for turn, several in enumerate(together):
+        for place, group in enumerate(several):
+            n_tokens = group.ids.shape[1] + most
+            group.kept = [_Kept(spool, (place, number), n_tokens) for number in range(len(model.layers))]
         for number in range(most):
             last = _step(model, several)
             sizes = [len(group.rows) for group in several]
@@ -115,13 +131,14 @@ def write_layered(
 
 
 def _together(model: LayeredModel, groups: Iterable[_Group], most: int) -> list[list[_Group]]:
-    """Groups that go through the layers at once: as many as there is memory for keys and values of."""
+    """Groups that go through the layers at once: as many as there is room for keys and values of."""
     by_token = 2 * len(model.layers) * model.width * torch.float32.itemsize  # at most: heads may share them
+    most_bytes = SPOOLED_BYTES if model.device.type == "cpu" else KEPT_BYTES
     together: list[list[_Group]] = [[]]
     n_bytes = 0
     for group in groups:
         own = by_token * len(group.rows) * (group.ids.shape[1] + most)
-        if together[-1] and n_bytes + own > KEPT_BYTES:
+        if together[-1] and n_bytes + own > most_bytes:
             together.append([])
             n_bytes = 0
         together[-1].append(group)
@@ -131,7 +148,7 @@ def _together(model: LayeredModel, groups: Iterable[_Group], most: int) -> list[
 
 def _step(model: LayeredModel, groups: Sequence[_Group]) -> Float32[Tensor, "rows width"]:
     """The newest tokens of all groups through all layers; the last one's state of each row."""
-    states, given = [], []
+    states, given, is_first = [], [], not any(group.n_before for group in groups)
     for group in groups:
         embedded = model.embed(group.ids.flatten()).view(*group.ids.shape, -1)
         cache = _stand_in(model, group)
@@ -141,6 +158,8 @@ def _step(model: LayeredModel, groups: Sequence[_Group]) -> Float32[Tensor, "row
     for number in range(len(model.layers)):
         with model.filled(number):
             states = [model.run(number, state, each[number]) for state, each in zip(states, given, strict=True)]
+        if is_first:
+            give_back_freed()
     return torch.cat([state[:, -1] for state in states])
 
 
