@@ -12,6 +12,7 @@ from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS, TEXT, WEIGHTS, shipped
 from portllm.checking.forecast_model import Forecast
+from portllm.checking.verdict import Answer
 from portllm.study.results.rows import StudyResults, TaskRow
 from portllm.study.run import study_results
 from scripts.fit_forecast import has_lost, read_cells
@@ -20,10 +21,39 @@ from scripts.gen_docs import table
 
 Rows = list[tuple[str, ...]]
 
+UNDECIDED = (0.001, 0.02)
+"""Drift of the updates of which it is counted how many patches get a decision."""
+
+
+def told_rows(results: StudyResults) -> list[TaskRow]:
+    """Each patch that was checked, as it was ported by the method that the verdict names, or else by addition."""
+    by_patch: dict[tuple[str, int, str], dict[str, TaskRow]] = {}
+    for row in results.tasks:
+        if row.checked is not None and row.behind is not None:
+            by_patch.setdefault((row.evolution, row.link, row.task), {})[row.method] = row
+    return [rows.get(_method_of(next(iter(rows.values()))), next(iter(rows.values()))) for rows in by_patch.values()]
+
+
+def _method_of(row: TaskRow) -> str:
+    verdicts = () if row.checked is None else row.checked.verdicts
+    return "align" if Answer.HOLDS_ALIGNED in verdicts else "add"
+
+
+def decided(rows: Sequence[TaskRow]) -> str:
+    """Of patches on real updates, neither tiny nor large, how many get a decision, and how many of these were lost."""
+    among = [row for row in rows if row.checked and UNDECIDED[0] < row.checked.weights["drift"] <= UNDECIDED[1]]
+    sure = [row for row in among if row.checked and Answer.UNCERTAIN not in row.checked.verdicts]
+    wrong = sum(map(has_lost, sure))
+    low, high = (f"{100 * end:g}" for end in UNDECIDED)
+    return (
+        f"Of {len(among)} patches on updates of {low} to {high} % of drift, {len(sure)} got a decision; {wrong} of "
+        "these were lost."
+    )
+
 
 def judged(results: StudyResults) -> str:
     """The page."""
-    rows = [row for row in results.tasks if row.checked is not None and row.behind is not None]
+    rows = told_rows(results)
     if not rows:
         raise SystemExit(
             "no patch is checked and scored yet. The study needs a table [check]; go on: portllm study run."
@@ -60,6 +90,7 @@ def _said_and_done(row: TaskRow) -> tuple[str, ...]:
         f"{100 * checked.weights['drift']:.3g} %",
         "" if alike is None else f"{100 * alike:.3g} %",
         ", ".join(sorted(set(checked.verdicts))),
+        row.method,
         f"{100 * behind.value:+.1f} [{100 * behind.low:.1f}, {100 * behind.high:.1f}]",
         f"{100 * change.value:+.1f}",
         "yes" if has_lost(row) else "",

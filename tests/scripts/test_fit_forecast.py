@@ -3,11 +3,13 @@
 import functools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from portllm.checking.forecast import forecaster_from_json
+from portllm.evaluating.metrics import Estimate
 from portllm.files.kept_results import with_versions
 from portllm.study.definition.file import read_study
 from portllm.study.definition.plan import data_of, settings_of, steps_of
@@ -186,3 +188,17 @@ def test_what_check_said_is_set_beside_what_became_of_each_patch(file):
     assert {row[4] for row in rows} == {"holds", "uncertain"}
     (by_loss,) = (line for line in page.splitlines() if line.startswith("| loss | weights |"))
     assert by_loss.split(" | ")[2] == str(len(rows))
+
+
+def test_a_patch_that_holds_aligned_is_judged_by_its_port_by_align(file):
+    results = results_of(file)
+    nothing = Estimate(0.0, 0.0, 0.0, ROWS)
+    told = [replace(row, checked=replace(row.checked, verdicts=("holds aligned",))) for row in results.tasks]
+    aligned = [replace(row, method="align", change=nothing, behind=nothing) for row in told]
+    both = judged(replace(results, tasks=(*told, *aligned)))
+    among = sum(0.001 < row.checked.weights["drift"] <= 0.02 for row in told)
+    assert f"Of {among} patches on updates of 0.1 to 2 % of drift, {among} got a decision; 0 of these were lost" in both
+    rows = [line.split(" | ") for line in both.splitlines() if line.startswith("| update-")]
+    assert {row[5] for row in rows} == {"align"}
+    unknown = judged(replace(results, tasks=tuple(told)))  # nobody ported them so: what is known is addition
+    assert {line.split(" | ")[5] for line in unknown.splitlines() if line.startswith("| update-")} == {"add"}
