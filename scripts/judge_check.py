@@ -8,6 +8,7 @@ The study has a table [check] and is none that the forecast was fitted on. The f
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from portllm.checking.forecast import ACCURACY, LOSS, TEXT, WEIGHTS, shipped
@@ -23,6 +24,11 @@ Rows = list[tuple[str, ...]]
 
 UNDECIDED = (0.001, 0.02)
 """Drift of the updates of which it is counted how many patches get a decision."""
+
+
+HEADS = (
+    "update", "task", "drift", "begin alike", "verdict", "ported by", "ported - retrained", "- base + patch", "lost",
+)  # fmt: skip
 
 
 def told_rows(results: StudyResults) -> list[TaskRow]:
@@ -54,6 +60,7 @@ def decided(rows: Sequence[TaskRow]) -> str:
 def judged(results: StudyResults) -> str:
     """The page."""
     rows = told_rows(results)
+    added = replace(results, tasks=tuple(row for row in results.tasks if row.method == "add"))
     if not rows:
         raise SystemExit(
             "no patch is checked and scored yet. The study needs a table [check]; go on: portllm study run."
@@ -64,16 +71,14 @@ def judged(results: StudyResults) -> str:
             f"# What `check` said: {results.title}",
             f"{len(rows)} patches on updates of {results.base}; lost: {lost}. Those lie behind the retrained patch by "
             "more than two points\nwith the whole 95 % interval of the difference, and behind the old specialist too. "
-            "Points are of accuracy. *Begin alike*: the\nshare of prompts to which the ported patch begins its answer "
-            "as the old specialist did.",
-            table(
-                ("update", "task", "drift", "begin alike", "verdict", "ported - retrained", "- base + patch", "lost"),
-                [_said_and_done(row) for row in rows],
-            ),
-            "Forecasts of retention by a fit that has seen none of these updates; intervals are of 90 %.",
+            "Points are of accuracy. *Begin alike*: the\nshare of prompts to which the patch, ported by addition, "
+            "begins its answer as the old specialist did.",
+            decided(rows),
+            table(HEADS, [_said_and_done(row) for row in rows]),
+            "Forecasts of retention by addition, from a fit that has seen none of these updates; intervals of 90 %.",
             table(
                 ("retention by", "forecast from", "cells", "inside", "mean miss", "width"),
-                [line for target in (LOSS, ACCURACY) for line in _forecasts(results, target)],
+                [line for target in (LOSS, ACCURACY) for line in _forecasts(added, target)],
             ),
         ]
     )
