@@ -75,12 +75,15 @@ class Reading:
 
     def state(self, name: str | None, batch: Sequence[int]) -> Tensor:
         """The states of a batch, padded."""
-        width = max(len(self.rows.ids[row]) for row in batch)
-        padded = torch.zeros(len(batch), width, self.model.width)
-        for place, row in enumerate(batch):
-            start, stop = self.rows.starts[row], self.rows.starts[row + 1]
-            padded[place, width - (stop - start) :] = self.states[name][start:stop]
-        return padded.to(self.device)
+        return self.padded(self.states[name][self.rows.tokens(batch)].to(self.device), batch)
+
+    def padded(self, flat: Tensor, batch: Sequence[int]) -> Tensor:
+        """The tokens of a batch, given row after row, with zeros before those of shorter rows."""
+        lengths = [len(self.rows.ids[row]) for row in batch]
+        padded = flat.new_zeros(len(batch), max(lengths), flat.shape[-1])
+        for place, row in enumerate(torch.split(flat, lengths)):
+            padded[place, padded.shape[1] - len(row) :] = row
+        return padded
 
     def last_states(self, name: str | None) -> Tensor:
         """The states behind the last layer at the places, once all layers have been run."""

@@ -7,7 +7,6 @@ general text; and the evolved model's with the patch added, which the candidates
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 
 import torch
@@ -61,7 +60,6 @@ class Step:
     def put(self, factors: Factors) -> None:
         """As the contract says."""
         self.streams.put(self, factors.a.float(), factors.b.float())
-        give_back_freed()
 
 
 @dataclass
@@ -75,8 +73,8 @@ class Passing:
         wanted: By module that is fitted, in turn.
         known: By module, what a candidate makes it say.
         place: Of the module that was looked at last, in the layer; -1 before the first.
-        x: Its input.
-        output: Its output, before what is put there.
+        x: Its input, token by token.
+        output: Its output, before what is put there, likewise.
         after: The state behind the layer, once its last module was looked at.
     """
 
@@ -135,7 +133,6 @@ class Streams:
             for reading in self.readings:
                 with reading.model.filled(number):
                     reading.run_wanted(number)
-                give_back_freed()
             if number == n_layers - 1:
                 self._aim()
             with self.new.filled(number):
@@ -149,8 +146,8 @@ class Streams:
                     for place, module in enumerate(self._modules):
                         yield Step(self, number, place, module.name, candidate)
                     self._run(number, candidate)
-                    give_back_freed()
                 self._passing = []
+            give_back_freed()
             if number + 1 < n_layers:
                 put, states = self._put_in(number, candidates), self._states(candidates)
                 self.unfinished.keep_walked(number + 1, candidates, put, states)
@@ -167,11 +164,10 @@ class Streams:
         for each in self._passing:
             before = look(step, each)
             each.place = step.place
-            x, output = (each.reading.flat(one, each.batch) for one in (each.x, each.output))
-            wanted = each.wanted[step.place].to(x.device)
-            error, factor = module.error(wanted, each.reading.flat(before, each.batch), output)
-            x, error = self._kept(each, "x by token", x), self._kept(each, "error", error)
-            yield Block(x, error, each.reading.rows.kinds(each.batch).to(x.device), factor)
+            wanted = each.wanted[step.place].to(each.x.device)
+            error, factor = module.error(wanted, before, each.output)
+            kinds = each.reading.rows.kinds(each.batch).to(each.x.device)
+            yield Block(each.x, self._kept(each, "error", error), kinds, factor)
 
     def _kept(self, each: Passing, name: str, values: Tensor) -> Tensor:
         """What is kept of some rows, until the same of another module or candidate takes its place."""
@@ -193,9 +189,10 @@ class Streams:
         )
         for before, (_, output) in zip(self._modules[: step.place], found, strict=False):
             state = state + before.added(output)
-        each.x, each.output = map(partial(self._kept, each), ("x", "output"), found[step.place])
+        x, output = (each.reading.flat(one, each.batch) for one in found[step.place])
+        each.x, each.output = self._kept(each, "x", x), self._kept(each, "output", output)
         each.after = after if is_last and self._last.gain is None else None
-        return state
+        return each.reading.flat(state, each.batch)
 
     def _once_more(self, step: Step, each: Passing) -> Tensor:
         """Run a reader on what the module before it was given; nothing that it adds is in the stream."""
@@ -208,8 +205,10 @@ class Streams:
         for each in self._passing:
             moved = each.x @ a.T.to(each.x) @ b.T.to(each.x)
             if each.after is not None:
-                each.after = each.after + self._last.scale * moved
-            each.known[step.module] = self._kept(each, f"known {step.place}", each.output + moved)
+                each.after = each.after + self._last.scale * each.reading.padded(moved, each.batch)
+            elif self._modules[step.place] is not self._last:
+                said = each.reading.padded(each.output + moved, each.batch)
+                each.known[step.module] = self._kept(each, f"known {step.place}", said)
 
     def put_by(self, candidate: str) -> Extras:
         """As the contract says."""
@@ -396,14 +395,17 @@ class Streams:
             ]
             batches = (*(() if done else reading.to_fit), *reading.others)
             inputs: list[tuple[Tensor, Tensor]] = []
+            is_place = torch.zeros(reading.rows.n_tokens, dtype=torch.bool)
+            is_place[reading.rows.places] = True
             through = (self._through(reading, number, candidate, batch) for batch in batches)
             for batch, x, after in chain(done, through):
                 reading.keep(candidate, batch, after)
                 if is_last:
-                    inputs.append((reading.rows.tokens(batch), reading.flat(x, batch).cpu()))
+                    tokens = reading.rows.tokens(batch)
+                    inputs.append((tokens[is_place[tokens]], x.cpu()[is_place[tokens]]))
             if is_last:
                 order = torch.cat([tokens for tokens, _ in inputs]).argsort()
-                reading.inputs[candidate] = torch.cat([x for _, x in inputs])[order][reading.rows.places]
+                reading.inputs[candidate] = torch.cat([x for _, x in inputs])[order]
 
     def _through(
         self, reading: Reading, number: int, candidate: str, batch: list[int]
@@ -411,8 +413,8 @@ class Streams:
         """A batch, the input that a layer's last module has of it, and the state behind the layer."""
         given = reading.arguments(self.new, number, batch)
         state, extras = reading.state(candidate, batch), self.put_by(candidate)
-        found, after = watch(self.new, number, self._modules, state, given, extras)
-        return batch, found[-1][0], after
+        ((x, _),), after = watch(self.new, number, self._modules, state, given, extras, first=len(self._modules) - 1)
+        return batch, reading.flat(x, batch), after
 
 
 def nats_of(

@@ -208,22 +208,25 @@ def watch(
     given: Arguments,
     extras: Extras,
     *,
+    first: int = 0,
     stop: int | None = None,
     known: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Input and output of each module up to `stop`, and the state behind the layer, or before it where it was left.
+    """Input and output of modules from `first` to `stop`, and the state behind the layer, or before it if it was left.
 
     Modules whose outputs are known from an earlier pass, with what is added to them, say these and are not run again.
     """
     known = known or {}
     found: list[tuple[Tensor, Tensor]] = []
+    order = {each.name: place for place, each in enumerate(modules)}
 
     def output(name: str, _: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> Tensor:
         if name in extras and name not in known:
             a, b = extras[name]
             said = said + inputs[0] @ a.T.to(said) @ b.T.to(said)
-        found.append((inputs[0], said))
-        if len(found) - 1 == stop:
+        if order[name] >= first:
+            found.append((inputs[0], said))
+        if order[name] == stop:
             raise _EnoughError
         return said
 
