@@ -37,12 +37,11 @@ def told_rows(results: StudyResults) -> list[TaskRow]:
     for row in results.tasks:
         if row.checked is not None and row.behind is not None:
             by_patch.setdefault((row.evolution, row.link, row.task), {})[row.method] = row
-    return [rows.get(_method_of(next(iter(rows.values()))), next(iter(rows.values()))) for rows in by_patch.values()]
-
-
-def _method_of(row: TaskRow) -> str:
-    verdicts = () if row.checked is None else row.checked.verdicts
-    return "align" if Answer.HOLDS_ALIGNED in verdicts else "add"
+    return [
+        rows["align"] if Answer.HOLDS_ALIGNED in added.checked.verdicts and "align" in rows else added
+        for rows in by_patch.values()
+        if (added := rows["add"]).checked is not None
+    ]
 
 
 def decided(rows: Sequence[TaskRow]) -> str:

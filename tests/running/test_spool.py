@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from portllm.errors import OutputError
 from portllm.running.spool import MAPPED_BYTES, Spool, give_back_freed
 
 LARGE = MAPPED_BYTES // torch.float32.itemsize
@@ -36,7 +37,9 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        OutputError, match=rf"'{tmp_path}': no room for .* \(No space left on device\)\. Free some disk"
+    ):
         Spool(tmp_path).room("x", LARGE, 2)
     assert list(tmp_path.iterdir()) == []
 

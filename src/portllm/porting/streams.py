@@ -395,14 +395,13 @@ class Streams:
             ]
             batches = (*(() if done else reading.to_fit), *reading.others)
             inputs: list[tuple[Tensor, Tensor]] = []
-            is_place = torch.zeros(reading.rows.n_tokens, dtype=torch.bool)
-            is_place[reading.rows.places] = True
             through = (self._through(reading, number, candidate, batch) for batch in batches)
             for batch, x, after in chain(done, through):
                 reading.keep(candidate, batch, after)
                 if is_last:
                     tokens = reading.rows.tokens(batch)
-                    inputs.append((tokens[is_place[tokens]], x.cpu()[is_place[tokens]]))
+                    is_place = torch.isin(tokens, reading.rows.places)
+                    inputs.append((tokens[is_place], x.cpu()[is_place]))
             if is_last:
                 order = torch.cat([tokens for tokens, _ in inputs]).argsort()
                 reading.inputs[candidate] = torch.cat([x for _, x in inputs])[order]

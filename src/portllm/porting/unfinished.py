@@ -45,7 +45,7 @@ class Unfinished:
         if self._drawn is None:
             if not self._is_whole(DRAWN):
                 write_text(self.staged.folder / DRAWN, json.dumps(draw()))
-                self._finish(DRAWN, {})
+                self._finish(DRAWN)
             self._drawn = [str(text) for text in json.loads((self.staged.folder / DRAWN).read_text(encoding="utf-8"))]
         return self._drawn
 
@@ -58,7 +58,7 @@ class Unfinished:
                 ids = torch.tensor([token for row in found.ids for token in row], dtype=torch.int64)
                 lengths = torch.tensor([len(row) for row in found.ids])
                 save_file({"ids": ids, "lengths": lengths, "states": found.states}, self.staged.folder / file)
-                self._finish(file, {})
+                self._finish(file)
             kept = load_file(self.staged.folder / file)
             rows = torch.split(kept["ids"], kept["lengths"].tolist())
             self._written[name] = Written([tuple(row.tolist()) for row in rows], kept["states"])
@@ -96,11 +96,11 @@ class Unfinished:
         """
         walk = _walk_of(candidates)
         save_file(dict(put), self.staged.folder / PUT.format(walk, n_done))
-        self._finish(PUT.format(walk, n_done), {})
+        self._finish(PUT.format(walk, n_done))
         with (self.staged.folder / STATES.format(walk, n_done)).open("wb") as file:
             for state in states:  # one by one, as they lie: a copy of all would be half of the memory of a run
                 file.write(state.numpy().data.cast("B"))
-        self._finish(STATES.format(walk, n_done), {})
+        self._finish(STATES.format(walk, n_done))
         remove(self.staged.folder / STATES.format(walk, n_done - 1))
 
     def clear(self) -> None:
@@ -119,8 +119,8 @@ class Unfinished:
         path = self.staged.folder / name
         return name in self.staged.finished and self.staged.finished[name].get("digest") == digest_file(path)
 
-    def _finish(self, name: str, facts: Mapping[str, object]) -> None:
-        self.staged.finish(name, {**facts, "digest": digest_file(self.staged.folder / name)})
+    def _finish(self, name: str) -> None:
+        self.staged.finish(name, {"digest": digest_file(self.staged.folder / name)})
 
 
 def _walk_of(candidates: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from portllm.arrays import Float32
+from portllm.errors import OutputError
 
 MAPPED_BYTES = 1 << 16
 """Of a tensor that lies on disk, at least."""
@@ -43,7 +44,7 @@ class Spool:
         """A tensor to be filled: the one of an earlier call with the same key, where it has the shape.
 
         Raises:
-            OSError: The disk is full.
+            OutputError: The disk is full.
         """
         room = self._rooms.get(key)
         if room is None or room.shape != shape:
@@ -60,10 +61,16 @@ class Spool:
         n_bytes = size * torch.float32.itemsize
         if device != CPU or n_bytes < MAPPED_BYTES:
             return torch.empty(shape, device=device)
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".spool-") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and the end of the process on a write
-                os.posix_fallocate(file.fileno(), 0, n_bytes)
-            return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".spool-") as file:
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here; on a write, the process's end
+                    os.posix_fallocate(file.fileno(), 0, n_bytes)
+                return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
+        except OSError as error:
+            raise OutputError(
+                f"'{self._folder}': no room for {n_bytes} more bytes of states ({error.strerror}). Free some disk, "
+                "write to another one, or pass fewer prompts."
+            ) from error
 
 
 def give_back_freed() -> None:
