@@ -238,6 +238,20 @@ def test_experts_are_measured_in_every_layout_alike(layouts, tmp_path):
     assert found.size_against_drift == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("llama", Answer.HOLDS_ALIGNED), ("qwen3-moe", Answer.UNCERTAIN)])
+@pytest.mark.filterwarnings("ignore")
+def test_no_patch_is_said_to_hold_aligned_on_a_model_that_align_refuses(kind, expected, tmp_path):
+    from tests import families
+
+    how = {"dtype": torch.float32, "tied": False}
+    base = families.make_base(kind, tmp_path / "base", current=True, seed=0, **how)
+    tensors = load_file(base / "model.safetensors")
+    evolved = shutil.copytree(base, tmp_path / "evolved")
+    save_file({name: tensor * 1.005 for name, tensor in tensors.items()}, evolved / "model.safetensors")
+    adapter = families.make_adapter(kind, base, tmp_path / "adapter", target_modules=["q_proj"])
+    assert answer(checked(adapter, base, evolved, full=True)) is expected
+
+
 def _factors(delta):
     from portllm.tensors.tensors import load
 

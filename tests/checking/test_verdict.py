@@ -43,7 +43,7 @@ def test_beyond_what_was_measured_it_is_uncertain():
 
 
 @pytest.mark.parametrize(
-    ("drift", "is_plain", "answer"),
+    ("drift", "is_alignable", "answer"),
     [
         (0.0011, True, Answer.HOLDS_ALIGNED),
         (0.01, True, Answer.HOLDS_ALIGNED),
@@ -51,11 +51,13 @@ def test_beyond_what_was_measured_it_is_uncertain():
         (0.0011, False, Answer.UNCERTAIN),
     ],
 )
-def test_beyond_addition_ports_by_align_hold_up_to_a_drift_where_the_patch_is_of_lora_alone(drift, is_plain, answer):
-    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(drift), is_plain=is_plain))
+def test_beyond_addition_ports_by_align_hold_up_to_a_drift_where_the_patch_is_of_lora_alone(
+    drift, is_alignable, answer
+):
+    verdict = judge(Measures(lineage={"q_proj": Lineage.CONTINUATION}, drift=drifted(drift), is_alignable=is_alignable))
     assert (verdict.answer, verdict.method) == (answer, "align")
-    assert verdict.reasons[0].threshold is (thresholds.ALIGNED_DRIFT if is_plain else thresholds.SHORT_DRIFT)
-    assert ("a port by align" in verdict.reasons[0].text) is is_plain
+    assert verdict.reasons[0].threshold is (thresholds.ALIGNED_DRIFT if is_alignable else thresholds.SHORT_DRIFT)
+    assert ("a port by align" in verdict.reasons[0].text) is is_alignable
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Measures:
 
     Attributes:
         refusals: Why the patch cannot be ported at all.
-        is_plain: Whether the patch is made of LoRA deltas alone; only of these are aligned ports known to hold.
+        is_alignable: Whether align takes the patch to such a model, and is known to: it is of LoRA deltas alone.
         lineage: Of the matrices that the patch changes, by kind of module.
         drift: Of these matrices; None where none could be compared.
         broken: Tensors that hold an infinity or NaN.
@@ -118,7 +118,7 @@ class Measures:
     """
 
     refusals: tuple[Refusal, ...] = ()
-    is_plain: bool = True
+    is_alignable: bool = True
     lineage: Mapping[str, Lineage] | None = None
     drift: DriftEstimate | None = None
     broken: tuple[str, ...] = ()
@@ -249,25 +249,25 @@ def _of_lineage(measures: Measures) -> Iterator[Reason]:
         )
     else:
         moved = f"the weights that the patch changes drifted by {_percent(drift.relative.value)} of their norm"
-        yield _of_distance(drift.relative, moved, is_plain=measures.is_plain)
+        yield _of_distance(drift.relative, moved, is_alignable=measures.is_alignable)
 
 
-def _of_distance(drift: SampledEstimate, moved: str, *, is_plain: bool, better: str | None = None) -> Reason:
+def _of_distance(drift: SampledEstimate, moved: str, *, is_alignable: bool, better: str | None = None) -> Reason:
     """What follows from how far the weights moved, where addition is not known to carry a patch that far.
 
     Args:
         drift: How far.
         moved: The same in words.
-        is_plain: As in `Measures`.
+        is_alignable: As in `Measures`.
         better: The option with which the distance itself is measured, where this is a bound on it.
     """
-    limits = [SHORT_DRIFT, ALIGNED_DRIFT] if is_plain else [SHORT_DRIFT]
+    limits = [SHORT_DRIFT, ALIGNED_DRIFT] if is_alignable else [SHORT_DRIFT]
     known = f"plain addition is known to hold up to {_percent(SHORT_DRIFT.value)}"
-    if is_plain:
+    if is_alignable:
         known += f", a port by align up to {_percent(ALIGNED_DRIFT.value)}"
     if better is None and any(drift.low <= limit.value < drift.high for limit in limits):
         better = "--full"
-    if is_plain and drift.high <= ALIGNED_DRIFT.value:
+    if is_alignable and drift.high <= ALIGNED_DRIFT.value:
         told = f" Whether addition holds too, {better} may tell." if better else ""
         return Reason(Answer.HOLDS_ALIGNED, f"{moved}; {known}.{told}", ALIGNED_DRIFT)
     told = f"{better} measures the drift itself." if better else "Measure it: portllm evaluate."
@@ -288,7 +288,7 @@ def _of_chain(measures: Measures) -> Iterator[Reason]:
     if since is not None:
         if since.relative.high > SHORT_DRIFT.value:
             far = f"{moved} drifted by {_percent(since.relative.value)} of their norm"
-            yield _of_distance(since.relative, far, is_plain=measures.is_plain)
+            yield _of_distance(since.relative, far, is_alignable=measures.is_alignable)
     elif bound is None:
         hop = chain.unmeasured[0]
         yield Reason(
@@ -301,7 +301,7 @@ def _of_chain(measures: Measures) -> Iterator[Reason]:
     elif bound > SHORT_DRIFT.value:
         far = f"{moved} may have drifted by up to {_percent(bound)} of their norm over {len(chain.hops)} updates"
         better = f"--trained-on {first}"
-        yield _of_distance(SampledEstimate(bound), far, is_plain=measures.is_plain, better=better)
+        yield _of_distance(SampledEstimate(bound), far, is_alignable=measures.is_alignable, better=better)
 
 
 def _of_direction(measures: Measures) -> Iterator[Reason]:
