@@ -34,6 +34,7 @@ try:
     with errors_only("bitsandbytes"), _without("kernels"):
         import transformers
         from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+        from peft.tuners.lora import Linear as LoraLinear
         from peft.tuners.lora import LoraLayer
         from transformers import (
             CONFIG_MAPPING,
@@ -86,6 +87,7 @@ __all__ = [
     "DynamicCache",
     "LoraConfig",
     "LoraLayer",
+    "LoraLinear",
     "PeftModel",
     "PreTrainedConfig",
     "PreTrainedModel",

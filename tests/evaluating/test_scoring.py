@@ -8,6 +8,7 @@ from portllm.evaluating.scoring import Task, label_log_probs, score
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
 from portllm.running.model import load_model, load_tokenizer
+from portllm.running.prefill import Prefill
 
 CPU = torch.device("cpu")
 
@@ -83,6 +84,26 @@ def test_of_labels_that_do_not_count_the_likeliest_is_found_and_the_others_are_b
     assert (found >= whole - F32_TOLERANCE).all()
     assert found[0, 3] == pytest.approx(float(whole[0, 3]), abs=F32_TOLERANCE)
     assert (found > whole + 1.0).any()  # something was spared
+
+
+@torch.inference_mode()
+def test_labels_of_many_tokens_are_read_on_only_where_they_can_still_win(model, encoder, monkeypatch):
+    prompt = encoded_rows(encoder)[0][0].prompt
+    sure = model.register_forward_hook(lambda _, __, output: setattr(output, "logits", 50 * output.logits))
+    read, go_on = [], Prefill.go_on
+    monkeypatch.setattr(Prefill, "go_on", lambda self, rows, texts: read.extend(texts) or go_on(self, rows, texts))
+    try:
+        written = list(prompt)
+        for _ in range(3):
+            written.append(int(model(input_ids=torch.tensor([written])).logits[0, -1].argmax()))
+        unlikely = model(input_ids=torch.tensor([prompt])).logits[0, -1].argsort()[:5].tolist()
+        likely = tuple(written[-3:])
+        labels = [*((token, token, token) for token in unlikely), likely]
+        found = label_log_probs(model, [prompt], [labels], device=CPU, counted=[()])
+    finally:
+        sure.remove()
+    assert int(found.argmax()) == 5
+    assert read == [likely]
 
 
 @torch.inference_mode()

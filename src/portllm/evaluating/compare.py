@@ -25,6 +25,7 @@ from portllm.notebook import ShownInNotebook
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
+from portllm.running.fused_lora import fuse
 from portllm.running.model import (
     Device,
     PeftModel,
@@ -267,8 +268,7 @@ def _switched(model: PreTrainedModel, adapters: dict[str, Path]) -> Iterator[tup
         else:
             add_adapter(patched, folder, name=inner_name)
             patched.set_adapter(inner_name)
-        patched.eval()
-        yield name, patched
+        yield name, fuse(patched.eval())
 
 
 def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow:

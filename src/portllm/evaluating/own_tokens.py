@@ -8,6 +8,7 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.matching.added_tokens import added_tokens, height_of, n_rows_of
 from portllm.patch.adapter_folder import load_patch
 from portllm.running.encoding import Encoder
+from portllm.running.fused_lora import fuse
 from portllm.running.model import PeftModel, attach_adapter, load_model, load_tokenizer
 
 
@@ -35,4 +36,4 @@ def load_patched(folder: Path, adapter: Path, *, device: torch.device, longest: 
     height = height_of(patch, model)
     loaded = load_model(folder, device=device, longest=longest, n_rows=height if height > n_rows_of(model) else None)
     tokenizer = adapter if added_tokens(patch, model) else folder
-    return attach_adapter(loaded, adapter, name="patch").eval(), Encoder(load_tokenizer(tokenizer))
+    return fuse(attach_adapter(loaded, adapter, name="patch").eval()), Encoder(load_tokenizer(tokenizer))

@@ -224,23 +224,19 @@ def label_log_probs(
         counted: Of each row, the labels whose value counts besides the largest; None for all. Any other label is given
             its first token's log-probability where that alone is less than what another label has: it cannot win.
     """
-    longer = [[column for column, label in enumerate(ids) if len(label) > 1] for ids in labels]
-    read = prefill(model, prompts, device=device, goes_on=any(longer))
+    is_whole = torch.tensor([[len(label) == 1 for label in ids] for ids in labels], device=device)
+    read = prefill(model, prompts, device=device, goes_on=not bool(is_whole.all()))
     firsts = torch.tensor([[label[0] for label in ids] for ids in labels], device=device)
     sums: torch.Tensor = read.next_logits.log_softmax(dim=-1).gather(1, firsts)
-    reached = sums.clone()
-    for row, columns in enumerate(longer):
-        reached[row, columns] = -math.inf
-    can_win = (sums >= reached.max(dim=1, keepdim=True).values).tolist()
-    pairs = [
-        (row, column)
-        for row, columns in enumerate(longer)
-        for column in columns
-        if counted is None or column in counted[row] or can_win[row][column]
-    ]
-    if pairs:
+    asked = torch.ones_like(is_whole) if counted is None else torch.zeros_like(is_whole)
+    for row, columns in enumerate(counted or ()):
+        asked[row, [*columns, int(sums[row].argmax())]] = True
+    # Tokens only lower a sum: once the likeliest beginning has been read to its end, few others can still win.
+    while pairs := (asked & ~is_whole).nonzero().tolist():
         rows, columns = (list(each) for each in zip(*pairs, strict=True))
         sums[rows, columns] += read.go_on(rows, [labels[row][column] for row, column in pairs])
+        is_whole |= asked
+        asked = sums >= sums.where(is_whole, -math.inf).max(dim=1, keepdim=True).values
     return sums
 
 

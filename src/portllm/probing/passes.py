@@ -19,6 +19,7 @@ from portllm.probing.expansion import has_terms
 from portllm.probing.settings import TextSettings
 from portllm.progress import Progress
 from portllm.running.encoding import Encoded, Encoder, batches
+from portllm.running.fused_lora import fuse
 from portllm.running.loss import completion_targets
 from portllm.running.model import PeftModel, PreTrainedModel, attach_adapter, detach_adapter, load_model
 from portllm.running.moments import Moments, gather_moments
@@ -75,7 +76,7 @@ class Host:
     @contextmanager
     def carrying(self, patch: Patch[TensorInfo]) -> Iterator[PeftModel]:
         """Inside the block, the model with a patch on it."""
-        patched = attach_adapter(self.bare(), folder_of(patch), name="patch").eval()
+        patched = fuse(attach_adapter(self.bare(), folder_of(patch), name="patch").eval())
         self._model = None
         yield patched
         if patch.is_plain_lora:

@@ -24,6 +24,7 @@ from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.examples import read_texts
 from portllm.running.folder import check_runnable, model_folder
+from portllm.running.fused_lora import fuse
 from portllm.running.model import Device, attach_adapter, choose_device, load_model, load_tokenizer
 from portllm.running.text_loss import measure_text_loss
 from portllm.study.definition.plan import (
@@ -266,7 +267,8 @@ class StepRunner:
         device = choose_device(self.device)
         folder = model_folder(self._model(step.model))
         model = load_model(folder, device=device, longest=task.longest)
-        patched = attach_adapter(model, self.places.folder(step.inputs[-1]), name="patch") if step.patch else model
+        if step.patch:
+            model = fuse(attach_adapter(model, self.places.folder(step.inputs[-1]), name="patch").eval())
         done = 0
 
         def tick(rows: int) -> None:
@@ -274,8 +276,7 @@ class StepRunner:
             done += rows
             self.progress(f"score: {step.model} {step.patch or ''}".rstrip(), done, task.n_rows, "rows")
 
-        patched.eval()
-        return asdict(task.score(patched, Encoder(load_tokenizer(folder)), device=device, tick=tick))
+        return asdict(task.score(model, Encoder(load_tokenizer(folder)), device=device, tick=tick))
 
 
 def _read(text: Text, data: Path | None) -> tuple[str, ...]:
