@@ -24,6 +24,12 @@ from portllm.running.layers import Arguments, LayeredModel, replaced
 TOLERANCE = 1e-4
 """Of what a layer adds, in float32, where a module's output passes through a norm or a factor."""
 
+SILENT = 1e-6
+"""Root mean square of an output below which a norm is taken to leave it as it is."""
+
+WEAK = 0.01
+"""Of the mean square of a norm's gains: units whose gain squared is below it are hardly made up for."""
+
 Output = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 """What a hook makes of the name of a module, the module, its inputs and its output: another output, or None."""
 
@@ -53,7 +59,7 @@ class Writer:
         """What it adds to the residual stream."""
         if self.gain is None:
             return output * self.scale
-        return self.gain * output / output.pow(2).mean(dim=-1, keepdim=True).sqrt()
+        return self.gain * output / _rms(output)
 
     def wanted(
         self, before: Float32[Tensor, "... width"], output: Float32[Tensor, "... width"]
@@ -70,18 +76,20 @@ class Writer:
         """What its output lacks for the stream to have what is wanted, and what each token counts for that.
 
         A norm behind it keeps the direction of its output alone: it need be no longer than it is, and an error of a
-        short output weighs more.
+        short output weighs more. What a unit of the stream lacks, m, is made up for by δ with the least
+        `(g δ / rms - m)² + ε (δ / rms)²`, ε a share of the mean g²: where the gain g is small or zero, as some of Gemma
+        are, making up for all of it would take an output so large that the norm shrank all other units.
 
         Args:
             wanted: The state wanted behind the writer.
             before: The stream before what it adds.
             output: What it says now.
         """
-        missing = wanted - before
+        missing = wanted - before - self.added(output)
         if self.gain is None:
-            return missing / self.scale - output, torch.ones_like(output[:, 0])
-        rms = output.pow(2).mean(dim=1, keepdim=True).sqrt()
-        return rms * missing / self.gain - output, 1 / rms[:, 0].pow(2)
+            return missing / self.scale, torch.ones_like(output[:, 0])
+        rms, squares = _rms(output), self.gain.pow(2)
+        return rms * missing * self.gain / (squares + WEAK * squares.mean()), 1 / rms[:, 0].pow(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +250,11 @@ def watch(
 
 def _say(said: Tensor, *_: object) -> Tensor:
     return said
+
+
+def _rms(output: Float32[Tensor, "... width"]) -> Float32[Tensor, "... 1"]:
+    """Never zero, since a norm makes zeros of zeros."""
+    return output.pow(2).mean(dim=-1, keepdim=True).sqrt().clamp(min=SILENT)
 
 
 def _writer(name: str, said: Tensor, added: Tensor) -> Writer:
