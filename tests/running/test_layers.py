@@ -254,7 +254,7 @@ def test_units_that_a_norm_nearly_silences_are_not_made_up_for_by_an_output_that
     lacks, least = wanted - before - writer.added(said), WEAK * gain.pow(2).mean()
     steepest = gain * (gain * error / rms - lacks) + least * error / rms  # of (g δ / rms - m)² + ε (δ / rms)², by δ
     assert steepest.abs().max() < 1e-5
-    assert error[:, 3:].abs().max() < 0.5 * error[:, :3].abs().max()
+    assert error[:, 3:].abs().max() < 5 * error[:, :3].abs().max()  # 1 / g would be 500
     assert counts.isfinite().all()
 
 

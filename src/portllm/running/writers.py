@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 SILENT = 1e-6
 """Root mean square of an output below which a norm is taken to leave it as it is."""
 
-WEAK = 0.01
+WEAK = 0.001
 """Of the mean square of a norm's gains: units whose gain squared is below it are hardly made up for."""
 
 Output = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
