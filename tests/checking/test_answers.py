@@ -34,6 +34,6 @@ def test_a_sentence_says_how_many_and_the_least():
     seen = answers_about(0.03, carried(0.02, 0.03, 0.04))
     headline = decide(PatchReport("my patch", Verdict(Answer.UNCERTAIN, ()), answers=seen), "v2")
     assert headline.reasons == [
-        "On updates about as far, 3 patches of m kept of the old answers: 53 % by addition (52 % at least) and 93 % by "
-        "align (92 % at least)."
+        "In 3 cases on m, with updates about as large, ports kept of the old answers: 53 % by addition (52 % at least) "
+        "and 93 % by align (92 % at least)."
     ]

@@ -16,7 +16,7 @@ from portllm.checking.outcomes import ABOUT
 FILE = "answers.json"
 
 FEWEST = 3
-"""Of fewer patches nothing is said."""
+"""Of fewer cases nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Answers:
 
     Attributes:
         bases: The models.
-        n: How many patches.
+        n: How many cases. A patch counts once for each link of a chain.
         kept: By method, the least and the mean share of answers that stayed the old specialist's.
     """
 
@@ -53,11 +53,11 @@ class Answers:
     def to_json(self) -> dict[str, object]:
         """As JSON values."""
         kept = {method: {"least": least, "mean": mean} for method, (least, mean) in self.kept.items()}
-        return {"bases": list(self.bases), "patches": self.n, "kept": kept}
+        return {"bases": list(self.bases), "cases": self.n, "kept": kept}
 
 
 def answers_about(drift: float, carried: Sequence[Carried] | None = None) -> Answers | None:
-    """The answers of patches on updates from a third of a drift to three times of it; None of fewer than `FEWEST`.
+    """The answers of ports on updates from a third of a drift to three times of it; None of fewer than `FEWEST`.
 
     Args:
         drift: Of the weights that a patch changes, relative to their norm.

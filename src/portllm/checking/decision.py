@@ -114,7 +114,8 @@ def _answers(seen: Answers) -> str:
         f"{percent(mean, digits=0)} by {method_name(method)} ({percent(least, digits=0)} at least)"
         for method, (least, mean) in seen.kept.items()
     )
-    return f"On updates about as far, {seen.n} patches of {', '.join(seen.bases)} kept of the old answers: {told}."
+    cases = f"In {seen.n} cases on {', '.join(seen.bases)}, with updates about as large"
+    return f"{cases}, ports kept of the old answers: {told}."
 
 
 def _next(patch: PatchReport, checked: Checked) -> tuple[str, str]:
