@@ -32,12 +32,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     warn_if_busy()
     inputs = LiveInputs(options.work.resolve(), options.rows, options.prompts)
+    chosen = options.contests or CONTESTS
     inputs.make()
+    if "align-wide" in chosen:
+        inputs.make_wide()
     peers = {"lm-eval": importlib.metadata.version("lm_eval"), "trl": peer_version("trl")}
     session = Session(inputs.folder, peers=peers)
     now = {
         name: session.measure(name, CONTESTS[name](inputs), runs=options.runs, slow_runs=options.slow_runs)
-        for name in options.contests or CONTESTS
+        for name in chosen
     }
     print("\n".join(table(ROWS, now)))
     file = options.results / f"{NAME}.json"

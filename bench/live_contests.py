@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.contests import PEERS, VERDICT_IS_NO, Contest, Facts, Job
 from bench.inputs import OUTPUTS
-from bench.live_inputs import LABELS, TASKS, WRITTEN, WRITTEN_TOKENS, LiveInputs
+from bench.live_inputs import LABELS, TASKS, WIDE, WIDE_PROMPTS, WRITTEN, WRITTEN_TOKENS, LiveInputs
 from bench.peers.environment import install
 from portllm.demo.settings import TRAIN
 
@@ -124,13 +124,10 @@ def align(inputs: LiveInputs) -> Contest:
     """An aligned port beside one scoring pass of the old specialist on the same prompts, and beside its own imports."""
     theirs, ours = inputs.output("pass.json"), inputs.output("align")
     base, patch, evolved = inputs.base, inputs.model("patch"), inputs.model("evolved")
-    imports = (
-        "import transformers, peft, portllm.cli.main, portllm.porting.domain, transformers.models.llama.modeling_llama"
-    )
     return Contest(
         f"align, {inputs.count(inputs.prompts)} prompts",
         (
-            Job("imports", "what align imports", _float32((sys.executable, "-c", imports)), ()),
+            _imports(),
             Job(
                 "pass", "one scoring pass of the old specialist (transformers, PEFT)",
                 _float32((sys.executable, *map(str, (PEERS / "scoring_pass.py", base, patch, inputs.prompts, theirs)))),
@@ -143,10 +140,36 @@ def align(inputs: LiveInputs) -> Contest:
                     "--text", inputs.prompts, "--prompt", "{prompt}", "--batch-size", BATCH, "--device", "cpu",
                     "-o", ours / "patch",
                 ),
-                (base, patch, evolved), ours, partial(_refit, inputs), good=(0, VERDICT_IS_NO),
+                (base, patch, evolved), ours, partial(_refit, inputs.base, inputs.prompts), good=(0, VERDICT_IS_NO),
             ),
         ),
     )  # fmt: skip
+
+
+def align_wide(inputs: LiveInputs) -> Contest:
+    """An aligned port through layers as wide as those of a model of 7 B."""
+    base, evolved, patch = (inputs.wide(name) for name in ("base", "evolved", "patch"))
+    prompts, ours = inputs.wide("prompts.jsonl"), inputs.output("align-wide")
+    return Contest(
+        f"align, {WIDE.layers} layers of {WIDE.like}, {WIDE_PROMPTS} prompts",
+        (
+            _imports(),
+            Job(
+                "align", "portllm port --method align",
+                _clocked(
+                    ours / "events.json", "port", patch, "--base", base, "--evolved", evolved, "--method", "align",
+                    "--text", prompts, "--prompt", "{prompt}", "--anchors", inputs.wide("anchors.txt"),
+                    "--answer-tokens", 1, "--batch-size", BATCH, "--device", "cpu", "-o", ours / "patch",
+                ),
+                (base, patch, evolved), ours, partial(_refit, base, prompts), good=(0, VERDICT_IS_NO),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _imports() -> Job:
+    modules = "transformers, peft, portllm.cli.main, portllm.porting.domain, transformers.models.llama.modeling_llama"
+    return Job("imports", "what align imports", _float32((sys.executable, "-c", f"import {modules}")), ())
 
 
 def certify(inputs: LiveInputs) -> Contest:
@@ -191,6 +214,7 @@ CONTESTS: Mapping[str, Callable[[LiveInputs], Contest]] = {
     **{f"evaluate-{task}": partial(evaluate, task=task) for task in TASKS},
     "train": train,
     "align": align,
+    "align-wide": align_wide,
     "certify": certify,
     "check-text": check,
     "text": text,
@@ -231,25 +255,25 @@ def _our_steps(folder: Path) -> Facts:
     return {"step_seconds": statistics.median(after - before for before, after in pairwise(ends))}
 
 
-def _refit(inputs: LiveInputs, folder: Path) -> Facts:
+def _refit(base: Path, prompts: Path, folder: Path) -> Facts:
     """Seconds of the walk through all layers; bytes of one layer of each model and of the states of all rows."""
     events = _read(folder / "events.json")
     walked = [place for place, event in enumerate(events) if event[0] == "align"]
     cpu, wall = (events[walked[-1]][place] - events[walked[0] - 1][place] for place in (-2, -1))
-    return {"pass_seconds": wall, "pass_cpu_seconds": cpu, "least_bytes": least_bytes(inputs)}
+    return {"pass_seconds": wall, "pass_cpu_seconds": cpu, "least_bytes": least_bytes(base, prompts)}
 
 
-def least_bytes(inputs: LiveInputs) -> int:
+def least_bytes(base: Path, prompts: Path) -> int:
     """One layer of each of the two models, and a state of each for every token of every prompt, in float32."""
     from portllm.checkpoint.open import open_checkpoint
     from portllm.running.model import load_tokenizer
 
-    model = open_checkpoint(str(inputs.base))
-    tokenizer = load_tokenizer(inputs.base)
+    model = open_checkpoint(str(base))
+    tokenizer = load_tokenizer(base)
     layer = sum(math.prod(info.shape) for name, info in model.infos.items() if ".layers.0." in name)
-    width = _read(inputs.base / "config.json")["hidden_size"]
-    prompts = [json.loads(line)["prompt"] for line in inputs.prompts.read_text().splitlines()]
-    n_tokens = sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    width = _read(base / "config.json")["hidden_size"]
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    n_tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
     return 4 * 2 * (layer + n_tokens * width)
 
 

@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.inputs import OUTPUTS
+from bench.shapes import LLAMA_2_7B
+from bench.synthetic import write_adapter, write_checkpoint
 from portllm.checkpoint.open import open_checkpoint
 from portllm.demo.settings import COMPLETION, PROMPT
-from portllm.demo.story import BASE, DATA, HELD_OUT_ROWS, TRAINING_ROWS, tell
+from portllm.demo.story import BASE, DATA, EVOLUTION_TEXT, HELD_OUT_ROWS, TRAINING_ROWS, tell
 from portllm.running.folder import model_folder
 from portllm.running.model import load_tokenizer
 
@@ -16,6 +18,11 @@ LABELS, TOKENS, WRITTEN = "labels", "tokens", "written"
 TASKS = {LABELS: "9 labels", TOKENS: "7 labels of one token", WRITTEN: "written answers"}
 
 WRITTEN_TOKENS = 32
+
+WIDE = replace(LLAMA_2_7B, layers=3, vocabulary=49_152)
+"""What a port of a model of 7 B holds at a time: layers as wide as its own, few of them, for the demo's tokens."""
+
+WIDE_PROMPTS, WIDE_TEXTS = 32, 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,25 @@ class LiveInputs:
         pairs = [{"prompt": PROMPT.format(**row), "completion": f" {row[COMPLETION]}"} for row in taught]
         _write(self.pairs, pairs)
         _write(self.prompts, [{"prompt": pair["prompt"]} for pair in pairs[: self.n_prompts]])
+
+    def make_wide(self) -> None:
+        """Write base, update and patch of the wide shape, with the demo's tokenizer and prompts, and general text."""
+        prompts = self.prompts.read_text().splitlines(keepends=True)[:WIDE_PROMPTS]
+        self.wide("prompts.jsonl").parent.mkdir(exist_ok=True)
+        self.wide("prompts.jsonl").write_text("".join(prompts))
+        texts = [row["question"] for row in _read(EVOLUTION_TEXT)[:WIDE_TEXTS]]
+        self.wide("anchors.txt").write_text("".join(f"{' '.join(text.split())}\n" for text in texts))
+        for name, drift in (("base", False), ("evolved", True)):
+            if not self.wide(name).exists():
+                write_checkpoint(WIDE, self.wide(name), drift=drift)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(self.base / file, self.wide(name) / file)
+        if not self.wide("patch").exists():
+            write_adapter(WIDE, self.wide("patch"), rank=8)
+
+    def wide(self, name: str) -> Path:
+        """A model, a patch or a file of the wide shape."""
+        return self.folder / "live" / "wide" / name
 
     def model(self, name: str) -> Path:
         """A model or a patch of the demo."""

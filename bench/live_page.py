@@ -31,10 +31,12 @@ without instructions for bfloat16 or AVX-512, in batches of 16 rows, on the same
   patch, in batches of similar length, without imports and loading. The refit is the walk through all layers, from
   embedded rows to the last layer's states: the old specialist on the prompts to fit on, the evolved model on general
   text, plain addition and a refit on both, with all regressions; all walks count, where the first refit is not chosen.
-  The whole command also writes answers and general text with
-  both models, compares candidates over the whole vocabulary, and writes the patch; the program that scores once is its
-  process, from start to end. Least memory is one layer of each of both models and one state of each for every token of
-  every prompt, in float32; what the process takes is counted beyond one that only imports the same libraries.
+  The whole command also writes answers and general text with both models, compares candidates over the whole
+  vocabulary, and writes the patch; the program that scores once is its process, from start to end. Least memory is one
+  layer of each of both models and one state of each for every token of every prompt, in float32; what the process takes
+  is counted beyond one that only imports the same libraries. In a small model the activations of a batch and what the
+  allocator holds weigh more than two layers. What a large one takes is said by the row of wide layers, with weights of
+  noise, general text from a file, and answers of one token.
 """
 
 

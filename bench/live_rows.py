@@ -39,6 +39,10 @@ ROWS = (
         "align, beyond its imports / a layer of each model and all states: private memory",
         "align", "align", "imports", PRIVATE, "difference", 1.5, 1.2, per="least_bytes",
     ),
+    Row(
+        "align through layers of Llama 2 7B, likewise: private memory",
+        "align-wide", "align", "imports", PRIVATE, "difference", 1.5, 1.2, per="least_bytes",
+    ),
     Row("certify: rate", "certify", "certify", None, SECONDS, "number", None, None, per="rows"),
     Row("check --text: rate", "check-text", "check", None, SECONDS, "number", None, None, per="rows"),
     Row("free text on four models: time", "text", "evaluate", None, SECONDS, "number", None, None),

@@ -41,14 +41,14 @@ def test_a_step_is_timed_from_the_end_of_the_one_before(tmp_path):
     assert live_contests._our_steps(tmp_path) == {"step_seconds": 1.5}
 
 
-def test_the_refit_is_timed_from_what_was_done_before_it(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(live_contests, "least_bytes", lambda _: 5)
+def test_the_refit_is_timed_from_what_was_done_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(live_contests, "least_bytes", lambda *_: 5)
     events = [
         ["write answers", 1, 1, "steps", 2.0, 3.0],
         *(["align", n, 2, "steps", 2.0 + n, 3.0 + 2 * n] for n in (1, 2)),
     ]
     (tmp_path / "events.json").write_text(json.dumps(events))
-    found = live_contests._refit(inputs, tmp_path)
+    found = live_contests._refit(tmp_path, tmp_path, tmp_path)
     assert found == {"pass_seconds": 4.0, "pass_cpu_seconds": 2.0, "least_bytes": 5}
 
 
