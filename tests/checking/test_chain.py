@@ -22,6 +22,8 @@ SHORT = 0.00008
 
 N = 4
 
+TOKENIZER = json.dumps({"model": {"vocab": {"a": 0, "b": 1}}})
+
 
 @pytest.fixture(scope="module")
 def way(tmp_path_factory):
@@ -32,6 +34,8 @@ def way(tmp_path_factory):
     models = [make_base(folder / "0", dtype=torch.float32)]
     for number in range(1, N):
         models.append(make_evolved(models[-1], folder / str(number), seed=number, drift=SHORT))
+    for model in models:
+        (model / "tokenizer.json").write_text(TOKENIZER)
     patch = capture_adapter(
         load_patch(make_adapter(models[0], folder / "adapter")), base=open_checkpoint(models[0]), out=folder / "patch"
     )

@@ -238,9 +238,16 @@ def test_experts_are_measured_in_every_layout_alike(layouts, tmp_path):
     assert found.size_against_drift == pytest.approx(1.0, rel=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("llama", Answer.HOLDS_ALIGNED), ("qwen3-moe", Answer.UNCERTAIN)])
+@pytest.mark.parametrize(
+    ("kind", "reads", "expected"),
+    [
+        ("llama", True, Answer.HOLDS_ALIGNED),
+        ("llama", False, Answer.UNCERTAIN),
+        ("qwen3-moe", True, Answer.UNCERTAIN),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_no_patch_is_said_to_hold_aligned_on_a_model_that_align_refuses(kind, expected, tmp_path):
+def test_no_patch_is_said_to_hold_aligned_on_a_model_that_align_refuses(kind, reads, expected, tmp_path):
     from tests import families
 
     how = {"dtype": torch.float32, "tied": False}
@@ -248,6 +255,8 @@ def test_no_patch_is_said_to_hold_aligned_on_a_model_that_align_refuses(kind, ex
     tensors = load_file(base / "model.safetensors")
     evolved = shutil.copytree(base, tmp_path / "evolved")
     save_file({name: tensor * 1.005 for name, tensor in tensors.items()}, evolved / "model.safetensors")
+    for folder in (base, evolved) if reads else ():
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}))
     adapter = families.make_adapter(kind, base, tmp_path / "adapter", target_modules=["q_proj"])
     assert answer(checked(adapter, base, evolved, full=True)) is expected
 

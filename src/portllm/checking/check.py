@@ -25,6 +25,7 @@ from portllm.checkpoint.open import on_disk
 from portllm.errors import Refusal, refuse
 from portllm.files.input_file import unchanged
 from portllm.matching.changes import changes_on
+from portllm.matching.in_step import not_in_step
 from portllm.matching.port_plan import PortPlan, plan_port
 from portllm.matching.quantized_base import quantization_of
 from portllm.matching.tensor_pairs import TensorPair
@@ -155,7 +156,7 @@ def check_patch(
     stored_as = Counter(pair.evolved.dtype for _, pair in changes.values()).most_common(1)
     verdict = judge(
         Measures(
-            is_alignable=_is_alignable(plan, known.update),
+            is_alignable=plan.patch.is_plain_lora and not any(not_in_step(plan, method="align")),
             lineage={
                 kind: known.report.kinds[kind].lineage
                 for kind in sorted({place.kind for place in changed} & known.report.kinds.keys())
@@ -190,12 +191,6 @@ def check_patch(
         chain=chain,
     )
     return with_forecast(known.report, report)
-
-
-def _is_alignable(plan: PortPlan, update: Update) -> bool:
-    """Whether `port --method align` runs these models, and nothing is in the patch that it was not measured on."""
-    is_dense_and_same = not plan.evolved.experts and update.tokens is None
-    return plan.patch.is_plain_lora and is_dense_and_same and not plan.own and plan.carried_tokens is None
 
 
 def _changes_of(patch: Patch[TensorInfo], known: MeasuredUpdate) -> Changes:

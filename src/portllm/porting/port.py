@@ -12,10 +12,10 @@ from portllm.capturing.stored_values import settled
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.model.equality import require_equal
 from portllm.checkpoint.open import ModelLike, open_checkpoint
-from portllm.checkpoint.vocabulary import has_same_tokenizer
 from portllm.errors import PortLLMError, Refusal, refuse
 from portllm.files.kept_results import versions
 from portllm.files.output_folder import check_apart, check_free, resumable_folder
+from portllm.matching.in_step import not_in_step
 from portllm.matching.port_plan import PortPlan
 from portllm.matching.spelling import as_running
 from portllm.matching.update import Update
@@ -161,18 +161,8 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
         )
     if domain is not None and not runs:
         yield Refusal("--text", f"method '{plan.method.id}' reads no prompts. Omit it.")
-    if runs and (plan.own or plan.carried_tokens is not None):
-        yield Refusal(
-            "--method",
-            f"{plan.patch.name} has tokens or a head of its own, which the evolved model lacks, so method "
-            f"'{plan.method.id}' cannot run it there. Port it with --method add.",
-        )
-    if runs and plan.evolved.experts:
-        yield Refusal(
-            "--evolved",
-            f"{plan.evolved.name} has experts, and what these write is not known for every token. Method "
-            f"'{plan.method.id}' is for dense models.",
-        )
+    if runs:
+        yield from not_in_step(plan, method=plan.method.id)
     if (why := plan.method.refuses(plan.patch)) is not None:
         yield Refusal("--method", f"{plan.patch.name} {why}. Method '{plan.method.id}' cannot carry it.")
     keeps_factors = runs and Need.PAIRS not in plan.method.needs
@@ -183,12 +173,6 @@ def _unasked(plan: PortPlan, domain: "Domain | None") -> Iterator[Refusal]:
             f"have nothing in common with those of {plan.base.name}: another model, or its units in another order or "
             f"basis. Method '{plan.method.id}' carries what a patch reads as it is, which would mean nothing there; "
             "--method transport takes it to the other basis.",
-        )
-    if runs and plan.base is not None and not has_same_tokenizer(plan.base, plan.evolved):
-        yield Refusal(
-            "--evolved",
-            f"{plan.base.name} and {plan.evolved.name} have different tokenizers, so method '{plan.method.id}' cannot "
-            "compare them token by token.",
         )
 
 
