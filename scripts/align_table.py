@@ -1,7 +1,7 @@
 """What was measured of aligned ports, as the tables of docs/methods/align.md: from the study's committed results."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +25,7 @@ Row = tuple[str, ...]
 
 
 def tables() -> tuple[tuple[Row, list[Row]], tuple[Row, list[Row]]]:
-    """By patch and method, and means by update; each a head and its rows."""
+    """By patch and method, and means by method and update; each a head and its rows."""
     results = json.loads(FILE.read_text(encoding="utf-8"))
     drifts = {model["evolution"]: model["drift"] for model in results["models"]}
     methods = list(dict.fromkeys(row["method"] for row in results["tasks"]))
@@ -37,20 +37,22 @@ def tables() -> tuple[tuple[Row, list[Row]], tuple[Row, list[Row]]]:
         for task in tasks:
             by_method = {method: cells[evolution, task, method] for method in methods}
             every += _patch(task, f"{evolution}, {percent(drift, digits=2)}", by_method)
-    head = (
-        "update",
-        *(f"labels, {method}" for method in methods),
-        *(f"accuracy, {name}" for name in (*methods, "retrained")),
-    )
+    updates = [percent(drift, digits=2) for drift, _ in order]
+    head = ("method", *(f"labels, {drift}" for drift in updates), *(f"accuracy, {drift}" for drift in updates))
+
+    def of(evolution: str, method: str) -> list[Any]:
+        return [cells[evolution, task, method] for task in tasks]
+
     means = [
         (
-            f"{evolution}, {percent(drift, digits=2)}",
-            *_means([[cells[evolution, task, method]["agreement"]["value"] for task in tasks] for method in methods]),
-            *_means([[_accuracy(cells[evolution, task, method], "ported") for task in tasks] for method in methods]),
-            *_means([[_accuracy(cells[evolution, task, methods[0]], "retrained") for task in tasks]]),
+            method,
+            *(_mean(row["agreement"]["value"] for row in of(evolution, method)) for _, evolution in order),
+            *(_mean(_accuracy(row, "ported") for row in of(evolution, method)) for _, evolution in order),
         )
-        for drift, evolution in order
+        for method in methods
     ]
+    again = (_mean(_accuracy(row, "retrained") for row in of(evolution, methods[0])) for _, evolution in order)
+    means.append(("retrained with labels", *("" for _ in order), *again))
     return (HEAD, every), (head, means)
 
 
@@ -96,5 +98,5 @@ def _interval(value: float, low: float, high: float) -> str:
     return f"{percent(value)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _means(shares: Sequence[Sequence[float]]) -> list[str]:
-    return [percent(fmean(each)) for each in shares]
+def _mean(shares: Iterable[float]) -> str:
+    return percent(fmean(shares))
