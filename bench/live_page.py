@@ -35,8 +35,8 @@ without instructions for bfloat16 or AVX-512, in batches of 16 rows, on the same
   vocabulary, and writes the patch; the program that scores once is its process, from start to end. Least memory is one
   layer of each of both models and one state of each for every token of every prompt, in float32; what the process takes
   is counted beyond one that only imports the same libraries. In a small model the activations of a batch and what the
-  allocator holds weigh more than two layers. What a large one takes is said by the row of wide layers, with weights of
-  noise, general text from a file, and answers of one token.
+  allocator holds weigh more than two layers. The contest `align-wide` measures layers as wide as a large one's, with
+  weights of noise, general text from a file, and answers of one token.
 """
 
 

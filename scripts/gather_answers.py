@@ -37,7 +37,7 @@ def gather(results: dict[str, Any], left_out: Collection[str] = ()) -> Iterator[
 
 
 def render() -> str:
-    """The text of the file: a line for each patch."""
+    """The text of the file: a line for each patch on each update."""
     cells = []
     for study in sorted((ROOT / "studies").glob("*.toml")):
         file = RESULTS / f"{study.stem}.json"
@@ -51,4 +51,4 @@ def render() -> str:
 
 if __name__ == "__main__":
     OUT.write_text(render(), encoding="utf-8")
-    print(f"{OUT}: {len(json.loads(OUT.read_text(encoding='utf-8')))} patches")
+    print(f"{OUT}: {len(json.loads(OUT.read_text(encoding='utf-8')))} cases")

@@ -27,9 +27,9 @@ merged, captured and loaded again by PEFT, and ported to an evolved base. In eac
 the configuration does not explain, and a field that contradicts the tensors are refused by name."""
 
 NOTES = """\
-On Intel's processors with AVX2 and without AVX-512, MKL, which multiplies for torch, rounds a row of a product by its
-place in the matrix. There the last bits of a float32 merge can differ from PEFT's and with the size of blocks, for
-experts and transposed weights; with `MKL_CBWR=COMPATIBLE` in the environment of both, they do not.
+On an Intel Xeon whose MKL, which multiplies for torch, was told to use AVX2 alone, a row of a product was rounded by
+its place in the matrix: the last bits of float32 merges then differed from PEFT's, and with the size of blocks. With
+`MKL_CBWR=COMPATIBLE` in the environment of both, they did not.
 
 How they are ported: a delta that is added to a weight is carried over *as it is*. A value that replaces the base's
 is *re-based*: what it changed is carried over. With V the value in the file and W0, W1 the base's and the evolved

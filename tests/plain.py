@@ -16,8 +16,8 @@ INSTRUCTION_SETS = {
 }
 """What torch and the libraries under it are told; each reads it when it is loaded.
 
-MKL runs the kernels that all processors have. Those for Intel's with AVX2 alone round a row of a product by its place
-in the matrix, so that blocks have other last bits than the whole: no way of ours to multiply gives PEFT's bytes there.
+MKL runs the kernels that all processors have. Its AVX2 kernels, forced on an Intel Xeon, round a row of a product by
+its place in the matrix, so that blocks have other last bits than the whole, and than PEFT's product.
 """
 
 TENSORS = re.compile(r"^\s*(import (torch|numpy)\b|from (torch|numpy)\b|from tests\.models import)", re.MULTILINE)

@@ -157,6 +157,18 @@ def test_a_twin_that_computes_the_same_in_another_order_is_refused_and_not_porte
         align({**story, "twin": tmp_path / "twin"}, tmp_path / "out", evolved="twin")
 
 
+@pytest.mark.parametrize("text", [None, '{"model": {"vocab": {"another": 0}}}'])
+def test_models_without_a_common_tokenizer_are_refused_by_the_reason(text, story, tmp_path):
+    evolved = shutil.copytree(story["evolved"], tmp_path / "evolved")
+    (evolved / "tokenizer.json").unlink()
+    if text is not None:
+        (evolved / "tokenizer.json").write_text(text)
+    reason = f"there is no 'tokenizer.json' in {evolved}, .*Copy the file" if text is None else "different tokenizers"
+    with pytest.raises(PlanRefusedError, match=reason):
+        align({**story, "evolved": evolved}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts_for_a_method_that_reads_none_are_refused(story, tmp_path):
     with pytest.raises(PlanRefusedError, match="method 'add' reads no prompts"):
         port(

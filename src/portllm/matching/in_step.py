@@ -31,8 +31,8 @@ def not_in_step(plan: PortPlan, *, method: str) -> Iterator[Refusal]:
     if unread := [model.name for model in models if side_file(model, TOKENIZER_FILE) is None]:
         yield Refusal(
             "--evolved",
-            f"{' and '.join(unread)} has no '{TOKENIZER_FILE}', so method '{method}' cannot run it on text. Copy the "
-            "file from where the model came from.",
+            f"there is no '{TOKENIZER_FILE}' in {' and '.join(unread)}, so method '{method}' cannot run it on text. "
+            "Copy the file from where the model came from.",
         )
     elif not has_same_tokenizer(models[0], models[-1]):
         yield Refusal(

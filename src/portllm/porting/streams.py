@@ -201,8 +201,10 @@ class Streams:
 
     def put(self, step: Step, a: Tensor, b: Tensor) -> None:
         """What a candidate has at a module; where nothing comes after it in the layer, its states follow."""
-        kept = (self._spool.keep((step.candidate, step.module, side), each) for side, each in (("a", a), ("b", b)))
-        self.extras.setdefault(step.candidate, {})[step.module] = next(kept), next(kept)
+        self.extras.setdefault(step.candidate, {})[step.module] = (
+            self._spool.keep((step.candidate, step.module, "a"), a),
+            self._spool.keep((step.candidate, step.module, "b"), b),
+        )
         for each in self._passing:
             moved = each.x @ a.T.to(each.x) @ b.T.to(each.x)
             if each.after is not None:

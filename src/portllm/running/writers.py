@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 """Of what a layer adds, in float32, where a module's output passes through a norm or a factor."""
 
 SILENT = 1e-6
-"""Root mean square of an output below which a norm is taken to leave it as it is."""
+"""The least root mean square that an output is divided by."""
 
 WEAK = 0.001
 """Of the mean square of a norm's gains: units whose gain squared is below it are hardly made up for."""
