@@ -12,7 +12,8 @@ from portllm.methods.values import whole
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.inputs import gather
 from portllm.study.definition.settings import RowsTask
-from portllm.study.parts.rivals import DISTILLED, RIVALS, reads_prompts
+from portllm.study.parts.ported_by import PortedBy
+from portllm.study.parts.rivals import DISTILLED, RIVALS
 from portllm.study.run import run_study
 from tests.study.small import KINDS, write_study
 
@@ -50,7 +51,7 @@ def test_a_truncated_patch_is_the_nearest_of_its_rank_to_the_old_specialist(tiny
 
 
 def test_rivals_that_run_models_are_known_as_such():
-    assert {name: reads_prompts(name) for name in ("add", "align", *RIVALS, DISTILLED)} == {
+    assert {name: PortedBy.read(name).reads_prompts for name in ("add", "align", *RIVALS, DISTILLED)} == {
         "add": False, "align": True, "random": False, "random-align": True, "truncated": False, "distilled": True,
     }  # fmt: skip
 
@@ -64,7 +65,7 @@ def test_rows_to_port_on_are_those_behind_the_rows_to_train_on():
 
 @pytest.mark.slow
 def test_a_study_runs_every_rival_and_says_what_each_reached(reader, tmp_path):
-    methods = ["add", "align", *RIVALS, DISTILLED]
+    methods = ["add", "align", "align@16", "align@drawn-24", *RIVALS, DISTILLED]
     file = write_study(
         tmp_path,
         reader,
@@ -81,4 +82,7 @@ def test_a_study_runs_every_rival_and_says_what_each_reached(reader, tmp_path):
     assert [row.method for row in results.tasks] == methods
     assert results.n_done == results.n_steps
     assert all(0 <= row.agreement.value <= 1 for row in results.tasks)
-    assert {row.method for row in results.tasks if "divergence" in row.measured} == {"align", "random-align"}
+    measured = {row.method: row.measured for row in results.tasks if "divergence" in row.measured}
+    assert set(measured) == {"align", "align@16", "align@drawn-24", "random-align"}
+    assert measured["align@16"]["prompts_fit"] == 8
+    assert "prompts_drawn" in measured["align@drawn-24"]

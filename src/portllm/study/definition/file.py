@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,12 @@ from portllm.errors import StudyFileError
 from portllm.files.toml_file import read_toml, told
 from portllm.files.toml_text import meant
 from portllm.files.typed import Tell, read_table
-from portllm.methods.table import METHODS
 from portllm.study.definition.paper import published
 from portllm.study.definition.settings import EVOLUTIONS, Evolution, HarnessTask, RowsTask, Study, TaskSettings, Text
-from portllm.study.parts.rivals import DISTILLED, RIVALS, reads_prompts
+from portllm.study.parts.ported_by import PortedBy
 from portllm.training.settings import TrainSettings
 
 TASKS: Mapping[str, type[TaskSettings]] = {"rows": RowsTask, "harness": HarnessTask}
-
-NOT_PORTED = (*RIVALS, DISTILLED)
-"""What stands beside port methods in a study."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
@@ -108,16 +104,31 @@ def _read_evolution(table: object, path: tuple[str, ...], tell: Tell) -> Evoluti
     return read_table(Evolution, mine, path, tell, settings=settings or cls(), new_text=text)
 
 
+def _method_problems(method: object, tasks: Mapping[str, TaskSettings]) -> Iterator[str]:
+    """What is wrong with a method, and with its tasks' prompts."""
+    try:
+        by = PortedBy.read(str(method))
+    except ValueError as error:
+        yield str(error)
+        return
+    if by.is_drawn:
+        without = [f"[tasks.{name}]" for name, task in tasks.items() if not isinstance(task, RowsTask)]
+        if without:
+            yield f"'{method}': prompts are drawn through a template, and there is none in {', '.join(without)}"
+    elif by.reads_prompts:
+        wanted = by.n_prompts or 1
+        without = [f"[tasks.{name}]" for name, task in tasks.items() if task.port_rows < wanted]
+        if without:
+            wanted_rows = f"'port_rows', {wanted} or more," if by.n_prompts else "'port_rows'"
+            yield f"method '{method}' reads prompts; pass {wanted_rows} in {', '.join(without)}"
+
+
 def _check(values: Mapping[str, Any], tasks: Mapping[str, TaskSettings], tell: Tell) -> None:
     """What types do not say; values of a wrong type are left to `read_table`."""
     methods = values.get("methods")
     for method in methods if isinstance(methods, list) else []:
-        if method not in METHODS and method not in NOT_PORTED:
-            tell(("methods",), f"unknown port method '{method}'; available: {', '.join([*METHODS, *NOT_PORTED])}")
-            continue
-        without = [f"[tasks.{name}]" for name, task in tasks.items() if not task.port_rows]
-        if reads_prompts(method) and without:
-            tell(("methods",), f"method '{method}' reads prompts; pass 'port_rows' in {', '.join(without)}")
+        for problem in _method_problems(method, tasks):
+            tell(("methods",), problem)
     seeds, again = values.get("seeds"), values.get("retrain_seeds")
     if isinstance(again, list):
         for seed in again:

@@ -6,7 +6,8 @@ from typing import Any, Literal, TypeAlias
 
 from portllm.study.definition.settings import Evolution, Study, Text
 from portllm.study.definition.variants import BASE, PATCHED, RETRAINED
-from portllm.study.parts.rivals import DISTILLED, reads_prompts
+from portllm.study.parts.ported_by import PortedBy
+from portllm.study.parts.rivals import DISTILLED
 from portllm.training.settings import TrainSettings
 
 Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score", "check", "theory"]
@@ -190,7 +191,7 @@ def data_of(step: Step) -> str | None:
             return f"{step.kind} {step.task}"
         case "check":
             return f"train {step.task}"  # whose prompts it reads
-        case "port" if reads_prompts(str(step.patch)):
+        case "port" if PortedBy.read(str(step.patch)).reads_prompts:
             return f"port {step.task}"
         case "evolve":
             return f"text {step.model.partition('.')[0]}"

@@ -180,7 +180,7 @@ class Study:
         seeds: One patch is trained for each task and seed, on the base and on every evolved model.
         retrain_seeds: Other seeds, of which a patch is trained on every evolved model alone: how far retraining is from
             itself.
-        methods: How patches are ported; rows of `METHODS` or `RIVALS`, or `distilled`.
+        methods: How patches are ported, as `PortedBy.read` takes it.
         patch: How patches are trained.
         tasks: By name.
         evolutions: By name.

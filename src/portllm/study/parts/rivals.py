@@ -62,16 +62,6 @@ RIVALS: Mapping[str, PortMethod] = {
 """By id, as rows of `METHODS`."""
 
 
-def reads_prompts(method: str) -> bool:
-    """Whether a method of a study runs models on prompts.
-
-    Example:
-        >>> reads_prompts("align"), reads_prompts("truncated")
-        (True, False)
-    """
-    return method == DISTILLED or Need.STREAMS in ({**METHODS, **RIVALS}[method]).needs
-
-
 def drawn_anew(patch: Patch[Values]) -> Patch[Values]:
     """A patch with normal factors in the place of its own, each product of the same Frobenius norm.
 

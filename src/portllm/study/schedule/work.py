@@ -1,7 +1,7 @@
 """What the steps of a study do: each function is one kind, and returns what it found as JSON values."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from portllm.methods.table import METHODS
 from portllm.patch.adapter_folder import folder_of, load_patch
 from portllm.patch.patch import Patch
 from portllm.porting.domain import Domain
+from portllm.porting.drawn import Drawn
 from portllm.porting.port import port, run_port
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
-from portllm.running.examples import read_texts
+from portllm.running.examples import Template, read_texts
 from portllm.running.folder import check_runnable, model_folder
 from portllm.running.fused_lora import fuse
 from portllm.running.model import Device, attach_adapter, choose_device, load_model, load_tokenizer
@@ -37,11 +38,12 @@ from portllm.study.definition.plan import (
     model_name,
     text_of,
 )
-from portllm.study.definition.settings import Study, Text
+from portllm.study.definition.settings import RowsTask, Study, Text
 from portllm.study.definition.variants import BASE
 from portllm.study.parts.check import CheckSettings, measure_check
 from portllm.study.parts.control import ControlSettings, make_control
-from portllm.study.parts.rivals import ANSWER_TOKENS, DISTILLED, RIVALS, reads_prompts
+from portllm.study.parts.ported_by import PortedBy
+from portllm.study.parts.rivals import ANSWER_TOKENS, DISTILLED, RIVALS
 from portllm.study.parts.task import TaskSource
 from portllm.study.parts.theory import measure_theory
 from portllm.study.schedule.places import Places
@@ -193,24 +195,24 @@ class StepRunner:
         return {"nats": loss.nats, "perplexity": loss.perplexity, "n_tokens": loss.n_tokens}
 
     def _port(self, step: Step) -> Found:
-        patch, evolved, method = (
-            load_patch(self.places.folder(step.inputs[-1])),
-            self._model(step.model),
-            str(step.patch),
-        )
-        if method == DISTILLED:
+        patch, evolved = load_patch(self.places.folder(step.inputs[-1])), self._model(step.model)
+        by = PortedBy.read(str(step.patch))
+        if by.method == DISTILLED:
             return self._distil(step, patch, evolved)
         update = Update(self.inputs.base, evolved)
-        plan = plan_port(patch, update, method=method if method in METHODS else "add", allow_other_base=False)
-        plan = replace(plan, method=RIVALS.get(method, plan.method))
-        domain = self._domain(step) if reads_prompts(method) else None
+        plan = plan_port(patch, update, method=by.method if by.method in METHODS else "add", allow_other_base=False)
+        plan = replace(plan, method=RIVALS.get(by.method, plan.method))
+        domain = self._domain(step, by) if by.reads_prompts else None
         ported = run_port(plan, self.places.folder(step.name), overwrite=True, domain=domain)
         return dict(ported.record.ports[-1].evidence) if ported.record else {}
 
-    def _domain(self, step: Step) -> Domain:
-        task = self.inputs.tasks[str(step.task)]
+    def _domain(self, step: Step, by: PortedBy) -> Domain:
+        task, settings = self.inputs.tasks[str(step.task)], self.study.tasks[str(step.task)]
+        prompts: Sequence[str] | Drawn = task.port_prompts()[: by.n_prompts]
+        if by.is_drawn and by.n_prompts and isinstance(settings, RowsTask):
+            prompts = Drawn(by.n_prompts, Template(settings.prompt).parts)
         return Domain(
-            prompts=task.port_prompts(),
+            prompts=prompts,
             max_tokens=task.longest,
             answer_tokens=ANSWER_TOKENS,
             device=self.device,
