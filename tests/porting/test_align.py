@@ -91,6 +91,25 @@ def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its
     assert recorded["agreement_low"] < recorded["agreement"] <= recorded["agreement_high"]
 
 
+def test_what_was_tried_is_in_the_record_and_the_one_taken_has_the_distance_that_peft_finds(story):
+    choose = [prompt for prompt, part in zip(PROMPTS, split(PROMPTS), strict=True) if part == "choose"]
+    answers, old = said(story["base"], story["patch"], choose)
+    _, new = said(story["evolved"], story["folder"], choose, answers)
+    nats = [
+        (one.softmax(1) * (one.log_softmax(1) - two.log_softmax(1))).sum(1).mean()
+        for one, two in zip(old, new, strict=True)
+    ]
+    step = step_of(story["ported"])
+    by_name = {each.name: each for each in step.tried}
+    taken = by_name[step.method.removeprefix("align: ")]
+    assert taken.mean == pytest.approx(float((torch.stack(nats) / 2).sqrt().mean()), rel=1e-3)
+    best = min(step.tried, key=lambda each: each.mean)
+    assert best.error == 0
+    assert taken.mean <= best.mean + taken.error
+    assert by_name["add"].general_nats == 0
+    assert next(iter(by_name)) == "add"
+
+
 def test_an_aligned_port_is_nearer_to_the_old_specialist_than_addition(story):
     step = step_of(story["ported"])
     assert step.method.startswith("align: refit")
@@ -215,6 +234,10 @@ def test_where_the_first_refit_costs_too_much_the_next_is_what_it_is_alone(story
     climbed, alone = [], []
     ported = align(story, tmp_path / "climbed", progress=lambda label, *rest: climbed.append(label))
     assert step_of(ported).method.startswith(f"align: {second}")
+    first, *_ = method.REFITS
+    dear = {each.name for each in step_of(ported).tried if each.is_too_dear}
+    assert dear >= {each.name for each in step_of(ported).tried if each.name.startswith(first)} != set()
+    assert step_of(ported).method.removeprefix("align: ") in {each.name for each in step_of(ported).tried} - dear
     monkeypatch.setattr(method, "REFITS", {second: method.REFITS[second]})
     align(story, tmp_path / "alone", progress=lambda label, *rest: alone.append(label))
     assert climbed.count("align") == 2 * alone.count("align")

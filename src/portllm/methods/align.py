@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.choice import choose, distance, on, wilson
+from portllm.methods.choice import choose, distance, on, weighed, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
@@ -25,6 +25,7 @@ from portllm.methods.undoing import Span, Weighted
 from portllm.methods.values import Values, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
+from portllm.patch.record import Tried
 
 ADD = "add"
 OLD_STATES = "the old specialist's states, read by the evolved head"
@@ -95,57 +96,72 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
         raise ValueError("align was given no streams, which it declares to need")
     start = add(patch, inputs).patch
     streams = inputs.streams(start)
-    found, chosen = climbed(streams, start)
+    found, chosen, tried = climbed(streams, start)
     gate = float(on(found[OLD_STATES].nats, streams.compared, "choose").mean())
     numbers = evidence(found, chosen.name, streams) | {"head_gate": gate}
     told = {"": (None, {}), "_added": (ADD, {}), "_ported": chosen.as_run}
     numbers |= costs(streams.nats("price", told), "general_nats") | costs(streams.nats("judge", told), "loss")
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
-    return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name)
+    return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name, tried)
 
 
-def climbed(streams: Streams, start: Patch[Values]) -> tuple[Mapping[str, Comparison], Candidate]:
-    """Try one refit after the other, until one is chosen or what is wanted is reached; what was found, and the choice.
+Climbed = tuple[Mapping[str, Comparison], Candidate, tuple[Tried, ...]]
+"""What was found of candidates, the one that is taken, and what stands in the record of all."""
+
+
+def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
+    """Try one refit after the other, until one is chosen or what is wanted is reached.
 
     Where a share of answers is wanted, addition is tried alone first.
     """
     first, *others = REFITS
     walks = deque([[ADD, first]] if streams.wanted is None else [[ADD], [first]])
     walks.extend([other] for other in others)
-    tried: list[Candidate] = []
+    candidates: list[Candidate] = []
     while True:
         walk = walks.popleft()
         refit(streams, start, walk)
-        tried += (each for name in walk for each in (Candidate(name, name), *corrected(streams, start, name)))
-        found, chosen = _chosen(streams, tried)
+        candidates += (each for name in walk for each in (Candidate(name, name), *corrected(streams, start, name)))
+        found, chosen, tried = _chosen(streams, candidates)
         is_enough = streams.wanted is not None and _share(found[chosen.name], streams.compared) >= streams.wanted
         if is_enough or chosen.walked != ADD or not walks:
-            return found, chosen
+            return found, chosen, tried
 
 
-def _chosen(streams: Streams, candidates: Sequence[Candidate]) -> tuple[Mapping[str, Comparison], Candidate]:
-    """What is found of candidates, and which of them is taken."""
+def _chosen(streams: Streams, candidates: Sequence[Candidate]) -> Climbed:
     by_name = {each.name: each for each in candidates}
     states = {name: moved(streams, each) for name, each in by_name.items()}
     found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
-    costly = too_dear(streams.nats("limit", {name: each.as_run for name, each in by_name.items()}))
+    beyond = beyond_addition(streams.nats("limit", {name: each.as_run for name, each in by_name.items()}))
+    costly = too_dear(beyond)
     losses = streams.nats("judge", {name: each.as_run for name, each in by_name.items()})
     distances = {name: distance(on(found[name].nats, streams.compared, "choose")) for name in by_name}
-    affordable = {name: rows for name, rows in (losses or distances).items() if name not in costly}
-    return found, by_name[choose(affordable)]
+    rows = losses or distances
+    chosen = by_name[choose({name: values for name, values in rows.items() if name not in costly})]
+    return found, chosen, weighed(rows, beyond, costly)
 
 
-def too_dear(nats: Mapping[str, Tensor]) -> set[str]:
-    """Candidates that cost more than `MOST_NATS` beyond addition, on average over rows of general text.
+def beyond_addition(nats: Mapping[str, Tensor]) -> dict[str, float]:
+    """What candidates cost beyond addition, on average over rows of general text.
 
     Args:
         nats: Per token, of each candidate on each row; of none where there is no such text.
 
     Example:
-        >>> too_dear({"add": torch.tensor([4.0, 4.2]), "refit": torch.tensor([4.1, 4.6])})
+        >>> beyond_addition({"add": torch.tensor([4.0, 4.0]), "refit": torch.tensor([4.0, 4.5])})
+        {'add': 0.0, 'refit': 0.25}
+    """
+    return {name: float((rows - nats[ADD]).mean()) for name, rows in nats.items()}
+
+
+def too_dear(beyond: Mapping[str, float]) -> set[str]:
+    """Candidates that cost more than `MOST_NATS` beyond addition.
+
+    Example:
+        >>> too_dear({"add": 0.0, "refit": 0.25})
         {'refit'}
     """
-    return {name for name, rows in nats.items() if float((rows - nats[ADD]).mean()) > MOST_NATS}
+    return {name for name, nats in beyond.items() if nats > MOST_NATS}
 
 
 def _share(compared: Comparison, parts: Sequence[Part]) -> float:

@@ -1,13 +1,14 @@
 """Which of several candidates to take, and how sure its agreement is: from what was counted, prompt by prompt. Pure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from portllm.arrays import Float64
 from portllm.methods.contract import Part
+from portllm.patch.record import Tried
 
 Z95 = 1.959963984540054
 """Of the normal distribution, 95 % lie within so many standard deviations."""
@@ -37,6 +38,38 @@ def choose(rows: Mapping[str, Float64[Tensor, " rows"]]) -> str:
         return float(more.mean()) <= standard_error(more) and float(rows[name].mean()) <= float(rows[names[0]].mean())
 
     return next(name for name in names if name == best or is_as_good(name))
+
+
+def weighed(
+    rows: Mapping[str, Float64[Tensor, " rows"]], beyond: Mapping[str, float], too_dear: Collection[str] = ()
+) -> tuple[Tried, ...]:
+    """The candidates as the record has them, compared with the best one that could be taken.
+
+    Args:
+        rows: Of each candidate on each row, as for `choose`.
+        beyond: What each costs beyond addition, in nats per token of general text; of none where there is none.
+        too_dear: Those that cost too much there.
+
+    Example:
+        >>> nats = {"add": torch.tensor([2.0, 4.0]).double(), "refit": torch.tensor([1.0, 1.0]).double()}
+        >>> weighed(nats, {})[0]
+        Tried(name='add', mean=3.0, error=1.0, general_nats=None, is_too_dear=False)
+    """
+    best = min((name for name in rows if name not in too_dear), key=lambda name: float(rows[name].mean()))
+    return tuple(
+        Tried(
+            name,
+            _rounded(float(values.mean())),
+            _rounded(standard_error(values - rows[best])),
+            _rounded(beyond[name]) if name in beyond else None,
+            name in too_dear,
+        )
+        for name, values in rows.items()
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def distance(nats: Float64[Tensor, " rows"]) -> Float64[Tensor, " rows"]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from portllm.methods.values import Values
 from portllm.patch.patch import Patch
+from portllm.patch.record import Tried
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -253,11 +254,13 @@ class Ported:
         patch: The patch of the evolved model.
         evidence: What was measured on the way, finite numbers by name; goes into `patch.json`.
         how: What was chosen on the way, with every parameter that changes the result; stands behind the method's id.
+        tried: What it was chosen from; goes into `patch.json`.
     """
 
     patch: Patch[Values]
     evidence: Mapping[str, float] = field(default_factory=dict)
     how: str | None = None
+    tried: tuple[Tried, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.align import ADD, costs, evidence
+from portllm.methods.align import ADD, beyond_addition, costs, evidence
 from portllm.methods.basis import input_factor, output_factor
-from portllm.methods.choice import choose, distance, on
+from portllm.methods.choice import choose, distance, on, weighed
 from portllm.methods.contract import Comparison, Inputs, Pair, Ported, Streams
 from portllm.methods.values import Values, computed, whole
 from portllm.patch.delta import LowRankDelta
@@ -51,7 +51,7 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class Measured:
     """What was measured of a patch on the evolved model.
 
     Attributes:
@@ -67,7 +67,7 @@ class Tried:
     loss: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, name: str, streams: Streams) -> "Tried":
+    def of(cls, name: str, streams: Streams) -> "Measured":
         """Run it."""
         for _ in streams.walk([name]):
             pass
@@ -83,21 +83,23 @@ def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
     found = {pair.module: Carried.of(patch.deltas[pair.module], pair) for pair in inputs.pairs(list(patch.deltas))}
     deltas = {module: found[module].delta for module in patch.deltas}
     made = {ADD: add(patch, inputs).patch, TRANSPORT: replace(patch, deltas=deltas)}
-    tried = {name: Tried.of(name, inputs.streams(each)) for name, each in made.items()}
-    chosen = choose({name: _weighed(name, each) for name, each in tried.items()})
+    tried = {name: Measured.of(name, inputs.streams(each)) for name, each in made.items()}
+    rows = {name: _weighed(name, each) for name, each in tried.items()}
+    chosen = choose(rows)
     numbers = evidence({name: each.compared for name, each in tried.items()}, chosen, tried[chosen].streams)
     numbers |= costs(_told("price", tried, chosen), "general_nats") | costs(_told("loss", tried, chosen), "loss")
     numbers |= {name: max(getattr(each, name) for each in found.values()) for name in ("misread", "left_out")}
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
-    return Ported(made[chosen], rounded, ADD if chosen == ADD else None)
+    beyond = beyond_addition({name: each.price[name] for name, each in tried.items() if each.price})
+    return Ported(made[chosen], rounded, ADD if chosen == ADD else None, weighed(rows, beyond))
 
 
-def _weighed(name: str, tried: Tried) -> Tensor:
+def _weighed(name: str, tried: Measured) -> Tensor:
     """What the choice is made by: loss of right answers where there are some, else distance."""
     return tried.loss[name] if tried.loss else distance(on(tried.compared.nats, tried.streams.compared, "choose"))
 
 
-def _told(what: str, tried: Mapping[str, Tried], chosen: str) -> dict[str, Tensor]:
+def _told(what: str, tried: Mapping[str, Measured], chosen: str) -> dict[str, Tensor]:
     """What rows cost the bare model or the old specialist, addition, and the choice; nothing where there are none."""
     added, ported = (getattr(tried[name], what) for name in (ADD, chosen))
     return {"": added[""], "_added": added[ADD], "_ported": ported[chosen]} if added else {}

@@ -97,6 +97,25 @@ class Choice(Recorded, frozen=True):
     is_forced: bool = field(name="forced")
 
 
+class Tried(Recorded, frozen=True):
+    """A candidate that was measured before one was taken, the simplest first.
+
+    Attributes:
+        name: What it is.
+        mean: What candidates were compared by, over the prompts to choose by: the distance from the old specialist's
+            answers, `√(KL / 2)`, or, where rows had right answers, the nats per token that these cost.
+        error: Standard error of its mean's difference from the best one's, row by row.
+        general_nats: What it costs beyond addition, in nats per token of general text; None without such text.
+        is_too_dear: Whether that is more than was allowed, so that it could not be taken.
+    """
+
+    name: Text
+    mean: float
+    error: float
+    general_nats: float | None = None
+    is_too_dear: bool = field(name="too_dear", default=False)
+
+
 class PortStep(Recorded, frozen=True):
     """One port: from which model, to which, by which method, and what was measured on the way.
 
@@ -107,6 +126,7 @@ class PortStep(Recorded, frozen=True):
         evidence: What was measured.
         left_out: By tensor, tokens whose change was dropped, for the target does not have them.
         choice: Why this method, where it was chosen; None where it was named.
+        tried: The candidates of a method that measures several.
     """
 
     source: ModelIdentity = field(name="from")
@@ -115,6 +135,7 @@ class PortStep(Recorded, frozen=True):
     evidence: Mapping[str, int | float]
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     choice: Choice | None = None
+    tried: tuple[Tried, ...] = ()
 
 
 class PatchRecord(Recorded, frozen=True, tag_field="format", tag=FORMAT):

@@ -198,7 +198,7 @@ def _record(plan: PortPlan, ported: Patch[TensorInfo], done: Ported) -> PatchRec
     before = plan.patch.record
     found = {**plan.evidence, **done.evidence}
     method = plan.method.id if done.how is None else f"{plan.method.id}: {done.how}"
-    step = PortStep(plan.source, plan.target, method, found, left_out(plan), plan.choice)
+    step = PortStep(plan.source, plan.target, method, found, left_out(plan), plan.choice, done.tried)
     return PatchRecord(
         program=__version__,
         base=identity_of_base(plan.evolved, plan.target),

@@ -125,6 +125,10 @@ def _measured(step: PortStep) -> dict[str, str]:
         "": f"on {found['prompts_report']:.0f} {drawn}prompts that nothing was fitted or chosen on",
         "divergence": f"{found['divergence']:.4f} nats per token; by addition {found['divergence_added']:.4f}",
     }
+    if step.tried:
+        dear = sum(each.is_too_dear for each in step.tried)
+        left_out = f", of which {dear} cost too much on general text" if dear else ""
+        rows["tried"] = f"{len(step.tried)} candidates{left_out}; patch.json has what was measured of each"
     if "loss" in found:
         rows["loss"] = (
             f"{found['loss_ported']:.3f} nats per token of the right answers of {found['loss_rows']:.0f} rows, by "

@@ -42,7 +42,8 @@ class PortedBy:
         found = _TEXT.fullmatch(text)
         if found is None or found["method"] not in KNOWN:
             raise ValueError(f"unknown port method '{text}'; available: {', '.join(KNOWN)}")
-        by = cls(found["method"], found["count"] and int(found["count"]), found["drawn"] is not None)
+        count = int(found["count"]) if found["count"] else None
+        by = cls(found["method"], count, found["drawn"] is not None)
         if by.n_prompts is not None and not by._runs_in_step:
             raise ValueError(f"'{text}': '{by.method}' does not port on prompts; write '{by.method}'")
         return by
