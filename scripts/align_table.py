@@ -58,27 +58,25 @@ def tables() -> tuple[tuple[Row, list[Row]], tuple[Row, list[Row]]]:
 
 def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
     """A patch on an update, by each method, and trained again."""
-    found = by_method["align"]["measured"]
-    ended = {"add": "_added", "align": ""}
     rows: list[Row] = []
     for method, row in by_method.items():
-        there = method in ended
-        end = ended.get(method, "")
-        nats = found["general_nats_added" if method == "add" else "general_nats_ported"]
+        # Addition is measured beside every other method, and a row of its own says nothing of it.
+        of, end, ported = (by_method["align"], "_added", "_added") if method == "add" else (row, "", "_ported")
+        found = of["measured"]
         rows.append(
             (
                 "" if rows else task,
                 "" if rows else update,
                 method,
-                f"{found[f'divergence{end}']:.3f}" if there else "",
-                _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))) if there else "",
-                f"{nats:.2f}" if there else "",
+                f"{found[f'divergence{end}']:.3f}",
+                _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
+                f"{found[f'general_nats{ported}']:.2f}",
                 _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
                 percent(_accuracy(row, "ported")),
             )
         )
     row = by_method["align"]
-    bare = f"{found['general_nats']:.2f}"
+    bare = f"{row['measured']['general_nats']:.2f}"
     beside = (
         ("retrained with labels", "", "retrained"),
         ("no patch", bare, "evolved"),

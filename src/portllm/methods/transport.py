@@ -7,17 +7,17 @@ the old specialist on some of them, and by how often it answers as that does on 
 Source: this project, docs/methods/transport.md.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.align import ADD, beyond_addition, costs, evidence
+from portllm.methods.align import ADD, beyond_addition
 from portllm.methods.basis import input_factor, output_factor
 from portllm.methods.choice import choose, distance, on, weighed
-from portllm.methods.contract import Comparison, Inputs, Pair, Ported, Streams
+from portllm.methods.contract import Inputs, Pair, Ported
+from portllm.methods.measured import Measured, measures
 from portllm.methods.values import Values, computed, whole
 from portllm.patch.delta import LowRankDelta
 from portllm.patch.patch import Patch
@@ -50,32 +50,6 @@ class Carried:
         return cls(replace(delta, a=factors[0], b=factors[1]), misread, left_out)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What was measured of a patch on the evolved model.
-
-    Attributes:
-        streams: Says what each prompt is for.
-        compared: Its answers with the old specialist's.
-        price: What each row of general text costs it, in nats a token, and what the bare model beside it ("").
-        loss: Likewise of rows with right answers, beside the old specialist.
-    """
-
-    streams: Streams
-    compared: Comparison
-    price: Mapping[str, Tensor]
-    loss: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, name: str, streams: Streams) -> "Measured":
-        """Run it."""
-        for _ in streams.walk([name]):
-            pass
-        both: dict[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]] = {"": (None, {}), name: (name, {})}
-        compared = streams.compare({name: streams.last_states(name)})[name]
-        return cls(streams, compared, streams.nats("price", both), streams.nats("judge", both))
-
-
 def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
     """The patch in the evolved model's basis, or as it is added where that is no worse."""
     if inputs.streams is None or inputs.pairs is None:
@@ -86,20 +60,12 @@ def transport(patch: Patch[Values], inputs: Inputs) -> Ported:
     tried = {name: Measured.of(name, inputs.streams(each)) for name, each in made.items()}
     rows = {name: _weighed(name, each) for name, each in tried.items()}
     chosen = choose(rows)
-    numbers = evidence({name: each.compared for name, each in tried.items()}, chosen, tried[chosen].streams)
-    numbers |= costs(_told("price", tried, chosen), "general_nats") | costs(_told("loss", tried, chosen), "loss")
-    numbers |= {name: max(getattr(each, name) for each in found.values()) for name in ("misread", "left_out")}
-    rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
+    lost = {name: max(getattr(each, name) for each in found.values()) for name in ("misread", "left_out")}
+    numbers = measures(tried, chosen) | {key: float(f"{value:.6g}") for key, value in lost.items()}
     beyond = beyond_addition({name: each.price[name] for name, each in tried.items() if each.price})
-    return Ported(made[chosen], rounded, ADD if chosen == ADD else None, weighed(rows, beyond))
+    return Ported(made[chosen], numbers, ADD if chosen == ADD else None, weighed(rows, beyond))
 
 
 def _weighed(name: str, tried: Measured) -> Tensor:
     """What the choice is made by: loss of right answers where there are some, else distance."""
     return tried.loss[name] if tried.loss else distance(on(tried.compared.nats, tried.streams.compared, "choose"))
-
-
-def _told(what: str, tried: Mapping[str, Measured], chosen: str) -> dict[str, Tensor]:
-    """What rows cost the bare model or the old specialist, addition, and the choice; nothing where there are none."""
-    added, ported = (getattr(tried[name], what) for name in (ADD, chosen))
-    return {"": added[""], "_added": added[ADD], "_ported": ported[chosen]} if added else {}

@@ -54,6 +54,19 @@ def test_each_link_follows_the_last_and_the_first_patch_is_ported_to_all():
     assert BY_NAME["train_chain.3_a_s5"].inputs == ("evolve_chain.3",)
 
 
+def test_rivals_that_do_not_measure_themselves_are_compared_on_the_prompts_that_the_others_read():
+    methods = ("add", "align", "random", "random-align", "truncated", "distilled")
+    task = HarnessTask(name="a", train_rows=8, port_rows=16)
+    steps = steps_of(replace(STUDY, methods=methods, tasks={"a": task, "b-c": STUDY.tasks["b-c"]}))
+    compared = [step for step in steps if step.kind == "compare"]
+    assert {step.task for step in compared} == {"a"}
+    assert compared[0].name == "compare_chain.1_a_s0"
+    ports = tuple(f"port_chain.1_a_s0_{method}" for method in ("random", "truncated", "distilled"))
+    assert compared[0].inputs == ("evolve_chain.1", "train_base_a_s0", *ports)
+    assert data_of(compared[0]) == "port a"
+    assert len(compared) == 4 * 2  # models and seeds
+
+
 def test_other_seeds_are_retrained_on_every_evolved_model_and_change_no_other_step():
     more = [step for step in steps_of(replace(STUDY, retrain_seeds=(8,))) if step not in STEPS]
     models = ("chain.1", "chain.2", "chain.3", "old.1")

@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeAlias
 from portllm.study.definition.settings import Evolution, Study, Text
 from portllm.study.definition.variants import BASE, PATCHED, RETRAINED
 from portllm.study.parts.ported_by import PortedBy
-from portllm.study.parts.rivals import DISTILLED
+from portllm.study.parts.rivals import DISTILLED, UNMEASURED
 from portllm.training.settings import TrainSettings
 
-Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "score", "check", "theory"]
+Kind: TypeAlias = Literal["train", "evolve", "drift", "read", "port", "compare", "score", "check", "theory"]
 Makes: TypeAlias = Literal["patches", "checkpoints"]
 
 
@@ -37,10 +37,11 @@ class Step:
     Attributes:
         kind: `train` makes a patch for a model. `evolve` makes a model of the one before it. `drift` measures how far
             a model is from the base. `read` measures a model's loss on a text. `port` carries the base's patch to a
-            model. `score` answers the rows of a task. `check` measures what is known of the patch before it is ported.
-            `theory` measures what separates ported and retrained patch.
+            model. `compare` measures ports of rivals on the prompts that port methods read. `score` answers the rows of
+            a task. `check` measures what is known of the patch before it is ported. `theory` measures what separates
+            ported and retrained patch.
         model: The model: `base`, or `EVOLUTION.LINK`; for `evolve` the one that is made.
-        task: Of `train`, `port`, `score`, `check` and `theory`.
+        task: Of `train`, `port`, `compare`, `score`, `check` and `theory`.
         seed: Of a patch.
         patch: Of `score`: none; `patched`, the base's own; `retrained`, the evolved model's own; or the method by
             which it was ported. Of `port`: the method.
@@ -129,12 +130,22 @@ def _on_evolved(study: Study, model: str, task: str, seed: int, before: tuple[st
         port = Step("port", model, task=task, seed=seed, patch=method, inputs=(*before, first))
         yield port
         yield Step("score", model, task=task, seed=seed, patch=method, inputs=(*before, port.name))
+    unmeasured = unmeasured_by_themselves(study)
+    if unmeasured and study.tasks[task].port_rows > 0:
+        ports = (Step("port", model, task=task, seed=seed, patch=method).name for method in unmeasured)
+        yield Step("compare", model, task=task, seed=seed, inputs=(*before, first, *ports))
     retrain, score = _retrained(model, task, seed, before)
     yield from (retrain, score)
     if study.check is not None:
         yield Step("check", model, task=task, seed=seed, inputs=(*before, first))
     if study.theory is not None:
         yield Step("theory", model, task=task, seed=seed, inputs=(*before, first, retrain.name))
+
+
+def unmeasured_by_themselves(study: Study) -> tuple[str, ...]:
+    """The study's rivals that do not say how they compare with the old specialist on prompts."""
+    read = ((method, PortedBy.read(method).method) for method in study.methods)
+    return tuple(method for method, name in read if name in UNMEASURED)
 
 
 def _retrained(model: str, task: str, seed: int, before: tuple[str, ...]) -> tuple[Step, Step]:
@@ -191,6 +202,8 @@ def data_of(step: Step) -> str | None:
             return f"{step.kind} {step.task}"
         case "check":
             return f"train {step.task}"  # whose prompts it reads
+        case "compare":
+            return f"port {step.task}"
         case "port" if PortedBy.read(str(step.patch)).reads_prompts:
             return f"port {step.task}"
         case "evolve":

@@ -61,6 +61,9 @@ RIVALS: Mapping[str, PortMethod] = {
 }
 """By id, as rows of `METHODS`."""
 
+UNMEASURED = (*(rival.id for rival in RIVALS.values() if Need.STREAMS not in rival.needs), DISTILLED)
+"""Those that do not measure themselves on prompts."""
+
 
 def drawn_anew(patch: Patch[Values]) -> Patch[Values]:
     """A patch with normal factors in the place of its own, each product of the same Frobenius norm.

@@ -142,9 +142,14 @@ def _checked(study: Study, found: Found, model: str, task: str) -> Checked | Non
 
 
 def _measured(study: Study, found: Found, model: str, task: str, method: str) -> dict[str, float]:
-    """What a method said of itself, by the seeds of which it ported a patch."""
-    names = {Step("port", model, task=task, seed=seed, patch=method).name for seed in study.seeds}
-    by_seed = [result for step, result in found.items() if step.name in names]
+    """What a method said of itself, or was measured of a rival, by the seeds of which it ported a patch."""
+    by_name = {step.name: result for step, result in found.items()}
+    compared = {seed: by_name.get(Step("compare", model, task=task, seed=seed).name, {}) for seed in study.seeds}
+    by_seed = [
+        {**by_name[name], **compared[seed].get(method, {})}
+        for seed in study.seeds
+        if (name := Step("port", model, task=task, seed=seed, patch=method).name) in by_name
+    ]
     return dict(sorted(_shared_means(by_seed).items())) if by_seed else {}
 
 

@@ -37,10 +37,12 @@ from portllm.study.definition.plan import (
     link_of,
     model_name,
     text_of,
+    unmeasured_by_themselves,
 )
 from portllm.study.definition.settings import RowsTask, Study, Text
 from portllm.study.definition.variants import BASE
 from portllm.study.parts.check import CheckSettings, measure_check
+from portllm.study.parts.compared import measure_ports
 from portllm.study.parts.control import ControlSettings, make_control
 from portllm.study.parts.ported_by import PortedBy
 from portllm.study.parts.rivals import ANSWER_TOKENS, DISTILLED, RIVALS
@@ -140,6 +142,8 @@ class StepRunner:
                 return self._read(step)
             case "port":
                 return self._port(step)
+            case "compare":
+                return self._compare(step)
             case "score":
                 return self._score(step)
             case "check":
@@ -218,6 +222,12 @@ class StepRunner:
             device=self.device,
             progress=self.progress,
         )
+
+    def _compare(self, step: Step) -> Found:
+        evolved, methods = self._model(step.model), unmeasured_by_themselves(self.study)
+        first, *ports = (load_patch(self.places.folder(name)) for name in step.inputs[-1 - len(methods) :])
+        plan = plan_port(first, Update(self.inputs.base, evolved), method="add", allow_other_base=False)
+        return measure_ports(plan, self._domain(step, PortedBy("align")), dict(zip(methods, ports, strict=True)))
 
     def _distil(self, step: Step, patch: Patch[TensorInfo], evolved: Checkpoint) -> Found:
         """The patch as it is added, trained on the old specialist's answers to the prompts."""
