@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from portllm.capturing.adapter import capture_adapter
 from portllm.capturing.tuned import capture_tuned
 from portllm.checking.check import check_weights
-from portllm.checkpoint.hub import fetch, look_up
+from portllm.checkpoint.hub_repository import fetch, look_up
 from portllm.checkpoint.model.identity import digest, fingerprint
 from portllm.checkpoint.open import on_disk, open_checkpoint, side_file
 from portllm.checkpoint.safetensors.names import INDEX_FILE

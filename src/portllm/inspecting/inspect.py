@@ -127,7 +127,7 @@ def inspect(
 def _is_patch(where: str | Path) -> bool:
     if not names_hub(where):
         return (Path(where) / CONFIG_FILE).is_file()
-    from portllm.checkpoint.hub import look_up
+    from portllm.checkpoint.hub_repository import look_up
 
     return CONFIG_FILE in look_up(str(where)).files
 

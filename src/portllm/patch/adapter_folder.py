@@ -299,7 +299,7 @@ def _parts(info: TensorInfo) -> Iterator[bytes]:
 
 def _fetch(name: str) -> tuple[Path, str]:
     """Bring an adapter of the hub into the cache; the folder there, and the commit hash."""
-    from portllm.checkpoint.hub import fetch, look_up  # loads an HTTP client, which few runs need
+    from portllm.checkpoint.hub_repository import fetch, look_up  # loads an HTTP client, which few runs need
 
     repository = look_up(name)
     files = [

@@ -18,7 +18,7 @@ from pathlib import Path
 from blake3 import blake3
 from huggingface_hub import is_offline_mode
 
-from portllm.checkpoint.hub import dataset_commit
+from portllm.checkpoint.hub_repository import dataset_commit
 from portllm.errors import DataError, MissingExtraError, PortLLMError
 from portllm.files.cache import cache_root
 from portllm.files.own_files import write_text
