@@ -1,4 +1,4 @@
-"""What was measured of aligned ports, as the tables of docs/methods/align.md: from the study's committed results."""
+"""What was measured of aligned ports, as the tables of docs/methods/align.md: from the studies' committed results."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 from portllm.show.numbers import percent
 
-FILE = Path(__file__).parents[1] / "studies" / "results" / "align-smollm2.json"
+RESULTS = Path(__file__).parents[1] / "studies" / "results"
 
 HEAD = (
     "task",
@@ -22,11 +22,15 @@ HEAD = (
 )
 
 Row = tuple[str, ...]
+BOTH = ("add", "align")
+
+Table = tuple[Row, list[Row]]
+"""A head and its rows."""
 
 
-def tables() -> tuple[tuple[Row, list[Row]], tuple[Row, list[Row]]]:
-    """By patch and method, and means by method and update; each a head and its rows."""
-    results = json.loads(FILE.read_text(encoding="utf-8"))
+def tables() -> tuple[Table, Table]:
+    """By patch and method, and means by method and update."""
+    results = _results("align-smollm2")
     drifts = {model["evolution"]: model["drift"] for model in results["models"]}
     methods = list(dict.fromkeys(row["method"] for row in results["tasks"]))
     cells = {(row["evolution"], row["task"], row["method"]): row for row in results["tasks"]}
@@ -54,6 +58,62 @@ def tables() -> tuple[tuple[Row, list[Row]], tuple[Row, list[Row]]]:
     again = (_mean(_accuracy(row, "retrained") for row in of(evolution, methods[0])) for _, evolution in order)
     means.append(("retrained with labels", *("" for _ in order), *again))
     return (HEAD, every), (head, means)
+
+
+def other_seed() -> Table:
+    """Patches of another seed, by addition and align."""
+    results = _results("align-seed1-smollm2")
+    drifts = {model["evolution"]: model["drift"] for model in results["models"]}
+    cells: dict[tuple[float, str, str], dict[str, Any]] = {}
+    for row in results["tasks"]:
+        cells.setdefault((drifts[row["evolution"]], row["evolution"], row["task"]), {})[row["method"]] = row
+    rows = [
+        (
+            task,
+            f"{evolution}, {percent(drift, digits=2)}",
+            *(_interval(*(cell[name]["agreement"][side] for side in ("value", "low", "high"))) for name in BOTH),
+            *(percent(_accuracy(cell["add"], model)) for model in ("patched", "ported")),
+            *(percent(_accuracy(cell["align"], model)) for model in ("ported", "retrained")),
+        )
+        for (drift, evolution, task), cell in sorted(cells.items(), key=lambda item: item[0])
+    ]
+    head = ("task", "update", "labels by add", "by align", "accuracy before", "by add", "by align", "retrained")
+    return head, rows
+
+
+def by_prompts() -> Table:
+    """Aligned ports by how many prompts there were, and whether they were drawn."""
+    results = _results("align-prompts")
+    rows: list[Row] = []
+    for row in results["tasks"]:
+        found, (_, _, prompts) = row["measured"], row["method"].partition("@")
+        if not prompts:
+            continue
+        rows.append(
+            (
+                "" if rows and any(row["task"] == each[0] for each in rows) else row["task"],
+                prompts.replace("drawn-", "drawn: "),
+                f"{found['prompts_fit']:.0f}",
+                f"{found['divergence']:.4f}",
+                f"{found['general_nats_ported'] - found['general_nats_added']:+.2f}",
+                _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
+                percent(_accuracy(row, "ported")),
+            )
+        )
+    head = (
+        "task",
+        "prompts",
+        "fitted on",
+        "divergence",
+        "general text beyond addition",
+        "labels as the old specialist's",
+        "accuracy",
+    )
+    return head, rows
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:

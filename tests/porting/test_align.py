@@ -108,6 +108,8 @@ def test_what_was_tried_is_in_the_record_and_the_one_taken_has_the_distance_that
     assert taken.mean <= best.mean + taken.error
     assert by_name["add"].general_nats == 0
     assert next(iter(by_name)) == "add"
+    card = (story["folder"] / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {each.mean:.4f} |" in card for name, each in by_name.items())
 
 
 def test_an_aligned_port_is_nearer_to_the_old_specialist_than_addition(story):

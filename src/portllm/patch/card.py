@@ -280,6 +280,19 @@ def _ports(ports: Sequence[PortStep]) -> list[str]:
     if evidence:
         measured = [(_code(name), f"{value:.6g}") for name, value in evidence]
         lines += ["", "Measured by the last port:", "", *_table(("measure", "value"), measured)]
+    if tried := ports[-1].tried:
+        told = "Candidates, compared on prompts to choose by; general text in nats per token beyond addition:"
+        candidates = [
+            (
+                _code(each.name),
+                f"{each.mean:.4f}",
+                f"{each.error:.4f}",
+                "" if each.general_nats is None else f"{each.general_nats:+.3f}{', too dear' * each.is_too_dear}",
+            )
+            for each in tried
+        ]
+        head = ("candidate", "mean", "standard error beside the best", "general text")
+        lines += ["", told, "", *_table(head, candidates)]
     return lines
 
 

@@ -128,7 +128,7 @@ def _measured(step: PortStep) -> dict[str, str]:
     if step.tried:
         dear = sum(each.is_too_dear for each in step.tried)
         left_out = f", of which {dear} cost too much on general text" if dear else ""
-        rows["tried"] = f"{len(step.tried)} candidates{left_out}; patch.json has what was measured of each"
+        rows["tried"] = f"{len(step.tried)} candidates{left_out}; README.md and patch.json list them"
     if "loss" in found:
         rows["loss"] = (
             f"{found['loss_ported']:.3f} nats per token of the right answers of {found['loss_rows']:.0f} rows, by "
