@@ -1,6 +1,9 @@
 """LoRA layers that go over memory fewer times than PEFT's own, for models that are only read.
 
-PEFT multiplies by B, scales, and adds: three tensors as large as the output, where a product that adds makes one.
+PEFT multiplies by B, scales, and adds: three tensors as large as the output, where a product that adds needs none. In
+bfloat16 PEFT does all of that in float32, since it keeps factors so, which takes longer than the layer itself. Here it
+is done in bfloat16, whose products are summed in float32, by factors that are split in two parts so that they are what
+they were.
 """
 
 from functools import partial
@@ -15,8 +18,8 @@ from portllm.foreign import LoraLinear, PeftModel
 def fuse(model: PeftModel) -> PeftModel:
     """The model, whose plain LoRA layers from now on compute `x Wᵀ + Σ s (x Aᵀ) Bᵀ` in two products an adapter.
 
-    In float32 and without gradients; all else, and what is not plain LoRA, is left to PEFT. Results are PEFT's, up to
-    the rounding of sums.
+    In float32 and bfloat16 and without gradients; all else, and what is not plain LoRA, is left to PEFT. Results are
+    PEFT's, up to the rounding of sums.
 
     Args:
         model: With at least one adapter on it; others may be put beside and switched on later.
@@ -35,9 +38,26 @@ def _forward(layer: LoraLinear, by_peft: Any, x: torch.Tensor, *args: Any, **opt
     said: torch.Tensor = layer.base_layer(x)
     rows, inputs = said.flatten(0, -2), x.flatten(0, -2)
     for name in names:
-        inner = linear(inputs, layer.lora_A[name].weight)
-        rows = torch.addmm(rows, inner, layer.lora_B[name].weight.T, alpha=layer.scaling[name])
+        a, b = _in_dtype(layer.lora_A[name].weight, layer.lora_B[name].weight, x.dtype)
+        rows.addmm_(linear(inputs, a), b.T, alpha=layer.scaling[name])
     return rows.view_as(said)
+
+
+def _in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors in a dtype; where that has fewer bits, of three times the rank, with the product but for its last bits.
+
+    Each is the sum of what the dtype holds of it and of the rest: `B A = B1 A1 + B1 A2 + B2 A1 + B2 A2`, of which the
+    last is too small to count.
+    """
+    if a.dtype == dtype:
+        return a, b
+    (a1, a2), (b1, b2) = (_halves(factor, dtype) for factor in (a, b))
+    return torch.cat([a1, a2, a1]), torch.cat([b1, b1, b2], dim=1)
+
+
+def _halves(factor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    first = factor.to(dtype)
+    return first, (factor - first).to(dtype)
 
 
 def _is_plain(layer: LoraLinear, names: list[str], x: torch.Tensor) -> bool:
@@ -47,5 +67,6 @@ def _is_plain(layer: LoraLinear, names: list[str], x: torch.Tensor) -> bool:
         and not (torch.is_grad_enabled() or layer.training or layer.merged or layer.disable_adapters)
         and layer.lora_variant.keys().isdisjoint(names)
         and all(factor.bias is None for factor in factors)
-        and {x.dtype, *(each.weight.dtype for each in (layer.base_layer, *factors))} == {torch.float32}
+        and x.dtype == layer.base_layer.weight.dtype in (torch.float32, torch.bfloat16)
+        and {factor.weight.dtype for factor in factors} <= {x.dtype, torch.float32}
     )
