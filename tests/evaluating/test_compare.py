@@ -10,6 +10,7 @@ from portllm.evaluating.metrics import accuracy_change
 from portllm.evaluating.scoring import Scores, Task, score
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
+from portllm.running.fused_lora import fuse
 from portllm.running.model import attach_adapter, load_model, load_tokenizer
 from portllm.training.evolve import EvolveSettings, evolve
 from portllm.training.lora import train_lora
@@ -67,7 +68,7 @@ def test_each_row_is_what_its_model_scores_alone(comparison, contestants):
         device = torch.device("cpu")
         model = load_model(folder, device=device)
         if adapter is not None:
-            model = attach_adapter(model, adapter, name="alone")
+            model = fuse(attach_adapter(model, adapter, name="alone"))
         return score(model, Encoder(load_tokenizer(folder)), TASK, device=device)
 
     expected = {
