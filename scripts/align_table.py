@@ -128,9 +128,15 @@ def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
                 "" if rows else task,
                 "" if rows else update,
                 method,
-                f"{found[f'divergence{end}']:.3f}",
-                _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
-                f"{found[f'general_nats{ported}']:.2f}",
+                *(
+                    (
+                        f"{found[f'divergence{end}']:.3f}",
+                        _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
+                        f"{found[f'general_nats{ported}']:.2f}",
+                    )
+                    if f"divergence{end}" in found
+                    else ("", "", "")
+                ),
                 _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
                 percent(_accuracy(row, "ported")),
             )
