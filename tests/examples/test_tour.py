@@ -97,7 +97,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_a_decision_at_each_step(
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     names = {}
     shown = "".join(filter(None, (run_cell(cell, names) for cell in cells)))
-    for said in ("uncertain", "points of accuracy", "Loses at most", "kept gain", "True"):
+    for said in ("holds aligned", "points of accuracy", "Loses at most", "kept gain", "True"):
         assert said in shown, said
     assert not any(cell.get("outputs") for cell in notebook["cells"])
 
