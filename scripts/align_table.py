@@ -91,7 +91,7 @@ def by_prompts() -> Table:
             continue
         rows.append(
             (
-                "" if rows and any(row["task"] == each[0] for each in rows) else row["task"],
+                row["task"],
                 prompts.replace("drawn-", "drawn: "),
                 f"{found['prompts_fit']:.0f}",
                 f"{found['divergence']:.4f}",

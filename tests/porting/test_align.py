@@ -76,14 +76,20 @@ def said(base, adapter, prompts, answers=None):
     return own, found
 
 
-def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its_record_says(story):
-    report = [prompt for prompt, part in zip(PROMPTS, split(PROMPTS), strict=True) if part == "report"]
-    answers, old = said(story["base"], story["patch"], report)
-    _, new = said(story["evolved"], story["folder"], report, answers)
+def both_said(story, part):
+    """What PEFT says of old specialist and ported patch on the prompts of a part, and their divergence on each."""
+    prompts = [prompt for prompt, each in zip(PROMPTS, split(PROMPTS), strict=True) if each == part]
+    answers, old = said(story["base"], story["patch"], prompts)
+    _, new = said(story["evolved"], story["folder"], prompts, answers)
     nats = [
         (one.softmax(1) * (one.log_softmax(1) - two.log_softmax(1))).sum(1).mean()
         for one, two in zip(old, new, strict=True)
     ]
+    return old, new, nats
+
+
+def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its_record_says(story):
+    old, new, nats = both_said(story, "report")
     agrees = [one.argmax(1).equal(two.argmax(1)) for one, two in zip(old, new, strict=True)]
     recorded = step_of(story["ported"]).evidence
     assert recorded["divergence"] == pytest.approx(float(torch.stack(nats).mean()), abs=FLOAT32_NATS)
@@ -92,13 +98,7 @@ def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its
 
 
 def test_what_was_tried_is_in_the_record_and_the_one_taken_has_the_distance_that_peft_finds(story):
-    choose = [prompt for prompt, part in zip(PROMPTS, split(PROMPTS), strict=True) if part == "choose"]
-    answers, old = said(story["base"], story["patch"], choose)
-    _, new = said(story["evolved"], story["folder"], choose, answers)
-    nats = [
-        (one.softmax(1) * (one.log_softmax(1) - two.log_softmax(1))).sum(1).mean()
-        for one, two in zip(old, new, strict=True)
-    ]
+    _, _, nats = both_said(story, "choose")
     step = step_of(story["ported"])
     by_name = {each.name: each for each in step.tried}
     taken = by_name[step.method.removeprefix("align: ")]

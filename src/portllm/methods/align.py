@@ -129,6 +129,7 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
 
 
 def _chosen(streams: Streams, candidates: Sequence[Candidate]) -> Climbed:
+    """What is found of candidates, which of them is taken, and what is noted of all."""
     by_name = {each.name: each for each in candidates}
     states = {name: moved(streams, each) for name, each in by_name.items()}
     found = streams.compare({**states, OLD_STATES: streams.last_states(None)})

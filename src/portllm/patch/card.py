@@ -281,7 +281,10 @@ def _ports(ports: Sequence[PortStep]) -> list[str]:
         measured = [(_code(name), f"{value:.6g}") for name, value in evidence]
         lines += ["", "Measured by the last port:", "", *_table(("measure", "value"), measured)]
     if tried := ports[-1].tried:
-        told = "Candidates, compared on prompts to choose by; general text in nats per token beyond addition:"
+        told = (
+            "Candidates, by their mean distance √(KL / 2) from the old answers on prompts to choose by, or by the loss "
+            "of right answers where rows had some; general text in nats per token beyond addition:"
+        )
         candidates = [
             (
                 _code(each.name),
