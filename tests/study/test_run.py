@@ -6,8 +6,10 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from portllm.errors import DataError, OutputBusyError, OutputError, OutputExistsError
+from portllm.evaluating.scoring import score
 from portllm.study.run import _locked, run_study, study_results, study_status
 from portllm.study.schedule.machine import describe_machine
 from portllm.study.schedule.work import StepRunner
@@ -76,6 +78,21 @@ def test_a_second_run_does_nothing_and_status_and_report_agree(again):
     assert (status.left.steps, status.left.seconds) == ((), 0.0)
     assert status.seconds > 0
     assert study_results(again / "small.toml", out=again / "out").to_json() == json.loads(before)
+
+
+@pytest.mark.parametrize(("top", "dtype"), [("", torch.float32), ('dtype = "auto"\n', torch.bfloat16)])
+def test_models_are_scored_in_float32_where_the_study_does_not_say_otherwise(again, reader, monkeypatch, top, dtype):
+    monkeypatch.setattr("portllm.running.model.compute_dtype", lambda stored, device: torch.bfloat16)
+    seen = []
+
+    def noting(model, *given, **named):
+        seen.append(next(model.parameters()).dtype)
+        return score(model, *given, **named)
+
+    monkeypatch.setattr("portllm.study.schedule.tasks.score", noting)
+    write_study(again, reader, top=top, replace={"score_rows = 9": "score_rows = 8"})
+    run(again)
+    assert set(seen) == {dtype}
 
 
 def test_a_folder_of_results_with_a_link_in_it_is_not_written_to(again, tmp_path):

@@ -182,6 +182,8 @@ def settings_of(step: Step, study: Study) -> Mapping[str, object]:
             return asdict(study.theory)
         case "read":
             return {"block_tokens": text_of(step, study).block_tokens}
+        case "score" if study.dtype != "auto":  # which is what was before a study said it
+            return {"dtype": study.dtype}
         case _:
             return {}
 

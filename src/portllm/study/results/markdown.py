@@ -48,6 +48,8 @@ weights with the patch in them, which is the paper's yardstick."""
 
 PUBLISHED = "Below each row that others published stand those of this study for the same task, ported by addition."
 
+SCORED = {"float32": "float32", "auto": "the base's own dtype, where the processor computes in it"}
+
 CHAINS = "Retention after each update; the first patch is ported every time."
 
 Subject = Literal["study", "overview", "updates", "tasks", "task", "residual", "chains", "published"]
@@ -85,7 +87,7 @@ class Part:
 
 def parts_of(results: "StudyResults") -> Iterator[Part]:
     """The page in order: all tasks, models, each task, residuals, chains, and what others have published."""
-    about = f"Base: {results.base}. Seeds: {', '.join(map(str, results.seeds))}."
+    about = f"Base: {results.base}. Seeds: {', '.join(map(str, results.seeds))}. Scored in {SCORED[results.dtype]}."
     unfinished = not_finished(results)
     yield Part("study", results.title, 1, (about,) if unfinished is None else (about, f"{unfinished}."))
     ended = [row for row in results.tasks if row.outcome is not None]

@@ -17,6 +17,7 @@ from portllm.show.numbers import counted, percent, points
 from portllm.study.definition.variants import AGAIN, BASE, EVOLVED, HEADS, PATCHED, PORTED, RETRAINED
 from portllm.study.results.markdown import (
     COMPARED,
+    SCORED,
     Part,
     Table,
     accuracy_text,
@@ -46,6 +47,7 @@ def study_page(results: "StudyResults") -> str:
     about = {
         "base": results.base,
         "seeds": ", ".join(map(str, results.seeds)),
+        "scored in": SCORED[results.dtype],
         "steps": f"{results.n_done:,} of {results.n_steps:,} done",
     }
     return document(results.title, _headline(results), sections, about=about, tiles=_tiles(results))

@@ -154,6 +154,7 @@ class StudyResults(ShownInNotebook):
         n_done: Of these, those that are done.
         models: Evolved models.
         tasks: Tasks on them.
+        dtype: What models were scored in, as the study says it.
         compare: The published table to set beside, by name, or several.
     """
 
@@ -164,6 +165,7 @@ class StudyResults(ShownInNotebook):
     n_done: int
     models: tuple[ModelRow, ...]
     tasks: tuple[TaskRow, ...]
+    dtype: str
     compare: str | tuple[str, ...] | None
 
     def __repr__(self) -> str:

@@ -43,6 +43,7 @@ def tabulate(study: Study, found: Found) -> StudyResults:
         n_done=len(found),
         models=tuple(_models(study, found)),
         tasks=tuple(_tasks(study, found)),
+        dtype=study.dtype,
         compare=study.compare,
     )
 
