@@ -63,6 +63,21 @@ def test_the_rows_stand_in_the_order_of_the_story(comparison):
     assert [row.name for row in comparison.rows] == NAMES
 
 
+@pytest.mark.parametrize(("asked", "found"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_all_models_compute_in_the_dtype_that_was_asked_for(contestants, monkeypatch, asked, found):
+    monkeypatch.setattr("portllm.running.model.compute_dtype", lambda stored, device: torch.bfloat16)
+    seen = []
+
+    class Noting(type(TASK)):
+        def score(self, model, encoder, *, device, tick):
+            seen.append(next(model.parameters()).dtype)
+            return super().score(model, encoder, device=device, tick=tick)
+
+    task = Noting(examples=TASK.examples[:4], labels=TASK.labels)
+    compare(contestants, task, device="cpu", dtype=asked)
+    assert seen == [found] * len(NAMES)
+
+
 def test_each_row_is_what_its_model_scores_alone(comparison, contestants):
     def alone(folder, adapter=None):
         device = torch.device("cpu")

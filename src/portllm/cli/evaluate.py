@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from portllm.evaluating.scoring import Scored
 
 
+class Computing(StrEnum):
+    """What models compute in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+
+
 class Judging(StrEnum):
     """How answers are judged."""
 
@@ -85,6 +92,13 @@ def evaluate(
     max_loss: options.MaxLoss = None,
     seed: Annotated[int, typer.Option(help="Random seed for the bootstrap behind retention's intervals.")] = 0,
     device: options.Device = options.DeviceName.AUTO,
+    dtype: Annotated[
+        Computing,
+        typer.Option(
+            help="Dtype to compute in. auto is the stored one if the processor supports it; float32 leaves fewer answers "
+            "to rounding."
+        ),
+    ] = Computing.AUTO,
     allow_other_base: options.OtherBase = False,
     allow_training_data: options.TrainingData = False,
     html: options.Html = None,
@@ -150,6 +164,7 @@ def evaluate(
             allow_other_base=allow_other_base,
             allow_training_data=allow_training_data,
             device=device.value,
+            dtype=dtype.value,
             seed=seed,
             progress=progress,
         )

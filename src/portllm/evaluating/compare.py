@@ -23,11 +23,11 @@ from portllm.evaluating.plan import Contestants
 from portllm.evaluating.scoring import Scored, Scores
 from portllm.notebook import ShownInNotebook
 from portllm.progress import Progress, silent
+from portllm.running.device import Device, Dtype
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
 from portllm.running.fused_lora import fuse
 from portllm.running.model import (
-    Device,
     PeftModel,
     PreTrainedModel,
     add_adapter,
@@ -175,6 +175,7 @@ def compare(
     task: Scored,
     *,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: int = 0,
     progress: Progress = silent,
 ) -> Comparison:
@@ -184,6 +185,7 @@ def compare(
         contestants: Folders of the models and adapters.
         task: Rows, and how to judge.
         device: Device to run on.
+        dtype: What models compute in.
         seed: Of the resampling.
         progress: Told of the rows done, all models together; the label names the one that is running.
 
@@ -192,11 +194,17 @@ def compare(
         AdapterFormatError: An adapter does not fit its model.
         DataError: A completion does not fit into `task.max_tokens`.
     """
-    return set_side_by_side(score_all(contestants, task, device=device, progress=progress), task, seed=seed)
+    scores = score_all(contestants, task, device=device, dtype=dtype, progress=progress)
+    return set_side_by_side(scores, task, seed=seed)
 
 
 def score_all(
-    contestants: Contestants, task: Scored, *, device: Device = "auto", progress: Progress = silent
+    contestants: Contestants,
+    task: Scored,
+    *,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    progress: Progress = silent,
 ) -> dict[str, Scores]:
     """What each model makes of the task, by the name of its row; arguments and errors as for `compare`.
 
@@ -220,7 +228,7 @@ def score_all(
 
     def run_family(folder: Path, name: str, adapters: dict[str, Path | None]) -> None:
         encoder = Encoder(load_tokenizer(folder))
-        model = load_model(folder, device=where, longest=task.longest)
+        model = load_model(folder, device=where, dtype=dtype, longest=task.longest)
         run(name, model, encoder)
         given = {name: adapter for name, adapter in adapters.items() if adapter is not None}
         own = {name: adapter for name, adapter in given.items() if has_own_tokens(adapter, folder)}
@@ -228,7 +236,7 @@ def score_all(
             run(adapter_name, model_with, encoder)
         del model  # before it is loaded again, with more rows
         for adapter_name, adapter in own.items():
-            run(adapter_name, *load_patched(folder, adapter, device=where, longest=task.longest))
+            run(adapter_name, *load_patched(folder, adapter, device=where, dtype=dtype, longest=task.longest))
 
     run_family(contestants.base, BASE, {PATCHED: contestants.patch})
     if contestants.evolved is not None:

@@ -12,7 +12,7 @@ from portllm.files.input_file import unchanged
 from portllm.patch.adapter_folder import PatchLike, files_of, load_patch
 from portllm.progress import Progress, silent
 from portllm.running.data import chat_template_for, read_data
-from portllm.running.device import Device
+from portllm.running.device import Device, Dtype
 
 if TYPE_CHECKING:
     from portllm.evaluating.compare import Comparison
@@ -32,6 +32,7 @@ def evaluate(
     allow_other_base: bool = False,
     allow_training_data: bool = False,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: int = 0,
     progress: Progress = silent,
 ) -> "Comparison":
@@ -50,6 +51,8 @@ def evaluate(
         allow_other_base: Accept a model other than the one a patch was made on.
         allow_training_data: Accept the file that a patch was trained on.
         device: Device to run on.
+        dtype: What models compute in: `auto`, the stored dtype where the processor computes in it, or `float32`, so
+            that no near tie is decided by rounding.
         seed: Random seed of the intervals' bootstrap.
         progress: Progress callback (rows).
 
@@ -86,4 +89,4 @@ def evaluate(
         from portllm.evaluating.compare import compare  # loads torch, which no refusal needs
 
         task = rows.task(contestants.base, template) if isinstance(rows, FileRows) else rows
-        return compare(contestants, task, device=device, seed=seed, progress=progress)
+        return compare(contestants, task, device=device, dtype=dtype, seed=seed, progress=progress)

@@ -18,6 +18,7 @@ from portllm.patch.patch import Patch
 from portllm.probing.expansion import has_terms
 from portllm.probing.settings import TextSettings
 from portllm.progress import Progress
+from portllm.running.device import Dtype
 from portllm.running.encoding import Encoded, Encoder, batches
 from portllm.running.fused_lora import fuse
 from portllm.running.loss import completion_targets
@@ -69,7 +70,7 @@ class Host:
     def bare(self) -> PreTrainedModel:
         """The model without a patch."""
         if self._model is None:
-            dtype = torch.float32 if self._settings.gradients else None
+            dtype: Dtype = "float32" if self._settings.gradients else "auto"
             self._model = load_model(self.folder, device=self._device, dtype=dtype, longest=self._settings.max_tokens)
         return self._model
 

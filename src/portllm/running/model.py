@@ -38,7 +38,7 @@ from portllm.foreign import (
 from portllm.patch.adapter_keys import Role
 from portllm.running.budget import no_more_than
 from portllm.running.cleared import cleared_adapter, cleared_model, cleared_tokenizer
-from portllm.running.device import Device
+from portllm.running.device import Device, Dtype
 
 __all__ = [
     "Device",
@@ -131,7 +131,7 @@ def load_model(
     folder: str | Path,
     *,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Dtype = "auto",
     longest: int = SHORT,
     n_rows: int | None = None,
 ) -> PreTrainedModel:
@@ -140,7 +140,7 @@ def load_model(
     Args:
         folder: Configuration and safetensors files.
         device: Where its weights go.
-        dtype: Of its weights in memory; without it, that of `compute_dtype`. The one they are stored in stays in
+        dtype: Of its weights in memory; `auto` is that of `compute_dtype`. The one they are stored in stays in
             `model.config.dtype`.
         longest: Tokens of the longest input that it will be given; chooses the attention kernel on a CPU.
         n_rows: Of its embedding and head, where an adapter needs more than they have; the others are zeros.
@@ -175,7 +175,8 @@ def load_model(
         raise failed(f"its weights lack {len(found['missing_keys'])} tensors, first '{min(found['missing_keys'])}'.")
     if n_rows is not None:
         _add_rows(model, n_rows)
-    _cast_weights(model, dtype or compute_dtype(model.dtype, device))
+    by_name = {"auto": compute_dtype(model.dtype, device), "float32": torch.float32}
+    _cast_weights(model, by_name[dtype] if isinstance(dtype, str) else dtype)
     model.to(device)
     model.eval()
     head = model.get_output_embeddings()

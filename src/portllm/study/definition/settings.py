@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from portllm.evaluating.scoring import Kind
 from portllm.files.typed import EACH_ONCE
+from portllm.running.device import Dtype
 from portllm.running.examples import ExampleFormat, Template
 from portllm.running.ranges import require_ranges
 from portllm.study.parts.check import CheckSettings
@@ -205,6 +206,6 @@ class Study:
     old_text: Text | None = None
     check: CheckSettings | None = None
     theory: TheorySettings | None = None
-    dtype: Literal["float32", "auto"] = "float32"
+    dtype: Dtype = "float32"
     keep: tuple[Artefact, ...] = ("patches", "checkpoints")
     compare: str | tuple[str, ...] | None = None

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from blake3 import blake3
 
 from portllm.capturing.adapter import capture_adapter
@@ -279,8 +278,7 @@ class StepRunner:
         task = self.inputs.tasks[str(step.task)]
         device = choose_device(self.device)
         folder = model_folder(self._model(step.model))
-        dtype = torch.float32 if self.study.dtype == "float32" else None
-        model = load_model(folder, device=device, dtype=dtype, longest=task.longest)
+        model = load_model(folder, device=device, dtype=self.study.dtype, longest=task.longest)
         if step.patch:
             model = fuse(attach_adapter(model, self.places.folder(step.inputs[-1]), name="patch").eval())
         done = 0
