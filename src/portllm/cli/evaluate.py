@@ -95,8 +95,8 @@ def evaluate(
     dtype: Annotated[
         Computing,
         typer.Option(
-            help="Dtype to compute in. auto is the stored one if the processor supports it; float32 leaves fewer answers "
-            "to rounding."
+            help="Dtype to compute in. auto is the stored one if the processor supports it; float32 leaves fewer "
+            "answers to rounding."
         ),
     ] = Computing.AUTO,
     allow_other_base: options.OtherBase = False,

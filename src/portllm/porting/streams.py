@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from portllm.arrays import Float32, Float64, Int64
-from portllm.measures.logit_blocks import Compared, Softmax
 from portllm.methods.contract import Block, Comparison, Part
 from portllm.methods.ranks import Factors
 from portllm.methods.tail import logit_moves
+from portllm.porting.answers import compare_answers, mean_shares, nats_of
 from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
@@ -28,9 +28,6 @@ ANSWER_SHARE = 0.001
 """A token to which the old specialist gives less than this, on average, is no answer."""
 
 MOST_ANSWERS = 64
-
-PLACES = 256
-"""Whose logits are in memory at a time, for some thousand tokens of the vocabulary."""
 
 
 @dataclass
@@ -253,44 +250,20 @@ class Streams:
 
     def compare(self, states: Mapping[str, Tensor]) -> dict[str, Comparison]:
         """As the contract says."""
-        old, new, rows = self.prompts.model, self.new, self.prompts.rows
+        rows, wanted = self.prompts.rows, self.last_states(None)
         apart = ~rows.is_of("fit")
-        wanted = old.finish(self.last_states(None)[apart])
-        finished = {name: new.finish(state[apart]) for name, state in states.items()}
-        parts = torch.split(torch.arange(len(wanted)), PLACES)
-        found = [Compared(len(part), finished, new.device) for part in parts]
-        for start, stop in new.head_blocks():
-            with old.head(range(start, stop)) as old_logits, new.head(range(start, stop)) as new_logits:
-                for part, compared in zip(parts, found, strict=True):
-                    logits = ((name, new_logits(each[part])) for name, each in finished.items())
-                    compared.add(start, old_logits(wanted[part]), logits)
-        results = [compared.results() for compared in found]
+        candidates = {name: state[apart] for name, state in states.items()}
+        found = compare_answers(self.prompts.model, wanted[apart], self.new, candidates)
         give_back_freed()
-        by_name = {
-            name: [torch.cat(each) for each in zip(*(part[name] for part in results), strict=True)] for name in states
-        }
         return {
             name: Comparison(rows.by_row(nats, apart), rows.by_row(same, apart) == 1)
-            for name, (nats, same) in by_name.items()
+            for name, (nats, same) in found.items()
         }
 
     def likely(self) -> Int64[Tensor, " tokens"]:
         """As the contract says: those with more than a share, on average over the places to fit on."""
         if self._likely is None:
-            old = self.prompts.model
-            states = torch.split(old.finish(self.last_states(None)[self.prompts.rows.is_of("fit")]), PLACES)
-            softmaxes = [Softmax(len(part), old.device) for part in states]
-            for start, stop in old.head_blocks():
-                with old.head(range(start, stop)) as logits:
-                    for part, softmax in zip(states, softmaxes, strict=True):
-                        softmax.add(start, logits(part).double())
-            found = torch.zeros(old.n_vocabulary, dtype=torch.float64)
-            for start, stop in old.head_blocks():
-                with old.head(range(start, stop)) as logits:
-                    for part, softmax in zip(states, softmaxes, strict=True):
-                        shares = (logits(part).double() - softmax.normalizer[:, None]).exp()
-                        found[start:stop] += shares.sum(dim=0).cpu()
-            self._likely = found / sum(map(len, states))
+            self._likely = mean_shares(self.prompts.model, self.last_states(None)[self.prompts.rows.is_of("fit")])
         order = self._likely.argsort(descending=True, stable=True)[:MOST_ANSWERS]
         return order[self._likely[order] > ANSWER_SHARE]
 
@@ -417,27 +390,3 @@ class Streams:
         state, extras = reading.state(candidate, batch), self.put_by(candidate)
         ((x, _),), after = watch(self.new, number, self._modules, state, given, extras, first=len(self._modules) - 1)
         return batch, reading.flat(x, batch), after
-
-
-def nats_of(
-    model: LayeredModel, states: Float32[Tensor, "places width"], said: Int64[Tensor, " places"]
-) -> Float64[Tensor, " places"]:
-    """`-log p(token)` of what is said after each place, of which some are in memory at a time.
-
-    Args:
-        model: The model.
-        states: Behind its last layer.
-        said: The tokens.
-    """
-    finished, tokens = torch.split(model.finish(states), PLACES), torch.split(said, PLACES)
-    softmaxes = [Softmax(len(some), model.device) for some in finished]
-    found = torch.zeros(len(said), dtype=torch.float64)
-    of_said = torch.split(found, PLACES)
-    for start, stop in model.head_blocks():
-        with model.head(range(start, stop)) as logits:
-            for some, softmax, of, them in zip(finished, softmaxes, of_said, tokens, strict=True):
-                block = logits(some).double()
-                softmax.add(start, block)
-                inside = (them >= start) & (them < stop)
-                of[inside] = block.cpu()[inside, them[inside] - start]
-    return torch.cat([softmax.normalizer.cpu() for softmax in softmaxes]) - found
