@@ -39,7 +39,7 @@ def test_the_agreement_and_its_interval_are_printed_beside_those_of_addition(por
     assert result.status == 0
     assert "of the old specialist's answers; by addition" in result.out
     assert "95 % interval" in result.out
-    assert "general text" in result.out
+    assert "nats per token; beyond addition" in result.out
 
 
 def test_what_falls_short_of_the_agreement_is_written_and_exits_with_3(portllm, story, tmp_path):
@@ -47,7 +47,7 @@ def test_what_falls_short_of_the_agreement_is_written_and_exits_with_3(portllm, 
     found = json.loads(result.out)["record"]["ports"][-1]["evidence"]
     assert found["agreement_high"] < 1, "the case is too easy to tell"
     assert result.status == 3
-    assert {"agreement_added", "divergence_added", "general_nats_ported", "head_gate"} <= found.keys()
+    assert {"agreement_added", "divergence_added", "general_nats_error", "head_gate"} <= found.keys()
     assert "has fewer of the old specialist's answers than 100.0 %" in result.err
     assert (tmp_path / "out" / "patch.json").is_file()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.choice import choose, distance, on, weighed, wilson
+from portllm.methods.choice import choose, distance, on, standard_error, weighed, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
@@ -316,11 +316,15 @@ def costs(nats: Mapping[str, Tensor], name: str) -> dict[str, float]:
     Args:
         nats: What each row costs what the port is compared with (""), the patch as it was added ("_added"), and the
             port ("_ported"); nothing where there are no such rows.
-        name: Of the numbers.
+        name: Of the numbers; `error` is the standard error of what the port costs beyond addition.
 
     Example:
-        >>> costs({"": torch.tensor([4.0, 5.0]), "_ported": torch.tensor([4.5, 5.5])}, "general_nats")
-        {'general_nats_rows': 2.0, 'general_nats': 4.5, 'general_nats_ported': 5.0}
+        >>> bare = torch.tensor([4.0, 5.0])
+        >>> costs({"": bare, "_added": bare + 0.5, "_ported": bare + 0.75}, "nats")
+        {'nats_rows': 2.0, 'nats_error': 0.0, 'nats': 4.5, 'nats_added': 5.0, 'nats_ported': 5.25}
     """
-    rows = {f"{name}_rows": float(len(next(iter(nats.values()))))} if nats else {}
-    return rows | {f"{name}{which}": float(values.mean()) for which, values in nats.items()}
+    if not nats:
+        return {}
+    beyond = nats["_ported"] - nats["_added"]
+    told = {f"{name}{which}": float(values.mean()) for which, values in nats.items()}
+    return {f"{name}_rows": float(len(beyond)), f"{name}_error": standard_error(beyond)} | told

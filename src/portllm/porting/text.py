@@ -140,9 +140,11 @@ def _measured(step: PortStep) -> dict[str, str]:
             f"{percent(found['left_out'], digits=2)} of its B, for want of tokens or of likeness"
         )
     if "general_nats" in found:
+        beyond = found["general_nats_ported"] - found["general_nats_added"]
         rows["general text"] = (
-            f"{found['general_nats_ported']:.3f} nats per token; by addition {found['general_nats_added']:.3f}, the "
-            f"evolved model {found['general_nats']:.3f}"
+            f"{found['general_nats_ported']:.3f} nats per token; beyond addition {beyond:+.3f} ± "
+            f"{found['general_nats_error']:.3f} (standard error, {found['general_nats_rows']:.0f} rows); the evolved "
+            f"model {found['general_nats']:.3f}"
         )
     return rows
 
