@@ -50,6 +50,7 @@ class TwoChains:
     parts = ("fit", "choose", "fit", "report") * (PROMPTS // 4)
     part_of_place = parts
     compared = tuple(part for part in parts if part != "fit")
+    most_nats = 0.05
     wanted = None
     is_drawn = False
 

@@ -223,13 +223,23 @@ def test_a_run_that_is_interrupted_goes_on_from_the_layer_it_had_reached_to_the_
 def second(monkeypatch):
     """The name of the second refit: all that is built on the first is taken to cost too much."""
     first, second, *_ = method.REFITS
-    find = method.too_dear
+    find = method.beyond_addition
 
-    def dear(nats):
-        return find(nats) | {name for name in nats if name.startswith(first)}
+    def beyond(nats):
+        return find(nats) | {name: 1.0 for name in nats if name.startswith(first)}
 
-    monkeypatch.setattr(method, "too_dear", dear)
+    monkeypatch.setattr(method, "beyond_addition", beyond)
     return second
+
+
+@pytest.mark.parametrize("most", [0.0, 0.5])
+def test_what_may_be_lost_on_general_text_is_for_the_user_to_say(story, tmp_path, monkeypatch, most):
+    costs = {method.ADD: 0.0}
+    monkeypatch.setattr(method, "beyond_addition", lambda nats: {name: costs.get(name, 0.25) for name in nats})
+    step = step_of(align(story, tmp_path / "out", most_nats=most))
+    assert [each.is_too_dear for each in step.tried] == [each.general_nats > most for each in step.tried]
+    assert (step.method == "align") == (most == 0.0)
+    assert step.evidence["general_nats_limit"] == most
 
 
 def test_where_the_first_refit_costs_too_much_the_next_is_what_it_is_alone(story, tmp_path, monkeypatch, second):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from portllm.checkpoint.open import open_checkpoint
@@ -9,8 +10,9 @@ from portllm.matching.port_plan import plan_port
 from portllm.matching.token_rows import TokenMap
 from portllm.matching.update import Update
 from portllm.patch.adapter_folder import load_patch
-from portllm.patch.record import Choice, PortStep
+from portllm.patch.record import Choice, PortStep, Tried
 from portllm.porting.decision import Named, decide
+from portllm.porting.text import shortfall
 
 NAMED = Named("v1", "my patch", "v2", "my patch v2")
 EVALUATE = "portllm evaluate --base v1 --patch 'my patch' --evolved v2 --ported 'my patch v2' --data TEST.jsonl"
@@ -102,3 +104,18 @@ def test_a_dry_run_says_what_would_be_and_names_no_next_command(plan):
     headline = decide(plan, None, wanted=0.9, named=NAMED)
     assert headline.text.startswith("Would port ")
     assert headline.command == ""
+
+
+def test_where_addition_was_taken_it_is_told_what_would_have_come_nearer_and_at_what_price(plan):
+    step = msgspec.structs.replace(step_of(plan, **measured(0.2, 0.1, 0.3)), method="align")
+    assert "; nothing helps more than addition." in shortfall("mine", step, 0.9)
+    tried = (
+        Tried("add", 0.6, 0.0, 0.0),
+        Tried("add + logits", 0.7, 0.1, 0.4, True),
+        Tried("refit", 0.2, 0.1, 0.13, True),
+    )
+    assert (
+        "; 1 candidate would come nearer, but cost 0.13 nats or more per token of general text beyond addition "
+        "(--max-general-loss)."
+    ) in shortfall("mine", msgspec.structs.replace(step, tried=tried), 0.9)
+    assert shortfall("mine", step, 0.3) is None

@@ -8,7 +8,7 @@ import typer
 
 from portllm.cli import options
 from portllm.cli.data import CompletionOption, PromptOption, given_prompt
-from portllm.cli.numbers import share, whole
+from portllm.cli.numbers import real, share, whole
 from portllm.cli.terminal import print_json, say, width_of
 
 
@@ -73,6 +73,15 @@ def port(
             "patch is found to have fewer.",
         ),
     ] = 0.9,
+    max_general_loss: Annotated[
+        float,
+        typer.Option(
+            "--max-general-loss",
+            parser=real(least=0.0),
+            help="With --text: nats per token of general text that an aligned port may cost beyond addition; what "
+            "costs more is not taken, however near it comes.",
+        ),
+    ] = 0.05,
     answer_tokens: Annotated[
         int, typer.Option("--answer-tokens", parser=whole(), help="With --text: maximum tokens of an answer.")
     ] = 32,
@@ -158,6 +167,7 @@ def port(
                     asking,
                     max_tokens=max_tokens,
                     answer_tokens=answer_tokens,
+                    most_nats=max_general_loss,
                     wanted=agreement if method == AUTO else None,
                     batch_size=batch_size,
                     device=device.value,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from portllm.methods.add import add
 from portllm.methods.choice import choose, distance, on, standard_error, weighed, wilson
-from portllm.methods.contract import Block, Comparison, Inputs, Kind, Part, Ported, Streams
+from portllm.methods.contract import Block, Comparison, Inputs, Kind, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
 from portllm.methods.tail import Regression, balance, balance_move, logit_moves
@@ -37,9 +37,6 @@ TAIL_RHO = 0.01
 TAIL_RANK = 8
 ANCHOR_SHARE = 0.05
 """What a token of general text counts in a correction at the last writer, beside a place of an answer."""
-
-MOST_NATS = 0.05
-"""What a candidate may cost beyond addition, in nats per token of general text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +94,13 @@ def align(patch: Patch[Values], inputs: Inputs) -> Ported:
     start = add(patch, inputs).patch
     streams = inputs.streams(start)
     found, chosen, tried = climbed(streams, start)
-    gate = float(on(found[OLD_STATES].nats, streams.compared, "choose").mean())
+    read = streams.compare({OLD_STATES: streams.last_states(None)})[OLD_STATES]
+    gate = float(_by(read.nats, streams).mean())
     numbers = evidence(found, chosen.name, streams) | {"head_gate": gate}
     told = {"": (None, {}), "_added": (ADD, {}), "_ported": chosen.as_run}
-    numbers |= costs(streams.nats("price", told), "general_nats") | costs(streams.nats("judge", told), "loss")
+    price = costs(streams.nats("price", told), "general_nats")
+    numbers |= price | {"general_nats_limit": streams.most_nats} if price else {}
+    numbers |= costs(streams.nats("judge", told), "loss")
     rounded = {key: float(f"{value:.6g}") for key, value in numbers.items()}
     return Ported(made(start, streams, chosen), rounded, None if chosen.name == ADD else chosen.name, tried)
 
@@ -117,29 +117,31 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
     first, *others = REFITS
     walks = deque([[ADD, first]] if streams.wanted is None else [[ADD], [first]])
     walks.extend([other] for other in others)
-    candidates: list[Candidate] = []
+    candidates: dict[str, Candidate] = {}
+    found: dict[str, Comparison] = {}
+    limit: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     while True:
         walk = walks.popleft()
         refit(streams, start, walk)
-        candidates += (each for name in walk for each in (Candidate(name, name), *corrected(streams, start, name)))
-        found, chosen, tried = _chosen(streams, candidates)
-        is_enough = streams.wanted is not None and _share(found[chosen.name], streams.compared) >= streams.wanted
+        new = [each for name in walk for each in (Candidate(name, name), *corrected(streams, start, name))]
+        candidates |= {each.name: each for each in new}
+        as_run = {each.name: each.as_run for each in new}
+        found |= streams.compare({each.name: moved(streams, each) for each in new})
+        limit |= streams.nats("limit", as_run)
+        rows |= streams.nats("judge", as_run) or {name: distance(_by(found[name].nats, streams)) for name in as_run}
+        beyond = beyond_addition(limit)
+        costly = {name for name, nats in beyond.items() if nats > streams.most_nats}
+        chosen = candidates[choose({name: values for name, values in rows.items() if name not in costly})]
+        share = float(_by(found[chosen.name].agrees, streams).double().mean())
+        is_enough = streams.wanted is not None and share >= streams.wanted
         if is_enough or chosen.walked != ADD or not walks:
-            return found, chosen, tried
+            return found, chosen, weighed(rows, beyond, costly)
 
 
-def _chosen(streams: Streams, candidates: Sequence[Candidate]) -> Climbed:
-    """What is found of candidates, which of them is taken, and what is noted of all."""
-    by_name = {each.name: each for each in candidates}
-    states = {name: moved(streams, each) for name, each in by_name.items()}
-    found = streams.compare({**states, OLD_STATES: streams.last_states(None)})
-    beyond = beyond_addition(streams.nats("limit", {name: each.as_run for name, each in by_name.items()}))
-    costly = too_dear(beyond)
-    losses = streams.nats("judge", {name: each.as_run for name, each in by_name.items()})
-    distances = {name: distance(on(found[name].nats, streams.compared, "choose")) for name in by_name}
-    rows = losses or distances
-    chosen = by_name[choose({name: values for name, values in rows.items() if name not in costly})]
-    return found, chosen, weighed(rows, beyond, costly)
+def _by(values: Tensor, streams: Streams) -> Tensor:
+    """The values of the prompts to choose by."""
+    return on(values, streams.compared, "choose")
 
 
 def beyond_addition(nats: Mapping[str, Tensor]) -> dict[str, float]:
@@ -153,21 +155,6 @@ def beyond_addition(nats: Mapping[str, Tensor]) -> dict[str, float]:
         {'add': 0.0, 'refit': 0.25}
     """
     return {name: float((rows - nats[ADD]).mean()) for name, rows in nats.items()}
-
-
-def too_dear(beyond: Mapping[str, float]) -> set[str]:
-    """Candidates that cost more than `MOST_NATS` beyond addition.
-
-    Example:
-        >>> too_dear({"add": 0.0, "refit": 0.25})
-        {'refit'}
-    """
-    return {name for name, nats in beyond.items() if nats > MOST_NATS}
-
-
-def _share(compared: Comparison, parts: Sequence[Part]) -> float:
-    """Of the prompts to choose by, how many are answered as by the old specialist."""
-    return float(on(compared.agrees, parts, "choose").double().mean())
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
@@ -319,7 +306,7 @@ def costs(nats: Mapping[str, Tensor], name: str) -> dict[str, float]:
         name: Of the numbers; `error` is the standard error of what the port costs beyond addition.
 
     Example:
-        >>> bare = torch.tensor([4.0, 5.0])
+        >>> bare = torch.tensor([4.0, 5.0]).double()
         >>> costs({"": bare, "_added": bare + 0.5, "_ported": bare + 0.75}, "nats")
         {'nats_rows': 2.0, 'nats_error': 0.0, 'nats': 4.5, 'nats_added': 5.0, 'nats_ported': 5.25}
     """

@@ -130,6 +130,10 @@ class Streams(Protocol):
         """Share of answers that are to be the old specialist's, above which no more is tried; None for the most."""
 
     @property
+    def most_nats(self) -> float:
+        """What a candidate may cost beyond addition, in nats per token of general text."""
+
+    @property
     def is_drawn(self) -> bool:
         """Whether the old specialist drew the prompts itself."""
 

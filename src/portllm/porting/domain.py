@@ -62,6 +62,7 @@ class Domain:
         batch_size: Prompts of a forward pass.
         device: Where layers run.
         seed: Of the text that the evolved model writes.
+        most_nats: What a port may cost beyond addition, in nats per token of general text.
         wanted: Share of answers that are to be the old specialist's, above which nothing more is tried; None for the
             most that can be had.
         progress: Progress callback (tokens written, layers).
@@ -80,6 +81,7 @@ class Domain:
     batch_size: int = 16
     device: Device = "auto"
     seed: int = 0
+    most_nats: float = 0.05
     wanted: float | None = None
     progress: Progress = silent
 
@@ -95,6 +97,7 @@ class Domain:
             ("max_tokens", self.max_tokens, f"{least} or more", self.max_tokens >= least),
             ("answer_tokens", self.answer_tokens, "1 or more", self.answer_tokens >= 1),
             ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+            ("most_nats", self.most_nats, "0 or more", self.most_nats >= 0),
         )
         _require_enough(self.prompts.count if isinstance(self.prompts, Drawn) else len(set(self.prompts)), "given")
 
@@ -125,7 +128,16 @@ def open_streams(
     """
     new = _model(plan.evolved, added, domain)
     asked, *others = _readings(plan, patch, domain, unfinished)
-    return Streams(new, asked, others, domain.progress, unfinished, domain.wanted, isinstance(domain.prompts, Drawn))
+    return Streams(
+        new,
+        asked,
+        others,
+        domain.progress,
+        unfinished,
+        most_nats=domain.most_nats,
+        wanted=domain.wanted,
+        is_drawn=isinstance(domain.prompts, Drawn),
+    )
 
 
 def open_pairs(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: Unfinished) -> Pairs:

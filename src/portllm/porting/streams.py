@@ -95,6 +95,7 @@ class Streams:
         prompts: The rows of the domain, with the old specialist's answers.
         others: What is read beside them: rows of general text, and rows with their right answers.
         progress: Told of the layers done.
+        most_nats: What a candidate may cost beyond addition, in nats per token of general text.
         wanted: Share of answers that are to be the old specialist's; None for as many as can be.
         is_drawn: Whether the old specialist drew the prompts.
         unfinished: Where what has been done is kept.
@@ -106,6 +107,7 @@ class Streams:
     others: Sequence[Reading]
     progress: Progress
     unfinished: Unfinished
+    most_nats: float
     wanted: float | None = None
     is_drawn: bool = False
     extras: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)

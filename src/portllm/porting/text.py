@@ -159,9 +159,16 @@ def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
     high = step.evidence.get("agreement_high")
     if high is None or high >= wanted:
         return None
-    best = (
-        "nothing helps more than addition" if step.method == "align" else f"'{step.method}' is the best that was tried"
-    )
+    nearer = [each.general_nats or 0.0 for each in step.tried if each.is_too_dear and each.mean < step.tried[0].mean]
+    if step.method != "align":
+        best = f"'{step.method}' is the best that was tried"
+    elif nearer:
+        best = (
+            f"{counted(len(nearer), 'candidate')} would come nearer, but cost {min(nearer):.2f} nats or more per token "
+            "of general text beyond addition (--max-general-loss)"
+        )
+    else:
+        best = "nothing helps more than addition"
     return (
         f"{name}: has fewer of the old specialist's answers than {percent(wanted, digits=1)}: at most "
         f"{percent(high, digits=1)}; {best}. Refresh it from the old specialist (docs/refresh.md), or train again."

@@ -28,6 +28,7 @@ class DomainSettings(TypedDict):
 
     max_tokens: int
     answer_tokens: int
+    most_nats: float
     wanted: float | None
     batch_size: int
     device: "Device"
