@@ -81,6 +81,34 @@ def other_seed() -> Table:
     return head, rows
 
 
+def free_text() -> Table:
+    """Patches whose answers are written, by addition and align."""
+    results = _results("align-text-smollm2")
+    drifts = {model["evolution"]: model["drift"] for model in results["models"]}
+    cells = {(drifts[row["evolution"]], row["evolution"], row["method"]): row for row in results["tasks"]}
+    rows: list[Row] = []
+    for drift, evolution, _ in sorted(cells)[:: len(BOTH)]:
+        added, aligned = (cells[drift, evolution, method] for method in BOTH)
+        found, update = aligned["measured"], f"{evolution}, {percent(drift, digits=2)}"
+        for name, row, end, ported in (("add", added, "_added", "_added"), ("align", aligned, "", "_ported")):
+            rows.append(
+                (
+                    update if name == "add" else "",
+                    name,
+                    f"{found[f'divergence{end}']:.4f}",
+                    _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
+                    f"{found[f'general_nats{ported}']:.2f}",
+                    _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
+                    f"{_loss(row, 'ported'):.3f}",
+                )
+            )
+        beside = (("retrained with labels", "", "retrained"), ("no patch", f"{found['general_nats']:.2f}", "evolved"))
+        rows += [("", name, "", "", nats, "", f"{_loss(added, model):.3f}") for name, nats, model in beside]
+    rows.append(("before the update", "base + patch", "", "", "", "", f"{_loss(added, 'patched'):.3f}"))
+    head = ("update", "method", "divergence", "prompts answered alike", "general text", "answers alike", "loss")
+    return head, rows
+
+
 def by_prompts() -> Table:
     """Aligned ports by how many prompts there were, and whether they were drawn."""
     results = _results("align-prompts")
@@ -128,15 +156,9 @@ def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
                 "" if rows else task,
                 "" if rows else update,
                 method,
-                *(
-                    (
-                        f"{found[f'divergence{end}']:.3f}",
-                        _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
-                        f"{found[f'general_nats{ported}']:.2f}",
-                    )
-                    if f"divergence{end}" in found
-                    else ("", "", "")
-                ),
+                f"{found[f'divergence{end}']:.3f}",
+                _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
+                f"{found[f'general_nats{ported}']:.2f}",
                 _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
                 percent(_accuracy(row, "ported")),
             )
@@ -156,6 +178,10 @@ def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
 
 def _accuracy(row: Any, model: str) -> float:
     return float(row["scored"][model]["accuracy"]["value"])
+
+
+def _loss(row: Any, model: str) -> float:
+    return float(row["scored"][model]["loss"]["value"])
 
 
 def _interval(value: float, low: float, high: float) -> str:

@@ -21,7 +21,7 @@ import typer
 from safetensors.numpy import save_file
 
 from portllm.cli.main import app
-from scripts.align_table import by_prompts, other_seed, tables
+from scripts.align_table import by_prompts, free_text, other_seed, tables
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -222,6 +222,10 @@ def render_align() -> str:
         table(*means),
         "Patches of another seed, by addition and align:",
         table(*other_seed()),
+        "Written solutions (GSM8K): 256 prompts, whose answers are read for 32 tokens; then 60 other rows, whose "
+        "answers are alike if the first 24 tokens are those of base + patch, and the loss of the right solutions in "
+        "nats per token.",
+        table(*free_text()),
         "By the number of prompts, after MedQuAD (1.06 %): the first so many of the same rows. The divergence of drawn "
         "prompts is measured on others that were drawn.",
         table(*by_prompts()),
