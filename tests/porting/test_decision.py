@@ -118,4 +118,9 @@ def test_where_addition_was_taken_it_is_told_what_would_have_come_nearer_and_at_
         "; 1 candidate would come nearer, but cost 0.13 nats or more per token of general text beyond addition "
         "(--max-general-loss)."
     ) in shortfall("mine", msgspec.structs.replace(step, tried=tried), 0.9)
+    best = (*tried[:2], Tried("add + states", 0.8, 0.1))
+    corrected = msgspec.structs.replace(step, method="align: add + logits", tried=best)
+    assert "; 'align: add + logits' is the best that was tried." in shortfall("mine", corrected, 0.9)
+    dear = msgspec.structs.replace(corrected, tried=tried)
+    assert "; 1 candidate would come nearer, but cost 0.13 nats or more" in shortfall("mine", dear, 0.9)
     assert shortfall("mine", step, 0.3) is None

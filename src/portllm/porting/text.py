@@ -159,16 +159,18 @@ def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
     high = step.evidence.get("agreement_high")
     if high is None or high >= wanted:
         return None
-    nearer = [each.general_nats or 0.0 for each in step.tried if each.is_too_dear and each.mean < step.tried[0].mean]
-    if step.method != "align":
-        best = f"'{step.method}' is the best that was tried"
-    elif nearer:
+    taken = "add" if step.method == "align" else step.method.removeprefix("align: ")
+    distance = next((each.mean for each in step.tried if each.name == taken), 0.0)
+    nearer = [each.general_nats or 0.0 for each in step.tried if each.is_too_dear and each.mean < distance]
+    if nearer:
         best = (
             f"{counted(len(nearer), 'candidate')} would come nearer, but cost {min(nearer):.2f} nats or more per token "
             "of general text beyond addition (--max-general-loss)"
         )
-    else:
+    elif step.method == "align":
         best = "nothing helps more than addition"
+    else:
+        best = f"'{step.method}' is the best that was tried"
     return (
         f"{name}: has fewer of the old specialist's answers than {percent(wanted, digits=1)}: at most "
         f"{percent(high, digits=1)}; {best}. Refresh it from the old specialist (docs/refresh.md), or train again."
