@@ -30,6 +30,7 @@ def test_no_line_of_the_list_of_commands_is_cut(portllm, monkeypatch):
     ("arguments", "said"),
     [
         (["merge", "p"], "at the current shard"),
+        (["port", "p"], "at the current layer"),
         (["--quiet", "demo"], "last finished step"),
         (["train"], "starts over"),
         ([], "starts over"),

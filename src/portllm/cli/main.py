@@ -26,6 +26,7 @@ RESUMED = {
     "fleet": "the same command runs what is missing",
     "study": "the same command resumes after the last finished step",
     "merge": "the same command resumes at the current shard",
+    "port": "the same command resumes at the current layer",
 }
 """What becomes of what an interrupted command has done; the others begin anew."""
 
