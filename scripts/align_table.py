@@ -1,4 +1,4 @@
-"""What was measured of aligned ports, as the tables of docs/methods/align.md: from the studies' committed results."""
+"""What was measured of ports that read prompts, as tables of docs/methods: from the studies' committed results."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -134,6 +134,36 @@ def by_prompts() -> Table:
         "fitted on",
         "divergence",
         "general text beyond addition",
+        "labels as the old specialist's",
+        "accuracy",
+    )
+    return head, rows
+
+
+def other_family() -> Table:
+    """Patches that were taken to a model of another family."""
+    rows: list[Row] = []
+    for task, found in _results("other-family").items():
+        bare, carried = (
+            (_interval(*found["tried"][name]["agreement"]), f"{found['tried'][name]['general_nats']:.2f}")
+            for name in ("no patch", found["chosen"])
+        )
+        for model, scored, beside in (
+            ("old base", "base", ("", "")),
+            ("old base and patch", "base + patch", ("", "")),
+            ("new base", "evolved", bare),
+            ("new base, patch carried", "evolved + ported", carried),
+            ("new base, retrained with labels", "evolved + retrained", ("", "")),
+        ):
+            row = found["scored"][scored]
+            labels = "" if scored == "base + patch" else _interval(*row["agreement"])
+            accuracy = _interval(*(row["accuracy"][side] for side in ("value", "low", "high")))
+            rows.append((task if scored == "base" else "", model, *beside, labels, accuracy))
+    head = (
+        "task",
+        "model",
+        "prompts answered alike",
+        "general text",
         "labels as the old specialist's",
         "accuracy",
     )

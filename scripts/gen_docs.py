@@ -21,7 +21,7 @@ import typer
 from safetensors.numpy import save_file
 
 from portllm.cli.main import app
-from scripts.align_table import by_prompts, free_text, other_seed, tables
+from scripts.align_table import by_prompts, free_text, other_family, other_seed, tables
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -233,6 +233,11 @@ def render_align() -> str:
     return filled("methods/align.md", MEASURED_START, MEASURED_END, "\n\n".join(parts))
 
 
+def render_transport() -> str:
+    """The page `methods/transport.md`, with what an experiment measured."""
+    return filled("methods/transport.md", MEASURED_START, MEASURED_END, table(*other_family()))
+
+
 def render_serve() -> str:
     """The page `how-to/serve.md`, with the runtimes that a patch can be exported for."""
     from portllm.serving.runtime import Form, runtimes
@@ -421,6 +426,7 @@ PAGES = {
     "forecast.md": render_forecast,
     "how-to/serve.md": render_serve,
     "methods/align.md": render_align,
+    "methods/transport.md": render_transport,
     "patch-format.md": render_patch_format,
 }
 
