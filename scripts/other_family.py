@@ -96,7 +96,8 @@ class Setting:
 
 
 SETTINGS = [Setting(first, rho) for first in (0.9, 2 / 3, 0.0) for rho in (1.0, 0.1)]
-"""The simplest first. From 0.9 of 18 layers on, that is the last one alone: what the answers teach without the states before them."""
+"""The simplest first. From 0.9 of 18 layers on, that is the last one alone: what the answers teach without the states
+before them."""
 
 
 @dataclass(frozen=True)
