@@ -107,12 +107,24 @@ def test_labels_of_many_tokens_are_read_on_only_where_they_can_still_win(model, 
 
 
 @torch.inference_mode()
-def test_labels_beyond_one_chunk_of_continuations_are_scored_alike(model, encoder, monkeypatch):
+@pytest.mark.parametrize(("continuations", "logits"), [(4, 1 << 27), (64, 2000), (64, 1)])
+def test_labels_that_are_scored_in_several_passes_are_scored_alike_and_no_pass_is_too_large(
+    model, encoder, monkeypatch, continuations, logits
+):
     rows = encoded_rows(encoder)
     given = [row[0].prompt for row in rows], [[encoded.completion for encoded in row] for row in rows]
     whole = label_log_probs(model, *given, device=CPU)
-    monkeypatch.setattr("portllm.running.prefill.CONTINUATIONS", 4)
-    assert torch.allclose(label_log_probs(model, *given, device=CPU), whole, atol=F32_TOLERANCE, rtol=0)
+    monkeypatch.setattr("portllm.running.prefill.CONTINUATIONS", continuations)
+    monkeypatch.setattr("portllm.running.prefill.LOGITS", logits)
+    passes = []
+    watched = model.register_forward_hook(lambda _, __, output: passes.append(output.logits.shape))
+    try:
+        found = label_log_probs(model, *given, device=CPU)
+    finally:
+        watched.remove()
+    assert torch.allclose(found, whole, atol=F32_TOLERANCE, rtol=0)
+    assert len(passes) > 3
+    assert all(shape[0] == 1 or (shape[0] <= continuations and shape.numel() <= logits) for shape in passes[1:])
 
 
 @torch.inference_mode()
