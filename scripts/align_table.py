@@ -144,17 +144,23 @@ def other_family() -> Table:
     """Patches that were taken to a model of another family."""
     rows: list[Row] = []
     for task, found in _results("other-family").items():
-        bare, carried = (
-            (_interval(*found["tried"][name]["agreement"]), f"{found['tried'][name]['general_nats']:.2f}")
-            for name in ("no patch", found["chosen"])
+        tried = found["tried"]
+        last = min((name for name in tried if name.startswith("from 0.9")), key=lambda name: tried[name]["divergence"])
+        bare, carried, alone = (
+            (_interval(*tried[name]["agreement"]), f"{tried[name]['general_nats']:.2f}")
+            for name in ("no patch", found["chosen"], last)
         )
         for model, scored, beside in (
             ("old base", "base", ("", "")),
             ("old base and patch", "base + patch", ("", "")),
             ("new base", "evolved", bare),
             ("new base, patch carried", "evolved + ported", carried),
+            ("new base, its last layer alone fitted", None, alone),
             ("new base, retrained with labels", "evolved + retrained", ("", "")),
         ):
+            if scored is None:
+                rows.append(("", model, *beside, "", ""))
+                continue
             row = found["scored"][scored]
             labels = "" if scored == "base + patch" else _interval(*row["agreement"])
             accuracy = _interval(*(row["accuracy"][side] for side in ("value", "low", "high")))

@@ -426,6 +426,7 @@ PAGES = {
     "forecast.md": render_forecast,
     "how-to/serve.md": render_serve,
     "methods/align.md": render_align,
+    "methods/transport.md": render_transport,
     "patch-format.md": render_patch_format,
 }
 

@@ -177,7 +177,7 @@ class Answers:
     def moves(self, model: LayeredModel, states: Tensor) -> Tensor:
         """What the states of places lack for the new head to give the tokens their old logits."""
         if model.gain is None:
-            raise SystemExit("the new model's last norm is no RMS norm: its logits cannot be fitted")
+            raise PortLLMError("the new base: its last norm is no RMS norm, so its logits cannot be fitted.")
         wanted = self.said[:, self.tokens].log()
         wanted = (wanted - wanted.max(dim=1, keepdim=True).values).clamp(min=LEAST_LOGIT)
         missing = wanted - model.logits(states[self.places])[:, self.twins]
