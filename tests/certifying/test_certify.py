@@ -154,6 +154,13 @@ def test_free_text_is_compared_token_by_token_and_claims_no_bound(story, questio
     assert certificate.tokens.inputs_same < 30
 
 
+def test_free_text_is_compared_alike_however_few_rows_are_run_together(questions, run, tmp_path, monkeypatch):
+    settings = CertifySettings(kind="free", max_new_tokens=6)
+    whole = run(questions, settings).tokens
+    monkeypatch.setattr("portllm.running.encoding.LOGITS", 1)
+    assert run(questions, settings, out=tmp_path / "one by one").tokens == whole
+
+
 def test_free_text_of_a_model_agrees_with_itself(story, questions, run):
     same = {"evolved": open_checkpoint(story.base), "ported": load_patch(story.patch)}
     tokens = run(questions, CertifySettings(kind="free", max_new_tokens=6), **same).tokens

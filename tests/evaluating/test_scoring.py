@@ -115,7 +115,7 @@ def test_labels_that_are_scored_in_several_passes_are_scored_alike_and_no_pass_i
     given = [row[0].prompt for row in rows], [[encoded.completion for encoded in row] for row in rows]
     whole = label_log_probs(model, *given, device=CPU)
     monkeypatch.setattr("portllm.running.prefill.CONTINUATIONS", continuations)
-    monkeypatch.setattr("portllm.running.prefill.LOGITS", logits)
+    monkeypatch.setattr("portllm.running.encoding.LOGITS", logits)
     passes = []
     watched = model.register_forward_hook(lambda _, __, output: passes.append(output.logits.shape))
     try:

@@ -11,7 +11,7 @@ import torch
 from portllm.errors import DataError
 from portllm.evaluating.names import AnswerKind
 from portllm.evaluating.scoring import Tick, answer_text, encode_labels, label_log_probs
-from portllm.running.encoding import Encoder, batches, encode_prompts, pad_left
+from portllm.running.encoding import Encoder, batches, encode_prompts, pad_left, together
 from portllm.running.examples import Border
 from portllm.running.generation import write
 from portllm.running.model import PeftModel, PreTrainedModel
@@ -152,16 +152,18 @@ def count_same_tokens(
     for batch in batches(
         [len(row) + len(ids) for row, ids in zip(rows, tokens, strict=True)], batch_size=questions.batch_size
     ):
-        padded = pad_left([rows[i] + tokens[i][:-1] for i in batch], device=device)
-        width = max(len(tokens[i]) for i in batch)
-        logits: torch.Tensor = model(
-            input_ids=padded.ids,
-            attention_mask=padded.mask,
-            position_ids=padded.positions,
-            logits_to_keep=width,
-            use_cache=False,
-        ).logits
-        for i, likeliest in zip(batch, logits.argmax(dim=-1).tolist(), strict=True):
-            same[i] = sum(map(int.__eq__, likeliest[width - len(tokens[i]) :], tokens[i]))
-        tick(len(batch))
+        for part in together([len(tokens[i]) for i in batch], len(encoder.tokenizer)):
+            asked = batch[part]
+            padded = pad_left([rows[i] + tokens[i][:-1] for i in asked], device=device)
+            width = max(len(tokens[i]) for i in asked)
+            logits: torch.Tensor = model(
+                input_ids=padded.ids,
+                attention_mask=padded.mask,
+                position_ids=padded.positions,
+                logits_to_keep=width,
+                use_cache=False,
+            ).logits
+            for i, likeliest in zip(asked, logits.argmax(dim=-1).tolist(), strict=True):
+                same[i] = sum(map(int.__eq__, likeliest[width - len(tokens[i]) :], tokens[i]))
+            tick(len(asked))
     return tuple(same)

@@ -14,6 +14,9 @@ from portllm.foreign import foreign
 from portllm.running.examples import Border
 from portllm.running.model import PreTrainedTokenizerBase
 
+LOGITS = 1 << 27
+"""Of rows that are run together, where logits of many places are asked for: half a gigabyte."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -220,6 +223,29 @@ def batches(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def together(widths: Sequence[int], vocabulary: int, *, most: int | None = None) -> Iterator[slice]:
+    """Rows, in their order, as many at a time as leave the logits that are asked for within `LOGITS`; at least one.
+
+    Args:
+        widths: Places of each row whose logits are asked for, over the whole vocabulary; all rows get as many as the
+            widest.
+        vocabulary: Logits of a place.
+        most: Rows at a time.
+
+    Example:
+        >>> list(together([3, 1, 2], LOGITS // 6))
+        [slice(0, 2, None), slice(2, 3, None)]
+    """
+    start, widest = 0, 0
+    for stop, width in enumerate(widths):
+        count, widest = stop + 1 - start, max(widest, width)
+        if count > 1 and (count > (most or count) or count * widest * vocabulary > LOGITS):
+            yield slice(start, stop)
+            start, widest = stop, width
+    if widths:
+        yield slice(start, len(widths))
 
 
 def _shorten(text: str, *, width: int = 60) -> str:

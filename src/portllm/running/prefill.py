@@ -1,20 +1,18 @@
 """Prompts that a model has read once: any number of texts are scored or written from there on, by its cache."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from portllm.arrays import Float32
-from portllm.running.encoding import PaddedBatch, pad_left
+from portllm.running.encoding import PaddedBatch, pad_left, together
 from portllm.running.model import PeftModel, PreTrainedModel
 
 CONTINUATIONS = 64
-LOGITS = 1 << 27
-"""Texts that go on from a cache together, and logits of all their tokens over the whole vocabulary, at most; a text by
-itself may have more."""
+"""Texts that go on from a cache together, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +38,9 @@ class Prefill:
             rows: The prompt of each text; several may have the same one.
             texts: Their ids.
         """
-        sums = [self._go_on(rows[start:stop], texts[start:stop]) for start, stop in self._together(texts)]
+        parts = together([len(text) - 1 for text in texts], self.next_logits.shape[1], most=CONTINUATIONS)
+        sums = [self._go_on(rows[part], texts[part]) for part in parts]
         return torch.cat(sums) if sums else self.next_logits.new_zeros(0)
-
-    def _together(self, texts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
-        """From which to which text as many as may go on together, in turn."""
-        vocabulary, start, longest = self.next_logits.shape[1], 0, 0
-        for stop, text in enumerate(texts):
-            longest = max(longest, len(text) - 1)
-            count = stop + 1 - start
-            if count > 1 and (count > CONTINUATIONS or count * longest * vocabulary > LOGITS):
-                yield start, stop
-                start, longest = stop, len(text) - 1
-        if texts:
-            yield start, len(texts)
 
     def _go_on(self, rows: Sequence[int], texts: Sequence[tuple[int, ...]]) -> Float32[torch.Tensor, " texts"]:
         batch, device = self.batch, self.batch.ids.device
