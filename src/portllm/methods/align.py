@@ -60,7 +60,7 @@ class Refit:
 
 
 OMEGA = 0.05
-SETTINGS = ((1.0, 0.05), (3.0, 0.2), (3.0, 0.5))
+SETTINGS = ((1.0, 0.05), (3.0, 0.2), (3.0, 0.5), (3.0, 1.5))
 """Ridge, and what a token of general text counts: the more, the less is moved."""
 
 REFITS = {f"refit rho={rho} omega={OMEGA} general={general}": Refit(rho, OMEGA, general) for rho, general in SETTINGS}
