@@ -32,7 +32,7 @@ from portllm.capturing.stored_values import StoredValues, settled
 from portllm.checkpoint.model.checkpoint import Checkpoint
 from portllm.checkpoint.open import ModelLike, open_checkpoint
 from portllm.errors import PortLLMError
-from portllm.evaluating.names import BASE, EVOLVED, PATCHED, PORTED, RETRAINED
+from portllm.evaluating.names import PATCHED
 from portllm.files.output_folder import resumable_folder
 from portllm.matching.changes import oriented
 from portllm.methods.choice import choose, distance, wilson
@@ -357,16 +357,15 @@ def chosen(streams: Streams, carried: Carried, names: Sequence[str]) -> Outcome:
     parts = [carried.rows.parts[row] for row in torch.unique(answers.row).tolist()]
     there = {part: torch.tensor([each == part for each in parts]) for part in ("choose", "report")}
     best = choose({name: distance(nats[there["choose"]]) for name, (nats, _) in compared.items()})
-    price = {
-        name: float(nats.mean()) for name, nats in streams.nats("price", {each: (each, {}) for each in names}).items()
-    }
-    tried = {}
-    for name, (nats, same) in compared.items():
-        tried[name] = {
+    price = streams.nats("price", {name: (name, {}) for name in names})
+    tried = {
+        name: {
             "divergence": float(nats[there["choose"]].mean()),
             "agreement": share(same[there["report"]].tolist()),
-            "general_nats": price[name],
+            "general_nats": float(price[name].mean()),
         }
+        for name, (nats, same) in compared.items()
+    }
     numbers = {"chosen": best, "prompts": len(parts), "tried": tried}
     return Outcome(best, numbers, {module: Factors(*put) for module, put in streams.put_by(best).items()})
 
@@ -382,15 +381,14 @@ def scored(given: argparse.Namespace) -> dict[str, object]:
         retrained=given.retrained,
         dtype="float32",
     )
-    rows = {name: row for name in (BASE, PATCHED, EVOLVED, PORTED, RETRAINED) if (row := found.row(name)) is not None}
-    before = rows[PATCHED].scores.answers
+    before = next(row.scores.answers for row in found.rows if row.name == PATCHED)
     return {
-        name: {
+        row.name: {
             "accuracy": row.score.to_json(),
             "loss": row.loss.to_json(),
             "agreement": share([one == other for one, other in zip(before, row.scores.answers, strict=True)]),
         }
-        for name, row in rows.items()
+        for row in found.rows
     }
 
 
