@@ -27,6 +27,7 @@ def test_divergence_and_agreement_are_those_of_whole_distributions() -> None:
     nats, agrees = compared.results()["new"]
     assert nats == pytest.approx((log_p.exp() * (log_p - log_q)).sum(dim=1))
     assert agrees.tolist() == (OLD.argmax(dim=1) == NEW.argmax(dim=1)).tolist()
+    assert compared.entropy == pytest.approx(-(log_p.exp() * log_p).sum(dim=1))
     nats, agrees = compared.results()["same"]
     assert nats == pytest.approx(torch.zeros(3), abs=1e-12)
     assert agrees.all()

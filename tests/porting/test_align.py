@@ -97,6 +97,32 @@ def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its
     assert recorded["agreement_low"] < recorded["agreement"] <= recorded["agreement_high"]
 
 
+def test_general_text_costs_what_the_next_token_of_the_evolved_model_costs_in_peft(story):
+    texts = ANCHORS[3::4]  # the last of four rows tells the price
+    bare, added, ported = (
+        at_every_place(story["evolved"], adapter, texts) for adapter in (None, story["patch"], story["folder"])
+    )
+    recorded = step_of(story["ported"]).evidence
+    assert recorded["general_nats_rows"] == len(texts)
+    for name, logits in (("", bare), ("_added", added), ("_ported", ported)):
+        nats = [-(p.softmax(1) * q.log_softmax(1)).sum(1).mean() for p, q in zip(bare, logits, strict=True)]
+        assert recorded[f"general_nats{name}"] == pytest.approx(float(torch.stack(nats).mean()), abs=FLOAT32_NATS)
+    assert recorded["general_nats"] < recorded["general_nats_ported"]  # nothing costs less than what is expected
+
+
+def at_every_place(model, adapter, texts):
+    """Logits in PEFT before each token but the first, text by text, in float64."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if adapter is None:
+        run = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    else:
+        run = load_tuned(model, adapter, dtype=torch.float64)
+    with torch.no_grad():
+        return [run(torch.tensor([tokenizer(text).input_ids])).logits[0, :-1] for text in texts]
+
+
 def test_what_was_tried_is_in_the_record_and_the_one_taken_has_the_distance_that_peft_finds(story):
     _, _, nats = both_said(story, "choose")
     step = step_of(story["ported"])

@@ -11,6 +11,7 @@ class Compared:
 
     def __init__(self, n: int, streams: Collection[str], device: torch.device) -> None:
         self._old = Softmax(n, device)
+        self._expected = torch.zeros(n, dtype=torch.float64, device=device)
         self._new = {name: Softmax(n, device) for name in streams}
         self._cross = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in streams}
 
@@ -19,12 +20,17 @@ class Compared:
         old = old.double()
         before = self._old.most
         self._old.add(start, old)
-        shares = (old - self._old.most[:, None]).exp()
+        shares, shrink = (old - self._old.most[:, None]).exp(), (before - self._old.most).exp()
+        self._expected = self._expected * shrink + (shares * old).sum(dim=1)
         for name, logits in streams:
             wide = logits.double()
             self._new[name].add(start, wide)
-            shrunk = self._cross[name] * (before - self._old.most).exp()
-            self._cross[name] = shrunk + (shares * (old - wide)).sum(dim=1)
+            self._cross[name] = self._cross[name] * shrink + (shares * (old - wide)).sum(dim=1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """`-Σ p log p` of the one that the streams are compared with, place by place."""
+        return (self._old.normalizer - self._expected / self._old.sum).cpu()
 
     def results(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Of each stream, place by place: its divergence, and whether the likeliest token is the same."""

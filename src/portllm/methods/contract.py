@@ -196,8 +196,10 @@ class Streams(Protocol):
     ) -> "Mapping[str, Float64[Tensor, ' rows']]":
         """What each row of a part that is neither fitted nor answered by a model costs a candidate, in nats a token.
 
-        A candidate may have some factors more at the last writer. None is, of general text, the bare evolved model, and
-        of rows with right answers the old specialist. Empty where there are no such rows.
+        Of rows with right answers that is `-log q(token)` of these. Of general text it is `-Σ p log q`, with p what the
+        bare evolved model holds for the next token. A candidate may have some factors more at the last writer. None
+        is, of general text, the bare evolved model, and of rows with right answers the old specialist. Empty where
+        there are no such rows.
         """
 
 

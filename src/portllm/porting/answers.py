@@ -27,6 +27,35 @@ def compare_answers(
         new: The model that the candidates are of.
         candidates: Their states behind its last layer, by name.
     """
+    results = [compared.results() for compared in _compared(old, wanted, new, candidates)]
+    together = {name: zip(*(part[name] for part in results), strict=True) for name in candidates}
+    return {name: (torch.cat(nats), torch.cat(same)) for name, (nats, same) in together.items()}
+
+
+def expected_nats(
+    bare: LayeredModel,
+    wanted: Float32[Tensor, "places width"],
+    new: LayeredModel,
+    candidates: Mapping[str, Float32[Tensor, "places width"]],
+) -> tuple[Float64[Tensor, " places"], dict[str, Float64[Tensor, " places"]]]:
+    """What the next token of a model costs it and each candidate: `-Σ p log p`, and `-Σ p log q`, at each place.
+
+    On text that the model wrote, that is the mean over all that it could have written there, without the luck of what
+    it did write.
+
+    Args:
+        bare: The model whose next tokens these are.
+        wanted: Its states behind its last layer.
+        new: The model that the candidates are of.
+        candidates: Their states behind its last layer, by name.
+    """
+    parts = _compared(bare, wanted, new, candidates)
+    own, results = torch.cat([part.entropy for part in parts]), [part.results() for part in parts]
+    return own, {name: own + torch.cat([part[name][0] for part in results]) for name in candidates}
+
+
+def _compared(old: LayeredModel, wanted: Tensor, new: LayeredModel, candidates: Mapping[str, Tensor]) -> list[Compared]:
+    """The candidates beside a model, some places after the other."""
     finished = {name: new.finish(states) for name, states in candidates.items()}
     states = old.finish(wanted)
     parts = torch.split(torch.arange(len(states)), PLACES)
@@ -36,9 +65,7 @@ def compare_answers(
             for part, compared in zip(parts, found, strict=True):
                 logits = ((name, new_logits(each[part])) for name, each in finished.items())
                 compared.add(start, old_logits(states[part]), logits)
-    results = [compared.results() for compared in found]
-    together = {name: zip(*(part[name] for part in results), strict=True) for name in candidates}
-    return {name: (torch.cat(nats), torch.cat(same)) for name, (nats, same) in together.items()}
+    return found
 
 
 def mean_shares(model: LayeredModel, states: Float32[Tensor, "places width"]) -> Float64[Tensor, " tokens"]:

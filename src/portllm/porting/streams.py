@@ -16,7 +16,7 @@ from portllm.arrays import Float32, Float64, Int64
 from portllm.methods.contract import Block, Comparison, Part
 from portllm.methods.ranks import Factors
 from portllm.methods.tail import logit_moves
-from portllm.porting.answers import compare_answers, mean_shares, nats_of
+from portllm.porting.answers import compare_answers, expected_nats, mean_shares, nats_of
 from portllm.porting.reading import FITTED, Reading
 from portllm.porting.unfinished import Unfinished
 from portllm.progress import Progress
@@ -290,18 +290,21 @@ class Streams:
         if reading is None:
             return {}
         there = reading.rows.is_of(part)
-        said = torch.tensor(reading.rows.next_ids)[there]
-        rows = reading.rows.row_of_place[there]
-        found = {}
+        bare, states = reading.last_states(None)[there], {}
         for name, (candidate, tail) in tails.items():
-            model = reading.model if candidate is None else self.new
-            state = reading.last_states(candidate)[there]
-            for a, b in tail.values():
-                state = state + self._last.scale * reading.inputs[str(candidate)][there] @ a.T.float() @ b.T.float()
-            nats = nats_of(model, state, said)
-            found[name] = torch.stack([nats[rows == row].mean() for row in torch.unique(rows)])
-            give_back_freed()
-        return found
+            if candidate is not None:
+                states[name] = reading.last_states(candidate)[there]
+                for a, b in tail.values():
+                    u = reading.inputs[candidate][there]
+                    states[name] = states[name] + self._last.scale * u @ a.T.float() @ b.T.float()
+        if part == "judge":
+            said = torch.tensor(reading.rows.next_ids)[there]
+            own = nats_of(reading.model, bare, said)
+            found = {name: nats_of(self.new, state, said) for name, state in states.items()}
+        else:
+            own, found = expected_nats(reading.model, bare, self.new, states)
+        give_back_freed()
+        return {name: reading.rows.by_row(found.get(name, own), there) for name in tails}
 
     def aims(self) -> Float32[Tensor, "places width"]:
         """As the contract says."""
