@@ -110,13 +110,13 @@ def test_where_addition_was_taken_it_is_told_what_would_have_come_nearer_and_at_
     step = msgspec.structs.replace(step_of(plan, **measured(0.2, 0.1, 0.3)), method="align")
     assert "; nothing helps more than addition." in shortfall("mine", step, 0.9)
     tried = (
-        Tried("add", 0.6, 0.0, 0.0),
-        Tried("add + logits", 0.7, 0.1, 0.4, True),
-        Tried("refit", 0.2, 0.1, 0.13, True),
+        Tried("add", 0.6, 0.0, 0.0, 0.0),
+        Tried("add + logits", 0.7, 0.1, 0.3, 0.1, True),
+        Tried("refit", 0.2, 0.1, 0.11, 0.02, True),
     )
     assert (
-        "; 1 candidate would come nearer, but cost 0.13 nats or more per token of general text beyond addition "
-        "(--max-general-loss)."
+        "; 1 candidate would come nearer, but cost 0.13 nats or more per token of general text beyond addition, "
+        "standard error included (--max-general-loss)."
     ) in shortfall("mine", msgspec.structs.replace(step, tried=tried), 0.9)
     best = (*tried[:2], Tried("add + states", 0.8, 0.1))
     corrected = msgspec.structs.replace(step, method="align: add + logits", tried=best)

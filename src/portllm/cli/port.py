@@ -78,8 +78,8 @@ def port(
         typer.Option(
             "--max-general-loss",
             parser=real(least=0.0),
-            help="With --text: nats per token of general text that an aligned port may cost beyond addition; what "
-            "costs more is not taken, however near it comes.",
+            help="With --text: nats per token of general text that an aligned port may cost beyond addition, "
+            "standard error included; what costs more is not taken, however near it comes.",
         ),
     ] = 0.05,
     answer_tokens: Annotated[

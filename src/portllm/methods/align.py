@@ -131,7 +131,7 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
         limit |= streams.nats("limit", as_run)
         rows |= streams.nats("judge", as_run) or {name: distance(_by(found[name].nats, streams)) for name in as_run}
         beyond = beyond_addition(limit)
-        costly = {name for name, nats in beyond.items() if nats > streams.most_nats}
+        costly = {name for name, nats in beyond.items() if too_dear(nats, streams.most_nats)}
         chosen = candidates[choose({name: values for name, values in rows.items() if name not in costly})]
         share = float(_by(found[chosen.name].agrees, streams).double().mean())
         is_enough = streams.wanted is not None and share >= streams.wanted
@@ -144,17 +144,29 @@ def _by(values: Tensor, streams: Streams) -> Tensor:
     return on(values, streams.compared, "choose")
 
 
-def beyond_addition(nats: Mapping[str, Tensor]) -> dict[str, float]:
-    """What candidates cost beyond addition, on average over rows of general text.
+def beyond_addition(nats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What candidates cost beyond addition on each row of general text.
 
     Args:
         nats: Per token, of each candidate on each row; of none where there is no such text.
 
     Example:
         >>> beyond_addition({"add": torch.tensor([4.0, 4.0]), "refit": torch.tensor([4.0, 4.5])})
-        {'add': 0.0, 'refit': 0.25}
+        {'add': tensor([0., 0.]), 'refit': tensor([0.0000, 0.5000])}
     """
-    return {name: float((rows - nats[ADD]).mean()) for name, rows in nats.items()}
+    return {name: rows - nats[ADD] for name, rows in nats.items()}
+
+
+def too_dear(beyond: Tensor, most: float) -> bool:
+    """Whether the mean cost over rows and its standard error are more than is allowed.
+
+    The error counts, since of many candidates near the limit those pass that happen to cost less on these rows.
+
+    Example:
+        >>> [too_dear(torch.tensor([0.0, 0.06]).double(), most) for most in (0.05, 0.07)]
+        [True, False]
+    """
+    return float(beyond.mean()) + standard_error(beyond) > most
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------

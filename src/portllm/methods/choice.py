@@ -41,19 +41,22 @@ def choose(rows: Mapping[str, Float64[Tensor, " rows"]]) -> str:
 
 
 def weighed(
-    rows: Mapping[str, Float64[Tensor, " rows"]], beyond: Mapping[str, float], too_dear: Collection[str] = ()
+    rows: Mapping[str, Float64[Tensor, " rows"]],
+    beyond: Mapping[str, Float64[Tensor, " texts"]],
+    too_dear: Collection[str] = (),
 ) -> tuple[Tried, ...]:
     """The candidates as the record has them, compared with the best one that could be taken.
 
     Args:
         rows: Of each candidate on each row, as for `choose`.
-        beyond: What each costs beyond addition, in nats per token of general text; of none where there is none.
+        beyond: What each costs beyond addition on each general text, in nats per token; of none where there are
+            none.
         too_dear: Those that cost too much there.
 
     Example:
         >>> nats = {"add": torch.tensor([2.0, 4.0]).double(), "refit": torch.tensor([1.0, 1.0]).double()}
         >>> weighed(nats, {})[0]
-        Tried(name='add', mean=3.0, error=1.0, general_nats=None, is_too_dear=False)
+        Tried(name='add', mean=3.0, error=1.0, general_nats=None, general_error=None, is_too_dear=False)
     """
     best = min((name for name in rows if name not in too_dear), key=lambda name: float(rows[name].mean()))
     return tuple(
@@ -61,7 +64,8 @@ def weighed(
             name,
             _rounded(float(values.mean())),
             _rounded(standard_error(values - rows[best])),
-            _rounded(beyond[name]) if name in beyond else None,
+            _rounded(float(beyond[name].mean())) if name in beyond else None,
+            _rounded(standard_error(beyond[name])) if name in beyond else None,
             name in too_dear,
         )
         for name, values in rows.items()

@@ -25,7 +25,7 @@ from portllm.files.own_files import is_own_file, write_text
 from portllm.files.source import LocalFile
 from portllm.patch.adapter_folder import CARD_FILE
 from portllm.patch.patch import Patch
-from portllm.patch.record import ModelIdentity, PatchRecord, PortStep
+from portllm.patch.record import ModelIdentity, PatchRecord, PortStep, Tried
 from portllm.serving.runtime import Form, runtimes
 
 START = "<!-- portllm: from here to the next mark, this is written anew by every command; write around it -->"
@@ -283,20 +283,28 @@ def _ports(ports: Sequence[PortStep]) -> list[str]:
     if tried := ports[-1].tried:
         told = (
             "Candidates, by their mean distance √(KL / 2) from the old answers on prompts to choose by, or by the loss "
-            "of right answers where rows had some; general text in nats per token beyond addition:"
+            "of right answers where rows had some; general text in nats per token beyond addition, "
+            "with its standard error:"
         )
         candidates = [
             (
                 _code(each.name),
                 f"{each.mean:.4f}",
                 f"{each.error:.4f}",
-                "" if each.general_nats is None else f"{each.general_nats:+.3f}{', too dear' * each.is_too_dear}",
+                _general(each),
             )
             for each in tried
         ]
         head = ("candidate", "mean", "standard error beside the best", "general text")
         lines += ["", told, "", *_table(head, candidates)]
     return lines
+
+
+def _general(candidate: Tried) -> str:
+    """What a candidate costs on general text."""
+    if candidate.general_nats is None or candidate.general_error is None:
+        return ""
+    return f"{candidate.general_nats:+.3f} ± {candidate.general_error:.3f}{', too dear' * candidate.is_too_dear}"
 
 
 def _loading(base: ModelIdentity) -> list[str]:

@@ -106,13 +106,15 @@ class Tried(Recorded, frozen=True):
             answers, `√(KL / 2)`, or, where rows had right answers, the nats per token that these cost.
         error: Standard error of its mean's difference from the best one's, row by row.
         general_nats: What it costs beyond addition, in nats per token of general text; None without such text.
-        is_too_dear: Whether that is more than was allowed, so that it could not be taken.
+        general_error: Standard error of that, row by row.
+        is_too_dear: Whether both together are more than was allowed, so that it could not be taken.
     """
 
     name: Text
     mean: float
     error: float
     general_nats: float | None = None
+    general_error: float | None = None
     is_too_dear: bool = field(name="too_dear", default=False)
 
 

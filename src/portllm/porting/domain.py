@@ -35,11 +35,11 @@ LEAST_PROMPTS = 16
 LEAST_JUDGES = 8
 """Rows with answers to choose by."""
 
-ANCHORS = 64
+ANCHORS = 96
 ANCHOR_TOKENS = 48
 """General text that is read: rows, and tokens of each at most."""
 
-GENERAL: tuple[Part, ...] = ("anchor", "limit", "anchor", "price")
+GENERAL: tuple[Part, ...] = ("anchor", "limit", "price")
 """What the rows of general text are for, in turn."""
 
 WRITTEN_TOKENS = 32
@@ -62,7 +62,7 @@ class Domain:
         batch_size: Prompts of a forward pass.
         device: Where layers run.
         seed: Of the text that the evolved model writes.
-        most_nats: What a port may cost beyond addition, in nats per token of general text.
+        most_nats: What a port may cost beyond addition, in nats per token of general text, standard error included.
         wanted: Share of answers that are to be the old specialist's, above which nothing more is tried; None for the
             most that can be had.
         progress: Progress callback (tokens written, layers).

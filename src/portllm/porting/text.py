@@ -161,11 +161,15 @@ def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
         return None
     taken = "add" if step.method == "align" else step.method.removeprefix("align: ")
     distance = next((each.mean for each in step.tried if each.name == taken), 0.0)
-    nearer = [each.general_nats or 0.0 for each in step.tried if each.is_too_dear and each.mean < distance]
+    nearer = [
+        (each.general_nats or 0.0) + (each.general_error or 0.0)
+        for each in step.tried
+        if each.is_too_dear and each.mean < distance
+    ]
     if nearer:
         best = (
             f"{counted(len(nearer), 'candidate')} would come nearer, but cost {min(nearer):.2f} nats or more per token "
-            "of general text beyond addition (--max-general-loss)"
+            "of general text beyond addition, standard error included (--max-general-loss)"
         )
     elif step.method == "align":
         best = "nothing helps more than addition"
