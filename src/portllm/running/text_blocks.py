@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from portllm.errors import DataError
-from portllm.running.encoding import Encoder
+from portllm.running.encoding import Encoder, together
 from portllm.running.model import PeftModel, PreTrainedModel
 
 Block: TypeAlias = tuple[int, ...]
@@ -75,3 +75,13 @@ def next_token_nats(
     ids = torch.tensor(blocks, device=device)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def shares_of_nats(
+    model: PreTrainedModel | PeftModel, blocks: Sequence[Block], *, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """What `next_token_nats` gives, in summands, of as many blocks as have logits that fit into memory."""
+    vocabulary = model.config.get_text_config().vocab_size
+    for part in together([len(block) for block in blocks], vocabulary):
+        some = blocks[part]
+        yield next_token_nats(model, some, device=device) * (len(some) / len(blocks))

@@ -1,7 +1,7 @@
 """The loop of every training that fits factors: AdamW on what is trainable, a learning rate that rises and falls."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -42,7 +42,7 @@ class Descent(Protocol):
 def descend(
     model: PeftModel,
     batches: Sequence[Batch],
-    loss_of: Callable[[Batch], torch.Tensor],
+    loss_of: Callable[[Batch], Iterable[torch.Tensor]],
     how: Descent,
     *,
     label: str,
@@ -53,7 +53,7 @@ def descend(
     Args:
         model: What of it requires a gradient is trained.
         batches: In order.
-        loss_of: The mean loss of a batch.
+        loss_of: The mean loss of a batch, in summands.
         how: The rest.
         label: Of progress and messages: `train`, `evolve`.
         progress: Progress callback (steps).
@@ -74,17 +74,25 @@ def descend(
             group["lr"] = how.learning_rate * learning_rate_share(
                 step, steps=len(batches), warmup=how.warmup, decay=how.decay
             )
-        loss = loss_of(batch)
-        if not math.isfinite(loss.item()):
+        optimizer.zero_grad(set_to_none=True)
+        loss = backpropagated(loss_of(batch))
+        if not math.isfinite(loss):
             raise PortLLMError(
-                f"{label}: the loss is {loss.item()} at step {step + 1} of {len(batches)}; nothing was written. "
+                f"{label}: the loss is {loss} at step {step + 1} of {len(batches)}; nothing was written. "
                 f"Lower the learning rate (now {how.learning_rate:g})."
             )
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(factors, how.max_grad_norm)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss)
         progress(f"{label}: loss {losses[-1]:.3f}", step + 1, len(batches), "steps")
     model.eval()
     return tuple(losses)
+
+
+def backpropagated(summands: Iterable[torch.Tensor]) -> float:
+    """The sum; gradients of each summand are added before the next is made, so that one at a time is in memory."""
+    total = 0.0
+    for summand in summands:
+        torch.autograd.backward(summand)
+        total += summand.item()
+    return total

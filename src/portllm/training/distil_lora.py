@@ -94,15 +94,13 @@ def distil_lora(
             rows += _written(old, encoder, batch, max_new_tokens=teacher.max_new_tokens, device=where)
             progress("write", len(rows), len(cut), "rows")
 
-        def divergence(model: PeftModel, batch: Sequence[Encoded]) -> torch.Tensor:
+        def share(model: PeftModel, part: Sequence[Encoded], n_counted: int) -> torch.Tensor:
             with torch.no_grad():
-                taught = completion_logits(old, batch, device=where)
-            targets = completion_targets(batch, device=where)
-            return mean_divergence(taught, completion_logits(model, batch, device=where), targets)
+                taught = completion_logits(old, part, device=where)
+            learned, targets = completion_logits(model, part, device=where), completion_targets(part, device=where)
+            return mean_divergence(taught, learned, targets) * (sum(row.n_counted for row in part) / n_counted)
 
-        return fit_adapter(
-            base_folder, rows, divergence, settings, staging, device=where, start=start, progress=progress
-        )
+        return fit_adapter(base_folder, rows, share, settings, staging, device=where, start=start, progress=progress)
 
 
 def mean_divergence(

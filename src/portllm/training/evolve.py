@@ -21,7 +21,8 @@ from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.model import Device, PreTrainedModel, choose_device, load_model, load_tokenizer, save_model
 from portllm.running.ranges import require_ranges
-from portllm.running.text_blocks import Block, batches_of_blocks, encode_texts, next_token_nats
+from portllm.running.text_blocks import Block, batches_of_blocks, encode_texts, shares_of_nats
+from portllm.training.descent import backpropagated
 from portllm.training.schedule import Decay, learning_rate_share
 
 
@@ -157,13 +158,12 @@ def _fit(
             group["lr"] = settings.learning_rate * learning_rate_share(
                 step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay
             )
-        loss = next_token_nats(model, blocks, device=device)
-        if not math.isfinite(loss.item()):
+        loss = backpropagated(shares_of_nats(model, blocks, device=device))
+        if not math.isfinite(loss):
             raise PortLLMError(
-                f"evolution: the loss is {loss.item()} at step {step + 1} of {settings.steps}; nothing was "
+                f"evolution: the loss is {loss} at step {step + 1} of {settings.steps}; nothing was "
                 f"written. Lower the learning rate (now {settings.learning_rate:g})."
             )
-        torch.autograd.backward(loss)
         for master, weight in zip(masters, weights, strict=True):
             master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
             weight.grad = None
@@ -173,7 +173,7 @@ def _fit(
             for master, weight in zip(masters, weights, strict=True):
                 weight.copy_(master)
                 master.grad = None
-        losses.append(loss.item())
+        losses.append(loss)
         progress(f"evolve: loss {losses[-1]:.3f}", step + 1, settings.steps, "steps")
     model.eval()
     return EvolveReport(

@@ -16,7 +16,7 @@ from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.model import Device, add_fresh_lora, choose_device, load_model, load_tokenizer, save_adapter
 from portllm.running.ranges import require_ranges
-from portllm.running.text_blocks import batches_of_blocks, encode_texts, next_token_nats
+from portllm.running.text_blocks import batches_of_blocks, encode_texts, shares_of_nats
 from portllm.training.descent import descend
 from portllm.training.evolve import EvolveSettings
 
@@ -94,7 +94,7 @@ def train_on_text(
             losses = descend(
                 model,
                 batches,
-                lambda blocks: next_token_nats(model, blocks, device=where),
+                lambda blocks: shares_of_nats(model, blocks, device=where),
                 settings,
                 label="evolve",
                 progress=progress,

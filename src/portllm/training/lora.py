@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from portllm.errors import DataError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent
 from portllm.running.chat import Chat
-from portllm.running.encoding import Encoded, Encoder
+from portllm.running.encoding import Encoded, Encoder, together
 from portllm.running.examples import Border
 from portllm.running.loss import completion_nats
 from portllm.running.model import (
@@ -39,8 +38,8 @@ from portllm.training.descent import descend
 from portllm.training.schedule import bucketed_batches
 from portllm.training.settings import TrainReport, TrainSettings
 
-BatchLoss = Callable[[PeftModel, Sequence[Encoded]], torch.Tensor]
-"""The mean loss of a model on a batch."""
+LossShare = Callable[[PeftModel, Sequence[Encoded], int], torch.Tensor]
+"""What some rows of a batch have in its mean loss, given how many tokens of the batch are to be learned."""
 
 
 def train_lora(
@@ -93,18 +92,16 @@ def train_lora(
             for row in encode_all(encoder, examples, max_tokens=settings.max_tokens, template=template)
         ]  # fmt: skip
 
-        def mean_nats(model: PeftModel, batch: Sequence[Encoded]) -> torch.Tensor:
-            return completion_nats(model, batch, device=where).sum() / sum(row.n_counted for row in batch)
+        def share(model: PeftModel, part: Sequence[Encoded], n_counted: int) -> torch.Tensor:
+            return completion_nats(model, part, device=where).sum() / n_counted
 
-        return fit_adapter(
-            base_folder, ended, mean_nats, settings, staging, device=where, start=start, progress=progress
-        )
+        return fit_adapter(base_folder, ended, share, settings, staging, device=where, start=start, progress=progress)
 
 
 def fit_adapter(
     base_folder: str | Path,
     rows: Sequence[Encoded],
-    loss_of: BatchLoss,
+    share: LossShare,
     settings: TrainSettings,
     folder: Path,
     *,
@@ -117,7 +114,7 @@ def fit_adapter(
     Args:
         base_folder: Checkpoint folder of the base.
         rows: Prompts and completions, the end mark with them.
-        loss_of: The mean loss of the model on a batch of rows.
+        share: The loss of the model, row by row summed and divided by the tokens to be learned.
         settings: Everything else.
         folder: Takes the adapter's files.
         device: Where to train.
@@ -129,7 +126,7 @@ def fit_adapter(
         torch.manual_seed(settings.seed)
         base = load_model(base_folder, device=device, longest=settings.max_tokens)
         model = _fresh(base, settings) if start is None else continue_lora(base, start, dropout=settings.dropout)
-        report = _fit(model, rows, loss_of, settings, device=device, progress=progress)
+        report = _fit(model, rows, share, settings, device=device, progress=progress)
     save_adapter(model, folder)
     return report
 
@@ -180,7 +177,7 @@ def encode_all(encoder: Encoder, examples: Sequence[Content], *, max_tokens: int
 def _fit(
     model: PeftModel,
     rows: Sequence[Encoded],
-    loss_of: BatchLoss,
+    share: LossShare,
     settings: TrainSettings,
     *,
     device: torch.device,
@@ -193,7 +190,14 @@ def _fit(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
-    losses = descend(model, batches, partial(loss_of, model), settings, label="train", progress=progress)
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def shares(batch: Sequence[Encoded]) -> Iterator[torch.Tensor]:
+        n_counted = sum(row.n_counted for row in batch)
+        parts = together([len(row.completion) for row in batch], vocabulary)
+        return (share(model, batch[part], n_counted) for part in parts)
+
+    losses = descend(model, batches, shares, settings, label="train", progress=progress)
     return TrainReport(
         losses=losses,
         seconds=time.perf_counter() - began,
