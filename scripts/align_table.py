@@ -60,9 +60,9 @@ def tables() -> tuple[Table, Table]:
     return (HEAD, every), (head, means)
 
 
-def other_seed() -> Table:
-    """Patches of another seed, by addition and align."""
-    results = _results("align-seed1-smollm2")
+def two_seeds() -> Table:
+    """Patches of two seeds, by addition and align."""
+    results = _results("align-seeds-smollm2")
     drifts = {model["evolution"]: model["drift"] for model in results["models"]}
     cells: dict[tuple[float, str, str], dict[str, Any]] = {}
     for row in results["tasks"]:
@@ -72,12 +72,23 @@ def other_seed() -> Table:
             task,
             f"{evolution}, {percent(drift, digits=2)}",
             *(_interval(*(cell[name]["agreement"][side] for side in ("value", "low", "high"))) for name in BOTH),
+            f"{_beyond_addition(cell['align']):+.2f}",
             *(percent(_accuracy(cell["add"], model)) for model in ("patched", "ported")),
             *(percent(_accuracy(cell["align"], model)) for model in ("ported", "retrained")),
         )
         for (drift, evolution, task), cell in sorted(cells.items(), key=lambda item: item[0])
     ]
-    head = ("task", "update", "labels by add", "by align", "accuracy before", "by add", "by align", "retrained")
+    head = (
+        "task",
+        "update",
+        "labels by add",
+        "by align",
+        "general text beyond addition",
+        "accuracy before",
+        "by add",
+        "by align",
+        "retrained",
+    )
     return head, rows
 
 
@@ -123,7 +134,7 @@ def by_prompts() -> Table:
                 prompts.replace("drawn-", "drawn: "),
                 f"{found['prompts_fit']:.0f}",
                 f"{found['divergence']:.4f}",
-                f"{found['general_nats_ported'] - found['general_nats_added']:+.2f}",
+                f"{_beyond_addition(row):+.2f}",
                 _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
                 percent(_accuracy(row, "ported")),
             )
@@ -210,6 +221,11 @@ def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
         *rows,
         *(("", "", name, "", "", nats, "", percent(_accuracy(row, model))) for name, nats, model in beside),
     ]
+
+
+def _beyond_addition(row: Any) -> float:
+    """What a port costs on general text, in nats per token."""
+    return float(row["measured"]["general_nats_ported"] - row["measured"]["general_nats_added"])
 
 
 def _accuracy(row: Any, model: str) -> float:

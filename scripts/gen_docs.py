@@ -21,7 +21,7 @@ import typer
 from safetensors.numpy import save_file
 
 from portllm.cli.main import app
-from scripts.align_table import by_prompts, free_text, other_family, other_seed, tables
+from scripts.align_table import by_prompts, free_text, other_family, tables, two_seeds
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -220,8 +220,8 @@ def render_align() -> str:
     parts = (
         table(*by_patch),
         table(*means),
-        "Patches of another seed, by addition and align:",
-        table(*other_seed()),
+        "Patches of two seeds, by addition and align, as the method is now; means of both, intervals over rows:",
+        table(*two_seeds()),
         "Written solutions (GSM8K): 256 prompts, whose answers are read for 32 tokens; then 60 other rows, whose "
         "answers are alike if the first 24 tokens are those of base + patch, and the loss of the right solutions in "
         "nats per token.",

@@ -11,7 +11,7 @@ import torch
 from portllm.progress import Progress, silent
 from portllm.running.encoding import Encoder
 from portllm.running.model import Device, choose_device, load_model, load_tokenizer
-from portllm.running.text_blocks import encode_texts, next_token_nats
+from portllm.running.text_blocks import encode_texts, shares_of_nats
 
 BATCH = 4
 
@@ -71,6 +71,7 @@ def measure_text_loss(
     with torch.inference_mode():
         for start in range(0, len(blocks), BATCH):
             batch = blocks[start : start + BATCH]
-            total += next_token_nats(model, batch, device=where).item() * len(batch)
+            shares = shares_of_nats(model, batch, device=where)
+            total += sum(share.item() for share in shares) * len(batch)
             progress("read", start + len(batch), len(blocks), "steps")
     return TextLoss(total / len(blocks), len(blocks) * (block_tokens - 1))
