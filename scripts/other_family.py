@@ -48,6 +48,7 @@ from portllm.porting.streams import Streams
 from portllm.porting.unfinished import Unfinished
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import silent
+from portllm.running.data import read_data
 from portllm.running.encoding import Encoder, encode_prompts
 from portllm.running.examples import Border, read_prompts, read_texts
 from portllm.running.folder import model_folder
@@ -440,6 +441,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     prompts, _ = read_prompts(given.text, given.prompt.replace("\\n", "\n"), completion=None)
     general = read_texts(given.anchors, "{text}")
+    # What is read after the long fit is opened now, so that what is wrong with it is told before.
+    read_data(given.rows, load_patch(given.patch))
+    load_patch(given.retrained)
     found = carry(given.base, given.patch, given.evolved, prompts, general, given.output)
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     rows[given.task] = {**found, "scored": scored(given)}

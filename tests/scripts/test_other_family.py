@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from portllm.errors import PortLLMError
 from portllm.porting.prompts import split
 from scripts import other_family
 from scripts.other_family import Setting, carry
@@ -66,3 +67,17 @@ def test_on_a_wider_twin_what_a_patch_writes_is_recovered_whole_and_peft_answers
     assert same == 1
     assert carried["divergence"] < 1e-10 < no_patch["divergence"]
     assert no_patch["agreement"][0] < carried["agreement"][0] <= same  # a part of a letter has no twin to agree with
+
+
+@pytest.mark.parametrize("missing", ["rows", "retrained"])
+def test_what_is_read_last_is_asked_for_first(missing, tmp_path, monkeypatch):
+    base = make_reader(tmp_path / "base", dtype=torch.float32)
+    given = {"base": base, "evolved": base, "task": "kind", "prompt": "{text}", "output": tmp_path / "out"}
+    given |= {name: make_adapter(base, tmp_path / name, size=0.2) for name in ("patch", "retrained")}
+    for name in ("text", "anchors", "rows"):
+        given[name] = tmp_path / f"{name}.jsonl"
+        given[name].write_text('{"text": "cold", "prompt": "cold", "completion": "rest"}\n', encoding="utf-8")
+    given[missing] = tmp_path / "missing.jsonl"
+    monkeypatch.setattr(other_family, "carry", lambda *_: pytest.fail("the fit began"))
+    with pytest.raises(PortLLMError, match=r"missing\.jsonl"):
+        other_family.main([part for name, value in given.items() for part in (f"--{name}", str(value))])
