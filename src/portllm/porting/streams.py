@@ -290,7 +290,7 @@ class Streams:
         if reading is None:
             return {}
         there = reading.rows.is_of(part)
-        bare, states = reading.last_states(None)[there], {}
+        wanted, states = reading.last_states(None)[there], {}
         for name, (candidate, tail) in tails.items():
             if candidate is not None:
                 states[name] = reading.last_states(candidate)[there]
@@ -299,10 +299,10 @@ class Streams:
                     states[name] = states[name] + self._last.scale * u @ a.T.float() @ b.T.float()
         if part == "judge":
             said = torch.tensor(reading.rows.next_ids)[there]
-            own = nats_of(reading.model, bare, said)
+            own = nats_of(reading.model, wanted, said)
             found = {name: nats_of(self.new, state, said) for name, state in states.items()}
         else:
-            own, found = expected_nats(reading.model, bare, self.new, states)
+            own, found = expected_nats(reading.model, wanted, self.new, states)
         give_back_freed()
         return {name: reading.rows.by_row(found.get(name, own), there) for name in tails}
 
