@@ -30,9 +30,6 @@ from portllm.patch.record import Tried
 ADD = "add"
 OLD_STATES = "the old specialist's states, read by the evolved head"
 
-OWN_RANK = 32
-"""Of the factors that a module has beside those of the patch."""
-
 TAIL_RHO = 0.01
 TAIL_RANK = 8
 ANCHOR_SHARE = 0.05
@@ -47,11 +44,13 @@ class Refit:
         rho: Ridge, as a share of the mean square of what A reads.
         omega: What a token of a prompt counts beside one with a token of an answer after it.
         general: What a token of general text counts.
+        own: Factors that a module has beside those of the patch.
     """
 
     rho: float
     omega: float
     general: float
+    own: int
 
     def weights(self, block: Block) -> Tensor:
         """What each token counts."""
@@ -60,10 +59,14 @@ class Refit:
 
 
 OMEGA = 0.05
-SETTINGS = ((1.0, 0.05), (3.0, 0.2), (3.0, 0.5), (3.0, 1.5))
-"""Ridge, and what a token of general text counts: the more, the less is moved."""
+SETTINGS = ((1.0, 0.05, 48), (3.0, 0.2, 112), (3.0, 0.5, 112), (3.0, 1.5, 112))
+"""Ridge; what a token of general text counts, of which more means that less is moved; and own factors, of which more
+cost less there. With a patch of rank 16, modules have 64 in all, or 128."""
 
-REFITS = {f"refit rho={rho} omega={OMEGA} general={general}": Refit(rho, OMEGA, general) for rho, general in SETTINGS}
+REFITS = {
+    f"refit rho={rho} omega={OMEGA} general={general} own={own}": Refit(rho, OMEGA, general, own)
+    for rho, general, own in SETTINGS
+}
 """In the order in which they are tried: what moves most first, which is nearest to the old specialist and dearest."""
 
 
@@ -186,7 +189,7 @@ def refit(streams: Streams, start: Patch[Values], walk: Sequence[str]) -> None:
         if delta is not None and delta.magnitude is not None:
             continue
         reads = None if delta is None else whole(delta.a).float()
-        count = OWN_RANK + (like.rank if delta is None and like else 0)
+        count = how.own + (like.rank if delta is None and like else 0)
         again = fitting.same_inputs
         blocks = [_on_cpu(block) for block in fitting.blocks()]
         span = span if span is not None and again else spanned(blocks, how)

@@ -23,7 +23,7 @@ from torch import Tensor
 from portllm.arrays import Float, Float32, Float64
 from portllm.methods.ranks import Factors
 
-SPAN = 128
+SPAN = 256
 """Leading directions of the domain's inputs that are looked among."""
 
 SUBSPACE_STEPS = 3
