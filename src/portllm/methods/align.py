@@ -43,7 +43,7 @@ class Refit:
     Attributes:
         rho: Ridge, as a share of the mean square of what A reads.
         omega: What a token of a prompt counts beside one with a token of an answer after it.
-        general: What a token of general text counts.
+        general: What general text counts in all, beside all that is said of the prompts.
         own: Factors that a module has beside those of the patch.
     """
 
@@ -52,16 +52,25 @@ class Refit:
     general: float
     own: int
 
-    def weights(self, block: Block) -> Tensor:
-        """What each token counts."""
-        weights: Tensor = torch.tensor([0.0, self.omega, 1.0, self.general])[block.kind] * block.factor
-        return weights
+    def weights(self, blocks: Sequence[Block]) -> list[Tensor]:
+        """What each token counts.
+
+        Example:
+            >>> texts = Block(torch.ones(4, 1), torch.ones(4, 1), torch.tensor([0, 1, 2, 3]), torch.ones(4))
+            >>> Refit(rho=1.0, omega=0.25, general=0.5, own=48).weights([texts])
+            [tensor([0.0000, 0.2500, 1.0000, 0.6250])]
+        """
+        domain = [torch.tensor([0.0, self.omega, 1.0, 0.0])[block.kind] * block.factor for block in blocks]
+        general = [(block.kind == Kind.GENERAL) * block.factor for block in blocks]
+        said, of_general = (float(sum(each.sum(dtype=torch.float64) for each in of)) for of in (domain, general))
+        each_counts = self.general * said / of_general if of_general else 0.0
+        return [one + each_counts * other for one, other in zip(domain, general, strict=True)]
 
 
 OMEGA = 0.05
-SETTINGS = ((1.0, 0.05, 48), (3.0, 0.2, 112), (3.0, 0.5, 112), (3.0, 1.5, 112))
-"""Ridge; what a token of general text counts, of which more means that less is moved; and own factors, of which more
-cost less there. With a patch of rank 16, modules have 64 in all, or 128."""
+SETTINGS = ((1.0, 0.1, 48), (3.0, 0.5, 112), (3.0, 1.0, 112), (3.0, 4.0, 112))
+"""Ridge; what general text counts, of which more means that less is moved; and own factors, of which more cost less
+there. With a patch of rank 16, modules have 64 in all, or 128."""
 
 REFITS = {
     f"refit rho={rho} omega={OMEGA} general={general} own={own}": Refit(rho, OMEGA, general, own)
@@ -192,13 +201,13 @@ def refit(streams: Streams, start: Patch[Values], walk: Sequence[str]) -> None:
         count = how.own + (like.rank if delta is None and like else 0)
         again = fitting.same_inputs
         blocks = [_on_cpu(block) for block in fitting.blocks()]
-        span = span if span is not None and again else spanned(blocks, how)
-        fitting.put(fitted(blocks, how, reads, span.undoing(fitting.drift(), count)))
+        weights = how.weights(blocks)
+        span = span if span is not None and again else spanned(blocks, weights)
+        fitting.put(fitted(blocks, weights, how.rho, reads, span.undoing(fitting.drift(), count)))
 
 
-def spanned(blocks: Sequence[Block], how: Refit) -> Span:
+def spanned(blocks: Sequence[Block], weights: Sequence[Tensor]) -> Span:
     """What a module is given, as what undoes the update there takes it: the domain apart from general text."""
-    weights = [how.weights(block) for block in blocks]
     of_domain = [block.kind != Kind.GENERAL for block in blocks]
     domain, general = (
         [Weighted(block.x, weight * there) for block, weight, there in zip(blocks, weights, which, strict=True)]
@@ -207,12 +216,15 @@ def spanned(blocks: Sequence[Block], how: Refit) -> Span:
     return Span.of(domain, general)
 
 
-def fitted(blocks: Sequence[Block], how: Refit, reads: Tensor | None, own: Factors) -> Factors:
+def fitted(
+    blocks: Sequence[Block], weights: Sequence[Tensor], rho: float, reads: Tensor | None, own: Factors
+) -> Factors:
     """What a module adds, of factors that it has beside the patch's, and of B fitted to both.
 
     Args:
         blocks: What it is given, and lacks with the patch as it was added.
-        how: Weights and ridge.
+        weights: What each token counts.
+        rho: Ridge, as a share of the mean square of what A reads.
         reads: The patch's A; None where the patch leaves the module alone.
         own: Further factors, whose B is fitted from what it is; A is scaled to read as much as the patch's.
     """
@@ -223,8 +235,10 @@ def fitted(blocks: Sequence[Block], how: Refit, reads: Tensor | None, own: Facto
     scale = torch.where(sizes[n_reads:] > 0, typical / sizes[n_reads:], 1.0)
     a = torch.cat([a[:n_reads], own.a * scale[:, None]])
     b = torch.cat([own.b.new_zeros(len(own.b), n_reads), own.b / scale], dim=1)
-    sums = [Sums.of(z, block.error - z @ b.T, how.weights(block)) for block in blocks for z in [block.x @ a.T]]
-    return Factors(a, b + sum(sums[1:], sums[0]).solve(how.rho).float())
+    read = [block.x @ a.T for block in blocks]
+    lacking = [block.error - z @ b.T for block, z in zip(blocks, read, strict=True)]
+    sums = [Sums.of(*each) for each in zip(read, lacking, weights, strict=True)]
+    return Factors(a, b + sum(sums[1:], sums[0]).solve(rho).float())
 
 
 def _on_cpu(block: Block) -> Block:
