@@ -68,7 +68,7 @@ class Refit:
 
 
 OMEGA = 0.05
-SETTINGS = ((1.0, 0.1, 48), (3.0, 0.5, 112), (3.0, 1.0, 112), (3.0, 4.0, 112))
+SETTINGS = ((1.0, 0.1, 48), (3.0, 0.5, 112), (3.0, 2.0, 112), (3.0, 4.0, 112))
 """Ridge; what general text counts, of which more means that less is moved; and own factors, of which more cost less
 there. With a patch of rank 16, modules have 64 in all, or 128."""
 

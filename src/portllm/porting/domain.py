@@ -1,5 +1,6 @@
 """What both models read in an aligned port: prompts of the domain that a patch is for, and general text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -40,7 +41,11 @@ ANCHOR_TOKENS = 48
 """General text that is read: rows, and tokens of each at most."""
 
 GENERAL: tuple[Part, ...] = ("anchor", "limit", "price")
-"""What the rows of general text are for, in turn."""
+"""What these rows are for, in turn."""
+
+ANCHOR_SHARE = 0.25
+"""Tokens of general text to fit on, beside those of the prompts. Where these are long there are further rows for it,
+since a few would be fitted to the letter."""
 
 WRITTEN_TOKENS = 32
 """Of a row that the evolved model writes itself."""
@@ -164,9 +169,10 @@ def _readings(plan: PortPlan, patch: Patch[Values], domain: Domain, unfinished: 
     texts = _texts(old, encoder, domain, unfinished)
     prompts, _ = encode_prompts(encoder, texts, room=domain.max_tokens - domain.answer_tokens)
     answers = unfinished.written("answers", lambda: _answers(old, prompts, encoder, domain, unfinished.spool()))
-    general, last = _general(bare, encoder, domain, unfinished)
+    asked = Rows.answered(prompts, answers.ids, split(texts))
+    general, last = _general(bare, encoder, domain, unfinished, most=_n_general(asked))
     rows = [
-        (old, Rows.answered(prompts, answers.ids, split(texts)), answers.states),
+        (old, asked, answers.states),
         *((old, each, None) for each in _judges(texts, encoder, domain)),
         (bare, Rows.answered([row[:1] for row in general], [row[1:] for row in general], _dealt(len(general))), last),
     ]
@@ -223,17 +229,24 @@ def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, doma
     )
 
 
+def _n_general(asked: Rows) -> int:
+    """How many rows of general text there are to be beside some prompts."""
+    to_fit = len(asked.tokens(asked.of(["fit"])))
+    more = math.ceil(ANCHOR_SHARE * to_fit / WRITTEN_TOKENS) - ANCHORS // len(GENERAL)
+    return ANCHORS + max(0, more)
+
+
 def _dealt(n: int) -> tuple[Part, ...]:
-    return tuple(GENERAL[place % len(GENERAL)] for place in range(n))
+    return tuple(GENERAL[place % len(GENERAL)] if place < ANCHORS else "anchor" for place in range(n))
 
 
 def _general(
-    model: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfinished
+    model: LayeredModel, encoder: Encoder, domain: Domain, unfinished: Unfinished, *, most: int
 ) -> tuple[list[Ids], Tensor | None]:
     """Rows of general text with two tokens at least; the model's last states before each, where it wrote them."""
     if domain.anchors is not None:
         encoded = (encoder.encode_text(text)[:ANCHOR_TOKENS] for text in domain.anchors)
-        return [ids for ids in encoded if len(ids) > 1][:ANCHORS], None
+        return [ids for ids in encoded if len(ids) > 1][:most], None
     generator = torch.Generator().manual_seed(domain.seed)
 
     def drawn(logits: Tensor) -> Tensor:
@@ -242,7 +255,7 @@ def _general(
     def write() -> Written:
         return write_layered(
             model,
-            [(encoder.start,)] * ANCHORS,
+            [(encoder.start,)] * most,
             most=WRITTEN_TOKENS,
             ends=encoder.stops,
             pick=drawn,
