@@ -230,13 +230,24 @@ def _answers(model: LayeredModel, prompts: Sequence[Ids], encoder: Encoder, doma
 
 
 def _n_general(asked: Rows) -> int:
-    """How many rows of general text there are to be beside some prompts."""
+    """How many rows of general text there are to be beside some prompts.
+
+    Example:
+        >>> [_n_general(Rows.answered([(1,) * 100] * n, [(2,)] * n, ("fit",) * n)) for n in (32, 64)]
+        [96, 114]
+    """
     to_fit = len(asked.tokens(asked.of(["fit"])))
     more = math.ceil(ANCHOR_SHARE * to_fit / WRITTEN_TOKENS) - ANCHORS // len(GENERAL)
     return ANCHORS + max(0, more)
 
 
 def _dealt(n: int) -> tuple[Part, ...]:
+    """What each row of general text is for; further ones are fitted on.
+
+    Example:
+        >>> [_dealt(114).count(part) for part in GENERAL]
+        [50, 32, 32]
+    """
     return tuple(GENERAL[place % len(GENERAL)] if place < ANCHORS else "anchor" for place in range(n))
 
 
