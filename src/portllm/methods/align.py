@@ -208,10 +208,11 @@ def refit(streams: Streams, start: Patch[Values], walk: Sequence[str]) -> None:
 
 def spanned(blocks: Sequence[Block], weights: Sequence[Tensor]) -> Span:
     """What a module is given, as what undoes the update there takes it: the domain apart from general text."""
-    of_domain = [block.kind != Kind.GENERAL for block in blocks]
+    of_domain = [(block.kind != Kind.GENERAL) * weight for block, weight in zip(blocks, weights, strict=True)]
+    of_general = [weight - other for weight, other in zip(weights, of_domain, strict=True)]
     domain, general = (
-        [Weighted(block.x, weight * there) for block, weight, there in zip(blocks, weights, which, strict=True)]
-        for which in (of_domain, [~there for there in of_domain])
+        [Weighted(block.x, weight) for block, weight in zip(blocks, of, strict=True) if weight.any()]
+        for of in (of_domain, of_general)
     )
     return Span.of(domain, general)
 

@@ -43,7 +43,7 @@ ANCHOR_TOKENS = 48
 GENERAL: tuple[Part, ...] = ("anchor", "limit", "price")
 """What these rows are for, in turn."""
 
-ANCHOR_SHARE = 0.25
+GENERAL_SHARE = 0.25
 """Tokens of general text to fit on, beside those of the prompts. Where these are long there are further rows for it,
 since a few would be fitted to the letter."""
 
@@ -237,7 +237,7 @@ def _n_general(asked: Rows) -> int:
         [96, 114]
     """
     to_fit = len(asked.tokens(asked.of(["fit"])))
-    more = math.ceil(ANCHOR_SHARE * to_fit / WRITTEN_TOKENS) - ANCHORS // len(GENERAL)
+    more = math.ceil(GENERAL_SHARE * to_fit / WRITTEN_TOKENS) - ANCHORS // len(GENERAL)
     return ANCHORS + max(0, more)
 
 
