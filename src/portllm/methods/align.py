@@ -236,9 +236,8 @@ def fitted(
     scale = torch.where(sizes[n_reads:] > 0, typical / sizes[n_reads:], 1.0)
     a = torch.cat([a[:n_reads], own.a * scale[:, None]])
     b = torch.cat([own.b.new_zeros(len(own.b), n_reads), own.b / scale], dim=1)
-    read = [block.x @ a.T for block in blocks]
-    lacking = [block.error - z @ b.T for block, z in zip(blocks, read, strict=True)]
-    sums = [Sums.of(*each) for each in zip(read, lacking, weights, strict=True)]
+    read = (block.x @ a.T for block in blocks)
+    sums = [Sums.of(z, block.error - z @ b.T, weight) for z, block, weight in zip(read, blocks, weights, strict=True)]
     return Factors(a, b + sum(sums[1:], sums[0]).solve(rho).float())
 
 
