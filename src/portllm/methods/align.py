@@ -43,7 +43,7 @@ class Refit:
     Attributes:
         rho: Ridge, as a share of the mean square of what A reads.
         omega: What a token of a prompt counts beside one with a token of an answer after it.
-        general: What general text counts in all, beside all that is said of the prompts.
+        general: What all general text counts, as a share of what all prompts count.
         own: Factors that a module has beside those of the patch.
     """
 
@@ -53,7 +53,7 @@ class Refit:
     own: int
 
     def weights(self, blocks: Sequence[Block]) -> list[Tensor]:
-        """What each token counts.
+        """What each token counts, block by block, given all blocks of a module.
 
         Example:
             >>> texts = Block(torch.ones(4, 1), torch.ones(4, 1), torch.tensor([0, 1, 2, 3]), torch.ones(4))
@@ -62,15 +62,15 @@ class Refit:
         """
         domain = [torch.tensor([0.0, self.omega, 1.0, 0.0])[block.kind] * block.factor for block in blocks]
         general = [(block.kind == Kind.GENERAL) * block.factor for block in blocks]
-        said, of_general = (float(sum(each.sum(dtype=torch.float64) for each in of)) for of in (domain, general))
-        each_counts = self.general * said / of_general if of_general else 0.0
-        return [one + each_counts * other for one, other in zip(domain, general, strict=True)]
+        of_domain, of_general = (float(sum(each.sum(dtype=torch.float64) for each in of)) for of in (domain, general))
+        token = self.general * of_domain / of_general if of_general else 0.0
+        return [one + token * other for one, other in zip(domain, general, strict=True)]
 
 
 OMEGA = 0.05
 SETTINGS = ((1.0, 0.1, 48), (3.0, 0.5, 112), (3.0, 2.0, 112), (3.0, 4.0, 112))
 """Ridge; what general text counts, of which more means that less is moved; and own factors, of which more cost less
-there. With a patch of rank 16, modules have 64 in all, or 128."""
+there. With those of a patch of rank 8 and of a correction, modules have 64 at most, or 128."""
 
 REFITS = {
     f"refit rho={rho} omega={OMEGA} general={general} own={own}": Refit(rho, OMEGA, general, own)
@@ -208,12 +208,13 @@ def refit(streams: Streams, start: Patch[Values], walk: Sequence[str]) -> None:
 
 def spanned(blocks: Sequence[Block], weights: Sequence[Tensor]) -> Span:
     """What a module is given, as what undoes the update there takes it: the domain apart from general text."""
-    of_domain = [(block.kind != Kind.GENERAL) * weight for block, weight in zip(blocks, weights, strict=True)]
-    of_general = [weight - other for weight, other in zip(weights, of_domain, strict=True)]
-    domain, general = (
-        [Weighted(block.x, weight) for block, weight in zip(blocks, of, strict=True) if weight.any()]
-        for of in (of_domain, of_general)
-    )
+    domain: list[Weighted] = []
+    general: list[Weighted] = []
+    for block, weight in zip(blocks, weights, strict=True):
+        is_general = block.kind == Kind.GENERAL
+        for side, counts in ((domain, weight * ~is_general), (general, weight * is_general)):
+            if counts.any():  # a batch is of one side; its sums for the other one would be zeros
+                side.append(Weighted(block.x, counts))
     return Span.of(domain, general)
 
 
