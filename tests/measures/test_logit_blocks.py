@@ -31,3 +31,12 @@ def test_divergence_and_agreement_are_those_of_whole_distributions() -> None:
     nats, agrees = compared.results()["same"]
     assert nats == pytest.approx(torch.zeros(3), abs=1e-12)
     assert agrees.all()
+
+
+def test_what_is_kept_between_blocks_stays_in_its_place() -> None:
+    """Else small tensors come to lie between the large ones of a block, whose room can then not be used again."""
+    softmax = Softmax(3, CPU)
+    places = [kept.data_ptr() for kept in (softmax.most, softmax.sum, softmax.likeliest)]
+    for start, stop in BLOCKS:
+        softmax.add(start, NEW[:, start:stop].double())
+    assert [kept.data_ptr() for kept in (softmax.most, softmax.sum, softmax.likeliest)] == places

@@ -1,4 +1,8 @@
-"""Softmax, divergence and agreement over blocks of the vocabulary as they come: all logits are never in memory."""
+"""Softmax, divergence and agreement over blocks of the vocabulary as they come: all logits are never in memory.
+
+What is kept from block to block is changed in place. New tensors, however small, would lie between the large ones of a
+block, whose room the C library could then not use again: memory would grow several times over.
+"""
 
 from collections.abc import Collection, Iterable
 
@@ -18,14 +22,14 @@ class Compared:
     def add(self, start: int, old: Tensor, streams: Iterable[tuple[str, Tensor]]) -> None:
         """The logits of some tokens; those of the streams one after another, so that they need not be there at once."""
         old = old.double()
-        before = self._old.most
+        before = self._old.most.clone()
         self._old.add(start, old)
-        shares, shrink = (old - self._old.most[:, None]).exp(), (before - self._old.most).exp()
-        self._expected = self._expected * shrink + (shares * old).sum(dim=1)
+        shares, shrink = (old - self._old.most[:, None]).exp_(), (before - self._old.most).exp_()
+        self._expected.mul_(shrink).add_(torch.linalg.vecdot(shares, old))
         for name, logits in streams:
             wide = logits.double()
             self._new[name].add(start, wide)
-            self._cross[name] = self._cross[name] * shrink + (shares * (old - wide)).sum(dim=1)
+            self._cross[name].mul_(shrink).add_(torch.linalg.vecdot(shares, torch.sub(old, wide, out=wide)))
 
     @property
     def entropy(self) -> Tensor:
@@ -54,10 +58,11 @@ class Softmax:
     def add(self, start: int, logits: Tensor) -> None:
         """The logits of some tokens, from the token `start` on."""
         most, place = logits.max(dim=1)
-        self.likeliest = torch.where(most > self.most, place + start, self.likeliest)
+        torch.where(most > self.most, place + start, self.likeliest, out=self.likeliest)
         greatest = torch.maximum(most, self.most)
-        self.sum = self.sum * (self.most - greatest).exp() + (logits - greatest[:, None]).exp().sum(dim=1)
-        self.most = greatest
+        shares = (logits - greatest[:, None]).exp_()
+        self.sum.mul_((self.most - greatest).exp_()).add_(shares.sum(dim=1))
+        self.most.copy_(greatest)
 
     @property
     def normalizer(self) -> Tensor:

@@ -232,14 +232,15 @@ def fitted(
     """
     a = own.a if reads is None else torch.cat([reads, own.a])
     n_reads = len(a) - len(own.a)
-    sizes = torch.cat([block.x @ a.T for block in blocks]).pow(2).mean(dim=0).sqrt()
+    read = [block.x @ a.T for block in blocks]
+    sizes = torch.cat(read).pow(2).mean(dim=0).sqrt()
     typical = sizes[:n_reads].pow(2).mean().sqrt() if n_reads else 1.0
-    scale = torch.where(sizes[n_reads:] > 0, typical / sizes[n_reads:], 1.0)
-    a = torch.cat([a[:n_reads], own.a * scale[:, None]])
-    b = torch.cat([own.b.new_zeros(len(own.b), n_reads), own.b / scale], dim=1)
-    read = (block.x @ a.T for block in blocks)
-    sums = [Sums.of(z, block.error - z @ b.T, weight) for z, block, weight in zip(read, blocks, weights, strict=True)]
-    return Factors(a, b + sum(sums[1:], sums[0]).solve(rho).float())
+    scale = torch.ones_like(sizes)
+    scale[n_reads:] = torch.where(sizes[n_reads:] > 0, typical / sizes[n_reads:], 1.0)
+    b = torch.cat([own.b.new_zeros(len(own.b), n_reads), own.b], dim=1) / scale
+    sums = [Sums.of(z * scale, block.error, weight) for z, block, weight in zip(read, blocks, weights, strict=True)]
+    change = sum(sums[1:], sums[0]).beyond(b).solve(rho)
+    return Factors(a * scale[:, None], b + change.float())
 
 
 def _on_cpu(block: Block) -> Block:

@@ -45,6 +45,16 @@ class Sums:
         """Of the tokens of both."""
         return Sums(self.zz + other.zz, self.ez + other.ez)
 
+    def beyond(self, b: Float[Tensor, "d r"]) -> "Sums":
+        """Of what an error still lacks with b in force, `e - b z`.
+
+        Example:
+            >>> sums = Sums.of(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]]), torch.ones(2))
+            >>> sums.beyond(torch.tensor([[1.0]])).solve(0.0)
+            tensor([[2.]], dtype=torch.float64)
+        """
+        return Sums(self.zz, self.ez - b.double() @ self.zz)
+
     def solve(self, rho: float) -> Float64[Tensor, "d r"]:
         """The change D of B; zero where no token has an input.
 

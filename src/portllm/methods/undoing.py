@@ -26,7 +26,7 @@ from portllm.methods.ranks import Factors
 SPAN = 256
 """Leading directions of the domain's inputs that are looked among."""
 
-SUBSPACE_STEPS = 3
+SUBSPACE_STEPS = 2
 
 RIDGE = 0.01
 """λ, as a share of the domain's mean square in these directions."""
