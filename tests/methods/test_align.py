@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from portllm.methods.align import Refit
+from portllm.methods.align import SETTINGS, SPARED, TAIL_RANK, Refit, refits
 from portllm.methods.contract import Block, Kind
 
 HOW = Refit(rho=1.0, omega=0.25, general=0.5, own=4)
@@ -36,3 +36,16 @@ def test_general_text_counts_its_share_of_the_prompts_however_long_either_is(blo
 def test_without_general_text_the_prompts_count_what_they_do_beside_it():
     assert HOW.weights([ASKED])[0].equal(HOW.weights([ASKED, TEXT])[0])
     assert HOW.weights([ASKED])[0].tolist() == [0.0, 0.0625, 0.0625, 0.25]
+
+
+@pytest.mark.parametrize("rank", [1, 8, 9, 16, 17, 24, 32, 48, 64, 128, 200])
+def test_a_few_own_factors_are_spared_where_that_halves_what_a_server_needs_and_only_there(rank):
+    for own, (*_, most) in zip((each.own for each in refits(rank).values()), SETTINGS, strict=True):
+        served, unspared = (2 ** (rank + n + TAIL_RANK - 1).bit_length() for n in (own, most))
+        assert most - SPARED <= own <= most
+        assert (own == most) == (served == unspared)
+
+
+def test_patches_of_common_ranks_are_served_in_64_and_128():
+    for rank in (8, 16):
+        assert [rank + each.own + TAIL_RANK for each in refits(rank).values()] == [64, 128, 128, 128]

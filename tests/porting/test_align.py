@@ -29,6 +29,7 @@ PROMPTS = tuple(f"{one} {other}" for one in WORDS for other in WORDS[:4])
 ANCHORS = tuple(f"{one} {other} {third}" for one, other, third in zip(WORDS, WORDS[5:], WORDS[3:], strict=False)) * 4
 
 ANSWER_TOKENS = 2
+RANK = 10
 
 FLOAT32_NATS = 1e-4
 """Of a divergence of some hundredths, from logits of size 1 in float32."""
@@ -41,7 +42,7 @@ def story(tmp_path_factory):
     evolved = make_evolved(base, folder / "evolved", drift=0.05)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, evolved / name)
-    patch = make_adapter(base, folder / "patch", size=0.2, r=10)
+    patch = make_adapter(base, folder / "patch", size=0.2, r=RANK)
     ported = align({"base": base, "evolved": evolved, "patch": patch}, folder / "ported")
     return {"base": base, "evolved": evolved, "patch": patch, "ported": ported, "folder": folder / "ported"}
 
@@ -250,7 +251,7 @@ def test_a_run_that_is_interrupted_goes_on_from_the_layer_it_had_reached_to_the_
 @pytest.fixture
 def second(monkeypatch):
     """The name of the second refit: all that is built on the first is taken to cost too much."""
-    first, second, *_ = method.REFITS
+    first, second, *_ = method.refits(RANK)
     find = method.beyond_addition
 
     def beyond(nats):
@@ -277,11 +278,12 @@ def test_where_the_first_refit_costs_too_much_the_next_is_what_it_is_alone(story
     climbed, alone = [], []
     ported = align(story, tmp_path / "climbed", progress=lambda label, *rest: climbed.append(label))
     assert step_of(ported).method.startswith(f"align: {second}")
-    first, *_ = method.REFITS
+    first, *_ = method.refits(RANK)
     dear = {each.name for each in step_of(ported).tried if each.is_too_dear}
     assert dear >= {each.name for each in step_of(ported).tried if each.name.startswith(first)} != set()
     assert step_of(ported).method.removeprefix("align: ") in {each.name for each in step_of(ported).tried} - dear
-    monkeypatch.setattr(method, "REFITS", {second: method.REFITS[second]})
+    refit = method.refits(RANK)[second]
+    monkeypatch.setattr(method, "refits", lambda _: {second: refit})
     align(story, tmp_path / "alone", progress=lambda label, *rest: alone.append(label))
     assert climbed.count("align") == 2 * alone.count("align")
     for name in ("adapter_model.safetensors", "adapter_config.json"):

@@ -70,13 +70,31 @@ class Refit:
 OMEGA = 0.05
 SETTINGS = ((1.0, 0.1, 48), (3.0, 0.5, 112), (3.0, 2.0, 112), (3.0, 4.0, 112))
 """Ridge; what general text counts, of which more means that less is moved; and own factors, of which more cost less
-there. With those of a patch of rank 8 and of a correction, modules have 64 at most, or 128."""
+there."""
 
-REFITS = {
-    f"refit rho={rho} omega={OMEGA} general={general} own={own}": Refit(rho, OMEGA, general, own)
-    for rho, general, own in SETTINGS
-}
-"""In the order in which they are tried: what moves most first, which is nearest to the old specialist and dearest."""
+SPARED = 8
+"""Of the own factors, at most, where modules then have half the rank in a server, which takes powers of two."""
+
+
+def refits(rank: int) -> dict[str, Refit]:
+    """The refits of a patch, by name, in the order in which they are tried.
+
+    What moves most is first: it is nearest to the old specialist and dearest.
+
+    Args:
+        rank: Of the patch; a correction comes beside it.
+
+    Example:
+        >>> {rank: [each.own for each in refits(rank).values()] for rank in (8, 16, 32)}
+        {8: [48, 112, 112, 112], 16: [40, 104, 104, 104], 32: [48, 112, 112, 112]}
+    """
+    found: dict[str, Refit] = {}
+    for rho, general, most in SETTINGS:
+        whole = rank + most + TAIL_RANK
+        beyond = whole - (1 << (whole.bit_length() - 1))
+        own = most - beyond if beyond <= SPARED else most
+        found[f"refit rho={rho} omega={OMEGA} general={general} own={own}"] = Refit(rho, OMEGA, general, own)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +144,8 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
 
     Where a share of answers is wanted, addition is tried alone first.
     """
-    first, *others = REFITS
+    fits = refits(max((delta.rank for delta in start.deltas.values() if not delta.is_embedding), default=0))
+    first, *others = fits
     walks = deque([[ADD, first]] if streams.wanted is None else [[ADD], [first]])
     walks.extend([other] for other in others)
     candidates: dict[str, Candidate] = {}
@@ -135,7 +154,7 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
     rows: dict[str, Tensor] = {}
     while True:
         walk = walks.popleft()
-        refit(streams, start, walk)
+        refit(streams, start, {name: fits.get(name) for name in walk})
         new = [each for name in walk for each in (Candidate(name, name), *corrected(streams, start, name))]
         candidates |= {each.name: each for each in new}
         as_run = {each.name: each.as_run for each in new}
@@ -184,15 +203,20 @@ def too_dear(beyond: Tensor, most: float) -> bool:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def refit(streams: Streams, start: Patch[Values], walk: Sequence[str]) -> None:
+def refit(streams: Streams, start: Patch[Values], walk: Mapping[str, Refit | None]) -> None:
     """Fit what every module adds for some candidates, first to last, with what was fitted before in force.
 
     Each has factors beside the patch's: they undo the update there as far as they can, and are fitted from there on.
+
+    Args:
+        streams: What both models say.
+        start: The patch, as it was added.
+        walk: How each candidate is fitted; None for what is added alone.
     """
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
     span: Span | None = None
-    for fitting in streams.walk(walk):
-        delta, how = start.deltas.get(fitting.module), REFITS.get(fitting.candidate)
+    for fitting in streams.walk(list(walk)):
+        delta, how = start.deltas.get(fitting.module), walk[fitting.candidate]
         if how is None or (delta is None and (like is None or start.experts)):
             continue
         if delta is not None and delta.magnitude is not None:
