@@ -19,7 +19,7 @@ OUT = ROOT / "src" / "portllm" / "checking" / "answers.json"
 METHODS = ("add", "align")
 
 REPEATED = ("align-smollm2",)
-"""Studies whose patches others have, too: these are among those of two seeds in align-seeds-smollm2."""
+"""Studies of the tasks, updates and seed of another: align-seeds-smollm2 has them, and a second seed."""
 
 
 def gather(results: dict[str, Any], left_out: Collection[str] = ()) -> Iterator[dict[str, Any]]:

@@ -220,7 +220,7 @@ def render_align() -> str:
     parts = (
         table(*by_patch),
         table(*means),
-        "Patches of two seeds, by addition and align, as the method is now; means of both, intervals over rows:",
+        "Patches of two seeds, by addition and align; means of both, intervals over rows:",
         table(*two_seeds()),
         "Written solutions (GSM8K): 256 prompts, whose answers are read for 32 tokens; then 60 other rows, whose "
         "answers are alike if the first 24 tokens are those of base + patch, and the loss of the right solutions in "
