@@ -40,3 +40,10 @@ def test_what_is_kept_between_blocks_stays_in_its_place() -> None:
     for start, stop in BLOCKS:
         softmax.add(start, NEW[:, start:stop].double())
     assert [kept.data_ptr() for kept in (softmax.most, softmax.sum, softmax.likeliest)] == places
+
+
+def test_logits_that_are_given_in_float64_are_left_as_they_are() -> None:
+    old, new = OLD.double(), NEW.double()
+    Compared(3, ["new"], CPU).add(0, old, [("new", new)])
+    assert old.equal(OLD.double())
+    assert new.equal(NEW.double())

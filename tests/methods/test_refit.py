@@ -53,3 +53,12 @@ def test_tokens_of_no_weight_and_errors_of_zero_change_nothing():
     z, error = some(20, 3, seed=0), some(20, 4, seed=1)
     assert not summed(z, error, torch.zeros(20)).solve(0.1).any()
     assert not summed(z, torch.zeros_like(error), torch.ones(20)).solve(0.1).any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_what_is_left_beyond_factors_in_force_is_what_errors_lack_with_them(seed):
+    z, error, weight = some(20, 3, seed=seed), some(20, 4, seed=seed + 1), some(20, seed=seed + 2).abs()
+    b = some(4, 3, seed=seed + 3)
+    lacking = summed(z, error - z @ b.T, weight).solve(0.1)
+    assert (summed(z, error, weight).beyond(b).solve(0.1) - lacking).abs().max() < CLOSE

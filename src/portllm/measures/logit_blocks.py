@@ -29,7 +29,7 @@ class Compared:
         for name, logits in streams:
             wide = logits.double()
             self._new[name].add(start, wide)
-            self._cross[name].mul_(shrink).add_(torch.linalg.vecdot(shares, torch.sub(old, wide, out=wide)))
+            self._cross[name].mul_(shrink).add_(torch.linalg.vecdot(shares, old - wide))
 
     @property
     def entropy(self) -> Tensor:
