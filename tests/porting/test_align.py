@@ -290,6 +290,26 @@ def test_where_the_first_refit_costs_too_much_the_next_is_what_it_is_alone(story
         assert (tmp_path / "climbed" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+def test_corrections_of_addition_come_last_and_are_what_they_are_where_addition_is_tried_first(
+    story, tmp_path, monkeypatch
+):
+    def beyond(nats):  # no refit can be taken
+        return {name: torch.full((2,), float(name.startswith("refit"))).double() for name in nats}
+
+    monkeypatch.setattr(method, "beyond_addition", beyond)
+    last, first = (step_of(align(story, tmp_path / f"{wanted}", wanted=wanted)) for wanted in (None, 1.0))
+    assert last.tried == first.tried
+    assert last.evidence == first.evidence
+    assert [each.name for each in last.tried[:4]] == ["add", "add + balance", "add + logits", "add + states"]
+
+
+def test_where_a_refit_is_chosen_no_correction_of_addition_was_tried(story):
+    added, *others = [each.name for each in step_of(story["ported"]).tried]
+    assert added == method.ADD
+    assert all(name.startswith("refit") for name in others)
+    assert step_of(story["ported"]).method.startswith("align: refit")
+
+
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_in_the_second_refit_comes_to_the_same_bytes(story, tmp_path, second):
     done = []

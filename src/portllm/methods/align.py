@@ -142,30 +142,33 @@ Climbed = tuple[Mapping[str, Comparison], Candidate, tuple[Tried, ...]]
 def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
     """Try one refit after the other, until one is chosen or what is wanted is reached.
 
-    Where a share of answers is wanted, addition is tried alone first.
+    Where a share of answers is wanted, addition and its corrections are tried first. Else addition is compared as it
+    is, and its corrections are tried last: they take another pass over the rows to fit on.
     """
     fits = refits(max((delta.rank for delta in start.deltas.values() if not delta.is_embedding), default=0))
-    first, *others = fits
-    walks = deque([[ADD, first]] if streams.wanted is None else [[ADD], [first]])
-    walks.extend([other] for other in others)
+    walks = deque([*fits, ADD] if streams.wanted is None else [ADD, *fits])
     candidates: dict[str, Candidate] = {}
     found: dict[str, Comparison] = {}
     limit: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     while True:
         walk = walks.popleft()
-        refit(streams, start, {name: fits.get(name) for name in walk})
-        new = [each for name in walk for each in (Candidate(name, name), *corrected(streams, start, name))]
-        candidates |= {each.name: each for each in new}
+        beside = [ADD] if walk != ADD and not found else []
+        refit(streams, start, walk, fits.get(walk), beside)
+        new = [*(Candidate(name, name) for name in (*beside, walk)), *corrected(streams, start, walk)]
         as_run = {each.name: each.as_run for each in new}
         found |= streams.compare({each.name: moved(streams, each) for each in new})
         limit |= streams.nats("limit", as_run)
         rows |= streams.nats("judge", as_run) or {name: distance(_by(found[name].nats, streams)) for name in as_run}
+        candidates |= {each.name: each for each in new}
+        rows = dict(sorted(rows.items(), key=lambda each: candidates[each[0]].walked != ADD))  # the simplest first
         beyond = beyond_addition(limit)
         costly = {name for name, nats in beyond.items() if too_dear(nats, streams.most_nats)}
         chosen = candidates[choose({name: values for name, values in rows.items() if name not in costly})]
         share = float(_by(found[chosen.name].agrees, streams).double().mean())
         is_enough = streams.wanted is not None and share >= streams.wanted
+        if list(walks) == [ADD] and not is_corrected(streams, start):
+            walks.clear()
         if is_enough or chosen.walked != ADD or not walks:
             return found, chosen, weighed(rows, beyond, costly)
 
@@ -203,20 +206,22 @@ def too_dear(beyond: Tensor, most: float) -> bool:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def refit(streams: Streams, start: Patch[Values], walk: Mapping[str, Refit | None]) -> None:
-    """Fit what every module adds for some candidates, first to last, with what was fitted before in force.
+def refit(streams: Streams, start: Patch[Values], name: str, how: Refit | None, beside: Sequence[str]) -> None:
+    """Fit what every module adds for a candidate, first to last, with what was fitted before in force.
 
-    Each has factors beside the patch's: they undo the update there as far as they can, and are fitted from there on.
+    It has factors beside the patch's: they undo the update there as far as they can, and are fitted from there on.
 
     Args:
         streams: What both models say.
         start: The patch, as it was added.
-        walk: How each candidate is fitted; None for what is added alone.
+        name: Of the candidate.
+        how: How it is fitted; None for what is added alone.
+        beside: Candidates that are run as they are.
     """
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
     span: Span | None = None
-    for fitting in streams.walk(list(walk)):
-        delta, how = start.deltas.get(fitting.module), walk[fitting.candidate]
+    for fitting in streams.walk([name], beside):
+        delta = start.deltas.get(fitting.module)
         if how is None or (delta is None and (like is None or start.experts)):
             continue
         if delta is not None and delta.magnitude is not None:
@@ -271,16 +276,22 @@ def _on_cpu(block: Block) -> Block:
     return Block(block.x.cpu(), block.error.cpu(), block.kind.cpu(), block.factor.cpu())
 
 
+def is_corrected(streams: Streams, start: Patch[Values]) -> bool:
+    """Whether something may be added at the last writer: no norm but a plain one is behind it, and answers differ."""
+    writer = streams.last_writer()
+    if streams.gain() is None or writer is None or len(streams.likely()) < 2 or start.experts:
+        return False
+    there = start.deltas.get(writer[0])
+    return there is None or there.magnitude is None
+
+
 def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candidate]:
     """The corrections at the last writer of what was walked, the simplest first; none where they are not possible."""
     gain, writer = streams.gain(), streams.last_writer()
-    tokens = streams.likely()
-    if gain is None or writer is None or len(tokens) < 2 or start.experts:
+    if gain is None or writer is None or not is_corrected(streams, start):
         return []
     module, scale = writer
-    there = start.deltas.get(module)
-    if there is not None and there.magnitude is not None:
-        return []
+    tokens = streams.likely()
     fit = torch.tensor([part == "fit" for part in streams.part_of_place])
     states, u, wanted = streams.last_states(walked), streams.last_inputs(walked)[fit], streams.aims()[fit]
     logits = streams.logits(tokens, states)[fit]

@@ -125,9 +125,10 @@ class Streams:
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
-    def walk(self, candidates: Sequence[str]) -> Iterator[Step]:
+    def walk(self, candidates: Sequence[str], beside: Sequence[str] = ()) -> Iterator[Step]:
         """As the contract says."""
-        n_layers, n_done = len(self.new.layers), self._resume(candidates)
+        names = (*candidates, *beside)
+        n_layers, n_done = len(self.new.layers), self._resume(names)
         for number in range(n_done, n_layers):
             for reading in self.readings:
                 with reading.model.filled(number):
@@ -146,10 +147,12 @@ class Streams:
                         yield Step(self, number, place, module.name, candidate)
                     self._run(number, candidate)
                 self._passing = []
+                for candidate in beside:
+                    self._run_apart(number, candidate)
             give_back_freed()
             if number + 1 < n_layers:
-                put, states = self._put_in(number, candidates), self._states(candidates)
-                self.unfinished.keep_walked(number + 1, candidates, put, states)
+                put, states = self._put_in(number, candidates), self._states(names)
+                self.unfinished.keep_walked(number + 1, names, put, states)
             self.progress("align", number + 1, n_layers, "steps")
 
     def same_inputs(self, step: Step) -> bool:
@@ -386,6 +389,13 @@ class Streams:
             if is_last:
                 order = torch.cat([tokens for tokens, _ in inputs]).argsort()
                 reading.inputs[candidate] = torch.cat([x for _, x in inputs])[order]
+
+    def _run_apart(self, number: int, candidate: str) -> None:
+        """A candidate through a layer, on rows that nothing is fitted on."""
+        for reading in self.readings:
+            for batch in reading.others:
+                given = reading.arguments(self.new, number, batch)
+                reading.keep(candidate, batch, self.new.run(number, reading.state(candidate, batch), given))
 
     def _through(
         self, reading: Reading, number: int, candidate: str, batch: list[int]
