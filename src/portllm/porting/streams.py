@@ -68,10 +68,9 @@ class Passing:
         batch: The rows.
         number: Among all that pass.
         wanted: By module that is fitted, in turn.
-        known: By module, what a candidate makes it say.
+        known: By module that was looked at, but the last, what it says, padded: with what was put there once it was.
         place: Of the module that was looked at last, in the layer; -1 before the first.
         x: Its input, token by token.
-        output: Its output, before what is put there, likewise.
         after: The state behind the layer, once its last module was looked at.
     """
 
@@ -82,7 +81,6 @@ class Passing:
     known: dict[str, Tensor] = field(default_factory=dict)
     place: int = -1
     x: Tensor = field(default_factory=lambda: torch.empty(0))
-    output: Tensor = field(default_factory=lambda: torch.empty(0))
     after: Tensor | None = None
 
 
@@ -164,10 +162,10 @@ class Streams:
         """What a candidate gives a module, and what that lacks."""
         module, look = self._modules[step.place], self._once_more if self.same_inputs(step) else self._look
         for each in self._passing:
-            before = look(step, each)
+            before, output = look(step, each)
             each.place = step.place
             wanted = each.wanted[step.place].to(each.x.device)
-            error, factor = module.error(wanted, before, each.output)
+            error, factor = module.error(wanted, before, output)
             kinds = each.reading.rows.kinds(each.batch).to(each.x.device)
             yield Block(each.x, self._kept(each, "error", error), kinds, factor)
 
@@ -175,8 +173,12 @@ class Streams:
         """What is kept of some rows, until the same of another module or candidate takes its place."""
         return self._spool.keep((name, each.number), values)
 
-    def _look(self, step: Step, each: Passing) -> Tensor:
-        """Run some rows up to a module, behind the last one through the layer; the stream before what it adds."""
+    def _look(self, step: Step, each: Passing) -> tuple[Tensor, Tensor]:
+        """Run some rows up to a module, behind the last one through the layer.
+
+        Returns:
+            The stream before what the module adds, and its output, token by token.
+        """
         is_last = self._modules[step.place] is self._last
         state = each.reading.state(step.candidate, each.batch)
         found, after = watch(
@@ -191,15 +193,19 @@ class Streams:
         )
         for before, (_, output) in zip(self._modules[: step.place], found, strict=False):
             state = state + before.added(output)
-        x, output = (each.reading.flat(one, each.batch) for one in found[step.place])
-        each.x, each.output = self._kept(each, "x", x), self._kept(each, "output", output)
+        x, said = found[step.place]
+        each.x = self._kept(each, "x", each.reading.flat(x, each.batch))
+        if not is_last:
+            each.known[step.module] = self._kept(each, f"known {step.place}", said)
         each.after = after if is_last and self._last.gain is None else None
-        return each.reading.flat(state, each.batch)
+        return each.reading.flat(state, each.batch), each.reading.flat(said, each.batch)
 
-    def _once_more(self, step: Step, each: Passing) -> Tensor:
+    def _once_more(self, step: Step, each: Passing) -> tuple[Tensor, Tensor]:
         """Run a reader on what the module before it was given; nothing that it adds is in the stream."""
-        each.output = self._kept(each, "output", self.new.module(step.number, step.module)(each.x))
-        return each.x
+        output = self.new.module(step.number, step.module)(each.x)
+        said = each.reading.padded(output, each.batch)
+        each.known[step.module] = self._kept(each, f"known {step.place}", said)
+        return each.x, output
 
     def put(self, step: Step, a: Tensor, b: Tensor) -> None:
         """What a candidate has at a module; where nothing comes after it in the layer, its states follow."""
@@ -211,9 +217,8 @@ class Streams:
             moved = each.x @ a.T.to(each.x) @ b.T.to(each.x)
             if each.after is not None:
                 each.after = each.after + self._last.scale * each.reading.padded(moved, each.batch)
-            elif self._modules[step.place] is not self._last:
-                said = each.reading.padded(each.output + moved, each.batch)
-                each.known[step.module] = self._kept(each, f"known {step.place}", said)
+            elif step.module in each.known:
+                each.known[step.module] += each.reading.padded(moved, each.batch)
 
     def put_by(self, candidate: str) -> Extras:
         """As the contract says."""
