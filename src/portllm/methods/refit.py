@@ -36,10 +36,9 @@ class Sums:
     def of(
         cls, z: Float[Tensor, "tokens r"], error: Float[Tensor, "tokens d"], weight: Float[Tensor, " tokens"]
     ) -> "Sums":
-        """Of some tokens."""
-        z = z.double()
-        weighted = z * weight.double()[:, None]
-        return cls(z.T @ weighted, error.double().T @ weighted)
+        """Of some tokens; an error counts as exactly as it is given."""
+        exact, weighted = z.double(), z * weight[:, None]
+        return cls(exact.T @ (exact * weight.double()[:, None]), (error.T @ weighted).double())
 
     def __add__(self, other: "Sums") -> "Sums":
         """Of the tokens of both."""
