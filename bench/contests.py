@@ -31,7 +31,7 @@ class Job:
         command: The process.
         reads: Folders that are brought into the page cache, or out of it, before each run.
         output: What it writes.
-        facts: What is found out about the output of the last run, untimed.
+        facts: What is found out about the output of a run, untimed; that of the last counts.
         is_slow: Takes minutes: fewer runs are made.
         good: Exit statuses of a run that did its work.
         memory: A device, `cpu` or `cuda`, and the bytes that must be free in its memory.

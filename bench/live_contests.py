@@ -140,7 +140,8 @@ def align(inputs: LiveInputs) -> Contest:
                     "--text", inputs.prompts, "--prompt", "{prompt}", "--batch-size", BATCH, "--device", "cpu",
                     "-o", ours / "patch",
                 ),
-                (base, patch, evolved), ours, partial(_refit, inputs.base, inputs.prompts), good=(0, VERDICT_IS_NO),
+                (base, patch, evolved), ours, partial(_refit, inputs.base, inputs.prompts), is_slow=True,
+                good=(0, VERDICT_IS_NO),
             ),
         ),
     )  # fmt: skip
@@ -161,7 +162,7 @@ def align_wide(inputs: LiveInputs) -> Contest:
                     "--text", prompts, "--prompt", "{prompt}", "--anchors", inputs.wide("anchors.txt"),
                     "--answer-tokens", 1, "--batch-size", BATCH, "--device", "cpu", "-o", ours / "patch",
                 ),
-                (base, patch, evolved), ours, partial(_refit, base, prompts), good=(0, VERDICT_IS_NO),
+                (base, patch, evolved), ours, partial(_refit, base, prompts), is_slow=True, good=(0, VERDICT_IS_NO),
             ),
         ),
     )  # fmt: skip

@@ -44,9 +44,9 @@ class Session:
             for job in (*contest.jobs[first:], *contest.jobs[:first]):
                 done = kept["jobs"].setdefault(job.name, {"runs": [], "facts": {}})
                 if not done["runs"] and not job.is_slow:
-                    self._run(job, is_cold=False, is_last=False)  # its program comes into the page cache
+                    self._run(job, is_cold=False)  # its program comes into the page cache
                 if len(done["runs"]) <= turn < wanted[job.name]:
-                    run, facts = self._run(job, is_cold=contest.is_cold, is_last=turn + 1 == wanted[job.name])
+                    run, facts = self._run(job, is_cold=contest.is_cold)
                     done["runs"].append(asdict(run))
                     done["facts"] |= facts
                     self._file.write_text(json.dumps(self._kept))
@@ -62,7 +62,7 @@ class Session:
         """Forget the runs: the next session measures anew."""
         self._file.unlink(missing_ok=True)
 
-    def _run(self, job: Job, *, is_cold: bool, is_last: bool) -> tuple[Run, Mapping[str, float | str]]:
+    def _run(self, job: Job, *, is_cold: bool) -> tuple[Run, Mapping[str, float | str]]:
         outputs, cache = self.folder / OUTPUTS, self.folder / "cache"
         for folder in (outputs, cache):  # parts of an output, or digests in the cache, would leave less to do
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +70,7 @@ class Session:
         settle()
         (cool if is_cold else warm)(job.reads)
         run = measure(job.command, env={"HF_HUB_OFFLINE": "1", "PORTLLM_CACHE": str(cache)}, good=job.good)
-        facts = job.facts(job.output) if is_last and job.facts and job.output else {}
+        facts = job.facts(job.output) if job.facts and job.output else {}
         shutil.rmtree(outputs)
         return run, facts
 
