@@ -324,7 +324,7 @@ def opened(
 def fit(streams: Streams, settings: Mapping[str, Setting]) -> None:
     """Fit what writes to the new stream, for some settings."""
     n_layers = len(streams.new.layers)
-    for step in streams.walk([NOTHING, *settings]):
+    for step in streams.walk([NOTHING, *settings], label="fit"):
         how = settings.get(step.candidate)
         if how is None or step.number < how.first * n_layers:
             continue

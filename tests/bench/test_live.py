@@ -45,7 +45,7 @@ def test_the_refit_is_timed_from_what_was_done_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr(live_contests, "least_bytes", lambda *_: 5)
     events = [
         ["write answers", 1, 1, "steps", 2.0, 3.0],
-        *(["align", n, 2, "steps", 2.0 + n, 3.0 + 2 * n] for n in (1, 2)),
+        *(["align, refit 1 of up to 4", n, 2, "steps", 2.0 + n, 3.0 + 2 * n] for n in (1, 2)),
     ]
     (tmp_path / "events.json").write_text(json.dumps(events))
     found = live_contests._refit(tmp_path, tmp_path, tmp_path)

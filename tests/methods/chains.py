@@ -75,7 +75,7 @@ class TwoChains:
         error = self.state(None, stop) - self.state(candidate, stop)
         return Block(self.inputs(module)[is_fit], error[is_fit], torch.full((n,), Kind.ANSWER), torch.ones(n))
 
-    def walk(self, candidates, beside=()):
+    def walk(self, candidates, beside=(), *, label):
         for candidate in candidates:
             for module in self.modules:
                 yield Module(self, module, candidate)

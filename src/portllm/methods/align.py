@@ -154,7 +154,8 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
     while True:
         walk = walks.popleft()
         beside = [ADD] if walk != ADD and not found else []
-        refit(streams, start, walk, fits.get(walk), beside)
+        turn = "addition" if walk == ADD else f"refit {list(fits).index(walk) + 1} of up to {len(fits)}"
+        refit(streams, start, walk, fits.get(walk), beside, label=f"align, {turn}")
         new = [*(Candidate(name, name) for name in (*beside, walk)), *corrected(streams, start, walk)]
         as_run = {each.name: each.as_run for each in new}
         found |= streams.compare({each.name: moved(streams, each) for each in new})
@@ -206,7 +207,9 @@ def too_dear(beyond: Tensor, most: float) -> bool:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def refit(streams: Streams, start: Patch[Values], name: str, how: Refit | None, beside: Sequence[str]) -> None:
+def refit(
+    streams: Streams, start: Patch[Values], name: str, how: Refit | None, beside: Sequence[str], *, label: str
+) -> None:
     """Fit what every module adds for a candidate, first to last, with what was fitted before in force.
 
     It has factors beside the patch's: they undo the update there as far as they can, and are fitted from there on.
@@ -217,10 +220,11 @@ def refit(streams: Streams, start: Patch[Values], name: str, how: Refit | None, 
         name: Of the candidate.
         how: How it is fitted; None for what is added alone.
         beside: Candidates that are run as they are.
+        label: Of the progress.
     """
     like = next((delta for delta in start.deltas.values() if not delta.is_embedding), None)
     span: Span | None = None
-    for fitting in streams.walk([name], beside):
+    for fitting in streams.walk([name], beside, label=label):
         delta = start.deltas.get(fitting.module)
         if how is None or (delta is None and (like is None or start.experts)):
             continue

@@ -149,7 +149,7 @@ class Streams(Protocol):
     def part_of_place(self) -> "Sequence[Part]":
         """What the prompt of each place is for."""
 
-    def walk(self, candidates: "Sequence[str]", beside: "Sequence[str]" = ()) -> "Iterator[Fitting]":
+    def walk(self, candidates: "Sequence[str]", beside: "Sequence[str]" = (), *, label: str) -> "Iterator[Fitting]":
         """All that writes to the residual stream, and what else the patch changes, in the order in which they speak.
 
         All of a layer are given out for one candidate, which is run up to each before, then for the next one. What was
@@ -159,6 +159,7 @@ class Streams(Protocol):
             candidates: Run over all rows.
             beside: Further ones, run as they are over the rows that nothing is fitted on, which is half of the work;
                 what is asked of their states on others, or of their last inputs, has no answer.
+            label: Of the progress.
         """
 
     def put_by(self, candidate: str) -> "Mapping[str, tuple[Tensor, Tensor]]":

@@ -38,7 +38,7 @@ class Measured:
             name: What it is called.
             streams: Of both models, the evolved one with the patch added.
         """
-        for _ in streams.walk([], beside=[name]):
+        for _ in streams.walk([], beside=[name], label=f"compare {name}"):
             pass
         both: dict[str, tuple[str | None, Mapping[str, tuple[Tensor, Tensor]]]] = {"": (None, {}), name: (name, {})}
         compared = streams.compare({name: streams.last_states(name)})[name]

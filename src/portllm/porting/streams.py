@@ -123,7 +123,7 @@ class Streams:
 
     # -- walking ------------------------------------------------------------------------------------------------------
 
-    def walk(self, candidates: Sequence[str], beside: Sequence[str] = ()) -> Iterator[Step]:
+    def walk(self, candidates: Sequence[str], beside: Sequence[str] = (), *, label: str) -> Iterator[Step]:
         """As the contract says."""
         names = (*candidates, *beside)
         n_layers, n_done = len(self.new.layers), self._resume(names)
@@ -151,7 +151,7 @@ class Streams:
             if number + 1 < n_layers:
                 put, states = self._put_in(number, candidates), self._states(names)
                 self.unfinished.keep_walked(number + 1, names, put, states)
-            self.progress("align", number + 1, n_layers, "steps")
+            self.progress(label, number + 1, n_layers, "steps")
 
     def same_inputs(self, step: Step) -> bool:
         """Whether the module that was looked at last for a candidate is given the same."""
