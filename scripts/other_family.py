@@ -236,15 +236,15 @@ class Carried(Reading):
         """Whether rows are fitted on."""
         return torch.tensor([part == "fit" for part in self.rows.parts])[row]
 
-    def run_wanted(self, number: int) -> None:
+    def run_wanted(self, number: int, *, is_fitted: bool) -> None:
         """The new base through a layer, the old models through as many as are as deep."""
-        super().run_wanted(number)
+        super().run_wanted(number, is_fitted=is_fitted)
         n_layers = len(self.model.layers)
         n_old = max(1, round((number + 1) * len(self.base.model.layers) / n_layers))
         for reading in (self.base, self.tuned):
             for layer in range(self.n_old, n_old):
                 with reading.model.filled(layer):
-                    reading.run_wanted(layer)
+                    reading.run_wanted(layer, is_fitted=is_fitted)
         self.n_old = n_old
         for place, wanted in enumerate(self.wanted):
             moves = self._moves(place)

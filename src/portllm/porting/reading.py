@@ -105,11 +105,16 @@ class Reading:
             embedded = model.embed(padded.ids.flatten()).view(*padded.ids.shape, -1)
             self.keep(name, batch, model.begin(padded, embedded))
 
-    def run_wanted(self, number: int) -> None:
-        """The model to be reached, through a layer that is filled; what is wanted in each module's place is kept."""
+    def run_wanted(self, number: int, *, is_fitted: bool) -> None:
+        """The model to be reached, through a layer that is filled.
+
+        Args:
+            number: The layer.
+            is_fitted: Whether something is fitted there: what is wanted in each module's place is kept.
+        """
         modules = self.spoken(self.model, number)
         self.wanted = [[] for _ in modules]
-        for batch in (*self.to_fit, *(self.others if self.last is None else ())):
+        for batch in (*(self.to_fit if is_fitted else ()), *(self.others if self.last is None else ())):
             state = self.state(None, batch)
             found, after = watch(self.model, number, modules, state, self.arguments(self.model, number, batch), {})
             self.keep(None, batch, after)

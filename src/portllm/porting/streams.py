@@ -130,8 +130,8 @@ class Streams:
         for number in range(n_done, n_layers):
             for reading in self.readings:
                 with reading.model.filled(number):
-                    reading.run_wanted(number)
-            if number == n_layers - 1:
+                    reading.run_wanted(number, is_fitted=bool(candidates))
+            if candidates and number == n_layers - 1:
                 self._aim()
             with self.new.filled(number):
                 self._modules = self.prompts.spoken(self.new, number)
