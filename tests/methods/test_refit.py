@@ -62,3 +62,14 @@ def test_what_is_left_beyond_factors_in_force_is_what_errors_lack_with_them(seed
     b = some(4, 3, seed=seed + 3)
     lacking = summed(z, error - z @ b.T, weight).solve(0.1)
     assert (summed(z, error, weight).beyond(b).solve(0.1) - lacking).abs().max() < CLOSE
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_inputs_in_float32_give_what_they_give_in_float64_up_to_their_rounding(seed):
+    inputs = [each.float() for each in (some(400, 8, seed=seed), some(400, 16, seed=seed + 1))]
+    weight = some(400, seed=seed + 2).abs().float()
+    single = summed(*inputs, weight, parts=4).solve(1.0)
+    exact = summed(*(each.double() for each in inputs), weight.double(), parts=4).solve(1.0)
+    assert single.dtype == torch.float64
+    assert (single - exact).abs().max() < 1e-5 * exact.abs().max()

@@ -168,7 +168,7 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
         chosen = candidates[choose({name: values for name, values in rows.items() if name not in costly})]
         share = float(_by(found[chosen.name].agrees, streams).double().mean())
         is_enough = streams.wanted is not None and share >= streams.wanted
-        if list(walks) == [ADD] and not is_corrected(streams, start):
+        if list(walks) == [ADD] and not takes_corrections(streams, start):
             walks.clear()
         if is_enough or chosen.walked != ADD or not walks:
             return found, chosen, weighed(rows, beyond, costly)
@@ -280,7 +280,7 @@ def _on_cpu(block: Block) -> Block:
     return Block(block.x.cpu(), block.error.cpu(), block.kind.cpu(), block.factor.cpu())
 
 
-def is_corrected(streams: Streams, start: Patch[Values]) -> bool:
+def takes_corrections(streams: Streams, start: Patch[Values]) -> bool:
     """Whether something may be added at the last writer: no norm but a plain one is behind it, and answers differ."""
     writer = streams.last_writer()
     if streams.gain() is None or writer is None or len(streams.likely()) < 2 or start.experts:
@@ -292,7 +292,7 @@ def is_corrected(streams: Streams, start: Patch[Values]) -> bool:
 def corrected(streams: Streams, start: Patch[Values], walked: str) -> list[Candidate]:
     """The corrections at the last writer of what was walked, the simplest first; none where they are not possible."""
     gain, writer = streams.gain(), streams.last_writer()
-    if gain is None or writer is None or not is_corrected(streams, start):
+    if gain is None or writer is None or not takes_corrections(streams, start):
         return []
     module, scale = writer
     tokens = streams.likely()
