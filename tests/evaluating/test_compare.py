@@ -8,6 +8,7 @@ from portllm.evaluating import compare as module
 from portllm.evaluating.compare import Contestants, compare, score_all, set_side_by_side
 from portllm.evaluating.metrics import accuracy_change
 from portllm.evaluating.scoring import Scores, Task, score
+from portllm.evaluating.tables import comparison_notes
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
 from portllm.running.fused_lora import fuse
@@ -101,6 +102,32 @@ def test_each_row_is_what_its_model_scores_alone(comparison, contestants):
         assert row.scores.losses == scores.losses, name
         assert row.score.value == sum(scores.correct) / 12
         assert row.loss.value == pytest.approx(sum(scores.losses) / 12)
+
+
+def test_answers_alike_are_those_of_base_and_patch_right_or_wrong():
+    def scores(*answers):
+        right = tuple(answer == example.completion for answer, example in zip(answers, EXAMPLES, strict=True))
+        return Scores(answers=answers, correct=right, losses=(1.0,) * 12, n_cut_rows=0, seconds=0.0)
+
+    said = ("cause", "treatment", "cause") * 4  # the last of three is wrong, and said again
+    found = {"base": scores(*["cause"] * 12), "base + patch": scores(*said), "evolved": scores(*["cause"] * 12)}
+    comparison = set_side_by_side(found | {"evolved + ported": scores("symptoms", *said[1:])}, TASK)
+    assert [row.agreement and row.agreement.value for row in comparison.rows] == [None, None, 8 / 12, 11 / 12]
+    noted = "same answer as base + patch, right or wrong: evolved 66.7 % (39.1 to 86.2), evolved + ported 91.7 % ("
+    assert sum(note.startswith(noted) for note in comparison_notes(comparison)) == 1
+    assert comparison.to_json()["rows"][3]["agreement"]["value"] == 11 / 12
+
+
+def test_texts_are_told_by_their_length_and_labels_are_not(comparison):
+    task = Task(examples=EXAMPLES, kind="text")
+    found = {
+        name: Scores(answers=answers, correct=(False,) * 12, losses=(1.0,) * 12, n_cut_rows=0, seconds=0.0)
+        for name, answers in {"base": ("",) * 12, "base + patch": ("one", "one and two") * 6}.items()
+    }
+    texts = set_side_by_side(found, task)
+    assert "words per answer: correct 1.0, base 0.0, base + patch 2.0." in comparison_notes(texts)
+    assert [row["words"] for row in texts.to_json()["rows"]] == [0.0, 2.0]
+    assert not any("words per answer" in note for note in comparison_notes(comparison))
 
 
 def test_base_and_evolved_are_loaded_once_whatever_their_adapters(contestants, monkeypatch):

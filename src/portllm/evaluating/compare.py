@@ -5,6 +5,7 @@ Each base is loaded once; adapters are put on it one beside the other and switch
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import eq
 from pathlib import Path
 
 from portllm.evaluating.metrics import (
@@ -15,6 +16,7 @@ from portllm.evaluating.metrics import (
     accuracy_change,
     flips,
     mean_loss,
+    mean_words,
     retention,
 )
 from portllm.evaluating.names import BASE, EVOLVED, MERGED, PATCHED, PORTED, RETRAINED, is_port, is_rival, place
@@ -49,6 +51,7 @@ class ComparisonRow:
         score_change: Change of the score against base + patch, row by row; None where that was not run.
         port_change: For a rival: change of the score against evolved + ported, row by row.
         flips: Answers that changed sides against base + patch; None where that was not run.
+        agreement: Share of the rows that are answered as by base + patch, right or wrong; None likewise.
         score_retention: For a ported patch, adapter or merged: share of retraining's gain in score.
         loss_retention: The same for the loss.
         scores: The rows themselves.
@@ -60,6 +63,7 @@ class ComparisonRow:
     score_change: Estimate | None
     port_change: Estimate | None
     flips: Flips | None
+    agreement: Estimate | None
     score_retention: Retention | None
     loss_retention: Retention | None
     scores: Scores = field(repr=False)
@@ -76,8 +80,10 @@ class ComparisonRow:
             "score_change": self.score_change.to_json() if self.score_change else None,
             "port_change": self.port_change.to_json() if self.port_change else None,
             "flips": self.flips.to_json() if self.flips else None,
+            "agreement": self.agreement.to_json() if self.agreement else None,
             "score_retention": self.score_retention.to_json() if self.score_retention else None,
             "loss_retention": self.loss_retention.to_json() if self.loss_retention else None,
+            "words": mean_words(self.scores.answers),
             "seconds": self.scores.seconds,
             "metrics": dict(self.scores.metrics),
         }
@@ -305,6 +311,7 @@ def _row(name: str, scores: Mapping[str, Scores], *, seed: int) -> ComparisonRow
         score_change=accuracy_change(own.correct, reference.correct) if reference else None,
         port_change=accuracy_change(own.correct, first.correct) if first else None,
         flips=flips(reference.correct, own.correct) if reference else None,
+        agreement=accuracy(tuple(map(eq, own.answers, reference.answers))) if reference else None,
         score_retention=kept(lambda rows: rows.correct, lower_is_better=False),
         loss_retention=kept(lambda rows: rows.losses, lower_is_better=True),
         scores=own,

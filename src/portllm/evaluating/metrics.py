@@ -7,7 +7,7 @@ models together.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 
 import numpy as np
 
@@ -129,6 +129,16 @@ def mean_loss(losses: Sequence[float], *, confidence: float = CONFIDENCE) -> Est
         return Estimate(value=mean, low=None, high=None, n_rows=len(values))
     half = NormalDist().inv_cdf((1 + confidence) / 2) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Estimate(value=mean, low=mean - half, high=mean + half, n_rows=len(values))
+
+
+def mean_words(answers: Sequence[str]) -> float:
+    """Words of an answer, parted by blanks, on average.
+
+    Example:
+        >>> mean_words(["Paris", "The capital of France"])
+        2.5
+    """
+    return fmean(len(answer.split()) for answer in answers)
 
 
 def accuracy_change(after: Sequence[bool], before: Sequence[bool], *, confidence: float = CONFIDENCE) -> Estimate:

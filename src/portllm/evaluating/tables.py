@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from portllm.evaluating.metrics import Estimate, Retention
+from portllm.evaluating.metrics import Estimate, Retention, mean_words
 from portllm.evaluating.names import PATCHED, RETRAINED, is_port
 from portllm.show.numbers import counted, percent, points
 
@@ -33,6 +33,7 @@ def comparison_notes(comparison: "Comparison") -> list[str]:
     ]
     if comparison.row(RETRAINED):
         notes.append("retention: a ported patch's gain over the evolved model as a fraction of retraining's gain.")
+    notes += [*_answered_alike(comparison), *_words(comparison)]
     notes += [
         f"{metric} of {comparison.kind}: "
         + ", ".join(f"{row.name} {row.scores.metrics[metric]:.4f}" for row in comparison.rows)
@@ -47,6 +48,24 @@ def comparison_notes(comparison: "Comparison") -> list[str]:
         if kept is not None and kept.reason and comparison.row(RETRAINED)
     }
     return [*notes, *_moved(comparison), *(f"n/a: {reason}." for reason in sorted(reasons))]
+
+
+def _answered_alike(comparison: "Comparison") -> Iterator[str]:
+    """How many rows each model answers as base + patch did, right or wrong."""
+    shares = [
+        f"{row.name} {percent(row.agreement.value)} ({score_interval(row.agreement)})"
+        for row in comparison.rows
+        if row.agreement is not None
+    ]
+    if shares:
+        yield f"same answer as {PATCHED}, right or wrong: {', '.join(shares)}."
+
+
+def _words(comparison: "Comparison") -> Iterator[str]:
+    """How long the texts are that each model writes."""
+    if comparison.kind == "text":
+        said = [("correct", comparison.right_answers), *((row.name, row.scores.answers) for row in comparison.rows)]
+        yield f"words per answer: {', '.join(f'{name} {mean_words(answers):.1f}' for name, answers in said)}."
 
 
 def _moved(comparison: "Comparison") -> Iterator[str]:

@@ -62,14 +62,25 @@ def test_the_commonest_answer_of_each_model_stands_with_its_share():
     assert f"| yes: {100 * share:.0f} % |" in render_page(RESULTS)
 
 
-def test_answers_that_are_texts_are_not_counted():
-    texts = {
-        step: found | ({"answers": [f"text {n}" for n in range(60)]} if step.kind == "score" else {})
-        for step, found in FOUND.items()
-    }
-    results = tabulate(STUDY, texts)
-    assert results.tasks[0].scored["ported"].answers == {}
-    assert "commonest answer" not in render_page(results)
+def test_answers_that_are_texts_are_not_counted_but_measured():
+    def texts(step):  # a model that says the same to all rows is beside others that write texts
+        return ["no idea"] * 60 if step.model == "base" else [f"it is {n}" for n in range(59)] + ["a short one is it"]
+
+    found = {step: found | ({"answers": texts(step)} if step.kind == "score" else {}) for step, found in FOUND.items()}
+    results = tabulate(STUDY, found)
+    scored = results.tasks[0].scored
+    assert {name: score.answers for name, score in scored.items()} == {name: {} for name in scored}
+    assert scored["base"].words == 2.0
+    assert scored["ported"].words == pytest.approx((59 * 3 + 5) / 60)
+    page = render_page(results)
+    assert "commonest answer" not in page
+    assert "| words per answer | base |" in page
+    assert "| 2.0 | 2.0 | 3.0 | 3.0 | 3.0 |" in page
+
+
+def test_labels_have_no_length():
+    assert {score.words for row in RESULTS.tasks for score in row.scored.values()} == {None}
+    assert "words per answer" not in render_page(RESULTS)
 
 
 def test_means_are_over_rows_and_seeds_and_the_spread_is_over_seeds():

@@ -1,7 +1,7 @@
 """A study's results as headings, texts and tables, and those as a page of Markdown. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
@@ -22,7 +22,7 @@ retraining's gain over the evolved model that the ported patch has; it is no num
 from nothing. A negative flip is a row that base + patch answers right and evolved + ported answers wrong. Last stands
 the answer that each model gives most often: where the ported model gives one far more often than base + patch, the
 update has moved the balance between answers. Right answers are lost by that though the patch may still tell the rows
-apart as well, which the loss sees."""
+apart as well, which the loss sees. Of texts it is how many words they have, parted by blanks, on average."""
 
 OVERVIEW = """\
 Accuracy in percent, mean over seeds. The outcome is that of ported against retrained: ahead or behind where the 95 %
@@ -288,17 +288,23 @@ def _losses(rows: "Sequence[TaskRow]") -> Table:
 
 
 def _answers(rows: "Sequence[TaskRow]") -> Iterator[Table]:
-    """The commonest answer of each model; nothing where answers are texts."""
-    lines, variants = [], variants_of(rows)
-    for row in rows:
-        found = [row.scored[name].answers if name in row.scored else {} for name in variants]
-        lines.append((update_name(row), *(_commonest(answers) for answers in found)))
-    if any(cell for _, *cells in lines for cell in cells):
-        yield Table(("commonest answer", *(HEADS[name] for name in variants)), tuple(lines))
+    """The commonest answer of each model; where answers are texts, how long they are."""
+    variants = variants_of(rows)
+    for head, text in (("commonest answer", _commonest), ("words per answer", _length)):
+        lines = [
+            (update_name(row), *(text(row.scored[name]) if name in row.scored else "" for name in variants))
+            for row in rows
+        ]
+        if any(cell for _, *cells in lines for cell in cells):
+            yield Table((head, *(HEADS[name] for name in variants)), tuple(lines))
 
 
-def _commonest(answers: Mapping[str, float]) -> str:
-    return next((f"{answer}: {100 * share:.0f} %" for answer, share in answers.items()), "")
+def _commonest(score: "TaskScore") -> str:
+    return next((f"{answer}: {100 * share:.0f} %" for answer, share in score.answers.items()), "")
+
+
+def _length(score: "TaskScore") -> str:
+    return "" if score.words is None else f"{score.words:.1f}"
 
 
 def _residuals(rows: "Sequence[TaskRow]") -> Table:

@@ -23,6 +23,7 @@ class TaskScore:
         spread: Standard deviation of these; None for one.
         answers: Share of the rows that each answer was given to, right or wrong, mean over seeds, the commonest first;
             empty where there are too many for labels.
+        words: Of an answer, mean over rows and seeds; None where answers are labels.
     """
 
     accuracy: Estimate
@@ -30,6 +31,7 @@ class TaskScore:
     by_seed: tuple[float, ...]
     spread: float | None
     answers: Mapping[str, float]
+    words: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from operator import eq
 from statistics import fmean, stdev
 from typing import Any
 
-from portllm.evaluating.metrics import Estimate, accuracy, flips, mean_loss, paired_change, retention
+from portllm.evaluating.metrics import Estimate, accuracy, flips, mean_loss, mean_words, paired_change, retention
 from portllm.study.definition.plan import NEW_TEXT, OLD_TEXT, Step, model_name, steps_of
 from portllm.study.definition.settings import Study
 from portllm.study.definition.variants import AGAIN, BASE, EVOLVED, PATCHED, PORTED, RETRAINED, VARIANTS
@@ -173,6 +173,7 @@ def _row(
     patched, ported, retrained = (columns[variant] for variant in (PATCHED, PORTED, RETRAINED))
     seeds = tuple(seed for seed in patched if seed in ported and seed in retrained)
     evolved = columns[EVOLVED]
+    scored = [each for by_seed in columns.values() for each in by_seed.values()]
     compared = bool(seeds) and bool(evolved)
     added, again = columns[ADDED], list(columns[AGAIN].values())
     gain = change = behind = over_add = luck = in_accuracy = in_loss = lost = agreement = None
@@ -198,8 +199,12 @@ def _row(
         task=task,
         method=method,
         seeds=seeds,
-        scored={name: _scored(list(columns[name].values())) for name in (*VARIANTS, AGAIN) if columns[name]},
-        commonest=commonest_right([each for by_seed in columns.values() for each in by_seed.values()]),
+        scored={
+            name: _scored(list(columns[name].values()), texts=are_texts(scored))
+            for name in (*VARIANTS, AGAIN)
+            if columns[name]
+        },
+        commonest=commonest_right(scored),
         gain=gain,
         outcome=None if gain is None or behind is None else outcome_of(gain, behind),
         change=change,
@@ -244,7 +249,7 @@ def commonest_right(scored: Sequence[Mapping[str, Any]]) -> float | None:
     """
     rows = [list(zip(each["answers"], each["correct"], strict=True)) for each in scored]
     given = {answer for row in rows for answer, _ in row}
-    if not rows or len(given) > MOST_ANSWERS:
+    if not rows or are_texts(scored):
         return None
     right: list[str] = []
     for answers in zip(*rows, strict=True):
@@ -256,7 +261,17 @@ def commonest_right(scored: Sequence[Mapping[str, Any]]) -> float | None:
     return max(Counter(right).values()) / len(right)
 
 
-def _scored(by_seed: Sequence[Mapping[str, Any]]) -> TaskScore:
+def are_texts(scored: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether models answered with texts, so many of which are different, and not with labels.
+
+    Example:
+        >>> are_texts([{"answers": ["yes", "no"]}]), are_texts([{"answers": [f"text {n}" for n in range(40)]}])
+        (False, True)
+    """
+    return len({answer for each in scored for answer in each["answers"]}) > MOST_ANSWERS
+
+
+def _scored(by_seed: Sequence[Mapping[str, Any]], *, texts: bool) -> TaskScore:
     columns = [scores["correct"] for scores in by_seed]
     shares = tuple(map(fmean, columns))
     return TaskScore(
@@ -264,14 +279,13 @@ def _scored(by_seed: Sequence[Mapping[str, Any]]) -> TaskScore:
         loss=mean_loss(mean_rows([scores["losses"] for scores in by_seed])),
         by_seed=shares,
         spread=stdev(shares) if len(shares) > 1 else None,
-        answers=_answers([scores["answers"] for scores in by_seed]),
+        answers={} if texts else _shares([scores["answers"] for scores in by_seed]),
+        words=fmean(mean_words(scores["answers"]) for scores in by_seed) if texts else None,
     )
 
 
-def _answers(by_seed: Sequence[Sequence[str]]) -> Mapping[str, float]:
+def _shares(by_seed: Sequence[Sequence[str]]) -> Mapping[str, float]:
     counts = Counter(answer for answers in by_seed for answer in answers)
-    if len(counts) > MOST_ANSWERS:
-        return {}
     falling = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return {answer: count / counts.total() for answer, count in falling}
 
