@@ -8,7 +8,7 @@ from portllm.evaluating import compare as module
 from portllm.evaluating.compare import Contestants, compare, score_all, set_side_by_side
 from portllm.evaluating.metrics import accuracy_change
 from portllm.evaluating.scoring import Scores, Task, score
-from portllm.evaluating.tables import comparison_notes
+from portllm.evaluating.tables import comparison_notes, comparison_rows
 from portllm.running.encoding import Encoder
 from portllm.running.examples import Example
 from portllm.running.fused_lora import fuse
@@ -113,8 +113,9 @@ def test_answers_alike_are_those_of_base_and_patch_right_or_wrong():
     found = {"base": scores(*["cause"] * 12), "base + patch": scores(*said), "evolved": scores(*["cause"] * 12)}
     comparison = set_side_by_side(found | {"evolved + ported": scores("symptoms", *said[1:])}, TASK)
     assert [row.agreement and row.agreement.value for row in comparison.rows] == [None, None, 8 / 12, 11 / 12]
-    noted = "same answer as base + patch, right or wrong: evolved 66.7 % (39.1 to 86.2), evolved + ported 91.7 % ("
-    assert sum(note.startswith(noted) for note in comparison_notes(comparison)) == 1
+    header, *rows = comparison_rows(comparison)
+    alike = [row[header.index("same answer")] for row in rows]
+    assert alike == ["", "", "66.7 % (39.1 to 86.2)", "91.7 % (64.6 to 98.5)"]
     assert comparison.to_json()["rows"][3]["agreement"]["value"] == 11 / 12
 
 
@@ -125,9 +126,11 @@ def test_texts_are_told_by_their_length_and_labels_are_not(comparison):
         for name, answers in {"base": ("",) * 12, "base + patch": ("one", "one and two") * 6}.items()
     }
     texts = set_side_by_side(found, task)
-    assert "words per answer: correct 1.0, base 0.0, base + patch 2.0." in comparison_notes(texts)
+    header, *rows = comparison_rows(texts)
+    assert [row[header.index("words")] for row in rows] == ["0.0", "2.0"]
+    assert "words: per answer, on average; correct answers have 1.0." in comparison_notes(texts)
     assert [row["words"] for row in texts.to_json()["rows"]] == [0.0, 2.0]
-    assert not any("words per answer" in note for note in comparison_notes(comparison))
+    assert "words" not in comparison_rows(comparison)[0]
 
 
 def test_base_and_evolved_are_loaded_once_whatever_their_adapters(contestants, monkeypatch):

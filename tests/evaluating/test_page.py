@@ -128,18 +128,20 @@ def test_text_that_is_generated_has_no_labels():
 
 
 def test_the_numbers_are_those_of_json():
-    rows = {row[0]: row for row in PAGE.tables["Scores, losses, flips and retention"][1:]}
+    header, *rows = PAGE.tables["Scores, losses, flips and retention"]
+    by_name = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+    def share(told):
+        return f"{percent(told['value'])} ({100 * told['low']:.1f} to {100 * told['high']:.1f})" if told else ""
+
     for told in COMPARISON.to_json()["rows"]:
-        row, score, loss = rows[told["name"]], told["score"], told["loss"]
-        assert [*row[1:3], *row[6:8]] == [
-            percent(score["value"]),
-            f"{100 * score['low']:.1f} to {100 * score['high']:.1f}",
-            f"{loss['value']:.3f}",
-            f"{loss['low']:.3f} to {loss['high']:.3f}",
-        ]
+        row, loss = by_name[told["name"]], told["loss"]
+        assert row["score"] == share(told["score"])
+        assert row["same answer"] == share(told["agreement"])
+        assert row["loss"] == f"{loss['value']:.3f} ({loss['low']:.3f} to {loss['high']:.3f})"
         flips, kept = told["flips"], told["score_retention"]
-        assert row[5] == ("" if flips is None else f"{flips['negative']} of {flips['n_rows']}")
-        assert row[8].startswith("" if kept is None else percent(kept["value"]))
+        assert row["negative flips"] == ("" if flips is None else f"{flips['negative']} of {flips['n_rows']}")
+        assert row["retention: score"].startswith("" if kept is None else percent(kept["value"]))
 
 
 def test_what_a_picture_shows_stands_beside_it():

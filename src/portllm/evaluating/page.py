@@ -4,18 +4,19 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from portllm.evaluating.decision import decide, interval_text, points_text, within, worst_port
+from portllm.evaluating.decision import decide, points_text, within, worst_port
 from portllm.evaluating.labels.page import confusion_section, label_section
 from portllm.evaluating.metrics import Estimate
 from portllm.evaluating.names import MERGED, PATCHED, PORTED, RETRAINED, is_port
 from portllm.evaluating.tables import (
+    change_interval,
+    change_text,
     comparison_notes,
     comparison_rows,
     flips_text,
-    loss_interval,
+    loss_text,
     retention_text,
-    score_change_interval,
-    score_interval,
+    score_text,
 )
 from portllm.show.headline import Headline, Tone
 from portllm.show.html.answered_rows import AnsweredRow, answered_rows
@@ -129,7 +130,7 @@ def _yardstick(comparison: "Comparison", flips: "Flips") -> str:
 
 
 def _between(change: Estimate) -> str:
-    return f"95 % interval {score_change_interval(change)}" if change.low is not None else "one row gives no interval"
+    return f"95 % interval {change_interval(change)}" if change.low is not None else "one row gives no interval"
 
 
 def _changes(ports: "list[ComparisonRow]", max_loss: float | None) -> list[Html]:
@@ -146,8 +147,7 @@ def _changes(ports: "list[ComparisonRow]", max_loss: float | None) -> list[Html]
     axis = {0.0: "no change"} if max_loss is None else {-max_loss: "your limit", 0.0: "no change"}
     refused = None if max_loss is None else (-math.inf, -max_loss)
     picture = dots(rows, title=title, told=_told(rows), axis=axis, unit="points", refused=refused)
-    numbers = [("", "change in points", "95 % interval")]
-    numbers += [(name, points(change.value), interval_text(change)) for name, change in found]
+    numbers = [("", "change in points"), *((name, change_text(change)) for name, change in found)]
     return [figure(title, explained, picture, numbers)]
 
 
@@ -172,10 +172,7 @@ def _scores(comparison: "Comparison") -> Html:
     rows = [_bar(row.name, row.score, percent(row.score.value)) for row in comparison.rows]
     title, explained = "Accuracy", "Share of correct answers; the line is its 95 % interval."
     picture = bars(rows, title=title, told=_told(rows), unit="%", held=(0.0, 1.0))
-    numbers = [
-        ("", "score", "95 % interval"),
-        *((r.name, percent(r.score.value), score_interval(r.score)) for r in comparison.rows),
-    ]
+    numbers = [("", "score"), *((row.name, score_text(row.score)) for row in comparison.rows)]
     return figure(title, explained, picture, numbers)
 
 
@@ -184,10 +181,7 @@ def _losses(comparison: "Comparison") -> Html:
     title = "Loss"
     explained = "Nats per token of the correct answer, lower is better; the line is its 95 % interval."
     picture = bars(rows, title=title, told=_told(rows), unit="")
-    numbers = [
-        ("", "loss", "95 % interval"),
-        *((r.name, f"{r.loss.value:.3f}", loss_interval(r.loss)) for r in comparison.rows),
-    ]
+    numbers = [("", "loss"), *((row.name, loss_text(row.loss)) for row in comparison.rows)]
     return figure(title, explained, picture, numbers)
 
 

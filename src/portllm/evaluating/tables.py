@@ -19,21 +19,34 @@ MOVED = 0.1
 
 def comparison_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
     """A line for each model; the first names the columns. Retention has some where a retrained patch was given."""
-    header = ("", "score", "95 % interval", "change", "95 % interval", "negative flips", "loss", "95 % interval")
-    retention = ("retention: score", "retention: loss") if comparison.row(RETRAINED) else ()
-    return [(*header, *retention), *(_row(row, retained=bool(retention)) for row in comparison.rows)]
+    columns: dict[str, Callable[[ComparisonRow], str]] = {
+        "": lambda row: row.name,
+        "score": lambda row: score_text(row.score),
+        "change": lambda row: "" if row.score_change is None else change_text(row.score_change),
+        "negative flips": flips_text,
+        "same answer": lambda row: "" if row.agreement is None else score_text(row.agreement),
+        "loss": lambda row: loss_text(row.loss),
+    }
+    if comparison.kind == "text":
+        columns["words"] = lambda row: f"{mean_words(row.scores.answers):.1f}"
+    if comparison.row(RETRAINED):
+        columns["retention: score"] = lambda row: retention_text(row.score_retention)
+        columns["retention: loss"] = lambda row: retention_text(row.loss_retention)
+    return [tuple(columns), *(tuple(cell(row) for cell in columns.values()) for row in comparison.rows)]
 
 
 def comparison_notes(comparison: "Comparison") -> list[str]:
     """What the columns mean, and what is special about these rows."""
     notes = [
-        f"{counted(comparison.n_rows, 'row')}, judged by {JUDGED.get(comparison.kind, comparison.kind)}; loss in nats "
+        f"{counted(comparison.n_rows, 'row')}, judged by {JUDGED.get(comparison.kind, comparison.kind)}; in "
+        "parentheses 95 % intervals; loss in nats "
         "per token of the correct answer; change in points, against base + patch; negative flips: correct with "
-        "base + patch, wrong now.",
+        "base + patch, wrong now; same answer: as base + patch, right or wrong.",
     ]
+    if comparison.kind == "text":
+        notes.append(f"words: per answer, on average; correct answers have {mean_words(comparison.right_answers):.1f}.")
     if comparison.row(RETRAINED):
         notes.append("retention: a ported patch's gain over the evolved model as a fraction of retraining's gain.")
-    notes += [*_answered_alike(comparison), *_words(comparison)]
     notes += [
         f"{metric} of {comparison.kind}: "
         + ", ".join(f"{row.name} {row.scores.metrics[metric]:.4f}" for row in comparison.rows)
@@ -48,24 +61,6 @@ def comparison_notes(comparison: "Comparison") -> list[str]:
         if kept is not None and kept.reason and comparison.row(RETRAINED)
     }
     return [*notes, *_moved(comparison), *(f"n/a: {reason}." for reason in sorted(reasons))]
-
-
-def _answered_alike(comparison: "Comparison") -> Iterator[str]:
-    """How many rows each model answers as base + patch did, right or wrong."""
-    shares = [
-        f"{row.name} {percent(row.agreement.value)} ({score_interval(row.agreement)})"
-        for row in comparison.rows
-        if row.agreement is not None
-    ]
-    if shares:
-        yield f"same answer as {PATCHED}, right or wrong: {', '.join(shares)}."
-
-
-def _words(comparison: "Comparison") -> Iterator[str]:
-    """How long the texts are that each model writes."""
-    if comparison.kind == "text":
-        said = [("correct", comparison.right_answers), *((row.name, row.scores.answers) for row in comparison.rows)]
-        yield f"words per answer: {', '.join(f'{name} {mean_words(answers):.1f}' for name, answers in said)}."
 
 
 def _moved(comparison: "Comparison") -> Iterator[str]:
@@ -88,19 +83,29 @@ def _moved(comparison: "Comparison") -> Iterator[str]:
             )
 
 
-def score_interval(estimate: Estimate) -> str:
-    """The interval of a share, in percent; empty where one row cannot tell."""
-    return _interval(estimate, lambda value: f"{100 * value:.1f}")
+def score_text(estimate: Estimate) -> str:
+    """A share and its interval, in percent; one row has no interval.
+
+    Example:
+        >>> score_text(Estimate(0.787, 0.701, 0.854, 108)), score_text(Estimate(1.0, None, None, 1))
+        ('78.7 % (70.1 to 85.4)', '100.0 %')
+    """
+    return _with_interval(percent(estimate.value), _interval(estimate, lambda value: f"{100 * value:.1f}"))
 
 
-def score_change_interval(change: Estimate) -> str:
-    """The interval of a change of the score, in points; likewise."""
+def change_text(change: Estimate) -> str:
+    """A change of the score and its interval, in points; likewise."""
+    return _with_interval(points(change.value), change_interval(change))
+
+
+def change_interval(change: Estimate) -> str:
+    """The interval of a change of the score, in points; empty where one row cannot tell."""
     return _interval(change, points)
 
 
-def loss_interval(estimate: Estimate) -> str:
-    """The interval of a loss; likewise."""
-    return _interval(estimate, lambda value: f"{value:.3f}")
+def loss_text(estimate: Estimate) -> str:
+    """A loss and its interval; likewise."""
+    return _with_interval(f"{estimate.value:.3f}", _interval(estimate, lambda value: f"{value:.3f}"))
 
 
 def retention_text(kept: Retention | None) -> str:
@@ -122,20 +127,8 @@ def flips_text(row: "ComparisonRow") -> str:
     return "" if row.flips is None else f"{len(row.flips.negative)} of {row.flips.n_rows}"
 
 
-def _row(row: "ComparisonRow", *, retained: bool) -> tuple[str, ...]:
-    change = row.score_change
-    kept = (retention_text(row.score_retention), retention_text(row.loss_retention)) if retained else ()
-    return (
-        row.name,
-        percent(row.score.value),
-        score_interval(row.score),
-        "" if change is None else points(change.value),
-        "" if change is None else score_change_interval(change),
-        flips_text(row),
-        f"{row.loss.value:.3f}",
-        loss_interval(row.loss),
-        *kept,
-    )
+def _with_interval(value: str, interval: str) -> str:
+    return f"{value} ({interval})" if interval else value
 
 
 def _interval(estimate: Estimate, text: Callable[[float], str]) -> str:
