@@ -215,11 +215,16 @@ def render_slopes(name: str, forecaster: Any) -> str:
 
 
 def render_align() -> str:
-    """The page `methods/align.md`, with what its studies measured."""
-    by_patch, means = tables()
+    """The page `methods/align.md`, with what its study measured on average."""
+    _, means = tables()
+    return filled("methods/align.md", MEASURED_START, MEASURED_END, table(*means))
+
+
+def render_align_measured() -> str:
+    """The page `align-measured.md`, with what the studies of the method measured."""
+    by_patch, _ = tables()
     parts = (
         table(*by_patch),
-        table(*means),
         "Patches of two seeds, by addition and align; means of both, intervals over rows:",
         table(*two_seeds()),
         "Written solutions (GSM8K): 256 prompts, whose answers are read for 32 tokens; then 60 other rows, whose "
@@ -230,7 +235,7 @@ def render_align() -> str:
         "prompts is measured on others that were drawn.",
         table(*by_prompts()),
     )
-    return filled("methods/align.md", MEASURED_START, MEASURED_END, "\n\n".join(parts))
+    return filled("align-measured.md", MEASURED_START, MEASURED_END, "\n\n".join(parts))
 
 
 def render_transport() -> str:
@@ -426,6 +431,7 @@ PAGES = {
     "forecast.md": render_forecast,
     "how-to/serve.md": render_serve,
     "methods/align.md": render_align,
+    "align-measured.md": render_align_measured,
     "methods/transport.md": render_transport,
     "patch-format.md": render_patch_format,
 }

@@ -5,7 +5,7 @@ No label and no gradient: forward passes of both models over prompts, and ridge 
 prompts, one is chosen by its distance from the old specialist on others, and how often it answers as the old specialist
 does is counted on the rest.
 
-Source: this project; docs/methods/align.md has formulas, measurements and failures.
+Source: this project; docs/methods/align.md has formulas and failures, docs/align-measured.md what was measured.
 """
 
 from collections import deque
