@@ -292,6 +292,25 @@ def test_where_the_first_refit_costs_too_much_the_next_is_what_it_is_alone(story
         assert (tmp_path / "climbed" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.parametrize("is_best", [True, False])
+def test_where_the_best_of_a_refit_costs_too_much_the_next_is_tried_though_a_worse_one_could_be_taken(
+    story, tmp_path, monkeypatch, is_best
+):
+    free = step_of(story["ported"])
+    best = free.method.removeprefix("align: ")
+    worst = max((each for each in free.tried if each.name != method.ADD), key=lambda each: each.mean).name
+    dear = best if is_best else worst
+    assert best != worst
+    monkeypatch.setattr(
+        method, "beyond_addition", lambda nats: {name: torch.full((2,), float(name == dear)).double() for name in nats}
+    )
+    step = step_of(align(story, tmp_path / "out"))
+    _, second, *_ = method.refits(RANK)
+    assert {each.name for each in step.tried if each.is_too_dear} == {dear}
+    assert any(each.name.startswith(second) for each in step.tried) == is_best
+    assert is_best or step.method == free.method
+
+
 def test_corrections_of_addition_come_last_and_are_what_they_are_where_addition_is_tried_first(
     story, tmp_path, monkeypatch
 ):

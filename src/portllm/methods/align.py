@@ -142,6 +142,9 @@ Climbed = tuple[Mapping[str, Comparison], Candidate, tuple[Tried, ...]]
 def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
     """Try one refit after the other, until one is chosen or what is wanted is reached.
 
+    Where the best of a refit costs too much, and only a worse one of it can be taken, the next is tried, too: it costs
+    less, and may be nearer with a correction than this one without.
+
     Where a share of answers is wanted, addition and its corrections are tried first. Else addition is compared as it
     is, and its corrections are tried last: they take another pass over the rows to fit on.
     """
@@ -170,7 +173,9 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
         is_enough = streams.wanted is not None and share >= streams.wanted
         if list(walks) == [ADD] and not takes_corrections(streams, start):
             walks.clear()
-        if is_enough or chosen.walked != ADD or not walks:
+        is_cut = choose({name: rows[name] for name in as_run if candidates[name].walked == walk}) in costly
+        is_last = not walks or (chosen.walked != ADD and (walks[0] == ADD or not is_cut))
+        if is_enough or is_last:
             return found, chosen, weighed(rows, beyond, costly)
 
 
