@@ -1,7 +1,7 @@
 """What was measured of ports that read prompts, as tables of docs/methods: from the studies' committed results."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,7 +40,9 @@ def tables() -> tuple[Table, Table]:
     for drift, evolution in order:
         for task in tasks:
             by_method = {method: cells[evolution, task, method] for method in methods}
-            every += _patch(task, f"{evolution}, {percent(drift, digits=2)}", by_method)
+            every += _patch(
+                (task, f"{evolution}, {percent(drift, digits=2)}"), by_method, lambda *of: (percent(_accuracy(*of)),)
+            )
     updates = [percent(drift, digits=2) for drift, _ in order]
     head = ("method", *(f"labels, {drift}" for drift in updates), *(f"accuracy, {drift}" for drift in updates))
 
@@ -92,32 +94,17 @@ def two_seeds() -> Table:
     return head, rows
 
 
-def free_text() -> Table:
-    """Patches whose answers are written, by addition and align."""
-    results = _results("align-text-smollm2")
+def free_text(study: str) -> Table:
+    """Patches of one task whose answers are written, by each method."""
+    results = _results(study)
     drifts = {model["evolution"]: model["drift"] for model in results["models"]}
-    cells = {(drifts[row["evolution"]], row["evolution"], row["method"]): row for row in results["tasks"]}
+    cells: dict[tuple[float, str], dict[str, Any]] = {}
+    for row in results["tasks"]:
+        cells.setdefault((drifts[row["evolution"]], row["evolution"]), {})[row["method"]] = row
     rows: list[Row] = []
-    for drift, evolution, _ in sorted(cells)[:: len(BOTH)]:
-        added, aligned = (cells[drift, evolution, method] for method in BOTH)
-        found, update = aligned["measured"], f"{evolution}, {percent(drift, digits=2)}"
-        for name, row, end, ported in (("add", added, "_added", "_added"), ("align", aligned, "", "_ported")):
-            rows.append(
-                (
-                    update if name == "add" else "",
-                    name,
-                    f"{found[f'divergence{end}']:.4f}",
-                    _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
-                    f"{found[f'general_nats{ported}']:.2f}",
-                    _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
-                    f"{_loss(row, 'ported'):.3f}",
-                )
-            )
-        beside = (("retrained with labels", "", "retrained"), ("no patch", f"{found['general_nats']:.2f}", "evolved"))
-        rows += [("", name, "", "", nats, "", f"{_loss(added, model):.3f}") for name, nats, model in beside]
-    rows.append(("before the update", "base + patch", "", "", "", "", f"{_loss(added, 'patched'):.3f}"))
-    head = ("update", "method", "divergence", "prompts answered alike", "general text", "answers alike", "loss")
-    return head, rows
+    for (drift, evolution), by_method in sorted(cells.items(), key=lambda item: item[0]):
+        rows += _patch((f"{evolution}, {percent(drift, digits=2)}",), by_method, _text)
+    return (*HEAD[1:-2], "answers alike", "loss", "words"), rows
 
 
 def by_prompts() -> Table:
@@ -191,23 +178,29 @@ def _results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
-    """A patch on an update, by each method, and trained again."""
+def _patch(names: Row, by_method: Mapping[str, Any], said: Callable[[Any, str], Row]) -> list[Row]:
+    """A patch on an update, by each method, and trained again.
+
+    Args:
+        names: Of the patch and the update.
+        by_method: Its row of each method.
+        said: What the last columns say of a row and a model.
+    """
     rows: list[Row] = []
+    blank = ("",) * len(names)
     for method, row in by_method.items():
         # Addition is measured beside every other method, and a row of its own says nothing of it.
         of, end, ported = (by_method["align"], "_added", "_added") if method == "add" else (row, "", "_ported")
         found = of["measured"]
         rows.append(
             (
-                "" if rows else task,
-                "" if rows else update,
+                *(blank if rows else names),
                 method,
                 f"{found[f'divergence{end}']:.3f}",
                 _interval(*(found[f"agreement{end}{side}"] for side in ("", "_low", "_high"))),
                 f"{found[f'general_nats{ported}']:.2f}",
                 _interval(*(row["agreement"][side] for side in ("value", "low", "high"))),
-                percent(_accuracy(row, "ported")),
+                *said(row, "ported"),
             )
         )
     row = by_method["align"]
@@ -217,10 +210,7 @@ def _patch(task: str, update: str, by_method: Mapping[str, Any]) -> list[Row]:
         ("no patch", bare, "evolved"),
         ("before the update", "", "patched"),
     )
-    return [
-        *rows,
-        *(("", "", name, "", "", nats, "", percent(_accuracy(row, model))) for name, nats, model in beside),
-    ]
+    return [*rows, *((*blank, name, "", "", nats, "", *said(row, model)) for name, nats, model in beside)]
 
 
 def _beyond_addition(row: Any) -> float:
@@ -232,8 +222,9 @@ def _accuracy(row: Any, model: str) -> float:
     return float(row["scored"][model]["accuracy"]["value"])
 
 
-def _loss(row: Any, model: str) -> float:
-    return float(row["scored"][model]["loss"]["value"])
+def _text(row: Any, model: str) -> Row:
+    scored = row["scored"][model]
+    return f"{float(scored['loss']['value']):.3f}", f"{scored['words']:.1f}"
 
 
 def _interval(value: float, low: float, high: float) -> str:

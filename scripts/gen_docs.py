@@ -228,9 +228,9 @@ def render_align_measured() -> str:
         "Patches of two seeds, by addition and align; means of both, intervals over rows:",
         table(*two_seeds()),
         "Written solutions (GSM8K): 256 prompts, whose answers are read for 32 tokens; then 60 other rows, whose "
-        "answers are alike if the first 24 tokens are those of base + patch, and the loss of the right solutions in "
-        "nats per token.",
-        table(*free_text()),
+        "answers are alike if the first 24 tokens are those of base + patch; the loss of the right solutions in nats "
+        "per token, and the words that were written.",
+        table(*free_text("align-text-smollm2")),
         "By the number of prompts, after MedQuAD (1.06 %): the first so many of the same rows. The divergence of drawn "
         "prompts is measured on others that were drawn.",
         table(*by_prompts()),
