@@ -68,7 +68,7 @@ def test_the_page_shows_the_scores_that_json_has(portllm, models, rows, tmp_path
     page = (tmp_path / "page.html").read_text()
     for row in json.loads(result.out)["rows"]:
         name, share = re.escape(row["name"]), f"{100 * row['score']['value']:.1f} %"
-        assert re.search(f">{name}</th><td[^>]*>{share}</td>", page)
+        assert re.search(f">{name}</th><td[^>]*>{share} \\(", page)
     assert portllm("evaluate", *models, *asked).status == 1
     assert portllm("evaluate", *models, *asked, "--overwrite").status == 0
     assert (tmp_path / "page.html").read_text() == page
