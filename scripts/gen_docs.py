@@ -231,6 +231,8 @@ def render_align_measured() -> str:
         "answers are alike if the first 24 tokens are those of base + patch; the loss of the right solutions in nats "
         "per token, and the words that were written.",
         table(*free_text("align-text-smollm2")),
+        "Answers to instructions (Dolly, those of at most 80 words), likewise, with 48 tokens:",
+        table(*free_text("align-answers-smollm2")),
         "By the number of prompts, after MedQuAD (1.06 %): the first so many of the same rows. The divergence of drawn "
         "prompts is measured on others that were drawn.",
         table(*by_prompts()),
