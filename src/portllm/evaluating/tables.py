@@ -38,10 +38,9 @@ def comparison_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
 def comparison_notes(comparison: "Comparison") -> list[str]:
     """What the columns mean, and what is special about these rows."""
     notes = [
-        f"{counted(comparison.n_rows, 'row')}, judged by {JUDGED.get(comparison.kind, comparison.kind)}; in "
-        "parentheses 95 % intervals; loss in nats "
-        "per token of the correct answer; change in points, against base + patch; negative flips: correct with "
-        "base + patch, wrong now; same answer: as base + patch, right or wrong.",
+        f"{counted(comparison.n_rows, 'row')}, judged by {JUDGED.get(comparison.kind, comparison.kind)}; 95 % "
+        "intervals in parentheses; loss in nats per token of the correct answer; change in points, against base + "
+        "patch; negative flips: correct with base + patch, wrong now; same answer: as base + patch, right or wrong.",
     ]
     if comparison.kind == "text":
         notes.append(f"words: per answer, on average; correct answers have {mean_words(comparison.right_answers):.1f}.")
