@@ -131,6 +131,7 @@ def test_texts_are_told_by_their_length_and_labels_are_not(comparison):
     assert "words: per answer, on average; correct answers have 1.0." in comparison_notes(texts)
     assert [row["words"] for row in texts.to_json()["rows"]] == [0.0, 2.0]
     assert "words" not in comparison_rows(comparison)[0]
+    assert not any("words" in row for row in comparison.to_json()["rows"])
 
 
 def test_base_and_evolved_are_loaded_once_whatever_their_adapters(contestants, monkeypatch):

@@ -83,7 +83,6 @@ class ComparisonRow:
             "agreement": self.agreement.to_json() if self.agreement else None,
             "score_retention": self.score_retention.to_json() if self.score_retention else None,
             "loss_retention": self.loss_retention.to_json() if self.loss_retention else None,
-            "words": mean_words(self.scores.answers),
             "seconds": self.scores.seconds,
             "metrics": dict(self.scores.metrics),
         }
@@ -162,18 +161,18 @@ class Comparison(ShownInNotebook):
     def to_json(self) -> dict[str, object]:
         """In types that JSON has: everything but the single rows, of which those are there that a port turned wrong."""
         return {
-            "rows": [
-                {**row.to_json(), "turned_wrong": list(map(asdict, self.turned_wrong(row.name)))}
-                if is_port(row.name)
-                else row.to_json()
-                for row in self.rows
-            ],
+            "rows": [row.to_json() | self._beside(row) for row in self.rows],
             "kind": self.kind,
             "labels": list(self.labels),
             "n_rows": self.n_rows,
             "n_cut_rows": self.n_cut_rows,
             "seed": self.seed,
         }
+
+    def _beside(self, row: ComparisonRow) -> dict[str, object]:
+        """What only some rows have: answers that a port turned wrong, and the length of written ones."""
+        turned = {"turned_wrong": list(map(asdict, self.turned_wrong(row.name)))} if is_port(row.name) else {}
+        return turned | ({"words": mean_words(row.scores.answers)} if self.kind == "text" else {})
 
 
 def compare(
