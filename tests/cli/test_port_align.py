@@ -48,8 +48,20 @@ def test_what_falls_short_of_the_agreement_is_written_and_exits_with_3(portllm, 
     assert found["agreement_high"] < 1, "the case is too easy to tell"
     assert result.status == 3
     assert {"agreement_added", "divergence_added", "general_nats_error", "head_gate"} <= found.keys()
-    assert "has fewer of the old specialist's answers than 100.0 %" in result.err
+    assert "has fewer of the old answers than 100.0 %" in result.err
     assert (tmp_path / "out" / "patch.json").is_file()
+
+
+@pytest.mark.slow
+def test_of_written_answers_the_tokens_are_printed_and_judged(portllm, story, tmp_path):
+    how = ("--method", "align", "--answer-tokens", "24")
+    found = json.loads(align(portllm, story, tmp_path / "one", *how, "--json").out)["record"]["ports"][-1]["evidence"]
+    whole, token = found["agreement_high"], found["token_agreement_high"]
+    assert whole < token, "the case cannot tell one from the other"
+    result = align(portllm, story, tmp_path / "two", *how, "--agreement", str((whole + token) / 2))
+    assert result.status == 0
+    assert "of the old answers' tokens" in result.out
+    assert "of the tokens of its answers, given those before; by addition" in result.out
 
 
 @pytest.mark.slow

@@ -120,5 +120,5 @@ class TwoChains:
         for name, state in states.items():
             new = state[apart].double()
             nats = (old.softmax(dim=1) * (old.log_softmax(dim=1) - new.log_softmax(dim=1))).sum(dim=1)
-            found[name] = Comparison(nats.clamp(min=0), old.argmax(dim=1) == new.argmax(dim=1))
+            found[name] = Comparison(nats.clamp(min=0), (old.argmax(dim=1) == new.argmax(dim=1)).double())
         return found

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from portllm.methods.align import SETTINGS, SPARED, TAIL_RANK, Refit, refits
-from portllm.methods.contract import Block, Kind
+from portllm.methods.align import SETTINGS, SPARED, TAIL_RANK, WRITTEN, Refit, kept, refits
+from portllm.methods.contract import Block, Comparison, Kind
+from tests.methods.chains import TwoChains
 
 HOW = Refit(rho=1.0, omega=0.25, general=0.5, own=4)
 
@@ -49,3 +50,11 @@ def test_a_few_own_factors_are_spared_where_that_halves_what_a_server_needs_and_
 def test_patches_of_common_ranks_are_served_in_64_and_128():
     for rank in (8, 16):
         assert [rank + each.own + TAIL_RANK for each in refits(rank).values()] == [64, 128, 128, 128]
+
+
+@pytest.mark.parametrize(("places", "expected"), [(WRITTEN, [0.0, 1.0]), (WRITTEN + 1, [0.75, 1.0])])
+def test_of_longer_answers_each_token_that_is_kept_counts_and_of_labels_the_whole(places, expected):
+    streams = TwoChains(None, None, {}, {})
+    streams.parts, streams.part_of_place = ("fit", "report"), ("fit",) * places + ("report",) * places
+    compared = Comparison(torch.zeros(2).double(), torch.tensor([0.75, 1.0]).double())
+    assert kept(compared, streams).tolist() == expected

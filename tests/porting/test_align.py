@@ -11,6 +11,8 @@ import torch
 from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, PlanRefusedError
 from portllm.methods import align as method
+from portllm.methods.align import WRITTEN
+from portllm.methods.choice import wilson
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.domain import Domain
 from portllm.porting.drawn import Drawn
@@ -49,7 +51,7 @@ def story(tmp_path_factory):
 
 def align(story, out, *, evolved="evolved", prompts=PROMPTS, most_nats=0.2, **how):
     """With a limit that the first refit keeps to."""
-    how |= {"device": "cpu", "answer_tokens": ANSWER_TOKENS, "anchors": ANCHORS, "most_nats": most_nats}
+    how = {"device": "cpu", "answer_tokens": ANSWER_TOKENS, "anchors": ANCHORS, "most_nats": most_nats} | how
     domain = Domain(prompts=prompts, **how)
     return port(story["patch"], evolved=story[evolved], base=story["base"], method="align", out=out, domain=domain)
 
@@ -58,7 +60,7 @@ def step_of(patch):
     return patch.record.ports[-1]
 
 
-def said(base, adapter, prompts, answers=None):
+def said(base, adapter, prompts, answers=None, *, most=ANSWER_TOKENS):
     """What PEFT says at each token of the answers, in float64; without answers, of its own, which come with it."""
     from transformers import AutoTokenizer
 
@@ -68,7 +70,7 @@ def said(base, adapter, prompts, answers=None):
     for number, prompt in enumerate(prompts):
         ids = tokenizer(prompt).input_ids
         logits = []
-        for place in range(ANSWER_TOKENS if answers is None else len(answers[number])):
+        for place in range(most if answers is None else len(answers[number])):
             with torch.no_grad():
                 logits.append(model(torch.tensor([ids])).logits[0, -1])
             ids.append(int(logits[-1].argmax()) if answers is None else answers[number][place])
@@ -79,10 +81,10 @@ def said(base, adapter, prompts, answers=None):
     return own, found
 
 
-def both_said(story, part):
+def both_said(story, part, *, most=ANSWER_TOKENS):
     """What PEFT says of old specialist and ported patch on the prompts of a part, and their divergence on each."""
     prompts = [prompt for prompt, each in zip(PROMPTS, split(PROMPTS), strict=True) if each == part]
-    answers, old = said(story["base"], story["patch"], prompts)
+    answers, old = said(story["base"], story["patch"], prompts, most=most)
     _, new = said(story["evolved"], story["folder"], prompts, answers)
     nats = [
         (one.softmax(1) * (one.log_softmax(1) - two.log_softmax(1))).sum(1).mean()
@@ -98,6 +100,19 @@ def test_the_ported_folder_has_in_peft_the_divergence_and_the_agreement_that_its
     assert recorded["divergence"] == pytest.approx(float(torch.stack(nats).mean()), abs=FLOAT32_NATS)
     assert recorded["agreement"] == pytest.approx(sum(agrees) / len(agrees), abs=1e-5)
     assert recorded["agreement_low"] < recorded["agreement"] <= recorded["agreement_high"]
+
+
+def test_of_written_answers_the_tokens_that_peft_finds_alike_are_counted_too(story, tmp_path):
+    written = step_of(align(story, tmp_path / "out", answer_tokens=WRITTEN * 3)).evidence
+    old, new, _ = both_said(story | {"folder": tmp_path / "out"}, "report", most=WRITTEN * 3)
+    alike = torch.stack([(one.argmax(1) == two.argmax(1)).double().mean() for one, two in zip(old, new, strict=True)])
+    assert 0 < alike.mean() < 1, "the case is too easy to tell"
+    assert written["token_agreement"] == pytest.approx(float(alike.mean()), abs=1e-5)
+    assert written["agreement"] == pytest.approx(float((alike == 1).double().mean()), abs=1e-5)
+    low, high = wilson(float(alike.sum()), len(alike))
+    assert written["token_agreement_low"] == pytest.approx(low, abs=1e-5)
+    assert written["token_agreement_high"] == pytest.approx(high, abs=1e-5)
+    assert "token_agreement" not in step_of(story["ported"]).evidence
 
 
 def test_general_text_costs_what_the_next_token_of_the_evolved_model_costs_in_peft(story):

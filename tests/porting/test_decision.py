@@ -93,6 +93,20 @@ def test_what_prompts_measured_goes_before_the_verdict(plan, share, low, high, t
     assert headline.command.startswith(command)
 
 
+def test_written_answers_are_judged_by_their_tokens(plan):
+    by_token = {
+        f"token_{name}": value for name, value in measured(0.95, 0.92, 0.97).items() if name != "prompts_report"
+    }
+    found = measured(0.3, 0.2, 0.4) | by_token
+    headline = decided(plan, **found)
+    assert headline.tone == "good"
+    assert "it gives 95.0 % of the old answers' tokens (92.0 % to 97.0 %)" in headline.text
+    assert shortfall("mine", step_of(plan, **found), 0.9) is None
+    assert "has fewer of the old answers' tokens than 98.0 %: at most 97.0 %" in shortfall(
+        "mine", step_of(plan, **found), 0.98
+    )
+
+
 def test_trained_rows_that_are_lost_cast_doubt_on_what_would_hold(plan, monkeypatch):
     monkeypatch.setattr("portllm.porting.decision.trained_tokens_lost", lambda plan: ["<ticket>"])
     headline = decided(replace(chosen(plan, "holds"), tokens=TokenMap((0, 2), {1: "<ticket>"})))

@@ -69,8 +69,8 @@ def port(
         typer.Option(
             "--agreement",
             parser=share,
-            help="With --text: the share of answers that are to be the old specialist's; exits with 3 if the ported "
-            "patch is found to have fewer.",
+            help="With --text: the share of answers that are to be the old specialist's, or of their tokens where "
+            "answers have more than 8 on average; exits with 3 if the ported patch is found to have fewer.",
         ),
     ] = 0.9,
     max_general_loss: Annotated[

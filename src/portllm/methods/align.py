@@ -35,6 +35,9 @@ TAIL_RANK = 8
 ANCHOR_SHARE = 0.05
 """What a token of general text counts in a correction at the last writer, beside a place of an answer."""
 
+WRITTEN = 8
+"""Tokens of an answer, its end included: where they are more on average, answers are compared token by token, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refit:
@@ -169,7 +172,7 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
         beyond = beyond_addition(limit)
         costly = {name for name, nats in beyond.items() if too_dear(nats, streams.most_nats)}
         chosen = candidates[choose({name: values for name, values in rows.items() if name not in costly})]
-        share = float(_by(found[chosen.name].agrees, streams).double().mean())
+        share = float(_by(kept(found[chosen.name], streams), streams).mean())
         is_enough = streams.wanted is not None and share >= streams.wanted
         if list(walks) == [ADD] and not takes_corrections(streams, start):
             walks.clear()
@@ -177,6 +180,16 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
         is_last = not walks or (chosen.walked != ADD and (walks[0] == ADD or not is_cut))
         if is_enough or is_last:
             return found, chosen, weighed(rows, beyond, costly)
+
+
+def is_written(streams: Streams) -> bool:
+    """Whether answers are text, of which one other token makes no other answer, and not labels."""
+    return len(streams.part_of_place) > WRITTEN * len(streams.parts)
+
+
+def kept(compared: Comparison, streams: Streams) -> Tensor:
+    """How much of each old answer a model gives: all of it or nothing, or a share of the tokens of what is written."""
+    return compared.alike if is_written(streams) else compared.agrees.double()
 
 
 def _by(values: Tensor, streams: Streams) -> Tensor:
@@ -355,17 +368,27 @@ def made(start: Patch[Values], streams: Streams, candidate: Candidate) -> Patch[
 
 
 def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> dict[str, float]:
-    """How the answers of the choice and of plain addition compare with the old specialist's, on unseen prompts."""
+    """How the answers of the choice and of plain addition compare with the old specialist's, on unseen prompts.
+
+    `agreement` is the share of prompts whose answers are the same at every place. Of written answers, `token_agreement`
+    is the share of tokens that are, mean over prompts. Both have Wilson's interval for as many draws as there are
+    prompts; for shares of tokens it is too wide, since their variance is less than `p (1 - p)` (Bhatia and Davis 2000).
+    """
     parts = streams.parts
     numbers: dict[str, float] = {f"prompts_{part}": float(parts.count(part)) for part in ("fit", "choose", "report")}
     numbers |= {"prompts_drawn": float(len(parts))} if streams.is_drawn else {}
     for name, said in ((chosen, ""), (ADD, "_added")):
-        agrees = on(found[name].agrees, streams.compared, "report")
-        low, high = wilson(int(agrees.sum()), len(agrees))
+        shares = {"agreement": found[name].agrees.double()}
+        shares |= {"token_agreement": found[name].alike} if is_written(streams) else {}
+        for share, values in shares.items():
+            told = on(values, streams.compared, "report")
+            low, high = wilson(float(told.sum()), len(told))
+            numbers |= {
+                f"{share}{said}": float(told.mean()),
+                f"{share}{said}_low": low,
+                f"{share}{said}_high": high,
+            }
         numbers |= {
-            f"agreement{said}": float(agrees.double().mean()),
-            f"agreement{said}_low": low,
-            f"agreement{said}_high": high,
             f"divergence{said}": float(on(found[name].nats, streams.compared, "report").mean()),
             f"divergence{said}_chosen_by": float(on(found[name].nats, streams.compared, "choose").mean()),
         }

@@ -108,8 +108,8 @@ def standard_error(values: Float64[Tensor, " n"]) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of which k in n draws were seen.
+def wilson(k: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which k in n draws were seen; k may be a sum of shares between 0 and 1.
 
     Source: Wilson (1927), Probable inference, the law of succession, and statistical inference, JASA 22(158).
 

@@ -81,11 +81,16 @@ class Comparison:
 
     Attributes:
         nats: Mean of `KL(old specialist ‖ model)` over the places of the answer, whole vocabulary.
-        agrees: Whether the likeliest token is the same at every one of them.
+        alike: Share of these places at which the likeliest token is the same.
     """
 
     nats: "Float64[Tensor, ' prompts']"
-    agrees: "Bool[Tensor, ' prompts']"
+    alike: "Float64[Tensor, ' prompts']"
+
+    @property
+    def agrees(self) -> "Bool[Tensor, ' prompts']":
+        """Whether the likeliest token is the same at every place of the answer."""
+        return self.alike == 1
 
 
 @runtime_checkable
@@ -127,7 +132,7 @@ class Streams(Protocol):
 
     @property
     def wanted(self) -> float | None:
-        """Share of answers that are to be the old specialist's, above which no more is tried; None for the most."""
+        """How much of the old answers is to be given, above which no more is tried; None for the most."""
 
     @property
     def most_nats(self) -> float:

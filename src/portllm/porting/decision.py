@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from portllm.checking.verdict import Answer
 from portllm.matching.port_plan import PortPlan
 from portllm.patch.record import PortStep
-from portllm.porting.text import shown_tokens, trained_tokens_lost
+from portllm.porting.text import judged_by, shown_tokens, trained_tokens_lost
 from portllm.show.headline import Headline, Tone, command_line
 from portllm.show.names import method_name, patch_name, short_name
 from portllm.show.numbers import percent
@@ -27,7 +27,8 @@ def decide(plan: PortPlan, step: PortStep | None, *, wanted: float, named: Named
     Args:
         plan: What was planned.
         step: What was measured; None where nothing was carried out.
-        wanted: The share of the old specialist's answers that the port is to give, where prompts were read.
+        wanted: The share of the old specialist's answers that the port is to give, where prompts were read; of their
+            tokens, where they are written.
         named: Names for the next command.
     """
     done = "Would port" if step is None else "Ported"
@@ -46,11 +47,12 @@ def _judged(plan: PortPlan, step: PortStep | None, wanted: float) -> tuple[Tone,
     """By what was measured on prompts, else by what `check` says of the weights, else not at all."""
     found = {} if step is None else step.evidence
     if "agreement" in found:
-        low, high = found["agreement_low"], found["agreement_high"]
+        share, of = judged_by(found)
+        low, high = found[f"{share}_low"], found[f"{share}_high"]
         tone: Tone = "good" if low >= wanted else "bad" if high < wanted else "doubt"
         enough = {"good": "enough", "bad": "too few", "doubt": "not shown to be enough"}[tone]
         return tone, (
-            f"; it gives {percent(found['agreement'])} of the old answers ({percent(low)} to {percent(high)}) on "
+            f"; it gives {percent(found[share])} of {of} ({percent(low)} to {percent(high)}) on "
             f"{found['prompts_report']:.0f} prompts that it was not fitted on; {enough} by the limit of "
             f"{percent(wanted, digits=0)} (--agreement)"
         )

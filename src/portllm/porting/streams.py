@@ -266,8 +266,7 @@ class Streams:
         found = compare_answers(self.prompts.model, wanted[apart], self.new, candidates)
         give_back_freed()
         return {
-            name: Comparison(rows.by_row(nats, apart), rows.by_row(same, apart) == 1)
-            for name, (nats, same) in found.items()
+            name: Comparison(rows.by_row(nats, apart), rows.by_row(same, apart)) for name, (nats, same) in found.items()
         }
 
     def likely(self) -> Int64[Tensor, " tokens"]:

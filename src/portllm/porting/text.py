@@ -123,6 +123,11 @@ def _measured(step: PortStep) -> dict[str, str]:
         "ported by": step.method,
         "agreement": f"{ported} of the old specialist's answers; by addition {added}",
         "": f"on {found['prompts_report']:.0f} {drawn}prompts that nothing was fitted or chosen on",
+    }
+    if "token_agreement" in found:
+        ported, added = (_interval(found, name) for name in ("token_agreement", "token_agreement_added"))
+        rows["token by token"] = f"{ported} of the tokens of its answers, given those before; by addition {added}"
+    rows |= {
         "divergence": f"{found['divergence']:.4f} nats per token; by addition {found['divergence_added']:.4f}",
     }
     if step.tried:
@@ -149,6 +154,18 @@ def _measured(step: PortStep) -> dict[str, str]:
     return rows
 
 
+def judged_by(found: Mapping[str, float]) -> tuple[str, str]:
+    """The measure that `--agreement` is a limit for, and what it is a share of.
+
+    Example:
+        >>> judged_by({"agreement": 0.3, "token_agreement": 0.95})
+        ('token_agreement', "the old answers' tokens")
+    """
+    if "token_agreement" in found:
+        return "token_agreement", "the old answers' tokens"
+    return "agreement", "the old answers"
+
+
 def _interval(found: Mapping[str, float], name: str) -> str:
     low, high = (percent(found[f"{name}_{side}"], digits=1) for side in ("low", "high"))
     return f"{percent(found[name], digits=1)} (95 % interval {low} to {high})"
@@ -156,7 +173,8 @@ def _interval(found: Mapping[str, float], name: str) -> str:
 
 def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
     """What to say where a ported patch was found to have fewer of the old specialist's answers than are wanted."""
-    high = step.evidence.get("agreement_high")
+    share, of = judged_by(step.evidence)
+    high = step.evidence.get(f"{share}_high")
     if high is None or high >= wanted:
         return None
     taken = "add" if step.method == "align" else step.method.removeprefix("align: ")
@@ -176,7 +194,7 @@ def shortfall(name: str, step: PortStep, wanted: float) -> str | None:
     else:
         best = f"'{step.method}' is the best that was tried"
     return (
-        f"{name}: has fewer of the old specialist's answers than {percent(wanted, digits=1)}: at most "
+        f"{name}: has fewer of {of} than {percent(wanted, digits=1)}: at most "
         f"{percent(high, digits=1)}; {best}. Refresh it from the old specialist (docs/refresh.md), or train again."
     )
 
