@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from portllm.show.numbers import percent
 
@@ -28,38 +28,40 @@ Table = tuple[Row, list[Row]]
 """A head and its rows."""
 
 
-def tables() -> tuple[Table, Table]:
-    """By patch and method, and means by method and update."""
-    results = _results("align-smollm2")
-    drifts = {model["evolution"]: model["drift"] for model in results["models"]}
-    methods = list(dict.fromkeys(row["method"] for row in results["tasks"]))
-    cells = {(row["evolution"], row["task"], row["method"]): row for row in results["tasks"]}
-    order = sorted({(drifts[row["evolution"]], row["evolution"]) for row in results["tasks"]})
-    tasks = list(dict.fromkeys(row["task"] for row in results["tasks"]))
+def by_patch(study: str) -> Table:
+    """Patches of tasks whose answers are labels, by each method."""
+    found = _Labels.of(study)
     every: list[Row] = []
-    for drift, evolution in order:
-        for task in tasks:
-            by_method = {method: cells[evolution, task, method] for method in methods}
+    for drift, evolution in found.order:
+        for task in found.tasks:
+            by_method = {method: found.cells[evolution, task, method] for method in found.methods}
             every += _patch(
                 (task, f"{evolution}, {percent(drift, digits=2)}"), by_method, lambda *of: (percent(_accuracy(*of)),)
             )
-    updates = [percent(drift, digits=2) for drift, _ in order]
+    return HEAD, every
+
+
+def means() -> Table:
+    """Means over the tasks of the rivals' study, by method and update."""
+    found = _Labels.of("align-smollm2")
+    updates = [percent(drift, digits=2) for drift, _ in found.order]
     head = ("method", *(f"labels, {drift}" for drift in updates), *(f"accuracy, {drift}" for drift in updates))
 
     def of(evolution: str, method: str) -> list[Any]:
-        return [cells[evolution, task, method] for task in tasks]
+        return [found.cells[evolution, task, method] for task in found.tasks]
 
-    means = [
+    rows = [
         (
             method,
-            *(_mean(row["agreement"]["value"] for row in of(evolution, method)) for _, evolution in order),
-            *(_mean(_accuracy(row, "ported") for row in of(evolution, method)) for _, evolution in order),
+            *(_mean(row["agreement"]["value"] for row in of(evolution, method)) for _, evolution in found.order),
+            *(_mean(_accuracy(row, "ported") for row in of(evolution, method)) for _, evolution in found.order),
         )
-        for method in methods
+        for method in found.methods
     ]
-    again = (_mean(_accuracy(row, "retrained") for row in of(evolution, methods[0])) for _, evolution in order)
-    means.append(("retrained with labels", *("" for _ in order), *again))
-    return (HEAD, every), (head, means)
+    any_method = found.methods[0]
+    again = (_mean(_accuracy(row, "retrained") for row in of(evolution, any_method)) for _, evolution in found.order)
+    rows.append(("retrained with labels", *("" for _ in found.order), *again))
+    return head, rows
 
 
 def two_seeds() -> Table:
@@ -172,6 +174,34 @@ def other_family() -> Table:
         "accuracy",
     )
     return head, rows
+
+
+class _Labels(NamedTuple):
+    """A study's rows.
+
+    Attributes:
+        cells: By update, task and method.
+        order: Drift and name of each update, the smallest first.
+        tasks: Their names.
+        methods: Their names.
+    """
+
+    cells: dict[tuple[str, str, str], Any]
+    order: list[tuple[float, str]]
+    tasks: list[str]
+    methods: list[str]
+
+    @classmethod
+    def of(cls, study: str) -> Self:
+        results = _results(study)
+        drifts = {model["evolution"]: model["drift"] for model in results["models"]}
+        rows = results["tasks"]
+        return cls(
+            {(row["evolution"], row["task"], row["method"]): row for row in rows},
+            sorted({(drifts[row["evolution"]], row["evolution"]) for row in rows}),
+            list(dict.fromkeys(row["task"] for row in rows)),
+            list(dict.fromkeys(row["method"] for row in rows)),
+        )
 
 
 def _results(name: str) -> Any:

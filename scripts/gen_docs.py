@@ -21,7 +21,7 @@ import typer
 from safetensors.numpy import save_file
 
 from portllm.cli.main import app
-from scripts.align_table import by_prompts, free_text, other_family, tables, two_seeds
+from scripts.align_table import by_patch, by_prompts, free_text, means, other_family, two_seeds
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -216,17 +216,17 @@ def render_slopes(name: str, forecaster: Any) -> str:
 
 def render_align() -> str:
     """The page `methods/align.md`, with what its study measured on average."""
-    _, means = tables()
-    return filled("methods/align.md", MEASURED_START, MEASURED_END, table(*means))
+    return filled("methods/align.md", MEASURED_START, MEASURED_END, table(*means()))
 
 
 def render_align_measured() -> str:
     """The page `align-measured.md`, with what the studies of the method measured."""
-    by_patch, _ = tables()
     parts = (
-        table(*by_patch),
+        table(*by_patch("align-smollm2")),
         "Patches of two seeds, by addition and align; means of both, intervals over rows:",
         table(*two_seeds()),
+        "Patches of rank 16 of `q_proj` and `v_proj` alone, which PEFT trains where no modules are named:",
+        table(*by_patch("align-targets-smollm2")),
         "Written solutions (GSM8K): 256 prompts, whose answers are read for 32 tokens; then 60 other rows, whose "
         "answers are alike if the first 24 tokens are those of base + patch; the loss of the right solutions in nats "
         "per token, and the words that were written.",
