@@ -12,7 +12,7 @@ from portllm.checkpoint.open import open_checkpoint
 from portllm.errors import DataError, PlanRefusedError
 from portllm.methods import align as method
 from portllm.methods.align import WRITTEN
-from portllm.methods.choice import wilson
+from portllm.methods.choice import clustered
 from portllm.patch.adapter_folder import load_patch
 from portllm.porting.domain import Domain
 from portllm.porting.drawn import Drawn
@@ -109,7 +109,7 @@ def test_of_written_answers_the_tokens_that_peft_finds_alike_are_counted_too(sto
     assert 0 < alike.mean() < 1, "the case is too easy to tell"
     assert written["token_agreement"] == pytest.approx(float(alike.mean()), abs=1e-5)
     assert written["agreement"] == pytest.approx(float((alike == 1).double().mean()), abs=1e-5)
-    low, high = wilson(float(alike.sum()), len(alike))
+    low, high = clustered(alike, sum(map(len, old)))
     assert written["token_agreement_low"] == pytest.approx(low, abs=1e-5)
     assert written["token_agreement_high"] == pytest.approx(high, abs=1e-5)
     assert "token_agreement" not in step_of(story["ported"]).evidence

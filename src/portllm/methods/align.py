@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from portllm.methods.add import add
-from portllm.methods.choice import choose, distance, on, standard_error, weighed, wilson
+from portllm.methods.choice import choose, clustered, distance, on, standard_error, weighed, wilson
 from portllm.methods.contract import Block, Comparison, Inputs, Kind, Ported, Streams
 from portllm.methods.ranks import Factors, add_to_b, with_appended
 from portllm.methods.refit import Sums
@@ -371,28 +371,26 @@ def evidence(found: Mapping[str, Comparison], chosen: str, streams: Streams) -> 
     """How the answers of the choice and of plain addition compare with the old specialist's, on unseen prompts.
 
     `agreement` is the share of prompts whose answers are the same at every place. Of written answers, `token_agreement`
-    is the share of tokens that are, mean over prompts. Both have Wilson's interval for as many draws as there are
-    prompts; for shares of tokens it is too wide, since their variance is less than `p (1 - p)` (Bhatia and Davis 2000).
+    is the share of tokens that are, mean over prompts.
     """
     parts = streams.parts
     numbers: dict[str, float] = {f"prompts_{part}": float(parts.count(part)) for part in ("fit", "choose", "report")}
     numbers |= {"prompts_drawn": float(len(parts))} if streams.is_drawn else {}
     for name, said in ((chosen, ""), (ADD, "_added")):
-        shares = {"agreement": found[name].agrees.double()}
-        shares |= {"token_agreement": found[name].alike} if is_written(streams) else {}
-        for share, values in shares.items():
-            told = on(values, streams.compared, "report")
-            low, high = wilson(float(told.sum()), len(told))
-            numbers |= {
-                f"{share}{said}": float(told.mean()),
-                f"{share}{said}_low": low,
-                f"{share}{said}_high": high,
-            }
+        agrees = on(found[name].agrees.double(), streams.compared, "report")
+        numbers |= _with_interval(f"agreement{said}", agrees, wilson(float(agrees.sum()), len(agrees)))
+        if is_written(streams):
+            alike, n_tokens = on(found[name].alike, streams.compared, "report"), streams.part_of_place.count("report")
+            numbers |= _with_interval(f"token_agreement{said}", alike, clustered(alike, n_tokens))
         numbers |= {
             f"divergence{said}": float(on(found[name].nats, streams.compared, "report").mean()),
             f"divergence{said}_chosen_by": float(on(found[name].nats, streams.compared, "choose").mean()),
         }
     return numbers
+
+
+def _with_interval(name: str, shares: Tensor, interval: tuple[float, float]) -> dict[str, float]:
+    return {name: float(shares.mean()), f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def costs(nats: Mapping[str, Tensor], name: str) -> dict[str, float]:

@@ -108,8 +108,8 @@ def standard_error(values: Float64[Tensor, " n"]) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def wilson(k: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of which k in n draws were seen; k may be a sum of shares between 0 and 1.
+def wilson(k: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a share of which k in n draws were seen.
 
     Source: Wilson (1927), Probable inference, the law of succession, and statistical inference, JASA 22(158).
 
@@ -120,3 +120,27 @@ def wilson(k: float, n: int) -> tuple[float, float]:
     center = (k + Z95**2 / 2) / (n + Z95**2)
     half = Z95 / (n + Z95**2) * math.sqrt(k * (n - k) / n + Z95**2 / 4)
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def clustered(shares: Float64[Tensor, " prompts"], tokens: int) -> tuple[float, float]:
+    """The 95 % interval of a mean share of tokens, where prompts were drawn and not tokens.
+
+    It is Wilson's for the effective sample size, the draws that have the mean's standard error: `n = p (1 - p) / SE²`.
+    It is no less than the prompts, as no share can vary by more than `p (1 - p)`, and no more than the tokens.
+
+    Source: Kish (1965), Survey Sampling, section 8.2; Franco, Little, Louis and Slud (2019), Comparative study of
+    confidence intervals for proportions in complex sample surveys, J. Survey Statistics and Methodology 7(3).
+
+    Args:
+        shares: Of each prompt.
+        tokens: Of all prompts.
+
+    Example:
+        >>> shares = torch.tensor([1.0, 0.75, 1.0, 1.0]).double()
+        >>> [round(bound, 2) for bound in clustered(shares, tokens=16)]
+        [0.71, 0.99]
+    """
+    mean, error = float(shares.mean()), standard_error(shares)
+    draws = mean * (1 - mean) / error**2 if error else 0.0
+    n = min(max(draws, len(shares)), tokens)
+    return wilson(mean * n, n)
