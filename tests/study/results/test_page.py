@@ -67,7 +67,7 @@ def test_what_stands_beside_ports_is_not_counted_among_them():
 def test_where_nothing_is_learned_the_headline_says_so_and_names_no_worst():
     nothing = tuple(replace(row, outcome="nothing learned") for row in RESULTS.tasks)
     page = Page(study_page(replace(RESULTS, tasks=nothing)))
-    assert "Retraining learns nothing that any of 8 ports could keep" in page.texts
+    assert "In accuracy, retraining learns nothing that any of 8 ports could keep" in page.texts
     assert not any(" at worst (" in text for text in page.texts)
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from portllm.evaluating.metrics import retention
+from portllm.evaluating.metrics import Retention, retention
 from portllm.study.definition.estimate import estimate
 from portllm.study.definition.plan import Step, steps_of
 from portllm.study.parts.check import CheckSettings
 from portllm.study.parts.theory import TheorySettings
-from portllm.study.results.markdown import render_page
+from portllm.study.results.markdown import outcome_lines, render_page
 from portllm.study.results.table import commonest_right, tabulate
 from tests.study.definition.test_plan import STUDY
 
@@ -271,7 +271,15 @@ def test_ports_are_counted_by_their_ends_and_what_learned_nothing_is_neither_won
     counted = f"add: {won}, {lost}; for 4 more, retraining learns nothing that could be kept"
     assert counted in render_page(with_scores(change, tasks=("a", "b-c"), evolutions=("chain", "old")))
     nothing = with_scores(lambda step, found: as_right(found, 0.5))
-    assert "add: retraining learns nothing that any of 1 ports could keep" in render_page(nothing)
+    assert "add: in accuracy, retraining learns nothing that any of 1 ports could keep" in render_page(nothing)
+
+
+def test_the_outcome_says_what_is_kept_in_loss_on_average_and_at_least():
+    results = with_scores(lambda step, found: as_right(found, 0.5), methods=("add",))
+    kept = [Retention(0.5, 0.4, 0.6), Retention(None, None, None, "why"), Retention(1.0, 0.9, 1.1)]
+    rows = [replace(results.tasks[0], loss_retention=each) for each in kept]
+    assert outcome_lines(rows)[0].endswith("; 0.75 of retraining's gain in loss kept (0.50 at least)")
+    assert "gain in loss" not in outcome_lines(rows[1:2])[0]
 
 
 def test_a_method_beside_addition_says_by_how_much_it_is_better():

@@ -145,7 +145,8 @@ def outcome_lines(rows: "Sequence[TaskRow]") -> list[str]:
     lines = []
     for method in dict.fromkeys(row.method for row in rows):
         of_method = [row for row in rows if row.method == method]
-        lines.append(f"{method}: {outcomes_text(of_method)}{_over_addition(of_method)}{_kept(of_method)}")
+        said = (outcomes_text(of_method), _over_addition(of_method), _kept(of_method), _kept_in_loss(of_method))
+        lines.append(f"{method}: {''.join(said)}")
     return lines
 
 
@@ -155,6 +156,15 @@ def _kept(rows: "Sequence[TaskRow]") -> str:
     if not found:
         return ""
     return f"; {100 * fmean(found):.1f} % of the rows answered as by base + patch ({100 * min(found):.1f} at least)"
+
+
+def _kept_in_loss(rows: "Sequence[TaskRow]") -> str:
+    """How much of what retraining gains in loss is kept, on average and at least: of written answers, what counts."""
+    retentions = (row.loss_retention for row in rows)
+    found = [each.value for each in retentions if each is not None and each.value is not None]
+    if not found:
+        return ""
+    return f"; {fmean(found):.2f} of retraining's gain in loss kept ({min(found):.2f} at least)"
 
 
 def _over_addition(rows: "Sequence[TaskRow]") -> str:
@@ -173,7 +183,7 @@ def outcomes_text(rows: "Sequence[TaskRow]") -> str:
     count = Counter(row.outcome for row in rows)
     learned = sum(count[end] for end in ("level", "ahead", "behind"))
     if not learned:
-        return f"retraining learns nothing that any of {len(rows)} ports could keep"
+        return f"in accuracy, retraining learns nothing that any of {len(rows)} ports could keep"
     ends = f"{count['level']} level with retraining in accuracy, {count['ahead']} ahead, {count['behind']} behind"
     compared = [row for row in rows if row.outcome == "behind" and row.luck is not None]
     if compared:
