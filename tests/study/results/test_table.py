@@ -280,6 +280,8 @@ def test_the_outcome_says_what_is_kept_in_loss_on_average_and_at_least():
     rows = [replace(results.tasks[0], loss_retention=each) for each in kept]
     assert outcome_lines(rows)[0].endswith("; 0.75 of retraining's gain in loss kept (0.50 at least)")
     assert "gain in loss" not in outcome_lines(rows[1:2])[0]
+    none = [replace(rows[0], loss_retention=Retention(-0.001, -0.1, 0.1))]
+    assert outcome_lines(none)[0].endswith("; 0.00 of retraining's gain in loss kept (0.00 at least)")
 
 
 def test_a_method_beside_addition_says_by_how_much_it_is_better():

@@ -164,7 +164,8 @@ def _kept_in_loss(rows: "Sequence[TaskRow]") -> str:
     found = [each.value for each in retentions if each is not None and each.value is not None]
     if not found:
         return ""
-    return f"; {fmean(found):.2f} of retraining's gain in loss kept ({min(found):.2f} at least)"
+    mean, least = (round(value, 2) + 0.0 for value in (fmean(found), min(found)))  # no minus before a zero
+    return f"; {mean:.2f} of retraining's gain in loss kept ({least:.2f} at least)"
 
 
 def _over_addition(rows: "Sequence[TaskRow]") -> str:
