@@ -128,7 +128,11 @@ def test_methods_are_compared_by_whose_answers_they_give_and_what_they_cost():
     assert row.measured == {"general_nats_ported": 6.5}
     page = render_page(results)
     assert f"| chain 1, align | +0.0 [0.0, 0.0] | {100 * same:.1f} " in page
+    assert "| answers as base + patch, % | ported, nats per token |" in page, "what no port measured is no column"
     assert "6.500 |" in page
+    measured = {"general_nats_ported": 6.5, "token_agreement": 0.978}
+    written = [replace(each, measured=measured if each == row else {}) for each in results.tasks]
+    assert "| 97.8 | 6.500 |" in render_page(replace(results, tasks=tuple(written)))
     assert "answers as base + patch" not in render_page(RESULTS)
 
 

@@ -1,7 +1,7 @@
 """A study's results as headings, texts and tables, and those as a page of Markdown. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
@@ -35,12 +35,14 @@ LUCK = f"""\
 {HEADS[AGAIN].capitalize()}: a patch trained on the evolved model with another seed. How far it is from the retrained
 one is how far luck alone goes."""
 
-COSTS = {
-    "general_nats": "general text, evolved",
-    "general_nats_added": "by addition",
-    "general_nats_ported": "ported, nats per token",
+MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
+    "token_agreement": ("tokens as base + patch on prompts, %", lambda share: f"{100 * share:.1f}"),
+    "token_agreement_added": ("by addition, %", lambda share: f"{100 * share:.1f}"),
+    "general_nats": ("general text, evolved", lambda nats: f"{nats:.3f}"),
+    "general_nats_added": ("by addition", lambda nats: f"{nats:.3f}"),
+    "general_nats_ported": ("ported, nats per token", lambda nats: f"{nats:.3f}"),
 }
-"""What a port measures of what it costs outside of its domain."""
+"""What a port measures: how much of written answers it keeps, and what it costs outside of its domain."""
 
 RESIDUAL = """\
 Frobenius norm of retrained minus ported delta, over all modules: against the retrained delta, and against the updated
@@ -278,16 +280,18 @@ def _scores(rows: "Sequence[TaskRow]") -> Table:
 
 def _methods(rows: "Sequence[TaskRow]") -> Table:
     """What is asked of methods that stand beside each other."""
+    told = {name: MEASURED[name] for name in MEASURED if any(name in row.measured for row in rows)}
     lines = (
         (
             update_name(row),
             _points(row.over_add),
             "" if row.agreement is None else f"{100 * row.agreement.value:.1f} {_interval(row.agreement, digits=1)}",
-            *(f"{row.measured[name]:.3f}" if name in row.measured else "" for name in COSTS),
+            *(text(row.measured[name]) if name in row.measured else "" for name, (_, text) in told.items()),
         )
         for row in rows
     )
-    return Table(("update", "ported - by addition", "answers as base + patch, %", *COSTS.values()), tuple(lines))
+    heads = (head for head, _ in told.values())
+    return Table(("update", "ported - by addition", "answers as base + patch, %", *heads), tuple(lines))
 
 
 def _losses(rows: "Sequence[TaskRow]") -> Table:
