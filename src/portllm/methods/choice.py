@@ -126,7 +126,7 @@ def clustered(shares: Float64[Tensor, " prompts"], tokens: int) -> tuple[float, 
     """The 95 % interval of a mean share of tokens, where prompts were drawn and not tokens.
 
     It is Wilson's for the effective sample size, the draws that have the mean's standard error: `n = p (1 - p) / SE²`.
-    It is no less than the prompts, as no share can vary by more than `p (1 - p)`, and no more than the tokens.
+    It is at least the number of prompts, as the variance of a share is at most `p (1 - p)`, and at most that of tokens.
 
     Source: Kish (1965), Survey Sampling, section 8.2; Franco, Little, Louis and Slud (2019), Comparative study of
     confidence intervals for proportions in complex sample surveys, J. Survey Statistics and Methodology 7(3).
