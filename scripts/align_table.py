@@ -30,7 +30,7 @@ Table = tuple[Row, list[Row]]
 
 def by_patch(study: str) -> Table:
     """Patches of tasks whose answers are labels, by each method."""
-    found = _Labels.of(study)
+    found = _Rows.of(study)
     every: list[Row] = []
     for drift, evolution in found.order:
         for task in found.tasks:
@@ -43,7 +43,7 @@ def by_patch(study: str) -> Table:
 
 def means() -> Table:
     """Means over the tasks of the rivals' study, by method and update."""
-    found = _Labels.of("align-smollm2")
+    found = _Rows.of("align-smollm2")
     updates = [percent(drift, digits=2) for drift, _ in found.order]
     head = ("method", *(f"labels, {drift}" for drift in updates), *(f"accuracy, {drift}" for drift in updates))
 
@@ -66,21 +66,21 @@ def means() -> Table:
 
 def two_seeds() -> Table:
     """Patches of two seeds, by addition and align."""
-    results = _results("align-seeds-smollm2")
-    drifts = {model["evolution"]: model["drift"] for model in results["models"]}
-    cells: dict[tuple[float, str, str], dict[str, Any]] = {}
-    for row in results["tasks"]:
-        cells.setdefault((drifts[row["evolution"]], row["evolution"], row["task"]), {})[row["method"]] = row
+    found = _Rows.of("align-seeds-smollm2")
+    cells = [
+        (task, f"{evolution}, {percent(drift, digits=2)}", [found.cells[evolution, task, name] for name in BOTH])
+        for drift, evolution in found.order
+        for task in sorted(found.tasks)
+    ]
     rows = [
         (
-            task,
-            f"{evolution}, {percent(drift, digits=2)}",
-            *(_interval(*(cell[name]["agreement"][side] for side in ("value", "low", "high"))) for name in BOTH),
-            f"{_beyond_addition(cell['align']):+.2f}",
-            *(percent(_accuracy(cell["add"], model)) for model in ("patched", "ported")),
-            *(percent(_accuracy(cell["align"], model)) for model in ("ported", "retrained")),
+            *names,
+            *(_interval(*(row["agreement"][side] for side in ("value", "low", "high"))) for row in (added, aligned)),
+            f"{_beyond_addition(aligned):+.2f}",
+            *(percent(_accuracy(added, model)) for model in ("patched", "ported")),
+            *(percent(_accuracy(aligned, model)) for model in ("ported", "retrained")),
         )
-        for (drift, evolution, task), cell in sorted(cells.items(), key=lambda item: item[0])
+        for *names, (added, aligned) in cells
     ]
     head = (
         "task",
@@ -98,13 +98,11 @@ def two_seeds() -> Table:
 
 def free_text(study: str) -> Table:
     """Patches of one task whose answers are written, by each method."""
-    results = _results(study)
-    drifts = {model["evolution"]: model["drift"] for model in results["models"]}
-    cells: dict[tuple[float, str], dict[str, Any]] = {}
-    for row in results["tasks"]:
-        cells.setdefault((drifts[row["evolution"]], row["evolution"]), {})[row["method"]] = row
+    found = _Rows.of(study)
+    (task,) = found.tasks
     rows: list[Row] = []
-    for (drift, evolution), by_method in sorted(cells.items(), key=lambda item: item[0]):
+    for drift, evolution in found.order:
+        by_method = {method: found.cells[evolution, task, method] for method in found.methods}
         rows += _patch((f"{evolution}, {percent(drift, digits=2)}",), by_method, _text)
     return (*HEAD[1:-2], "answers alike", "loss", "words"), rows
 
@@ -176,7 +174,7 @@ def other_family() -> Table:
     return head, rows
 
 
-class _Labels(NamedTuple):
+class _Rows(NamedTuple):
     """A study's rows.
 
     Attributes:

@@ -1,11 +1,16 @@
 """What tokens count in a refit, and that neither the length of answers nor that of general text shifts the balance."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from portllm.methods.align import SETTINGS, SPARED, TAIL_RANK, WRITTEN, Refit, kept, refits
 from portllm.methods.contract import Block, Comparison, Kind
 from tests.methods.chains import TwoChains
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 HOW = Refit(rho=1.0, omega=0.25, general=0.5, own=4)
 
@@ -50,6 +55,12 @@ def test_a_few_own_factors_are_spared_where_that_halves_what_a_server_needs_and_
 def test_patches_of_common_ranks_are_served_in_64_and_128():
     for rank in (8, 16):
         assert [rank + each.own + TAIL_RANK for each in refits(rank).values()] == [64, 128, 128, 128]
+
+
+@pytest.mark.parametrize("page", ["commands.md", "methods/align.md"])
+def test_from_how_many_tokens_on_answers_are_written_is_what_is_said_of_it(page):
+    text = " ".join((DOCS / page).read_text(encoding="utf-8").split())
+    assert re.search(rf"more than {WRITTEN} (tokens )?on average", text)
 
 
 @pytest.mark.parametrize(("places", "expected"), [(WRITTEN, [0.0, 1.0]), (WRITTEN + 1, [0.75, 1.0])])

@@ -183,7 +183,7 @@ def climbed(streams: Streams, start: Patch[Values]) -> Climbed:
 
 
 def is_written(streams: Streams) -> bool:
-    """Whether answers are text, of which one other token makes no other answer, and not labels."""
+    """Whether answers are text, which hardly any other model writes to the last token alike, and not labels."""
     return len(streams.part_of_place) > WRITTEN * len(streams.parts)
 
 
