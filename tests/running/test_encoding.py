@@ -1,10 +1,12 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from portllm.errors import DataError
-from portllm.running.encoding import Encoder, pad_left
+from portllm.running.encoding import Encoder, NoRoomError, encode_rows, pad_left
 from tests.language import byte_level_tokenizer, metaspace_tokenizer
 
 VOCABULARY = ["what", "causes", "a", "fever", "measles", "treatment", "cold", "?", ":", "rest"]
@@ -62,8 +64,9 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_else(spaced, prompt, comp
     whole = spaced.encode(prompt, completion)
     limit = len(whole.completion) + 1 + room
     if room == 0:
-        with pytest.raises(DataError, match="Raise the token limit"):
+        with pytest.raises(NoRoomError, match="Raise the token limit by") as caught:
             spaced.encode(prompt, completion, max_tokens=limit, reserve=1)
+        assert spaced.encode(prompt, completion, max_tokens=limit + caught.value.lacking, reserve=1) == whole
         return
     cut = spaced.encode(prompt, completion, max_tokens=limit, reserve=1)
     assert cut.completion == whole.completion
@@ -80,8 +83,27 @@ def test_the_mark_at_the_beginning_outlives_a_cut(marked):
 
 def test_a_mark_alone_is_no_prompt(marked):
     completion = marked.encode("Kind:", "cause").completion
-    with pytest.raises(DataError, match="Raise the token limit"):
+    with pytest.raises(DataError, match="Raise the token limit by"):
         marked.encode("what causes a fever?", "cause", max_tokens=len(completion) + 1)
+
+
+def test_rows_that_do_not_fit_are_told_together_with_the_limit_at_which_they_do(spaced):
+    short, long, empty = ("rest",) * 2, ("what causes a fever?", "rest " * 40), ("", "rest")
+
+    def encode(limit, *rows):
+        return encode_rows(rows, lambda row: spaced.encode(*row, max_tokens=limit, reserve=1), max_tokens=limit)
+
+    with pytest.raises(DataError) as caught:
+        encode(9, *[short] * 2, *[long] * 11, empty)
+    first, *each, more, enough = str(caught.value).splitlines()
+    assert first == "12 of 14 examples are invalid:"
+    assert [line.split(":")[0] for line in each] == [f"  example {number}" for number in range(3, 13)]
+    assert more == "  and 2 more."
+    limit = int(re.search(r"a limit of (\d+) tokens", enough).group(1))
+    assert encode(limit, short, long)[1] == spaced.encode(*long)
+    with pytest.raises(DataError) as caught:
+        encode(9, empty)
+    assert "--max-tokens" not in str(caught.value)
 
 
 def test_an_end_mark_that_the_tokenizer_adds_is_taken_off():

@@ -69,7 +69,7 @@ def test_the_teacher_writes_no_more_than_it_may_and_prompts_are_cut_for_it(taugh
     settings = TrainSettings(steps=1, max_tokens=longest - 1 + teacher.max_new_tokens)
     report = distil_lora(evolved, PROMPTS, teacher, settings, tmp_path / "cut", device="cpu")
     assert report.n_cut_rows == 1
-    with pytest.raises(DataError, match="Raise the token limit"):
+    with pytest.raises(DataError, match="With a limit of"):
         distil_lora(evolved, PROMPTS, teacher, TrainSettings(max_tokens=8), tmp_path / "no", device="cpu")
 
 

@@ -15,7 +15,7 @@ import torch
 
 from portllm.arrays import Float32
 from portllm.errors import DataError
-from portllm.running.encoding import Encoder, batches
+from portllm.running.encoding import Encoder, batches, encode_rows
 from portllm.running.examples import Border, Example
 from portllm.running.generation import write_on
 from portllm.running.model import PeftModel, PreTrainedModel
@@ -194,16 +194,15 @@ def encode_labels(
     Raises:
         DataError: A label leaves no room for a prompt.
     """
-    prompts, rows, n_cut_rows = [], [], 0
-    for text in texts:
+
+    def encode(text: str) -> tuple[tuple[int, ...], int, list[tuple[int, ...]]]:
         encoded = [encoder.encode(text, label) for label in labels]
         # All labels of a row are asked of the same prompt: what the longest of them, and an end mark, leave room for.
         room = max_tokens - 1 - max(len(each.completion) for each in encoded)
-        prompt, n_cut = encoder.cut_prompt(encoded[0].prompt, room=room)
-        prompts.append(prompt)
-        rows.append([each.completion for each in encoded])
-        n_cut_rows += n_cut > 0
-    return prompts, rows, n_cut_rows
+        return *encoder.cut_prompt(encoded[0].prompt, room=room), [each.completion for each in encoded]
+
+    rows = encode_rows(texts, encode, max_tokens=max_tokens)
+    return [prompt for prompt, _, _ in rows], [ids for _, _, ids in rows], sum(n_cut > 0 for _, n_cut, _ in rows)
 
 
 def label_log_probs(
@@ -266,10 +265,11 @@ def _score_labels(
 def _score_text(
     model: PreTrainedModel | PeftModel, encoder: Encoder, task: Task, device: torch.device, tick: Tick
 ) -> tuple[list[str], list[float], int]:
-    rows = [
-        encoder.encode(example.prompt, example.completion, max_tokens=task.max_tokens, reserve=1)
-        for example in task.examples
-    ]
+    rows = encode_rows(
+        task.examples,
+        lambda row: encoder.encode(row.prompt, row.completion, max_tokens=task.max_tokens, reserve=1),
+        max_tokens=task.max_tokens,
+    )
     one_line = not any("\n" in example.completion for example in task.examples)
     answers, losses = [""] * len(rows), [0.0] * len(rows)
     for batch in batches([len(row.prompt) for row in rows], batch_size=task.batch_size):

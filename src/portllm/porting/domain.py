@@ -21,7 +21,7 @@ from portllm.porting.streams import Streams
 from portllm.porting.unfinished import Unfinished
 from portllm.porting.weights import PatchedWeights
 from portllm.progress import Progress, silent
-from portllm.running.encoding import Encoder, encode_prompts
+from portllm.running.encoding import Encoder, encode_prompts, encode_rows
 from portllm.running.examples import Border, Example
 from portllm.running.folder import model_folder
 from portllm.running.layers import LayeredModel
@@ -210,7 +210,11 @@ def _judges(texts: Sequence[str], encoder: Encoder, domain: Domain) -> list[Rows
             f"rows with answers: {len(apart)} are left to choose by, of {len(domain.answered)}; expected at least "
             f"{LEAST_JUDGES} whose prompts are neither fitted nor reported on. Pass more."
         )
-    rows = [encoder.encode(row.prompt, row.completion, max_tokens=domain.max_tokens, reserve=1) for row in apart]
+    rows = encode_rows(
+        apart,
+        lambda row: encoder.encode(row.prompt, row.completion, max_tokens=domain.max_tokens, reserve=1),
+        max_tokens=domain.max_tokens,
+    )
     said = [row.completion if row.completion[-1] in encoder.stops else (*row.completion, encoder.end) for row in rows]
     return [Rows.answered([row.prompt for row in rows], said, tuple("judge" for _ in rows))]
 

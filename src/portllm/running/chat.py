@@ -14,7 +14,7 @@ from typing import Any
 
 from portllm.errors import DataError
 from portllm.foreign import foreign, quiet
-from portllm.running.encoding import Encoded, Encoder
+from portllm.running.encoding import Encoded, Encoder, NoRoomError
 from portllm.running.examples import Border
 from portllm.running.shapes import ASSISTANT, Conversation, Message
 
@@ -105,12 +105,13 @@ class Chat:
             counted[kept:begun] = [False] * (begun - kept)
         first = next((place for place, counts in enumerate(counted) if counts and place), None)
         if first is None:
-            raise DataError(
-                f"a conversation of {len(ids) + n_cut} tokens: {max_tokens} leave no room for a question and its "
-                "answer. Raise the token limit, or shorten the answer."
-                if n_cut
-                else "the chat template marks nothing of the conversation as the assistant's."
-            )
+            if n_cut:
+                raise NoRoomError(
+                    f"a conversation of {len(ids) + n_cut} tokens, of which {max_tokens} leave no room for a question "
+                    "and its answer",
+                    lacking=n_cut,
+                )
+            raise DataError("the chat template marks nothing of the conversation as the assistant's.")
         return Encoded(ids[:first], ids[first:], n_cut=n_cut, counted=tuple(counted[first:]))
 
     def _turns(self, whole: str, conversation: Conversation) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,9 @@
 Training and scoring cut at the same place, so a label is scored on the very tokens that it was learned as.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,12 @@ from portllm.errors import CheckpointError, DataError
 from portllm.foreign import foreign
 from portllm.running.examples import Border
 from portllm.running.model import PreTrainedTokenizerBase
+
+Row = TypeVar("Row")
+Ids = TypeVar("Ids")
+
+SHOWN = 10
+"""Of the rows that cannot be encoded, so many are told one by one."""
 
 LOGITS = 1 << 27
 """Of rows that are run together, where logits of many places are asked for: half a gigabyte."""
@@ -171,16 +178,64 @@ class Encoder:
         """The last `room` ids of a prompt and how many were cut; a begin-of-text token at its start is kept.
 
         Raises:
-            DataError: Nothing of the prompt's own text is left.
+            NoRoomError: Nothing of the prompt's own text is left.
         """
         n_cut = max(0, len(prompt) - room)
         head = prompt[:1] if n_cut and prompt[0] == self.bos else ()
         if n_cut and room <= len(head):
-            raise DataError(
-                f"a prompt of {len(prompt)} tokens: its completion leaves room for {max(room, 0)}, but at least "
-                f"{len(head) + 1} are needed. Raise the token limit, or shorten the completion."
+            raise NoRoomError(
+                f"a prompt of {len(prompt)} tokens, of which its completion leaves room for {max(room, 0)}",
+                lacking=n_cut,
             )
         return head + prompt[len(head) + n_cut :], n_cut
+
+
+class NoRoomError(DataError):
+    """A row is too long to be cut.
+
+    Attributes:
+        found: The row, and the room for it.
+        lacking: By how many tokens the limit would have to be raised for the whole row.
+    """
+
+    def __init__(self, found: str, *, lacking: int) -> None:
+        super().__init__(f"{found}. Raise the token limit by {lacking}, or shorten the completion.")
+        self.found = found
+        self.lacking = lacking
+
+
+def encode_rows(rows: Sequence[Row], encode: Callable[[Row], Ids], *, max_tokens: int) -> list[Ids]:
+    """What `encode` makes of each row.
+
+    Args:
+        rows: What is to be encoded.
+        encode: Makes ids of one row, or raises a `DataError`.
+        max_tokens: The limit by which it does.
+
+    Raises:
+        DataError: Some rows cannot be encoded; all are counted, the first ten told one by one, and the limit with which
+            they would fit whole.
+    """
+    encoded: list[Ids] = []
+    problems: list[str] = []
+    lacking = 0
+    for number, row in enumerate(rows, start=1):
+        try:
+            encoded.append(encode(row))
+        except NoRoomError as error:
+            problems.append(f"  example {number}: {error.found}.")
+            lacking = max(lacking, error.lacking)
+        except DataError as error:
+            problems.append(f"  example {number}: {error}")
+    if not problems:
+        return encoded
+    lines = [f"{len(problems)} of {len(rows)} examples are invalid:", *problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"  and {len(problems) - SHOWN} more.")
+    if lacking:
+        enough = f"a limit of {max_tokens + lacking} tokens (--max-tokens)"
+        lines.append(f"  With {enough}, those that are too long fit whole. Otherwise leave them out.")
+    raise DataError("\n".join(lines))
 
 
 def encode_prompts(encoder: Encoder, prompts: Sequence[str], *, room: int) -> tuple[list[tuple[int, ...]], int]:

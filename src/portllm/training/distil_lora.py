@@ -17,7 +17,7 @@ from portllm.arrays import Float32, Int64
 from portllm.errors import DataError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent
-from portllm.running.encoding import Encoded, Encoder
+from portllm.running.encoding import Encoded, Encoder, encode_rows
 from portllm.running.examples import Border
 from portllm.running.generation import write
 from portllm.running.loss import IGNORED, completion_logits, completion_targets
@@ -83,7 +83,11 @@ def distil_lora(
         encoder = Encoder(load_tokenizer(base_folder), border)
         _check_tokens(encoder, Encoder(load_tokenizer(teacher.base)))
         room = settings.max_tokens - teacher.max_new_tokens
-        cut = [encoder.cut_prompt(encoder.encode_text(prompt), room=room) for prompt in prompts]
+        cut = encode_rows(
+            prompts,
+            lambda prompt: encoder.cut_prompt(encoder.encode_text(prompt), room=room),
+            max_tokens=settings.max_tokens,
+        )
         old = attach_adapter(
             load_model(teacher.base, device=where, longest=settings.max_tokens), teacher.adapter, name="teacher"
         )

@@ -18,7 +18,7 @@ from portllm.errors import DataError
 from portllm.files.output_folder import staged_folder
 from portllm.progress import Progress, silent
 from portllm.running.chat import Chat
-from portllm.running.encoding import Encoded, Encoder, together
+from portllm.running.encoding import Encoded, Encoder, encode_rows, together
 from portllm.running.examples import Border
 from portllm.running.loss import completion_nats
 from portllm.running.model import (
@@ -152,26 +152,20 @@ def encode_all(encoder: Encoder, examples: Sequence[Content], *, max_tokens: int
         template: The chat template of conversations, which has end marks of its own.
 
     Raises:
-        DataError: Some do not; all are counted, the first ten shown.
+        DataError: Some do not; see `encode_rows`.
     """
     chat = Chat(encoder, template)
-    rows: list[Encoded] = []
-    problems: list[str] = []
-    for number, example in enumerate(examples, start=1):
-        try:
-            match example:
-                case Conversation():
-                    rows.append(chat.encode(example, max_tokens=max_tokens))
-                case str():
-                    rows.append(encoder.encode_whole(example, max_tokens=max_tokens, reserve=1))
-                case _:
-                    rows.append(encoder.encode(example.prompt, example.completion, max_tokens=max_tokens, reserve=1))
-        except DataError as error:
-            problems.append(f"  example {number}: {error}")
-    if problems:
-        more = [f"  and {len(problems) - 10} more."] if len(problems) > 10 else []
-        raise DataError("\n".join([f"{len(problems)} of {len(examples)} examples are invalid:", *problems[:10], *more]))
-    return rows
+
+    def encode(example: Content) -> Encoded:
+        match example:
+            case Conversation():
+                return chat.encode(example, max_tokens=max_tokens)
+            case str():
+                return encoder.encode_whole(example, max_tokens=max_tokens, reserve=1)
+            case _:
+                return encoder.encode(example.prompt, example.completion, max_tokens=max_tokens, reserve=1)
+
+    return encode_rows(examples, encode, max_tokens=max_tokens)
 
 
 def _fit(
